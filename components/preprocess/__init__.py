@@ -1,0 +1,1 @@
+"""Step 2: slice pictures and tokenise conversations once, into Parquet shards."""

@@ -1,0 +1,163 @@
+"""The data contract between steps: what an accepted sample looks like, on disk and in memory.
+
+A dataset folder holds `train.jsonl`, `eval.jsonl`, `rejects.jsonl` and `dataset.json`. Each line is a `Sample`
+whose turns are lists of parts: a string is text, an integer is the number of one of the sample's pictures. So
+"where does picture 2 go" is answered once, by validate_data, and no later step parses placeholders. Pictures stay
+where they are; their sha256 makes a change under a run an error instead of a surprise.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from . import storage
+from .errors import UserError
+
+SCHEMA_VERSION = 1
+DATASET_FILE = "dataset.json"
+REJECTS_FILE = "rejects.jsonl"
+Split = Literal["train", "eval"]
+
+
+class Picture(BaseModel):
+    """One picture of a sample, as its header describes it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    sha256: str = Field(description="of the file's bytes")
+    width: int
+    height: int
+
+
+class Turn(BaseModel):
+    """One message: text parts are strings, an integer part stands for the picture of that number."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | int, ...]
+
+    @property
+    def text(self) -> str:
+        """The words alone."""
+        return "".join(part for part in self.parts if isinstance(part, str)).strip()
+
+
+class Sample(BaseModel):
+    """A conversation about zero or more pictures that every later step can rely on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    pictures: tuple[Picture, ...]
+    turns: tuple[Turn, ...]
+    source: str = Field(description="file and position it came from, for error messages")
+
+
+class Reject(BaseModel):
+    """Why a sample is not used."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    index: int = Field(description="position in the file, from 0; for JSON Lines and syntax errors the line, from 1")
+    id: str | None
+    reason: str = Field(description="stable code, for counting")
+    message: str = Field(description="one sentence for a person")
+
+
+class DatasetInfo(BaseModel):
+    """`dataset.json`: written last, so a dataset without it does not exist."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    fingerprint: str = Field(description="sha256 over the accepted samples' content, whatever their address")
+    rows: dict[Split, int]
+    rejected: dict[str, int] = Field(description="number of rejected samples by reason")
+
+
+class SampleError(Exception):
+    """A sample that cannot be used; the step that finds it turns it into a `Reject`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_info(dataset: Path) -> DatasetInfo:
+    """The description of a finished dataset folder.
+
+    Raises:
+        UserError: the folder is no finished dataset, or of a newer schema.
+    """
+    path = dataset / DATASET_FILE
+    if not path.is_file():
+        raise UserError(f"{dataset}: no {DATASET_FILE} here, so this is no finished dataset; run validate-data first.")
+    info = DatasetInfo.model_validate_json(path.read_text())
+    if info.schema_version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {info.schema_version} is newer than this program's {SCHEMA_VERSION}; upgrade "
+            "minicpmv-finetune."
+        )
+    return info
+
+
+def read_samples(dataset: Path, split: Split) -> Iterator[Sample]:
+    """The accepted samples of one split, in their order."""
+    with (dataset / f"{split}.jsonl").open() as lines:
+        for line in lines:
+            yield Sample.model_validate_json(line)
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Decode a picture, unconverted.
+
+    Raises:
+        UserError: its bytes are not those that were validated.
+    """
+    content = storage.read_bytes(picture.uri)
+    if hashlib.sha256(content).hexdigest() != picture.sha256:
+        raise UserError(f"{picture.uri}: changed since it was validated; run validate-data again.")
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def content_digest(sample: Sample) -> str:
+    """A hash of what the sample says and shows, independent of ids, addresses and picture sizes."""
+    content = {
+        "pictures": [picture.sha256 for picture in sample.pictures],
+        "turns": [[turn.role, *turn.parts] for turn in sample.turns],
+    }
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_rejects(path: Path, rejects: list[Reject]) -> None:
+    """Write `rejects.jsonl`, one JSON object a line."""
+    path.write_text("".join(f"{reject.model_dump_json()}\n" for reject in rejects))
+
+
+def refuse_too_many(rejects: list[Reject], accepted: int, max_reject_ratio: float, report: str) -> None:
+    """End the step when nothing is left or too much was rejected.
+
+    Raises:
+        UserError: with the first reason as an example and the place of the whole list.
+    """
+    total = accepted + len(rejects)
+    if accepted and len(rejects) <= max_reject_ratio * total:
+        return
+    first = f" The first: {rejects[0].file}, sample {rejects[0].index}: {rejects[0].message}" if rejects else ""
+    if not accepted:
+        raise UserError(f"No usable sample is left of {total}; see {report}.{first}")
+    raise UserError(
+        f"{len(rejects)} of {total} samples ({len(rejects) / total:.1%}) were rejected, more than max_reject_ratio "
+        f"{max_reject_ratio:.1%} allows; mend them or raise the ratio; see {report}.{first}"
+    )
