@@ -1,6 +1,6 @@
 """The data contract between steps: what an accepted sample looks like, on disk and in memory.
 
-A dataset folder holds `train.jsonl`, `eval.jsonl`, `rejects.jsonl` and `dataset.json`. Each line is a `Sample`
+A dataset folder holds `train.jsonl`, `eval.jsonl` and `dataset.json`. Each line is a `Sample`
 whose turns are lists of parts: a string is text, an integer is the number of one of the sample's pictures. So
 "where does picture 2 go" is answered once, by validate_data, and no later step parses placeholders. Pictures stay
 where they are; their sha256 makes a change under a run an error instead of a surprise.
@@ -21,7 +21,6 @@ from .errors import UserError
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
-REJECTS_FILE = "rejects.jsonl"
 Split = Literal["train", "eval"]
 
 
@@ -67,10 +66,16 @@ class Reject(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     file: str
-    index: int = Field(description="position in the file, from 0; for JSON Lines and syntax errors the line, from 1")
+    index: int | None = Field(default=None, description="position among the file's samples, from 0")
+    line: int | None = Field(default=None, description="line of the file, from 1, where it could not be parsed")
     id: str | None
     reason: str = Field(description="stable code, for counting")
     message: str = Field(description="one sentence for a person")
+
+    @property
+    def place(self) -> str:
+        """Where in the file."""
+        return f"line {self.line}" if self.index is None else f"sample {self.index}"
 
 
 class DatasetInfo(BaseModel):
@@ -142,22 +147,24 @@ def content_digest(sample: Sample) -> str:
 
 def write_rejects(path: Path, rejects: list[Reject]) -> None:
     """Write `rejects.jsonl`, one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{reject.model_dump_json()}\n" for reject in rejects))
 
 
-def refuse_too_many(rejects: list[Reject], accepted: int, max_reject_ratio: float, report: str) -> None:
+def refuse_too_many(rejects: list[Reject], accepted: int, max_reject_ratio: float, listed_in: Path) -> None:
     """End the step when nothing is left or too much was rejected.
 
     Raises:
-        UserError: with the first reason as an example and the place of the whole list.
+        UserError: with the first reject as an example and the place of the whole list.
     """
     total = accepted + len(rejects)
     if accepted and len(rejects) <= max_reject_ratio * total:
         return
-    first = f" The first: {rejects[0].file}, sample {rejects[0].index}: {rejects[0].message}" if rejects else ""
-    if not accepted:
-        raise UserError(f"No usable sample is left of {total}; see {report}.{first}")
-    raise UserError(
-        f"{len(rejects)} of {total} samples ({len(rejects) / total:.1%}) were rejected, more than max_reject_ratio "
-        f"{max_reject_ratio:.1%} allows; mend them or raise the ratio; see {report}.{first}"
-    )
+    found = f"no usable sample is left of {total}"
+    if accepted:
+        found = (
+            f"{len(rejects)} of {total} samples ({len(rejects) / total:.1%}) were rejected, more than max_reject_ratio "
+            f"{max_reject_ratio:.1%} allows"
+        )
+    example = f"; the first is {rejects[0].file}, {rejects[0].place}: {rejects[0].message}" if rejects else "."
+    raise UserError(f"{listed_in}: {found}, mend them or raise the ratio{example}")

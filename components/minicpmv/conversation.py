@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..samples import Sample, SampleError, Turn
 from .generations import Generation, generation_of, read_image_settings, slicing_of
+from .row import IGNORED_LABEL
 from .slicing import SlicePlan, SlicingConfig, plan_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's default ignore_index
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,11 @@ class Encoder:
                 f"{checkpoint}: the tokenizer lacks the special tokens {', '.join(missing)}; use the tokenizer that "
                 f"belongs to MiniCPM-V {self.generation.version}."
             )
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills padding; any id will do, since the attention mask hides it."""
+        return int(self.tokenizer.pad_token_id or 0)
 
     def plan(self, sample: Sample) -> list[SlicePlan]:
         """The slices of each of a sample's pictures."""

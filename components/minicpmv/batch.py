@@ -1,0 +1,71 @@
+"""From tokenised rows to the tensors the model takes; one collator for training, evaluation and prediction.
+
+Pixels come as uint8 slices and leave as the packed layout of the vision tower: the patches of all slices of all
+rows, one after the other along the last dimension, so no slice is padded to the longest.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .row import IGNORED_LABEL, Row
+
+
+def collate(
+    rows: Sequence[Row], pad_token_id: int, patch_size: int, padding_side: Literal["left", "right"]
+) -> dict[str, torch.Tensor]:
+    """Pad and stack rows.
+
+    Args:
+        rows: at least one.
+        pad_token_id: fills the padding, which the attention mask hides.
+        patch_size: side of a patch in pixels.
+        padding_side: right in training, left in generation.
+
+    Returns:
+        `input_ids` and `attention_mask` [B, T]; `labels` [B, T] when the rows have them; with pictures also
+        `pixel_values` float32 [1, 3, patch_size, patch_size * patches] and `target_sizes` int32 [slices, 2], each a
+        slice's (rows, columns) in patches.
+    """
+    length = max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED_LABEL)
+    for number, row in enumerate(rows):
+        place = slice(0, len(row.input_ids)) if padding_side == "right" else slice(length - len(row.input_ids), length)
+        input_ids[number, place] = torch.as_tensor(row.input_ids)
+        attention_mask[number, place] = 1
+        if len(row.labels):
+            labels[number, place] = torch.as_tensor(row.labels)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if any(len(row.labels) for row in rows):
+        batch["labels"] = labels
+    slices = [pixels for row in rows for pixels in row.slices]
+    if slices:
+        batch["pixel_values"] = torch.cat([pack_patches(pixels, patch_size) for pixels in slices], dim=-1).unsqueeze(0)
+        batch["target_sizes"] = torch.tensor(
+            [[pixels.shape[0] // patch_size, pixels.shape[1] // patch_size] for pixels in slices], dtype=torch.int32
+        )
+    return batch
+
+
+def pack_patches(pixels: NDArray[np.uint8], patch_size: int) -> torch.Tensor:
+    """Normalise a slice and lay its patches side by side.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        patch_size: side of a patch in pixels, a divisor of both sides.
+
+    Returns:
+        float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
+    """
+    height, width, channels = pixels.shape
+    patches = torch.from_numpy(np.ascontiguousarray(pixels)).view(
+        height // patch_size, patch_size, width // patch_size, patch_size, channels
+    )
+    packed = patches.permute(4, 1, 0, 2, 3).reshape(channels, patch_size, -1)
+    # Mean and deviation 0.5 of the unit range, scaled to grey levels: (x - 127.5) / 127.5.
+    return (packed.float() - 127.5) / 127.5

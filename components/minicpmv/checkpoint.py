@@ -1,0 +1,89 @@
+"""Loading checkpoints whole and never in part, and carrying their other files along."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from ..errors import UserError
+from .generations import Generation, generation_of
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(
+    checkpoint: Path, dtype: torch.dtype | None = None, **options: Any
+) -> tuple[PreTrainedModel, Generation]:
+    """Load a base, merged or fully fine-tuned model.
+
+    Args:
+        checkpoint: a local folder.
+        dtype: of the weights in memory; by default that of the file.
+        **options: further arguments of `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        UserError: the folder is of another architecture, or tensors are missing, surplus or of another shape.
+    """
+    generation = generation_of(checkpoint)
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            checkpoint,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{checkpoint}: the weights cannot be loaded ({error}); fetch the checkpoint again.") from error
+    problems = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    for kind, names in problems.items():
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(
+                f"{checkpoint}: {kind} tensors {shown}; the checkpoint is not a whole MiniCPM-V "
+                f"{generation.version}, fetch it again."
+            )
+    return model, generation
+
+
+def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = None, **options: Any) -> PreTrainedModel:
+    """Load a base model with a PEFT adapter on top, unmerged.
+
+    Raises:
+        UserError: either cannot be loaded, or they do not belong together.
+    """
+    from peft import PeftModel
+
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{adapter}: no {ADAPTER_CONFIG} here, so this is no PEFT adapter; give the train step's output."
+        )
+    model, _ = load_model(base, dtype, **options)
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns of missing keys and goes on; a half-loaded adapter must not pass as a whole one.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError, UserWarning) as error:
+        raise UserError(
+            f"{adapter}: does not fit the base model {base} ({str(error).strip().splitlines()[0]}); give the base it "
+            "was trained on."
+        ) from error
+
+
+def copy_other_files(source: Path, destination: Path) -> None:
+    """Copy every file of a checkpoint folder but its weights, so that the copy is a drop-in for it."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if path.is_dir() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if any(path.match(pattern) for pattern in WEIGHT_PATTERNS):
+            continue
+        target = destination / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)

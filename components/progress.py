@@ -1,0 +1,56 @@
+"""Progress that a person can watch: a bar on a terminal, a line now and then in a pod's log.
+
+A carriage return that redraws a bar on a terminal makes one endless line in a log. So without a terminal each redraw
+is a line of its own, at most one every `MINICPMV_PROGRESS_SECONDS` (default 10); `minicpmv-finetune run` sets a
+shorter interval and draws the lines of its steps as one live bar.
+"""
+
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+INTERVAL_VARIABLE = "MINICPMV_PROGRESS_SECONDS"
+_FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
+
+
+class _LineStream(io.TextIOBase):
+    """Writes what tqdm redraws in place as lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        line = text.replace("\r", "").rstrip()
+        if line:
+            self.stream.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[Any]":
+    """A bar with rate and time left.
+
+    Args:
+        description: what is being done, one or two words.
+        total: number of units.
+        unit: plural name of what is counted, such as " samples".
+        **options: further arguments of tqdm.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        file=sys.stderr if terminal else _LineStream(sys.stderr),
+        mininterval=0.1 if terminal else float(os.environ.get(INTERVAL_VARIABLE, "10")),
+        # Without a monitor thread and with a fixed width a line is the same in every log.
+        ncols=None if terminal else 110,
+        bar_format=_FORMAT,
+        ascii=False,
+        **options,
+    )

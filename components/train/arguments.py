@@ -1,0 +1,211 @@
+"""The flags of the published finetune.py, same names and defaults, on top of every transformers.TrainingArguments flag.
+
+Flags that transformers 5 removed are mapped to today's, or refused with one sentence; a launch script written for the
+published Python file keeps working.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import HfArgumentParser
+
+from ..errors import UserError
+from ..minicpmv.generations import PUBLISHED_LORA_TARGETS
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str = field(
+        default="openbmb/MiniCPM-V-4.6", metadata={"help": "Base checkpoint: a folder, an s3:// URI or a hub id."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = field(
+        default="", metadata={"help": "Training data: a shards folder, or raw JSON, which is prepared first."}
+    )
+    eval_data_path: str = field(
+        default="", metadata={"help": "Evaluation data as raw JSON; with a shards folder its own eval split is used."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained; every transformers.TrainingArguments flag is accepted too."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded checkpoints are kept."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    model_max_length: int = field(
+        default=2048,
+        metadata={"help": "Longest sample in tokens; longer ones are rejected in preprocessing, never cut."},
+    )
+    tune_vision: bool = field(default=True, metadata={"help": "Train the vision tower."})
+    tune_llm: bool = field(default=True, metadata={"help": "Train the language model's own weights."})
+    llm_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Published name of the chat format (minicpm, llama3, qwen); derived from the checkpoint, and "
+            "checked against it when given."
+        },
+    )
+    use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on the language model."})
+    max_slice_nums: int = field(default=9, metadata={"help": "Most slices of a picture."})
+    # The collator needs every column, and figures go to MLflow through this project's own tracking.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; always false."})
+    report_to: str | list[str] = field(
+        default="none", metadata={"help": "Further integrations of transformers; MLflow needs none of them."}
+    )
+
+
+@dataclass
+class LoraArguments:
+    """Which adapters are trained."""
+
+    lora_r: int = field(default=64, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale; the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_target_modules: str = field(
+        default=PUBLISHED_LORA_TARGETS,
+        metadata={"help": "Regular expression of module names; `llm.` means the language model in every generation."},
+    )
+    lora_weight_path: str = field(default="", metadata={"help": "Continue from this adapter."})
+    lora_bias: str = field(default="none", metadata={"help": "Biases to train: none, all or lora_only."})
+    q_lora: bool = field(default=False, metadata={"help": "Load the language model in 4 bits."})
+    lora_modules_to_save: str = field(
+        default="", metadata={"help": "Further modules trained and saved whole, separated by commas."}
+    )
+    lora_layer_replication: str | None = field(
+        default=None, metadata={"help": "Stack the language model's layers from ranges, such as 0:4,2:6."}
+    )
+    lora_layers_to_transform: str | None = field(
+        default=None, metadata={"help": "Only these layers of the language model get adapters, such as 0,1,5."}
+    )
+    lora_layers_pattern: str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that lora_layers_to_transform counts in."}
+    )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All groups, parsed and checked."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    lora: LoraArguments
+
+
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "warmup_ratio": "warmup_steps",  # transformers 5 takes a fraction there
+    "no_cuda": "use_cpu",
+}
+_WITHOUT_EFFECT = {
+    "logging_dir": "curves go to MLflow and the report",
+    "overwrite_output_dir": "a finished result is always replaced as a whole",
+    "save_safetensors": "safetensors is the only format",
+    "include_inputs_for_metrics": "evaluation during training needs no inputs",
+    "use_legacy_prediction_loop": "there is only one loop",
+    "dispatch_batches": "every process reads its own rows",
+    "split_batches": "every process reads its own rows",
+    "push_to_hub_model_id": "publishing is a step of its own",
+    "push_to_hub_organization": "publishing is a step of its own",
+    "push_to_hub_token": "publishing is a step of its own",
+    "xpu_backend": "the backend follows from the device",
+    "half_precision_backend": "torch's own is the only one",
+    "fp16_backend": "torch's own is the only one",
+    "fp16_opt_level": "torch's own mixed precision has no levels",
+    "jit_mode_eval": "transformers has no such mode any more",
+    "use_ipex": "transformers has no such mode any more",
+    "ray_scope": "hyperparameter search is outside this script",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "past_index": "the models need no past state",
+}
+_GROUPED_BY_LENGTH = "group_by_length"
+
+
+def parser() -> HfArgumentParser:
+    """The parser of all groups; its help lists every flag."""
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments, LoraArguments),  # type: ignore[arg-type]
+        prog="minicpmv-finetune train",
+        allow_abbrev=False,
+    )
+
+
+def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Arguments:
+    """Read a published launch script's flags.
+
+    Args:
+        argv: without the program's name.
+        announce: takes a sentence for each flag that was mapped or has no effect any more.
+
+    Raises:
+        UserError: an unknown flag or value, or flags that contradict each other.
+    """
+    flags = _modernised(list(argv), announce)
+    instance = parser()
+    known = {option for action in instance._actions for option in action.option_strings}
+    unknown = [flag for flag in flags if flag.startswith("--") and flag.split("=")[0] not in known]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such flag; see `minicpmv-finetune train --help`.")
+    instance.error = _refuse  # type: ignore[method-assign, assignment]
+    try:
+        groups = instance.parse_args_into_dataclasses(args=flags)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"Training arguments: {str(error).strip().splitlines()[0]}") from error
+    arguments = Arguments(*groups)
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: Arguments) -> None:
+    training = arguments.training
+    if training.use_lora and training.tune_llm:
+        raise UserError("The model cannot simultaneously adjust LLM parameters and apply LoRA.")
+    if not training.use_lora and arguments.lora.q_lora:
+        raise UserError("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
+
+
+def _modernised(flags: list[str], announce: Callable[[str], None]) -> list[str]:
+    """Replace flags that transformers 5 removed."""
+    result: list[str] = []
+    position = 0
+    while position < len(flags):
+        name, equals, value = flags[position].removeprefix("--").partition("=")
+        is_flag = flags[position].startswith("--")
+        # A switch may stand alone; else the next word is its value.
+        values = [value] if equals else []
+        end = position + 1
+        if is_flag and not equals:
+            while end < len(flags) and not flags[end].startswith("--"):
+                values.append(flags[end])
+                end += 1
+        if not is_flag:
+            result.append(flags[position])
+        elif name in _WITHOUT_EFFECT:
+            if name == "save_safetensors" and values and values[0].lower() in {"false", "0", "no"}:
+                raise UserError("--save_safetensors false: pickled weights are not written; leave the flag out.")
+            announce(f"--{name} has no effect: {_WITHOUT_EFFECT[name]}.")
+        elif name == _GROUPED_BY_LENGTH:
+            if not values or values[0].lower() in {"true", "1", "yes"}:
+                result += ["--train_sampling_strategy", "group_by_length"]
+        elif name in _RENAMED:
+            result += [f"--{_RENAMED[name]}", *values]
+        else:
+            result += [f"--{name}", *values]
+        position = end
+    return result
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"Training arguments: {message}; see `minicpmv-finetune train --help`.")
