@@ -56,11 +56,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on the language model."})
     max_slice_nums: int = field(default=9, metadata={"help": "Most slices of a picture."})
-    # The collator needs every column, and figures go to MLflow through this project's own tracking.
+    # The collator needs every column.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; always false."})
-    report_to: str | list[str] = field(
-        default="none", metadata={"help": "Further integrations of transformers; MLflow needs none of them."}
-    )
 
 
 @dataclass
