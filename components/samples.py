@@ -58,6 +58,9 @@ class Sample(BaseModel):
     pictures: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     source: str = Field(description="file and position it came from, for error messages")
+    metric: str | None = Field(default=None, description="scores this sample in evaluation, whatever the set's metric")
+    tags: tuple[str, ...] = Field(default=(), description="groups by which evaluation is broken down")
+    answers: tuple[str, ...] = Field(default=(), description="accepted answers; empty means the last turn alone")
 
 
 class Reject(BaseModel):

@@ -73,6 +73,9 @@ class _RawSample(BaseModel):
     id: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
     image: str | dict[str, str] | None = None
     conversations: list[_RawTurn]
+    metric: str | None = None
+    tags: list[str] = []
+    answers: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,15 @@ def interpret(raw: _RawSample, pictures: list[Picture], source: str, default_id:
         if not turn.text and (turn.role == "assistant" or not any(isinstance(part, int) for part in turn.parts)):
             reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
             raise SampleError(reason, f"turn {number} ({turn.role}) says nothing; give it words or leave it out.")
-    return Sample(id=raw.id or default_id, pictures=tuple(pictures), turns=tuple(turns), source=source)
+    return Sample(
+        id=raw.id or default_id,
+        pictures=tuple(pictures),
+        turns=tuple(turns),
+        source=source,
+        metric=raw.metric,
+        tags=tuple(raw.tags),
+        answers=tuple(raw.answers),
+    )
 
 
 def inspect_picture(uri: str) -> Picture:
