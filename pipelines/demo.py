@@ -173,6 +173,8 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, corpus: tuple[str, ...] =
     )
     torch.manual_seed(seed)
     model = MiniCPMV4_6ForConditionalGeneration(config)
+    # LoRA leaves the head as it is, and the usual 0.02 would cap its logits near 2.5: too flat to be sure of an answer.
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

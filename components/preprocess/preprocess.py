@@ -17,7 +17,7 @@ from .. import storage
 from ..minicpmv.conversation import Encoder
 from ..minicpmv.row import IGNORED_LABEL, Row
 from ..minicpmv.slicing import cut
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import (
     Reject,
     Sample,
@@ -101,7 +101,23 @@ def preprocess(
             bytes=sum(path.stat().st_size for path in staging.glob("*.parquet")),
         )
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
+    tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
+    conclude(
+        f"{sum(manifest.slices.values()):,} slices and {tokens:,} tokens in {manifest.bytes / 1e6:,.1f} MB of shards"
+    )
     return manifest
+
+
+def markdown(manifest: Manifest) -> str:
+    """The counts as a table."""
+    rows = "".join(
+        f"| {split} | {len(lengths):,} | {manifest.slices[split]:,} | {sum(lengths):,} | {max(lengths, default=0):,} |\n"
+        for split, lengths in manifest.lengths.items()
+    )
+    return (
+        f"MiniCPM-V {manifest.generation}, {manifest.bytes / 1e6:,.1f} MB of shards\n\n"
+        f"| Split | Samples | Slices | Tokens | Longest |\n|---|---:|---:|---:|---:|\n{rows}"
+    )
 
 
 def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> Row:

@@ -34,17 +34,19 @@ from ..samples import Split
 from ..shards import Manifest, ShardReader, read_manifest
 from ..tracking import StepRun, open_step_run
 from .arguments import Arguments, parse
+from .record import RECORD_FILE, TrainingRecord
+from .train import SENTENCE_VARIABLE
 from .trainable import count_parameters, make_trainable
-
-RECORD_FILE = "training.json"
 
 
 def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake."""
     try:
-        arguments = parse(argv, announce=_say)
-        finetune(arguments)
+        finetune(parse(argv, announce=_say))
     except (UserError, RetryableError) as error:
+        if sentence := os.environ.get(SENTENCE_VARIABLE):
+            Path(sentence).write_text(str(error))
+            sys.exit(error.exit_code)
         end_process(error)
     finally:
         if torch.distributed.is_initialized():
@@ -97,7 +99,8 @@ def finetune(arguments: Arguments) -> None:
             raise UserError(f"The training loss is {outcome.training_loss}; lower --learning_rate.")
         trainer.accelerator.wait_for_everyone()
         if is_first:
-            _save(trainer, base, arguments, manifest, {"trainable": trainable, "total": total}, watcher.history)
+            parameters = {"trainable": trainable, "total": total}
+            _save(trainer, base, arguments, manifest, parameters, _final_figures(outcome.metrics), watcher.history)
         status = "FINISHED"
     finally:
         run.finish(status)
@@ -109,6 +112,7 @@ def _save(
     arguments: Arguments,
     manifest: Manifest,
     parameters: Mapping[str, int],
+    metrics: Mapping[str, float],
     history: list[dict[str, float]],
 ) -> None:
     """Write the adapter or the whole model so that it is there complete or not at all."""
@@ -126,17 +130,29 @@ def _save(
             model.save_pretrained(folder)
             write_max_slices(folder, manifest.max_slice_nums)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        record = {
-            "base_model": arguments.model.model_name_or_path,
-            "generation": manifest.generation,
-            "data_fingerprint": manifest.data_fingerprint,
-            "max_slice_nums": manifest.max_slice_nums,
-            "use_lora": arguments.training.use_lora,
-            "parameters": parameters,
-            "arguments": _settings(arguments),
-            "history": history,
-        }
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        record = TrainingRecord(
+            base_model=arguments.model.model_name_or_path,
+            generation=manifest.generation,
+            data_fingerprint=manifest.data_fingerprint,
+            max_slice_nums=manifest.max_slice_nums,
+            use_lora=arguments.training.use_lora,
+            parameters=parameters,
+            metrics=metrics,
+            arguments=json.loads(json.dumps(_settings(arguments), default=str)),
+            history=history,
+        )
+        (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
+
+
+def _final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a person wants to see at a glance, of what transformers measured."""
+    names = {
+        "train_loss": "loss",
+        "train_samples_per_second": "samples/s",
+        "train_runtime": "seconds",
+        "epoch": "epochs",
+    }
+    return {name: float(metrics[key]) for key, name in names.items() if key in metrics}
 
 
 def _check_adapter_moved(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .. import storage
 from ..errors import UserError
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import (
     DATASET_FILE,
     DatasetInfo,
@@ -137,7 +137,20 @@ def validate_data(
         for split, group in samples.items():
             (staging / f"{split}.jsonl").write_text("".join(f"{sample.model_dump_json()}\n" for sample in group))
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
+    conclude(
+        f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, {len(rejects):,} rejected"
+    )
     return info
+
+
+def markdown(info: DatasetInfo) -> str:
+    """The counts as tables."""
+    rows = "".join(f"| {split} | {count:,} |\n" for split, count in info.rows.items())
+    text = f"| Split | Samples |\n|---|---:|\n{rows}"
+    if info.rejected:
+        reasons = "".join(f"| {reason} | {count:,} |\n" for reason, count in sorted(info.rejected.items()))
+        text += f"\n| Rejected because of | Samples |\n|---|---:|\n{reasons}"
+    return f"{text}\nFingerprint of the content: `{info.fingerprint}`\n"
 
 
 def interpret(raw: _RawSample, pictures: list[Picture], source: str, default_id: str) -> Sample:
