@@ -29,7 +29,7 @@ from ..minicpmv.batch import collate
 from ..minicpmv.checkpoint import copy_other_files, load_model
 from ..minicpmv.generations import write_max_slices
 from ..minicpmv.row import Row
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import Split
 from ..shards import Manifest, ShardReader, read_manifest
 from ..tracking import StepRun, open_step_run
@@ -101,6 +101,7 @@ def finetune(arguments: Arguments) -> None:
         if is_first:
             parameters = {"trainable": trainable, "total": total}
             _save(trainer, base, arguments, manifest, parameters, _final_figures(outcome.metrics), watcher.history)
+            conclude(f"loss {watcher.last_loss:.4f}, {trainable:,} of {total:,} parameters trained")
         status = "FINISHED"
     finally:
         run.finish(status)
@@ -187,6 +188,11 @@ class _Watcher(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.bar: Any = None
         self.samples_per_step = 1
+
+    @property
+    def last_loss(self) -> float:
+        """The latest training loss that was logged."""
+        return next((figures["loss"] for figures in reversed(self.history) if "loss" in figures), math.nan)
 
     def on_train_begin(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
