@@ -12,7 +12,7 @@ class Moved(BaseModel):
 
     tensors: int = Field(description="in this part")
     changed: int = Field(description="of them differ from the base")
-    relative: float = Field(description="norm of the change over the norm of the base, both over the whole part")
+    relative: float = Field(description="norm of the change over the norm of the base, both over the changed tensors")
 
 
 class Parity(BaseModel):
@@ -132,8 +132,8 @@ def markdown(report: MergeReport) -> str:
         memory = report.memory
         lines += [
             "",
-            f"Streaming took {memory.peak / 1e6:.0f} MB of anonymous memory at most (bound {memory.bound / 1e6:.0f} MB, "
-            f"after imports {memory.baseline / 1e6:.0f} MB)"
+            f"Streaming took {memory.peak / 1e6:.0f} MB of anonymous memory at most (bound "
+            f"{memory.bound / 1e6:.0f} MB, after imports {memory.baseline / 1e6:.0f} MB)"
             + (f"; the gate's process {report.gate.peak_resident_bytes / 1e6:.0f} MB in all." if report.gate else "."),
         ]
     return "\n".join(lines) + "\n"
@@ -142,6 +142,6 @@ def markdown(report: MergeReport) -> str:
 def _cell(text: str) -> str:
     """Text from data within a table's cell."""
     flat = " ".join(html.escape(text).split())
-    for mark in "\\`*_[]|~#":
+    for mark in "\\`*_[]|~":
         flat = flat.replace(mark, f"\\{mark}")
     return flat

@@ -175,7 +175,7 @@ def raw_blocks(tensor: Stored) -> Iterator[memoryview]:
 
 def as_bytes(values: torch.Tensor) -> memoryview:
     """A tensor's bytes as they are stored, not copied."""
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_file(
