@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from .. import storage
 from ..errors import RetryableError, UserError, end_process
@@ -41,6 +43,7 @@ from .trainable import count_parameters, make_trainable
 
 def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake."""
+    _quiet()
     try:
         finetune(parse(argv, announce=_say))
     except (UserError, RetryableError) as error:
@@ -66,6 +69,7 @@ def finetune(arguments: Arguments) -> None:
             f"{generation.version}; run preprocess with this base model."
         )
     model.config.use_cache = False
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
     trained = make_trainable(model, generation, arguments)
     if training.gradient_checkpointing:
         training.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -253,6 +257,15 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
                 settings[item.name] = value
     settings.pop("hub_token", None)
     return settings
+
+
+def _quiet() -> None:
+    """What transformers warns of here (reference kernels without a GPU, one process under torchrun) is as intended."""
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # PEFT still asks for the old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def _path(text: str | None) -> Path | None:
