@@ -33,6 +33,10 @@ class _LineStream(io.TextIOBase):
         self.stream.flush()
 
 
+class _Bar(tqdm):
+    monitor_interval = 0  # a thread that would watch for stalled bars; each update looks at the clock instead
+
+
 def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[Any]":
     """A bar with rate and time left.
 
@@ -43,13 +47,14 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         **options: further arguments of tqdm.
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
+    return _Bar(
         total=total,
         desc=description,
         unit=unit,
         file=sys.stderr if terminal else _LineStream(sys.stderr),
         mininterval=0.1 if terminal else float(os.environ.get(INTERVAL_VARIABLE, "10")),
-        # Without a monitor thread and with a fixed width a line is the same in every log.
+        miniters=1,
+        # A fixed width makes the lines of a log alike.
         ncols=None if terminal else 110,
         bar_format=_FORMAT,
         ascii=False,
