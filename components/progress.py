@@ -7,6 +7,7 @@ shorter interval and draws the lines of its steps as one live bar.
 
 import io
 import os
+import shutil
 import sys
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 INTERVAL_VARIABLE = "MINICPMV_PROGRESS_SECONDS"
 OUTCOME_MARK = "→ "
+_WIDTH = 110
 _FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
 
 
@@ -46,7 +48,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         unit: plural name of what is counted, such as " samples".
         **options: further arguments of tqdm.
     """
-    terminal = sys.stderr.isatty()
+    terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
     return _Bar(
         total=total,
         desc=description,
@@ -54,8 +56,9 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         file=sys.stderr if terminal else _LineStream(sys.stderr),
         mininterval=0.1 if terminal else float(os.environ.get(INTERVAL_VARIABLE, "10")),
         miniters=1,
-        # A fixed width makes the lines of a log alike.
-        ncols=None if terminal else 110,
+        # tqdm itself draws nothing on a terminal that does not tell its size, as those of containers often do not.
+        ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,
+        nrows=size.lines,
         bar_format=_FORMAT,
         ascii=False,
         **options,
