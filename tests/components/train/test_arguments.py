@@ -75,8 +75,6 @@ def test_settings_become_flags() -> None:
     ]
 
 
-def test_output_and_data_must_be_named() -> None:
-    with pytest.raises(UserError, match="--output_dir: missing"):
-        parse(["--data_path", "data"])
+def test_data_must_be_named() -> None:
     with pytest.raises(UserError, match="--data_path: missing"):
         parse(["--output_dir", "out"])
