@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from .names import read_names
 from .plan import Plan, edit_config, make_plan
 from .report import GateReport, Memory, MergeReport, Moved, markdown
 from .update import Update, Updates, read_adapter, read_full_fine_tune
-from .weights import Planned, as_bytes, raw_blocks, read_headers, write_file, write_index
+from .weights import Planned, as_bytes, read_headers, write_files, write_index
 
 __all__ = ["MergeReport", "MergeSettings", "markdown", "merge", "stream"]
 
@@ -161,27 +162,24 @@ def stream(base: Path, adapter: Path, folder: Path) -> Streamed:
     movements = {tensor.module: _Movement() for tensor in plan.tensors}
     peak = baseline
 
-    with progress("merge", size, "B", unit_scale=True) as bar:
+    with progress("merge", size, "B", unit_scale=True) as bar, _one_thread():
 
-        def blocks(tensor: Planned) -> Iterator[memoryview]:
-            nonlocal peak
+        def blocks(tensor: Planned) -> Iterator[memoryview] | None:
             update = updates.by_tensor.get(tensor.module)
-            for block in raw_blocks(tensor.source) if update is None else _merged(tensor, update):
-                yield block
-                bar.update(len(block))
-            peak = max(peak, anonymous_memory())
+            return None if update is None else merged(tensor, update)
 
-        def _merged(tensor: Planned, update: Update) -> Iterator[memoryview]:
+        def merged(tensor: Planned, update: Update) -> Iterator[memoryview]:
             nonlocal peak
-            for before, after in update.blocks(tensor.source):
-                movements[tensor.module].add(before, after)
-                peak = max(peak, anonymous_memory())
+            movement = movements[tensor.module]
+            for number, (before, after) in enumerate(update.blocks(tensor.source)):
+                movement.add(before, after)
+                if number == 0:
+                    peak = max(peak, anonymous_memory())
                 yield as_bytes(after)
-            movements[tensor.module].check(tensor)
+            movement.check(tensor)
 
-        for name, metadata, tensors in plan.files:
-            write_file(folder / name, metadata, tensors, blocks)
-    write_index(base, folder, {name: tensors for name, _, tensors in plan.files})
+        write_files(folder, plan.files, blocks, bar.update)
+    write_index(base, folder, plan.files)
     largest = max(tensor.source.size for tensor in plan.tensors)
     return Streamed(
         plan=plan,
@@ -193,6 +191,21 @@ def stream(base: Path, adapter: Path, folder: Path) -> Streamed:
         else None,
         seconds=time.monotonic() - started,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let each operation run on one core.
+
+    A block is small: meeting the other cores after each operation on it costs more than they save, on a busy machine
+    many times as much.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def anonymous_memory() -> int:
@@ -214,7 +227,7 @@ class _Movement:
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
         values = before.float().reshape(-1)
-        change = after.float().reshape(-1) - values
+        change = after.to(torch.float32, copy=True).reshape(-1).sub_(values)
         self.base += float(values @ values)
         self.difference += float(change @ change)
 
@@ -290,10 +303,10 @@ def _run_gate(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -
         done = subprocess.run([sys.executable, "-m", GATE, *arguments], check=False)  # noqa: S603
         if done.returncode == 0:
             return GateReport.model_validate_json(report.read_text())
+        if done.returncode == USER_ERROR_EXIT and report.is_file():
+            raise UserError(report.read_text())
     finally:
         report.unlink(missing_ok=True)
-    if done.returncode == USER_ERROR_EXIT:
-        raise UserError("The gate could not load the merged model; its sentence is above.")
     if done.returncode < 0:
         raise RetryableError(
             f"The gate's process was ended by signal {-done.returncode}; it holds the model in float32, so give the "

@@ -116,6 +116,18 @@ def test_gate_refuses_a_model_that_is_not_base_and_adapter(
     assert "differ by" in found.failure
 
 
+def test_what_the_gate_cannot_load_is_told_in_its_words(
+    tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    base = copy_base(tiny_46, tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    adapter = train(base).folder
+    with pytest.raises(UserError, match="tokenizer"):
+        merge(str(base), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+    assert not list(tmp_path.glob("*model*"))
+    assert not list(tmp_path.glob(".*model*"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
