@@ -33,7 +33,7 @@ RANK = 64
 MERGE = """
 import sys
 from pathlib import Path
-from minicpmv_finetune.components.merge.merge import stream
+from minicpmv_finetune.components.merge.streaming import stream
 done = stream(*map(Path, sys.argv[1:]))
 print(done.memory.model_dump_json(), done.seconds, sep="\\n")
 """
