@@ -144,18 +144,32 @@ def read_samples(dataset: Path, split: Split) -> Iterator[Sample]:
             yield Sample.model_validate_json(line)
 
 
+def read_picture(picture: Picture) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        UserError: they are not those that were validated.
+    """
+    content = storage.read_bytes(picture.uri)
+    if hashlib.sha256(content).hexdigest() != picture.sha256:
+        raise UserError(f"{picture.uri}: changed since it was validated; run validate-data again.")
+    return content
+
+
+def decode_picture(content: bytes) -> Image.Image:
+    """Decode a picture's file, unconverted."""
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
 def open_picture(picture: Picture) -> Image.Image:
     """Decode a picture, unconverted.
 
     Raises:
         UserError: its bytes are not those that were validated.
     """
-    content = storage.read_bytes(picture.uri)
-    if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise UserError(f"{picture.uri}: changed since it was validated; run validate-data again.")
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
+    return decode_picture(read_picture(picture))
 
 
 def content_digest(sample: Sample) -> str:
