@@ -171,6 +171,25 @@ def compile(
 
 
 @app.command(rich_help_panel=STEP)
+def import_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; pictures may go beside it.")],
+    pictures: Annotated[
+        str, typer.Option(help="Folder that pictures' paths are relative to; the source's own by default.")
+    ] = "",
+) -> None:
+    """Before step 1: bring data of another program into this project's format."""
+    from ..components.validate_data.importing import import_data as convert
+
+    convert(source, out, pictures)
+
+
+@app.command(rich_help_panel=STEP)
 def validate_data(
     data: Data,
     out: Out,
@@ -182,7 +201,7 @@ def validate_data(
         bool, typer.Option(help="Turn pictures as EXIF says, for training and evaluation; serving must do the same.")
     ] = False,
 ) -> None:
-    """Step 1: check every sample; beside OUT, rejects.jsonl names those left out and data-report.html shows the data."""
+    """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT say what is wrong and what is there."""
     from ..components.validate_data.validate import ValidationSettings
     from ..components.validate_data.validate import validate_data as step
 
