@@ -31,7 +31,8 @@ from ..minicpmv.generations import write_max_slices
 from ..minicpmv.row import Row
 from ..progress import conclude, progress
 from ..samples import Split
-from ..shards import Manifest, ShardReader, read_manifest, verify_shards
+from ..shard_cache import open_shards
+from ..shards import Manifest, ShardReader, read_manifest
 from ..tracking import StepRun, open_step_run
 from ..training_record import RECORD_FILE, TrainingRecord
 from .arguments import Arguments, parse
@@ -56,9 +57,8 @@ def main(argv: Sequence[str]) -> None:
 def finetune(arguments: Arguments) -> None:
     """Train, save, and leave a record; the story of the step, top to bottom."""
     training = arguments.training
-    shards = storage.fetch(arguments.data.data_path, _path(training.cache_dir))
+    shards = open_shards(arguments.data.data_path, _path(training.cache_dir))
     manifest = read_manifest(shards)
-    verify_shards(shards, manifest)
     base = storage.fetch(arguments.model.model_name_or_path, _path(training.cache_dir))
     model, generation = load_model(base, _compute_dtype(training))
     if generation.version != manifest.generation:
