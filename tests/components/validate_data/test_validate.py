@@ -745,3 +745,20 @@ def test_a_picture_that_may_not_be_read_says_so(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
     reject = workshop.rejected({"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]})
     assert "access denied" in reject.message
+
+
+def test_many_pictures_of_a_store_come_through_the_pool(
+    s3_uri: str, unreachable: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(workshop.folder / "0.tar", {f"{number}.png": png(number) for number in range(30)})
+    storage.write_bytes(f"{s3_uri}/set/0.tar", (workshop.folder / "0.tar").read_bytes())
+    for number in range(30, 60):
+        storage.write_bytes(f"{s3_uri}/set/{number}.png", png(number))
+    names = [f"0.tar!{number}.png" if number < 30 else f"{number}.png" for number in range(60)]
+    samples = [{"image": f"{s3_uri}/set/{name}", TURNS: [ASK, ANSWER]} for name in names]
+    workshop.check(samples)
+    assert workshop.rejects == []
+    assert [read_picture(sample.pictures[0]) for sample in workshop.samples] == [png(number) for number in range(60)]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
+    with pytest.raises(RetryableError, match="does not answer"):
+        workshop.check(samples[30:] * 2)
