@@ -217,6 +217,12 @@ def _inspected(address: str, span: pictures.Span | None, exif_transpose: bool) -
 
 
 def check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accepted | Reject:
+    """Check an item of a file.
+
+    Args:
+        record: the item.
+        inspect: what looks at a picture, given its address.
+    """
     try:
         if record.problem:
             raise record.problem
