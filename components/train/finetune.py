@@ -56,6 +56,12 @@ def main(argv: Sequence[str]) -> None:
 def finetune(arguments: Arguments) -> None:
     """Train, save, and leave a record; the story of the step, top to bottom."""
     training = arguments.training
+    _ = training.device
+    if training.deepspeed:
+        import deepspeed
+
+        # Learns of the process group that transformers has joined, which ZeRO-3 needs before the model is loaded.
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
     shards = storage.fetch(arguments.data.data_path, _path(training.cache_dir))
     manifest = read_manifest(shards)
     verify_shards(shards, manifest)
