@@ -26,8 +26,11 @@ def load_model(
         **options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        UserError: the folder is of another architecture, or tensors are missing, surplus or of another shape.
+        UserError: the folder is of another architecture, or tensors are missing, surplus, of another shape or
+            hold NaN.
     """
+    from . import modeling  # noqa: F401 - tells transformers of the native generations
+
     generation = generation_of(checkpoint)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -36,6 +39,7 @@ def load_model(
             output_loading_info=True,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             **options,
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -47,6 +51,12 @@ def load_model(
             raise UserError(
                 f"{checkpoint}: {kind} tensors {shown}; the checkpoint is not a whole MiniCPM-V "
                 f"{generation.version}, fetch it again."
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"{checkpoint}: {name} holds values that are no numbers (NaN or infinite); the checkpoint is damaged, "
+                "fetch it again or take an earlier one."
             )
     return model, generation
 

@@ -85,10 +85,10 @@ class MiniCPMVConfig(PreTrainedConfig):
         self._check()
 
     def _language_model_class(self) -> type[PreTrainedConfig]:
-        language_model = _LANGUAGE_MODELS.get(version_name(self.version))
-        if language_model is None:
-            raise ValueError(f"version {self.version!r} is none of {', '.join(_LANGUAGE_MODELS)}")
-        return language_model
+        for version, language_model in _LANGUAGE_MODELS.items():
+            if self.version is not None and str(float(self.version)) == version:
+                return language_model
+        raise ValueError(f"version {self.version!r} is none of {', '.join(_LANGUAGE_MODELS)}")
 
     def _check(self) -> None:
         hidden_size, patch_size = self.text_config.hidden_size, self._published.get("patch_size")
@@ -136,14 +136,6 @@ class MiniCPMVConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: what was in the file is written again, default or not."""
         return self.to_dict()
-
-
-def version_name(version: float | str | int | None) -> str:
-    """A published `version`, whether number or text, as text with one decimal: 4 → "4.0"."""
-    try:
-        return f"{float(str(version)):.1f}"
-    except ValueError:
-        return str(version)
 
 
 def find_token_id(checkpoint: Path, token: str) -> int | None:

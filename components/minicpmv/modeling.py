@@ -106,6 +106,11 @@ class VisionTower(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["SiglipEncoderLayer", "VisionEmbeddings"]  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for its attention interface in this file; it is in the classes used here.
+        return True
+
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__(config)
         self.embeddings = VisionEmbeddings(config)
@@ -247,6 +252,11 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for its attention interface in this file; it is in the classes used here.
+        return True
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)
