@@ -8,7 +8,7 @@ ends at once with the same sentence, and `minicpmv-finetune run` recovers exit c
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from . import storage
 from .errors import RetryableError, UserError, end_process
@@ -20,6 +20,8 @@ MARKER_NAME = "permanent_error.json"
 def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Iterator[None]:
     """Run a component's body so that a user's mistake is remembered across Kubeflow's retries.
 
+    The marker only saves time: where it cannot be read or written, the step goes on without.
+
     Args:
         output_uri: URI of any of the task's output artifacts; the marker lies beside it.
         inputs: what the task was given; a marker left by other inputs is ignored.
@@ -29,14 +31,23 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     """
     marker_uri = storage.join(storage.parent(output_uri), MARKER_NAME)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    message = _read_marker(marker_uri, digest)
+    if message is not None:
+        end_process(UserError(message))
     try:
-        if storage.exists(marker_uri):
-            marker = json.loads(storage.read_bytes(marker_uri))
-            if marker["inputs"] == digest:
-                end_process(UserError(marker["message"]))
         yield
     except UserError as error:
-        storage.write_bytes(marker_uri, json.dumps({"inputs": digest, "message": str(error)}).encode())
+        with suppress(UserError, RetryableError):
+            storage.write_bytes(marker_uri, json.dumps({"inputs": digest, "message": str(error)}).encode())
         end_process(error)
     except RetryableError as error:
         end_process(error)
+
+
+def _read_marker(marker_uri: str, inputs: str) -> str | None:
+    """The sentence that an earlier attempt with the same inputs ended with."""
+    with suppress(UserError, RetryableError, ValueError):
+        marker = json.loads(storage.read_bytes(marker_uri))
+        if marker.get("inputs") == inputs:
+            return str(marker["message"])
+    return None

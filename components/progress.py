@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 INTERVAL_VARIABLE = "MINICPMV_PROGRESS_SECONDS"
+OUTCOME_MARK = "→ "
 _FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
 
 
@@ -54,3 +55,8 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         ascii=False,
         **options,
     )
+
+
+def conclude(sentence: str) -> None:
+    """Tell a step's outcome in one line, which `minicpmv-finetune run` shows beside the step's name."""
+    print(f"{OUTCOME_MARK}{sentence}", file=sys.stderr, flush=True)

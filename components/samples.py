@@ -9,9 +9,9 @@ where they are; their sha256 makes a change under a run an error instead of a su
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,7 @@ from .errors import UserError
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
 Split = Literal["train", "eval"]
+Document = TypeVar("Document", bound=BaseModel)
 
 
 class Picture(BaseModel):
@@ -57,7 +58,11 @@ class Sample(BaseModel):
     id: str
     pictures: tuple[Picture, ...]
     turns: tuple[Turn, ...]
-    source: str = Field(description="file and position it came from, for error messages")
+    source: str = Field(description="file it came from, for error messages")
+    index: int | None = Field(default=None, description="position among that file's samples, from 0")
+    metric: str | None = Field(default=None, description="scores this sample in evaluation, whatever the set's metric")
+    tags: tuple[str, ...] = Field(default=(), description="groups by which evaluation is broken down")
+    answers: tuple[str, ...] = Field(default=(), description="accepted answers; empty means the last turn alone")
 
 
 class Reject(BaseModel):
@@ -74,8 +79,8 @@ class Reject(BaseModel):
 
     @property
     def place(self) -> str:
-        """Where in the file."""
-        return f"line {self.line}" if self.index is None else f"sample {self.index}"
+        """Where it was found."""
+        return f"{self.file}, {f'line {self.line}' if self.index is None else f'sample {self.index}'}"
 
 
 class DatasetInfo(BaseModel):
@@ -103,21 +108,38 @@ def read_info(dataset: Path) -> DatasetInfo:
     Raises:
         UserError: the folder is no finished dataset, or of a newer schema.
     """
-    path = dataset / DATASET_FILE
+    return read_versioned(dataset / DATASET_FILE, DatasetInfo, SCHEMA_VERSION, made_by="validate-data")
+
+
+def read_versioned(path: Path, model: type[Document], newest: int, made_by: str) -> Document:
+    """The document that is a step's commit point.
+
+    Args:
+        path: where it should lie.
+        model: what it holds; has a `schema_version`.
+        newest: the newest schema version this program knows.
+        made_by: the command that writes it.
+
+    Raises:
+        UserError: there is none, it is damaged, or of a newer schema.
+    """
     if not path.is_file():
-        raise UserError(f"{dataset}: no {DATASET_FILE} here, so this is no finished dataset; run validate-data first.")
-    info = DatasetInfo.model_validate_json(path.read_text())
-    if info.schema_version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema version {info.schema_version} is newer than this program's {SCHEMA_VERSION}; upgrade "
-            "minicpmv-finetune."
-        )
-    return info
+        raise UserError(f"{path.parent}: no {path.name} here, so {made_by} has not finished; run it first.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document["schema_version"]
+        if version <= newest:
+            return model.model_validate(document)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged or of another program ({error!r:.200}); run {made_by} again.") from error
+    raise UserError(
+        f"{path}: schema version {version} is newer than this program's {newest}; upgrade minicpmv-finetune."
+    )
 
 
 def read_samples(dataset: Path, split: Split) -> Iterator[Sample]:
     """The accepted samples of one split, in their order."""
-    with (dataset / f"{split}.jsonl").open() as lines:
+    with (dataset / f"{split}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             yield Sample.model_validate_json(line)
 
@@ -145,26 +167,31 @@ def content_digest(sample: Sample) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_rejects(path: Path, rejects: list[Reject]) -> None:
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     """Write `rejects.jsonl`, one JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{reject.model_dump_json()}\n" for reject in rejects))
+    storage.write_bytes(str(path), "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode())
 
 
-def refuse_too_many(rejects: list[Reject], accepted: int, max_reject_ratio: float, listed_in: Path) -> None:
-    """End the step when nothing is left or too much was rejected.
+def refuse_nothing_left(rejects: Sequence[Reject], split: Split, listed_in: Path) -> None:
+    """End the step because every sample of a split was rejected.
+
+    Raises:
+        UserError: always, with the first reject as an example and the place of the whole list.
+    """
+    example = f"; the first is {rejects[0].place}: {rejects[0].message}" if rejects else "."
+    raise UserError(f"{listed_in}: no usable {split} sample is left, {len(rejects)} were rejected{example}")
+
+
+def refuse_too_many(rejects: Sequence[Reject], accepted: int, max_reject_ratio: float, listed_in: Path) -> None:
+    """End the step when too much was rejected.
 
     Raises:
         UserError: with the first reject as an example and the place of the whole list.
     """
     total = accepted + len(rejects)
-    if accepted and len(rejects) <= max_reject_ratio * total:
-        return
-    found = f"no usable sample is left of {total}"
-    if accepted:
-        found = (
-            f"{len(rejects)} of {total} samples ({len(rejects) / total:.1%}) were rejected, more than max_reject_ratio "
-            f"{max_reject_ratio:.1%} allows"
+    if len(rejects) > max_reject_ratio * total:
+        raise UserError(
+            f"{listed_in}: {len(rejects)} of {total} samples ({len(rejects) / total:.1%}) were rejected, more than "
+            f"max_reject_ratio {max_reject_ratio:.1%} allows; mend them or raise it; the first is {rejects[0].place}: "
+            f"{rejects[0].message}"
         )
-    example = f"; the first is {rejects[0].file}, {rejects[0].place}: {rejects[0].message}" if rejects else "."
-    raise UserError(f"{listed_in}: {found}, mend them or raise the ratio{example}")

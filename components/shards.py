@@ -6,8 +6,8 @@ for object storage. `manifest.json` is written last and is the commit point: wit
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import UserError
 from .minicpmv.row import Row
-from .samples import Split
+from .samples import Split, read_versioned
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ROW_GROUP_BYTES = 4 * 2**20
 SHARD_BYTES = 128 * 2**20
+_CACHED_ROW_GROUPS = 16
 
 _SCHEMA = pa.schema(
     [
@@ -144,16 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: there is none, or it is of a newer schema.
     """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: no {MANIFEST_FILE} here, so the shards are not finished; run preprocess first.")
-    document = json.loads(path.read_text())
-    if document.get("schema_version", 0) > SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema version {document['schema_version']} is newer than this program's {SCHEMA_VERSION}; "
-            "upgrade minicpmv-finetune."
-        )
-    return Manifest.model_validate(document)
+    return read_versioned(folder / MANIFEST_FILE, Manifest, SCHEMA_VERSION, made_by="preprocess")
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> None:
@@ -173,22 +165,30 @@ def verify_shards(folder: Path, manifest: Manifest) -> None:
 
 
 class ShardReader(Sequence[Row]):
-    """Random access to one split's rows; safe to hand to worker processes, which open the files anew."""
+    """Random access to one split's rows; a copy sent to another process opens the files anew.
+
+    Raises:
+        UserError: the folder holds no finished shards, or a file is missing.
+    """
 
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
         self.split = split
         self.manifest = read_manifest(folder)
-        self._index: list[tuple[str, int, int]] = []  # file, row group, first row of each row group
+        self._groups: list[tuple[pq.ParquetFile, int]] = []  # file and number within it of each row group
         self._first_rows: list[int] = []
-        first = 0
+        self._length = 0
         for shard in self.manifest.shards.get(split, []):
-            metadata = pq.read_metadata(folder / shard.file)
-            for group in range(metadata.num_row_groups):
-                self._index.append((shard.file, group, first))
-                self._first_rows.append(first)
-                first += metadata.row_group(group).num_rows
-        self._length = first
+            file = _open(folder / shard.file)
+            for group in range(file.metadata.num_row_groups):
+                self._groups.append((file, group))
+                self._first_rows.append(self._length)
+                self._length += file.metadata.row_group(group).num_rows
+        # Rows near each other are often read one after the other.
+        self._read_group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._decode_group)
+
+    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Path, Split]]:
+        return type(self), (self.folder, self.split)
 
     def __len__(self) -> int:
         return self._length
@@ -196,37 +196,38 @@ class ShardReader(Sequence[Row]):
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[number] for number in range(*position.indices(len(self)))]
-        if not 0 <= position < len(self):
+        number = position + len(self) if position < 0 else position
+        if not 0 <= number < len(self):
             raise IndexError(position)
-        group = int(np.searchsorted(self._first_rows, position, side="right")) - 1
-        file, number, first = self._index[group]
-        return _decode(_read_row_group(str(self.folder / file), number), position - first)
+        group = bisect_right(self._first_rows, number) - 1
+        return _row(self._read_group(group), number - self._first_rows[group])
 
-    def __iter__(self) -> Iterator[Row]:
-        return (self[number] for number in range(len(self)))
-
-
-@lru_cache(maxsize=64)
-def _open(path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(path, memory_map=True)
+    def _decode_group(self, group: int) -> pa.Table:
+        file, number = self._groups[group]
+        return file.read_row_group(number, use_threads=False)
 
 
-@lru_cache(maxsize=16)
-def _read_row_group(path: str, number: int) -> pa.Table:
-    return _open(path).read_row_group(number)
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: named in {MANIFEST_FILE} but missing; run preprocess again.") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: damaged ({error}); run preprocess again.") from error
 
 
-def _decode(table: pa.Table, row: int) -> Row:
-    pixels = np.frombuffer(table["pixels"][row].as_buffer(), dtype=np.uint8)
-    sides = table["slice_sizes"][row].values.to_numpy(zero_copy_only=False)
+def _row(table: pa.Table, number: int) -> Row:
+    # Copied, so that a batch does not keep whole row groups alive and torch gets memory it may write to.
+    pixels = np.frombuffer(table["pixels"][number].as_buffer(), dtype=np.uint8).copy()
+    sides = table["slice_sizes"][number].values.to_numpy(zero_copy_only=False)
     slices, start = [], 0
     for height, width in sides.reshape(-1, 2).tolist():
         end = start + height * width * 3
         slices.append(pixels[start:end].reshape(height, width, 3))
         start = end
     return Row(
-        id=table["id"][row].as_py(),
-        input_ids=table["input_ids"][row].values.to_numpy(zero_copy_only=False),
-        labels=table["labels"][row].values.to_numpy(zero_copy_only=False),
+        id=table["id"][number].as_py(),
+        input_ids=table["input_ids"][number].values.to_numpy(zero_copy_only=False).copy(),
+        labels=table["labels"][number].values.to_numpy(zero_copy_only=False).copy(),
         slices=slices,
     )

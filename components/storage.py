@@ -6,8 +6,11 @@ environment as boto3 reads it (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AW
 `minio://` is how Kubeflow Pipelines spells its built-in object store and means the same as `s3://`.
 """
 
+import errno
 import hashlib
 import os
+import posixpath
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,19 +22,21 @@ from typing import TYPE_CHECKING, NoReturn
 from .errors import RetryableError, UserError
 
 if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
 _OBJECT_SCHEMES = ("s3://", "minio://")
-_REFUSED_SCHEMES = {
-    "http://": "data must not change under a run, so plain web addresses are refused; copy it to a folder or s3://",
-    "https://": "data must not change under a run, so plain web addresses are refused; copy it to a folder or s3://",
-    "gs://": "only local paths, s3:// and hf:// are supported; use the bucket's S3-compatible endpoint",
-}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def is_object_uri(uri: str) -> bool:
     """Whether the URI names an object in an S3-compatible store."""
     return uri.startswith(_OBJECT_SCHEMES)
+
+
+def is_supported(uri: str) -> bool:
+    """Whether files can be read from there: a local path or an S3-compatible store."""
+    return is_object_uri(uri) or not _SCHEME.match(uri)
 
 
 def join(base: str, name: str) -> str:
@@ -54,21 +59,13 @@ def resolve(reference: str, relative_to: str) -> str:
     Returns:
         A URI that means the same from everywhere.
     """
-    if is_object_uri(reference) or "://" in reference:
+    if _SCHEME.match(reference):
         return reference
     if is_object_uri(relative_to) and not reference.startswith("/"):
-        return join(relative_to, str(PurePosixPath(reference)))
+        bucket, key = _split(join(relative_to, reference))
+        # A store takes `..` for a name.
+        return f"{relative_to.partition('://')[0]}://{bucket}/{posixpath.normpath(key)}"
     return str((Path(relative_to) / reference).absolute())
-
-
-def exists(uri: str) -> bool:
-    """Whether a file lies at `uri`."""
-    if not is_object_uri(uri):
-        return _local(uri).exists()
-    bucket, key = _split(uri)
-    with _explained(uri):
-        listing = _client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-        return any(item["Key"] == key or item["Key"].startswith(f"{key}/") for item in listing.get("Contents", []))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -86,7 +83,12 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a small file so that a reader sees all of it or none."""
+    """Write a small file so that a reader sees all of it or none.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
     with _explained(uri):
         if is_object_uri(uri):
             bucket, key = _split(uri)
@@ -95,8 +97,11 @@ def write_bytes(uri: str, content: bytes) -> None:
         path = _local(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def fetch(uri: str, cache_dir: Path | None = None) -> Path:
@@ -111,23 +116,23 @@ def fetch(uri: str, cache_dir: Path | None = None) -> Path:
         RetryableError: the store does not answer.
     """
     if is_object_uri(uri):
-        return _download(uri, cache_dir or Path(tempfile.gettempdir()) / "minicpmv-finetune")
+        return _download(uri, cache_dir or Path(tempfile.gettempdir()) / f"minicpmv-finetune-{os.getuid()}")
     if uri.startswith("hf://"):
         return _download_from_hub(uri.removeprefix("hf://"), cache_dir)
     path = _local(uri)
-    if path.exists():
-        return path
-    if not uri.startswith((".", "/")) and uri.count("/") == 1:
-        return _download_from_hub(uri, cache_dir)
-    return _fail_missing(uri)
-
-
-def upload_folder(folder: Path, uri: str) -> None:
-    """Copy a folder's files below an `s3://` URI; the caller writes the commit point (a manifest) last."""
-    bucket, prefix = _split(uri)
     with _explained(uri):
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            _client().upload_file(str(path), bucket, f"{prefix.rstrip('/')}/{path.relative_to(folder).as_posix()}")
+        if path.exists():
+            return path
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.@-]+", uri):
+        try:
+            return _download_from_hub(uri, cache_dir)
+        except RetryableError as error:
+            # More likely a mistyped path than a hub that is down.
+            raise UserError(
+                f"{uri}: no such local path, and the hub cannot be asked for a model of that name; give a checkpoint's "
+                f"folder, an s3:// URI, or hf://{uri} to wait for the hub."
+            ) from error
+    return _fail_missing(uri)
 
 
 @contextmanager
@@ -136,26 +141,42 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
     What stood under `final` is replaced as a whole. The staging folder lies beside it, hidden, so that the last
     step is a rename within one file system.
+
+    Raises:
+        UserError: no folder can be made there.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written ({error.strerror}); choose another folder.") from error
     staging.chmod(0o755)
     try:
         yield staging
-        if final.is_dir():
-            shutil.rmtree(final)
-        elif final.exists():
-            final.unlink()
-        staging.rename(final)
+        if final.exists():
+            # Renamed first and deleted last, so that nobody meets a half-deleted folder under the final name.
+            outgoing = final.rename(staging.with_name(f"{staging.name}.replaced"))
+            staging.rename(final)
+            if outgoing.is_dir():
+                shutil.rmtree(outgoing, ignore_errors=True)
+            else:
+                outgoing.unlink()
+        else:
+            staging.rename(final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _local(uri: str) -> Path:
-    for scheme, why in _REFUSED_SCHEMES.items():
-        if uri.startswith(scheme):
-            raise UserError(f"{uri}: {why}.")
-    return Path(uri.removeprefix("file://")).expanduser()
+    scheme = _SCHEME.match(uri)
+    if scheme:
+        why = "only local paths, s3:// and, for base models, hf:// are supported"
+        if scheme[1].lower() in ("http", "https"):
+            why = "data must not change under a run, so plain web addresses are refused"
+        raise UserError(f"{_shortened(uri)}: {why}; copy it to a folder or to s3://.")
+    if "\0" in uri:
+        raise UserError(f"{uri!r}: a path cannot hold a null character; correct it.")
+    return Path(uri).expanduser()
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -163,37 +184,64 @@ def _split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-@lru_cache(maxsize=1)
 def _client() -> "S3Client":
-    import boto3
+    """The client for what the environment says now."""
+    return _client_for(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+
+
+@lru_cache(maxsize=4)
+def _client_for(environment: tuple[tuple[str, str], ...]) -> "S3Client":
+    # A session of its own: boto3's default one keeps the first credentials it has seen.
+    from boto3.session import Session
     from botocore.config import Config
 
-    # Path-style addresses: what S3-compatible servers without wildcard DNS understand.
-    return boto3.client(
-        "s3", config=Config(s3={"addressing_style": "path"}, retries={"mode": "standard", "max_attempts": 5})
+    config = Config(
+        # Path-style addresses: what S3-compatible servers without wildcard DNS understand.
+        s3={"addressing_style": "path"},
+        # A store that is down is told within seconds; the step as a whole is retried.
+        retries={"mode": "standard", "max_attempts": 3},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=32,
     )
+    try:
+        return Session().client("s3", config=config)
+    except ValueError as error:
+        raise UserError(f"AWS_ENDPOINT_URL: {error}; write it as http://host:port.") from error
 
 
 def _download(uri: str, cache_dir: Path) -> Path:
-    """Download an object or all objects below a prefix; a finished folder is renamed into place."""
+    """Download an object, or all objects below a prefix, and rename the finished folder into place."""
     bucket, key = _split(uri)
     with _explained(uri):
         pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        objects = [item for page in pages for item in page.get("Contents", [])]
-        objects = [item for item in objects if item["Key"] == key or item["Key"].startswith(f"{key.rstrip('/')}/")]
-        if not objects:
+        etags = {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", [])}
+        is_single = key in etags and not key.endswith("/")
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        names = [key] if is_single else [name for name in etags if name.startswith(prefix) and not name.endswith("/")]
+        if not names:
             _fail_missing(uri)
         # The ETags are part of the cache's key: overwritten data never meets an old copy.
-        versions = "".join(sorted(f"{item['Key']}{item['ETag']}" for item in objects))
-        target = cache_dir / hashlib.sha256(f"{uri}\n{versions}".encode()).hexdigest()[:32]
-        is_single = objects[0]["Key"] == key
+        version = "\n".join([uri, *(f"{name} {etags[name]}" for name in sorted(names))])
+        target = cache_dir / hashlib.sha256(version.encode()).hexdigest()[:32]
         if not target.exists():
-            with staged_folder(target) as staging:
-                for item in objects:
-                    relative = PurePosixPath(key).name if is_single else item["Key"][len(key.rstrip("/")) + 1 :]
-                    destination = staging / relative
+            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=cache_dir) as staging:
+                folder = Path(staging) / "download"
+                folder.mkdir()
+                for name in names:
+                    relative = PurePosixPath(name if is_single else name[len(prefix) :])
+                    if ".." in relative.parts or relative.is_absolute():
+                        raise UserError(f"{uri}: the object {name!r} would leave the folder; rename it.")
+                    destination = folder / (relative.name if is_single else relative)
                     destination.parent.mkdir(parents=True, exist_ok=True)
-                    _client().download_file(bucket, item["Key"], str(destination))
+                    _client().download_file(bucket, name, str(destination))
+                try:
+                    folder.rename(target)
+                except OSError:
+                    # Another process was faster, and may be reading: its copy is the same, and stays.
+                    if not target.exists():
+                        raise
         return target / PurePosixPath(key).name if is_single else target
 
 
@@ -213,41 +261,65 @@ def _download_from_hub(name: str, cache_dir: Path | None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"{name}: neither a local path nor a model on the hub ({type(error).__name__}); check the spelling, "
-            "or log in if it is gated."
+            "or set HF_TOKEN if it is gated."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise RetryableError(
-            f"{name}: no such local path, and the hub does not answer ({type(error).__name__}); give the path of a "
-            "checkpoint folder, an s3:// URI, or try again when the hub is reachable."
-        ) from error
+        raise RetryableError(f"hf://{name}: the hub does not answer ({type(error).__name__}); try again.") from error
 
 
 def _fail_missing(uri: str) -> NoReturn:
-    raise UserError(f"{uri}: nothing lies there; check the path or URI.")
+    raise UserError(f"{_shortened(uri)}: nothing lies there; check the path or URI.")
+
+
+def _shortened(uri: str) -> str:
+    return uri if len(uri) <= 200 else f"{uri[:200]}…"
 
 
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """Turn the storage library's exceptions into the project's two kinds."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    """Turn the system's and the storage library's exceptions into the project's two kinds."""
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions as botocore
 
+    shown = _shortened(uri)
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except FileNotFoundError:
         _fail_missing(uri)
+    except IsADirectoryError as error:
+        raise UserError(f"{shown}: is a folder; give a file.") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{shown}: a part of this path is a file, not a folder; check the path.") from error
     except PermissionError as error:
-        raise UserError(f"{uri}: permission denied; check who owns it.") from error
-    except NoCredentialsError as error:
+        raise UserError(f"{shown}: permission denied; check who owns it.") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{shown}: no path can be like this ({error.strerror}); check it.") from error
+        raise RetryableError(f"{shown}: {error.strerror or error}; try again.") from error
+    except (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.ProfileNotFound) as error:
         raise UserError(
-            f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a "
-            "server of your own)."
+            f"{shown}: no S3 credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "(and AWS_ENDPOINT_URL for a server of your own)."
         ) from error
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        if code in {"404", "NoSuchKey", "NoSuchBucket"}:
-            raise UserError(f"{uri}: nothing lies there ({code}); check bucket and key.") from error
-        if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
-            raise UserError(f"{uri}: access denied ({code}); check the credentials and the bucket's policy.") from error
-        raise RetryableError(f"{uri}: the store answered {code}; try again.") from error
-    except BotoCoreError as error:
-        raise RetryableError(f"{uri}: the store does not answer ({type(error).__name__}); try again.") from error
+    except botocore.ParamValidationError as error:
+        raise UserError(f"{shown}: no valid address of an object; write s3://bucket/key.") from error
+    except botocore.ClientError as error:
+        _explain_answer(shown, error)
+    except (botocore.BotoCoreError, Boto3Error) as error:
+        answer = error.__context__
+        if isinstance(answer, botocore.ClientError):
+            _explain_answer(shown, answer)
+        raise RetryableError(f"{shown}: the store does not answer ({type(error).__name__}); try again.") from error
+
+
+def _explain_answer(shown: str, error: "ClientError") -> NoReturn:
+    """What the store's answer means to the user, by its HTTP status: codes differ from server to server."""
+    code = error.response.get("Error", {}).get("Code", "")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    if status == 404:
+        raise UserError(f"{shown}: nothing lies there ({code}); check bucket and key.") from error
+    if status in (408, 429) or status >= 500 or code == "RequestTimeout":
+        raise RetryableError(f"{shown}: the store answered {code} ({status}); try again.") from error
+    if status in (401, 403):
+        raise UserError(f"{shown}: access denied ({code}); check the credentials and the bucket's policy.") from error
+    raise UserError(f"{shown}: the store refused ({code}, {status}); check URI, region and credentials.") from error

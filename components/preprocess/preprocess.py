@@ -7,17 +7,17 @@ order, so the result does not depend on the number of threads, and only a window
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from .. import storage
 from ..minicpmv.conversation import Encoder
 from ..minicpmv.row import IGNORED_LABEL, Row
 from ..minicpmv.slicing import cut
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import (
     Reject,
     Sample,
@@ -26,12 +26,13 @@ from ..samples import (
     open_picture,
     read_info,
     read_samples,
+    refuse_nothing_left,
     refuse_too_many,
     write_rejects,
 )
 from ..shards import MANIFEST_FILE, Manifest, ShardWriter
 
-_WINDOW = 64  # samples in flight
+_IN_FLIGHT = 4 * (os.cpu_count() or 1)  # samples; keeps every thread busy while rows are written
 _SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
@@ -71,7 +72,7 @@ def preprocess(
     info = read_info(dataset)
     base_model = storage.fetch(base_model_uri)
     encoder = Encoder.from_checkpoint(base_model, settings.max_slice_nums)
-    rejects: list[Reject] = []
+    rejects: dict[Split, list[Reject]] = {split: [] for split in _SPLITS}
     writers: dict[Split, ShardWriter] = {}
     with storage.staged_folder(shards) as staging:
         with progress("preprocess", sum(info.rows.values()), " samples") as bar:
@@ -79,14 +80,18 @@ def preprocess(
                 writer = writers[split] = ShardWriter(staging, split)
                 for outcome in _prepared(read_samples(dataset, split), encoder, settings.model_max_length):
                     if isinstance(outcome, Reject):
-                        rejects.append(outcome)
+                        rejects[split].append(outcome)
                     else:
                         writer.append(outcome)
                     bar.update()
                 writer.close()
-        write_rejects(rejects_file, rejects)
-        accepted = sum(len(writer.lengths) for writer in writers.values()) if writers["train"].lengths else 0
-        refuse_too_many(rejects, accepted, settings.max_reject_ratio, rejects_file)
+        rejected = [reject for split in _SPLITS for reject in rejects[split]]
+        write_rejects(rejects_file, rejected)
+        for split, writer in writers.items():
+            if rejects[split] and not writer.lengths:
+                refuse_nothing_left(rejects[split], split, rejects_file)
+        accepted = sum(len(writer.lengths) for writer in writers.values())
+        refuse_too_many(rejected, accepted, settings.max_reject_ratio, rejects_file)
         manifest = Manifest(
             generation=encoder.generation.version,
             tokenizer_sha256=hashlib.sha256((base_model / "tokenizer.json").read_bytes()).hexdigest(),
@@ -101,7 +106,23 @@ def preprocess(
             bytes=sum(path.stat().st_size for path in staging.glob("*.parquet")),
         )
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
+    tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
+    conclude(
+        f"{sum(manifest.slices.values()):,} slices and {tokens:,} tokens in {manifest.bytes / 1e6:,.1f} MB of shards"
+    )
     return manifest
+
+
+def markdown(manifest: Manifest) -> str:
+    """The counts as a table."""
+    rows = ""
+    for split, lengths in manifest.lengths.items():
+        counts = (len(lengths), manifest.slices[split], sum(lengths), max(lengths, default=0))
+        rows += f"| {split} | {' | '.join(f'{count:,}' for count in counts)} |\n"
+    return (
+        f"MiniCPM-V {manifest.generation}, {manifest.bytes / 1e6:,.1f} MB of shards\n\n"
+        f"| Split | Samples | Slices | Tokens | Longest |\n|---|---:|---:|---:|---:|\n{rows}"
+    )
 
 
 def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> Row:
@@ -130,14 +151,17 @@ def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> Row:
 
 
 def _prepared(samples: Iterable[Sample], encoder: Encoder, model_max_length: int) -> Iterator[Row | Reject]:
-    def outcome(numbered: tuple[int, Sample]) -> Row | Reject:
-        index, sample = numbered
+    def outcome(sample: Sample) -> Row | Reject:
         try:
             return prepare(sample, encoder, model_max_length)
         except SampleError as error:
-            return Reject(file=sample.source, index=index, id=sample.id, reason=error.reason, message=str(error))
+            return Reject(file=sample.source, index=sample.index, id=sample.id, reason=error.reason, message=str(error))
 
-    numbered = enumerate(samples)
+    waiting: deque[Future[Row | Reject]] = deque()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        while window := list(islice(numbered, _WINDOW)):
-            yield from pool.map(outcome, window)
+        for sample in samples:
+            waiting.append(pool.submit(outcome, sample))
+            if len(waiting) == _IN_FLIGHT:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

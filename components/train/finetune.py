@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from .. import storage
 from ..errors import RetryableError, UserError, end_process
@@ -29,22 +31,25 @@ from ..minicpmv.batch import collate
 from ..minicpmv.checkpoint import copy_other_files, load_model
 from ..minicpmv.generations import write_max_slices
 from ..minicpmv.row import Row
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import Split
 from ..shards import Manifest, ShardReader, read_manifest
 from ..tracking import StepRun, open_step_run
 from .arguments import Arguments, parse
+from .record import RECORD_FILE, TrainingRecord
+from .train import SENTENCE_VARIABLE
 from .trainable import count_parameters, make_trainable
-
-RECORD_FILE = "training.json"
 
 
 def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake."""
+    _quiet()
     try:
-        arguments = parse(argv, announce=_say)
-        finetune(arguments)
+        finetune(parse(argv, announce=_say))
     except (UserError, RetryableError) as error:
+        if sentence := os.environ.get(SENTENCE_VARIABLE):
+            Path(sentence).write_text(str(error))
+            sys.exit(error.exit_code)
         end_process(error)
     finally:
         if torch.distributed.is_initialized():
@@ -64,6 +69,7 @@ def finetune(arguments: Arguments) -> None:
             f"{generation.version}; run preprocess with this base model."
         )
     model.config.use_cache = False
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
     trained = make_trainable(model, generation, arguments)
     if training.gradient_checkpointing:
         training.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -97,7 +103,9 @@ def finetune(arguments: Arguments) -> None:
             raise UserError(f"The training loss is {outcome.training_loss}; lower --learning_rate.")
         trainer.accelerator.wait_for_everyone()
         if is_first:
-            _save(trainer, base, arguments, manifest, {"trainable": trainable, "total": total}, watcher.history)
+            parameters = {"trainable": trainable, "total": total}
+            _save(trainer, base, arguments, manifest, parameters, _final_figures(outcome.metrics), watcher.history)
+            conclude(f"loss {watcher.last_loss:.4f}, {trainable:,} of {total:,} parameters trained")
         status = "FINISHED"
     finally:
         run.finish(status)
@@ -109,6 +117,7 @@ def _save(
     arguments: Arguments,
     manifest: Manifest,
     parameters: Mapping[str, int],
+    metrics: Mapping[str, float],
     history: list[dict[str, float]],
 ) -> None:
     """Write the adapter or the whole model so that it is there complete or not at all."""
@@ -126,17 +135,29 @@ def _save(
             model.save_pretrained(folder)
             write_max_slices(folder, manifest.max_slice_nums)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        record = {
-            "base_model": arguments.model.model_name_or_path,
-            "generation": manifest.generation,
-            "data_fingerprint": manifest.data_fingerprint,
-            "max_slice_nums": manifest.max_slice_nums,
-            "use_lora": arguments.training.use_lora,
-            "parameters": parameters,
-            "arguments": _settings(arguments),
-            "history": history,
-        }
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        record = TrainingRecord(
+            base_model=arguments.model.model_name_or_path,
+            generation=manifest.generation,
+            data_fingerprint=manifest.data_fingerprint,
+            max_slice_nums=manifest.max_slice_nums,
+            use_lora=arguments.training.use_lora,
+            parameters=parameters,
+            metrics=metrics,
+            arguments=json.loads(json.dumps(_settings(arguments), default=str)),
+            history=history,
+        )
+        (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
+
+
+def _final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a person wants to see at a glance, of what transformers measured."""
+    names = {
+        "train_loss": "loss",
+        "train_samples_per_second": "samples/s",
+        "train_runtime": "seconds",
+        "epoch": "epochs",
+    }
+    return {name: float(metrics[key]) for key, name in names.items() if key in metrics}
 
 
 def _check_adapter_moved(model: PreTrainedModel) -> None:
@@ -171,6 +192,11 @@ class _Watcher(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.bar: Any = None
         self.samples_per_step = 1
+
+    @property
+    def last_loss(self) -> float:
+        """The latest training loss that was logged."""
+        return next((figures["loss"] for figures in reversed(self.history) if "loss" in figures), math.nan)
 
     def on_train_begin(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -231,6 +257,15 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
                 settings[item.name] = value
     settings.pop("hub_token", None)
     return settings
+
+
+def _quiet() -> None:
+    """What transformers warns of here (reference kernels without a GPU, one process under torchrun) is as intended."""
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # PEFT still asks for the old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def _path(text: str | None) -> Path | None:

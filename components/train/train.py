@@ -1,34 +1,52 @@
 """Start torchrun with one process a device, and pass on how it ended.
 
-torchrun runs inside this process (its own `run` function), so a signal sent here reaches its agent, which passes it on to
-the workers and waits for them; and a worker's exit code is known, which torchrun's command line would turn into 1.
+torchrun runs inside this process (its own `run` function), so a signal sent here reaches its agent, which passes it on
+to the workers and waits for them; and a worker's exit code is known, which torchrun's command line would turn into 1.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from ..errors import RETRY_EXIT, USER_ERROR_EXIT
+from ..errors import USER_ERROR_EXIT, RetryableError, UserError
 
 WORKER = "minicpmv_finetune.components.train.finetune"
+SENTENCE_VARIABLE = "MINICPMV_SENTENCE_FILE"
+"""Names the file in which a worker leaves the sentence of the error that ended it, for this process to tell."""
 
 
-def launch(arguments: Sequence[str], devices: int | None = None) -> int:
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same as a mapping: `{"lora_r": 16}` becomes `--lora_r 16`."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None or value == "":
+            continue
+        flags.append(f"--{name}")
+        flags += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return flags
+
+
+def launch(flags: Sequence[str], processes: int | None = None) -> None:
     """Train on this machine's devices.
 
     Args:
-        arguments: flags of the training script.
-        devices: number of processes; by default one for each GPU, or one without any.
+        flags: of the training script.
+        processes: by default one for each GPU, or one without any.
 
-    Returns:
-        The exit code: 0, that of the worker that failed first, or 128 + n after signal n.
+    Raises:
+        UserError: a worker found a mistake only the user can mend.
+        RetryableError: a worker met a fault that may be gone next time.
+        SystemExit: a worker failed otherwise (its exit code), or signal n ended the training (128 + n).
     """
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    processes = devices or max(torch.cuda.device_count(), 1)
+    processes = processes or max(torch.cuda.device_count(), 1)
     # Each process computes with its share of the cores; torchrun alone would give each a single one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 
@@ -36,17 +54,23 @@ def launch(arguments: Sequence[str], devices: int | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    # The worker has said what is wrong; torchrun's own report of it would bury that sentence.
+    # The worker's own traceback or sentence is what a reader needs; torchrun's report of it would bury that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", f"--nproc-per-node={processes}", "-m", WORKER, *arguments]
-    try:
-        run(parse_args(options))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if code not in (USER_ERROR_EXIT, RETRY_EXIT):
-            print(f"error: training process {rank} ended with exit code {code}; its traceback is above.", file=sys.stderr)
-        return code
-    except SignalException as signal:
-        return 128 + int(signal.sigval)
-    return 0
+    options = ["--standalone", f"--nproc-per-node={processes}", "-m", WORKER, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        sentence = Path(folder) / "sentence"
+        os.environ[SENTENCE_VARIABLE] = str(sentence)
+        try:
+            run(parse_args(options))
+        except SignalException as signal:
+            raise SystemExit(128 + int(signal.sigval)) from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+            if sentence.exists():
+                kind = UserError if code == USER_ERROR_EXIT else RetryableError
+                raise kind(sentence.read_text()) from None
+            print(f"error: training process {rank} ended with exit code {code}.", file=sys.stderr)
+            raise SystemExit(code) from None
+        finally:
+            del os.environ[SENTENCE_VARIABLE]

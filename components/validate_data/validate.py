@@ -11,18 +11,19 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .. import storage
 from ..errors import UserError
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import (
     DATASET_FILE,
     DatasetInfo,
@@ -33,6 +34,7 @@ from ..samples import (
     Split,
     Turn,
     content_digest,
+    refuse_nothing_left,
     refuse_too_many,
     write_rejects,
 )
@@ -73,6 +75,9 @@ class _RawSample(BaseModel):
     id: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
     image: str | dict[str, str] | None = None
     conversations: list[_RawTurn]
+    metric: str | None = None
+    tags: list[str] = []
+    answers: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,6 @@ class _Record:
     line: int | None
     content: Any
     problem: SampleError | None = None
-
-    def rejected(self, error: SampleError, sample_id: str | None) -> Reject:
-        return Reject(
-            file=self.file, index=self.index, line=self.line, id=sample_id, reason=error.reason, message=str(error)
-        )
 
 
 def validate_data(
@@ -119,7 +119,7 @@ def validate_data(
         rejects += rejected
         if not samples[split]:
             write_rejects(rejects_file, rejects)
-            refuse_too_many(rejected, 0, settings.max_reject_ratio, rejects_file)
+            refuse_nothing_left(rejected, split, rejects_file)
     write_rejects(rejects_file, rejects)
     accepted = len(samples["train"]) + len(samples["eval"])
     refuse_too_many(rejects, accepted, settings.max_reject_ratio, rejects_file)
@@ -132,113 +132,105 @@ def validate_data(
     )
     with storage.staged_folder(dataset) as staging:
         for split, group in samples.items():
-            (staging / f"{split}.jsonl").write_text("".join(f"{sample.model_dump_json()}\n" for sample in group))
+            lines = "".join(f"{sample.model_dump_json()}\n" for sample in group)
+            (staging / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
+    conclude(
+        f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, {len(rejects):,} rejected"
+    )
     return info
 
 
-def interpret(raw: _RawSample, pictures: list[Picture], source: str, default_id: str) -> Sample:
-    """Decide which picture goes where, and refuse what is ambiguous.
-
-    Args:
-        raw: the sample as written.
-        pictures: its pictures, in the order in which `image` lists them.
-        source: place in the data, for messages.
-        default_id: for a sample without one.
-
-    Raises:
-        SampleError: roles, placeholders or texts are not as the format wants them.
-    """
-    _check_roles(raw.conversations)
-    marks = _number_marks(raw)
-    turns = []
-    for number, turn in enumerate(raw.conversations):
-        parts = _split_at_marks(turn.content, marks)
-        if turn.role != "user" and any(isinstance(part, int) for part in parts):
-            raise SampleError(
-                "placeholder_in_answer",
-                f"turn {number} ({turn.role}) holds a picture's placeholder; move it into the user's words.",
-            )
-        turns.append(Turn(role=_role(turn.role), parts=tuple(parts)))
-    if isinstance(raw.image, str) and not any(isinstance(part, int) for turn in turns for part in turn.parts):
-        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = Turn(role="user", parts=(0, "\n", *turns[first].parts))
-    for number, turn in enumerate(turns):
-        if not turn.text and (turn.role == "assistant" or not any(isinstance(part, int) for part in turn.parts)):
-            reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
-            raise SampleError(reason, f"turn {number} ({turn.role}) says nothing; give it words or leave it out.")
-    return Sample(id=raw.id or default_id, pictures=tuple(pictures), turns=tuple(turns), source=source)
+def markdown(info: DatasetInfo) -> str:
+    """The counts as tables."""
+    rows = "".join(f"| {split} | {count:,} |\n" for split, count in info.rows.items())
+    text = f"| Split | Samples |\n|---|---:|\n{rows}"
+    if info.rejected:
+        reasons = "".join(f"| {reason} | {count:,} |\n" for reason, count in sorted(info.rejected.items()))
+        text += f"\n| Rejected because of | Samples |\n|---|---:|\n{reasons}"
+    return f"{text}\nFingerprint of the content: `{info.fingerprint}`\n"
 
 
 def inspect_picture(uri: str) -> Picture:
     """Read and decode a picture once, to know that training can.
 
     Raises:
-        SampleError: it is missing, unreadable, or decompresses to more than Pillow's limit.
+        SampleError: it is refused, missing, unreadable, or decompresses to more than Pillow's limit.
+        RetryableError: the store does not answer.
     """
     try:
         content = storage.read_bytes(uri)
     except UserError as error:
-        reason = "image_refused" if uri.startswith(("http://", "https://")) else "image_missing"
-        raise SampleError(reason, str(error)) from error
+        raise SampleError("image_missing" if storage.is_supported(uri) else "image_refused", str(error)) from error
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and width * height > limit:
-                raise SampleError(
-                    "decompression_bomb",
-                    f"{uri}: {width} × {height} pixels are more than the {limit} allowed; scale it down.",
-                )
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            too_large = Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
+            if not too_large:
+                image.load()
+    except Image.DecompressionBombError:
+        too_large = True
+    except Exception as error:
+        # Whatever a decoder raises over damaged bytes (struct.error, KeyError, …), it is about this picture.
         raise SampleError(
             "image_unreadable", f"{uri}: not a readable picture ({type(error).__name__}: {error}); replace it."
         ) from error
+    if too_large:
+        raise SampleError(
+            "decompression_bomb", f"{uri}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels allowed; scale it down."
+        )
     return Picture(uri=uri, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)
 
 
 def _check_file(uri: str) -> tuple[list[Sample], list[Reject]]:
     """All samples of a file, in order, accepted or rejected."""
     records = list(_read_records(uri))
-    inspected: dict[str, Picture | SampleError] = {}
-
-    def check(record: _Record) -> Sample | Reject:
-        content = record.content
-        sample_id = str(content["id"]) if isinstance(content, dict) and "id" in content else None
-        try:
-            if record.problem:
-                raise record.problem
-            raw = _parse(content)
-            pictures = []
-            for reference in _references(raw):
-                picture_uri = storage.resolve(reference, storage.parent(uri))
-                if picture_uri not in inspected:
-                    try:
-                        inspected[picture_uri] = inspect_picture(picture_uri)
-                    except SampleError as error:
-                        inspected[picture_uri] = error
-                found = inspected[picture_uri]
-                if isinstance(found, SampleError):
-                    raise found
-                pictures.append(found)
-            return interpret(raw, pictures, record.file, str(record.index))
-        except SampleError as error:
-            return record.rejected(error, sample_id)
-
+    inspect = lru_cache(maxsize=None)(_inspected)  # a picture that many samples show is decoded once
     samples: list[Sample] = []
     rejects: list[Reject] = []
     with (
         progress("validate", len(records), " samples") as bar,
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
     ):
-        for outcome in pool.map(check, records):
+        for outcome in pool.map(lambda record: _check(record, inspect), records):
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
             else:
                 samples.append(outcome)
             bar.update()
     return samples, rejects
+
+
+def _inspected(uri: str) -> Picture | SampleError:
+    try:
+        return inspect_picture(uri)
+    except SampleError as error:
+        return error
+
+
+def _check(record: _Record, inspect: Callable[[str], Picture | SampleError]) -> Sample | Reject:
+    try:
+        if record.problem:
+            raise record.problem
+        raw = _parse(record.content)
+        pictures = []
+        for reference in _references(raw):
+            found = inspect(storage.resolve(reference, storage.parent(record.file)))
+            if isinstance(found, SampleError):
+                raise found
+            pictures.append(found)
+        return _interpret(raw, pictures, record)
+    except SampleError as error:
+        content = record.content
+        sample_id = str(content["id"]) if isinstance(content, dict) and "id" in content else None
+        return Reject(
+            file=record.file,
+            index=record.index,
+            line=record.line,
+            id=sample_id and sample_id.encode(errors="replace").decode(),
+            reason=error.reason,
+            message=str(error),
+        )
 
 
 def _read_records(uri: str) -> Iterator[_Record]:
@@ -253,10 +245,13 @@ def _read_records(uri: str) -> Iterator[_Record]:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        if text.lstrip().startswith("["):
-            yield _Record(uri, None, error.lineno, None, _invalid_json(error.msg, error.lineno, error.colno))
-            return
-        yield from _read_lines(uri, text)
+        if _is_one_document(text):
+            yield _Record(uri, None, error.lineno, None, _invalid_json(error, error.lineno))
+        else:
+            yield from _read_lines(uri, text)
+        return
+    except (ValueError, RecursionError) as error:
+        yield _Record(uri, None, 1, None, _invalid_json(error, 1))
         return
     if isinstance(document, dict) and isinstance(document.get("data"), list):
         document = document["data"]
@@ -270,35 +265,101 @@ def _read_records(uri: str) -> Iterator[_Record]:
         yield _Record(uri, index, None, item)
 
 
+def _is_one_document(text: str) -> bool:
+    """Whether broken JSON was meant as a whole, not as a line for each sample: its first line is unfinished."""
+    first = text.strip().partition("\n")[0].rstrip()
+    if first.startswith("["):
+        return True
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        return error.pos == len(first)
+    return False
+
+
 def _read_lines(uri: str, text: str) -> Iterator[_Record]:
     index = 0
-    for line, content in enumerate(text.splitlines(), start=1):
+    # Not str.splitlines: it also splits at characters that JSON allows within a string, such as U+2028.
+    for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
         try:
             yield _Record(uri, index, line, json.loads(content))
-        except json.JSONDecodeError as error:
-            yield _Record(uri, index, line, None, _invalid_json(error.msg, line, error.colno))
+        except (ValueError, RecursionError) as error:
+            yield _Record(uri, index, line, None, _invalid_json(error, line))
         index += 1
 
 
-def _invalid_json(message: str, line: int, column: int) -> SampleError:
-    return SampleError("invalid_json", f"invalid JSON at line {line}, column {column}: {message}.")
+def _invalid_json(error: ValueError | RecursionError, line: int) -> SampleError:
+    place, what = f"line {line}", str(error)
+    if isinstance(error, json.JSONDecodeError):
+        place, what = f"{place}, column {error.colno}", error.msg
+    return SampleError("invalid_json", f"invalid JSON at {place} ({what}); correct it there.")
 
 
 def _parse(content: Any) -> _RawSample:
+    if isinstance(content, dict) and content.get("video"):
+        raise SampleError(
+            "video", "the field `video` asks for a video, which is not supported; give frames as pictures instead."
+        )
     try:
-        return _RawSample.model_validate(content)
+        raw = _RawSample.model_validate(content)
+        json.dumps(content, ensure_ascii=False).encode()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(step) for step in first["loc"]) or "the sample"
         raise SampleError("schema", f"{place}: {first['msg']}; see docs/data-format.md.") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise SampleError(
+            "invalid_unicode", f"holds {half!r}, half of a surrogate pair, which is no character; correct the text."
+        ) from error
+    return raw
 
 
 def _references(raw: _RawSample) -> list[str]:
     if isinstance(raw.image, dict):
         return list(raw.image.values())
     return [raw.image] if raw.image else []
+
+
+def _interpret(raw: _RawSample, pictures: list[Picture], record: _Record) -> Sample:
+    """Decide which picture goes where, and refuse what is ambiguous.
+
+    Args:
+        raw: the sample as written.
+        pictures: its pictures, in the order in which `image` lists them.
+        record: where it stands.
+    """
+    _check_roles(raw.conversations)
+    marks = _number_marks(raw)
+    texts = [turn.content for turn in raw.conversations]
+    if isinstance(raw.image, str) and marks and not any(_MARK.search(text) for text in texts):
+        first = 1 if raw.conversations[0].role == "system" else 0
+        texts[first] = f"{_UNNAMED_MARK}\n{texts[first]}"
+    turns = []
+    for number, (raw_turn, text) in enumerate(zip(raw.conversations, texts, strict=True)):
+        turn = Turn(role=_role(raw_turn.role), parts=tuple(_split_at_marks(text, marks)))
+        has_picture = any(isinstance(part, int) for part in turn.parts)
+        if has_picture and turn.role != "user":
+            raise SampleError(
+                "placeholder_in_answer",
+                f"turn {number} ({turn.role}) holds a picture's placeholder; move it into the user's words.",
+            )
+        if not turn.text and not has_picture:
+            reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
+            raise SampleError(reason, f"turn {number} ({turn.role}) says nothing; give it words or leave it out.")
+        turns.append(turn)
+    return Sample(
+        id=str(record.index) if raw.id is None else raw.id,
+        pictures=tuple(pictures),
+        turns=tuple(turns),
+        source=record.file,
+        index=record.index,
+        metric=raw.metric,
+        tags=tuple(raw.tags),
+        answers=tuple(raw.answers),
+    )
 
 
 def _check_roles(turns: list[_RawTurn]) -> None:

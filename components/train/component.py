@@ -1,0 +1,73 @@
+"""The KFP interface of train."""
+
+from typing import Any
+
+from kfp import dsl
+
+from ..images import TRAINER_IMAGE
+
+
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
+def train(
+    shards: dsl.Input[dsl.Dataset],
+    base_model_uri: str,
+    use_lora: bool,
+    tune_vision: bool,
+    tune_llm: bool,
+    lora_r: int,
+    lora_alpha: int,
+    learning_rate: float,
+    num_train_epochs: float,
+    per_device_train_batch_size: int,
+    seed: int,
+    training_flags: dict[str, Any],
+    adapter: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    summary: dsl.Output[dsl.Markdown],
+) -> None:
+    """Train with torchrun, one process a device.
+
+    Args:
+        shards: The prepared samples of preprocess.
+        base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
+        use_lora: Train LoRA adapters on the language model.
+        tune_vision: Train the vision tower too.
+        tune_llm: Train the language model's own weights; needs use_lora false.
+        lora_r: Rank of the adapters.
+        lora_alpha: Scale of the adapters; their update is multiplied by alpha / r.
+        learning_rate: Peak learning rate.
+        num_train_epochs: How often every sample is seen.
+        per_device_train_batch_size: Samples a device sees at once.
+        seed: Decides the initial adapters and the order of samples.
+        training_flags: Any further flag of the training script by name, those of the published finetune.py and of
+            transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}.
+        adapter: A PEFT adapter folder, or a whole checkpoint when no LoRA was asked for.
+        metrics: Final losses, and how many parameters were trained.
+        summary: The same as a table.
+    """
+    from pathlib import Path
+
+    from minicpmv_finetune.components.attempt import permanent_error_marked
+    from minicpmv_finetune.components.train.record import read_record
+    from minicpmv_finetune.components.train.train import as_flags, launch
+
+    flags = {
+        "use_lora": use_lora,
+        "tune_vision": tune_vision,
+        "tune_llm": tune_llm,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "learning_rate": learning_rate,
+        "num_train_epochs": num_train_epochs,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "seed": seed,
+        **training_flags,
+        "model_name_or_path": base_model_uri,
+    }
+    with permanent_error_marked(adapter.uri, {"shards": shards.uri, "flags": flags}):
+        launch(as_flags({**flags, "data_path": shards.path, "output_dir": adapter.path}))
+        record = read_record(Path(adapter.path))
+        adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
+        for name, value in record.metrics.items():
+            metrics.log_metric(name, value)
+        Path(summary.path).write_text(record.markdown())

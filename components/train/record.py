@@ -1,0 +1,49 @@
+"""`training.json` beside the adapter: what was trained, on what, with which arguments, and how the loss went."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import UserError
+
+RECORD_FILE = "training.json"
+
+
+class TrainingRecord(BaseModel):
+    """The content of `training.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    base_model: str = Field(description="as the user gave it")
+    generation: str
+    data_fingerprint: str
+    max_slice_nums: int
+    use_lora: bool
+    parameters: dict[str, int] = Field(description="numbers of trainable and of all parameters")
+    metrics: dict[str, float] = Field(description="final figures")
+    arguments: dict[str, Any] = Field(description="what was asked for, without defaults of transformers")
+    history: list[dict[str, float]] = Field(description="what was logged, by step")
+
+    def markdown(self) -> str:
+        """The essentials as a table."""
+        share = self.parameters["trainable"] / self.parameters["total"]
+        rows = {
+            "Base model": f"`{self.base_model}` (MiniCPM-V {self.generation})",
+            "Trained": f"{self.parameters['trainable']:,} of {self.parameters['total']:,} parameters ({share:.1%})",
+            **{name: f"{value:.4g}" for name, value in self.metrics.items()},
+        }
+        return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
+def read_record(folder: Path) -> TrainingRecord:
+    """The record of a finished training.
+
+    Raises:
+        UserError: the folder holds none, so it is not the train step's result.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: no {RECORD_FILE} here; give the folder that the train step wrote.")
+    return TrainingRecord.model_validate(json.loads(path.read_text()))

@@ -1,0 +1,268 @@
+"""The command line: the demonstration, the whole pipeline here, and every step on its own.
+
+A user's mistake ends with one sentence and exit code 2, a fault worth retrying with 75. Nothing heavy is imported
+before a command needs it, so that help and mistakes in arguments are instant.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..components.errors import RetryableError, UserError, end_process
+
+app = typer.Typer(
+    name="minicpmv-finetune",
+    help="Fine-tune MiniCPM-V with LoRA: as a Kubeflow pipeline, or whole on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+HERE = "Run here"
+STEP = "One step"
+KUBEFLOW = "Kubeflow"
+
+
+class RunnerChoice(StrEnum):
+    """Where the steps run."""
+
+    SUBPROCESS = "subprocess"
+    DOCKER = "docker"
+
+
+Data = Annotated[str, typer.Option("--data", help="Training data in MiniCPM-V's JSON format; a path or s3:// URI.")]
+EvalData = Annotated[
+    str,
+    typer.Option("--eval-data", help="Evaluation data; without it a part of the training data's pictures is held out."),
+]
+BaseModel = Annotated[str, typer.Option("--base-model", help="Base checkpoint; a path, s3:// URI or hub id.")]
+MaxSlices = Annotated[int, typer.Option(help="Most slices of a picture beside its overview.")]
+MaxLength = Annotated[int, typer.Option(help="Longest sample in tokens; longer ones are rejected, never cut.")]
+MaxRejects = Annotated[float, typer.Option(help="Share of rejected samples above which a step fails.")]
+EvalFraction = Annotated[float, typer.Option(help="Share of the pictures held out when there is no evaluation data.")]
+Seed = Annotated[
+    int, typer.Option(help="Decides the held-out pictures, the initial adapters and the order of samples.")
+]
+Metric = Annotated[str, typer.Option(help="How answers are scored, such as exact_match or anls.")]
+NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
+EvalBatch = Annotated[int, typer.Option(help="Samples that are answered at once.")]
+Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
+
+
+def main() -> None:
+    """Entry point of `minicpmv-finetune`."""
+    try:
+        app()
+    except (UserError, RetryableError) as error:
+        end_process(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command(rich_help_panel=HERE)
+def demo(
+    out: Out = Path("build/demo"),
+    seed: Annotated[int, typer.Option(help="Decides which digits are held out and how the training starts.")] = 42,
+) -> None:
+    """Teach a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
+    from .demo import run_demo
+
+    run_demo(out, seed)
+
+
+@app.command(rich_help_panel=HERE)
+def run(
+    data: Data,
+    base_model: BaseModel = "openbmb/MiniCPM-V-4.6",
+    eval_data: EvalData = "",
+    out: Out = Path("build/run"),
+    runner: Annotated[RunnerChoice, typer.Option(help="Run the steps in this environment or in their images.")] = (
+        RunnerChoice.SUBPROCESS
+    ),
+    max_slice_nums: MaxSlices = 9,
+    model_max_length: MaxLength = 2048,
+    max_reject_ratio: MaxRejects = 0.05,
+    eval_fraction: EvalFraction = 0.1,
+    use_lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the language model.")] = True,
+    tune_vision: Annotated[bool, typer.Option(help="Train the vision tower too.")] = True,
+    tune_llm: Annotated[
+        bool, typer.Option(help="Train the language model's own weights; needs --no-use-lora.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 64,
+    lora_alpha: Annotated[int, typer.Option(help="Scale of the adapters: the update is multiplied by alpha / r.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    num_train_epochs: Annotated[float, typer.Option(help="How often every sample is seen.")] = 3.0,
+    per_device_train_batch_size: Annotated[int, typer.Option(help="Samples a device sees at once.")] = 4,
+    training_flags: Annotated[
+        str,
+        typer.Option(help="Any further flag of `train` as JSON, such as '{\"gradient_accumulation_steps\": 4}'."),
+    ] = "{}",
+    seed: Seed = 42,
+    metric: Metric = "exact_match",
+    max_new_tokens: NewTokens = 128,
+    eval_batch_size: EvalBatch = 16,
+) -> None:
+    """Run the whole pipeline on this machine, from data to an evaluated, merged model."""
+    from .local import run_pipeline
+    from .summary import show_outcome
+
+    inputs: dict[str, Any] = {
+        "data_uri": absolute(data),
+        "eval_data_uri": absolute(eval_data),
+        "base_model_uri": absolute(base_model),
+        "max_slice_nums": max_slice_nums,
+        "model_max_length": model_max_length,
+        "max_reject_ratio": max_reject_ratio,
+        "eval_fraction": eval_fraction,
+        "use_lora": use_lora,
+        "tune_vision": tune_vision,
+        "tune_llm": tune_llm,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "learning_rate": learning_rate,
+        "num_train_epochs": num_train_epochs,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "training_flags": read_flags(training_flags),
+        "seed": seed,
+        "metric": metric,
+        "max_new_tokens": max_new_tokens,
+        "eval_batch_size": eval_batch_size,
+    }
+    show_outcome(run_pipeline(out, inputs, runner.value), out)
+
+
+@app.command(rich_help_panel=HERE)
+def predict(
+    model: Annotated[
+        str, typer.Option(help="Merged folder, or the base model of --adapter; a path, s3:// URI or hub id.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Picture, a path or s3:// URI; may be given several times.")
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="Adapter folder of the train step, put on top of --model.")] = "",
+    max_new_tokens: NewTokens = 128,
+) -> None:
+    """Ask a tuned model about a picture."""
+    from ..components.evaluate.predict import predict as answer
+
+    print(answer(model, image or [], prompt, adapter, max_new_tokens))
+
+
+@app.command(rich_help_panel=KUBEFLOW)
+def compile(
+    output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
+) -> None:
+    """Write the pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
+    from .finetune import compile_pipeline
+
+    print(compile_pipeline(output))
+
+
+@app.command(rich_help_panel=STEP)
+def validate_data(
+    data: Data,
+    out: Out,
+    eval_data: EvalData = "",
+    max_reject_ratio: MaxRejects = 0.05,
+    eval_fraction: EvalFraction = 0.1,
+    seed: Seed = 42,
+) -> None:
+    """Step 1: check every sample, and name the ones left out in rejects.jsonl beside OUT."""
+    from ..components.validate_data.validate import ValidationSettings
+    from ..components.validate_data.validate import validate_data as step
+
+    settings = ValidationSettings(max_reject_ratio, eval_fraction, seed)
+    step(data, eval_data, out, out.parent / "rejects.jsonl", settings)
+
+
+@app.command(rich_help_panel=STEP)
+def preprocess(
+    dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
+    base_model: BaseModel,
+    out: Out,
+    max_slice_nums: MaxSlices = 9,
+    model_max_length: MaxLength = 2048,
+    max_reject_ratio: MaxRejects = 0.05,
+) -> None:
+    """Step 2: slice pictures and tokenise conversations once, into Parquet shards."""
+    from ..components.preprocess.preprocess import PreprocessSettings
+    from ..components.preprocess.preprocess import preprocess as step
+
+    settings = PreprocessSettings(max_slice_nums, model_max_length, max_reject_ratio)
+    step(dataset, base_model, out, out.parent / "preprocess-rejects.jsonl", settings)
+
+
+@app.command(
+    rich_help_panel=STEP,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def train(context: typer.Context) -> None:
+    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`)."""
+    if "--help" in context.args:
+        from ..components.train.arguments import parser
+
+        print(parser().format_help())
+        return
+    from ..components.train.train import launch
+    from .raw_data import with_prepared_data
+
+    launch(with_prepared_data(context.args))
+
+
+@app.command(rich_help_panel=STEP)
+def merge(
+    base_model: BaseModel,
+    adapter: Annotated[Path, typer.Option(help="Folder that train wrote.")],
+    shards: Annotated[Path, typer.Option(help="Folder that preprocess wrote; the proof runs on some of its samples.")],
+    out: Out,
+) -> None:
+    """Step 4: merge the adapter into the base model, and prove on real samples that nothing was lost."""
+    from ..components.merge.merge import MergeSettings
+    from ..components.merge.merge import merge as step
+
+    step(base_model, adapter, shards, out, out.parent / "merge-report.json", MergeSettings())
+
+
+@app.command(rich_help_panel=STEP)
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder that merge wrote.")],
+    dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
+    out: Out,
+    base_model: Annotated[str, typer.Option(help="Model to compare with; empty evaluates the merged one alone.")] = "",
+    metric: Metric = "exact_match",
+    max_new_tokens: NewTokens = 128,
+    batch_size: EvalBatch = 16,
+) -> None:
+    """Step 5: let base and merged model answer the held-out samples, and write predictions and the report into OUT."""
+    from ..components.evaluate.evaluate import EvaluationSettings
+    from ..components.evaluate.evaluate import evaluate as step
+
+    settings = EvaluationSettings(metric=metric, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    step(model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings)
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, since steps may run elsewhere; URIs and hub ids stay as they are."""
+    return str(Path(uri).absolute()) if uri and "://" not in uri and Path(uri).exists() else uri
+
+
+def read_flags(text: str) -> dict[str, Any]:
+    """A JSON object of training flags.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        flags = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--training-flags: invalid JSON ({error}); write it like '{{\"max_steps\": 100}}'.") from error
+    if not isinstance(flags, dict):
+        raise UserError("--training-flags: must be a JSON object of flags by name.")
+    return flags

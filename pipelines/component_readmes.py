@@ -1,0 +1,72 @@
+"""Each step's README, written from its component's signature and docstring, so that it cannot go stale.
+
+`python -m minicpmv_finetune.pipelines.component_readmes` writes them; a test compares.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any, get_args
+
+import docstring_parser
+
+from ..components.evaluate.component import evaluate
+from ..components.merge.component import merge
+from ..components.preprocess.component import preprocess
+from ..components.train.component import train
+from ..components.validate_data.component import validate_data
+
+COMPONENTS = (validate_data, preprocess, train, merge, evaluate)
+_FOLDER = Path(__file__).parent.parent / "components"
+
+
+def readme(component: Any) -> str:
+    """The Markdown text for one component."""
+    function = component.python_func
+    documented = docstring_parser.parse(inspect.getdoc(function) or "")
+    described = {item.arg_name: (item.description or "").replace("\n", " ") for item in documented.params}
+    inputs, outputs = [], []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, direction = _kind(parameter.annotation)
+        row = f"| `{name}` | {kind} | {described[name]} |"
+        (outputs if direction == "output" else inputs).append(row)
+    command = component.name
+    return "\n".join(
+        [
+            f"# {command}",
+            "",
+            f"{documented.short_description}",
+            "",
+            "| Input | Type | Meaning |",
+            "|---|---|---|",
+            *inputs,
+            "",
+            "| Output | Type | Meaning |",
+            "|---|---|---|",
+            *outputs,
+            "",
+            f"Without Kubeflow: `minicpmv-finetune {command} --help`.",
+            "",
+            "A mistake only you can mend ends the step with one sentence that says where it is and what to do, and exit",
+            "code 2; it is remembered, so that Kubeflow's retries end at once. A fault of storage or network ends it with",
+            "exit code 75, and a retry makes sense.",
+            "",
+        ]
+    )
+
+
+def readme_path(component: Any) -> Path:
+    """Where a component's README lies."""
+    return _FOLDER / component.name.replace("-", "_") / "README.md"
+
+
+def _kind(annotation: Any) -> tuple[str, str]:
+    arguments = get_args(annotation)
+    if getattr(annotation, "__metadata__", None):
+        direction = "output" if "Output" in str(annotation.__metadata__[0]) else "input"
+        return arguments[0].__name__, direction
+    return ("JSON object" if arguments else annotation.__name__), "input"
+
+
+if __name__ == "__main__":
+    for item in COMPONENTS:
+        readme_path(item).write_text(readme(item))

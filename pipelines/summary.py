@@ -1,0 +1,52 @@
+"""What a person reads when a run is over: how much better the model got, and where everything lies."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .local import LocalRun
+
+
+def show_outcome(run: LocalRun, out: Path, further: Mapping[str, float] | None = None) -> None:
+    """Print the comparison on held-out data, and the places of the results.
+
+    Args:
+        run: the finished run.
+        out: its folder.
+        further: more rows of the table, by name, with their exact match.
+    """
+    scores = run.metrics("evaluate")
+    table = Table(title=f"{scores['samples']:,.0f} held-out samples, free generation", title_justify="left", box=None)
+    table.add_column("")
+    table.add_column("exact match", justify="right")
+    table.add_column("ANLS", justify="right")
+    for name in ("base", "tuned"):
+        if f"{name}_exact_match" in scores:
+            table.add_row(name, f"{scores[f'{name}_exact_match']:.1%}", f"{scores[f'{name}_anls']:.3f}")
+    for name, exact_match in (further or {}).items():
+        table.add_row(name, f"{exact_match:.1%}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    console.print(table)
+    console.print()
+    places = {
+        "report": run.output("evaluate", "report"),
+        "merged model": run.output("merge", "model"),
+        "step logs": out / "run.log",
+    }
+    for name, place in places.items():
+        console.print(f"  {name:<18}{shown(place)}")
+    console.print(
+        f"  {'ask the model':<18}minicpmv-finetune predict --model {shown(places['merged model'])} "
+        "--image PICTURE --prompt QUESTION"
+    )
+    console.print(f"  {'MLflow page':<18}mlflow server --backend-store-uri sqlite:///{shown(out / 'mlflow.db')}")
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be from here."""
+    here = Path.cwd()
+    absolute = path.absolute()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
