@@ -53,7 +53,8 @@ def load_model(
                 f"{generation.version}, fetch it again."
             )
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        known = parameter.is_floating_point() and not parameter.is_meta
+        if known and not bool(torch.isfinite(parameter).all()):
             raise UserError(
                 f"{checkpoint}: {name} holds values that are no numbers (NaN or infinite); the checkpoint is damaged, "
                 "fetch it again or take an earlier one."

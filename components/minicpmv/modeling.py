@@ -329,8 +329,10 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         temporal_ids: Sequence[Sequence[int]] | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model.
@@ -345,10 +347,11 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             temporal_ids: see `Resampler`.
             inputs_embeds: [batch, length, width] instead of `input_ids`, with features already in place.
             labels: [batch, length], not shifted, -100 where nothing is learnt.
+            position_ids: [batch, length]; by default 0, 1, 2, … in each row.
             past_key_values: keys and values of earlier tokens.
             use_cache: whether to return them; by default as the configuration says.
-            **kwargs: of the language model (`position_ids`, `logits_to_keep`) and of the loss (`num_items_in_batch`,
-                `shift_labels`).
+            logits_to_keep: number of last positions whose logits are wanted; 0 for all.
+            **kwargs: of the language model, and of the loss (`num_items_in_batch`, `shift_labels`).
 
         Raises:
             ValueError: there are more or fewer places than features.
@@ -367,8 +370,10 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             labels=labels,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=self.config.use_cache if use_cache is None else use_cache,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
@@ -415,7 +420,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         target_sizes: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
@@ -425,7 +430,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Show the pictures once; later tokens find them in the cache."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs |= {
@@ -497,7 +502,10 @@ def sincos_table(positions: torch.Tensor, width: int) -> torch.Tensor:
 @lru_cache
 def _frequencies(width: int) -> NDArray[np.float32]:
     exponents = np.arange(width // 2, dtype=np.float32) / np.float32(width / 2.0)
-    return (np.float32(1.0) / np.float32(10000) ** exponents).astype(np.float32)
+    # numpy's own float32 power is not rounded correctly on every machine.
+    powers = np.power(10000.0, exponents.astype(np.float64)).astype(np.float32)
+    frequencies: NDArray[np.float32] = np.float32(1.0) / powers
+    return frequencies
 
 
 @lru_cache
