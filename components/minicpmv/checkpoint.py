@@ -29,7 +29,7 @@ def load_model(
         UserError: the folder is of another architecture, or tensors are missing, surplus, of another shape or
             hold NaN.
     """
-    from . import modeling  # noqa: F401 - tells transformers of the native generations
+    from . import modeling, modeling_4_6  # noqa: F401 - tell transformers which classes to load
 
     generation = generation_of(checkpoint)
     try:

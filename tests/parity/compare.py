@@ -57,7 +57,7 @@ LOSS = 1e-5
 GRADIENT = 1e-4  # relative
 ZERO_GRADIENT = 1e-6  # absolute: a gradient that is zero by the architecture (bias of keys) is recorded as rounding
 PIXELS = 1e-6  # of the mean over a slice
-TRAJECTORY = 1e-3  # five optimizer steps amplify the last bits of the first
+TRAJECTORY = 1e-4  # five optimizer steps amplify the last bits of the first
 
 # What this project does otherwise than the official code, and why; docs/generations.md says more.
 IMAGE_ID = "image id: training numbers every picture, as the processor does, and not only sliced ones"
@@ -77,7 +77,6 @@ GROUPED_FRAMES = "grouped frames: refused as data, so the recorded ids are used"
 NO_TABLE = "no table: position rows are computed when needed"
 PADDING_POSITIONS = "padding positions: what the attention mask hides has no recorded position here"
 STORAGE_TYPE = "storage type: the official code keeps ids in 32 bits, torch wants 64"
-DROPPED_WORD = "refused llm_type"
 
 NOT_COMPARED = "provenance"
 
@@ -109,7 +108,9 @@ class Report:
 
     findings: list[Finding] = field(default_factory=list)
 
-    def close(self, case: str, quantity: str, found: Any, recorded: Any, tolerance: float, relative: bool = False) -> None:
+    def close(
+        self, case: str, quantity: str, found: Any, recorded: Any, tolerance: float, relative: bool = False
+    ) -> None:
         """Numbers, compared by their largest difference."""
         left, right = (np.asarray(value, dtype=np.float64) for value in (found, recorded))
         if left.shape != right.shape:
@@ -262,6 +263,8 @@ class Comparison:
                 end = found.end()
             turns.append(Turn(role=turn["role"], parts=tuple(p for p in (*parts, turn["content"][end:]) if p != "")))
         pictures = tuple(self._picture(path) for path in paths.values())
+        if isinstance(image, str) and not any(isinstance(part, int) for turn in turns for part in turn.parts):
+            turns[0] = Turn(role=turns[0].role, parts=(0, "\n", *turns[0].parts))
         return Sample(id=name, pictures=pictures, turns=tuple(turns), source=name)
 
     def _picture(self, path: str) -> Picture:
@@ -280,15 +283,16 @@ class Comparison:
     def patch_size(self) -> int:
         return self.default_encoder.slicing.patch_size
 
+    def _sizes(self, slices: Sequence[np.ndarray]) -> list[list[int]]:
+        return [[pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size] for pixels in slices]
+
     @torch.no_grad()
     def _logits(self, model: nn.Module, ids: Sequence[int], slices: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.as_tensor(model(**self._inputs(ids, slices)).logits[0])
 
     def _loss(self, model: nn.Module, cases: Sequence[Case], labels: str, rows: Any = None) -> torch.Tensor:
         """The loss of a batch, given the recorded ids and labels, which are shifted already."""
-        rows = rows or [
-            (case.finetune["input_ids"], case.finetune[labels], case.official_slices) for case in cases
-        ]
+        rows = rows or [(case.finetune["input_ids"], case.finetune[labels], case.official_slices) for case in cases]
         batch = collate([Row("", ids, given, slices) for ids, given, slices in rows], 0, self.patch_size, "right")
         shifted = batch["labels"]
         return model(**batch, shift_labels=shifted).loss
@@ -360,8 +364,7 @@ class Comparison:
         found_grids = {mark: [grid[1], grid[0]] if grid else None for mark, grid in grids.items()}
         say.equal(name, "ft.best_grid", found_grids, left.pop("best_grid"))
         self._slices(case, "ft", case.slices(case.by_dict), left.pop("slices"))
-        sizes = [[pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size] for pixels in case.slices(case.by_dict)]
-        say.equal(name, "ft.tgt_sizes", sizes, left.pop("tgt_sizes"))
+        say.equal(name, "ft.tgt_sizes", self._sizes(case.slices(case.by_dict)), left.pop("tgt_sizes"))
         if case.text_order != case.by_dict:
             say.departs(name, "ft.slices order", TEXT_ORDER)
         # The recorded words, tokenised and labelled here.
@@ -377,9 +380,10 @@ class Comparison:
         self._labels(name, "ft.labels_head", ids, found_labels, left.pop("labels_head"))
         older, newer = recorded["labels"], recorded["labels_head"]
         extra = sum(old != new for old, new in zip(older, newer, strict=True) if old != IGNORED_LABEL)
-        lost = sum(old == IGNORED_LABEL != new for old, new in zip(older, newer, strict=True))
-        same = left.pop("labels") == newer
-        say.departs(name, f"ft.labels ({extra} tokens more)", OLDER_RULE, explained=same or lost == 0)
+        learnt = [at for at, label in enumerate(found_labels) if label != IGNORED_LABEL]
+        explained = all(older[at - 1] == found_labels[at] for at in learnt)
+        say.departs(name, f"ft.labels ({extra} tokens more)", OLDER_RULE, explained)
+        left.pop("labels")
         for kind in ("input_ids_dtype", "labels_dtype"):
             say.departs(name, f"ft.{kind} {left.pop(kind)}", STORAGE_TYPE)
         self._row(case)
@@ -419,10 +423,9 @@ class Comparison:
         contents = self._turn_contents(ids)
         empty = {number for number, content in contents.items() if not content.strip()}
         runs_on = all(turns[at] in empty or turns[at] - 1 in empty for at in rest)
-        block = self.generation.empty_thinking.strip()
-        thinks = bool(block) and any(block in content for content in contents.values()) and all(
-            block in contents[max(contents)] or turns[at] == max(contents) for at in rest
-        )
+        block = self.generation.empty_thinking
+        in_last = len(rest) <= 4 and all(turns[at] == max(contents) for at in rest)
+        thinks = bool(block) and block in self._decode(ids) and in_last
         departure = RUNS_ON if runs_on else EMPTY_THINKING
         self.report.departs(name, f"{quantity} ({len(rest)} places)", departure, explained=runs_on or thinks)
 
@@ -493,8 +496,7 @@ class Comparison:
         say.equal_or(name, "proc.image_sizes_wh", sizes, recorded_sizes, TEXT_ORDER, by_dict == recorded_sizes)
         order = case.text_order if sizes == recorded_sizes else case.by_dict
         slices = case.slices(order)
-        tgt_sizes = [[pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size] for pixels in slices]
-        say.equal(name, "proc.tgt_sizes", tgt_sizes, left.pop("tgt_sizes"))
+        say.equal(name, "proc.tgt_sizes", self._sizes(slices), left.pop("tgt_sizes"))
         self._slices(case, "proc", slices, left.pop("slices"))
         if "max_abs_pixel_diff_vs_finetune" in left:
             # Training and serving cut by the same function.
@@ -565,7 +567,7 @@ class Comparison:
         ids, labels, newer = (left.pop(kind) for kind in ("input_ids", "labels", "labels_head"))
         cut_off = refused == "too_long"
         say.equal(name, "length", len(ids), left.pop("length"))
-        explained = cut_off or (refused is None and len(row.input_ids) <= length)
+        explained = cut_off or (refused is None and len(row.input_ids) <= length) or case.rejected is not None
         say.departs(name, "outcome", NO_TRUNCATION if cut_off else "fits here too", explained)
         if case.record:
             whole = case.finetune
@@ -587,7 +589,9 @@ class Comparison:
         # Pictures whose tokens were cut off stay behind; the official model ignores them.
         slices = case.slices(case.by_dict)[: len(bounds)]
         with torch.no_grad():
-            say.close(name, "loss", self._loss(self.model, [], "labels", [(ids, labels, slices)]), left.pop("loss"), LOSS)
+            say.close(
+                name, "loss", self._loss(self.model, [], "labels", [(ids, labels, slices)]), left.pop("loss"), LOSS
+            )
 
     def _refusals(self, left: dict[str, Any]) -> None:
         name = left.pop("name")
@@ -694,9 +698,10 @@ class Comparison:
         say.equal(name, "greedy_text", self._decode(new), left.pop("greedy_text"))
         best = torch.stack([step[0].topk(2).values for step in found.logits])
         say.close(name, "top2_margin", best[:, 0] - best[:, 1], left.pop("top2_margin"), 2 * LOGITS)
-        for key in [key for key in left if (found_key := re.fullmatch(r"chat_default_beam(\d+)_rep([\d.]+)_ids", key))]:
+        for key in list(left):
             found_key = re.fullmatch(r"chat_default_beam(\d+)_rep([\d.]+)_ids", key)
-            assert found_key is not None
+            if found_key is None:
+                continue
             recorded = left.pop(key)
             # The official code generates from embeddings, so a penalty sees new tokens alone.
             penalty = RepetitionPenaltyLogitsProcessor(float(found_key[2]), prompt_ignore_length=length)
@@ -732,10 +737,7 @@ class Comparison:
         ]
         self.report.equal(name, "image_bound", bounds, left.pop("image_bound"))
         recorded = left.pop("greedy_ids")
-        zeros = [
-            [shift + at for at in case.record["processor"]["attention_mask_zero_positions"]]
-            for case, shift in zip(cases, padding, strict=True)
-        ]
+        zeros = [[shift + at for at in self._zeros(prompt)] for prompt, shift in zip(prompts, padding, strict=True)]
         found, length = self._generate(prompts, slices, zeros, max_new_tokens=max(map(len, recorded)))
         new = [row[: len(want)] for row, want in zip(found.sequences[:, length:].tolist(), recorded, strict=True)]
         self.report.equal(name, "greedy_ids", new, recorded)
@@ -758,8 +760,7 @@ class Comparison:
             ids = encoder.encode_prompt(sample, enable_thinking=thinking)
             pictures = zip(map(open_picture, sample.pictures), encoder.plan(sample), strict=True)
             slices = [pixels for image, plan in pictures for pixels in cut(image, plan, encoder.slicing)]
-            zeros = [at for at, token in enumerate(ids) if token == 0] if self._masks_zero else []
-            found, length = self._generate([ids], slices, [zeros], **options)
+            found, length = self._generate([ids], slices, [self._zeros(ids)], **options)
             new = found.sequences[0, length:].tolist()
             while new and new[-1] in encoder.stop_token_ids:
                 new.pop()
@@ -772,7 +773,11 @@ class Comparison:
     @property
     def _masks_zero(self) -> bool:
         """Whether the official processor masked token 0 wherever it stood."""
-        return any(record["processor"]["attention_mask_zero_positions"] for record in self.recorded["cases"].values())
+        recorded = [record["processor"] for record in self.recorded["cases"].values()]
+        return all(0 not in side["input_ids"] or side["attention_mask_zero_positions"] for side in recorded)
+
+    def _zeros(self, ids: Sequence[int]) -> list[int]:
+        return [at for at, token in enumerate(ids) if token == 0] if self._masks_zero else []
 
     def _lora(self, left: dict[str, Any]) -> None:
         say, config = self.report, dict(left.pop("config"))
@@ -794,7 +799,9 @@ class Comparison:
         say.equal("lora", "Total", total, numbers.pop("Total"))
         with tempfile.TemporaryDirectory() as folder:
             trained.save_pretrained(folder)
-            say.equal("lora", "saved_keys", _headers(Path(folder) / "adapter_model.safetensors"), left.pop("saved_keys"))
+            say.equal(
+                "lora", "saved_keys", _headers(Path(folder) / "adapter_model.safetensors"), left.pop("saved_keys")
+            )
         adapter = self.folder / "adapter"
         tuned = load_with_adapter(self.checkpoint, adapter, torch.float32).eval()
         for case_name, record in left["cases"].items():
@@ -856,12 +863,13 @@ class Comparison:
         encoder = Encoder.from_checkpoint(self.checkpoint, left.pop("max_slice_nums"))
         pictures = tuple(self._picture(path) for path in left.pop("frames"))
         groups, ids = left.pop("temporal_ids"), left.pop("input_ids")
-        sample = Sample(id=name, pictures=pictures, turns=(Turn(role="user", parts=tuple(range(len(pictures)))),), source=name)
+        sample = Sample(
+            id=name, pictures=pictures, turns=(Turn(role="user", parts=tuple(range(len(pictures)))),), source=name
+        )
         case = Case(name, {}, sample, encoder, list(range(len(pictures))), None)
         slices = case.slices(case.by_dict)
         self._slices(case, "frames", slices, left.pop("slices"))
-        sizes = [[pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size] for pixels in slices]
-        say.equal(name, "tgt_sizes", sizes, left.pop("tgt_sizes"))
+        say.equal(name, "tgt_sizes", self._sizes(slices), left.pop("tgt_sizes"))
         say.equal(name, "image_bound", self._bounds(ids), left.pop("image_bound"))
         say.equal(name, "processor_temporal_ids", groups, left.pop("processor_temporal_ids"))
         for unused in ("prompt", "use_image_id", "enable_thinking"):
@@ -930,7 +938,9 @@ class Comparison:
 
     def _with_marks(self, ids: Sequence[int]) -> str:
         """The prompt before pictures were put in."""
-        text = self._decode(ids).removeprefix(str(self.default_encoder.tokenizer.bos_token) if self._begins(ids) else "")
+        text = self._decode(ids).removeprefix(
+            str(self.default_encoder.tokenizer.bos_token) if self._begins(ids) else ""
+        )
         return PICTURE.sub(self.generation.picture_mark, text)
 
     def _begins(self, ids: Sequence[int]) -> bool:
@@ -939,9 +949,7 @@ class Comparison:
         return bool(begin) and list(ids[: len(begin)]) == begin
 
 
-PICTURE = re.compile(
-    r"(?:<image_id>\d+</image_id>)?<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*"
-)
+PICTURE = re.compile(r"(?:<image_id>\d+</image_id>)?<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*")
 
 
 def _without_departures(text: str, begin: str) -> str:
@@ -958,7 +966,9 @@ def validated(records: list[dict[str, Any]]) -> tuple[dict[str, Sample], dict[st
         data.write_text(json.dumps(records))
         accepted = {}
         with suppress(UserError):  # all were refused
-            validate_data(str(data), str(data), Path(folder) / "dataset", rejects, ValidationSettings(max_reject_ratio=1))
+            validate_data(
+                str(data), str(data), Path(folder) / "dataset", rejects, ValidationSettings(max_reject_ratio=1)
+            )
             accepted = {sample.id: sample for sample in read_samples(Path(folder) / "dataset", "train")}
         refused = [Reject.model_validate_json(line) for line in rejects.read_text().splitlines()]
         return accepted, {str(reject.id): reject.reason for reject in refused}
