@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every generation, in the layout of the published ones: config, weights, tokenizer, processor.
+"""Tiny random checkpoints of every generation, laid out as published: config, weights, tokenizer, processor.
 
 They know nothing, but everything that a step reads from a checkpoint is there, under its published name.
 """
