@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install browser lock screenshot clean
+.PHONY: help demo test check install browser lock readmes clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -38,6 +38,9 @@ lock:  ## resolve the newest versions anew and write requirements.lock
 	build/lock/bin/pip-compile -q --extra dev --generate-hashes --allow-unsafe --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras \
 		--output-file requirements.lock pyproject.toml
+
+readmes: install  ## write each step's README from its component
+	$(BIN)/python -m minicpmv_finetune.pipelines.component_readmes
 
 clean:  ## remove what was built
 	rm -rf build dist .venv *.egg-info

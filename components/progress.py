@@ -7,6 +7,7 @@ shorter interval and draws the lines of its steps as one live bar.
 
 import io
 import os
+import shutil
 import sys
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 INTERVAL_VARIABLE = "MINICPMV_PROGRESS_SECONDS"
 OUTCOME_MARK = "→ "
+_WIDTH = 110
 _FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
 
 
@@ -33,6 +35,10 @@ class _LineStream(io.TextIOBase):
         self.stream.flush()
 
 
+class _Bar(tqdm):
+    monitor_interval = 0  # a thread that would watch for stalled bars; each update looks at the clock instead
+
+
 def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[Any]":
     """A bar with rate and time left.
 
@@ -42,15 +48,17 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         unit: plural name of what is counted, such as " samples".
         **options: further arguments of tqdm.
     """
-    terminal = sys.stderr.isatty()
-    return tqdm(
+    terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
+    return _Bar(
         total=total,
         desc=description,
         unit=unit,
         file=sys.stderr if terminal else _LineStream(sys.stderr),
         mininterval=0.1 if terminal else float(os.environ.get(INTERVAL_VARIABLE, "10")),
-        # Without a monitor thread and with a fixed width a line is the same in every log.
-        ncols=None if terminal else 110,
+        miniters=1,
+        # tqdm itself draws nothing on a terminal that does not tell its size, as those of containers often do not.
+        ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,
+        nrows=size.lines,
         bar_format=_FORMAT,
         ascii=False,
         **options,

@@ -4,8 +4,9 @@ Runs are found by tags: the pipeline run's id (`KFP_RUN_ID` in the environment, 
 name. Where Kubeflow's own MLflow plugin has opened a run (`MLFLOW_RUN_ID`), the steps nest under that one; they
 never write into it, because the launcher logs its own parameters there and a clash of names loses a whole batch.
 
-Tracking never fails the work: the first failure is kept and told at the end of the step. Without
-`MLFLOW_TRACKING_URI` nothing is tracked.
+Tracking never fails the work, and hardly slows it: a call that fails is lost, and for ten times as long as it took
+nothing more is sent. The first failure is told at the end of the step. Without `MLFLOW_TRACKING_URI` nothing is
+tracked.
 """
 
 import logging
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,18 +29,29 @@ DEFAULT_EXPERIMENT = "minicpmv-finetune"
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
 _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
+_SQLITE = "sqlite:///"
+_MLFLOW_SETTINGS = {
+    # MLflow's own would hold a step for minutes at each call to a server that is down.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 class StepRun:
     """The MLflow run of one step; every call is safe, whatever the server does."""
 
-    def __init__(self, client: "MlflowClient | None", run_id: str | None) -> None:
+    def __init__(self, client: "MlflowClient | None" = None, run_id: str | None = None, failure: str = "") -> None:
         self._client = client
         self.run_id = run_id
-        self.failure: str | None = None
+        self.failure = failure
+        self._silent_until = 0.0
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Record settings; a retried step logs the same ones again, which MLflow accepts."""
+        if self._client is None:
+            return
         from mlflow.entities import Param
 
         batch = [Param(name, str(value)[:_MAX_PARAMETER_LENGTH]) for name, value in parameters.items()]
@@ -47,16 +60,12 @@ class StepRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record figures at a training step."""
+        if self._client is None:
+            return
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._send("log_batch", metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Record what a run is searched by."""
-        from mlflow.entities import RunTag
-
-        self._send("log_batch", tags=[RunTag(name, value) for name, value in tags.items()])
 
     def log_file(self, path: str, folder: str | None = None) -> None:
         """Attach a small file, such as a report."""
@@ -64,18 +73,22 @@ class StepRun:
 
     def finish(self, status: str) -> None:
         """Close the run, and tell of the first failure if there was one."""
+        self._silent_until = 0.0
         self._send("set_terminated", status=status)
         if self.failure:
-            print(f"MLflow tracking is incomplete: {self.failure}", file=sys.stderr)
+            print(f"MLflow tracking is incomplete: {self.failure}", file=sys.stderr, flush=True)
 
     def _send(self, call: str, **arguments: Any) -> None:
-        if self._client is None or self.run_id is None:
+        started = time.monotonic()
+        if self._client is None or started < self._silent_until:
             return
         try:
             getattr(self._client, call)(self.run_id, **arguments)
         except Exception as error:
-            # Whatever it is, training goes on; the step's end says what is missing.
-            self.failure = self.failure or f"{type(error).__name__} in {call}: {_first_line(error)}"
+            # Whatever it is, the work goes on; the step's end says what is missing.
+            self.failure = self.failure or _describe(error)
+            failed = time.monotonic()
+            self._silent_until = failed + 10 * (failed - started)
 
 
 @contextmanager
@@ -97,18 +110,18 @@ def step_run(task: str) -> Iterator[StepRun]:
 def open_step_run(task: str) -> StepRun:
     """Find or create a step's run below its pipeline's run."""
     if not os.environ.get(TRACKING_VARIABLE):
-        return StepRun(None, None)
-    _quiet()
-    from mlflow import MlflowClient
-
-    unreachable = StepRun(None, None)
+        return StepRun()
     try:
-        client = MlflowClient()
-        experiment = _experiment(client)
+        client = _client()
         pipeline_run = os.environ.get(RUN_ID_VARIABLE)
         tags = {_TASK_TAG: task, "mlflow.runName": task}
-        if parent := os.environ.get(KFP_PLUGIN_RUN_VARIABLE) or _parent(client, experiment, pipeline_run):
-            tags["mlflow.parentRunId"] = parent
+        if plugin_run := os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
+            experiment = client.get_run(plugin_run).info.experiment_id
+            tags["mlflow.parentRunId"] = plugin_run
+        else:
+            experiment = _experiment(client)
+            if pipeline_run:
+                tags["mlflow.parentRunId"] = _pipeline_run(client, experiment, pipeline_run)
         if pipeline_run:
             tags[_PIPELINE_TAG] = pipeline_run
             if found := _find(client, experiment, pipeline_run, task):
@@ -116,32 +129,51 @@ def open_step_run(task: str) -> StepRun:
                 return StepRun(client, found)
         return StepRun(client, client.create_run(experiment, tags=tags).info.run_id)
     except Exception as error:
-        unreachable.failure = f"{type(error).__name__}: {_first_line(error)}"
-        return unreachable
+        return StepRun(failure=_describe(error))
 
 
 def finish_pipeline_run(status: str) -> None:
-    """Close the run that holds a pipeline run's steps."""
+    """Close the run that holds a pipeline run's steps; where Kubeflow's plugin opened it, it also closes it."""
     pipeline_run = os.environ.get(RUN_ID_VARIABLE)
-    if not os.environ.get(TRACKING_VARIABLE) or not pipeline_run:
+    if not os.environ.get(TRACKING_VARIABLE) or not pipeline_run or os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
         return
-    _quiet()
+    try:
+        client = _client()
+        run = StepRun(client, _pipeline_run(client, _experiment(client), pipeline_run))
+    except Exception as error:
+        run = StepRun(failure=_describe(error))
+    run.finish(status)
+
+
+def _client() -> "MlflowClient":
+    for name, value in _MLFLOW_SETTINGS.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    client = MlflowClient()
-    StepRun(client, _parent(client, _experiment(client), pipeline_run)).finish(status)
+    # A new sqlite file is migrated through every schema version, and each is announced.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient()
 
 
 def _experiment(client: "MlflowClient") -> str:
     name = os.environ.get(EXPERIMENT_VARIABLE, DEFAULT_EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    uri = os.environ[TRACKING_VARIABLE]
+    # With a database file alone MLflow would put files into a folder below the current one.
+    beside = Path(uri.removeprefix(_SQLITE)).absolute().with_name("mlflow-artifacts").as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=beside if uri.startswith(_SQLITE) else None))
+    except Exception:
+        # Another step may have been faster.
+        if found := client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        raise
 
 
-def _parent(client: "MlflowClient", experiment: str, pipeline_run: str | None) -> str | None:
+def _pipeline_run(client: "MlflowClient", experiment: str, pipeline_run: str) -> str:
     """The run of the whole pipeline run, created by whichever step comes first."""
-    if not pipeline_run:
-        return None
     if found := _find(client, experiment, pipeline_run, "pipeline"):
         return found
     tags = {_PIPELINE_TAG: pipeline_run, _TASK_TAG: "pipeline", "mlflow.runName": pipeline_run}
@@ -154,11 +186,5 @@ def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str)
     return str(runs[0].info.run_id) if runs else None
 
 
-def _quiet() -> None:
-    """A new sqlite file is migrated through every schema version, and each is announced."""
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:200]
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]:.200}"

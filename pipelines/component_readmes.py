@@ -46,9 +46,9 @@ def readme(component: Any) -> str:
             "",
             f"Without Kubeflow: `minicpmv-finetune {command} --help`.",
             "",
-            "A mistake only you can mend ends the step with one sentence that says where it is and what to do, and exit",
-            "code 2; it is remembered, so that Kubeflow's retries end at once. A fault of storage or network ends it with",
-            "exit code 75, and a retry makes sense.",
+            "A mistake only you can mend ends the step with one sentence that says where it is and what to do, and",
+            "exit code 2; it is remembered, so that Kubeflow's retries end at once. A fault of storage or network ends",
+            "it with exit code 75, and a retry makes sense.",
             "",
         ]
     )

@@ -35,8 +35,9 @@ def evaluate(
     from pathlib import Path
 
     from minicpmv_finetune.components.attempt import permanent_error_marked
-    from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, markdown
+    from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as run
+    from minicpmv_finetune.components.evaluate.report import markdown
 
     settings = EvaluationSettings(metric=metric, max_new_tokens=max_new_tokens, batch_size=batch_size)
     inputs = {"model": model.uri, "base_model_uri": base_model_uri, "dataset": dataset.uri, "settings": settings}

@@ -232,7 +232,7 @@ _WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿]|[^\W_぀-ヿ㐀-䶿一-鿿]+")
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 _OPTION = (
     re.compile(r"^\W*([A-Za-z])\W*$"),
-    re.compile(r"^[(\[]?([A-Z])[)\].:,](?=\s|$)"),
+    re.compile(r"^([A-Z])[).:](?=\s|$)"),
     re.compile(r"(?i:\b(?:answer|choice)(?:\s+is|:)|\boption)\s*[(\[*]*([A-Z])\b"),
     re.compile(r"[(\[]([A-Z])[)\]]"),
 )

@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from ..minicpmv.generations import Generation
 from .report import MergeReport
 
 CARD = "README.md"
 BASE_CARD = "README.base.md"
 
+_ASKING = """\
+    minicpmv-finetune predict --model PATH/TO/THIS/FOLDER --image PICTURE.png --prompt "What is shown?"
+"""
+
 _LOADING = """\
+With transformers alone:
+
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,17 +30,18 @@ processor = AutoProcessor.from_pretrained("PATH/TO/THIS/FOLDER")
 """
 
 
-def write_card(folder: Path, report: MergeReport, record: dict[str, Any]) -> None:
+def write_card(folder: Path, generation: Generation, report: MergeReport, record: dict[str, Any]) -> None:
     """Write `README.md`; the base's own is kept beside it, and its licence is named.
 
     Args:
         folder: of the merged model, with the base's files already in it.
+        generation: of the model.
         report: of the merge.
         record: of the training.
     """
     card = folder / CARD
     licence = {}
-    if card.is_file():
+    if has_own := card.is_file():
         licence = _licence(card.read_text(errors="replace"))
         card.rename(folder / BASE_CARD)
     front = {
@@ -45,7 +54,7 @@ def write_card(folder: Path, report: MergeReport, record: dict[str, Any]) -> Non
     losses = [entry["loss"] for entry in record.get("history", []) if "loss" in entry]
     rows = {
         "base model": report.base_model,
-        "generation": f"MiniCPM-V {report.generation}",
+        "generation": f"MiniCPM-V {generation.version}",
         "training": "LoRA adapter, merged" if report.kind == "adapter" else "full fine-tune",
         "data fingerprint": report.data_fingerprint,
         "most slices of a picture": record["max_slice_nums"],
@@ -59,7 +68,7 @@ def write_card(folder: Path, report: MergeReport, record: dict[str, Any]) -> Non
         "# Fine-tuned MiniCPM-V",
         "",
         f"A checkpoint that takes the place of {html.escape(report.base_model)} wherever that loads.",
-        *([f"The base model's card is {BASE_CARD}; its licence holds here too."] if card_kept(folder) else []),
+        *([f"The base model's card is {BASE_CARD}; its licence holds here too."] if has_own else []),
         "",
         "| | |",
         "|---|---|",
@@ -67,17 +76,13 @@ def write_card(folder: Path, report: MergeReport, record: dict[str, Any]) -> Non
         "",
         "## Loading",
         "",
-        _LOADING,
+        _ASKING,
+        *([_LOADING] if generation.model_type in CONFIG_MAPPING_NAMES else []),
         "## Training arguments",
         "",
         *(f"    {line}" for line in arguments.splitlines()),
     ]
     card.write_text("\n".join(lines) + "\n")
-
-
-def card_kept(folder: Path) -> bool:
-    """Whether the base had a card of its own."""
-    return (folder / BASE_CARD).is_file()
 
 
 def _licence(text: str) -> dict[str, str]:

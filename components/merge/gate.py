@@ -163,25 +163,27 @@ def _ask(model: _Model, encoder: Encoder, sample: Row, manifest: Manifest) -> Ge
 def _rounded(reference: _Model, model: Path) -> _Model:
     """The reference with each weight rounded as the merged folder stores it, by PEFT's own merge."""
     if isinstance(reference, PeftModel):
-        if not any(getattr(config, "ensure_weight_tying", False) for config in reference.peft_config.values()):
-            _untie(reference)
+        _part_shared(reference)
         reference = reference.merge_and_unload()
     files = read_headers(model)
-    modules = read_names(model, files).modules
-    parameters = dict(reference.named_parameters(remove_duplicate=False))
+    names = read_names(model, files)
+    stored = {names.modules[tensor.name]: tensor.dtype for file in files for tensor in file.tensors}
     with torch.no_grad():
-        for tensor in (tensor for file in files for tensor in file.tensors):
-            parameter = parameters.get(modules[tensor.name])
-            if parameter is not None:
-                parameter.copy_(cast(parameter, tensor.dtype))
+        for name, parameter in reference.named_parameters(remove_duplicate=False):
+            dtype = stored.get(name) or stored.get(names.ties.get(name, ""))
+            if dtype is not None:
+                parameter.copy_(cast(parameter, dtype))
     return reference
 
 
-def _untie(model: PeftModel) -> None:
-    """Let the head keep its weights when the embeddings it shares them with are changed."""
-    head = model.get_output_embeddings()
-    if head is not None and isinstance(getattr(head, "weight", None), nn.Parameter):
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+def _part_shared(model: nn.Module) -> None:
+    """Give each module weights of its own; PEFT merges in place, so that shared ones would change twice."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 def _largest_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

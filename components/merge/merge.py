@@ -23,7 +23,7 @@ from .. import storage
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
 from ..minicpmv.checkpoint import ADAPTER_CONFIG, copy_other_files
 from ..minicpmv.generations import Generation, generation_of, write_max_slices
-from ..progress import progress
+from ..progress import conclude, progress
 from ..shards import read_manifest
 from ..tracking import step_run
 from .card import write_card
@@ -107,7 +107,7 @@ def merge(
         copy_other_files(base, staging)
         edit_config(staging, streamed.plan)
         write_max_slices(staging, record["max_slice_nums"])
-        write_card(staging, report, record)
+        write_card(staging, generation, report, record)
         started = time.monotonic()
         gate = _run_gate(base, adapter, staging, shards, settings.parity_rows)
         seconds = {**report.seconds, "gate": time.monotonic() - started}
@@ -117,6 +117,11 @@ def merge(
         run.log_file(str(report_file))
         if gate.failure is not None:
             raise UserError(gate.failure)
+    tensors = sum(part.tensors for part in report.moved.values())
+    conclude(
+        f"{len(report.changed)} of {tensors} tensors changed; logits differ by at most "
+        f"{gate.parity.largest_difference:.1e} from base and adapter"
+    )
     return report
 
 

@@ -77,6 +77,11 @@ def answer(
     return [answers[number] for number in range(len(samples))]
 
 
+def answering_device() -> torch.device:
+    """Where a model that answers belongs: the first GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _greedy(model: PreTrainedModel, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
     """Greedy decoding that stops where the checkpoint's own serving would, and at the generation's end of turn."""
     stop = {encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)}

@@ -104,6 +104,8 @@ _RENAMED = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "warmup_ratio": "warmup_steps",  # transformers 5 takes a fraction there
     "no_cuda": "use_cpu",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 _WITHOUT_EFFECT = {
     "logging_dir": "curves go to MLflow and the report",

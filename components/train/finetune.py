@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers import TrainingArguments as TransformersArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
@@ -70,9 +70,11 @@ def finetune(arguments: Arguments) -> None:
         )
     model.config.use_cache = False
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
+    # Before the adapters' random start, which the Trainer's own seeding comes too late for.
+    set_seed(training.seed)
     trained = make_trainable(model, generation, arguments)
-    if training.gradient_checkpointing:
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if training.activation_checkpointing:
+        training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()
     trainable, total = count_parameters(trained)
     _say(

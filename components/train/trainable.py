@@ -47,7 +47,11 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         if not (adapter / ADAPTER_CONFIG).is_file():
             raise UserError(f"--lora_weight_path {adapter}: no {ADAPTER_CONFIG} here; give an adapter folder.")
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    return get_peft_model(model, lora_config(model, generation, arguments))
+    adapted = get_peft_model(model, lora_config(model, generation, arguments))
+    if not training.tune_vision:
+        # lora_bias "all" would train the biases of the vision tower too.
+        model.get_submodule(generation.vision_tower).requires_grad_(False)
+    return adapted
 
 
 def lora_config(model: nn.Module, generation: Generation, arguments: Arguments) -> LoraConfig:

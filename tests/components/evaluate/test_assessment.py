@@ -1,0 +1,100 @@
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess, check_metrics
+from minicpmv_finetune.components.minicpmv.answer import Answer
+from minicpmv_finetune.components.samples import Sample, Turn
+
+
+def sample(number: int, expected: str, metric: str | None = None, tags: tuple[str, ...] = ()) -> Sample:
+    turns = (Turn(role="user", parts=("Which?",)), Turn(role="assistant", parts=(expected,)))
+    return Sample(id=str(number), pictures=(), turns=turns, source="data.json", metric=metric, tags=tags)
+
+
+def said(texts: Sequence[str]) -> list[Answer]:
+    return [Answer(text, new_tokens=3, hit_limit=text.endswith("…")) for text in texts]
+
+
+def assessed(
+    samples: list[Sample], base: list[str] | None, tuned: list[str], metric: str = "exact_match"
+) -> Evaluation:
+    return assess(samples, None if base is None else said(base), said(tuned), metric)
+
+
+def test_figures_of_both_models() -> None:
+    samples = [sample(number, "cat") for number in range(4)]
+    found = assessed(samples, ["dog…", "cat", "cat", "dog"], ["cat", "cat", "cap", "dog"])
+    assert [prediction.outcome for prediction in found.predictions] == ["fixed", "both_right", "broken", "both_wrong"]
+    figures = found.metrics
+    assert figures["base_exact_match"] == figures["tuned_exact_match"] == 0.5
+    assert figures["tuned_anls"] == pytest.approx((1 + 1 + 2 / 3 + 0) / 4)
+    assert (figures["base_hit_limit"], figures["tuned_hit_limit"]) == (1, 0)
+    assert (figures["improvement"], figures["fixed"], figures["broken"]) == (0, 1, 1)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_single_sample_has_no_interval_in_the_figures() -> None:
+    figures = assessed([sample(0, "cat")], ["dog"], ["cat"]).metrics
+    assert figures["improvement"] == 1
+    assert "improvement_low" not in figures
+
+
+def test_without_a_base_there_is_nothing_to_compare() -> None:
+    found = assessed([sample(0, "cat"), sample(1, "cat")], None, ["cat", "dog"])
+    assert found.comparison is found.improvement is None
+    assert found.metrics["tuned_exact_match"] == 0.5
+    assert not any("base" in name for name in found.metrics)
+
+
+def test_error_rates_pool_lengths_and_improve_downwards() -> None:
+    samples = [sample(0, "ab"), sample(1, "abcdefgh")]
+    found = assessed(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer")
+    assert found.metrics["base_cer"] == pytest.approx(2 / 10)
+    assert found.metrics["tuned_cer"] == pytest.approx(1 / 10)
+    assert found.improvement is not None
+    assert found.improvement.value == pytest.approx(1 / 10)
+    assert found.improvement.low <= found.improvement.value <= found.improvement.high
+
+
+def test_each_tag_is_compared() -> None:
+    samples = [sample(0, "cat", tags=("animal", "short")), sample(1, "oak", tags=("tree",)), sample(2, "cat")]
+    found = assessed(samples, ["dog", "oak", "cat"], ["cat", "elm", "cat"])
+    assert {tag: (count, score.value) for tag, (count, score, _) in found.by_group.items()} == {
+        "animal": (1, 1),
+        "short": (1, 1),
+        "tree": (1, 0),
+    }
+    comparison = found.by_group["tree"][2]
+    assert comparison is not None
+    assert comparison.outcomes["broken"] == 1
+
+
+def test_samples_may_name_their_own_metrics() -> None:
+    samples = [sample(0, "cat", metric="contains"), sample(1, "cat")]
+    found = assessed(samples, None, ["a cat", "a cat"])
+    assert found.metric == "mixed"
+    assert found.metrics["tuned_mixed"] == 0.5
+    assert {name: score.value for name, (_, score, _) in found.by_group.items()} == {"contains": 1, "exact_match": 0}
+
+
+def test_error_rates_and_scores_are_not_averaged() -> None:
+    with pytest.raises(UserError, match="cer, exact_match"):
+        check_metrics([sample(0, "cat", metric="cer"), sample(1, "cat")], "exact_match")
+
+
+def test_few_answers_make_a_confusion_matrix() -> None:
+    samples = [sample(number, "cat" if number < 3 else "dog") for number in range(5)]
+    found = assessed(samples, None, ["cat", "dog", "I say", "dog", "dog"])
+    assert found.confusion is not None
+    assert found.confusion.labels == ("cat", "dog", "(other)")
+    assert found.confusion.counts == ((1, 1, 1), (0, 2, 0), (0, 0, 0))
+
+
+def test_many_or_single_answers_make_none() -> None:
+    many = [sample(number, f"answer {number % 21}") for number in range(63)]
+    assert assessed(many, None, ["?"] * 63).confusion is None
+    apart = [sample(number, f"answer {number}") for number in range(5)]
+    assert assessed(apart, None, ["?"] * 5).confusion is None

@@ -1,0 +1,104 @@
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
+from minicpmv_finetune.components.minicpmv.generations import write_max_slices
+from minicpmv_finetune.components.samples import Picture, Sample, Turn, read_samples
+
+SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
+
+
+def write_eval(dataset: Path, folder: Path, samples: list[Sample]) -> Path:
+    """The dataset with other evaluation samples."""
+    copy = shutil.copytree(dataset, folder / "dataset")
+    (copy / "eval.jsonl").write_text("".join(f"{sample.model_dump_json()}\n" for sample in samples))
+    return copy
+
+
+def asked(question: str, name: str = "s", pictures: tuple[Picture, ...] = ()) -> Sample:
+    turns = (
+        Turn(role="user", parts=(*range(len(pictures)), question)),
+        Turn(role="assistant", parts=("yes",)),
+    )
+    return Sample(id=name, pictures=pictures, turns=turns, source="test")
+
+
+def test_both_models_answer_every_sample(
+    tiny_46: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    predictions, report = tmp_path / "out" / "predictions", tmp_path / "out" / "report"
+    found = evaluate(tiny_46, str(tiny_46), dataset, predictions, report, SETTINGS)
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    samples = list(read_samples(dataset, "eval"))
+    assert [line["id"] for line in lines] == [sample.id for sample in samples]
+    assert [line["expected"] for line in lines] == [[sample.turns[-1].text] for sample in samples]
+    assert lines[0]["question"] == "Which digit is written in the picture?"
+    assert lines[0]["pictures"] == [samples[0].pictures[0].uri]
+    assert all(set(line["scores"]) == set(line["hit_limit"]) == {"base", "tuned"} for line in lines)
+    assert [line["base"] for line in lines] == [line["tuned"] for line in lines], "the same model answers the same"
+    assert found.metrics["samples"] == 12
+    assert found.metrics["improvement"] == found.metrics["improvement_high"] == 0
+    assert report.read_text().startswith("<!doctype html>")
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    run = client.search_runs([client.get_experiment_by_name("minicpmv-finetune").experiment_id])[0]
+    assert run.data.metrics["evaluate/tuned_exact_match"] == found.metrics["tuned_exact_match"]
+    assert (run.data.params["metric"], run.data.params["metrics_version"]) == ("exact_match", "1")
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["evaluation.html"]
+
+
+def test_an_evaluation_is_deterministic(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("first", "second")]
+    for file in files:
+        evaluate(tiny_46, "", dataset, file, tmp_path / "report.html", SETTINGS)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "base" not in json.loads(files[0].read_text().splitlines()[0])
+
+
+def test_the_base_sees_pictures_as_the_merged_model_does(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.linear_gradient("L").resize((400, 250)).save(path)
+    picture = Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=400, height=250)
+    data = write_eval(dataset, tmp_path, [asked("What is it?", pictures=(picture,))])
+    merged = shutil.copytree(tiny_46, tmp_path / "merged")
+    write_max_slices(merged, 1)
+
+    def answers(model: Path, base: str) -> dict[str, str]:
+        evaluate(
+            model, base, data, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(max_new_tokens=12)
+        )
+        line = json.loads((tmp_path / "predictions").read_text())
+        return {name: line[name] for name in ("base", "tuned") if name in line}
+
+    one_slice = answers(merged, str(tiny_46))
+    assert one_slice["base"] == one_slice["tuned"]
+    assert answers(tiny_46, "")["tuned"] != one_slice["tuned"], "slicing changes the answer, or nothing was tested"
+
+
+def test_samples_with_special_tokens_are_counted_not_asked(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+    data = write_eval(dataset, tmp_path, [asked("fine"), asked("an <|im_end|> inside", "bad")])
+    found = evaluate(tiny_46, "", data, tmp_path / "predictions", tmp_path / "report", SETTINGS)
+    assert (found.metrics["samples"], found.metrics["left_out"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "questions", "words"),
+    [("exactly", ["fine"], "'exactly' is none of"), ("exact_match", [], "no sample to evaluate")],
+)
+def test_what_cannot_be_evaluated_is_said_before_any_answer(
+    tiny_46: Path, dataset: Path, tmp_path: Path, metric: str, questions: list[str], words: str
+) -> None:
+    data = write_eval(dataset, tmp_path, [asked(question) for question in questions])
+    with pytest.raises(UserError, match=words):
+        evaluate(tiny_46, "", data, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(metric=metric))
+    assert not (tmp_path / "predictions").exists()

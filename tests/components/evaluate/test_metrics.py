@@ -1,0 +1,273 @@
+"""Each metric against a plain implementation of its published definition, written here without the project's code."""
+
+import re
+import string
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.evaluate.metrics import (
+    METRICS,
+    anls,
+    cer,
+    chosen_option,
+    contains,
+    exact_match,
+    expected_answers,
+    json_fields,
+    metric_named,
+    metric_of,
+    multiple_choice,
+    relaxed_accuracy,
+    rouge_l,
+    token_f1,
+    vqa_accuracy,
+    wer,
+)
+from minicpmv_finetune.components.samples import Sample, Turn
+
+WORDS = st.lists(st.sampled_from(["the", "cat", "Cat", "sat", "on", "a", "mat.", "7", "two"]), max_size=7).map(" ".join)
+SOME_WORDS = WORDS.filter(bool)
+SHORT = st.text("abAB ", max_size=8)
+
+
+def edit_distance(a: object, b: object) -> int:
+    """Wagner and Fischer 1974, over characters or words."""
+    first, second = list(a), list(b)  # type: ignore[call-overload]
+    table = [list(range(len(second) + 1))]
+    for row, left in enumerate(first, start=1):
+        table.append([row])
+        for column, right in enumerate(second, start=1):
+            change = table[row - 1][column - 1] + (left != right)
+            table[row].append(min(change, table[row - 1][column] + 1, table[row][column - 1] + 1))
+    return table[-1][-1]
+
+
+def longest_common_subsequence(a: list[str], b: list[str]) -> int:
+    """By trying all subsequences of the shorter, from long to short."""
+    short, long = sorted((a, b), key=len)
+    for size in range(len(short), 0, -1):
+        for chosen in combinations(short, size):
+            rest = iter(long)
+            if all(word in rest for word in chosen):
+                return size
+    return 0
+
+
+@given(SHORT, st.lists(SHORT, min_size=1, max_size=3))
+def test_anls(answer: str, expected: list[str]) -> None:
+    best = 0.0
+    for text in expected:
+        one, other = " ".join(answer.lower().split()), " ".join(text.lower().split())
+        longest = max(len(one), len(other))
+        distance = edit_distance(one, other) / longest if longest else 0.0
+        best = max(best, 1 - distance if distance < 0.5 else 0.0)
+    assert anls(answer, expected) == pytest.approx(best)
+
+
+def test_anls_is_zero_from_half_the_length_on() -> None:
+    assert anls("abcd", ["abxx"]) == 0
+    assert anls("abcd", ["abcx"]) == 0.75
+
+
+@given(WORDS, SOME_WORDS)
+def test_error_rates(answer: str, reference: str) -> None:
+    assert cer(answer, [reference]) == pytest.approx(edit_distance(answer, reference) / len(reference))
+    words = reference.split()
+    assert wer(answer, [reference]) == pytest.approx(edit_distance(answer.split(), words) / len(words))
+
+
+def test_error_rates_pool_lengths() -> None:
+    for name, lengths in {"cer": (2, 8), "wer": (1, 2)}.items():
+        assert tuple(METRICS[name].weight([text]) for text in (" ab", "abc defg")) == lengths
+
+
+@given(WORDS, SOME_WORDS)
+def test_rouge_l(answer: str, reference: str) -> None:
+    given_words, wanted = (re.sub(r"[^a-z0-9]+", " ", text.lower()).split() for text in (answer, reference))
+    common = longest_common_subsequence(given_words, wanted)
+    precision, recall = common / max(len(given_words), 1), common / len(wanted)
+    expected = 2 * precision * recall / (precision + recall) if common else 0.0
+    assert rouge_l(answer, [reference]) == pytest.approx(expected)
+
+
+def test_rouge_l_knows_scripts_without_spaces() -> None:
+    assert rouge_l("数字是三", ["数字是五"]) == 0.75
+
+
+@given(WORDS, st.lists(SOME_WORDS, min_size=1, max_size=3))
+def test_token_f1(answer: str, expected: list[str]) -> None:
+    def words(text: str) -> list[str]:
+        kept = "".join(" " if c.isspace() else c for c in text.lower() if c not in string.punctuation)
+        return [word for word in kept.split() if word not in {"a", "an", "the"}]
+
+    best = 0.0
+    for text in expected:
+        mine, theirs = words(answer), words(text)
+        left, common = list(theirs), 0
+        for word in mine:
+            if word in left:
+                left.remove(word)
+                common += 1
+        if not mine or not theirs:
+            f1 = float(mine == theirs)
+        else:
+            precision, recall = common / len(mine), common / len(theirs)
+            f1 = 2 * precision * recall / (precision + recall) if common else 0.0
+        best = max(best, f1)
+    assert token_f1(answer, expected) == pytest.approx(best)
+
+
+@given(st.sampled_from(["yes", "no", "maybe"]), st.lists(st.sampled_from(["yes", "no"]), min_size=2, max_size=10))
+def test_vqa_accuracy_leaves_each_annotator_out(answer: str, people: list[str]) -> None:
+    scores = []
+    for left_out in range(len(people)):
+        others = people[:left_out] + people[left_out + 1 :]
+        scores.append(min(1.0, others.count(answer) / 3))
+    assert vqa_accuracy(answer, people) == pytest.approx(sum(scores) / len(scores))
+
+
+@pytest.mark.parametrize(
+    ("answer", "person"),
+    [
+        ("A cat.", "cat"),
+        ("two", "2"),
+        ("None", "0"),
+        ("dont", "don't"),
+        ("couldn'tve", "couldnt've"),
+        ("red, white", "red white"),
+        ("black/white", "black white"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("the\nlarge dog", "large dog"),
+    ],
+)
+def test_vqa_accuracy_normalises_as_published(answer: str, person: str) -> None:
+    assert vqa_accuracy(answer, [person] * 10) == 1
+
+
+@pytest.mark.parametrize(("answer", "person"), [("its", "it's"), ("were", "we're"), ("3.5", "35"), ("cat", "cats")])
+def test_vqa_accuracy_keeps_different_words_apart(answer: str, person: str) -> None:
+    assert vqa_accuracy(answer, [person] * 10) == 0
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6).filter(bool))
+def test_relaxed_accuracy_of_numbers(given_number: float, wanted: float) -> None:
+    expected = float(abs(given_number - wanted) / abs(wanted) <= 0.05)
+    assert relaxed_accuracy(repr(given_number), [repr(wanted)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [
+        ("105", "100", 1),
+        ("105.1", "100", 0),
+        ("9.6%", "0.1", 1),
+        ("0", "0", 1),
+        ("0.0", "0", 0),
+        ("France", "france ", 1),
+        ("nan", "NaN", 1),
+        ("inf", "7", 0),
+        ("about 100", "100", 0),
+    ],
+)
+def test_relaxed_accuracy(answer: str, expected: str, score: float) -> None:
+    assert relaxed_accuracy(answer, [expected]) == score
+
+
+def test_exact_match_counts_everything_but_outer_space() -> None:
+    assert exact_match(" The digit is 3.\n", ["A 3.", "The digit is 3."]) == 1
+    assert exact_match("the digit is 3.", ["The digit is 3."]) == 0
+
+
+def test_contains() -> None:
+    assert contains("It says\nSTOP here", ["go", "says stop"]) == 1
+    assert contains("It says so", ["stop"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(C)", "C"),
+        ("D.", "D"),
+        ("B. A cat", "B"),
+        ("B: a cat", "B"),
+        ("(B) a cat", "B"),
+        ("The answer is C.", "C"),
+        ("Answer: **D**", "D"),
+        ("I choose option A because it fits", "A"),
+        ("It must be (B), I think", "B"),
+        ("(A) or (B)", None),
+        ("A, B", None),
+        ("A cat sits there", None),
+        ("I do not know", None),
+        ("", None),
+    ],
+)
+def test_chosen_option(text: str, option: str | None) -> None:
+    assert chosen_option(text) == option
+    assert multiple_choice(text, ["B. a cat"]) == (option == "B")
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ('{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": true}', 1),
+        ('```json\n{"items": [{"price": 3}, {"price": 4}], "paid": true, "name": "Li"}\n```', 1),
+        ('{"name": "Lu", "items": [{"price": 3}, {"price": 4}], "paid": true}', 0.75),
+        ('{"name": "Li", "items": [{"price": 3}], "paid": true}', 0.75),
+        ('{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": 1}', 0.75),
+        ('{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": true, "extra": 1}', 0.75),
+        ("{}", 0),
+        ("no JSON", 0),
+        ("[" * 100_000, 0),
+    ],
+)
+def test_json_fields(answer: str, score: float) -> None:
+    assert json_fields(answer, ['{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": true}']) == score
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_the_expected_answer_itself_is_right(name: str) -> None:
+    expected = {
+        "json_fields": ['{"digit": 3}'],
+        "multiple_choice": ["C"],
+        "vqa_accuracy": ["cat"] * 10,
+    }.get(name, ["The digit is 3."])
+    metric = metric_named(name)
+    assert metric.refuses(expected) is None
+    assert metric.is_right(metric.score(expected[0], expected))
+    assert not metric.is_right(metric.score("something else entirely, and long", expected))
+
+
+def sample(**fields: object) -> Sample:
+    turns = (Turn(role="user", parts=("?",)), Turn(role="assistant", parts=("cat",)))
+    return Sample.model_validate({"id": "s", "pictures": (), "turns": turns, "source": "data.json", **fields})
+
+
+def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
+    assert expected_answers(sample()) == ("cat",)
+    assert expected_answers(sample(answers=("cat", "dog"))) == ("cat", "dog")
+    assert metric_of(sample(metric="anls"), "cer").name == "anls"
+    assert metric_of(sample(), "cer").name == "cer"
+
+
+@pytest.mark.parametrize(
+    ("fields", "metric", "words"),
+    [
+        ({}, "blue", "'blue' is none of exact_match"),
+        ({}, "vqa_accuracy", "0 by definition"),
+        ({"answers": ("a", "b")}, "wer", "here are 2"),
+        ({}, "multiple_choice", "'cat'"),
+        ({}, "json_fields", "as JSON"),
+    ],
+)
+def test_an_undefined_metric_is_refused_with_its_sample(fields: dict[str, object], metric: str, words: str) -> None:
+    with pytest.raises(UserError, match=r"data\.json, sample s: ") as caught:
+        metric_of(sample(**fields), metric)
+    assert words in str(caught.value)

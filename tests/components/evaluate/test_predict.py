@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
+from minicpmv_finetune.components.evaluate.predict import predict
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.samples import read_samples
+
+
+def test_the_answer_is_the_one_evaluation_finds(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+    sample = next(iter(read_samples(dataset, "eval")))
+    evaluate(tiny_46, "", dataset, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(max_new_tokens=12))
+    expected = json.loads((tmp_path / "predictions").read_text().splitlines()[0])["tuned"]
+    assert predict(str(tiny_46), [sample.pictures[0].uri], sample.turns[0].text, max_new_tokens=12) == expected
+
+
+def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapted = get_peft_model(load_model(tiny_46)[0], LoraConfig(target_modules=["q_proj", "in_proj_qkv", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    pictures = [str(path) for path in sorted((digits / "pictures").glob("*.png"))[:2]]
+    plain = predict(str(tiny_46), pictures, "Which are these?", max_new_tokens=12)
+    tuned = predict(str(tiny_46), pictures, "Which are these?", str(tmp_path / "adapter"), max_new_tokens=12)
+    assert plain
+    assert plain != tuned
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": " "}, "prompt: says nothing"),
+        ({"prompt": "an <|im_end|> inside"}, "prompt: .*special token"),
+        ({"max_new_tokens": 0}, "no room"),
+        ({"images": ["missing.png"]}, "missing.png: nothing lies there"),
+        ({"images": [__file__]}, "not a readable picture"),
+        ({"adapter_uri": str(Path(__file__).parent)}, "no adapter_config.json"),
+        ({"model_uri": str(Path(__file__).parent)}, "no config.json"),
+    ],
+)
+def test_bad_input_is_named(tiny_46: Path, change: dict[str, object], words: str) -> None:
+    arguments = {"model_uri": str(tiny_46), "images": [], "prompt": "Which?", **change}
+    with pytest.raises(UserError, match=words):
+        predict(**arguments)  # type: ignore[arg-type]

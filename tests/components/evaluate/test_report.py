@@ -1,0 +1,193 @@
+"""The report as a reader meets it: opened in a browser."""
+
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
+from minicpmv_finetune.components.evaluate.report import headline, markdown, percent, write_report
+from minicpmv_finetune.components.minicpmv.answer import Answer
+from minicpmv_finetune.components.samples import Picture, Sample, Turn
+
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
+FACTS = {"metric": "exact_match", "generation": "4.6", "base_model": HOSTILE, "seconds": 3}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.fail("No Chromium on this machine; install it with `apt-get install -y chromium`, as `make test` does.")
+    with sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield instance
+        instance.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test over any error it reports or any request it makes for more than the file."""
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type in {"error", "warning"} else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else problems.append(request.url)
+    )
+    yield page
+    page.close()
+    assert problems == []
+
+
+def evaluation_of(
+    said: list[tuple[str, str, str]], picture: Picture | None = None, base: bool = True, tag: str = "all"
+) -> Evaluation:
+    """An evaluation from (expected, base's answer, tuned model's answer)."""
+    samples = [
+        Sample(
+            id=f"sample-{number}",
+            pictures=(picture,) if picture else (),
+            turns=(Turn(role="user", parts=(f"Question {number}?",)), Turn(role="assistant", parts=(expected,))),
+            source="test",
+            tags=(tag,),
+        )
+        for number, (expected, _, _) in enumerate(said)
+    ]
+    before = [Answer(text, 3, hit_limit=False) for _, text, _ in said]
+    after = [Answer(text, 3, hit_limit=False) for _, _, text in said]
+    return assess(samples, before if base else None, after, "exact_match")
+
+
+FOUR = [("cat", "dog", "cat"), ("cat", "cat", "cat"), ("dog", "dog", "cow"), ("dog", "ant", "bee")]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Picture:
+    path = tmp_path / "picture.png"
+    Image.radial_gradient("L").save(path)
+    return Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=256, height=256)
+
+
+def opened(page: Page, evaluation: Evaluation, folder: Path) -> int:
+    """Open the evaluation's report; returns its size in bytes."""
+    path = folder / "report.html"
+    write_report(path, evaluation, FACTS)
+    page.goto(path.as_uri())
+    return path.stat().st_size
+
+
+def visible_ids(page: Page) -> list[str]:
+    return [text.split()[0] for text in page.locator(".card:visible .id").all_text_contents()]
+
+
+def test_filters_and_search(page: Page, tmp_path: Path, picture: Picture) -> None:
+    opened(page, evaluation_of(FOUR, picture), tmp_path)
+    everything = [f"sample-{number}" for number in range(4)]
+    assert visible_ids(page) == everything
+    filters = page.get_by_role("group", name="Filter by outcome")
+    for title, expected in {
+        "Fixed": ["sample-0"],
+        "Right before and after": ["sample-1"],
+        "Broken": ["sample-2"],
+        "Still wrong": ["sample-3"],
+        "All": everything,
+    }.items():
+        filters.get_by_role("button", name=title, exact=True).click()
+        assert visible_ids(page) == expected
+        assert page.locator("#shown").inner_text() == str(len(expected))
+    search = page.get_by_role("searchbox")
+    search.fill("COW")
+    assert visible_ids(page) == ["sample-2"]
+    filters.get_by_role("button", name="Fixed").click()
+    assert visible_ids(page) == []
+    assert page.get_by_text("No sample matches").is_visible()
+    search.press("Escape")
+    assert visible_ids(page) == ["sample-0"]
+    page.locator(".legend").get_by_role("button", name="broken").click()
+    assert visible_ids(page) == ["sample-2"]
+
+
+def test_figures_and_pictures_are_shown(page: Page, tmp_path: Path, picture: Picture) -> None:
+    opened(page, evaluation_of(FOUR, picture), tmp_path)
+    assert page.locator("h1").inner_text().split("\n")[0].startswith("50.0%")
+    assert "+0.0 points over the base model’s 50.0%" in page.locator(".gain").inner_text()
+    assert page.locator(".matrix").get_by_role("rowheader").all_inner_texts() == ["cat", "dog"]
+    assert page.locator(".groups").get_by_role("rowheader").all_inner_texts() == ["all"]
+    sizes = page.locator(".card img").evaluate_all(
+        "images => Promise.all(images.map((image) => image.decode().then(() => image.naturalWidth)))"
+    )
+    assert sizes == [256] * 4
+
+
+def test_texts_from_data_and_models_are_inert(page: Page, tmp_path: Path) -> None:
+    hostile = [(HOSTILE, HOSTILE, HOSTILE), (HOSTILE, "x", HOSTILE)] * 2
+    opened(page, evaluation_of(hostile, tag=HOSTILE), tmp_path)
+    page.get_by_role("searchbox").fill("onerror")
+    assert len(visible_ids(page)) == 4
+    assert page.title() == "MiniCPM-V 4.6 · evaluation"
+    assert page.locator("main script, main img").count() == 0
+    assert page.locator(".card .said span").first.inner_text() == HOSTILE
+
+
+def test_the_policy_stops_scripts_the_page_does_not_know(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(path, evaluation_of(FOUR), FACTS)
+    allowed = path.read_text()
+    path.write_text(allowed.replace("</main>", "</main><script>document.title='taken'</script>"))
+    quiet = page.context.browser.new_page()  # type: ignore[union-attr]
+    quiet.goto(path.as_uri())
+    assert quiet.title() == "MiniCPM-V 4.6 · evaluation"
+    quiet.close()
+
+
+def test_without_a_base_there_are_right_and_wrong(page: Page, tmp_path: Path) -> None:
+    opened(page, evaluation_of(FOUR, base=False), tmp_path)
+    page.get_by_role("group", name="Filter by outcome").get_by_role("button", name="Wrong").click()
+    assert visible_ids(page) == ["sample-2", "sample-3"]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_fits_its_window(browser: Browser, tmp_path: Path, picture: Picture, width: int) -> None:
+    path = tmp_path / "report.html"
+    long = [("w" * 500, "x" * 500, "w" * 500), *FOUR]
+    write_report(path, evaluation_of(long, picture, tag="t" * 300), FACTS)
+    page = browser.new_page(viewport={"width": width, "height": 700})
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def test_ten_thousand_samples_with_long_answers(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "noise.png"
+    # Noise is what compresses worst.
+    Image.effect_noise((640, 640), 90).convert("RGB").save(path)
+    noise = Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=640, height=640)
+    rare = [("a", "a", "<b>" * 5000)] * 3
+    size = opened(page, evaluation_of([("a", "<b>" * 5000, "a")] * 9997 + rare, noise), tmp_path)
+    assert size < 25_000_000
+    assert page.locator(".card").count() == 300
+    assert page.locator(".card.broken").count() == 3, "the few broken samples are shown among the many fixed"
+    assert "10,000" in page.locator("#gallery > .quiet").inner_text()
+    page.get_by_role("searchbox").fill("sample-9999")
+    assert visible_ids(page) == ["sample-9999"]
+
+
+def test_headline_and_markdown() -> None:
+    better = evaluation_of([("cat", "dog", "cat")] * 20 + [("cat", "dog", "dog")] * 20)
+    assert headline(better).startswith("Exact match 50.0% on 40 samples: 50.0 points better than the base model's 0.0%")
+    assert "| exact match | 0.0% | 50.0% |" in markdown(better)
+    assert "fixed 20, right before and after 0, broken 0, still wrong 20." in markdown(better)
+    worse = evaluation_of([("cat", "cat", "dog")] * 4)
+    assert "100.0 points worse" in headline(worse)
+    alone = evaluation_of(FOUR, base=False)
+    assert headline(alone) == "Exact match 50.0% on 4 samples."
+    assert "base" not in markdown(alone)
+
+
+def test_only_all_is_called_a_hundred_per_cent() -> None:
+    assert [percent(value) for value in (1.0, 0.9996, 0.5)] == ["100.0%", "99.9%", "50.0%"]

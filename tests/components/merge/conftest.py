@@ -1,0 +1,123 @@
+"""Bases, adapters and shards for the merge step's tests."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+RECORD = {
+    "base_model": "the base",
+    "generation": "4.6",
+    "data_fingerprint": "0123abcd",
+    "max_slice_nums": 4,
+    "use_lora": True,
+    "arguments": {"lora_r": 4, "learning_rate": 0.001},
+    "history": [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 0.25}],
+}
+QUERIES = r"model\.language_model\..*self_attn\.(q_proj|v_proj)"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter folder and the PEFT model it came from."""
+
+    folder: Path
+    model: PeftModel
+
+
+@pytest.fixture
+def train(tmp_path: Path, write_record: Callable[..., None]) -> Callable[..., Trained]:
+    """Makes an adapter whose every tensor is away from its beginning, as training would leave it."""
+
+    def make(base: Path, **settings: Any) -> Trained:
+        torch.manual_seed(0)
+        model, _ = load_model(base, torch.float32)
+        config = LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": QUERIES} | settings))
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / "adapter")
+        write_record(tmp_path / "adapter")
+        return Trained(tmp_path / "adapter", adapted)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_record() -> Callable[..., None]:
+    """Writes the training's record."""
+
+    def write(folder: Path, **changes: Any) -> None:
+        (folder / "training.json").write_text(json.dumps(RECORD | changes))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def copy_base() -> Callable[..., Path]:
+    """Makes a base with other tensors or settings; a setting of the language model's is changed there too."""
+
+    def copy(
+        base: Path,
+        folder: Path,
+        tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda tensors: tensors,
+        **config: Any,
+    ) -> Path:
+        shutil.copytree(base, folder)
+        save_file(tensors(load_file(base / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        document = json.loads((folder / "config.json").read_text())
+        for name, value in config.items():
+            document[name] = value
+            document["text_config"][name] = value
+        (folder / "config.json").write_text(json.dumps(document))
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def tied_46(tiny_46: Path, copy_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose head is its embeddings, as small published models have it."""
+
+    def tie(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+    return copy_base(tiny_46, tmp_path_factory.mktemp("base") / "tied", tie, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def bf16_46(tiny_46: Path, copy_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base stored in 16 bits."""
+
+    def halve(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+    return copy_base(tiny_46, tmp_path_factory.mktemp("base") / "bf16", halve, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def shards(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few prepared digits."""
+    folder = tmp_path_factory.mktemp("shards")
+    for split in ("train", "eval"):
+        samples = json.loads((digits / f"{split}.json").read_text())[:4]
+        for sample in samples:
+            sample["image"] = str(digits / sample["image"])
+        (folder / f"{split}.json").write_text(json.dumps(samples))
+    data = [str(folder / f"{split}.json") for split in ("train", "eval")]
+    validate_data(*data, folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
+    preprocess(folder / "dataset", str(tiny_46), folder / "shards", folder / "rejects.jsonl", PreprocessSettings())
+    return folder / "shards"

@@ -1,0 +1,199 @@
+"""A merged folder takes the base's place, is seen only once it is proven, and says where it comes from."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.merge.gate import judge
+from minicpmv_finetune.components.merge.merge import MergeReport, MergeSettings, markdown, merge
+from minicpmv_finetune.components.merge.report import Generated
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.minicpmv.generations import slicing_of
+
+Train = Callable[..., Any]
+CopyBase = Callable[..., Path]
+
+
+def test_merged_folder_is_a_proven_drop_in(
+    tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    base = copy_base(tiny_46, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\nThe base.\n")
+    (base / "LICENSE").write_text("the licence")
+    (base / "modeling_remote.py").write_text("# the original remote code")
+    adapter = train(base, modules_to_save=["model.merger"]).folder
+    model = tmp_path / "model"
+    report = merge(str(base), adapter, shards, model, tmp_path / "report.json", MergeSettings(parity_rows=2))
+
+    assert MergeReport.model_validate_json((tmp_path / "report.json").read_text()) == report
+    assert report.gate is not None
+    assert report.gate.failure is None
+    assert 0 < report.gate.parity.largest_difference < 1e-4
+    assert report.gate.parity.storage_rounding is None
+    assert len(report.gate.generated) == report.gate.parity.rows == 2
+    assert all(item.expected.startswith("The digit is") for item in report.gate.generated)
+    assert report.metrics["largest_logit_difference"] == report.gate.parity.largest_difference
+
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in model.iterdir()} == names | {"README.base.md"}
+    for name in names - {"model.safetensors", "README.md", "processor_config.json"}:
+        assert (model / name).read_bytes() == (base / name).read_bytes(), name
+    assert slicing_of(model).max_slice_nums == 4
+    AutoProcessor.from_pretrained(model)
+    load_model(model)
+
+    card = (model / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["base_model"] == str(base)
+    assert "0123abcd" in card
+    assert '"lora_r": 4' in card
+    assert "3.5000, 0.2500" in card
+    assert "| merger | 6 of 6 |" in markdown(report)
+
+
+def test_an_adapter_that_learnt_nothing_is_refused(tiny_46: Path, train: Train, shards: Path, tmp_path: Path) -> None:
+    adapter = train(tiny_46).folder
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: t * 0 if "lora_B" in name else t for name, t in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="nothing was learnt"):
+        merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+    assert not (tmp_path / "model").exists()
+    assert json.loads((tmp_path / "report.json").read_text())["changed"] == {}
+
+
+def test_what_was_made_for_another_generation_is_refused(
+    tiny_46: Path, train: Train, write_record: Callable[..., None], shards: Path, tmp_path: Path
+) -> None:
+    adapter = train(tiny_46).folder
+    write_record(adapter, generation="4.5")
+    with pytest.raises(UserError, match=r"4\.5, but .* is 4\.6"):
+        merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+
+
+def test_a_folder_that_is_no_training_result_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no training\.json"):
+        merge(str(tiny_46), tiny_46, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+
+
+def test_full_fine_tune_passes_the_same_gate(
+    tiny_46: Path,
+    copy_base: CopyBase,
+    write_record: Callable[..., None],
+    shards: Path,
+    tmp_path: Path,
+) -> None:
+    def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: t + 0.01 if name.endswith("k_proj.weight") else t for name, t in tensors.items()}
+
+    tuned = copy_base(tiny_46, tmp_path / "tuned", move)
+    write_record(tuned, use_lora=False)
+    model = tmp_path / "model"
+    report = merge(str(tiny_46), tuned, shards, model, tmp_path / "report.json", MergeSettings(parity_rows=1))
+    assert report.kind == "full"
+    assert report.gate is not None
+    assert report.gate.parity.largest_difference == 0
+    assert {name.split(".")[-2] for name in report.changed} == {"k_proj"}
+    assert not (model / "training.json").exists()
+
+
+def test_gate_refuses_a_model_that_is_not_base_and_adapter(
+    tiny_46: Path, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    adapter = train(tiny_46).folder
+    found = judge(tiny_46, adapter, tiny_46, shards, 1)
+    assert found.failure is not None
+    assert "differ by" in found.failure
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["model.language_model.embed_tokens", "model.merger"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_gate_tells_rounding_from_error(
+    tied_46: Path,
+    copy_base: CopyBase,
+    train: Train,
+    shards: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Stored in 16 bits, a right model differs from base and adapter by more than the tolerance."""
+    base = copy_base(tied_46, tmp_path / "base", lambda tensors: {n: t.bfloat16() for n, t in tensors.items()})
+    adapter = train(base, **settings).folder
+    report = merge(str(base), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings(1))
+    assert report.gate is not None
+    assert report.gate.parity.storage_rounding is not None
+    assert report.gate.parity.largest_difference < 1e-3 < report.gate.parity.storage_rounding
+    assert report.untied == ("ensure_weight_tying" not in settings)
+
+
+def test_markdown_escapes_what_a_model_says(tiny_46: Path, train: Train, shards: Path) -> None:
+    gate = judge(tiny_46, train(tiny_46).folder, tiny_46, shards, 1)
+    gate = gate.model_copy(update={"generated": [Generated(id="1", expected="a|b", answer="<script>x\n[y](z)")]})
+    text = markdown(
+        MergeReport(
+            base_model="base",
+            generation="4.6",
+            data_fingerprint="0",
+            kind="adapter",
+            bytes=1,
+            moved={},
+            changed={},
+            untied=False,
+            memory=None,
+            seconds={},
+            gate=gate,
+        )
+    )
+    assert r"| 1 | a\|b | &lt;script&gt;x \[y\](z) |" in text
+    assert "**failed**" in text
+
+
+_MEASURED = """
+import json, sys
+from pathlib import Path
+from minicpmv_finetune.components.merge.merge import stream
+print(stream(*map(Path, sys.argv[1:])).memory.model_dump_json())
+"""
+
+
+def test_memory_of_streaming_does_not_grow_with_the_model(
+    tiny_46: Path, copy_base: CopyBase, train: Train, tmp_path: Path
+) -> None:
+    """A model of 400 MB, most of it embeddings that are replaced whole or get a product added."""
+    rows = 400 * 2**20 // (128 * 4)
+
+    def grow(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.full((rows // 2, 128), 0.5)
+        return tensors
+
+    base = copy_base(tiny_46, tmp_path / "base", grow, vocab_size=rows // 2)
+    adapter = train(base, target_modules=["lm_head", "q_proj"], modules_to_save=["embed_tokens"]).folder
+    (tmp_path / "merged").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, str(base), str(adapter), str(tmp_path / "merged")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    memory = json.loads(done.stdout)
+    assert memory["largest_tensor"] == rows // 2 * 128 * 4
+    # Well below what the bound allows: some blocks, not some tensors.
+    assert 0 < memory["peak"] - memory["baseline"] < memory["largest_tensor"]
+    assert memory["peak"] < memory["bound"]

@@ -1,0 +1,191 @@
+import hashlib
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from minicpmv_finetune.components import shards as module
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.minicpmv.row import Row
+from minicpmv_finetune.components.shards import (
+    MANIFEST_FILE,
+    Manifest,
+    ShardReader,
+    ShardWriter,
+    read_manifest,
+    verify_shards,
+)
+
+ROWS = 40
+
+
+def row(number: int, seed: int = 0) -> Row:
+    """A row like no other: no slice, one or several of different sizes."""
+    random = np.random.default_rng([seed, number])
+    slices = [random.integers(0, 256, (14 * side, 28, 3), dtype=np.uint8) for side in range(1, 1 + number % 4)]
+    ids = random.integers(0, 500, 5 + number).tolist()
+    return Row(f"row-{number}", ids, [-100, *ids[1:]], slices)
+
+
+def write(folder: Path, seed: int = 0, rows: int = ROWS) -> Path:
+    """A shards folder with many row groups in several files."""
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, "train")
+    for number in range(rows):
+        writer.append(row(number, seed))
+    writer.close()
+    manifest = Manifest(
+        generation="4.6",
+        tokenizer_sha256="",
+        max_slice_nums=9,
+        model_max_length=2048,
+        patch_size=14,
+        pad_token_id=0,
+        data_fingerprint="",
+        shards={"train": writer.shards},
+        lengths={"train": writer.lengths},
+        slices={"train": writer.slices},
+        bytes=0,
+    )
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", 8_000)
+    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "shards")
+
+
+def assert_equal(found: Row, expected: Row) -> None:
+    assert found.id == expected.id
+    assert list(found.input_ids) == list(expected.input_ids)
+    assert list(found.labels) == list(expected.labels)
+    assert len(found.slices) == len(expected.slices)
+    for ours, theirs in zip(found.slices, expected.slices, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rows_come_back_as_they_were_in_any_order(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert len({shard.file for shard in reader.manifest.shards["train"]}) > 1
+    assert len(reader) == sum(shard.rows for shard in reader.manifest.shards["train"]) == ROWS
+    for number in np.random.default_rng(0).permutation(ROWS):
+        assert_equal(reader[number], row(number))
+    assert [found.id for found in reader] == [f"row-{number}" for number in range(ROWS)]
+
+
+def test_reader_is_indexed_like_a_list(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[-1], row(ROWS - 1))
+    assert [found.id for found in reader[2:9:3]] == ["row-2", "row-5", "row-8"]
+    for outside in (ROWS, -ROWS - 1):
+        with pytest.raises(IndexError):
+            reader[outside]
+
+
+def test_manifest_counts_rows_tokens_and_slices(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest.rows("train") == ROWS
+    assert manifest.rows("eval") == 0
+    assert manifest.lengths["train"] == [len(row(number).input_ids) for number in range(ROWS)]
+    assert manifest.slices["train"] == sum(len(row(number).slices) for number in range(ROWS))
+
+
+def test_a_split_without_rows_is_empty(folder: Path) -> None:
+    assert list(ShardReader(folder, "eval")) == []
+
+
+def test_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_a_new_reader_sees_a_rewritten_folder(folder: Path) -> None:
+    assert_equal(ShardReader(folder, "train")[3], row(3))
+    write(folder, seed=1)
+    assert_equal(ShardReader(folder, "train")[3], row(3, seed=1))
+
+
+def test_rows_may_be_written_to_without_changing_others(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    reader[3].slices[0][:] = 0
+    assert_equal(reader[3], row(3))
+
+
+def identity(rows: Sequence[Row]) -> Sequence[Row]:
+    return rows
+
+
+def test_worker_processes_read_the_same_rows(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[0], row(0))  # something is open and cached when the workers start
+    loader = DataLoader(
+        reader,  # type: ignore[arg-type]  # a Sequence will do
+        batch_size=8,
+        num_workers=2,
+        collate_fn=identity,
+        multiprocessing_context="fork",
+    )
+    for number, found in enumerate(found for batch in loader for found in batch):
+        assert_equal(found, row(number))
+
+
+def test_a_pickled_reader_carries_no_data(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[5], row(5))
+    assert len(pickle.dumps(reader)) < 1000
+    assert_equal(pickle.loads(pickle.dumps(reader))[5], row(5))
+
+
+def test_whole_shards_pass_verification(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    verify_shards(folder, manifest)
+    for shard in manifest.shards["train"]:
+        assert hashlib.sha256((folder / shard.file).read_bytes()).hexdigest() == shard.sha256
+
+
+def test_verification_finds_a_flipped_bit(folder: Path) -> None:
+    path = folder / read_manifest(folder).shards["train"][-1].file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}: its content differs"):
+        verify_shards(folder, read_manifest(folder))
+
+
+def test_a_missing_file_is_explained(folder: Path) -> None:
+    (folder / "train-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"train-00001.parquet: named in manifest.json but missing"):
+        verify_shards(folder, read_manifest(folder))
+    with pytest.raises(UserError, match=r"train-00001.parquet: named in manifest.json but missing"):
+        ShardReader(folder, "train")
+
+
+def test_a_truncated_file_is_explained(folder: Path) -> None:
+    path = folder / "train-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"train-00001.parquet: damaged"):
+        ShardReader(folder, "train")
+
+
+def test_without_a_manifest_there_are_no_shards(folder: Path) -> None:
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(UserError, match="preprocess has not finished"):
+        ShardReader(folder, "train")
+
+
+def test_a_newer_manifest_is_refused(folder: Path) -> None:
+    (folder / MANIFEST_FILE).write_text('{"schema_version": 99}')
+    with pytest.raises(UserError, match="upgrade minicpmv-finetune"):
+        read_manifest(folder)

@@ -1,0 +1,75 @@
+import pytest
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.train.arguments import PUBLISHED_LORA_TARGETS, parse
+from minicpmv_finetune.components.train.train import as_flags
+
+# The flags of the published finetune_lora.sh, as users have them in their launch scripts.
+PUBLISHED_LORA_SCRIPT = """
+    --model_name_or_path openbmb/MiniCPM-V-2_6 --llm_type qwen --data_path train.json --eval_data_path eval.json
+    --remove_unused_columns false --label_names labels --prediction_loss_only false --bf16 false --bf16_full_eval false
+    --fp16 false --fp16_full_eval false --do_train --do_eval --tune_vision true --tune_llm false --use_lora true
+    --lora_target_modules llm\\..*layers\\.\\d+\\.self_attn\\.(q_proj|k_proj|v_proj) --model_max_length 2048
+    --max_slice_nums 9 --max_steps 10000 --eval_steps 1000 --output_dir output/lora --logging_dir output/lora
+    --logging_strategy steps --per_device_train_batch_size 1 --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 1 --evaluation_strategy steps --save_strategy steps --save_steps 1000
+    --save_total_limit 10 --learning_rate 1e-6 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01
+    --lr_scheduler_type cosine --logging_steps 1 --gradient_checkpointing true --report_to tensorboard
+""".split()
+
+
+def _parse(*flags: str) -> tuple[object, list[str]]:
+    said: list[str] = []
+    return parse(["--output_dir", "out", "--data_path", "data", *flags], announce=said.append), said
+
+
+def test_published_launch_script_is_understood() -> None:
+    said: list[str] = []
+    arguments = parse(PUBLISHED_LORA_SCRIPT, announce=said.append)
+    training = arguments.training
+    assert training.use_lora
+    assert training.tune_vision
+    assert not training.tune_llm
+    assert training.eval_strategy == "steps"
+    assert training.warmup_steps == 0.01
+    assert training.llm_type == "qwen"
+    assert training.activation_checkpointing
+    assert arguments.lora.lora_target_modules == PUBLISHED_LORA_TARGETS
+    assert [sentence for sentence in said if "logging_dir" in sentence]
+
+
+def test_defaults_are_the_published_ones() -> None:
+    arguments, _ = _parse("--use_lora", "true", "--tune_llm", "false")
+    lora, training = arguments.lora, arguments.training
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (64, 64, 0.05)
+    assert (training.model_max_length, training.max_slice_nums, training.optim) == (2048, 9, "adamw_torch")
+    assert training.tune_vision
+    assert not training.remove_unused_columns
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--use_lora true --tune_llm true", "The model cannot simultaneously adjust LLM parameters and apply LoRA."),
+        ("--q_lora true", "--q_lora trains adapters on a 4-bit model and needs --use_lora true."),
+        ("--no_such_flag 1", "--no_such_flag: no such flag"),
+        ("--learning_rate fast", "--learning_rate"),
+        ("--save_safetensors false", "pickled weights are not written"),
+    ],
+)
+def test_mistakes_are_one_sentence(flags: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(").replace(".", r"\.")) as error:
+        _parse(*flags.split())
+    assert "\n" not in str(error.value)
+
+
+def test_removed_flags_map_to_todays() -> None:
+    arguments, _ = _parse("--group_by_length", "true")
+    assert arguments.training.train_sampling_strategy == "group_by_length"
+
+
+def test_settings_become_flags() -> None:
+    assert as_flags({"lora_r": 16, "use_lora": True, "cache_dir": None, "label_names": ["labels", "more"]}) == [
+        *("--lora_r", "16", "--use_lora", "True"),
+        *("--label_names", "labels", "more"),
+    ]

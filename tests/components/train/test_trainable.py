@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.minicpmv.generations import MINICPMV_4_6
+from minicpmv_finetune.components.train.arguments import parse
+from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+
+LORA = ["--use_lora", "true", "--tune_llm", "false", "--lora_r", "4"]
+
+
+def _trained(checkpoint: Path, *flags: str) -> PreTrainedModel:
+    model, generation = load_model(checkpoint, torch.float32)
+    arguments = parse(["--output_dir", "out", "--data_path", "data", *flags])
+    return make_trainable(model, generation, arguments)
+
+
+def _trainable_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_full_fine_tune_trains_everything(tiny_46: Path) -> None:
+    trainable, total = count_parameters(_trained(tiny_46))
+    assert trainable == total
+
+
+def test_frozen_parts_are_frozen(tiny_46: Path) -> None:
+    names = _trainable_names(_trained(tiny_46, "--tune_vision", "false", "--tune_llm", "false"))
+    assert names
+    assert all(name.startswith(MINICPMV_4_6.merger) for name in names)
+
+
+def test_lora_trains_adapters_and_the_whole_modules(tiny_46: Path) -> None:
+    names = _trainable_names(_trained(tiny_46, *LORA))
+    assert any("lora_A" in name and "self_attn.q_proj" in name for name in names)
+    assert any("lora_A" in name and "linear_attn.in_proj_qkv" in name for name in names)
+    for module in (MINICPMV_4_6.embed_tokens, MINICPMV_4_6.merger, MINICPMV_4_6.vision_tower):
+        assert any(f"{module}.modules_to_save" in name for name in names), module
+    assert not any("o_proj" in name and "vision" not in name for name in names)
+
+
+def test_tune_vision_false_leaves_the_tower_alone(tiny_46: Path) -> None:
+    names = _trainable_names(_trained(tiny_46, *LORA, "--tune_vision", "false", "--lora_bias", "all"))
+    assert not any(MINICPMV_4_6.vision_tower in name for name in names)
+
+
+def test_target_modules_by_the_published_name_of_the_language_model(tiny_46: Path) -> None:
+    names = _trainable_names(_trained(tiny_46, *LORA, "--lora_target_modules", r"llm\..*layers\.\d+\.mlp\.up_proj"))
+    assert {name.split(".mlp.")[1].split(".")[0] for name in names if "lora_A" in name} == {"up_proj"}
+
+
+def test_layers_to_transform_narrows_the_targets(tiny_46: Path) -> None:
+    names = _trainable_names(_trained(tiny_46, *LORA, "--lora_layers_to_transform", "1"))
+    layers = {name.split(".layers.")[1].split(".")[0] for name in names if "lora_A" in name}
+    assert layers == {"1"}
+
+
+def test_rank_alpha_dropout_and_bias_reach_peft(tiny_46: Path) -> None:
+    model = _trained(tiny_46, *LORA, "--lora_alpha", "12", "--lora_dropout", "0.3", "--lora_bias", "all")
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 12, 0.3, "all")
+
+
+def test_further_modules_are_trained_whole(tiny_46: Path) -> None:
+    names = _trainable_names(_trained(tiny_46, *LORA, "--lora_modules_to_save", "lm_head"))
+    assert any("lm_head.modules_to_save" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--llm_type", "minicpm"], "contradicts the checkpoint: MiniCPM-V 4.6 speaks qwen"),
+        ([*LORA, "--lora_target_modules", "nothing"], "matches no linear layer"),
+        ([*LORA, "--lora_target_modules", "("], "not a regular expression"),
+        ([*LORA, "--lora_layers_to_transform", "99"], "layers .99. hold no target"),
+        ([*LORA, "--lora_layers_to_transform", "first"], "give layer numbers"),
+        ([*LORA, "--lora_layer_replication", "0:2,1:3"], "mixes linear and full attention"),
+        ([*LORA, "--lora_bias", "some"], "must be none, all or lora_only"),
+        ([*LORA, "--lora_modules_to_save", "no_such"], "the model has no such module"),
+        ([*LORA, "--lora_weight_path", "nowhere"], "give an adapter folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny_46: Path, flags: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as error:
+        _trained(tiny_46, *flags)
+    assert "\n" not in str(error.value)
