@@ -79,12 +79,26 @@ def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = Non
         with warnings.catch_warnings():
             # PEFT warns of missing keys and goes on; a half-loaded adapter must not pass as a whole one.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, UserWarning) as error:
         raise UserError(
             f"{adapter}: does not fit the base model {base} ({str(error).strip().splitlines()[0]}); give the base it "
             "was trained on."
         ) from error
+    describe_replicated_layers(model)
+    return adapted
+
+
+def describe_replicated_layers(model: PreTrainedModel) -> None:
+    """Tell the configuration of layers that PEFT has replicated.
+
+    PEFT raises the number of layers and leaves the list of their kinds as short as it was. Only models with layers of
+    one kind are replicated.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and len(kinds) != config.num_hidden_layers:
+        config.layer_types = [kinds[0]] * config.num_hidden_layers
 
 
 def copy_other_files(source: Path, destination: Path) -> None:

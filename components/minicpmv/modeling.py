@@ -301,6 +301,11 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The language model without its head."""
         return self.llm.get_decoder()
 
+    @property
+    def model(self) -> nn.Module:
+        """The same; PEFT looks for layers to replicate under this name."""
+        return self.llm.model
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
