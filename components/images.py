@@ -1,4 +1,7 @@
-"""Which container images the components run in; `MINICPMV_FINETUNE_REGISTRY` and `_TAG` choose others at compile time."""
+"""Which container images the components run in.
+
+`MINICPMV_FINETUNE_REGISTRY` and `MINICPMV_FINETUNE_TAG` choose others when the pipeline is compiled.
+"""
 
 import os
 from importlib.metadata import version

@@ -5,6 +5,7 @@ before a command needs it, so that help and mistakes in arguments are instant.
 """
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +57,7 @@ Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
 
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
+    _quiet()
     try:
         app()
     except (UserError, RetryableError) as error:
@@ -246,6 +248,16 @@ def evaluate(
 
     settings = EvaluationSettings(metric=metric, max_new_tokens=max_new_tokens, batch_size=batch_size)
     step(model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings)
+
+
+def _quiet() -> None:
+    """Say to the libraries, before any is imported, what this program shows itself or does on purpose."""
+    # Bars of their own, and warnings that reference kernels run where there is no GPU.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not Path("/dev/nvidiactl").exists():
+        # DeepSpeed warns that it falls back to the CPU unless told to use it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def absolute(uri: str) -> str:

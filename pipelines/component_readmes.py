@@ -24,7 +24,8 @@ def readme(component: Any) -> str:
     function = component.python_func
     documented = docstring_parser.parse(inspect.getdoc(function) or "")
     described = {item.arg_name: (item.description or "").replace("\n", " ") for item in documented.params}
-    inputs, outputs = [], []
+    inputs: list[str] = []
+    outputs: list[str] = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind, direction = _kind(parameter.annotation)
         row = f"| `{name}` | {kind} | {described[name]} |"

@@ -103,7 +103,7 @@ def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:
     """
     import torch
 
-    from ..components.evaluate.metrics import exact_match
+    from ..components.evaluate.metrics import exact_match, expected_answers
     from ..components.minicpmv.answer import answer
     from ..components.minicpmv.checkpoint import load_with_adapter
     from ..components.minicpmv.conversation import Encoder
@@ -116,7 +116,7 @@ def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:
                 parameter.zero_()
     samples = list(read_samples(dataset, "eval"))
     answers = answer(model, Encoder.from_checkpoint(base), samples, DEMO_INPUTS["max_new_tokens"])
-    scores = [exact_match(given.text, [sample.turns[-1].text]) for given, sample in zip(answers, samples, strict=True)]
+    scores = [exact_match(given.text, expected_answers(sample)) for given, sample in zip(answers, samples, strict=True)]
     return float(np.mean(scores))
 
 
@@ -216,8 +216,8 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, corpus: tuple[str, ...] =
         image_size=PICTURE_SIDE,
         insert_layer_id=1,
         tie_word_embeddings=False,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        image_token_id=tokenizer.get_vocab()["<|image_pad|>"],
+        video_token_id=tokenizer.get_vocab()["<|video_pad|>"],
         text_config={
             "model_type": "qwen3_5_text",
             "vocab_size": 512,

@@ -33,7 +33,7 @@ Runner = Literal["subprocess", "docker"]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<step>[\w-]+)'")
 _ENDED = re.compile(r"Task '(?P<step>[\w-]+)' finished with status (?P<status>\w+)")
-_PROGRESS = re.compile(r"^(?P<what>\w[\w ]*?)\s+(?P<rest>\d+% \|.*)$")
+_PROGRESS = re.compile(r"^\w[\w ]*?\s+\d+% \|")
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,15 @@ class _Narrator:
     step: str = ""
     sentence: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    stream: TextIO = field(init=False)
+    stream: "_Lines" = field(init=False)
     _outcome: str = ""
     _progress: str = ""
     _started: float = 0.0
 
     def __post_init__(self) -> None:
         self.stream = _Lines(self._hear)
-        # The terminal itself: what the steps print is redirected away from it.
-        self._console = Console(highlight=False)
+        # This very stream: what the steps print goes to another while they run.
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, refresh_per_second=8, transient=True, redirect_stdout=False)
 
     def __enter__(self) -> "_Narrator":
@@ -159,15 +159,15 @@ class _Narrator:
             self._outcome = line.removeprefix(OUTCOME_MARK)
         elif line.startswith("error: "):
             self.sentence = line.removeprefix("error: ")
-        elif shown := _PROGRESS.match(line):
-            self._progress = shown["rest"] if shown["what"] == self.step.split("-")[0] else line
+        elif _PROGRESS.match(line):
+            self._progress = line
         self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step in STEPS else Text(""))
 
     def _end(self, succeeded: bool) -> None:
         took = time.monotonic() - self._started
         self.seconds[self.step] = round(took, 1)
         mark, colour = ("✓", "green") if succeeded else ("✗", "red")
-        self._console.print(self._line(mark, colour, f"{self._outcome or self._progress:<72} {took:5.0f} s"))
+        self._console.print(self._line(mark, colour, f"{self._outcome:<72} {took:5.0f} s"))
         self.step = "" if succeeded else self.step
 
     def _line(self, mark: str, colour: str, text: str) -> Text:

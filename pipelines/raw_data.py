@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..components.preprocess.preprocess import PreprocessSettings, preprocess
-from ..components.shards import MANIFEST_FILE
-from ..components.storage import exists, join
 from ..components.train.arguments import parse
 from ..components.validate_data.validate import ValidationSettings, validate_data
 
@@ -18,7 +16,7 @@ def with_prepared_data(flags: Sequence[str]) -> list[str]:
     """
     arguments = parse(flags, announce=lambda sentence: None)
     data, training = arguments.data, arguments.training
-    if exists(join(data.data_path, MANIFEST_FILE)):
+    if not data.data_path.endswith((".json", ".jsonl")):
         return list(flags)
     prepared = Path(f"{training.output_dir}-data")
     validate_data(

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..components.evaluate.metrics import METRICS
 from .local import LocalRun
 
 
@@ -20,13 +21,14 @@ def show_outcome(run: LocalRun, out: Path, further: Mapping[str, float] | None =
     scores = run.metrics("evaluate")
     table = Table(title=f"{scores['samples']:,.0f} held-out samples, free generation", title_justify="left", box=None)
     table.add_column("")
-    table.add_column("exact match", justify="right")
-    table.add_column("ANLS", justify="right")
-    for name in ("base", "tuned"):
-        if f"{name}_exact_match" in scores:
-            table.add_row(name, f"{scores[f'{name}_exact_match']:.1%}", f"{scores[f'{name}_anls']:.3f}")
-    for name, exact_match in (further or {}).items():
-        table.add_row(name, f"{exact_match:.1%}")
+    metrics = [name.removeprefix("tuned_") for name in scores if name.startswith("tuned_")]
+    metrics = [metric for metric in metrics if metric in METRICS]
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for model in ("base", "tuned"):
+        table.add_row(model, *(f"{scores[f'{model}_{metric}']:.3f}" for metric in metrics))
+    for model, exact_match in (further or {}).items():
+        table.add_row(model, *(f"{exact_match:.3f}" if metric == "exact_match" else "" for metric in metrics))
     console = Console(highlight=False, soft_wrap=True)
     console.print()
     console.print(table)

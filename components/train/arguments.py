@@ -169,6 +169,8 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
 
 def _check(arguments: Arguments) -> None:
     training = arguments.training
+    if not arguments.data.data_path:
+        raise UserError("--data_path: missing; give a shards folder or the training data.")
     if training.use_lora and training.tune_llm:
         raise UserError("The model cannot simultaneously adjust LLM parameters and apply LoRA.")
     if not training.use_lora and arguments.lora.q_lora:

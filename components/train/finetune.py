@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers import TrainingArguments as TransformersArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from .. import storage
 from ..errors import RetryableError, UserError, end_process
@@ -43,7 +41,6 @@ from .trainable import count_parameters, make_trainable
 
 def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake."""
-    _quiet()
     try:
         finetune(parse(argv, announce=_say))
     except (UserError, RetryableError) as error:
@@ -118,13 +115,13 @@ def _save(
     base: Path,
     arguments: Arguments,
     manifest: Manifest,
-    parameters: Mapping[str, int],
-    metrics: Mapping[str, float],
+    parameters: dict[str, int],
+    metrics: dict[str, float],
     history: list[dict[str, float]],
 ) -> None:
     """Write the adapter or the whole model so that it is there complete or not at all."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    with storage.staged_folder(Path(arguments.training.output_dir)) as folder:
+    with storage.staged_folder(Path(str(arguments.training.output_dir))) as folder:
         if arguments.training.use_lora:
             _check_adapter_moved(model)
             for config in model.peft_config.values():
@@ -259,15 +256,6 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
                 settings[item.name] = value
     settings.pop("hub_token", None)
     return settings
-
-
-def _quiet() -> None:
-    """What transformers warns of here (reference kernels without a GPU, one process under torchrun) is as intended."""
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # PEFT still asks for the old name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def _path(text: str | None) -> Path | None:

@@ -1,6 +1,7 @@
 """What of the model is trained: full weights, adapters, and modules trained whole beside the adapters."""
 
 import re
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,7 +50,10 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         describe_replicated_layers(model)
         return adapted
-    adapted = get_peft_model(model, lora_config(model, generation, arguments))
+    with warnings.catch_warnings():
+        # PEFT asks for it by the name it had before.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        adapted = get_peft_model(model, lora_config(model, generation, arguments))
     describe_replicated_layers(model)
     if not training.tune_vision:
         # lora_bias "all" would train the biases of the vision tower too.

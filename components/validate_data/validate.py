@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -189,9 +190,11 @@ def _check_file(uri: str) -> tuple[list[Sample], list[Reject]]:
     samples: list[Sample] = []
     rejects: list[Reject] = []
     with (
+        warnings.catch_warnings(),
         progress("validate", len(records), " samples") as bar,
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
     ):
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong is told per sample
         for outcome in pool.map(lambda record: _check(record, inspect), records):
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
@@ -266,15 +269,25 @@ def _read_records(uri: str) -> Iterator[_Record]:
 
 
 def _is_one_document(text: str) -> bool:
-    """Whether broken JSON was meant as a whole, not as a line for each sample: its first line is unfinished."""
-    first = text.strip().partition("\n")[0].rstrip()
+    """Whether broken JSON was meant as a whole, not as a line for each sample.
+
+    Then its first line is unfinished, and the next is no sample by itself.
+    """
+    first, _, rest = text.strip().partition("\n")
     if first.startswith("["):
         return True
     try:
         json.loads(first)
     except json.JSONDecodeError as error:
-        return error.pos == len(first)
+        return error.pos == len(first.rstrip()) and not _is_object(rest.lstrip().partition("\n")[0])
     return False
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_lines(uri: str, text: str) -> Iterator[_Record]:

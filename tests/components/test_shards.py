@@ -131,7 +131,7 @@ def test_worker_processes_read_the_same_rows(folder: Path) -> None:
     reader = ShardReader(folder, "train")
     assert_equal(reader[0], row(0))  # something is open and cached when the workers start
     loader = DataLoader(
-        reader,  # type: ignore[arg-type]  # a Sequence will do
+        reader,
         batch_size=8,
         num_workers=2,
         collate_fn=identity,

@@ -73,3 +73,8 @@ def test_settings_become_flags() -> None:
         *("--lora_r", "16", "--use_lora", "True"),
         *("--label_names", "labels", "more"),
     ]
+
+
+def test_data_must_be_named() -> None:
+    with pytest.raises(UserError, match="--data_path: missing"):
+        parse(["--output_dir", "out"])

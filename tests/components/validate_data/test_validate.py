@@ -1,0 +1,536 @@
+import io
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.components import storage
+from minicpmv_finetune.components.errors import RetryableError, UserError
+from minicpmv_finetune.components.samples import DatasetInfo, Reject, Sample, read_info, read_samples
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+Json = dict[str, Any]
+ASK: Json = {"role": "user", "content": "<image>\nWhat is it?"}
+ASK_WORDS: Json = {"role": "user", "content": "What is it?"}
+ANSWER: Json = {"role": "assistant", "content": "A square."}
+TEXT_ONLY: Json = {"id": "fine", "conversations": [ASK_WORDS, ANSWER]}
+
+
+def png(seed: int = 0, size: tuple[int, int] = (12, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3)).save(file, "PNG")
+    return file.getvalue()
+
+
+def truncated_jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3)).save(file, "JPEG")
+    return file.getvalue()[: len(file.getvalue()) // 2]
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A picture of a few bytes whose header promises many pixels, as a decompression bomb does."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+class Workshop:
+    """A folder with pictures `a.png` and `b.png` in which data is written and checked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.dataset = folder / "dataset"
+        self.rejects_file = folder / "out" / "rejects.jsonl"
+        (folder / "a.png").write_bytes(png(1))
+        (folder / "b.png").write_bytes(png(2))
+
+    def write(self, content: str | bytes | list[Any], name: str = "train.json") -> str:
+        if isinstance(content, list):
+            content = json.dumps(content)
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def check(self, content: str | bytes | list[Any], max_reject_ratio: float = 1.0, **settings: Any) -> DatasetInfo:
+        """Validate, with a good sample as evaluation data."""
+        return validate_data(
+            self.write(content),
+            self.write([TEXT_ONLY], "eval.json"),
+            self.dataset,
+            self.rejects_file,
+            ValidationSettings(max_reject_ratio=max_reject_ratio, **settings),
+        )
+
+    @property
+    def samples(self) -> list[Sample]:
+        return list(read_samples(self.dataset, "train"))
+
+    @property
+    def rejects(self) -> list[Reject]:
+        return [Reject.model_validate_json(line) for line in self.rejects_file.read_text().splitlines()]
+
+    def rejected(self, sample: Any) -> Reject:
+        """Why a sample among good ones is left out; the good ones stay."""
+        self.check([TEXT_ONLY, sample, TEXT_ONLY])
+        assert len(self.samples) == 2
+        (reject,) = self.rejects
+        assert (reject.file, reject.index) == (str(self.folder / "train.json"), 1)
+        return reject
+
+    def accepted(self, sample: Json) -> Sample:
+        self.check([sample])
+        assert self.rejects == []
+        return self.samples[0]
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+# What is accepted, and what it means
+
+
+def test_a_picture_stands_where_its_placeholder_is(workshop: Workshop) -> None:
+    turn = {"role": "user", "content": "Look: <image> What is it?"}
+    sample = workshop.accepted({"id": "x", "image": "a.png", "conversations": [turn, ANSWER]})
+    assert sample.turns[0].parts == ("Look: ", 0, " What is it?")
+    assert sample.turns[1].parts == ("A square.",)
+    (picture,) = sample.pictures
+    assert (picture.uri, picture.width, picture.height) == (str(workshop.folder / "a.png"), 12, 8)
+    assert (sample.id, sample.source, sample.index) == ("x", str(workshop.folder / "train.json"), 0)
+
+
+def test_one_unnamed_picture_without_a_placeholder_goes_first(workshop: Workshop) -> None:
+    implicit = workshop.accepted({"image": "a.png", "conversations": [ASK_WORDS, ANSWER, ASK_WORDS, ANSWER]})
+    explicit = workshop.accepted({"image": "a.png", "conversations": [ASK, ANSWER, ASK_WORDS, ANSWER]})
+    assert implicit.turns == explicit.turns
+    assert implicit.turns[0].parts[0] == 0
+
+
+def test_it_goes_behind_a_system_turn(workshop: Workshop) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    sample = workshop.accepted({"image": "a.png", "conversations": [system, ASK_WORDS, ANSWER]})
+    assert [turn.parts[0] for turn in sample.turns] == ["Be brief.", 0, "A square."]
+
+
+def test_the_text_orders_several_pictures_over_several_turns(workshop: Workshop) -> None:
+    sample = workshop.accepted(
+        {
+            "image": {"<image_00>": "a.png", "<image_01>": "b.png", "<image_02>": "a.png"},
+            "conversations": [
+                {"role": "user", "content": "<image_01>\n<image_00>\nWhich is red?"},
+                ANSWER,
+                {"role": "user", "content": "And this? <image_02>"},
+                ANSWER,
+            ],
+        }
+    )
+    assert [Path(picture.uri).name for picture in sample.pictures] == ["a.png", "b.png", "a.png"]
+    assert sample.turns[0].parts == (1, "\n", 0, "\nWhich is red?")
+    assert sample.turns[2].parts == ("And this? ", 2)
+
+
+def test_text_alone_is_fine(workshop: Workshop) -> None:
+    for without in ({}, {"image": None}, {"image": ""}, {"image": {}}, {"video": None}):
+        sample = workshop.accepted({**without, "conversations": [ASK_WORDS, ANSWER]})
+        assert sample.pictures == ()
+
+
+def test_a_picture_alone_is_a_question(workshop: Workshop) -> None:
+    assert workshop.accepted({"image": "a.png", "conversations": [{"role": "user", "content": ""}, ANSWER]})
+    assert workshop.samples[0].turns[0].parts == (0, "\n")
+
+
+def test_ids_may_be_numbers_or_missing(workshop: Workshop) -> None:
+    conversation = {"conversations": [ASK_WORDS, ANSWER]}
+    workshop.check([conversation, {"id": 0, **conversation}, {"id": "x", **conversation}])
+    assert [sample.id for sample in workshop.samples] == ["0", "0", "x"]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_every_mode_are_accepted(mode: str, workshop: Workshop) -> None:
+    Image.new(mode, (5, 7)).save(workshop.folder / "odd.tiff")
+    sample = workshop.accepted({"image": "odd.tiff", "conversations": [ASK, ANSWER]})
+    assert (sample.pictures[0].width, sample.pictures[0].height) == (5, 7)
+
+
+def as_array(samples: list[Json]) -> str:
+    return json.dumps(samples, indent=1)
+
+
+def as_lines(samples: list[Json]) -> str:
+    return "\n\n".join(json.dumps(sample) for sample in samples) + "\r\n"
+
+
+def as_data(samples: list[Json]) -> str:
+    return json.dumps({"data": samples, "version": 1}, indent=1)
+
+
+def with_byte_order_mark(samples: list[Json]) -> str:
+    return f"\ufeff{json.dumps(samples)}"
+
+
+@pytest.mark.parametrize("write", [as_array, as_lines, as_data, with_byte_order_mark])
+@pytest.mark.parametrize("number", [1, 3])
+def test_each_way_to_write_a_file(write: Callable[[list[Json]], str], number: int, workshop: Workshop) -> None:
+    workshop.check(write([{"id": str(index), "conversations": [ASK_WORDS, ANSWER]} for index in range(number)]))
+    assert [sample.id for sample in workshop.samples] == [str(index) for index in range(number)]
+    assert workshop.rejects == []
+
+
+def test_a_line_may_hold_what_other_programs_take_for_a_line_break(workshop: Workshop) -> None:
+    answer = {"role": "assistant", "content": "one\u2028two\x85three"}
+    line = json.dumps({"conversations": [ASK_WORDS, answer]}, ensure_ascii=False)
+    workshop.check(f"{line}\n{line}\n")
+    assert [sample.turns[1].text for sample in workshop.samples] == ["one\u2028two\x85three"] * 2
+
+
+# What is rejected
+
+TURNS = "conversations"
+BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
+    "missing image": (
+        {"image": "no.png", TURNS: [ASK, ANSWER]},
+        "image_missing",
+        r"no\.png: nothing lies there",
+    ),
+    "folder as image": ({"image": ".", TURNS: [ASK, ANSWER]}, "image_missing", "is a folder"),
+    "endless name": ({"image": "a" * 9999, TURNS: [ASK, ANSWER]}, "image_missing", "no path can be like this"),
+    "null in a name": ({"image": "a\0.png", TURNS: [ASK, ANSWER]}, "image_missing", "null character"),
+    "image is no picture": (
+        {"image": "text.png", TURNS: [ASK, ANSWER]},
+        "image_unreadable",
+        "text.png: not a readable",
+    ),
+    "empty picture": ({"image": "empty.png", TURNS: [ASK, ANSWER]}, "image_unreadable", "empty.png: not a readable"),
+    "truncated JPEG": ({"image": "half.jpg", TURNS: [ASK, ANSWER]}, "image_unreadable", "half.jpg: not a .*truncated"),
+    "decompression bomb": ({"image": "bomb.png", TURNS: [ASK, ANSWER]}, "decompression_bomb", "bomb.png: more than"),
+    "larger bomb": ({"image": "bomb2.png", TURNS: [ASK, ANSWER]}, "decompression_bomb", "bomb2.png: more than"),
+    "web address": (
+        {"image": "https://example.org/a.png", TURNS: [ASK, ANSWER]},
+        "image_refused",
+        "https://example.org/a.png: .*web addresses are refused",
+    ),
+    "other scheme": ({"image": "ftp://host/a.png", TURNS: [ASK, ANSWER]}, "image_refused", "only local paths, s3://"),
+    "second picture missing": (
+        {
+            "image": {"<image_00>": "a.png", "<image_01>": "no.png"},
+            TURNS: [{"role": "user", "content": "<image_00><image_01>"}, ANSWER],
+        },
+        "image_missing",
+        "no.png",
+    ),
+    "video": ({"video": "a.mp4", TURNS: [ASK_WORDS, ANSWER]}, "video", "`video`"),
+    "video in another schema": ({"video": "a.mp4", TURNS: [{"from": "human", "value": "?"}]}, "video", "`video`"),
+    "no turns": ({TURNS: []}, "roles", "no turn"),
+    "system alone": ({TURNS: [{"role": "system", "content": "Hi."}]}, "roles", "no turn"),
+    "answer first": ({TURNS: [ANSWER, ASK_WORDS]}, "roles", "turn 0 has the role 'assistant' where 'user'"),
+    "two questions": ({TURNS: [ASK_WORDS, ASK_WORDS, ANSWER]}, "roles", "turn 1 has the role 'user'"),
+    "unknown role": ({TURNS: [ASK_WORDS, {"role": "gpt", "content": "A."}]}, "roles", "turn 1 has the role 'gpt'"),
+    "two system turns": (
+        {TURNS: [{"role": "system", "content": "Hi."}] * 2 + [ASK_WORDS, ANSWER]},
+        "roles",
+        "turn 1 has the role 'system'",
+    ),
+    "question last": ({TURNS: [ASK_WORDS, ANSWER, ASK_WORDS]}, "roles", "the last turn is the user's"),
+    "placeholder without image": ({TURNS: [ASK, ANSWER]}, "placeholder_without_image", "the text says <image>"),
+    "numbered placeholder for an unnamed image": (
+        {"image": "a.png", TURNS: [{"role": "user", "content": "<image_00>"}, ANSWER]},
+        "placeholder_without_image",
+        "<image_00>",
+    ),
+    "one placeholder too many": (
+        {"image": {"<image_00>": "a.png"}, TURNS: [{"role": "user", "content": "<image_00><image_01>"}, ANSWER]},
+        "placeholder_without_image",
+        "<image_01>",
+    ),
+    "doubled placeholder": (
+        {"image": "a.png", TURNS: [{"role": "user", "content": "<image><image>"}, ANSWER]},
+        "placeholder_doubled",
+        "<image> stands 2 times",
+    ),
+    "placeholder doubled over turns": ({"image": "a.png", TURNS: [ASK, ANSWER] * 2}, "placeholder_doubled", "2 times"),
+    "named image that no turn mentions": (
+        {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, TURNS: [{**ASK, "content": "<image_00>"}, ANSWER]},
+        "placeholder_missing",
+        "no turn mentions <image_01>",
+    ),
+    "one named image that no turn mentions": (
+        {"image": {"<image_00>": "a.png"}, TURNS: [ASK_WORDS, ANSWER]},
+        "placeholder_missing",
+        "no turn mentions <image_00>",
+    ),
+    "name that is no placeholder": (
+        {"image": {"first": "a.png"}, TURNS: [{"role": "user", "content": "first"}, ANSWER]},
+        "placeholder_name",
+        "'first' is no placeholder",
+    ),
+    "placeholder in the answer": (
+        {"image": "a.png", TURNS: [ASK_WORDS, {"role": "assistant", "content": "<image>"}]},
+        "placeholder_in_answer",
+        r"turn 1 \(assistant\)",
+    ),
+    "empty answer": (
+        {TURNS: [ASK_WORDS, {"role": "assistant", "content": ""}]},
+        "empty_answer",
+        r"turn 1 \(assistant\)",
+    ),
+    "blank answer": ({TURNS: [ASK_WORDS, {"role": "assistant", "content": " \n"}]}, "empty_answer", "says nothing"),
+    "empty answer before another": (
+        {TURNS: [ASK_WORDS, {"role": "assistant", "content": ""}, ASK_WORDS, ANSWER]},
+        "empty_answer",
+        "turn 1",
+    ),
+    "empty question": ({TURNS: [{"role": "user", "content": ""}, ANSWER]}, "empty_turn", r"turn 0 \(user\)"),
+    "no conversations": ({"image": "a.png"}, "schema", "conversations: Field required"),
+    "content is a number": (
+        {TURNS: [ASK_WORDS, {"role": "assistant", "content": 7}]},
+        "schema",
+        "conversations.1.content",
+    ),
+    "list of images": ({"image": ["a.png"], TURNS: [ASK, ANSWER]}, "schema", "image"),
+    "no object": ("words", "schema", "the sample"),
+    "null": (None, "schema", "the sample"),
+    "half a character": (
+        {"id": "\ud83d", TURNS: [ASK_WORDS, {"role": "assistant", "content": "\ud83d"}]},
+        "invalid_unicode",
+        "surrogate pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_a_bad_sample_is_named_with_its_reason(case: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, reason, sentence = BAD_SAMPLES[case]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for name, content in {
+        "text.png": b"words",
+        "empty.png": b"",
+        "half.jpg": truncated_jpeg(),
+        "bomb.png": png_that_claims(150, 100),  # Pillow only warns up to twice its limit
+        "bomb2.png": png_that_claims(1000, 1000),
+    }.items():
+        (workshop.folder / name).write_bytes(content)
+    reject = workshop.rejected(sample)
+    assert reject.reason == reason
+    assert len(reject.message) < 500
+    assert reject.message.endswith((".", "…"))
+    assert re.search(sentence, reject.message)
+
+
+def test_a_reject_keeps_the_samples_id(workshop: Workshop) -> None:
+    assert workshop.rejected({"id": "the-bad-one", TURNS: []}).id == "the-bad-one"
+    assert workshop.rejected({"id": 17, TURNS: []}).id == "17"
+
+
+@pytest.mark.parametrize("damage", ["header", "middle", "noise"])
+def test_no_damage_to_a_picture_stops_the_step(damage: str, workshop: Workshop) -> None:
+    """Decoders raise many kinds of error over bad bytes; all of them are about that picture."""
+    chance = random.Random(0)
+    samples = []
+    for number, kind in enumerate(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"] * 10):
+        file = io.BytesIO()
+        Image.frombytes("RGB", (32, 32), chance.randbytes(32 * 32 * 3)).save(file, kind)
+        content = bytearray(file.getvalue())
+        place = {"header": (4, 40), "middle": (40, len(content)), "noise": (0, len(content))}[damage]
+        for _ in range(8):
+            content[chance.randrange(*place) % len(content)] = chance.randrange(256)
+        (workshop.folder / f"damaged-{number}").write_bytes(content)
+        samples.append({"image": f"damaged-{number}", TURNS: [ASK, ANSWER]})
+    workshop.check([TEXT_ONLY, *samples])
+    assert len(workshop.samples) + len(workshop.rejects) == 81
+    assert {reject.reason for reject in workshop.rejects} <= {"image_unreadable", "decompression_bomb"}
+
+
+# Files that are wrong as a whole
+
+
+@pytest.mark.parametrize("content", ["", " \n\n", "[]", "[\n]", '{"data": []}', "\ufeff"])
+def test_an_empty_file_is_named(content: str, workshop: Workshop) -> None:
+    with pytest.raises(UserError, match=r"no usable train sample is left.*train\.json.*empty"):
+        workshop.check(content)
+    (reject,) = workshop.rejects
+    assert reject.reason == "empty_file"
+    assert not workshop.dataset.exists()
+
+
+@pytest.mark.parametrize("write", [as_array, as_data])
+def test_invalid_json_in_an_array_is_named_by_its_line(write: Callable[[list[Json]], str], workshop: Workshop) -> None:
+    lines = write([TEXT_ONLY, TEXT_ONLY]).splitlines()
+    broken = next(number for number, line in enumerate(lines) if '"id"' in line) + 1
+    lines[broken - 1] = lines[broken - 1].replace(":", "")
+    with pytest.raises(UserError, match=f"train.json, line {broken}: invalid JSON at line {broken}, column"):
+        workshop.check("\n".join(lines))
+    (reject,) = workshop.rejects
+    assert (reject.reason, reject.line, reject.index) == ("invalid_json", broken, None)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_invalid_json_in_a_line_is_named_and_the_other_lines_stay(broken: int, workshop: Workshop) -> None:
+    lines = [json.dumps(TEXT_ONLY)] * 3
+    lines[broken] = lines[broken][:-3]
+    workshop.check("\n\n".join(lines))
+    (reject,) = workshop.rejects
+    assert (reject.reason, reject.index, reject.line) == ("invalid_json", broken, 2 * broken + 1)
+    assert f"line {2 * broken + 1}, column" in reject.message
+    assert [sample.index for sample in workshop.samples] == [number for number in range(3) if number != broken]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, f"[{'1' * 5000}]"], ids=["deep", "long number"])
+def test_json_beyond_pythons_limits_is_invalid_too(content: str, workshop: Workshop) -> None:
+    with pytest.raises(UserError, match="invalid JSON at line 1"):
+        workshop.check(content)
+    assert workshop.rejects[0].reason == "invalid_json"
+    line = json.dumps(TEXT_ONLY)
+    workshop.check(f"{line}\n{content}\n{line}\n")
+    assert [(reject.reason, reject.line) for reject in workshop.rejects] == [("invalid_json", 2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"[\xff\xfe]", "not UTF-8"), (b'"words"', "holds str, not an array"), (b"7", "holds int, not an array")],
+)
+def test_a_file_of_another_kind_is_refused(content: bytes, sentence: str, workshop: Workshop) -> None:
+    with pytest.raises(UserError, match=f"train.json: {sentence}"):
+        workshop.check(content)
+
+
+def test_a_missing_file_is_refused(workshop: Workshop) -> None:
+    uri = str(workshop.folder / "no.json")
+    with pytest.raises(UserError, match=r"no\.json: nothing lies there"):
+        validate_data(uri, "", workshop.dataset, workshop.rejects_file, ValidationSettings())
+    with pytest.raises(UserError, match="web addresses are refused"):
+        validate_data("https://e.org/t.json", "", workshop.dataset, workshop.rejects_file, ValidationSettings())
+
+
+# How many may be rejected
+
+
+def test_more_rejects_than_the_ratio_allows_end_the_step(workshop: Workshop) -> None:
+    bad = {"id": "bad", TURNS: []}
+    with pytest.raises(UserError, match=r"2 of 20 samples \(10.0%\).*max_reject_ratio 5.0%.*sample 17: the convers"):
+        workshop.check([TEXT_ONLY] * 17 + [bad] * 2, max_reject_ratio=0.05)
+    assert len(workshop.rejects) == 2, "the list is needed most when the step fails"
+    assert not workshop.dataset.exists()
+    workshop.check([TEXT_ONLY] * 17 + [bad] * 2, max_reject_ratio=0.1)
+    assert read_info(workshop.dataset).rejected == {"roles": 2}
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_nothing_left_ends_the_step_whatever_the_ratio(split: str, workshop: Workshop) -> None:
+    good, bad = [TEXT_ONLY] * 99, [{TURNS: []}]
+    uris = [workshop.write(bad if split == name else good, f"{name}.json") for name in ("train", "eval")]
+    with pytest.raises(UserError, match=f"no usable {split} sample is left, 1 were rejected.*{split}.json, sample 0"):
+        validate_data(*uris, workshop.dataset, workshop.rejects_file, ValidationSettings(max_reject_ratio=1.0))
+    assert len(workshop.rejects) == 1
+    assert not workshop.dataset.exists()
+
+
+# The dataset as a whole
+
+
+def many(workshop: Workshop, number: int) -> list[Json]:
+    """Samples of which each two neighbours show the same picture."""
+    for picture in range(number // 2):
+        (workshop.folder / f"{picture}.png").write_bytes(png(picture + 10))
+    return [{"id": str(n), "image": f"{n // 2}.png", TURNS: [ASK, ANSWER]} for n in range(number)]
+
+
+def split(workshop: Workshop, samples: list[Json], **settings: Any) -> tuple[set[str], set[str]]:
+    """The ids of both splits when no evaluation data is given."""
+    uri = workshop.write(samples)
+    validate_data(uri, "", workshop.dataset, workshop.rejects_file, ValidationSettings(**settings))
+    train, evaluation = (read_samples(workshop.dataset, name) for name in ("train", "eval"))
+    return {sample.id for sample in train}, {sample.id for sample in evaluation}
+
+
+def test_evaluation_data_is_split_off_by_picture(workshop: Workshop) -> None:
+    samples = many(workshop, 200)
+    train, evaluation = split(workshop, samples, eval_fraction=0.2)
+    assert train | evaluation == {sample["id"] for sample in samples}
+    assert 20 <= len(evaluation) <= 60
+    assert {int(number) // 2 for number in train}.isdisjoint({int(number) // 2 for number in evaluation})
+    assert split(workshop, samples, eval_fraction=0.2, seed=1)[1] != evaluation
+    # Neither another order nor more samples move one of them.
+    assert split(workshop, samples[::-1], eval_fraction=0.2) == (train, evaluation)
+    assert split(workshop, many(workshop, 240), eval_fraction=0.2)[1] >= evaluation
+
+
+def test_too_few_samples_to_split_are_refused(workshop: Workshop) -> None:
+    with pytest.raises(UserError, match="too few to split off 10%"):
+        split(workshop, [TEXT_ONLY])
+
+
+def test_the_fingerprint_is_of_the_content_not_of_its_address_or_order(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    here, there = Workshop(tmp_path / "here"), Workshop(tmp_path / "there")
+    samples = many(here, 6)
+    many(there, 6)
+    first = here.check(samples).fingerprint
+    assert there.check(samples[::-1]).fingerprint == first
+    (there.folder / "0.png").write_bytes(png(99))
+    assert there.check(samples).fingerprint != first
+    assert here.check(samples[:-1]).fingerprint != first
+    assert (
+        here.check([*samples[:-1], {**samples[-1], TURNS: [ASK, {**ANSWER, "content": "Else."}]}]).fingerprint != first
+    )
+
+
+def test_same_input_gives_the_same_bytes(workshop: Workshop) -> None:
+    samples = [*many(workshop, 60), {TURNS: []}]
+
+    def written() -> dict[str, bytes]:
+        workshop.check(samples)
+        paths = [*workshop.dataset.iterdir(), workshop.rejects_file]
+        return {path.name: path.read_bytes() for path in paths}
+
+    assert written() == written()
+
+
+def test_data_and_pictures_may_lie_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
+    conversation = {TURNS: [ASK, ANSWER]}
+    storage.write_bytes(f"{s3_uri}/set/pictures/a.png", png(1))
+    storage.write_bytes(f"{s3_uri}/other/b.png", png(2))
+    samples = [
+        {"image": "pictures/a.png", **conversation},
+        {"image": "../other/b.png", **conversation},
+        {"image": f"{s3_uri}/other/b.png", **conversation},
+        {"image": str(workshop.folder / "a.png"), **conversation},
+        {"image": "no.png", **conversation},
+    ]
+    storage.write_bytes(f"{s3_uri}/set/train.json", json.dumps(samples).encode())
+    uri = f"{s3_uri}/set/train.json"
+    settings = ValidationSettings(max_reject_ratio=0.5)
+    validate_data(uri, uri, workshop.dataset, workshop.rejects_file, settings)
+    assert [sample.pictures[0].uri for sample in workshop.samples] == [
+        f"{s3_uri}/set/pictures/a.png",
+        f"{s3_uri}/other/b.png",
+        f"{s3_uri}/other/b.png",
+        str(workshop.folder / "a.png"),
+    ]
+    assert [reject.reason for reject in workshop.rejects] == ["image_missing"] * 2
+
+
+def test_a_store_that_is_down_is_no_reason_to_reject(
+    s3_uri: str, unreachable: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
+    with pytest.raises(RetryableError, match="does not answer"):
+        workshop.check([TEXT_ONLY, {"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]}])
+
+
+def test_a_picture_that_may_not_be_read_says_so(
+    s3_uri: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{s3_uri}/a.png", png(1))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
+    reject = workshop.rejected({"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]})
+    assert "access denied" in reject.message
