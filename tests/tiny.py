@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minicpmv_finetune.components.minicpmv.configuration import MiniCPMVConfig
-from minicpmv_finetune.components.minicpmv.modeling import MiniCPMVForConditionalGeneration
-from minicpmv_finetune.pipelines.demo import PICTURE_SIDE, QUESTION, write_tiny_checkpoint
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.models.minicpmv4_7 import (
     MiniCPMV4_7Config,
     MiniCPMV4_7ForConditionalGeneration,
     MiniCPMV4_7Processor,
 )
 
+from minicpmv_finetune.components.minicpmv.configuration import MiniCPMVConfig
+from minicpmv_finetune.components.minicpmv.modeling import MiniCPMVForConditionalGeneration
+from minicpmv_finetune.pipelines.demo import PICTURE_SIDE, QUESTION, write_tiny_checkpoint
+
 VERSIONS = ("2.6", "4.0", "4.5", "4.6", "4.7")
 _PICTURE_TOKENS = ["<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
 _CORPUS = [QUESTION, *(f"The digit is {digit}." for digit in range(10)), "system user assistant\n\n\n<think>"]
+
+# Where Qwen2's tokenizer parts words; two line breaks are one word, whatever follows.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -177,7 +183,12 @@ def _turn_into_4_7(folder: Path, seed: int) -> Path:
 def _qwen_tokenizer() -> Tokenizer:
     pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.NFC()
-    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     pieces.decoder = decoders.ByteLevel()
     special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *_PICTURE_TOKENS]
     trainer = trainers.BpeTrainer(

@@ -37,6 +37,8 @@ def load_model(
             checkpoint,
             dtype=dtype or "auto",
             output_loading_info=True,
+            # Not to go on with them, but to be told their names.
+            ignore_mismatched_sizes=True,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -44,7 +46,10 @@ def load_model(
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint}: the weights cannot be loaded ({error}); fetch the checkpoint again.") from error
-    problems = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    problems = {
+        kind: sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
+        for kind in ("missing", "unexpected", "mismatched")
+    }
     for kind, names in problems.items():
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

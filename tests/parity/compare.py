@@ -26,6 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.batch import collate
 from minicpmv_finetune.components.minicpmv.checkpoint import load_model, load_with_adapter
@@ -46,11 +52,6 @@ from minicpmv_finetune.components.samples import (
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from peft import PeftModel
-from PIL import Image
-from safetensors import safe_open
-from torch import nn
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 LOGITS = 1e-4  # also vision and resampler outputs; absolute
 LOSS = 1e-5
