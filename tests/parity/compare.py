@@ -1001,7 +1001,10 @@ def main(argv: Sequence[str]) -> int:
     findings = Comparison(arguments.folder).run().findings
     misses = [finding for finding in findings if not finding.ok]
     if arguments.json:
-        rows = [asdict(finding) for finding in findings]
+        rows = [
+            {key: None if value == float("inf") or value != value else value for key, value in asdict(finding).items()}
+            for finding in findings
+        ]
         print(json.dumps({"set": str(arguments.folder), "misses": len(misses), "findings": rows}, indent=1))
     else:
         print("\n".join(map(str, findings)))
