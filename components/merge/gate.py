@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import RetryableError, UserError, end_process
+from ..errors import UserError
 from ..minicpmv.batch import collate
 from ..minicpmv.checkpoint import ADAPTER_CONFIG, load_model, load_with_adapter
 from ..minicpmv.conversation import Encoder
@@ -43,12 +43,14 @@ MAX_TOKENS = 256
 
 
 def main(argv: Sequence[str]) -> None:
-    """Judge a folder and write the finding; exits 2 with one sentence when something cannot be loaded."""
+    """Judge a folder and write the finding; exits 2 and leaves one sentence when something cannot be loaded."""
     base, adapter, model, shards, report = map(Path, argv[:5])
     try:
         report.write_text(judge(base, adapter, model, shards, int(argv[5])).model_dump_json())
-    except (UserError, RetryableError) as error:
-        end_process(error)
+    except UserError as error:
+        # The merge step tells it, as its own.
+        report.write_text(str(error))
+        sys.exit(error.exit_code)
 
 
 def judge(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> GateReport:

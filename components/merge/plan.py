@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UserError
 from .names import Names
 from .update import Updates
-from .weights import Planned, WeightFile
+from .weights import Planned, PlannedFile, WeightFile
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class Plan:
     """The files to be written.
 
     Attributes:
-        files: name, metadata and tensors of each.
+        files: in the base's order.
         untied: whether embeddings that are one tensor in the base are written as two.
         layers: number of the base's layer for each of the merged model's; None without layer replication.
     """
 
-    files: list[tuple[str, dict[str, str], list[Planned]]]
+    files: list[PlannedFile]
     untied: bool
     layers: list[int] | None
 
     @property
     def tensors(self) -> Iterator[Planned]:
         """All tensors of all files."""
-        return (tensor for _, _, tensors in self.files for tensor in tensors)
+        return (tensor for file in self.files for tensor in file.tensors)
 
 
 def make_plan(base: Path, files: Sequence[WeightFile], names: Names, updates: Updates) -> Plan:
@@ -62,7 +62,7 @@ def make_plan(base: Path, files: Sequence[WeightFile], names: Names, updates: Up
                 for target, source in parted.items()
                 if source == module and target not in present
             ]
-        planned_files.append((file.path.name, file.metadata, tensors))
+        planned_files.append(PlannedFile(file.path.name, file.metadata, tensors))
     plan = Plan(planned_files, bool(parted), layers)
     _check_all_used(plan, names, updates, base)
     return plan

@@ -101,20 +101,27 @@ class Update:
             # A column's length is known only once all rows were seen.
             squares = torch.zeros(base.shape[1], dtype=torch.float64)
             for start, end in row_blocks(base):
-                squares += self._values(base, start, end, up, down).double().square().sum(dim=0)
+                values = self._changed(read_rows(base, start, end), start, end, up, down)
+                squares += torch.linalg.vector_norm(values, dim=0).double().square()
             magnitude = magnitude / squares.sqrt().float()
         for start, end in row_blocks(base):
-            values = self._values(base, start, end, up, down)
+            before = read_rows(base, start, end)
+            if self.replacement is not None and up is None:
+                yield before, cast(read_rows(self.replacement, start, end), base.dtype)
+                continue
+            values = self._changed(before, start, end, up, down)
             if magnitude is not None and self.is_embedding:
                 values *= magnitude
             elif magnitude is not None:
                 values *= (magnitude[start:end] / torch.linalg.vector_norm(values, dim=1)).unsqueeze(1)
-            yield read_rows(base, start, end), cast(values, base.dtype)
+            yield before, cast(values, base.dtype)
 
-    def _values(
-        self, base: Stored, start: int, end: int, up: torch.Tensor | None, down: torch.Tensor | None
+    def _changed(
+        self, before: torch.Tensor, start: int, end: int, up: torch.Tensor | None, down: torch.Tensor | None
     ) -> torch.Tensor:
-        values = read_rows(self.replacement or base, start, end).float()
+        """Rows of the base, replaced and added to, in float32."""
+        rows = before if self.replacement is None else read_rows(self.replacement, start, end)
+        values = rows.to(torch.float32, copy=True)
         if up is not None and down is not None:
             values.addmm_(up[start:end], down)
         if self.addition is not None:

@@ -8,8 +8,11 @@ from front to back.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedWriter
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,9 +22,11 @@ import torch
 from ..errors import UserError
 
 INDEX_SUFFIX = ".safetensors.index.json"
-BLOCK_BYTES = 16 * 2**20
-"""Of float32 values at a time: large enough for the disk, small beside any model."""
+BLOCK_BYTES = 2**20
+"""Of float32 values at a time: few enough to stay in the processor's cache from the first operation to the last."""
 
+_BLOCKS_IN_FLIGHT = 8
+_COPY_BYTES = 256 * 2**10
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -74,6 +79,31 @@ class Planned:
     name: str
     module: str
     source: Stored
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to be written."""
+
+    name: str
+    metadata: dict[str, str]
+    tensors: list[Planned]
+
+    def header(self) -> bytes:
+        """What stands before the tensors' bytes."""
+        header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
+        offset = 0
+        for tensor in self.tensors:
+            header[tensor.name] = {
+                "dtype": tensor.source.dtype,
+                "shape": list(tensor.source.shape),
+                "data_offsets": [offset, offset + tensor.source.size],
+            }
+            offset += tensor.source.size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        # Readers map the file: the values must begin at a multiple of eight.
+        encoded += b" " * (-len(encoded) % 8)
+        return len(encoded).to_bytes(8, "little") + encoded
 
 
 def read_headers(folder: Path) -> list[WeightFile]:
@@ -140,14 +170,12 @@ def read_rows(tensor: Stored, start: int = 0, end: int | None = None) -> torch.T
         )
     end = tensor.rows if end is None else end
     row_size = tensor.size // max(tensor.rows, 1)
-    content = bytearray((end - start) * row_size)
+    shape = (end - start, *tensor.shape[1:]) if tensor.shape else ()
+    values = torch.empty(shape, dtype=_DTYPES[tensor.dtype])
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.start + start * row_size)
-        _read_into(file, memoryview(content))
-    shape = (end - start, *tensor.shape[1:]) if tensor.shape else ()
-    if not content:
-        return torch.empty(shape, dtype=_DTYPES[tensor.dtype])
-    return torch.frombuffer(content, dtype=_DTYPES[tensor.dtype]).reshape(shape)
+        _read_into(file, as_bytes(values))
+    return values
 
 
 def row_blocks(tensor: Stored) -> Iterator[tuple[int, int]]:
@@ -162,68 +190,60 @@ def cast(values: torch.Tensor, dtype: str) -> torch.Tensor:
     return values.to(_DTYPES[dtype])
 
 
-def raw_blocks(tensor: Stored) -> Iterator[memoryview]:
-    """A tensor's bytes, unchanged."""
-    buffer = memoryview(bytearray(min(tensor.size, BLOCK_BYTES)))
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.start)
-        for done in range(0, tensor.size, BLOCK_BYTES):
-            block = buffer[: min(BLOCK_BYTES, tensor.size - done)]
-            _read_into(file, block)
-            yield block
-
-
 def as_bytes(values: torch.Tensor) -> memoryview:
     """A tensor's bytes as they are stored, not copied."""
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def write_file(
-    path: Path,
-    metadata: Mapping[str, str],
-    tensors: Sequence[Planned],
-    blocks: Callable[[Planned], Iterable[memoryview]],
+def write_files(
+    folder: Path,
+    files: Sequence[PlannedFile],
+    blocks: Callable[[Planned], Iterable[memoryview] | None],
+    on_done: Callable[[int], object],
 ) -> None:
-    """Write a safetensors file from front to back, and see it onto the disk.
+    """Write safetensors files from front to back, and see them onto the disk.
+
+    The disk has a thread of its own, so that the next block is computed while one is written and the next file while
+    one is being synced.
 
     Args:
-        path: of the new file.
-        metadata: of the header.
-        tensors: in the order in which they shall lie.
-        blocks: gives a tensor's bytes, which must be as many as the source has.
+        folder: of the new files.
+        files: what they hold, in the order in which it shall lie.
+        blocks: gives a tensor's new bytes, as many as the source has, or None for those of the source.
+        on_done: told the number of bytes written, from the disk's thread.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.source.dtype,
-            "shape": list(tensor.source.shape),
-            "data_offsets": [offset, offset + tensor.source.size],
-        }
-        offset += tensor.source.size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    # Readers map the file: the values must begin at a multiple of eight.
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for tensor in tensors:
-            for block in blocks(tensor):
-                file.write(block)
-        if file.tell() != 8 + len(encoded) + offset:
-            raise RuntimeError(f"{path}: {file.tell()} bytes written, {8 + len(encoded) + offset} announced")
-        file.flush()
-        os.fsync(file.fileno())
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk") as disk:
+        pending: deque[Future[object]] = deque()
+
+        def later(job: Callable[..., object], *arguments: object) -> None:
+            pending.append(disk.submit(job, *arguments))
+            while len(pending) > _BLOCKS_IN_FLIGHT:
+                pending.popleft().result()
+
+        for planned in files:
+            header = planned.header()
+            file = (folder / planned.name).open("wb")
+            later(file.write, header)
+            for tensor in planned.tensors:
+                changed = blocks(tensor)
+                if changed is None:
+                    later(_copy, file, tensor.source, on_done)
+                    continue
+                for block in changed:
+                    later(_write, file, block, on_done)
+            later(_finish, file, len(header) + sum(tensor.source.size for tensor in planned.tensors))
+        while pending:
+            pending.popleft().result()
 
 
-def write_index(base: Path, folder: Path, files: Mapping[str, Sequence[Planned]]) -> None:
+def write_index(base: Path, folder: Path, files: Sequence[PlannedFile]) -> None:
     """Write the index of a sharded checkpoint, with the base's other entries kept."""
     index = find_index(base)
     if index is None:
         return
     document = json.loads(index.read_text())
-    written = [tensor for tensors in files.values() for tensor in tensors]
-    document["weight_map"] = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+    written = [tensor for file in files for tensor in file.tensors]
+    document["weight_map"] = {tensor.name: file.name for file in files for tensor in file.tensors}
     document["metadata"] = {
         **document.get("metadata", {}),
         "total_size": sum(tensor.source.size for tensor in written),
@@ -231,6 +251,31 @@ def write_index(base: Path, folder: Path, files: Mapping[str, Sequence[Planned]]
     if "total_parameters" in document["metadata"]:
         document["metadata"]["total_parameters"] = sum(prod(tensor.source.shape) for tensor in written)
     (folder / index.name).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _write(file: BufferedWriter, block: memoryview, on_done: Callable[[int], object]) -> None:
+    file.write(block)
+    on_done(len(block))
+
+
+def _copy(file: BufferedWriter, tensor: Stored, on_done: Callable[[int], object]) -> None:
+    # One small buffer that stays in the processor's cache: large ones cost more than the disk does.
+    buffer = memoryview(bytearray(_COPY_BYTES))
+    with tensor.path.open("rb", buffering=0) as source:
+        source.seek(tensor.start)
+        for done in range(0, tensor.size, _COPY_BYTES):
+            block = buffer[: min(_COPY_BYTES, tensor.size - done)]
+            _read_into(source, block)
+            file.write(block)
+            on_done(len(block))
+
+
+def _finish(file: BufferedWriter, size: int) -> None:
+    if file.tell() != size:
+        raise RuntimeError(f"{file.name}: {file.tell()} bytes written, {size} announced")
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -160,7 +160,7 @@ def test_a_server_that_is_down_holds_nothing_up(
         for step in range(100):
             run.log_metrics({"loss": 0.5}, step)
     finish_pipeline_run("FINISHED")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert capsys.readouterr().err.count("MLflow tracking is incomplete") == 2
 
 
@@ -173,5 +173,5 @@ def test_a_server_that_goes_down_later_holds_nothing_up(
     for step in range(100):
         run.log_metrics({"loss": 0.5}, step)
     run.finish("FINISHED")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert "Max retries exceeded" in capsys.readouterr().err

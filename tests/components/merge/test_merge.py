@@ -81,6 +81,15 @@ def test_what_was_made_for_another_generation_is_refused(
         merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
 
 
+def test_merging_never_replaces_its_base(
+    tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    base = copy_base(tiny_46, tmp_path / "base")
+    adapter = train(base).folder
+    with pytest.raises(UserError, match="replace what it is made of"):
+        merge(str(base), adapter, shards, base, tmp_path / "report.json", MergeSettings())
+
+
 def test_a_folder_that_is_no_training_result_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no training\.json"):
         merge(str(tiny_46), tiny_46, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
@@ -114,6 +123,18 @@ def test_gate_refuses_a_model_that_is_not_base_and_adapter(
     found = judge(tiny_46, adapter, tiny_46, shards, 1)
     assert found.failure is not None
     assert "differ by" in found.failure
+
+
+def test_what_the_gate_cannot_load_is_told_in_its_words(
+    tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    base = copy_base(tiny_46, tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    adapter = train(base).folder
+    with pytest.raises(UserError, match="tokenizer"):
+        merge(str(base), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+    assert not list(tmp_path.glob("*model*"))
+    assert not list(tmp_path.glob(".*model*"))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +188,7 @@ def test_markdown_escapes_what_a_model_says(tiny_46: Path, train: Train, shards:
 _MEASURED = """
 import json, sys
 from pathlib import Path
-from minicpmv_finetune.components.merge.merge import stream
+from minicpmv_finetune.components.merge.streaming import stream
 print(stream(*map(Path, sys.argv[1:])).memory.model_dump_json())
 """
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.merge.merge import stream
 from minicpmv_finetune.components.merge.plan import edit_config
+from minicpmv_finetune.components.merge.streaming import stream
 from minicpmv_finetune.components.minicpmv.checkpoint import copy_other_files, load_model
 
 Train = Callable[..., Any]
