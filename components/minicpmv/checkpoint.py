@@ -32,8 +32,10 @@ def load_model(
     from . import modeling, modeling_4_6  # noqa: F401 - tell transformers which classes to load
 
     generation = generation_of(checkpoint)
+    model: PreTrainedModel
+    load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = load(
             checkpoint,
             dtype=dtype or "auto",
             output_loading_info=True,
@@ -84,14 +86,15 @@ def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = Non
         with warnings.catch_warnings():
             # PEFT warns of missing keys and goes on; a half-loaded adapter must not pass as a whole one.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, UserWarning) as error:
         raise UserError(
             f"{adapter}: does not fit the base model {base} ({str(error).strip().splitlines()[0]}); give the base it "
             "was trained on."
         ) from error
     describe_replicated_layers(model)
-    return adapted
+    wrapped: PreTrainedModel = adapted
+    return wrapped
 
 
 def describe_replicated_layers(model: PreTrainedModel) -> None:

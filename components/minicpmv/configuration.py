@@ -7,6 +7,7 @@ checkpoint reads what this project wrote.
 """
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     """
 
     model_type = "minicpmv"
-    sub_configs_defaults = {"text_config": PreTrainedConfig, "vision_config": SiglipVisionConfig}  # noqa: RUF012
+    sub_configs_defaults = {"text_config": PreTrainedConfig, "vision_config": SiglipVisionConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
     version: float | str | int | None = None
     query_num: int = 64
@@ -75,9 +76,11 @@ class MiniCPMVConfig(PreTrainedConfig):
         elif self.vision_config is None:
             self.vision_config = SiglipVisionConfig(patch_size=14, image_size=980)
         if self.text_config is None:
-            self.text_config = self._language_model_class()(
-                **{name: value for name, value in copy.deepcopy(self._published).items() if name != "vision_config"}
-            )
+            language_model = self._language_model_class()
+            # As older transformers wrote them; today's class turns them into `rope_parameters`.
+            names = {field.name for field in dataclasses.fields(language_model)} | {"rope_theta", "rope_scaling"}
+            fields = {name: copy.deepcopy(value) for name, value in self._published.items() if name in names}
+            self.text_config = language_model(**fields)
         elif isinstance(self.text_config, dict):
             self.text_config = self._language_model_class()(**self.text_config)
         self._text_as_read = self.text_config.to_dict()

@@ -159,14 +159,11 @@ class Encoder:
                     "special_token",
                     f"the {turn.role}'s text contains the special token {found.group()}; rephrase or escape it.",
                 )
-        text = str(
-            self.tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": self._content(turn)} for turn in turns],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **({"enable_thinking": enable_thinking} if self.generation.empty_thinking else {}),
-            )
-        )
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        if self.generation.empty_thinking:
+            options["enable_thinking"] = enable_thinking
+        messages: list[Any] = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         # The order of the marks in the text decides, whatever the order in which pictures were listed.
         order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
         pieces = text.split(self.generation.picture_mark)

@@ -8,12 +8,11 @@ A batch without a picture skips the vision side. Where several processes train, 
 """
 
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Config
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration as Transformers46
 from transformers.models.minicpmv4_7 import MiniCPMV4_7Config
@@ -24,16 +23,14 @@ def _nothing_seen(model: PreTrainedModel) -> torch.Tensor:
     """Zero, by way of the whole vision side."""
     vision = model.config.vision_config
     side = 4  # patches: the least that merges twice
-    weight = model.get_input_embeddings().weight
-    blank = torch.zeros(
-        1, vision.num_channels, vision.patch_size, vision.patch_size * side * side, device=weight.device
-    )
-    sizes = torch.full((1, 2), side, dtype=torch.int32, device=weight.device)
-    features = model.get_image_features(blank, sizes).pooler_output
-    return sum(part.sum() for part in features) * 0
+    device = model.device
+    blank = torch.zeros(1, vision.num_channels, vision.patch_size, vision.patch_size * side * side, device=device)
+    sizes = torch.full((1, 2), side, dtype=torch.int32, device=device)
+    features: list[torch.Tensor] = cast(Any, model).get_image_features(blank, sizes).pooler_output
+    return torch.cat(features).sum() * 0
 
 
-def _run(model: PreTrainedModel, forward: Any, **inputs: Any) -> CausalLMOutputWithPast:
+def _run(model: PreTrainedModel, forward: Any, **inputs: Any) -> Any:
     """Forward, with the vision side run first whether or not there is a picture, as on every other process."""
     saw = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
     if saw or inputs.get("past_key_values") is not None or not (model.training or is_deepspeed_zero3_enabled()):
@@ -49,8 +46,8 @@ def _run(model: PreTrainedModel, forward: Any, **inputs: Any) -> CausalLMOutputW
 class MiniCPMV4_6ForConditionalGeneration(Transformers46):  # noqa: N801 - as transformers has it, and config.json says
     """See the module."""
 
-    @wraps(Transformers46.forward)
-    def forward(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> CausalLMOutputWithPast:
+    @wraps(Transformers46.forward)  # generation and training look at the signature
+    def forward(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> Any:  # type: ignore[override]
         """As transformers' own."""
         return _run(self, Transformers46.forward, input_ids=input_ids, **inputs)
 
@@ -59,9 +56,9 @@ class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801
     """See the module."""
 
     @wraps(Transformers47.forward)
-    def forward(
+    def forward(  # type: ignore[override]
         self, input_ids: torch.Tensor | None = None, mm_token_type_ids: torch.Tensor | None = None, **inputs: Any
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """As transformers' own."""
         if mm_token_type_ids is None and input_ids is not None and inputs.get("target_sizes") is not None:
             mm_token_type_ids = self._token_types(input_ids)
@@ -77,7 +74,7 @@ class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801
 
     def _token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
         """1 on picture tokens, 0 on words."""
-        return (input_ids == self.config.image_token_id).int()
+        return (input_ids == cast(int, self.config.image_token_id)).int()
 
 
 # A checkpoint of this type is loaded as the class above wherever transformers is asked to choose.

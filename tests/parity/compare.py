@@ -81,6 +81,8 @@ STORAGE_TYPE = "storage type: the official code keeps ids in 32 bits, torch want
 
 NOT_COMPARED = "provenance"
 
+FLAGS = ["--data_path", "unused", "--output_dir", "unused", "--use_cpu", "true"]
+
 
 @dataclass
 class Finding:
@@ -783,7 +785,7 @@ class Comparison:
     def _lora(self, left: dict[str, Any]) -> None:
         say, config = self.report, dict(left.pop("config"))
         pattern, modules = config.pop("target_modules"), config.pop("modules_to_save")
-        flags = ["--output_dir", "unused", "--use_lora", "true", "--tune_llm", "false", "--use_cpu", "true"]
+        flags = [*FLAGS, "--use_lora", "true", "--tune_llm", "false"]
         flags += ["--tune_vision", str("vpm" in modules).lower(), "--lora_target_modules", pattern]
         flags += ["--lora_r", str(config.pop("r")), "--lora_bias", config.pop("bias")]
         for key in ("lora_alpha", "lora_dropout"):
@@ -893,9 +895,9 @@ class Comparison:
         say = self.report
         llm_type, case = left.pop("llm_type"), self.cases[left.pop("case")]
         name = f"llm_type {llm_type} {case.name}"
-        flags = ["--output_dir", "unused", "--llm_type", llm_type, "--use_cpu", "true"]
+        arguments = parse([*FLAGS, "--llm_type", llm_type], announce=lambda _: None)
         try:
-            make_trainable(load_model(self.checkpoint)[0], self.generation, parse(flags, announce=lambda _: None))
+            make_trainable(load_model(self.checkpoint)[0], self.generation, arguments)
             accepted = True
         except UserError:
             accepted = False
