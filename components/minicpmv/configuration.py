@@ -46,6 +46,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     """
 
     model_type = "minicpmv"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     sub_configs_defaults = {"text_config": PreTrainedConfig, "vision_config": SiglipVisionConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
     version: float | str | int | None = None

@@ -216,14 +216,18 @@ def read_image_settings(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_max_slices(checkpoint: Path, max_slice_nums: int) -> None:
-    """Make a saved checkpoint's processor slice as its training did."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    """Make a saved checkpoint's processor slice as its training did; and its config say so, where that has a word."""
+    for name, part in (
+        ("processor_config.json", "image_processor"),
+        ("preprocessor_config.json", "image_processor"),
+        ("config.json", "slice_config"),
+    ):
         path = checkpoint / name
         if not path.is_file():
             continue
         document = read_json(path)
-        settings = document.get("image_processor", document)
-        if "image_processor" in document or name == "preprocessor_config.json":
+        settings = document if name == "preprocessor_config.json" and part not in document else document.get(part)
+        if settings is not None:
             settings["max_slice_nums"] = max_slice_nums
             path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 

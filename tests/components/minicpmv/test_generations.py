@@ -18,7 +18,7 @@ from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.batch import collate
 from minicpmv_finetune.components.minicpmv.checkpoint import load_model
 from minicpmv_finetune.components.minicpmv.conversation import Encoder
-from minicpmv_finetune.components.minicpmv.generations import GENERATIONS, generation_of
+from minicpmv_finetune.components.minicpmv.generations import GENERATIONS, generation_of, write_max_slices
 from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
 from minicpmv_finetune.components.preprocess.preprocess import prepare
 from minicpmv_finetune.components.samples import Picture, Sample, SampleError, Turn
@@ -392,3 +392,16 @@ def test_text_with_a_picture_mark_is_refused(loaded: Loaded) -> None:
     sample = conversation(("Look at (<image>./</image>)!",), [])
     with pytest.raises(SampleError, match="<image>"):
         loaded.encoder.encode(sample)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_saved_checkpoint_says_how_many_slices_it_was_trained_with(
+    version: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny(version), tmp_path / "checkpoint")
+    write_max_slices(folder, 3)
+    assert Encoder.from_checkpoint(folder).slicing.max_slice_nums == 3
+    config = json.loads((folder / "config.json").read_text())
+    assert config.get("slice_config", {"max_slice_nums": 3})["max_slice_nums"] == 3
+    untouched = json.loads((tiny(version) / "config.json").read_text())
+    assert config.keys() == untouched.keys()
