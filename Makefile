@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install browser lock readmes clean
+.PHONY: help demo test check install bench-merge browser lock readmes clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -28,6 +28,9 @@ install: .venv/installed  ## install the locked packages and this project into .
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+bench-merge: install  ## time merging a 4 GB model against copying it
+	$(BIN)/python benchmarks/merge.py
 
 browser:  ## install Chromium, in which the tests open the reports
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

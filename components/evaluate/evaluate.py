@@ -21,12 +21,12 @@ from ..errors import UserError
 from ..minicpmv.answer import Answer, answer, answering_device
 from ..minicpmv.checkpoint import load_model
 from ..minicpmv.conversation import Encoder
-from ..progress import progress
+from ..progress import conclude, progress
 from ..samples import Sample, SampleError, read_info, read_samples
 from ..tracking import step_run
 from .assessment import Evaluation, Prediction, assess, check_metrics
 from .metrics import METRICS_VERSION
-from .report import write_report
+from .report import headline, write_report
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def evaluate(
         # MLflow shows a file by its ending, which Kubeflow's artifact paths lack.
         with tempfile.TemporaryDirectory() as folder:
             run.log_file(str(shutil.copyfile(report_file, Path(folder) / "evaluation.html")))
+    conclude(headline(evaluation).removesuffix("."))
     return evaluation
 
 

@@ -3,12 +3,12 @@
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..minicpmv.generations import Generation
+from ..training_record import TrainingRecord
 from .report import MergeReport
 
 CARD = "README.md"
@@ -30,7 +30,7 @@ processor = AutoProcessor.from_pretrained("PATH/TO/THIS/FOLDER")
 """
 
 
-def write_card(folder: Path, generation: Generation, report: MergeReport, record: dict[str, Any]) -> None:
+def write_card(folder: Path, generation: Generation, report: MergeReport, record: TrainingRecord) -> None:
     """Write `README.md`; the base's own is kept beside it, and its licence is named.
 
     Args:
@@ -50,14 +50,14 @@ def write_card(folder: Path, generation: Generation, report: MergeReport, record
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
     }
-    arguments = json.dumps(record.get("arguments", {}), indent=1, default=str, sort_keys=True)
-    losses = [entry["loss"] for entry in record.get("history", []) if "loss" in entry]
+    arguments = json.dumps(record.arguments, indent=1, default=str, sort_keys=True)
+    losses = [entry["loss"] for entry in record.history if "loss" in entry]
     rows = {
         "base model": report.base_model,
         "generation": f"MiniCPM-V {generation.version}",
         "training": "LoRA adapter, merged" if report.kind == "adapter" else "full fine-tune",
         "data fingerprint": report.data_fingerprint,
-        "most slices of a picture": record["max_slice_nums"],
+        "most slices of a picture": record.max_slice_nums,
         "training loss, first and last logged": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
     }
     lines = [

@@ -6,13 +6,11 @@ file of the base beside them. The gate then takes the finished folder, in a proc
 base and adapter on real samples; until it agrees the folder keeps its hidden name.
 """
 
-import json
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .. import storage
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
@@ -21,6 +19,7 @@ from ..minicpmv.generations import generation_of, write_max_slices
 from ..progress import conclude
 from ..shards import read_manifest
 from ..tracking import step_run
+from ..training_record import read_record
 from .card import write_card
 from .plan import edit_config
 from .report import GateReport, MergeReport, markdown
@@ -29,7 +28,6 @@ from .streaming import stream
 __all__ = ["MergeReport", "MergeSettings", "markdown", "merge"]
 
 GATE = "minicpmv_finetune.components.merge.gate"
-RECORD_FILE = "training.json"
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,11 @@ def merge(
             learnt, or the merged model answers otherwise than base and adapter do.
         RetryableError: storage does not answer, or the gate's process was killed.
     """
-    record = _read_record(adapter)
+    record = read_record(adapter)
     base = storage.fetch(base_model_uri)
     generation = generation_of(base)
     manifest = read_manifest(shards)
-    for what, version in ((adapter, record["generation"]), (shards, manifest.generation)):
+    for what, version in ((adapter, record.generation), (shards, manifest.generation)):
         if version != generation.version:
             raise UserError(
                 f"{what}: made for MiniCPM-V {version}, but {base_model_uri} is {generation.version}; give the base "
@@ -82,7 +80,7 @@ def merge(
         report = MergeReport(
             base_model=base_model_uri,
             generation=generation.version,
-            data_fingerprint=record["data_fingerprint"],
+            data_fingerprint=record.data_fingerprint,
             kind="adapter" if (adapter / ADAPTER_CONFIG).is_file() else "full",
             bytes=streamed.bytes,
             moved=streamed.moved,
@@ -99,7 +97,7 @@ def merge(
             )
         copy_other_files(base, staging)
         edit_config(staging, streamed.plan)
-        write_max_slices(staging, record["max_slice_nums"])
+        write_max_slices(staging, record.max_slice_nums)
         write_card(staging, generation, report, record)
         started = time.monotonic()
         gate = _run_gate(base, adapter, staging, shards, settings.parity_rows)
@@ -112,17 +110,10 @@ def merge(
             raise UserError(gate.failure)
     tensors = sum(part.tensors for part in report.moved.values())
     conclude(
-        f"{len(report.changed)} of {tensors} tensors changed; logits differ by at most "
-        f"{gate.parity.largest_difference:.1e} from base and adapter"
+        f"{len(report.changed)} of {tensors} tensors changed; logits within {gate.parity.largest_difference:.0e} of "
+        "base + adapter"
     )
     return report
-
-
-def _read_record(adapter: Path) -> dict[str, Any]:
-    path = adapter / RECORD_FILE
-    if not path.is_file():
-        raise UserError(f"{adapter}: no {RECORD_FILE} here; give the train step's result.")
-    return dict(json.loads(path.read_text()))
 
 
 def _write_report(path: Path, report: MergeReport) -> None:

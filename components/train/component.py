@@ -48,8 +48,8 @@ def train(
     from pathlib import Path
 
     from minicpmv_finetune.components.attempt import permanent_error_marked
-    from minicpmv_finetune.components.train.record import read_record
     from minicpmv_finetune.components.train.train import as_flags, launch
+    from minicpmv_finetune.components.training_record import read_record
 
     flags = {
         "use_lora": use_lora,

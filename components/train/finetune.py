@@ -31,10 +31,10 @@ from ..minicpmv.generations import write_max_slices
 from ..minicpmv.row import Row
 from ..progress import conclude, progress
 from ..samples import Split
-from ..shards import Manifest, ShardReader, read_manifest
+from ..shards import Manifest, ShardReader, read_manifest, verify_shards
 from ..tracking import StepRun, open_step_run
+from ..training_record import RECORD_FILE, TrainingRecord
 from .arguments import Arguments, parse
-from .record import RECORD_FILE, TrainingRecord
 from .train import SENTENCE_VARIABLE
 from .trainable import count_parameters, make_trainable
 
@@ -58,6 +58,7 @@ def finetune(arguments: Arguments) -> None:
     training = arguments.training
     shards = storage.fetch(arguments.data.data_path, _path(training.cache_dir))
     manifest = read_manifest(shards)
+    verify_shards(shards, manifest)
     base = storage.fetch(arguments.model.model_name_or_path, _path(training.cache_dir))
     model, generation = load_model(base, _compute_dtype(training))
     if generation.version != manifest.generation:
@@ -80,7 +81,7 @@ def finetune(arguments: Arguments) -> None:
     )
 
     is_first = training.process_index == 0
-    run = open_step_run("train") if is_first else StepRun(None, None)
+    run = open_step_run("train") if is_first else StepRun()
     run.log_parameters(_settings(arguments))
     run.log_metrics({"parameters/trainable": trainable, "parameters/total": total})
     watcher = _Watcher(run, manifest)

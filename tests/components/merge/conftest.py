@@ -22,6 +22,8 @@ RECORD = {
     "data_fingerprint": "0123abcd",
     "max_slice_nums": 4,
     "use_lora": True,
+    "parameters": {"trainable": 1, "total": 2},
+    "metrics": {},
     "arguments": {"lora_r": 4, "learning_rate": 0.001},
     "history": [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 0.25}],
 }

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.checkpoint import load_model, load_with_adapter
-from minicpmv_finetune.components.train.record import read_record
 from minicpmv_finetune.components.train.train import launch
+from minicpmv_finetune.components.training_record import read_record
 
 LORA = (
     "--use_lora true --tune_llm false --lora_r 4 --per_device_train_batch_size 16 --learning_rate 1e-3 "

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import UserError
+from .errors import UserError
 
 RECORD_FILE = "training.json"
 
