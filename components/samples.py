@@ -7,16 +7,15 @@ where they are; their sha256 makes a change under a run an error instead of a su
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from . import storage
+from . import pictures, storage
 from .errors import UserError
 
 SCHEMA_VERSION = 1
@@ -34,6 +33,8 @@ class Picture(BaseModel):
     sha256: str = Field(description="of the file's bytes")
     width: int
     height: int
+    span: tuple[int, int] | None = Field(default=None, description="first byte and number of bytes in a tar shard")
+    turned: bool = Field(default=False, description="to be turned as its EXIF orientation says; the size is after that")
 
 
 class Turn(BaseModel):
@@ -92,14 +93,22 @@ class DatasetInfo(BaseModel):
     fingerprint: str = Field(description="sha256 over the accepted samples' content, whatever their address")
     rows: dict[Split, int]
     rejected: dict[str, int] = Field(description="number of rejected samples by reason")
+    noted: dict[str, int] = Field(default={}, description="what is worth knowing of accepted samples, by code")
+    exif_transpose: bool = Field(
+        default=False, description="whether pictures are turned as EXIF says; serving must too"
+    )
 
 
 class SampleError(Exception):
     """A sample that cannot be used; the step that finds it turns it into a `Reject`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(reason, message)  # all arguments, so that it travels between processes
         self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def read_info(dataset: Path) -> DatasetInfo:
@@ -144,25 +153,38 @@ def read_samples(dataset: Path, split: Split) -> Iterator[Sample]:
             yield Sample.model_validate_json(line)
 
 
+def read_picture(picture: Picture) -> bytes:
+    """A picture's bytes, still encoded.
+
+    Raises:
+        UserError: they are not those that were validated.
+    """
+    content = pictures.read(picture.uri, picture.span)
+    if hashlib.sha256(content).hexdigest() != picture.sha256:
+        raise UserError(f"{pictures.shown(picture.uri)}: changed since it was validated; run validate-data again.")
+    return content
+
+
+def decode_picture(content: bytes, turned: bool = False) -> Image.Image:
+    """Decode a picture's bytes, unconverted; `turned` is what its `Picture` says."""
+    return pictures.decode(content, turned)
+
+
 def open_picture(picture: Picture) -> Image.Image:
     """Decode a picture, unconverted.
 
     Raises:
         UserError: its bytes are not those that were validated.
     """
-    content = storage.read_bytes(picture.uri)
-    if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise UserError(f"{picture.uri}: changed since it was validated; run validate-data again.")
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
+    return decode_picture(read_picture(picture), picture.turned)
 
 
 def content_digest(sample: Sample) -> str:
-    """A hash of what the sample says and shows, independent of ids, addresses and picture sizes."""
-    content = {
+    """A hash of what the sample says, shows and asks for, independent of ids, addresses and picture sizes."""
+    content: dict[str, Any] = {
         "pictures": [picture.sha256 for picture in sample.pictures],
         "turns": [[turn.role, *turn.parts] for turn in sample.turns],
+        "evaluation": [sample.metric, sample.tags, sample.answers],
     }
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ environment as boto3 reads it (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AW
 """
 
 import errno
+import glob
 import hashlib
 import os
 import posixpath
@@ -14,17 +15,21 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, cast
 
 from .errors import RetryableError, UserError
 
 if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
+FILES_AT_ONCE = 4  # more only take each other's turn at Python's lock
+_PART_BYTES = 16 * 2**20  # of a large object, uploaded or downloaded at once
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -68,18 +73,78 @@ def resolve(reference: str, relative_to: str) -> str:
     return str((Path(relative_to) / reference).absolute())
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole content of a small file.
+def read_bytes(uri: str, span: tuple[int, int] | None = None) -> bytes:
+    """The whole content of a small file, or a part of a large one.
+
+    Args:
+        uri: local path or object.
+        span: first byte and number of bytes of the part.
 
     Raises:
         UserError: nothing lies there, or access is denied.
         RetryableError: the store does not answer.
     """
+    if span is not None and span[1] == 0:
+        return b""  # no range of HTTP says so
     with _explained(uri):
         if not is_object_uri(uri):
-            return _local(uri).read_bytes()
+            with _local(uri).open("rb") as file:
+                if span is None:
+                    return file.read()
+                file.seek(span[0])
+                return file.read(span[1])
         bucket, key = _split(uri)
-        return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        if span is None:
+            return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        part = f"bytes={span[0]}-{span[0] + span[1] - 1}"
+        return _client().get_object(Bucket=bucket, Key=key, Range=part)["Body"].read()
+
+
+@contextmanager
+def open_stream(uri: str) -> Iterator[BinaryIO]:
+    """A file to be read once, from front to end, without holding it in memory or on disk.
+
+    Raises:
+        UserError: nothing lies there, or access is denied.
+        RetryableError: the store does not answer, also while it is read.
+    """
+    with _explained(uri):
+        if is_object_uri(uri):
+            bucket, key = _split(uri)
+            with closing(_client().get_object(Bucket=bucket, Key=key)["Body"]) as body:
+                yield cast("BinaryIO", body)
+        else:
+            with _local(uri).open("rb") as file:
+                yield file
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a pattern with `*`, `?` or `[…]` matches, sorted; a URI without these is itself.
+
+    Raises:
+        UserError: no file matches, or access is denied.
+        RetryableError: the store does not answer.
+    """
+    if not glob.has_magic(pattern) or (not is_object_uri(pattern) and os.path.lexists(pattern)):
+        return [pattern]
+    with _explained(pattern):
+        if is_object_uri(pattern):
+            bucket, key = _split(pattern)
+            parts = key.split("/")
+            fixed = re.split(r"[*?[]", key, maxsplit=1)[0]
+            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=fixed)
+            names = [item["Key"].split("/") for page in pages for item in page.get("Contents", [])]
+            found = [
+                f"{pattern.partition('://')[0]}://{bucket}/{'/'.join(name)}"
+                for name in names
+                if len(name) == len(parts) and name[-1] and all(map(fnmatchcase, name, parts))
+            ]
+        else:
+            matches = glob.glob(str(_local(pattern)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+            found = [name for name in matches if Path(name).is_file()]
+    if not found:
+        raise UserError(f"{_shortened(pattern)}: no file matches this pattern; check it.")
+    return sorted(found)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -104,6 +169,71 @@ def write_bytes(uri: str, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start` on.
+
+    Raises:
+        UserError: nothing lies there, or access is denied.
+        RetryableError: the store does not answer.
+    """
+    with _explained(uri):
+        if not is_object_uri(uri):
+            with _local(uri).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+        bucket, key = _split(uri)
+        asked = f"bytes={start}-{start + length - 1}"
+        return _client().get_object(Bucket=bucket, Key=key, Range=asked)["Body"].read()
+
+
+def list_files(uri: str) -> dict[str, int]:
+    """Names of the files directly in a folder with their sizes in bytes; empty when there is no such folder.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
+    with _explained(uri):
+        if not is_object_uri(uri):
+            folder = _local(uri)
+            if not folder.is_dir():
+                return {}
+            return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        bucket, key = _split(uri)
+        prefix = f"{key.rstrip('/')}/"
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        return {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """Copy a file of any size to a store, with checksums, so that a reader sees all of it or none.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
+    bucket, key = _split(uri)
+    with _explained(uri):
+        _client().upload_file(str(path), bucket, key, Config=_transfer())
+
+
+def download_file(uri: str, path: Path) -> None:
+    """Copy an object of any size here; the caller compares its hash.
+
+    Raises:
+        UserError: nothing lies there, or access is denied.
+        RetryableError: the store does not answer.
+    """
+    bucket, key = _split(uri)
+    with _explained(uri):
+        _client().download_file(bucket, key, str(path), Config=_transfer())
+
+
+def cache_folder(cache_dir: Path | None = None) -> Path:
+    """Where downloads go: the given folder, or this user's own among the temporary ones."""
+    return cache_dir or Path(tempfile.gettempdir()) / f"minicpmv-finetune-{os.getuid()}"
+
+
 def fetch(uri: str, cache_dir: Path | None = None) -> Path:
     """A local path that holds what lies at `uri`, downloaded if need be.
 
@@ -116,7 +246,7 @@ def fetch(uri: str, cache_dir: Path | None = None) -> Path:
         RetryableError: the store does not answer.
     """
     if is_object_uri(uri):
-        return _download(uri, cache_dir or Path(tempfile.gettempdir()) / f"minicpmv-finetune-{os.getuid()}")
+        return _download(uri, cache_folder(cache_dir))
     if uri.startswith("hf://"):
         return _download_from_hub(uri.removeprefix("hf://"), cache_dir)
     path = _local(uri)
@@ -185,12 +315,13 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 def _client() -> "S3Client":
-    """The client for what the environment says now."""
-    return _client_for(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+    """The client for what the environment says now, of this process: a forked one must not share connections."""
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    return _client_for(environment, os.getpid())
 
 
 @lru_cache(maxsize=4)
-def _client_for(environment: tuple[tuple[str, str], ...]) -> "S3Client":
+def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> "S3Client":
     # A session of its own: boto3's default one keeps the first credentials it has seen.
     from boto3.session import Session
     from botocore.config import Config
@@ -229,13 +360,21 @@ def _download(uri: str, cache_dir: Path) -> Path:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=cache_dir) as staging:
                 folder = Path(staging) / "download"
                 folder.mkdir()
+                destinations = []
                 for name in names:
                     relative = PurePosixPath(name if is_single else name[len(prefix) :])
                     if ".." in relative.parts or relative.is_absolute():
                         raise UserError(f"{uri}: the object {name!r} would leave the folder; rename it.")
-                    destination = folder / (relative.name if is_single else relative)
-                    destination.parent.mkdir(parents=True, exist_ok=True)
-                    _client().download_file(bucket, name, str(destination))
+                    destinations.append(folder / (relative.name if is_single else relative))
+                    destinations[-1].parent.mkdir(parents=True, exist_ok=True)
+                client, transfer = _client(), _transfer()
+                with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+                    for _ in pool.map(
+                        lambda name, path: client.download_file(bucket, name, str(path), Config=transfer),
+                        names,
+                        destinations,
+                    ):
+                        pass
                 try:
                     folder.rename(target)
                 except OSError:
@@ -243,6 +382,13 @@ def _download(uri: str, cache_dir: Path) -> Path:
                     if not target.exists():
                         raise
         return target / PurePosixPath(key).name if is_single else target
+
+
+@lru_cache(maxsize=1)
+def _transfer() -> "TransferConfig":
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4)
 
 
 def _download_from_hub(name: str, cache_dir: Path | None) -> Path:

@@ -68,12 +68,14 @@ def test_info_round_trip(tmp_path: Path) -> None:
     assert read_info(tmp_path) == info
 
 
-def test_the_content_digest_is_of_words_and_pictures_alone() -> None:
+def test_the_content_digest_is_of_what_is_said_shown_and_asked_for() -> None:
     picture = {"uri": "s3://elsewhere/b.png", "sha256": "0" * 64, "width": 3, "height": 2}
     assert content_digest(sample()) == content_digest(sample(id="b", source="other.json", index=7, pictures=[picture]))
     assert content_digest(sample()) != content_digest(sample(pictures=[{**picture, "sha256": "1" * 64}]))
     turns = [{"role": "user", "parts": ["What?", 0]}, {"role": "assistant", "parts": ["That."]}]
     assert content_digest(sample()) != content_digest(sample(turns=turns))
+    for change in ({"metric": "anls"}, {"tags": ("a",)}, {"answers": ("This.",)}):
+        assert content_digest(sample()) != content_digest(sample(**change))
 
 
 def test_rejects_are_one_json_object_a_line(tmp_path: Path) -> None:
