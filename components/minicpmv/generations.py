@@ -24,6 +24,7 @@ class Generation:
         version: as published, such as "4.6".
         model_type: of config.json.
         llm_type: the published script's name for the chat format; an explicit `--llm_type` must equal it.
+        older_llm_types: names that earlier published scripts had for it.
         published_version: of config.json, where several generations share a model_type.
         language_model: module path of the language model without its head.
         vision_tower: module path of the vision encoder.
@@ -65,6 +66,7 @@ class Generation:
     fixed_tokens: bool = False
     published_version: str | None = None
     empty_thinking: str = ""
+    older_llm_types: tuple[str, ...] = ()
 
 
 _QWEN3_5_LORA_TARGETS = (
@@ -100,6 +102,7 @@ MINICPMV_2_6 = Generation(
     model_type="minicpmv",
     published_version="2.6",
     llm_type="qwen",
+    older_llm_types=("qwen2",),
     language_model="llm.model",
     vision_tower="vpm",
     merger="resampler",
@@ -117,9 +120,13 @@ MINICPMV_2_6 = Generation(
     transparency="drop",
 )
 
-MINICPMV_4_0 = replace(MINICPMV_2_6, version="4.0", published_version="4.0", stop_tokens=("<|im_end|>", "</s>"))
+MINICPMV_4_0 = replace(
+    MINICPMV_2_6, version="4.0", published_version="4.0", older_llm_types=(), stop_tokens=("<|im_end|>", "</s>")
+)
 
-MINICPMV_4_5 = replace(MINICPMV_2_6, version="4.5", published_version="4.5", empty_thinking="<think>\n\n</think>\n\n")
+MINICPMV_4_5 = replace(
+    MINICPMV_2_6, version="4.5", published_version="4.5", older_llm_types=(), empty_thinking="<think>\n\n</think>\n\n"
+)
 
 GENERATIONS = (MINICPMV_2_6, MINICPMV_4_0, MINICPMV_4_5, MINICPMV_4_6, MINICPMV_4_7)
 

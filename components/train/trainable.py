@@ -31,7 +31,7 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         UserError: the arguments contradict the model.
     """
     training, lora = arguments.training, arguments.lora
-    if training.llm_type is not None and training.llm_type != generation.llm_type:
+    if training.llm_type not in {None, generation.llm_type, *generation.older_llm_types}:
         raise UserError(
             f"--llm_type {training.llm_type} contradicts the checkpoint: MiniCPM-V {generation.version} speaks "
             f"{generation.llm_type}; leave the flag out or correct it."

@@ -221,6 +221,12 @@ def test_another_llm_type_gets_a_sentence(folder: Path, llm_type: str) -> None:
         make_trainable(load_model(folder)[0], generation_of(folder), arguments)
 
 
+def test_the_older_name_of_the_same_llm_type_is_taken(tiny: Callable[[str], Path]) -> None:
+    flags = ["--data_path", "data", "--output_dir", "out", "--use_cpu", "true", "--llm_type", "qwen2"]
+    arguments = parse(flags, announce=lambda _: None)
+    make_trainable(load_model(tiny("2.6"))[0], generation_of(tiny("2.6")), arguments)
+
+
 @torch.no_grad()
 def test_frames_of_a_group_become_one_block_and_know_their_time(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
