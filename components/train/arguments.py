@@ -18,7 +18,6 @@ from transformers import HfArgumentParser
 from ..errors import UserError
 from ..minicpmv.generations import PUBLISHED_LORA_TARGETS
 
-
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 _STRATEGY_FOLDER = Path(__file__).parent / "strategies"
 
@@ -76,7 +75,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "DeepSpeed's zero2 or zero3, or fsdp2. A --deepspeed or --fsdp configuration of your own goes before it.",
         },
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Compute in bfloat16; by default where the GPU can and fp16 was not asked for."}
     )
     checkpoint_uri: str = field(
@@ -94,6 +93,9 @@ class TrainingArguments(transformers.TrainingArguments):
         """Complete the arguments as transformers does."""
         # Said outright, since without a GPU transformers takes a DeepSpeed run for a single process.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.ddp_find_unused_parameters is None:
+            # All take part in every step: where a batch has no picture the models run a blank one.
+            self.ddp_find_unused_parameters = False
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_bf16_supported()
         if not self.deepspeed and not self.fsdp:
@@ -222,15 +224,18 @@ def _check(arguments: Arguments) -> None:
         raise UserError("--data_path: missing; give a shards folder or the training data.")
     if training.use_lora and training.tune_llm:
         raise UserError("The model cannot simultaneously adjust LLM parameters and apply LoRA.")
+    if training.fsdp and training.use_cpu:
+        # accelerate would train plain DDP there without a word.
+        raise UserError("--strategy fsdp2: FSDP needs GPUs here; without any use ddp, zero2 or zero3.")
     if arguments.lora.q_lora:
         if not training.use_lora:
             raise UserError("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
         if training.fsdp or _shards_parameters(training):
             raise UserError(
-                "--q_lora: ZeRO-3 and FSDP cut weights into parts, which 4-bit weights do not allow; use --strategy ddp "
-                "or zero2, or train LoRA without q_lora."
+                "--q_lora: ZeRO-3 and FSDP cut weights into parts, which 4-bit weights do not allow; use --strategy "
+                "ddp or zero2, or train LoRA without q_lora."
             )
-    if training.early_stopping_patience and str(training.eval_strategy.value) == "no":
+    if training.early_stopping_patience and training.eval_strategy == "no":
         raise UserError(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy and --eval_steps or epoch too."
         )

@@ -24,6 +24,7 @@ class Watcher(TrainerCallback):
         self.run = run
         self.lengths = lengths
         self.logged_until = run.last_step("train/loss")
+        self.loss = float("nan")
         self.bar: Any = None
         self.tokens = 0
         self.padded = 0
@@ -67,14 +68,15 @@ class Watcher(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        self.loss = figures.get("loss", self.loss)
         figures |= {"padding": self.padding, "peak_memory_mb": peak_memory() / 1e6}
         if state.global_step > self.logged_until:
             self.run.log_metrics({f"train/{name}": value for name, value in figures.items()}, state.global_step)
         if self.bar is not None and "loss" in figures:
             seconds = max(self.bar.format_dict["elapsed"], 1e-9)
             self.bar.set_postfix_str(
-                f"loss {figures['loss']:.4f}, {self.tokens * args.world_size / seconds:,.0f} tokens/s, "
-                f"{self.padding:.0%} padding",
+                f"loss {figures['loss']:.4f}, {self.tokens * args.world_size / seconds:,.0f} tok/s, "
+                f"{self.padding:.0%} pad",
                 refresh=False,
             )
 
