@@ -46,6 +46,10 @@ MaxSlices = Annotated[int, typer.Option(help="Most slices of a picture beside it
 MaxLength = Annotated[int, typer.Option(help="Longest sample in tokens; longer ones are rejected, never cut.")]
 MaxRejects = Annotated[float, typer.Option(help="Share of rejected samples above which a step fails.")]
 EvalFraction = Annotated[float, typer.Option(help="Share of the pictures held out when there is no evaluation data.")]
+DataOptions = Annotated[
+    str,
+    typer.Option(help='Options of validate-data as JSON, such as \'{"eval_fraction": 0.2, "exif_transpose": true}\'.'),
+]
 Seed = Annotated[
     int, typer.Option(help="Decides the held-out pictures, the initial adapters and the order of samples.")
 ]
@@ -89,7 +93,7 @@ def run(
     max_slice_nums: MaxSlices = 9,
     model_max_length: MaxLength = 2048,
     max_reject_ratio: MaxRejects = 0.05,
-    eval_fraction: EvalFraction = 0.1,
+    data_options: DataOptions = "{}",
     use_lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the language model.")] = True,
     tune_vision: Annotated[bool, typer.Option(help="Train the vision tower too.")] = True,
     tune_llm: Annotated[
@@ -120,7 +124,7 @@ def run(
         "max_slice_nums": max_slice_nums,
         "model_max_length": model_max_length,
         "max_reject_ratio": max_reject_ratio,
-        "eval_fraction": eval_fraction,
+        "data_options": read_flags(data_options, "--data-options"),
         "use_lora": use_lora,
         "tune_vision": tune_vision,
         "tune_llm": tune_llm,
@@ -174,13 +178,16 @@ def validate_data(
     max_reject_ratio: MaxRejects = 0.05,
     eval_fraction: EvalFraction = 0.1,
     seed: Seed = 42,
+    exif_transpose: Annotated[
+        bool, typer.Option(help="Turn pictures as EXIF says, for training and evaluation; serving must do the same.")
+    ] = False,
 ) -> None:
-    """Step 1: check every sample, and name the ones left out in rejects.jsonl beside OUT."""
+    """Step 1: check every sample; beside OUT, rejects.jsonl names those left out and data-report.html shows the data."""
     from ..components.validate_data.validate import ValidationSettings
     from ..components.validate_data.validate import validate_data as step
 
-    settings = ValidationSettings(max_reject_ratio, eval_fraction, seed)
-    step(data, eval_data, out, out.parent / "rejects.jsonl", settings)
+    settings = ValidationSettings(max_reject_ratio, eval_fraction, seed, exif_transpose)
+    step(data, eval_data, out, out.parent / "rejects.jsonl", settings, out.parent / "data-report.html")
 
 
 @app.command(rich_help_panel=STEP)
@@ -273,8 +280,8 @@ def absolute(uri: str) -> str:
     return str(Path(uri).absolute()) if uri and "://" not in uri and Path(uri).exists() else uri
 
 
-def read_flags(text: str) -> dict[str, Any]:
-    """A JSON object of training flags.
+def read_flags(text: str, option: str = "--training-flags") -> dict[str, Any]:
+    """A JSON object of flags by name, as `option` gives it.
 
     Raises:
         UserError: it is something else.
@@ -282,7 +289,7 @@ def read_flags(text: str) -> dict[str, Any]:
     try:
         flags = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"--training-flags: invalid JSON ({error}); write it like '{{\"max_steps\": 100}}'.") from error
+        raise UserError(f"{option}: invalid JSON ({error}); write it like '{{\"name\": 1}}'.") from error
     if not isinstance(flags, dict):
-        raise UserError("--training-flags: must be a JSON object of flags by name.")
+        raise UserError(f"{option}: must be a JSON object of flags by name.")
     return flags

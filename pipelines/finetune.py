@@ -33,7 +33,7 @@ def finetune(
     max_slice_nums: int = 9,
     model_max_length: int = 2048,
     max_reject_ratio: float = 0.05,
-    eval_fraction: float = 0.1,
+    data_options: dict[str, Any] = {},  # noqa: B006 - kfp copies it into the compiled pipeline
     use_lora: bool = True,
     tune_vision: bool = True,
     tune_llm: bool = False,
@@ -57,7 +57,7 @@ def finetune(
         max_slice_nums: Most slices of a picture beside its overview; more show finer detail and cost more tokens.
         model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
         max_reject_ratio: Share of rejected samples above which a step fails.
-        eval_fraction: Share of the pictures split off for evaluation when eval_data_uri is empty.
+        data_options: Further options of the data by name, such as {"eval_fraction": 0.2, "exif_transpose": true}.
         use_lora: Train LoRA adapters on the language model.
         tune_vision: Train the vision tower too.
         tune_llm: Train the language model's own weights; needs use_lora false.
@@ -76,8 +76,8 @@ def finetune(
         data_uri=data_uri,
         eval_data_uri=eval_data_uri,
         max_reject_ratio=max_reject_ratio,
-        eval_fraction=eval_fraction,
         seed=seed,
+        data_options=data_options,
     )
     prepared = preprocess(
         dataset=validated.outputs["dataset"],
