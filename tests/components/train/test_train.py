@@ -91,11 +91,12 @@ def test_record_is_json(adapter: Path) -> None:
 def test_loss_that_is_no_number_stops_within_a_step_and_names_the_samples(
     tiny_46: Path, shards: Path, tmp_path: Path
 ) -> None:
-    flags = "--max_steps 50 --per_device_train_batch_size 4 --learning_rate 1e30 --save_strategy steps --save_steps 1"
+    flags = (
+        "--max_steps 50 --per_device_train_batch_size 4 --learning_rate 1e30 --save_strategy steps --save_steps 1 "
+        f"--max_grad_norm 0 --checkpoint_uri {tmp_path / 'kept'}"
+    )
     with pytest.raises(UserError, match=r"at step [2-5], on the samples digit-\d+, digit-\d+.*last good checkpoint"):
-        launch(
-            _flags(tiny_46, shards, tmp_path / "out", f"{flags} --max_grad_norm 0 --checkpoint_uri {tmp_path / 'kept'}")
-        )
+        launch(_flags(tiny_46, shards, tmp_path / "out", flags))
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "kept").glob("checkpoint-*.json"))
 
@@ -122,8 +123,14 @@ def test_a_yaml_file_says_the_same_as_flags(tiny_46: Path, shards: Path, adapter
         "model_name_or_path": str(tiny_46),
         "data_path": str(shards),
         "output_dir": str(tmp_path / "out"),
-        **dict(use_lora=True, tune_llm=False, lora_r=4, per_device_train_batch_size=16, learning_rate="1e-3"),
-        **dict(save_strategy="no", num_train_epochs=2, logging_steps=1),
+        "use_lora": True,
+        "tune_llm": False,
+        "lora_r": 4,
+        "per_device_train_batch_size": 16,
+        "learning_rate": "1e-3",
+        "save_strategy": "no",
+        "num_train_epochs": 2,
+        "logging_steps": 1,
     }
     (tmp_path / "training.yaml").write_text(json.dumps(document))
     launch([str(tmp_path / "training.yaml")])
