@@ -54,6 +54,9 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
         try:
             run(parse_args(options))
         except SignalException as signal:
+            # The workers have finished their step and kept it, or were too long about it.
+            if sentence.exists():
+                raise RetryableError(sentence.read_text()) from None
             raise SystemExit(128 + int(signal.sigval)) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()

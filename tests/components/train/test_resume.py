@@ -95,11 +95,9 @@ def test_a_parent_that_dies_silently_leaves_no_orphan(tiny_46: Path, shards: Pat
         for line in process.stderr:
             if line.startswith("train ") and "loss" in line:
                 break
-        (worker,) = _workers(process.pid)
         process.kill()
-        # The worker holds the pipe's other end: it closes when the worker ends.
+        # The worker holds the pipe's other end: this returns when it has ended, and else never.
         process.stderr.read()
-    assert not Path(f"/proc/{worker}").exists()
     assert list(tmp_path.glob(".adapter.checkpoints/checkpoint-*.json"))
 
 
