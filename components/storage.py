@@ -172,6 +172,20 @@ def write_bytes(uri: str, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def size(uri: str) -> int:
+    """Number of bytes of a file.
+
+    Raises:
+        UserError: nothing lies there, or access is denied.
+        RetryableError: the store does not answer.
+    """
+    with _explained(uri):
+        if not is_object_uri(uri):
+            return _local(uri).stat().st_size
+        bucket, key = _split(uri)
+        return int(_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+
 def list_files(uri: str) -> dict[str, int]:
     """Names of the files directly in a folder with their sizes in bytes; empty when there is no such folder.
 

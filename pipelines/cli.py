@@ -36,6 +36,13 @@ class RunnerChoice(StrEnum):
     DOCKER = "docker"
 
 
+class OutputChoice(StrEnum):
+    """How a result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
 Data = Annotated[str, typer.Option("--data", help="Training data in MiniCPM-V's JSON format; a path or s3:// URI.")]
 EvalData = Annotated[
     str,
@@ -143,6 +150,51 @@ def run(
 
 
 @app.command(rich_help_panel=HERE)
+def plan(
+    data: Data,
+    base_model: BaseModel = "openbmb/MiniCPM-V-4.6",
+    eval_data: EvalData = "",
+    max_slice_nums: MaxSlices = 9,
+    model_max_length: MaxLength = 2048,
+    eval_fraction: EvalFraction = 0.1,
+    exif_transpose: Annotated[bool, typer.Option(help="Turn pictures as their EXIF orientation says.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs to train on.")] = 1,
+    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Samples a device sees at once.")] = 4,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+    num_train_epochs: Annotated[float, typer.Option(help="How often every sample is seen.")] = 3.0,
+    use_lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the language model.")] = True,
+    tune_vision: Annotated[bool, typer.Option(help="Train the vision tower too.")] = True,
+    tune_llm: Annotated[
+        bool, typer.Option(help="Train the language model's own weights; needs --no-use-lora.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 64,
+    output: Annotated[OutputChoice, typer.Option(help="Tables for a person, or JSON.")] = OutputChoice.TABLE,
+) -> None:
+    """Say what a run will take, before any GPU is claimed: samples, tokens, shards, memory, steps."""
+    from .cost import Recipe
+    from .plan import plan as work_out
+    from .plan import show
+
+    recipe = Recipe(
+        devices=devices,
+        batch=per_device_train_batch_size,
+        epochs=num_train_epochs,
+        use_lora=use_lora,
+        tune_vision=tune_vision,
+        tune_llm=tune_llm,
+        lora_r=lora_r,
+        accumulation=gradient_accumulation_steps,
+    )
+    planned = work_out(
+        data, eval_data, base_model, max_slice_nums, model_max_length, eval_fraction, exif_transpose, recipe
+    )
+    if output is OutputChoice.JSON:
+        print(planned.model_dump_json(indent=1))
+    else:
+        show(planned)
+
+
+@app.command(rich_help_panel=HERE)
 def predict(
     model: Annotated[
         str, typer.Option(help="Merged folder, or the base model of --adapter; a path, s3:// URI or hub id.")
@@ -163,11 +215,31 @@ def predict(
 @app.command(rich_help_panel=KUBEFLOW)
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
+    partitions: Annotated[int, typer.Option(min=1, help="Pods that share the work of preprocess.")] = 1,
 ) -> None:
     """Write the pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
     from .finetune import compile_pipeline
 
-    print(compile_pipeline(output))
+    print(compile_pipeline(output, partitions))
+
+
+@app.command(rich_help_panel=STEP)
+def import_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; pictures may go beside it.")],
+    pictures: Annotated[
+        str, typer.Option(help="Folder that pictures' paths are relative to; the source's own by default.")
+    ] = "",
+) -> None:
+    """Before step 1: bring data of another program into this project's format."""
+    from ..components.validate_data.importing import import_data as convert
+
+    convert(source, out, pictures)
 
 
 @app.command(rich_help_panel=STEP)
@@ -182,7 +254,7 @@ def validate_data(
         bool, typer.Option(help="Turn pictures as EXIF says, for training and evaluation; serving must do the same.")
     ] = False,
 ) -> None:
-    """Step 1: check every sample; beside OUT, rejects.jsonl names those left out and data-report.html shows the data."""
+    """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT say what is wrong and what is there."""
     from ..components.validate_data.validate import ValidationSettings
     from ..components.validate_data.validate import validate_data as step
 
@@ -198,13 +270,22 @@ def preprocess(
     max_slice_nums: MaxSlices = 9,
     model_max_length: MaxLength = 2048,
     max_reject_ratio: MaxRejects = 0.05,
+    picture_codec: Annotated[
+        str, typer.Option(help="How pictures are stored: source, raw, webp-lossless or png; all with the same pixels.")
+    ] = "source",
+    cache: Annotated[
+        str, typer.Option(help="Where finished shards are kept for later runs; a folder or s3:// URI, else beside OUT.")
+    ] = "",
+    num_workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores.")] = 0,
 ) -> None:
-    """Step 2: slice pictures and tokenise conversations once, into Parquet shards."""
+    """Step 2: slice pictures and tokenise conversations once, into Parquet shards; a report lies beside OUT."""
+    from ..components.picture_codec import check_codec
     from ..components.preprocess.preprocess import PreprocessSettings
     from ..components.preprocess.preprocess import preprocess as step
 
-    settings = PreprocessSettings(max_slice_nums, model_max_length, max_reject_ratio)
-    step(dataset, base_model, out, out.parent / "preprocess-rejects.jsonl", settings)
+    settings = PreprocessSettings(max_slice_nums, model_max_length, max_reject_ratio, check_codec(picture_codec))
+    rejects, report = (out.parent / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
+    step(dataset, base_model, out, rejects, settings, cache, num_workers, report)
 
 
 @app.command(

@@ -69,7 +69,7 @@ def preprocess(
                 max_reject_ratio=max_reject_ratio,
                 codec=check_codec(picture_codec),
             ),
-            cache_uri or default_cache(shards.uri),
+            cache_uri or default_cache(dataset.uri),
             num_workers,
             Path(report.path),
         )
@@ -137,7 +137,7 @@ def preprocess_part(
         settings = PreprocessSettings(
             max_slice_nums=max_slice_nums, model_max_length=model_max_length, codec=check_codec(picture_codec)
         )
-        cache = cache_uri or default_cache(place.uri, is_needed=True)
+        cache = cache_uri or default_cache(dataset.uri, is_needed=True)
         key = preprocess_partition(Path(dataset.path), base_model_uri, settings, cache, part, num_parts, num_workers)
         Path(place.path).write_text(f"{cache}/{key}\n")
         return key

@@ -364,14 +364,15 @@ def check_parts(manifest: Manifest, keys: Sequence[str]) -> None:
             )
 
 
-def default_cache(artifact_uri: str, is_needed: bool = False) -> str:
+def default_cache(dataset_uri: str, is_needed: bool = False) -> str:
     """Where a pipeline's runs keep their shards for each other: beside the folder of the run.
 
     Kubeflow puts an artifact below `<root>/<pipeline>/<run>/<task>/<execution>/`, kfp.local below
-    `<root>/<run>/<task>/`; so it is `<root>/<pipeline>/shards-cache`, and `OUT/shards-cache` for a run here.
+    `<root>/<run>/<task>/`; so it is `<root>/<pipeline>/shards-cache`, and `OUT/shards-cache` for a run here. The
+    dataset's address decides, since it is the same for all parts of the work.
 
     Args:
-        artifact_uri: of any output of the task.
+        dataset_uri: of validate_data's artifact.
         is_needed: whether there is no doing without.
 
     Returns:
@@ -380,9 +381,12 @@ def default_cache(artifact_uri: str, is_needed: bool = False) -> str:
     Raises:
         UserError: it has none, and needs it.
     """
-    folder = artifact_uri
+    folder = dataset_uri
     for _ in range(4):
-        folder = storage.parent(folder)
+        above = storage.parent(folder)
+        if above.endswith(":/"):  # a bucket is the outermost folder
+            break
+        folder = above
     cache = storage.join(folder, CACHE_NAME)
     try:
         storage.list_files(cache)

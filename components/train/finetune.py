@@ -33,7 +33,8 @@ from ..minicpmv.generations import Generation, generation_of, write_max_slices
 from ..minicpmv.row import IGNORED_LABEL, Row
 from ..progress import conclude
 from ..samples import Split
-from ..shards import Manifest, ShardReader, read_manifest, verify_shards
+from ..shard_cache import open_shards
+from ..shards import Manifest, ShardReader, read_manifest
 from ..tracking import StepRun, open_step_run
 from ..training_record import RECORD_FILE, TrainingRecord
 from .arguments import Arguments, parse
@@ -73,9 +74,8 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     training = arguments.training
     stopper = Stopper()
     _join_processes(training)
-    shards = storage.fetch(arguments.data.data_path, _path(training.cache_dir))
+    shards = open_shards(arguments.data.data_path, _path(training.cache_dir))
     manifest = read_manifest(shards)
-    verify_shards(shards, manifest)
     base = storage.fetch(arguments.model.model_name_or_path, _path(training.cache_dir))
     model, generation = _load(base, arguments)
     if generation.version != manifest.generation:

@@ -116,8 +116,8 @@ def check_all(records: Sequence[Record], places: Places, exif_transpose: bool) -
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong is told per sample
         if any(storage.is_object_uri(address) for record in records for address in addresses(record)):
             with ThreadPoolExecutor(_REMOTE_READS) as pool:
-                return list(pool.map(lambda record: _check(record, inspect), records))
-        return [_check(record, inspect) for record in records]
+                return list(pool.map(lambda record: check(record, inspect), records))
+        return [check(record, inspect) for record in records]
 
 
 def forget_pictures() -> None:
@@ -216,7 +216,7 @@ def _inspected(address: str, span: pictures.Span | None, exif_transpose: bool) -
         return error
 
 
-def _check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accepted | Reject:
+def check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accepted | Reject:
     try:
         if record.problem:
             raise record.problem

@@ -33,12 +33,12 @@ _MANY = 10  # turns or pictures; more are one bar
 _SIDES = (0, 112, 224, 448, 896, 1344, 1792, 2688, 4032)  # pixels
 _SHAPES = {"1:4": 1 / 4, "1:2": 1 / 2, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "2:1": 2.0, "4:1": 4.0}
 _NOTES = {
-    "exif_rotated": "pictures that EXIF says to turn",
-    "cmyk": "pictures in CMYK, converted as Pillow does",
-    "palette": "pictures with a palette",
-    "transparent": "pictures with transparency",
-    "order_by_text": "pictures that the text names in another order than `image` lists them; the text decides",
-    "duplicate_samples": "samples equal to an earlier one",
+    "exif_rotated": "samples with a picture that EXIF says to turn",
+    "cmyk": "samples with a picture in CMYK, converted as Pillow does",
+    "palette": "samples with a picture of palette colours",
+    "transparent": "samples with a picture that is transparent somewhere, or could be",
+    "order_by_text": "samples whose text names the pictures in another order than their list; the text decides",
+    "duplicate_samples": "samples equal to an earlier one of their split",
     "equal_pictures": "pictures that lie at several addresses, or in both splits",
     "near_equal_pictures": "pictures that look like another",
     "leaked_equal": "evaluation samples with a picture that training shows too",
@@ -85,9 +85,10 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class _Thumbnail:
-    """A small picture; `grid` is the (rows, columns) it is sliced into."""
+    """A small picture; `grid` is the (rows, columns) it is sliced into, `aspect` its width over its height."""
 
     source: str
+    aspect: float
     grid: tuple[int, int]
     is_pixel_art: bool
     caption: str
@@ -214,6 +215,7 @@ def _thumbnail(picture: Picture) -> _Thumbnail:
     slices = f", {grid[0]} × {grid[1]} slices" if plan.grid else ""
     return _Thumbnail(
         source=f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}",
+        aspect=image.width / image.height,
         grid=grid,
         is_pixel_art=max(picture.width, picture.height) <= _PIXEL_ART,
         caption=f"{picture.width} × {picture.height}{slices}",

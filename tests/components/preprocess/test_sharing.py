@@ -257,15 +257,16 @@ def test_a_shard_missing_in_the_store_is_written_again(s3_uri: str, s3_client: o
 
 
 def test_the_cache_lies_beside_the_folder_of_the_run(s3_uri: str, tmp_path: Path) -> None:
-    assert default_cache(f"{s3_uri}/root/pipeline/run/task/execution/shards") == f"{s3_uri}/root/pipeline/shards-cache"
-    assert default_cache(str(tmp_path / "artifacts/run/task/shards")) == str(tmp_path / "shards-cache")
+    assert default_cache(f"{s3_uri}/root/pipeline/run/task/execution/dataset") == f"{s3_uri}/root/pipeline/shards-cache"
+    assert default_cache(f"{s3_uri}/dataset") == f"{s3_uri}/shards-cache"
+    assert default_cache(str(tmp_path / "artifacts/run/task/dataset")) == str(tmp_path / "shards-cache")
 
 
 def test_without_access_to_the_store_there_is_no_cache(
     s3_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
-    uri = f"{s3_uri}/root/pipeline/run/task/execution/shards"
+    uri = f"{s3_uri}/root/pipeline/run/task/execution/dataset"
     assert default_cache(uri) == ""
     assert "Shards are not kept for later runs" in capsys.readouterr().err
     with pytest.raises(UserError, match="access denied"):
