@@ -205,6 +205,21 @@ def list_files(uri: str) -> dict[str, int]:
         return {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
 
 
+def remove_file(uri: str) -> None:
+    """Delete a file or an object; nothing happens when there is none.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
+    with _explained(uri):
+        if is_object_uri(uri):
+            bucket, key = _split(uri)
+            _client().delete_object(Bucket=bucket, Key=key)
+        else:
+            _local(uri).unlink(missing_ok=True)
+
+
 def upload_file(path: Path, uri: str) -> None:
     """Copy a file to a store, with checksums, so that a reader sees all of it or none.
 

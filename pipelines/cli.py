@@ -294,11 +294,19 @@ def preprocess(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def train(context: typer.Context) -> None:
-    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`)."""
+    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`).
+
+    A YAML file of flags may come first. `--print-plan` only says what would be trained, frozen and saved.
+    """
     if "--help" in context.args:
         from ..components.train.arguments import parser
 
         print(parser().format_help())
+        return
+    if "--print-plan" in context.args or "--print_plan" in context.args:
+        from .training_plan import show_plan
+
+        show_plan([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
         return
     from ..components.train.train import launch
     from .raw_data import with_prepared_data
