@@ -1,29 +1,14 @@
-"""Real faults: processes that die at a drawn moment, and a store that misbehaves between client and server."""
+"""What tests of real faults share: a store behind a relay that misbehaves, and what each step needs."""
 
-import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-
-@dataclass
-class Wire:
-    """A TCP relay in front of the store that does to each connection what `rule` says.
-
-    The rule takes the number of the connection, from 0, and names a fault: "reset" closes at the first byte, "cut"
-    after the first bytes of the answer, "error" answers with status 500 or 503, "slow" passes 64 KB/s on; None passes
-    everything.
-    """
-
-    address: str
-    rule: Callable[[int], str | None] = lambda number: None
-    connections: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+from faults.training import TRAIN
+from faults.wire import Wire, relay_connection
 
 
 @pytest.fixture
@@ -45,7 +30,9 @@ def wire(s3_server: dict[str, str], s3_uri: str, monkeypatch: pytest.MonkeyPatch
                     number = relay.connections
                     relay.connections += 1
                 fault = relay.rule(number)
-                threading.Thread(target=_relay, args=(client, (host, int(port)), fault, number), daemon=True).start()
+                threading.Thread(
+                    target=relay_connection, args=(client, (host, int(port)), fault, number), daemon=True
+                ).start()
 
         thread = threading.Thread(target=accept)
         thread.start()
@@ -53,43 +40,6 @@ def wire(s3_server: dict[str, str], s3_uri: str, monkeypatch: pytest.MonkeyPatch
         yield relay
         over.set()
         thread.join()
-
-
-def _relay(client: socket.socket, server_address: tuple[str, int], fault: str | None, number: int) -> None:
-    with client:
-        if fault == "reset":
-            client.recv(1)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-            return
-        if fault == "error":
-            client.recv(65536)
-            status = (b"500 Internal Server Error", b"503 Slow Down")[number % 2]
-            client.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            return
-        with socket.create_connection(server_address) as server:
-            there = threading.Thread(target=_pump, args=(client, server, None), daemon=True)
-            there.start()
-            _pump(server, client, fault)
-
-
-def _pump(source: socket.socket, sink: socket.socket, fault: str | None) -> None:
-    passed = 0
-    pause = threading.Event()
-    try:
-        while block := source.recv(8192):
-            if fault == "cut" and passed + len(block) > 20_000:
-                sink.sendall(block[: max(20_000 - passed, 0)])
-                sink.close()
-                return
-            sink.sendall(block)
-            passed += len(block)
-            if fault == "slow":
-                pause.wait(len(block) / 65_536)
-    except OSError:
-        return
-    finally:
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture(scope="session")
@@ -128,12 +78,6 @@ def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory
     launch([*TRAIN.split(), *_where(folder), "--output_dir", str(folder / "adapter")])
     merge(str(tiny_46), folder / "adapter", folder / "shards", folder / "model", folder / "merge.json", MergeSettings())
     return folder
-
-
-TRAIN = (
-    "--use_lora true --tune_llm false --lora_r 4 --learning_rate 1e-3 --per_device_train_batch_size 16 "
-    "--num_train_epochs 2 --save_strategy steps --save_steps 3 --logging_steps 1"
-)
 
 
 def _where(folder: Path) -> list[str]:

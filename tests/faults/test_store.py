@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.wire import Wire
 
 from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import RetryableError, UserError
-
-from .conftest import Wire
 
 CONTENT = os.urandom(300_000)
 
