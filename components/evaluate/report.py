@@ -126,7 +126,9 @@ def markdown(evaluation: Evaluation) -> str:
         counts = evaluation.comparison.outcomes
         lines += ["", ", ".join(f"{title.lower()} {counts[kind]}" for kind, title in _OUTCOMES.items()) + "."]
     lines += ["", "| rule of the gate | |", "|---|---|"]
-    lines += [f"| {_cell(check.reason)} | {'kept' if check.passed else 'broken'} |" for check in evaluation.decision.checks]
+    lines += [
+        f"| {_cell(check.reason)} | {'kept' if check.passed else 'broken'} |" for check in evaluation.decision.checks
+    ]
     return "\n".join(lines) + "\n"
 
 

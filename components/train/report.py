@@ -22,9 +22,7 @@ def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> 
         command: flags of the training script.
     """
     here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader([here, here.parent]), autoescape=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=FileSystemLoader([here, here.parent]), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html").render(
         record=record,
         curves=curves_of(record),
