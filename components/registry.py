@@ -116,6 +116,16 @@ def open_registry(name: str) -> "Registry":
     return registry
 
 
+def champion_of(name: str) -> Version | None:
+    """The champion of a registered model; none without a name, a server or a champion.
+
+    Raises:
+        UserError: the server refuses.
+        RetryableError: the server does not answer.
+    """
+    return open_registry(name).champion() if name and is_configured() else None
+
+
 class Registry:
     """The versions of one registered model. Every method may raise `UserError` or `RetryableError`."""
 

@@ -11,11 +11,15 @@ import docstring_parser
 
 from ..components.evaluate.component import evaluate
 from ..components.merge.component import merge
+from ..components.notify.component import notify
+from ..components.plan_retraining.component import plan_retraining
 from ..components.preprocess.component import preprocess
+from ..components.register.component import register
 from ..components.train.component import train
 from ..components.validate_data.component import validate_data
+from .cli import app
 
-COMPONENTS = (validate_data, preprocess, train, merge, evaluate)
+COMPONENTS = (validate_data, preprocess, train, merge, evaluate, register, plan_retraining, notify)
 _FOLDER = Path(__file__).parent.parent / "components"
 
 
@@ -31,6 +35,7 @@ def readme(component: Any) -> str:
         row = f"| `{name}` | {kind} | {described[name]} |"
         (outputs if direction == "output" else inputs).append(row)
     command = component.name
+    returned = documented.returns.description if documented.returns else ""
     return "\n".join(
         [
             f"# {command}",
@@ -45,14 +50,20 @@ def readme(component: Any) -> str:
             "|---|---|---|",
             *outputs,
             "",
-            f"Without Kubeflow: `minicpmv-finetune {command} --help`.",
-            "",
+            *([f"Returns: {' '.join((returned or '').split())}", ""] if returned else []),
+            *([f"Without Kubeflow: `minicpmv-finetune {command} --help`.", ""] if command in _commands() else []),
             "A mistake only you can mend ends the step with one sentence that says where it is and what to do, and",
             "exit code 2; it is remembered, so that Kubeflow's retries end at once. A fault of storage or network ends",
             "it with exit code 75, and a retry makes sense.",
             "",
         ]
     )
+
+
+def _commands() -> set[str]:
+    """Names of the command line's commands."""
+    functions = [command.callback for command in app.registered_commands if command.callback]
+    return {function.__name__.replace("_", "-") for function in functions}
 
 
 def readme_path(component: Any) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from kfp import local
+from kfp.dsl.graph_component import GraphComponent
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -26,7 +27,8 @@ from ..components import tracking
 from ..components.attempt import MARKER_NAME
 from ..components.errors import UserError
 from ..components.progress import INTERVAL_VARIABLE, OUTCOME_MARK
-from .finetune import PIPELINE_NAME, STEPS, finetune
+from ..components.registry import champion_of
+from .finetune import finetune
 
 Runner = Literal["subprocess", "docker"]
 
@@ -58,21 +60,25 @@ class LocalRun:
         return dict(document["artifacts"]["metrics"]["artifacts"][0]["metadata"])
 
 
-def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess") -> LocalRun:
-    """Run the whole pipeline on this machine.
+def run_pipeline(
+    out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess", pipeline: GraphComponent = finetune
+) -> LocalRun:
+    """Run a whole pipeline on this machine.
 
     Args:
         out: receives `artifacts/`, `run.log` and, unless `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
         inputs: of the pipeline, by name.
         runner: `subprocess` runs the steps in this environment, `docker` in the steps' images.
+        pipeline: which one.
 
     Raises:
+        RetryableError: the model registry does not answer; nothing was begun.
         UserError: a step found a mistake only the user can mend.
         SystemExit: a step ended with a bug; its traceback is in `run.log`.
     """
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    name = f"{PIPELINE_NAME}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
+    name = f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
     environment = {
         tracking.TRACKING_VARIABLE: os.environ.get(tracking.TRACKING_VARIABLE)
         or f"sqlite:///{out.absolute()}/mlflow.db",
@@ -81,6 +87,10 @@ def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subproc
     }
     artifacts = out / "artifacts"
     known = set(artifacts.glob("*"))
+    with _environment(environment):
+        # A server may be down; a database file is not.
+        if environment[tracking.TRACKING_VARIABLE].startswith("http"):
+            champion_of(inputs.get("registered_model", ""))
     with (out / "run.log").open("w") as log, _environment(environment), _Narrator(log) as narrator:
         local.init(_kfp_runner(runner, environment), pipeline_root=str(artifacts))
         status = "FAILED"
@@ -88,7 +98,7 @@ def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subproc
             # In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
             with warnings.catch_warnings(), contextlib.redirect_stdout(narrator.stream):
                 warnings.filterwarnings("ignore", message="You may be attemping to run a task")
-                finetune(**inputs)
+                pipeline(**inputs)
             status = "FINISHED"
         except RuntimeError as error:
             for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
@@ -161,7 +171,7 @@ class _Narrator:
             self.sentence = line.removeprefix("error: ")
         elif _PROGRESS.match(line):
             self._progress = line
-        self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step in STEPS else Text(""))
+        self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step else Text(""))
 
     def _end(self, succeeded: bool) -> None:
         took = time.monotonic() - self._started

@@ -198,9 +198,8 @@ def test_only_all_is_called_a_hundred_per_cent() -> None:
 def with_champion() -> Evaluation:
     found = evaluation_of(FOUR, tag="a|b")
     samples = [prediction.sample for prediction in found.predictions]
-    base, tuned = (
-        [Answer(text, 3, hit_limit=False) for text in column] for column in zip(*((b, t) for _, b, t in FOUR))
-    )
+    base = [Answer(text, 3, hit_limit=False) for _, text, _ in FOUR]
+    tuned = [Answer(text, 3, hit_limit=False) for _, _, text in FOUR]
     champion = [Answer("cat", 3, hit_limit=False)] * 4
     return assess(samples, base, tuned, "exact_match", champion=champion, gate=Gate(0.9, -0.1, -0.2))
 
