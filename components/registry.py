@@ -87,7 +87,7 @@ class Move:
     claim: str
 
 
-class Overtaken(Exception):
+class OvertakenError(Exception):
     """The champion is not, or no longer, the version that a promotion was decided on."""
 
     def __init__(self, champion: str) -> None:
@@ -174,7 +174,7 @@ class Registry:
             reason: in words.
 
         Raises:
-            Overtaken: the champion is another than `over`.
+            OvertakenError: the champion is another than `over`.
         """
         self.version(number)
         moves = self.moves()
@@ -185,14 +185,14 @@ class Registry:
                 self._settle(done[-1])
                 return done[-1]
             if over != self._holder(moves):
-                raise Overtaken(self._holder(moves))
+                raise OvertakenError(self._holder(moves))
         return self._move(moves, number, "promotion", reason)
 
     def rollback(self, reason: str) -> Move:
         """Make the champion's predecessor champion again; repeated, the one before that.
 
         Raises:
-            Overtaken: the champion has moved in this moment.
+            OvertakenError: the champion has moved in this moment.
         """
         moves = self.moves()
         line = _line(moves)
@@ -235,7 +235,7 @@ class Registry:
                 self._settle(own[0])
                 return own[0]
             if (now[-1].number if now else 0) != after:
-                raise Overtaken(now[-1].version)
+                raise OvertakenError(now[-1].version)
             if failure is not None and attempt == _ATTEMPTS - 1:
                 raise failure
             time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.1 * 2**attempt)))  # noqa: S311
@@ -356,7 +356,7 @@ def _version(entry: "ModelVersion") -> Version:
     told = {
         key: entry.tags.get(f"{_TAG}{key}", "") for key in ("adapter_uri", "base_model", "data_fingerprint", "gate")
     }
-    uri = entry.tags.get(f"{_TAG}model_uri") or entry.source
+    uri = entry.tags.get(f"{_TAG}model_uri") or str(entry.source)
     return Version(number=str(entry.version), uri=uri, **told)
 
 

@@ -1,7 +1,7 @@
 """Which model is champion, moved by hand."""
 
 from ..components.errors import RetryableError
-from ..components.registry import Overtaken, open_registry
+from ..components.registry import OvertakenError, open_registry
 
 
 def promote(name: str, version: str, reason: str) -> str:
@@ -15,7 +15,7 @@ def promote(name: str, version: str, reason: str) -> str:
     chosen = registry.version(version)
     try:
         move = registry.promote(chosen.number, None, f"by hand: {reason}")
-    except Overtaken as error:
+    except OvertakenError as error:
         raise RetryableError(f"{name}: {error}; look at that one, and try again.") from error
     return f"champion of {name}: version {move.version}, {_before(move.previous)} (the gate said: {chosen.gate})"
 
@@ -29,7 +29,7 @@ def rollback(name: str, reason: str) -> str:
     """
     try:
         move = open_registry(name).rollback(f"by hand: {reason}")
-    except Overtaken as error:
+    except OvertakenError as error:
         raise RetryableError(f"{name}: {error}; look at that one, and try again.") from error
     return f"champion of {name}: version {move.version} again, {_before(move.previous)}"
 

@@ -181,7 +181,7 @@ def retrain(
     metric: Metric = "exact_match",
     evaluation_options: EvaluationOptions = "{}",
 ) -> None:
-    """Run the pipeline for schedules on this machine: nothing without new data, else train and promote what is better."""
+    """Run the pipeline for schedules on this machine: nothing without new data, else train and promote if better."""
     from .local import run_pipeline
     from .retrain import retrain as pipeline
 
@@ -433,7 +433,7 @@ def register(
     verdict: Annotated[Path, typer.Option(help="Verdict file that evaluate wrote in a pipeline.")],
     model: Model = "minicpmv-finetune",
 ) -> None:
-    """Step 6: register a model that passed the gate in MLflow, and make it champion if it has beaten the present one."""
+    """Step 6: register a model that passed the gate in MLflow, and make it champion if it has beaten that."""
     from ..components.register.register import register as step
 
     step(verdict, model)

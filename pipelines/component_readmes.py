@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import docstring_parser
+from kfp import dsl
 
 from ..components.evaluate.component import evaluate
 from ..components.merge.component import merge
@@ -73,6 +74,8 @@ def readme_path(component: Any) -> Path:
 
 def _kind(annotation: Any) -> tuple[str, str]:
     arguments = get_args(annotation)
+    if isinstance(annotation, dsl.OutputPath):
+        return "JSON object" if annotation.type is dict else annotation.type.__name__, "output"
     if getattr(annotation, "__metadata__", None):
         direction = "output" if "Output" in str(annotation.__metadata__[0]) else "input"
         return arguments[0].__name__, direction

@@ -81,7 +81,7 @@ def build(partitions: int = 1) -> Any:
             training_flags: Any further flag of the training script by name, such as {"gradient_accumulation_steps": 4}.
             seed: Decides the evaluation split, the initial adapters and the order of samples.
             metric: How answers are scored, such as exact_match or anls.
-            evaluation_options: Further options of evaluate, such as {"max_new_tokens": 64, "gate": {"min_metric": 0.8}}.
+            evaluation_options: Options of evaluate, such as {"max_new_tokens": 64, "gate": {"min_metric": 0.8}}.
             registered_model: Name in MLflow's registry for a model that passes the gate; empty registers none.
         """
         validated = validate_data(

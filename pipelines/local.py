@@ -177,11 +177,11 @@ class _Narrator:
         took = time.monotonic() - self._started
         self.seconds[self.step] = round(took, 1)
         mark, colour = ("✓", "green") if succeeded else ("✗", "red")
-        self._console.print(self._line(mark, colour, f"{self._outcome:<72} {took:5.0f} s"))
+        self._console.print(self._line(mark, colour, f"{self._outcome:<70} {took:5.0f} s"))
         self.step = "" if succeeded else self.step
 
     def _line(self, mark: str, colour: str, text: str) -> Text:
-        return Text.assemble((f"  {mark} ", colour), (f"{self.step:<15}", "bold"), text)
+        return Text.assemble((f"  {mark} ", colour), (f"{self.step:<17}", "bold"), text)
 
 
 class _Lines(io.TextIOBase):

@@ -40,7 +40,7 @@ def build(partitions: int = 1) -> Any:
     @dsl.pipeline(
         name=PIPELINE_NAME,
         display_name="Fine-tune MiniCPM-V again",
-        description="For schedules: does nothing without new data, promotes what beats the champion, and tells someone.",
+        description="For schedules: nothing without new data; promotes what beats the champion, and tells someone.",
     )
     def retrain(
         data_uri: str,
@@ -72,7 +72,7 @@ def build(partitions: int = 1) -> Any:
             training_flags: Any flag of the training script by name, such as {"lora_r": 16, "num_train_epochs": 1}.
             seed: Decides the evaluation split, the initial adapters and the order of samples.
             metric: How answers are scored, such as exact_match or anls.
-            evaluation_options: Further options of evaluate, such as {"max_new_tokens": 64, "gate": {"min_metric": 0.8}}.
+            evaluation_options: Options of evaluate, such as {"max_new_tokens": 64, "gate": {"min_metric": 0.8}}.
         """
         told = notify(pipeline=PIPELINE_NAME)
         told.set_caching_options(False)
@@ -96,7 +96,7 @@ def build(partitions: int = 1) -> Any:
                 training_flags=training_flags,
             )
             planned.set_caching_options(False)
-            with dsl.If(planned.outputs["news"] == "something new", name="something-new"):
+            with dsl.If(planned.outputs["Output"] == "something new", name="something-new"):
                 tune(
                     validated.outputs["dataset"],
                     base_model_uri=base_model_uri,

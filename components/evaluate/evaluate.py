@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class EvaluationSettings:
     metric: str = "exact_match"
     max_new_tokens: int = 128
     batch_size: int = 16
-    gate: Gate = Gate()
+    gate: Gate = field(default_factory=Gate)
 
 
 def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:

@@ -1,6 +1,6 @@
 """The KFP interface of plan_retraining."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from kfp import dsl
 
@@ -14,8 +14,9 @@ def plan_retraining(
     registered_model: str,
     start_from: str,
     training_flags: dict[str, Any],
+    flags: dsl.OutputPath(dict),  # type: ignore[valid-type]
     summary: dsl.Output[dsl.Markdown],
-) -> NamedTuple("Plan", [("news", str), ("flags", dict)]):  # type: ignore[valid-type]
+) -> str:
     """Say whether the data differs from the champion's, and where training starts.
 
     Args:
@@ -24,12 +25,13 @@ def plan_retraining(
         registered_model: Name in MLflow's model registry.
         start_from: base, or champion to go on from its adapter.
         training_flags: Any flag of the training script by name.
+        flags: training_flags, and lora_weight_path when training goes on from the champion.
         summary: What was found.
 
     Returns:
-        news: "something new" or "nothing new".
-        flags: training_flags, and lora_weight_path when training goes on from the champion.
+        "something new" or "nothing new".
     """
+    import json
     from pathlib import Path
 
     from minicpmv_finetune.components.attempt import permanent_error_marked
@@ -37,7 +39,8 @@ def plan_retraining(
 
     inputs = {"dataset": dataset.uri, "base_model_uri": base_model_uri, "start_from": start_from}
     with permanent_error_marked(summary.uri, {**inputs, "registered_model": registered_model}):
-        is_new, flags = run(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
+        is_new, merged_flags = run(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
         news = "something new" if is_new else "nothing new"
+        Path(flags).write_text(json.dumps(merged_flags))
         Path(summary.path).write_text(f"{news.capitalize()}.\n")
-    return news, flags  # type: ignore[return-value]
+    return news

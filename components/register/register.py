@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..progress import conclude
-from ..registry import Overtaken, is_configured, open_registry
+from ..registry import OvertakenError, is_configured, open_registry
 from ..tracking import note_outcome, step_run
 from ..verdict import read_verdict
 
@@ -36,7 +36,7 @@ def register(verdict_file: Path, name: str) -> str:
         try:
             registry.promote(version.number, verdict.champion, verdict.reason)
             sentence = f"version {version.number} of {name} is champion: {verdict.reason}"
-        except Overtaken as error:
+        except OvertakenError as error:
             compared = f"version {verdict.champion}" if verdict.champion else "no champion"
             sentence = (
                 f"version {version.number} of {name} stays challenger: it was compared with {compared}, but {error}"

@@ -274,8 +274,13 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(value, dict):
             flags.append(json.dumps(value))
         else:
-            flags += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+            flags += [_word(item) for item in value] if isinstance(value, list) else [_word(value)]
     return flags
+
+
+def _word(value: object) -> str:
+    """A value as a command line has it; Kubeflow hands on every number as a float, which a count must not be."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _modernised(flags: list[str], announce: Callable[[str], None]) -> list[str]:

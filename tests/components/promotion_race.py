@@ -11,7 +11,7 @@ import sys
 server, name, champion, *versions = sys.argv[1:]
 os.environ["MLFLOW_TRACKING_URI"] = server
 
-from minicpmv_finetune.components.registry import Overtaken, open_registry  # noqa: E402
+from minicpmv_finetune.components.registry import OvertakenError, open_registry  # noqa: E402
 
 # Forked, so that MLflow is imported once and not twenty times.
 processes = multiprocessing.get_context("fork")
@@ -25,7 +25,7 @@ def promote(version: str) -> None:
     try:
         registry.promote(version, champion, f"racer {version}")
         outcomes.put((version, "promoted"))
-    except Overtaken:
+    except OvertakenError:
         outcomes.put((version, "overtaken"))
 
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from minicpmv_finetune.components import storage, tracking
 from minicpmv_finetune.components.errors import RetryableError, UserError
 from minicpmv_finetune.components.register.register import register
-from minicpmv_finetune.components.registry import Overtaken, Registry, open_registry
+from minicpmv_finetune.components.registry import OvertakenError, Registry, open_registry
 from minicpmv_finetune.components.verdict import Verdict, write_verdict
 
 RACE = Path(__file__).with_name("promotion_race.py")
@@ -79,7 +79,7 @@ def test_a_promotion_holds_only_over_the_champion_it_was_decided_on(registry: Re
     registry.promote(first, "", "the first")
     assert aliased(registry, "champion") == first
     registry.promote(second, first, "better")
-    with pytest.raises(Overtaken, match="the champion is version 2 now"):
+    with pytest.raises(OvertakenError, match="the champion is version 2 now"):
         registry.promote(third, first, "better than what was champion once")
     champion = registry.champion()
     assert champion is not None
@@ -118,7 +118,7 @@ def test_rollback_goes_back_one_champion_at_a_time(registry: Registry) -> None:
 def test_a_champion_set_before_the_log_began_is_the_one_to_beat(registry: Registry) -> None:
     first, second = registered(registry, 2)
     MlflowClient().set_registered_model_alias(registry.name, "champion", first)
-    with pytest.raises(Overtaken):
+    with pytest.raises(OvertakenError):
         registry.promote(second, "", "better than the base model")
     registry.promote(second, first, "better")
     assert registry.rollback("back").version == first

@@ -9,8 +9,10 @@ def judged(improvement: float, **rules: float) -> bool:
 
 @pytest.mark.parametrize(
     ("improvement", "least", "promote"),
-    [(0.01, 0.0, True), (0.0, 0.0, False), (-0.01, 0.0, False), (0.3 - 0.2, 0.1, True), (0.09, 0.1, False)]
-    + [(0.0, -0.02, True), (-0.02, -0.02, True), (-0.03, -0.02, False)],
+    [
+        *((0.01, 0.0, True), (0.0, 0.0, False), (-0.01, 0.0, False), (0.3 - 0.2, 0.1, True), (0.09, 0.1, False)),
+        *((0.0, -0.02, True), (-0.02, -0.02, True), (-0.03, -0.02, False)),
+    ],
 )
 def test_improvement_decides_and_a_tie_is_none(improvement: float, least: float, promote: bool) -> None:
     assert judged(improvement, min_improvement=least) is promote
