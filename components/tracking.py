@@ -11,9 +11,10 @@ Without `MLFLOW_TRACKING_URI` nothing is tracked.
 
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ KFP_PLUGIN_RUN_VARIABLE = "MLFLOW_RUN_ID"
 DEFAULT_EXPERIMENT = "minicpmv-finetune"
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
+_OUTCOME_TAG = "minicpmv.outcome"
 _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
 _MAX_BATCH = 1000  # MLflow's own limit for metrics in one call
 _SQLITE = "sqlite:///"
@@ -81,6 +83,11 @@ class StepRun:
             self.failure = self.failure or _describe(error)
             return -1
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Note what is to be found again, such as which version came out."""
+        for name, value in tags.items():
+            self._send("set_tag", key=name, value=value)
+
     def log_file(self, path: str, folder: str | None = None) -> None:
         """Attach a small file, such as a report."""
         self._send("log_artifact", local_path=path, artifact_path=folder)
@@ -90,8 +97,13 @@ class StepRun:
         self._silent_until = 0.0
         self._send_metrics()
         self._send("set_terminated", status=status)
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell of the first failure if there was one, once."""
         if self.failure:
             print(f"MLflow tracking is incomplete: {self.failure}", file=sys.stderr, flush=True)
+            self.failure = ""
 
     def _send_metrics(self) -> None:
         """Send what has gathered, oldest first; what a server that is down did not take is kept for the next time."""
@@ -134,7 +146,7 @@ def open_step_run(task: str) -> StepRun:
     if not os.environ.get(TRACKING_VARIABLE):
         return StepRun()
     try:
-        client = _client()
+        client = mlflow_client()
         pipeline_run = os.environ.get(RUN_ID_VARIABLE)
         tags = {_TASK_TAG: task, "mlflow.runName": task}
         if plugin_run := os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
@@ -154,20 +166,48 @@ def open_step_run(task: str) -> StepRun:
         return StepRun(failure=_describe(error))
 
 
+def note_outcome(sentence: str) -> None:
+    """Tell the pipeline's run what came out, for whoever reports on it; where Kubeflow opened that run, a tag too."""
+    _on_pipeline_run(lambda run: run.log_tags({_OUTCOME_TAG: sentence}))
+
+
+def read_outcome() -> str:
+    """What the pipeline's run was told last; empty when nothing was, or nobody can say."""
+    try:
+        found = _open_pipeline_run()
+        return str(found[0].get_run(found[1]).data.tags.get(_OUTCOME_TAG, "")) if found else ""
+    except Exception:
+        return ""
+
+
 def finish_pipeline_run(status: str) -> None:
     """Close the run that holds a pipeline run's steps; where Kubeflow's plugin opened it, it also closes it."""
-    pipeline_run = os.environ.get(RUN_ID_VARIABLE)
-    if not os.environ.get(TRACKING_VARIABLE) or not pipeline_run or os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
-        return
+    if not os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
+        _on_pipeline_run(lambda run: run.finish(status))
+
+
+def _on_pipeline_run(act: Callable[[StepRun], None]) -> None:
     try:
-        client = _client()
-        run = StepRun(client, _pipeline_run(client, _experiment(client), pipeline_run))
+        found = _open_pipeline_run()
+        run = StepRun(*found) if found else None
     except Exception as error:
         run = StepRun(failure=_describe(error))
-    run.finish(status)
+    if run is not None:
+        act(run)
+        run.tell()
 
 
-def _client() -> "MlflowClient":
+def _open_pipeline_run() -> "tuple[MlflowClient, str] | None":
+    """The run that holds a pipeline run's steps; none where nothing is tracked or no pipeline runs."""
+    pipeline_run, plugin_run = os.environ.get(RUN_ID_VARIABLE), os.environ.get(KFP_PLUGIN_RUN_VARIABLE)
+    if not os.environ.get(TRACKING_VARIABLE) or not (pipeline_run or plugin_run):
+        return None
+    client = mlflow_client()
+    return client, plugin_run or _pipeline_run(client, _experiment(client), str(pipeline_run))
+
+
+def mlflow_client() -> "MlflowClient":
+    """A client for `MLFLOW_TRACKING_URI` that gives up on a server that is down within seconds."""
     for name, value in _MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -209,4 +249,9 @@ def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str)
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]:.200}"
+    return f"{type(error).__name__}: {(without_password(str(error)).strip() or 'no message').splitlines()[0]:.200}"
+
+
+def without_password(text: str) -> str:
+    """The text with addresses that hold no user and password: MLflow's messages quote the server's address whole."""
+    return re.sub(r"//[^/\s]*@", "//", text)

@@ -27,6 +27,7 @@ app = typer.Typer(
 HERE = "Run here"
 STEP = "One step"
 KUBEFLOW = "Kubeflow"
+REGISTRY = "Models"
 
 
 class RunnerChoice(StrEnum):
@@ -63,6 +64,15 @@ Seed = Annotated[
 Metric = Annotated[str, typer.Option(help="How answers are scored, such as exact_match or anls.")]
 NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
 EvalBatch = Annotated[int, typer.Option(help="Samples that are answered at once.")]
+EvaluationOptions = Annotated[
+    str,
+    typer.Option(help='Options of evaluate as JSON, such as \'{"max_new_tokens": 64, "gate": {"min_metric": 0.8}}\'.'),
+]
+RegisteredModel = Annotated[
+    str, typer.Option(help="Name in MLflow's registry for a model that passes the gate; empty registers none.")
+]
+Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
+Reason = Annotated[str, typer.Option(help="Why; it is kept beside the move.")]
 Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
 
 
@@ -117,8 +127,8 @@ def run(
     ] = "{}",
     seed: Seed = 42,
     metric: Metric = "exact_match",
-    max_new_tokens: NewTokens = 128,
-    eval_batch_size: EvalBatch = 16,
+    evaluation_options: EvaluationOptions = "{}",
+    registered_model: RegisteredModel = "minicpmv-finetune",
 ) -> None:
     """Run the whole pipeline on this machine, from data to an evaluated, merged model."""
     from .local import run_pipeline
@@ -143,10 +153,54 @@ def run(
         "training_flags": read_flags(training_flags),
         "seed": seed,
         "metric": metric,
-        "max_new_tokens": max_new_tokens,
-        "eval_batch_size": eval_batch_size,
+        "evaluation_options": read_flags(evaluation_options, "--evaluation-options"),
+        "registered_model": registered_model,
     }
     show_outcome(run_pipeline(out, inputs, runner.value), out)
+
+
+@app.command(rich_help_panel=HERE)
+def retrain(
+    data: Data,
+    base_model: BaseModel = "openbmb/MiniCPM-V-4.6",
+    eval_data: EvalData = "",
+    out: Out = Path("build/retrain"),
+    runner: Annotated[RunnerChoice, typer.Option(help="Run the steps in this environment or in their images.")] = (
+        RunnerChoice.SUBPROCESS
+    ),
+    registered_model: RegisteredModel = "minicpmv-finetune",
+    start_from: Annotated[str, typer.Option(help="base, or champion to go on from its adapter.")] = "base",
+    max_slice_nums: MaxSlices = 9,
+    model_max_length: MaxLength = 2048,
+    max_reject_ratio: MaxRejects = 0.05,
+    data_options: DataOptions = "{}",
+    training_flags: Annotated[
+        str, typer.Option(help="Any flag of `train` as JSON, such as '{\"lora_r\": 16}'.")
+    ] = "{}",
+    seed: Seed = 42,
+    metric: Metric = "exact_match",
+    evaluation_options: EvaluationOptions = "{}",
+) -> None:
+    """Run the pipeline for schedules on this machine: nothing without new data, else train and promote if better."""
+    from .local import run_pipeline
+    from .retrain import retrain as pipeline
+
+    inputs: dict[str, Any] = {
+        "data_uri": absolute(data),
+        "eval_data_uri": absolute(eval_data),
+        "base_model_uri": absolute(base_model),
+        "registered_model": registered_model,
+        "start_from": start_from,
+        "max_slice_nums": max_slice_nums,
+        "model_max_length": model_max_length,
+        "max_reject_ratio": max_reject_ratio,
+        "data_options": read_flags(data_options, "--data-options"),
+        "training_flags": read_flags(training_flags),
+        "seed": seed,
+        "metric": metric,
+        "evaluation_options": read_flags(evaluation_options, "--evaluation-options"),
+    }
+    run_pipeline(out, inputs, runner.value, pipeline)
 
 
 @app.command(rich_help_panel=HERE)
@@ -216,11 +270,33 @@ def predict(
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
     partitions: Annotated[int, typer.Option(min=1, help="Pods that share the work of preprocess.")] = 1,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Write the pipeline for schedules instead.")] = False,
 ) -> None:
     """Write the pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
     from .finetune import compile_pipeline
+    from .retrain import compile_retraining
 
-    print(compile_pipeline(output, partitions))
+    print(compile_retraining(output, partitions) if retrain else compile_pipeline(output, partitions))
+
+
+@app.command(rich_help_panel=REGISTRY)
+def promote(
+    version: Annotated[str, typer.Argument(help="Number of the version that becomes champion.")],
+    reason: Reason,
+    model: Model = "minicpmv-finetune",
+) -> None:
+    """Make a registered version champion by hand, whatever the gate said of it."""
+    from .champion import promote as move
+
+    print(move(model, version, reason))
+
+
+@app.command(rich_help_panel=REGISTRY)
+def rollback(reason: Reason, model: Model = "minicpmv-finetune") -> None:
+    """Make the champion's predecessor champion again; repeated, the one before that."""
+    from .champion import rollback as move
+
+    print(move(model, reason))
 
 
 @app.command(rich_help_panel=STEP)
@@ -334,16 +410,33 @@ def evaluate(
     dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
     out: Out,
     base_model: Annotated[str, typer.Option(help="Model to compare with; empty evaluates the merged one alone.")] = "",
+    champion: Annotated[str, typer.Option(help="Model to be beaten; a path or s3:// URI.")] = "",
     metric: Metric = "exact_match",
     max_new_tokens: NewTokens = 128,
     batch_size: EvalBatch = 16,
+    gate: Annotated[
+        str, typer.Option(help="What is asked of the model as JSON, such as '{\"min_improvement\": 0.01}'.")
+    ] = "{}",
 ) -> None:
-    """Step 5: let base and merged model answer the held-out samples, and write predictions and the report into OUT."""
-    from ..components.evaluate.evaluate import EvaluationSettings
+    """Step 5: let base, champion and merged model answer the held-out samples; predictions and report go into OUT."""
     from ..components.evaluate.evaluate import evaluate as step
+    from ..components.evaluate.evaluate import settings_from
 
-    settings = EvaluationSettings(metric=metric, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    step(model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings)
+    options = {"metric": metric, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings = settings_from({**options, "gate": read_flags(gate, "--gate")})
+    found = step(model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings, champion)
+    print(f"{'passes' if found.decision.promote else 'is stopped at'} the gate: {found.decision.reason}")
+
+
+@app.command(rich_help_panel=STEP)
+def register(
+    verdict: Annotated[Path, typer.Option(help="Verdict file that evaluate wrote in a pipeline.")],
+    model: Model = "minicpmv-finetune",
+) -> None:
+    """Step 6: register a model that passed the gate in MLflow, and make it champion if it has beaten that."""
+    from ..components.register.register import register as step
+
+    step(verdict, model)
 
 
 def _quiet() -> None:

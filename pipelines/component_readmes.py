@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import docstring_parser
+from kfp import dsl
 
 from ..components.evaluate.component import evaluate
 from ..components.merge.component import merge
+from ..components.notify.component import notify
+from ..components.plan_retraining.component import plan_retraining
 from ..components.preprocess.component import preprocess
+from ..components.register.component import register
 from ..components.train.component import train
 from ..components.validate_data.component import validate_data
+from .cli import app
 
-COMPONENTS = (validate_data, preprocess, train, merge, evaluate)
+COMPONENTS = (validate_data, preprocess, train, merge, evaluate, register, plan_retraining, notify)
 _FOLDER = Path(__file__).parent.parent / "components"
 
 
@@ -31,6 +36,7 @@ def readme(component: Any) -> str:
         row = f"| `{name}` | {kind} | {described[name]} |"
         (outputs if direction == "output" else inputs).append(row)
     command = component.name
+    returned = documented.returns.description if documented.returns else ""
     return "\n".join(
         [
             f"# {command}",
@@ -45,14 +51,20 @@ def readme(component: Any) -> str:
             "|---|---|---|",
             *outputs,
             "",
-            f"Without Kubeflow: `minicpmv-finetune {command} --help`.",
-            "",
+            *([f"Returns: {' '.join((returned or '').split())}", ""] if returned else []),
+            *([f"Without Kubeflow: `minicpmv-finetune {command} --help`.", ""] if command in _commands() else []),
             "A mistake only you can mend ends the step with one sentence that says where it is and what to do, and",
             "exit code 2; it is remembered, so that Kubeflow's retries end at once. A fault of storage or network ends",
             "it with exit code 75, and a retry makes sense.",
             "",
         ]
     )
+
+
+def _commands() -> set[str]:
+    """Names of the command line's commands."""
+    functions = [command.callback for command in app.registered_commands if command.callback]
+    return {function.__name__.replace("_", "-") for function in functions}
 
 
 def readme_path(component: Any) -> Path:
@@ -62,6 +74,8 @@ def readme_path(component: Any) -> Path:
 
 def _kind(annotation: Any) -> tuple[str, str]:
     arguments = get_args(annotation)
+    if isinstance(annotation, dsl.OutputPath):
+        return "JSON object" if annotation.type is dict else annotation.type.__name__, "output"
     if getattr(annotation, "__metadata__", None):
         direction = "output" if "Output" in str(annotation.__metadata__[0]) else "input"
         return arguments[0].__name__, direction

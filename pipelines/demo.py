@@ -24,8 +24,8 @@ DEMO_INPUTS: dict[str, Any] = {
     "num_train_epochs": 8.0,
     "per_device_train_batch_size": 32,
     "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.3, "logging_steps": 10, "save_strategy": "no"},
-    "max_new_tokens": 16,
-    "eval_batch_size": 32,
+    "evaluation_options": {"max_new_tokens": 16, "batch_size": 32},
+    "registered_model": "digits",
 }
 
 _SPECIAL_TOKENS = [
@@ -121,7 +121,7 @@ def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:
             if "lora_B" in name:
                 parameter.zero_()
     samples = list(read_samples(dataset, "eval"))
-    answers = answer(model, Encoder.from_checkpoint(base), samples, DEMO_INPUTS["max_new_tokens"])
+    answers = answer(model, Encoder.from_checkpoint(base), samples, DEMO_INPUTS["evaluation_options"]["max_new_tokens"])
     scores = [exact_match(given.text, expected_answers(sample)) for given, sample in zip(answers, samples, strict=True)]
     return float(np.mean(scores))
 

@@ -1,10 +1,11 @@
-"""The pipeline: validate data → preprocess → train → merge → evaluate.
+"""The pipeline: validate data → preprocess → train → merge → evaluate → register, if the gate lets the model through.
 
 Its inputs are what a person fills in on the Kubeflow UI's run form, so each has a default that runs and a sentence that
 helps. The defaults train LoRA adapters and the vision tower; `training_flags` reaches every other flag of the training
 script.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from kfp import compiler, dsl, kubernetes
 from ..components.evaluate.component import evaluate
 from ..components.merge.component import merge
 from ..components.preprocess.component import preprocess, preprocess_part
+from ..components.register.component import register
 from ..components.tracking import RUN_ID_VARIABLE
 from ..components.train.component import train
 from ..components.validate_data.component import validate_data
 
 PIPELINE_NAME = "minicpmv-finetune"
-STEPS = ("validate-data", "preprocess", "train", "merge", "evaluate")
+STEPS = ("validate-data", "preprocess", "train", "merge", "evaluate", "register")
+DEFAULT_BASE = "openbmb/MiniCPM-V-4.6"
+DEFAULT_NAME = "minicpmv-finetune"
 
 
 def build(partitions: int = 1) -> Any:
@@ -37,7 +41,7 @@ def build(partitions: int = 1) -> Any:
     def finetune(
         data_uri: str,
         eval_data_uri: str = "",
-        base_model_uri: str = "openbmb/MiniCPM-V-4.6",
+        base_model_uri: str = DEFAULT_BASE,
         max_slice_nums: int = 9,
         model_max_length: int = 2048,
         max_reject_ratio: float = 0.05,
@@ -53,8 +57,8 @@ def build(partitions: int = 1) -> Any:
         training_flags: dict[str, Any] = {},  # noqa: B006 - kfp copies it into the compiled pipeline
         seed: int = 42,
         metric: str = "exact_match",
-        max_new_tokens: int = 128,
-        eval_batch_size: int = 16,
+        evaluation_options: dict[str, Any] = {},  # noqa: B006 - kfp copies it into the compiled pipeline
+        registered_model: str = DEFAULT_NAME,
     ) -> None:
         """Fine-tune MiniCPM-V on pictures with questions and answers.
 
@@ -77,8 +81,8 @@ def build(partitions: int = 1) -> Any:
             training_flags: Any further flag of the training script by name, such as {"gradient_accumulation_steps": 4}.
             seed: Decides the evaluation split, the initial adapters and the order of samples.
             metric: How answers are scored, such as exact_match or anls.
-            max_new_tokens: Longest answer in tokens.
-            eval_batch_size: Samples that are answered at once.
+            evaluation_options: Options of evaluate, such as {"max_new_tokens": 64, "gate": {"min_metric": 0.8}}.
+            registered_model: Name in MLflow's registry for a model that passes the gate; empty registers none.
         """
         validated = validate_data(
             data_uri=data_uri,
@@ -86,59 +90,96 @@ def build(partitions: int = 1) -> Any:
             max_reject_ratio=max_reject_ratio,
             seed=seed,
             data_options=data_options,
+            registered_model=registered_model,
         )
-        parts: Any = []
-        if partitions > 1:
-            with dsl.ParallelFor(list(range(partitions)), name="parts") as part:
-                prepared_part = preprocess_part(
-                    dataset=validated.outputs["dataset"],
-                    base_model_uri=base_model_uri,
-                    max_slice_nums=max_slice_nums,
-                    model_max_length=model_max_length,
-                    part=part,
-                    num_parts=partitions,
-                )
-            parts = dsl.Collected(prepared_part.outputs["Output"])
-        prepared = preprocess(
-            dataset=validated.outputs["dataset"],
+        identify(validated)
+        tune(
+            validated.outputs["dataset"],
             base_model_uri=base_model_uri,
-            max_slice_nums=max_slice_nums,
-            model_max_length=model_max_length,
-            max_reject_ratio=max_reject_ratio,
-            parts=parts,
+            preparing={
+                "max_slice_nums": max_slice_nums,
+                "model_max_length": model_max_length,
+                "max_reject_ratio": max_reject_ratio,
+            },
+            training={
+                "use_lora": use_lora,
+                "tune_vision": tune_vision,
+                "tune_llm": tune_llm,
+                "lora_r": lora_r,
+                "lora_alpha": lora_alpha,
+                "learning_rate": learning_rate,
+                "num_train_epochs": num_train_epochs,
+                "per_device_train_batch_size": per_device_train_batch_size,
+                "seed": seed,
+                "training_flags": training_flags,
+            },
+            evaluating={"metric": metric, "evaluation_options": evaluation_options},
+            registered_model=registered_model,
+            partitions=partitions,
         )
-        trained = train(
-            shards=prepared.outputs["shards"],
-            base_model_uri=base_model_uri,
-            use_lora=use_lora,
-            tune_vision=tune_vision,
-            tune_llm=tune_llm,
-            lora_r=lora_r,
-            lora_alpha=lora_alpha,
-            learning_rate=learning_rate,
-            num_train_epochs=num_train_epochs,
-            per_device_train_batch_size=per_device_train_batch_size,
-            seed=seed,
-            training_flags=training_flags,
-        )
-        merged = merge(
-            base_model_uri=base_model_uri,
-            adapter=trained.outputs["adapter"],
-            shards=prepared.outputs["shards"],
-        )
-        evaluated = evaluate(
-            model=merged.outputs["model"],
-            base_model_uri=base_model_uri,
-            dataset=validated.outputs["dataset"],
-            metric=metric,
-            max_new_tokens=max_new_tokens,
-            batch_size=eval_batch_size,
-        )
-        for task in (validated, prepared, trained, merged, evaluated):
-            # The run's id ties a step's MLflow run to its pipeline run, also on a retry.
-            kubernetes.use_field_path_as_env(task, RUN_ID_VARIABLE, "metadata.labels['pipeline/runid']")
 
     return finetune
+
+
+def tune(
+    dataset: Any,
+    *,
+    base_model_uri: Any,
+    preparing: Mapping[str, Any],
+    training: Mapping[str, Any],
+    evaluating: Mapping[str, Any],
+    registered_model: Any,
+    partitions: int = 1,
+) -> None:
+    """The tasks from a validated dataset to a registered model.
+
+    Args:
+        dataset: output of validate_data.
+        base_model_uri: checkpoint that is tuned.
+        preparing: further inputs of preprocess.
+        training: further inputs of train.
+        evaluating: further inputs of evaluate.
+        registered_model: name in MLflow's registry.
+        partitions: see `build`.
+    """
+    parts: Any = []
+    if partitions > 1:
+        with dsl.ParallelFor(list(range(partitions)), name="parts") as part:
+            prepared_part = preprocess_part(
+                dataset=dataset,
+                base_model_uri=base_model_uri,
+                max_slice_nums=preparing["max_slice_nums"],
+                model_max_length=preparing["model_max_length"],
+                part=part,
+                num_parts=partitions,
+            )
+        parts = dsl.Collected(prepared_part.outputs["Output"])
+    prepared = preprocess(dataset=dataset, base_model_uri=base_model_uri, parts=parts, **preparing)
+    trained = train(shards=prepared.outputs["shards"], base_model_uri=base_model_uri, **training)
+    merged = merge(
+        base_model_uri=base_model_uri,
+        adapter=trained.outputs["adapter"],
+        shards=prepared.outputs["shards"],
+    )
+    evaluated = evaluate(
+        model=merged.outputs["model"],
+        base_model_uri=base_model_uri,
+        dataset=dataset,
+        registered_model=registered_model,
+        **evaluating,
+    )
+    # What they answer depends on the registry too, of which Kubeflow's cache knows nothing.
+    evaluated.set_caching_options(False)
+    with dsl.If(evaluated.outputs["Output"] == "promote", name="passed-the-gate"):
+        registered = register(verdict=evaluated.outputs["verdict"], registered_model=registered_model)
+        registered.set_caching_options(False)
+    identify(prepared, trained, merged, evaluated, registered)
+
+
+def identify(*tasks: dsl.PipelineTask) -> None:
+    """Give tasks the run's id, which ties a step's MLflow run to its pipeline run, also on a retry."""
+    for task in tasks:
+        kubernetes.use_field_path_as_env(task, RUN_ID_VARIABLE, "metadata.labels['pipeline/runid']")
 
 
 finetune = build()

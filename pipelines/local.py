@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from kfp import local
+from kfp.dsl.graph_component import GraphComponent
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -26,7 +27,8 @@ from ..components import tracking
 from ..components.attempt import MARKER_NAME
 from ..components.errors import UserError
 from ..components.progress import INTERVAL_VARIABLE, OUTCOME_MARK
-from .finetune import PIPELINE_NAME, STEPS, finetune
+from ..components.registry import champion_of
+from .finetune import finetune
 
 Runner = Literal["subprocess", "docker"]
 
@@ -58,22 +60,26 @@ class LocalRun:
         return dict(document["artifacts"]["metrics"]["artifacts"][0]["metadata"])
 
 
-def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess") -> LocalRun:
-    """Run the whole pipeline on this machine.
+def run_pipeline(
+    out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess", pipeline: GraphComponent = finetune
+) -> LocalRun:
+    """Run a whole pipeline on this machine.
 
     Args:
         out: receives `artifacts/`, `run.log`, the links `report.html` and `model` to the newest results, and, unless
             `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
         inputs: of the pipeline, by name.
         runner: `subprocess` runs the steps in this environment, `docker` in the steps' images.
+        pipeline: which one.
 
     Raises:
+        RetryableError: the model registry does not answer; nothing was begun.
         UserError: a step found a mistake only the user can mend.
         SystemExit: a step ended with a bug; its traceback is in `run.log`.
     """
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    name = f"{PIPELINE_NAME}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
+    name = f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
     environment = {
         tracking.TRACKING_VARIABLE: os.environ.get(tracking.TRACKING_VARIABLE)
         or f"sqlite:///{out.absolute()}/mlflow.db",
@@ -82,6 +88,10 @@ def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subproc
     }
     artifacts = out / "artifacts"
     known = set(artifacts.glob("*"))
+    with _environment(environment):
+        # A server may be down; a database file is not.
+        if environment[tracking.TRACKING_VARIABLE].startswith("http"):
+            champion_of(inputs.get("registered_model", ""))
     with (out / "run.log").open("w") as log, _environment(environment), _Narrator(log) as narrator:
         local.init(_kfp_runner(runner, environment), pipeline_root=str(artifacts))
         status = "FAILED"
@@ -89,7 +99,7 @@ def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subproc
             # In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
             with warnings.catch_warnings(), contextlib.redirect_stdout(narrator.stream):
                 warnings.filterwarnings("ignore", message="You may be attemping to run a task")
-                finetune(**inputs)
+                pipeline(**inputs)
             status = "FINISHED"
         except RuntimeError as error:
             for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
@@ -176,17 +186,17 @@ class _Narrator:
             self.sentence = line.removeprefix("error: ")
         elif _PROGRESS.match(line):
             self._progress = line
-        self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step in STEPS else Text(""))
+        self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step else Text(""))
 
     def _end(self, succeeded: bool) -> None:
         took = time.monotonic() - self._started
         self.seconds[self.step] = round(took, 1)
         mark, colour = ("✓", "green") if succeeded else ("✗", "red")
-        self._console.print(self._line(mark, colour, f"{self._outcome:<72} {took:5.0f} s"))
+        self._console.print(self._line(mark, colour, f"{self._outcome:<70} {took:5.0f} s"))
         self.step = "" if succeeded else self.step
 
     def _line(self, mark: str, colour: str, text: str) -> Text:
-        return Text.assemble((f"  {mark} ", colour), (f"{self.step:<15}", "bold"), text)
+        return Text.assemble((f"  {mark} ", colour), (f"{self.step:<17}", "bold"), text)
 
 
 class _Lines(io.TextIOBase):

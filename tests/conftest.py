@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -99,6 +100,54 @@ def s3_uri(s3_server: dict[str, str], s3_client: "S3Client", monkeypatch: pytest
     bucket = f"bucket-{uuid.uuid4().hex}"
     s3_client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+class MlflowServer:
+    """A real MLflow server on a database of its own, which can go down and come back at the same address."""
+
+    def __init__(self, folder: Path, artifacts: str, environment: dict[str, str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        # Many write at once: each waits for its turn.
+        database = f"sqlite:///{folder / 'mlflow.db'}?timeout=60"
+        options = ["--backend-store-uri", database, "--artifacts-destination", artifacts, "--workers", "1"]
+        self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *options]
+        self._environment = {**os.environ, **environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not _listens("127.0.0.1", self.port):
+            with suppress(subprocess.TimeoutExpired):
+                raise RuntimeError(f"mlflow ended with exit code {self._process.wait(timeout=0.1)}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            # Its workers are processes of their own.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(
+    tmp_path_factory: pytest.TempPathFactory, s3_server: dict[str, str], s3_client: "S3Client"
+) -> Iterator[MlflowServer]:
+    """An MLflow server that keeps what runs attach in a real S3 server."""
+    bucket = f"mlflow-{uuid.uuid4().hex}"
+    s3_client.create_bucket(Bucket=bucket)
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow_server"), f"s3://{bucket}", s3_server)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

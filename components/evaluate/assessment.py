@@ -1,4 +1,4 @@
-"""From two models' answers to figures: each sample judged, all of them summed up, and the same for each tag."""
+"""From the models' answers to figures: each sample judged, all of them summed up, and the same for each tag."""
 
 import math
 from collections import Counter
@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..minicpmv.answer import Answer
 from ..samples import Sample
 from .comparison import Comparison, Estimate, Outcome, compare, estimate, outcome
+from .gate import Decision, Figures, Gate, decide
 from .metrics import METRICS, Metric, anls, expected_answers, metric_of
 
 MIXED = "mixed"
@@ -28,7 +29,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One sample with what both models said; `base` is None when only the tuned model was asked."""
+    """One sample with what the models said; `base` and `champion` are None when they were not asked."""
 
     sample: Sample
     expected: tuple[str, ...]
@@ -36,6 +37,7 @@ class Prediction:
     weight: float
     base: Judged | None
     tuned: Judged
+    champion: Judged | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -68,6 +70,9 @@ class Evaluation:
         by_group: the comparison (without a base: None) and the tuned score of each tag and, when mixed, each metric.
         confusion: of the tuned model, when few answers are expected.
         left_out: samples that could not be asked, because their text holds a special token.
+        champion: the comparison with the champion, or None without one.
+        champion_by_group: the same of each group.
+        decision: whether the tuned model may take the champion's place, or without one the base's.
     """
 
     metric: str
@@ -77,21 +82,24 @@ class Evaluation:
     by_group: dict[str, tuple[int, Estimate, Comparison | None]]
     confusion: Confusion | None
     left_out: int
+    champion: Comparison | None
+    champion_by_group: dict[str, Comparison]
+    decision: Decision
 
     @property
     def lower_is_better(self) -> bool:
         """Whether the metric counts errors."""
-        return METRICS[self.predictions[0].metric].lower_is_better
+        return _lower_is_better(self.predictions)
 
     @property
     def improvement(self) -> Estimate | None:
         """The difference to the base, positive where tuned is better."""
-        if self.comparison is None:
-            return None
-        difference = self.comparison.difference
-        if not self.lower_is_better:
-            return difference
-        return Estimate(-difference.value, -difference.high, -difference.low)
+        return None if self.comparison is None else improvement(self.comparison, self.lower_is_better)
+
+    @property
+    def improvement_on_champion(self) -> Estimate | None:
+        """The difference to the champion, positive where tuned is better."""
+        return None if self.champion is None else improvement(self.champion, self.lower_is_better)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -108,6 +116,14 @@ class Evaluation:
                 "fixed": self.comparison.outcomes["fixed"],
                 "broken": self.comparison.outcomes["broken"],
                 "mcnemar_p": self.comparison.p_value,
+            }
+        champion = [prediction.champion for prediction in self.predictions if prediction.champion is not None]
+        if self.champion is not None and self.improvement_on_champion is not None:
+            figures |= self._figures_of("champion", champion, self.champion.base)
+            figures |= {
+                "improvement_on_champion": self.improvement_on_champion.value,
+                "improvement_on_champion_low": self.improvement_on_champion.low,
+                "improvement_on_champion_high": self.improvement_on_champion.high,
             }
         # The interval of a single sample is infinite, which JSON cannot say.
         return {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -140,6 +156,8 @@ def assess(
     tuned: Sequence[Answer],
     default_metric: str,
     left_out: int = 0,
+    champion: Sequence[Answer] | None = None,
+    gate: Gate = Gate(),  # noqa: B008  (frozen)
 ) -> Evaluation:
     """Score and compare.
 
@@ -149,6 +167,8 @@ def assess(
         tuned: the tuned model's.
         default_metric: of samples that name none.
         left_out: samples that could not be asked.
+        champion: the champion's answers, or None.
+        gate: what the tuned model must reach.
     """
     predictions = []
     for number, sample in enumerate(samples):
@@ -161,6 +181,7 @@ def assess(
                 weight=metric.weight(expected),
                 base=None if base is None else _judge(base[number], expected, metric),
                 tuned=_judge(tuned[number], expected, metric),
+                champion=None if champion is None else _judge(champion[number], expected, metric),
             )
         )
     names = {prediction.metric for prediction in predictions}
@@ -173,15 +194,43 @@ def assess(
         for tag in dict.fromkeys([*prediction.sample.tags, *own]):
             groups.setdefault(tag, []).append(prediction)
     score, comparison = _summarise(predictions)
+    by_group = {tag: (len(group), *_summarise(group)) for tag, group in sorted(groups.items())}
+    against_champion, champion_by_group = None, {}
+    if champion is not None:
+        against_champion = _compared_with_champion(predictions)
+        champion_by_group = {tag: _compared_with_champion(group) for tag, group in sorted(groups.items())}
+    opponent = against_champion or comparison
+    compared = champion_by_group or {tag: found for tag, (_, _, found) in by_group.items() if found is not None}
+    is_error = _lower_is_better(predictions)
+    figures = Figures(
+        score=score.value,
+        lower_is_better=is_error,
+        opponent="" if opponent is None else "base model" if against_champion is None else "champion",
+        improvement=0.0 if opponent is None else improvement(opponent, is_error).value,
+        tags={tag: (found.samples, improvement(found, is_error).value) for tag, found in compared.items()},
+    )
     return Evaluation(
         metric=MIXED if len(names) > 1 else predictions[0].metric,
         predictions=tuple(predictions),
         tuned=score,
         comparison=comparison,
-        by_group={tag: (len(group), *_summarise(group)) for tag, group in sorted(groups.items())},
+        by_group=by_group,
         confusion=_confusion(predictions),
         left_out=left_out,
+        champion=against_champion,
+        champion_by_group=champion_by_group,
+        decision=decide(figures, gate),
     )
+
+
+def improvement(comparison: Comparison, lower_is_better: bool) -> Estimate:
+    """How much better tuned is, whichever way the metric counts."""
+    difference = comparison.difference
+    return Estimate(-difference.value, -difference.high, -difference.low) if lower_is_better else difference
+
+
+def _lower_is_better(predictions: Sequence[Prediction]) -> bool:
+    return METRICS[predictions[0].metric].lower_is_better
 
 
 def _judge(answer: Answer, expected: Sequence[str], metric: Metric) -> Judged:
@@ -197,6 +246,16 @@ def _summarise(predictions: Sequence[Prediction]) -> tuple[Estimate, Comparison 
         return estimate(tuned, weights), None
     comparison = compare(base, tuned, weights, [prediction.outcome for prediction in predictions])
     return comparison.tuned, comparison
+
+
+def _compared_with_champion(predictions: Sequence[Prediction]) -> Comparison:
+    asked = [(one.champion, one) for one in predictions if one.champion is not None]
+    return compare(
+        [champion.score for champion, _ in asked],
+        [one.tuned.score for _, one in asked],
+        [one.weight for _, one in asked],
+        [outcome(champion.is_right, one.tuned.is_right) for champion, one in asked],
+    )
 
 
 def _confusion(predictions: Sequence[Prediction]) -> Confusion | None:

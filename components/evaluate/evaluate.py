@@ -2,7 +2,8 @@
 
 Answers are generated as a user's would be, from the merged folder alone, so a mistake anywhere before (template,
 slicing, merge, saving) shows in the figures. The base model sees the same samples with the same slicing, so what
-differs between the two are the weights.
+differs between the two are the weights. The champion, if there is one, answers the same samples anew as it would be
+served, whatever it reached when it was evaluated itself: only so are the figures of one and the same data.
 """
 
 import gc
@@ -10,11 +11,13 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .. import storage
 from ..errors import UserError
@@ -24,7 +27,9 @@ from ..minicpmv.conversation import Encoder
 from ..progress import conclude, progress
 from ..samples import Sample, SampleError, read_info, read_samples
 from ..tracking import step_run
+from ..training_record import RECORD_FILE, read_record
 from .assessment import Evaluation, Prediction, assess, check_metrics
+from .gate import Gate
 from .metrics import METRICS_VERSION
 from .report import metric_title, percent, write_report
 
@@ -37,11 +42,31 @@ class EvaluationSettings:
         metric: scores the samples that name none of their own; a name in `metrics.METRICS`.
         max_new_tokens: longest answer in tokens; how many reached it is counted.
         batch_size: samples asked at once.
+        gate: what the tuned model must reach to be promoted.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     metric: str = "exact_match"
     max_new_tokens: int = 128
     batch_size: int = 16
+    gate: Gate = field(default_factory=Gate)
+
+
+def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:
+    """The settings that a JSON object names; what it does not name has its default.
+
+    Raises:
+        UserError: a name is unknown, or its value of another type.
+    """
+    try:
+        return TypeAdapter(EvaluationSettings).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"evaluation_options: {'.'.join(map(str, first['loc']))}: {first['msg']}; known are max_new_tokens, "
+            "batch_size and gate, and of the gate min_metric, min_improvement and max_regression."
+        ) from error
 
 
 def evaluate(
@@ -51,8 +76,9 @@ def evaluate(
     predictions_file: Path,
     report_file: Path,
     settings: EvaluationSettings,
+    champion_uri: str = "",
 ) -> Evaluation:
-    """Answer, score, compare, report.
+    """Answer, score, compare, judge, report.
 
     Args:
         model: the merged folder.
@@ -61,6 +87,7 @@ def evaluate(
         predictions_file: receives one JSON object a sample.
         report_file: receives the HTML report.
         settings: see there.
+        champion_uri: the model whose place the merged one may take; empty when there is none.
 
     Raises:
         UserError: a checkpoint, the data or the metric is unusable.
@@ -68,12 +95,15 @@ def evaluate(
     started = time.monotonic()
     info = read_info(dataset)
     encoder = Encoder.from_checkpoint(model)
-    samples, left_out = _askable(dataset, encoder)
+    others: dict[str, tuple[Path, Encoder]] = {}
+    if base_model_uri:
+        base = storage.fetch(base_model_uri)
+        others["base"] = base, Encoder.from_checkpoint(base, max_slice_nums=encoder.slicing.max_slice_nums)
+    if champion_uri:
+        champion = storage.fetch(champion_uri)
+        others["champion"] = champion, Encoder.from_checkpoint(champion)
+    samples, left_out = _askable(dataset, [encoder, *(other for _, other in others.values())])
     check_metrics(samples, settings.metric)
-    base_model = storage.fetch(base_model_uri) if base_model_uri else None
-    base_encoder = (
-        Encoder.from_checkpoint(base_model, max_slice_nums=encoder.slicing.max_slice_nums) if base_model else None
-    )
     facts = {
         "metric": settings.metric,
         "metrics_version": METRICS_VERSION,
@@ -86,14 +116,26 @@ def evaluate(
     }
     with step_run("evaluate") as run:
         run.log_parameters(facts)
-        base = None
-        if base_model and base_encoder:
-            base = _ask("base model", base_model, base_encoder, samples, settings)
-        tuned = _ask("tuned model", model, encoder, samples, settings)
-        evaluation = assess(samples, base, tuned, settings.metric, left_out)
+        answers = {
+            name: _ask(f"{name} model", checkpoint, its_encoder, samples, settings)
+            for name, (checkpoint, its_encoder) in [*others.items(), ("tuned", (model, encoder))]
+        }
+        evaluation = assess(
+            samples,
+            answers.get("base"),
+            answers["tuned"],
+            settings.metric,
+            left_out,
+            champion=answers.get("champion"),
+            gate=settings.gate,
+        )
         lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
         storage.write_bytes(str(predictions_file), "".join(lines).encode())
-        write_report(report_file, evaluation, {**facts, "seconds": round(time.monotonic() - started)})
+        # Not a parameter of the run, which a retry could not change when the champion has moved.
+        facts |= {"champion": champion_uri or "none", "seconds": round(time.monotonic() - started)}
+        # The merge step leaves the record in the folder; a model from elsewhere has none.
+        record = read_record(model) if (model / RECORD_FILE).is_file() else None
+        write_report(report_file, evaluation, facts, record)
         run.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()})
         # MLflow shows a file by its ending, which Kubeflow's artifact paths lack.
         with tempfile.TemporaryDirectory() as folder:
@@ -104,12 +146,13 @@ def evaluate(
     return evaluation
 
 
-def _askable(dataset: Path, encoder: Encoder) -> tuple[list[Sample], int]:
+def _askable(dataset: Path, encoders: Sequence[Encoder]) -> tuple[list[Sample], int]:
     """The evaluation samples, and how many were left out because their text holds a special token."""
     samples, left_out = [], 0
     for sample in read_samples(dataset, "eval"):
         try:
-            encoder.encode_prompt(sample)
+            for encoder in encoders:
+                encoder.encode_prompt(sample)
             samples.append(sample)
         except SampleError:
             left_out += 1
@@ -123,7 +166,7 @@ def _askable(dataset: Path, encoder: Encoder) -> tuple[list[Sample], int]:
 def _ask(
     name: str, checkpoint: Path, encoder: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
 ) -> list[Answer]:
-    """One model's answers; it is gone from memory afterwards, so that both models need fit only one at a time."""
+    """One model's answers; it is gone from memory afterwards, so that only one model at a time need fit."""
     model, _ = load_model(checkpoint, device_map=answering_device())
     with progress(name, len(samples), " answers") as bar:
         answers = answer(model, encoder, samples, settings.max_new_tokens, settings.batch_size, on_done=bar.update)
@@ -135,7 +178,10 @@ def _ask(
 
 def _line(prediction: Prediction) -> dict[str, object]:
     """A sample's line of the predictions file."""
-    sample, judged = prediction.sample, {"base": prediction.base, "tuned": prediction.tuned}
+    sample, judged = (
+        prediction.sample,
+        {"base": prediction.base, "champion": prediction.champion, "tuned": prediction.tuned},
+    )
     asked = {name: one for name, one in judged.items() if one is not None}
     return {
         "id": sample.id,

@@ -8,6 +8,7 @@ and load nothing from anywhere.
 
 import base64
 import hashlib
+import html
 import io
 import math
 import random
@@ -20,9 +21,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import storage
+from ..curves import curves_of
 from ..minicpmv.slicing import to_rgb
 from ..samples import Picture, open_picture
-from .assessment import MIXED, OTHER, Confusion, Evaluation, Prediction
+from ..training_record import TrainingRecord
+from .assessment import MIXED, OTHER, Confusion, Evaluation, Prediction, improvement
 from .comparison import Outcome
 
 _SHOWN = 300  # samples in the gallery
@@ -66,19 +69,26 @@ class _Card:
     is_pixel_art: bool
 
 
-def write_report(path: Path, evaluation: Evaluation, facts: Mapping[str, object]) -> None:
+def write_report(
+    path: Path, evaluation: Evaluation, facts: Mapping[str, object], record: TrainingRecord | None = None
+) -> None:
     """Write the page.
 
     Args:
         path: receives it, whole or not at all.
         evaluation: what it shows.
         facts: how the evaluation was made, by name; `generation` is in the title.
+        record: of the training, whose curves are drawn; none leaves them out.
     """
     here = Path(__file__).parent
     # The script stands in the page as it is in the file, so that its hash in the policy allows it and no other.
     script = (here / "report.js").read_text()
     environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([here, here.parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "points": _points, "shortened": _shortened}
     page = environment.get_template("report.html").render(
@@ -88,6 +98,8 @@ def write_report(path: Path, evaluation: Evaluation, facts: Mapping[str, object]
         counts=_counts(evaluation),
         groups=sorted(evaluation.by_group.items(), key=lambda item: -item[1][0])[:_GROUPS_SHOWN],
         confusion=evaluation.confusion and _table(evaluation.confusion),
+        curves=curves_of(record) if record else [],
+        improvement=improvement,
         cards=_cards(evaluation.predictions),
         facts=facts,
         style=Markup((here / "report.css").read_text()),  # noqa: S704  (our own file)
@@ -101,19 +113,29 @@ def markdown(evaluation: Evaluation) -> str:
     """The essentials as a table, for Kubeflow's Markdown artifact."""
     figures, metric = evaluation.metrics, evaluation.metric
     rows = [(metric_title(metric), metric)] + ([("ANLS", "anls")] if metric != "anls" else [])
+    models = ["base"] if evaluation.comparison else []
+    models += ["champion"] if evaluation.champion else []
+    models += ["tuned"]
     lines = [f"**{headline(evaluation)}**", ""]
-    if evaluation.comparison is None:
-        lines += ["| | tuned |", "|---|---|"]
-        lines += [f"| {title} | {percent(figures[f'tuned_{name}'])} |" for title, name in rows]
-    else:
-        lines += ["| | base | tuned |", "|---|---|---|"]
-        lines += [
-            f"| {title} | {percent(figures[f'base_{name}'])} | {percent(figures[f'tuned_{name}'])} |"
-            for title, name in rows
-        ]
+    lines += ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    lines += [
+        f"| {title} | " + " | ".join(percent(figures[f"{model}_{name}"]) for model in models) + " |"
+        for title, name in rows
+    ]
+    if evaluation.comparison is not None:
         counts = evaluation.comparison.outcomes
         lines += ["", ", ".join(f"{title.lower()} {counts[kind]}" for kind, title in _OUTCOMES.items()) + "."]
+    lines += ["", "| rule of the gate | |", "|---|---|"]
+    lines += [
+        f"| {_cell(check.reason)} | {'kept' if check.passed else 'broken'} |" for check in evaluation.decision.checks
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that may hold a tag of the data, in a table's cell."""
+    escaped = html.escape(text).replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)
 
 
 def headline(evaluation: Evaluation) -> str:

@@ -42,7 +42,7 @@ def merge(
             Path(report.path),
             MergeSettings(),
         )
-        model.metadata.update(adapter.metadata)
+        model.metadata.update(adapter.metadata, adapter_uri=adapter.uri)
         for name, value in found.metrics.items():
             metrics.log_metric(name, value)
         Path(summary.path).write_text(markdown(found))

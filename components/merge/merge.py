@@ -6,6 +6,7 @@ file of the base beside them. The gate then takes the finished folder, in a proc
 base and adapter on real samples; until it agrees the folder keeps its hidden name.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from ..minicpmv.generations import generation_of, write_max_slices
 from ..progress import conclude
 from ..shards import read_manifest
 from ..tracking import step_run
-from ..training_record import read_record
+from ..training_record import RECORD_FILE, read_record
 from .card import write_card
 from .plan import edit_config
 from .report import GateReport, MergeReport, markdown
@@ -99,6 +100,7 @@ def merge(
         edit_config(staging, streamed.plan)
         write_max_slices(staging, record.max_slice_nums)
         write_card(staging, generation, report, record)
+        shutil.copyfile(adapter / RECORD_FILE, staging / RECORD_FILE)
         started = time.monotonic()
         gate = _run_gate(base, adapter, staging, shards, settings.parity_rows)
         seconds = {**report.seconds, "gate": time.monotonic() - started}

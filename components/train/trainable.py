@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import storage
 from ..errors import UserError
 from ..minicpmv.checkpoint import ADAPTER_CONFIG, describe_replicated_layers
 from ..minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
@@ -44,7 +45,8 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     if not training.use_lora:
         return model
     if lora.lora_weight_path:
-        adapter = Path(lora.lora_weight_path)
+        source = lora.lora_weight_path
+        adapter = storage.fetch(source) if storage.is_object_uri(source) else Path(source)
         if not (adapter / ADAPTER_CONFIG).is_file():
             raise UserError(f"--lora_weight_path {adapter}: no {ADAPTER_CONFIG} here; give an adapter folder.")
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)

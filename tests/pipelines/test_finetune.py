@@ -18,8 +18,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return next(iter(yaml.safe_load_all(path.read_text())))
 
 
+def dags(compiled: dict) -> list[dict]:
+    return [compiled["root"], *(component for component in compiled["components"].values() if "dag" in component)]
+
+
 def test_every_step_is_a_task(compiled: dict) -> None:
-    assert set(compiled["root"]["dag"]["tasks"]) == set(STEPS)
+    tasks = [name for component in dags(compiled) for name in component["dag"]["tasks"]]
+    assert {name for name in tasks if not name.startswith("condition-")} == set(STEPS)
+
+
+def test_only_what_passes_the_gate_is_registered(compiled: dict) -> None:
+    (condition,) = [task for name, task in compiled["root"]["dag"]["tasks"].items() if name.startswith("condition-")]
+    assert condition["triggerPolicy"]["condition"].endswith("== 'promote'")
+    assert list(compiled["components"][condition["componentRef"]["name"]]["dag"]["tasks"]) == ["register"]
 
 
 def test_inputs_are_few_documented_and_have_defaults(compiled: dict) -> None:
@@ -33,7 +44,8 @@ def test_inputs_are_few_documented_and_have_defaults(compiled: dict) -> None:
 
 
 def test_every_component_input_is_documented(compiled: dict) -> None:
-    for name, component in compiled["components"].items():
+    own = {name: component for name, component in compiled["components"].items() if "dag" not in component}
+    for name, component in own.items():
         for kind in ("parameters", "artifacts"):
             for key, item in component["inputDefinitions"].get(kind, {}).items():
                 assert item.get("description"), f"{name}: {key}"
@@ -60,7 +72,7 @@ def test_run_offers_every_pipeline_input_with_its_default() -> None:
     offered = {
         renamed.get(name, name): option.default for name, option in options.items() if name not in {"out", "runner"}
     }
-    for name in ("training_flags", "data_options"):
+    for name in ("training_flags", "data_options", "evaluation_options"):
         offered[name] = cli.read_flags(offered[name])
     wanted = {
         name: parameter.default for name, parameter in inspect.signature(finetune.pipeline_func).parameters.items()

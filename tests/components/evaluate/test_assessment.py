@@ -5,6 +5,7 @@ import pytest
 
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess, check_metrics
+from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.minicpmv.answer import Answer
 from minicpmv_finetune.components.samples import Sample, Turn
 
@@ -98,3 +99,32 @@ def test_many_or_single_answers_make_none() -> None:
     assert assessed(many, None, ["?"] * 63).confusion is None
     apart = [sample(number, f"answer {number}") for number in range(5)]
     assert assessed(apart, None, ["?"] * 5).confusion is None
+
+
+def test_the_champion_is_a_third_model_on_the_same_samples() -> None:
+    samples = [sample(0, "cat", tags=("animal",)), sample(1, "cat", tags=("animal",)), sample(2, "oak", tags=("tree",))]
+    found = assess(
+        samples,
+        said(["dog", "dog", "oak"]),
+        said(["cat", "cat", "elm"]),
+        "exact_match",
+        champion=said(["cat", "dog", "oak"]),
+        gate=Gate(min_improvement=-0.1, max_regression=0.5),
+    )
+    figures = found.metrics
+    assert figures["champion_exact_match"] == pytest.approx(2 / 3)
+    assert (figures["improvement"], figures["improvement_on_champion"]) == (pytest.approx(1 / 3), 0)
+    assert found.champion_by_group["tree"].outcomes["broken"] == 1
+    assert not found.decision.promote, "judged by the champion's tags"
+    assert found.decision.reason == (
+        "worse than the champion by more than 50.0 points on tree (100.0 points on 1 samples)"
+    )
+
+
+def test_without_a_champion_the_base_is_to_be_beaten() -> None:
+    samples = [sample(0, "ab"), sample(1, "abcdefgh")]
+    assert assessed(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.reason == (
+        "10.0 points better than the base model"
+    )
+    assert not assessed(samples, ["ab", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.promote
+    assert assessed(samples, None, ["xx", "xx"]).decision.promote

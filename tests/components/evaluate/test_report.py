@@ -10,9 +10,11 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
+from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.evaluate.report import headline, markdown, percent, write_report
 from minicpmv_finetune.components.minicpmv.answer import Answer
 from minicpmv_finetune.components.samples import Picture, Sample, Turn
+from minicpmv_finetune.components.training_record import TrainingRecord
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
 FACTS = {"metric": "exact_match", "generation": "4.6", "base_model": HOSTILE, "seconds": 3}
@@ -191,3 +193,46 @@ def test_headline_and_markdown() -> None:
 
 def test_only_all_is_called_a_hundred_per_cent() -> None:
     assert [percent(value) for value in (1.0, 0.9996, 0.5)] == ["100.0%", "99.9%", "50.0%"]
+
+
+def with_champion() -> Evaluation:
+    found = evaluation_of(FOUR, tag="a|b")
+    samples = [prediction.sample for prediction in found.predictions]
+    base = [Answer(text, 3, hit_limit=False) for _, text, _ in FOUR]
+    tuned = [Answer(text, 3, hit_limit=False) for _, _, text in FOUR]
+    champion = [Answer("cat", 3, hit_limit=False)] * 4
+    return assess(samples, base, tuned, "exact_match", champion=champion, gate=Gate(0.9, -0.1, -0.2))
+
+
+def test_the_champion_the_gate_and_the_curves_are_shown(page: Page, tmp_path: Path) -> None:
+    history = [{"step": float(step), "loss": 3.0 - step} for step in range(3)]
+    record = TrainingRecord(
+        base_model=HOSTILE,
+        generation="4.6",
+        data_fingerprint="0",
+        max_slice_nums=9,
+        use_lora=True,
+        parameters={"trainable": 1, "total": 2},
+        metrics={},
+        arguments={},
+        history=history,
+    )
+    path = tmp_path / "report.html"
+    write_report(path, with_champion(), FACTS, record)
+    page.goto(path.as_uri())
+    assert "+0.0 points over the champion’s 50.0%" in page.locator(".gain").nth(1).inner_text()
+    assert page.locator(".dot.champion").count() == 1
+    decision = page.locator(".decision").inner_text()
+    assert decision.startswith("Stopped at the gate")
+    assert "at least 90.0% is asked; worse than the champion" in decision
+    assert page.locator(".curve h2").all_inner_texts() == ["Training loss"]
+    assert len(page.locator(".curve polyline").get_attribute("points").split()) == 3  # type: ignore[union-attr]
+    assert page.locator(".card").nth(1).locator("dt").all_inner_texts() == ["expected", "base", "champion", "tuned"]
+    assert page.locator(".groups tbody td").all_inner_texts()[-3:-1] == ["50.0%", "+0.0"]
+
+
+def test_the_table_holds_the_champion_and_every_rule() -> None:
+    text = markdown(with_champion())
+    assert "| exact match | 50.0% | 50.0% | 50.0% |" in text
+    assert text.count("| broken |") == 2
+    assert "on a\\|b (" in text, "a tag cannot end its cell"

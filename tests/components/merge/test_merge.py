@@ -45,7 +45,7 @@ def test_merged_folder_is_a_proven_drop_in(
     assert report.metrics["largest_logit_difference"] == report.gate.parity.largest_difference
 
     names = {path.name for path in base.iterdir()}
-    assert {path.name for path in model.iterdir()} == names | {"README.base.md"}
+    assert {path.name for path in model.iterdir()} == names | {"README.base.md", "training.json"}
     for name in names - {"model.safetensors", "README.md", "processor_config.json"}:
         assert (model / name).read_bytes() == (base / name).read_bytes(), name
     assert slicing_of(model).max_slice_nums == 4

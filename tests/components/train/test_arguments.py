@@ -68,7 +68,7 @@ def test_removed_flags_map_to_todays() -> None:
 
 
 def test_settings_become_flags() -> None:
-    assert as_flags({"lora_r": 16, "use_lora": True, "cache_dir": None, "label_names": ["labels", "more"]}) == [
+    assert as_flags({"lora_r": 16.0, "use_lora": True, "cache_dir": None, "label_names": ["labels", "more"]}) == [
         *("--lora_r", "16", "--use_lora", "True"),
         *("--label_names", "labels", "more"),
     ]

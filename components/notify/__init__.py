@@ -1,0 +1,1 @@
+"""After a scheduled run: tell someone how it went."""

@@ -1,0 +1,60 @@
+import pytest
+
+from minicpmv_finetune.components.evaluate.gate import Figures, Gate, decide
+
+
+def judged(improvement: float, **rules: float) -> bool:
+    return decide(Figures(score=0.8, opponent="champion", improvement=improvement), Gate(**rules)).promote
+
+
+@pytest.mark.parametrize(
+    ("improvement", "least", "promote"),
+    [
+        *((0.01, 0.0, True), (0.0, 0.0, False), (-0.01, 0.0, False), (0.3 - 0.2, 0.1, True), (0.09, 0.1, False)),
+        *((0.0, -0.02, True), (-0.02, -0.02, True), (-0.03, -0.02, False)),
+    ],
+)
+def test_improvement_decides_and_a_tie_is_none(improvement: float, least: float, promote: bool) -> None:
+    assert judged(improvement, min_improvement=least) is promote
+
+
+@pytest.mark.parametrize(
+    ("score", "is_error", "promote"), [(0.8, False, True), (0.79, False, False), (0.81, True, False), (0.8, True, True)]
+)
+def test_a_score_must_be_good_by_itself(score: float, is_error: bool, promote: bool) -> None:
+    decision = decide(Figures(score, lower_is_better=is_error), Gate(min_metric=0.8))
+    assert decision.promote is promote
+    assert f"at {'most' if is_error else 'least'} 80.0% is asked" in decision.checks[1].reason
+
+
+def test_no_tag_may_get_much_worse() -> None:
+    tags = {"tables": (40, -0.1), "signs": (10, -0.04), "charts": (50, 0.3)}
+    figures = Figures(0.8, opponent="champion", improvement=0.1, tags=tags)
+    assert decide(figures, Gate(max_regression=0.1)).promote
+    decision = decide(figures, Gate(max_regression=0.05))
+    assert not decision.promote
+    assert decision.reason == "worse than the champion by more than 5.0 points on tables (10.0 points on 40 samples)"
+    assert decide(figures, Gate()).promote, "tags count only when asked for"
+
+
+def test_many_tags_are_counted_not_listed() -> None:
+    tags = {f"tag {number}": (3, -0.1) for number in range(9)}
+    reason = decide(Figures(0.8, opponent="base model", improvement=0.1, tags=tags), Gate(max_regression=0.0)).reason
+    assert reason.endswith("and 4 more")
+
+
+def test_without_another_model_only_the_score_counts() -> None:
+    assert decide(Figures(0.8), Gate(min_improvement=0.5, max_regression=0.0)).promote
+    assert not decide(Figures(0.8), Gate(min_metric=0.9)).promote
+
+
+def test_all_broken_rules_are_told() -> None:
+    figures = Figures(0.5, opponent="champion", improvement=0.01)
+    decision = decide(figures, Gate(min_metric=0.9, min_improvement=0.05))
+    assert decision.reason == (
+        "1.0 points better than the champion, at least 5.0 points better is asked; a score of 50.0%, at least 90.0% is "
+        "asked"
+    )
+    assert decide(figures, Gate()).reason == "1.0 points better than the champion"
+    tie = Figures(0.5, opponent="champion")
+    assert decide(tie, Gate()).reason == "as good as the champion, better is asked"
