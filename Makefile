@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install bench-merge browser lock readmes clean
+.PHONY: help demo test check install bench-merge browser lock readmes compiled clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -44,6 +44,15 @@ lock:  ## resolve the newest versions anew and write requirements.lock
 
 readmes: install  ## write each step's README from its component
 	$(BIN)/python -m minicpmv_finetune.pipelines.component_readmes
+
+PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
+
+compiled: install  ## compile the pipeline for every profile of k8s/profiles into pipelines/compiled
+	for profile in $(PROFILES); do \
+		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.yaml --profile k8s/profiles/$$profile.yaml && \
+		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.objects.yaml --objects \
+			--profile k8s/profiles/$$profile.yaml || exit 1; \
+	done
 
 clean:  ## remove what was built
 	rm -rf build dist .venv *.egg-info

@@ -159,11 +159,24 @@ def predict(
 @app.command(rich_help_panel=KUBEFLOW)
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
+    profile: Annotated[
+        Path | None, typer.Option(help="Cluster's settings to put on every task, such as k8s/profiles/dev.yaml.")
+    ] = None,
+    objects: Annotated[
+        bool, typer.Option("--objects", help="Write Pipeline and PipelineVersion objects for kubectl apply.")
+    ] = False,
 ) -> None:
     """Write the pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
-    from .finetune import compile_pipeline
+    from .finetune import compile_objects, compile_pipeline
+    from .profile import load_profile
 
-    print(compile_pipeline(output))
+    settings = load_profile(profile) if profile else None
+    if objects:
+        if settings is None:
+            raise UserError("--objects: the namespace of the objects is not known; give a --profile too.")
+        print(compile_objects(output, settings))
+    else:
+        print(compile_pipeline(output, settings))
 
 
 @app.command(rich_help_panel=STEP)

@@ -5,10 +5,15 @@ helps. The defaults train LoRA adapters and the vision tower; `training_flags` r
 script.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from kfp import compiler, dsl, kubernetes
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
+from kfp.dsl.graph_component import GraphComponent
 
 from ..components.evaluate.component import evaluate
 from ..components.merge.component import merge
@@ -16,6 +21,7 @@ from ..components.preprocess.component import preprocess
 from ..components.tracking import RUN_ID_VARIABLE
 from ..components.train.component import train
 from ..components.validate_data.component import validate_data
+from .profile import Profile, with_profile
 
 PIPELINE_NAME = "minicpmv-finetune"
 STEPS = ("validate-data", "preprocess", "train", "merge", "evaluate")
@@ -79,6 +85,8 @@ def finetune(
         eval_fraction=eval_fraction,
         seed=seed,
     )
+    # Kubeflow's cache keys on addresses: data overwritten in place would be taken for the old one.
+    validated.set_caching_options(False)
     prepared = preprocess(
         dataset=validated.outputs["dataset"],
         base_model_uri=base_model_uri,
@@ -118,8 +126,35 @@ def finetune(
         kubernetes.use_field_path_as_env(task, RUN_ID_VARIABLE, "metadata.labels['pipeline/runid']")
 
 
-def compile_pipeline(path: Path) -> Path:
-    """Write the pipeline as the YAML file that Kubeflow Pipelines takes."""
+def compile_pipeline(path: Path, profile: Profile | None = None) -> Path:
+    """Write the pipeline as the YAML file that Kubeflow Pipelines takes, with a cluster's settings if given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(finetune, str(path))
+    compiler.Compiler().compile(with_profile(finetune, profile) if profile else finetune, str(path))
     return path
+
+
+def compile_objects(path: Path, profile: Profile) -> Path:
+    """Write the pipeline as `Pipeline` and `PipelineVersion` objects, for clusters that keep pipelines in Kubernetes.
+
+    A version cannot be changed once it is applied, so its name holds a digest of its content.
+    """
+    component = with_profile(finetune, profile)
+    version = f"{PIPELINE_NAME}-{content_digest(component)}"
+    options = KubernetesManifestOptions(
+        pipeline_name=PIPELINE_NAME,
+        pipeline_display_name=component.pipeline_spec.pipeline_info.display_name,
+        pipeline_version_name=version,
+        namespace=profile.namespace,
+        include_pipeline_manifest=True,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(
+        component, str(path), kubernetes_manifest_format=True, kubernetes_manifest_options=options
+    )
+    return path
+
+
+def content_digest(pipeline: GraphComponent) -> str:
+    """Twelve hexadecimal digits that change when the pipeline or its cluster's settings do."""
+    content = [MessageToDict(pipeline.pipeline_spec), MessageToDict(pipeline.platform_spec)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
