@@ -57,7 +57,7 @@ class Identity(_Section):
 
 
 class Retry(_Section):
-    """How often a failed task is tried again, and after how long: backoff, backoff × factor, … up to longest_backoff."""
+    """How often a failed task is tried again; the wait grows from backoff by factor up to longest_backoff."""
 
     attempts: int = Field(default=3, ge=0, le=10)
     backoff: str = Field(default="60s", pattern=r"^\d+s$")
@@ -186,9 +186,7 @@ def load_profile(path: Path) -> Profile:
         said = yaml.safe_load(path.read_text())
         return Profile.model_validate({"name": path.stem, **said})
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give a profile such as k8s/profiles/dev.yaml."
-        ) from (error)
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give one of k8s/profiles.") from error
     except (yaml.YAMLError, TypeError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(f"{path}: not a YAML mapping ({reason:.200}); see k8s/README.md.") from error

@@ -114,10 +114,8 @@ def test_the_shared_cluster_hands_out_gpus_by_its_queue() -> None:
 @BY_NAME
 def test_committed_files_are_what_is_compiled_now(profile: Path, tmp_path: Path) -> None:
     settings = load_profile(profile)
-    for name, write in {
-        f"{profile.stem}.yaml": compile_pipeline,
-        f"{profile.stem}.objects.yaml": compile_objects,
-    }.items():
+    writers = {f"{profile.stem}.yaml": compile_pipeline, f"{profile.stem}.objects.yaml": compile_objects}
+    for name, write in writers.items():
         assert write(tmp_path / name, settings).read_text() == (COMPILED / name).read_text(), "run make compiled"
 
 
