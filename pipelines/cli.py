@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..components.errors import RetryableError, UserError, end_process
+from . import kubeflow_cli
 
 app = typer.Typer(
     name="minicpmv-finetune",
@@ -26,7 +27,6 @@ app = typer.Typer(
 
 HERE = "Run here"
 STEP = "One step"
-KUBEFLOW = "Kubeflow"
 
 
 class RunnerChoice(StrEnum):
@@ -53,6 +53,9 @@ Metric = Annotated[str, typer.Option(help="How answers are scored, such as exact
 NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
 EvalBatch = Annotated[int, typer.Option(help="Samples that are answered at once.")]
 Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
+
+
+app.add_typer(kubeflow_cli.app)
 
 
 def main() -> None:
@@ -156,7 +159,7 @@ def predict(
     print(answer(model, image or [], prompt, adapter, max_new_tokens))
 
 
-@app.command(rich_help_panel=KUBEFLOW)
+@app.command(rich_help_panel=kubeflow_cli.PANEL)
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
     profile: Annotated[

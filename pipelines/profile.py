@@ -96,6 +96,7 @@ class KubeflowPipelines(_Section):
 
     endpoint: str = ""
     ui_endpoint: str = ""
+    time_zone: str = Field(default="UTC", description="in which the server reads schedules (CRON_SCHEDULE_TIMEZONE)")
 
 
 class Accelerator(_Section):
