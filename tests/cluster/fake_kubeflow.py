@@ -1,4 +1,4 @@
-"""A Kubeflow Pipelines API server for tests: the v2beta1 REST over real HTTP, with state, and as strict as the real one.
+"""A Kubeflow Pipelines API server for tests: the v2beta1 REST over real HTTP, with state, as strict as the real one.
 
 What the real server does, and where (paths below backend/src/apiserver of kubeflow/pipelines):
 
@@ -9,15 +9,16 @@ What the real server does, and where (paths below backend/src/apiserver of kubef
 - names are unique: pipelines and experiments in a namespace, versions in a pipeline (storage/*_store.go), while runs
   and recurring runs may share theirs;
 - inputs are checked against the spec: unknown and missing ones are refused (template/v2_template.go);
-- a run brings its own spec, or names a version, or a pipeline alone, whose newest version it gets (resource/resource_manager.go);
+- a run brings its own spec, or names a version, or a pipeline alone, whose newest version it gets
+  (resource/resource_manager.go);
 - recurring runs can be created, deleted, enabled and disabled, not updated; concurrency is 1 to 10, and times are
   those of robfig/cron: six fields (server/job_server.go);
 - with one user, lists refuse a namespace (server/experiment_server.go, TestListExperiments_SingleUser…); with many,
   they demand one, and callers are known by bearer token: 401 without, 403 outside their namespaces (auth/);
 - terminating a run that is over is refused (resource/resource_manager.go).
 
-Which fields requests and answers may have is decided by the models of `kfp-server-api`. Below /apis/ of other groups and
-/api/v1 there are a few reads of the Kubernetes API, for what `preflight` looks at.
+Which fields requests and answers may have is decided by the models of `kfp-server-api`. Below /apis/ of other groups
+and /api/v1 there are a few reads of the Kubernetes API, for what `preflight` looks at.
 """
 
 import base64
@@ -271,9 +272,9 @@ def _routes(fake: FakeKubeflow) -> Flask:
                     kind = "text/html" if fault[1].startswith("<") else "application/json"
                     return Response(fault[1], 200, mimetype=kind)
                 _refuse(fault[1], "injected")
-        if fake.tokens and not request.path.endswith("/healthz") and request.path.startswith(api):
-            if _token() not in fake.tokens:
-                _refuse(401, "Request header error: there is no user identity header.")
+        guarded = request.path.startswith(api) and not request.path.endswith("/healthz")
+        if fake.tokens and guarded and _token() not in fake.tokens:
+            _refuse(401, "Request header error: there is no user identity header.")
         return None
 
     def _token() -> str:

@@ -85,7 +85,8 @@ def test_the_latest_version_is_taken_at_every_tick(
     first = kubeflow.tick(schedule)
     command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
     second = kubeflow.tick(schedule)
-    assert first and second
+    assert first
+    assert second
     assert first["pipeline_version_reference"] != second["pipeline_version_reference"]
     assert _verbs(command, schedules()) == ["keep"]
 
@@ -98,7 +99,8 @@ def test_a_version_can_be_held(
     first = kubeflow.tick(schedule)
     command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
     second = kubeflow.tick(schedule)
-    assert first and second
+    assert first
+    assert second
     assert first["pipeline_version_reference"] == second["pipeline_version_reference"]
     unknown = command("schedule", "apply", "-f", schedules(version="v1"))
     assert unknown.code == 2
