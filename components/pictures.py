@@ -111,6 +111,15 @@ def read(address: str, span: Span | None = None) -> bytes:
     return storage.read_bytes(shard, span)
 
 
+def open_header(content: bytes) -> Image.Image:
+    """What a picture's header says, no pixel decoded.
+
+    Raises:
+        Exception: whatever a decoder raises over damaged bytes.
+    """
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
 def decode(content: bytes, turn: bool = False) -> Image.Image:
     """The picture, unconverted, all of its pixels decoded.
 
@@ -121,7 +130,7 @@ def decode(content: bytes, turn: bool = False) -> Image.Image:
     Raises:
         Exception: whatever a decoder raises over damaged bytes.
     """
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = open_header(content)
     image.load()
     return ImageOps.exif_transpose(image) if turn else image
 

@@ -8,9 +8,11 @@ where they are; their sha256 makes a change under a run an error instead of a su
 
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +22,7 @@ from .errors import UserError
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
+_EXAMPLES = 3  # rejects of a reason that are kept at hand
 Split = Literal["train", "eval"]
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -194,14 +197,72 @@ def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     storage.write_bytes(str(path), "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode())
 
 
+class RejectLog:
+    """Writes `rejects.jsonl` as rejects come, so that memory does not grow with their number.
+
+    Leaving the block gives the file its name, also when it is left by an error: then the list is needed most.
+
+    Attributes:
+        counts: number of rejects by reason.
+        examples: the first few of each reason.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[Reject]] = {}
+        self._firsts: dict[Split, Reject] = {}
+        self._splits: Counter[Split] = Counter()
+
+    def __enter__(self) -> Self:
+        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            self._file = staging.open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another folder.") from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        Path(self._file.name).replace(self.path)
+
+    def append(self, reject: Reject, split: Split) -> None:
+        """Write one."""
+        self._file.write(f"{reject.model_dump_json()}\n")
+        self.counts[reject.reason] += 1
+        self._splits[split] += 1
+        self._firsts.setdefault(split, reject)
+        examples = self.examples.setdefault(reject.reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(reject)
+
+    def refuse_nothing_left(self, split: Split) -> NoReturn:
+        """End the step because every sample of a split was rejected.
+
+        Raises:
+            UserError: always, with the first reject as an example and the place of the whole list.
+        """
+        _refuse_nothing_left(self._firsts.get(split), self._splits[split], split, self.path)
+
+    def refuse_too_many(self, accepted: int, max_reject_ratio: float) -> None:
+        """End the step when too much was rejected.
+
+        Raises:
+            UserError: with the first reject as an example and the place of the whole list.
+        """
+        _refuse_too_many(
+            next(iter(self._firsts.values()), None), self.counts.total(), accepted, max_reject_ratio, self.path
+        )
+
+
 def refuse_nothing_left(rejects: Sequence[Reject], split: Split, listed_in: Path) -> None:
     """End the step because every sample of a split was rejected.
 
     Raises:
         UserError: always, with the first reject as an example and the place of the whole list.
     """
-    example = f"; the first is {rejects[0].place}: {rejects[0].message}" if rejects else "."
-    raise UserError(f"{listed_in}: no usable {split} sample is left, {len(rejects)} were rejected{example}")
+    _refuse_nothing_left(rejects[0] if rejects else None, len(rejects), split, listed_in)
 
 
 def refuse_too_many(rejects: Sequence[Reject], accepted: int, max_reject_ratio: float, listed_in: Path) -> None:
@@ -210,10 +271,21 @@ def refuse_too_many(rejects: Sequence[Reject], accepted: int, max_reject_ratio: 
     Raises:
         UserError: with the first reject as an example and the place of the whole list.
     """
-    total = accepted + len(rejects)
-    if len(rejects) > max_reject_ratio * total:
+    _refuse_too_many(rejects[0] if rejects else None, len(rejects), accepted, max_reject_ratio, listed_in)
+
+
+def _refuse_nothing_left(first: Reject | None, rejected: int, split: Split, listed_in: Path) -> NoReturn:
+    example = f"; the first is {first.place}: {first.message}" if first else "."
+    raise UserError(f"{listed_in}: no usable {split} sample is left, {rejected} were rejected{example}")
+
+
+def _refuse_too_many(
+    first: Reject | None, rejected: int, accepted: int, max_reject_ratio: float, listed_in: Path
+) -> None:
+    total = accepted + rejected
+    if first and rejected > max_reject_ratio * total:
         raise UserError(
-            f"{listed_in}: {len(rejects)} of {total} samples ({len(rejects) / total:.1%}) were rejected, more than "
-            f"max_reject_ratio {max_reject_ratio:.1%} allows; mend them or raise it; the first is {rejects[0].place}: "
-            f"{rejects[0].message}"
+            f"{listed_in}: {rejected} of {total} samples ({rejected / total:.1%}) were rejected, more than "
+            f"max_reject_ratio {max_reject_ratio:.1%} allows; mend them or raise it; the first is {first.place}: "
+            f"{first.message}"
         )

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
-FILES_AT_ONCE = 4  # more only take each other's turn at Python's lock
-_PART_BYTES = 16 * 2**20  # of a large object, uploaded or downloaded at once
+FILES_AT_ONCE = 8  # a single connection to a store far away does not fill the line
+_PART_BYTES = 16 * 2**20  # of a large object whose parts are downloaded at once
+_LARGEST_PUT = 2**30  # bytes sent in one request; stores take up to 5 GB
+_PIECE_BYTES = 2**20  # read from a connection at a time
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -97,7 +100,7 @@ def read_bytes(uri: str, span: tuple[int, int] | None = None) -> bytes:
         if span is None:
             return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
         part = f"bytes={span[0]}-{span[0] + span[1] - 1}"
-        return _client().get_object(Bucket=bucket, Key=key, Range=part)["Body"].read()
+        return _client(reads_parts=True).get_object(Bucket=bucket, Key=key, Range=part)["Body"].read()
 
 
 @contextmanager
@@ -169,8 +172,8 @@ def write_bytes(uri: str, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read_range(uri: str, start: int, length: int) -> bytes:
-    """`length` bytes from `start` on.
+def size(uri: str) -> int:
+    """Number of bytes of a file.
 
     Raises:
         UserError: nothing lies there, or access is denied.
@@ -178,12 +181,9 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     """
     with _explained(uri):
         if not is_object_uri(uri):
-            with _local(uri).open("rb") as file:
-                file.seek(start)
-                return file.read(length)
+            return _local(uri).stat().st_size
         bucket, key = _split(uri)
-        asked = f"bytes={start}-{start + length - 1}"
-        return _client().get_object(Bucket=bucket, Key=key, Range=asked)["Body"].read()
+        return int(_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
 
 
 def list_files(uri: str) -> dict[str, int]:
@@ -205,8 +205,25 @@ def list_files(uri: str) -> dict[str, int]:
         return {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
 
 
+def remove_file(uri: str) -> None:
+    """Delete a file or an object; nothing happens when there is none.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
+    with _explained(uri):
+        if is_object_uri(uri):
+            bucket, key = _split(uri)
+            _client().delete_object(Bucket=bucket, Key=key)
+        else:
+            _local(uri).unlink(missing_ok=True)
+
+
 def upload_file(path: Path, uri: str) -> None:
-    """Copy a file of any size to a store, with checksums, so that a reader sees all of it or none.
+    """Copy a file to a store, with checksums, so that a reader sees all of it or none.
+
+    One request, sent by one thread: several files at once are faster than parts of one.
 
     Raises:
         UserError: access is denied.
@@ -214,19 +231,26 @@ def upload_file(path: Path, uri: str) -> None:
     """
     bucket, key = _split(uri)
     with _explained(uri):
-        _client().upload_file(str(path), bucket, key, Config=_transfer())
+        _client().upload_file(str(path), bucket, key, Config=_transfer(is_parallel=False))
 
 
-def download_file(uri: str, path: Path) -> None:
-    """Copy an object of any size here; the caller compares its hash.
+def download_file(uri: str, path: Path) -> str:
+    """Copy an object here, by one thread.
+
+    Returns:
+        The sha256 of what came, for the caller to compare.
 
     Raises:
         UserError: nothing lies there, or access is denied.
         RetryableError: the store does not answer.
     """
-    bucket, key = _split(uri)
-    with _explained(uri):
-        _client().download_file(bucket, key, str(path), Config=_transfer())
+    digest = hashlib.sha256()
+    with open_stream(uri) as stream, path.open("wb", buffering=0) as file:
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:count])
+            file.write(buffer[:count])
+    return digest.hexdigest()
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
@@ -314,14 +338,18 @@ def _split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _client() -> "S3Client":
-    """The client for what the environment says now, of this process: a forked one must not share connections."""
+def _client(reads_parts: bool = False) -> "S3Client":
+    """The client for what the environment says now, of this process: a forked one must not share connections.
+
+    Args:
+        reads_parts: compare no checksums; some servers answer the whole object's to whoever asks for a part.
+    """
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    return _client_for(environment, os.getpid())
+    return _client_for(environment, os.getpid(), reads_parts)
 
 
 @lru_cache(maxsize=4)
-def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> "S3Client":
+def _client_for(environment: tuple[tuple[str, str], ...], process: int, reads_parts: bool) -> "S3Client":
     # A session of its own: boto3's default one keeps the first credentials it has seen.
     from boto3.session import Session
     from botocore.config import Config
@@ -334,6 +362,7 @@ def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> "S3Cl
         connect_timeout=5,
         read_timeout=60,
         max_pool_connections=32,
+        response_checksum_validation="when_required" if reads_parts else "when_supported",
     )
     try:
         return Session().client("s3", config=config)
@@ -367,7 +396,7 @@ def _download(uri: str, cache_dir: Path) -> Path:
                         raise UserError(f"{uri}: the object {name!r} would leave the folder; rename it.")
                     destinations.append(folder / (relative.name if is_single else relative))
                     destinations[-1].parent.mkdir(parents=True, exist_ok=True)
-                client, transfer = _client(), _transfer()
+                client, transfer = _client(reads_parts=True), _transfer(is_parallel=True)
                 with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
                     for _ in pool.map(
                         lambda name, path: client.download_file(bucket, name, str(path), Config=transfer),
@@ -384,11 +413,14 @@ def _download(uri: str, cache_dir: Path) -> Path:
         return target / PurePosixPath(key).name if is_single else target
 
 
-@lru_cache(maxsize=1)
-def _transfer() -> "TransferConfig":
+@lru_cache(maxsize=2)
+def _transfer(is_parallel: bool) -> "TransferConfig":
     from boto3.s3.transfer import TransferConfig
 
-    return TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=4)
+    part = _PART_BYTES if is_parallel else _LARGEST_PUT
+    return TransferConfig(
+        multipart_threshold=part, multipart_chunksize=part, max_concurrency=4, use_threads=is_parallel
+    )
 
 
 def _download_from_hub(name: str, cache_dir: Path | None) -> Path:

@@ -4,9 +4,9 @@ Runs are found by tags: the pipeline run's id (`KFP_RUN_ID` in the environment, 
 name. Where Kubeflow's own MLflow plugin has opened a run (`MLFLOW_RUN_ID`), the steps nest under that one; they
 never write into it, because the launcher logs its own parameters there and a clash of names loses a whole batch.
 
-Tracking never fails the work, and hardly slows it: a call that fails is lost, and for ten times as long as it took
-nothing more is sent. The first failure is told at the end of the step. Without `MLFLOW_TRACKING_URI` nothing is
-tracked.
+Tracking never fails the work, and hardly slows it: after a call that failed nothing is sent for ten times as long as
+it took, while metrics are kept and sent when the server is back. The first failure is told at the end of the step.
+Without `MLFLOW_TRACKING_URI` nothing is tracked.
 """
 
 import logging
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
@@ -29,6 +30,7 @@ DEFAULT_EXPERIMENT = "minicpmv-finetune"
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
 _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
+_MAX_BATCH = 1000  # MLflow's own limit for metrics in one call
 _SQLITE = "sqlite:///"
 _MLFLOW_SETTINGS = {
     # MLflow's own would hold a step for minutes at each call to a server that is down.
@@ -46,6 +48,7 @@ class StepRun:
         self._client = client
         self.run_id = run_id
         self.failure = failure
+        self.unsent: list[Metric] = []
         self._silent_until = 0.0
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
@@ -65,7 +68,18 @@ class StepRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._send("log_batch", metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
+        self.unsent += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        self._send_metrics()
+
+    def last_step(self, metric: str) -> int:
+        """The last step of which the run knows the metric; -1 when it knows none."""
+        if self._client is None or self.run_id is None:
+            return -1
+        try:
+            return max((point.step for point in self._client.get_metric_history(self.run_id, metric)), default=-1)
+        except Exception as error:
+            self.failure = self.failure or _describe(error)
+            return -1
 
     def log_file(self, path: str, folder: str | None = None) -> None:
         """Attach a small file, such as a report."""
@@ -74,21 +88,29 @@ class StepRun:
     def finish(self, status: str) -> None:
         """Close the run, and tell of the first failure if there was one."""
         self._silent_until = 0.0
+        self._send_metrics()
         self._send("set_terminated", status=status)
         if self.failure:
             print(f"MLflow tracking is incomplete: {self.failure}", file=sys.stderr, flush=True)
 
-    def _send(self, call: str, **arguments: Any) -> None:
+    def _send_metrics(self) -> None:
+        """Send what has gathered, oldest first; what a server that is down did not take is kept for the next time."""
+        while self.unsent and self._send("log_batch", metrics=self.unsent[:_MAX_BATCH]):
+            del self.unsent[:_MAX_BATCH]
+
+    def _send(self, call: str, **arguments: Any) -> bool:
         started = time.monotonic()
         if self._client is None or started < self._silent_until:
-            return
+            return False
         try:
             getattr(self._client, call)(self.run_id, **arguments)
+            return True
         except Exception as error:
             # Whatever it is, the work goes on; the step's end says what is missing.
             self.failure = self.failure or _describe(error)
             failed = time.monotonic()
             self._silent_until = failed + 10 * (failed - started)
+            return False
 
 
 @contextmanager

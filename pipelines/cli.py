@@ -36,6 +36,13 @@ class RunnerChoice(StrEnum):
     DOCKER = "docker"
 
 
+class OutputChoice(StrEnum):
+    """How a result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
 Data = Annotated[str, typer.Option("--data", help="Training data in MiniCPM-V's JSON format; a path or s3:// URI.")]
 EvalData = Annotated[
     str,
@@ -46,6 +53,10 @@ MaxSlices = Annotated[int, typer.Option(help="Most slices of a picture beside it
 MaxLength = Annotated[int, typer.Option(help="Longest sample in tokens; longer ones are rejected, never cut.")]
 MaxRejects = Annotated[float, typer.Option(help="Share of rejected samples above which a step fails.")]
 EvalFraction = Annotated[float, typer.Option(help="Share of the pictures held out when there is no evaluation data.")]
+DataOptions = Annotated[
+    str,
+    typer.Option(help='Options of validate-data as JSON, such as \'{"eval_fraction": 0.2, "exif_transpose": true}\'.'),
+]
 Seed = Annotated[
     int, typer.Option(help="Decides the held-out pictures, the initial adapters and the order of samples.")
 ]
@@ -92,7 +103,7 @@ def run(
     max_slice_nums: MaxSlices = 9,
     model_max_length: MaxLength = 2048,
     max_reject_ratio: MaxRejects = 0.05,
-    eval_fraction: EvalFraction = 0.1,
+    data_options: DataOptions = "{}",
     use_lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the language model.")] = True,
     tune_vision: Annotated[bool, typer.Option(help="Train the vision tower too.")] = True,
     tune_llm: Annotated[
@@ -123,7 +134,7 @@ def run(
         "max_slice_nums": max_slice_nums,
         "model_max_length": model_max_length,
         "max_reject_ratio": max_reject_ratio,
-        "eval_fraction": eval_fraction,
+        "data_options": read_flags(data_options, "--data-options"),
         "use_lora": use_lora,
         "tune_vision": tune_vision,
         "tune_llm": tune_llm,
@@ -139,6 +150,51 @@ def run(
         "eval_batch_size": eval_batch_size,
     }
     show_outcome(run_pipeline(out, inputs, runner.value), out)
+
+
+@app.command(rich_help_panel=HERE)
+def plan(
+    data: Data,
+    base_model: BaseModel = "openbmb/MiniCPM-V-4.6",
+    eval_data: EvalData = "",
+    max_slice_nums: MaxSlices = 9,
+    model_max_length: MaxLength = 2048,
+    eval_fraction: EvalFraction = 0.1,
+    exif_transpose: Annotated[bool, typer.Option(help="Turn pictures as their EXIF orientation says.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs to train on.")] = 1,
+    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Samples a device sees at once.")] = 4,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+    num_train_epochs: Annotated[float, typer.Option(help="How often every sample is seen.")] = 3.0,
+    use_lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the language model.")] = True,
+    tune_vision: Annotated[bool, typer.Option(help="Train the vision tower too.")] = True,
+    tune_llm: Annotated[
+        bool, typer.Option(help="Train the language model's own weights; needs --no-use-lora.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 64,
+    output: Annotated[OutputChoice, typer.Option(help="Tables for a person, or JSON.")] = OutputChoice.TABLE,
+) -> None:
+    """Say what a run will take, before any GPU is claimed: samples, tokens, shards, memory, steps."""
+    from .cost import Recipe
+    from .plan import plan as work_out
+    from .plan import show
+
+    recipe = Recipe(
+        devices=devices,
+        batch=per_device_train_batch_size,
+        epochs=num_train_epochs,
+        use_lora=use_lora,
+        tune_vision=tune_vision,
+        tune_llm=tune_llm,
+        lora_r=lora_r,
+        accumulation=gradient_accumulation_steps,
+    )
+    planned = work_out(
+        data, eval_data, base_model, max_slice_nums, model_max_length, eval_fraction, exif_transpose, recipe
+    )
+    if output is OutputChoice.JSON:
+        print(planned.model_dump_json(indent=1))
+    else:
+        show(planned)
 
 
 @app.command(rich_help_panel=HERE)
@@ -162,6 +218,9 @@ def predict(
 @app.command(rich_help_panel=kubeflow_cli.PANEL)
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
+    partitions: Annotated[
+        int, typer.Option(min=1, help="Pods that share the work of preprocess; a profile has its own count.")
+    ] = 1,
     profile: Annotated[
         Path | None, typer.Option(help="Cluster's settings to put on every task, such as k8s/profiles/dev.yaml.")
     ] = None,
@@ -174,12 +233,33 @@ def compile(
     from .profile import load_profile
 
     settings = load_profile(profile) if profile else None
+    if settings and partitions > 1:
+        raise UserError(f"--partitions: {profile} decides this; set preprocess_partitions there.")
     if objects:
         if settings is None:
             raise UserError("--objects: the namespace of the objects is not known; give a --profile too.")
         print(compile_objects(output, settings))
     else:
-        print(compile_pipeline(output, settings))
+        print(compile_pipeline(output, partitions, settings))
+
+
+@app.command(rich_help_panel=STEP)
+def import_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; pictures may go beside it.")],
+    pictures: Annotated[
+        str, typer.Option(help="Folder that pictures' paths are relative to; the source's own by default.")
+    ] = "",
+) -> None:
+    """Before step 1: bring data of another program into this project's format."""
+    from ..components.validate_data.importing import import_data as convert
+
+    convert(source, out, pictures)
 
 
 @app.command(rich_help_panel=STEP)
@@ -190,13 +270,16 @@ def validate_data(
     max_reject_ratio: MaxRejects = 0.05,
     eval_fraction: EvalFraction = 0.1,
     seed: Seed = 42,
+    exif_transpose: Annotated[
+        bool, typer.Option(help="Turn pictures as EXIF says, for training and evaluation; serving must do the same.")
+    ] = False,
 ) -> None:
-    """Step 1: check every sample, and name the ones left out in rejects.jsonl beside OUT."""
+    """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT say what is wrong and what is there."""
     from ..components.validate_data.validate import ValidationSettings
     from ..components.validate_data.validate import validate_data as step
 
-    settings = ValidationSettings(max_reject_ratio, eval_fraction, seed)
-    step(data, eval_data, out, out.parent / "rejects.jsonl", settings)
+    settings = ValidationSettings(max_reject_ratio, eval_fraction, seed, exif_transpose)
+    step(data, eval_data, out, out.parent / "rejects.jsonl", settings, out.parent / "data-report.html")
 
 
 @app.command(rich_help_panel=STEP)
@@ -207,13 +290,22 @@ def preprocess(
     max_slice_nums: MaxSlices = 9,
     model_max_length: MaxLength = 2048,
     max_reject_ratio: MaxRejects = 0.05,
+    picture_codec: Annotated[
+        str, typer.Option(help="How pictures are stored: source, raw, webp-lossless or png; all with the same pixels.")
+    ] = "source",
+    cache: Annotated[
+        str, typer.Option(help="Where finished shards are kept for later runs; a folder or s3:// URI, else beside OUT.")
+    ] = "",
+    num_workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores.")] = 0,
 ) -> None:
-    """Step 2: slice pictures and tokenise conversations once, into Parquet shards."""
+    """Step 2: slice pictures and tokenise conversations once, into Parquet shards; a report lies beside OUT."""
+    from ..components.picture_codec import check_codec
     from ..components.preprocess.preprocess import PreprocessSettings
     from ..components.preprocess.preprocess import preprocess as step
 
-    settings = PreprocessSettings(max_slice_nums, model_max_length, max_reject_ratio)
-    step(dataset, base_model, out, out.parent / "preprocess-rejects.jsonl", settings)
+    settings = PreprocessSettings(max_slice_nums, model_max_length, max_reject_ratio, check_codec(picture_codec))
+    rejects, report = (out.parent / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
+    step(dataset, base_model, out, rejects, settings, cache, num_workers, report)
 
 
 @app.command(
@@ -222,11 +314,19 @@ def preprocess(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def train(context: typer.Context) -> None:
-    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`)."""
+    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`).
+
+    A YAML file of flags may come first. `--print-plan` only says what would be trained, frozen and saved.
+    """
     if "--help" in context.args:
         from ..components.train.arguments import parser
 
         print(parser().format_help())
+        return
+    if "--print-plan" in context.args or "--print_plan" in context.args:
+        from .training_plan import show_plan
+
+        show_plan([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
         return
     from ..components.train.train import launch
     from .raw_data import with_prepared_data
@@ -281,8 +381,8 @@ def absolute(uri: str) -> str:
     return str(Path(uri).absolute()) if uri and "://" not in uri and Path(uri).exists() else uri
 
 
-def read_flags(text: str) -> dict[str, Any]:
-    """A JSON object of training flags.
+def read_flags(text: str, option: str = "--training-flags") -> dict[str, Any]:
+    """A JSON object of flags by name, as `option` gives it.
 
     Raises:
         UserError: it is something else.
@@ -290,7 +390,7 @@ def read_flags(text: str) -> dict[str, Any]:
     try:
         flags = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"--training-flags: invalid JSON ({error}); write it like '{{\"max_steps\": 100}}'.") from error
+        raise UserError(f"{option}: invalid JSON ({error}); write it like '{{\"name\": 1}}'.") from error
     if not isinstance(flags, dict):
-        raise UserError("--training-flags: must be a JSON object of flags by name.")
+        raise UserError(f"{option}: must be a JSON object of flags by name.")
     return flags

@@ -162,6 +162,7 @@ class Profile(_Section):
     mlflow: MLflow
     base_models: ModelVolume | None = None
     runtime: Name | None = Field(default=None, description="TrainingRuntime for training on several nodes")
+    preprocess_partitions: int = Field(default=1, ge=1, description="pods that share the work of preprocess")
     default: Task = Field(description="what a step without an entry of its own under `steps` may use")
     steps: dict[str, Task] = {}
 

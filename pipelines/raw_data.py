@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..components.preprocess.preprocess import PreprocessSettings, preprocess
-from ..components.train.arguments import parse
+from ..components.train.arguments import Arguments, parse
 from ..components.validate_data.validate import ValidationSettings, validate_data
 
 
@@ -14,24 +14,44 @@ def with_prepared_data(flags: Sequence[str]) -> list[str]:
     Raises:
         UserError: the flags or the data are not usable.
     """
-    arguments = parse(flags, announce=lambda sentence: None)
-    data, training = arguments.data, arguments.training
-    if not data.data_path.endswith((".json", ".jsonl")):
+    arguments = _read(flags)
+    if _is_raw(arguments):
+        prepared = _folder(arguments)
+        validate_data(
+            arguments.data.data_path,
+            arguments.data.eval_data_path,
+            prepared / "dataset",
+            prepared / "rejects.jsonl",
+            # The published script evaluates only on data of its own.
+            ValidationSettings(eval_fraction=0.0),
+        )
+        preprocess(
+            prepared / "dataset",
+            arguments.model.model_name_or_path,
+            prepared / "shards",
+            prepared / "preprocess-rejects.jsonl",
+            PreprocessSettings(
+                max_slice_nums=arguments.training.max_slice_nums, model_max_length=arguments.training.model_max_length
+            ),
+        )
+    return prepared_flags(flags)
+
+
+def prepared_flags(flags: Sequence[str]) -> list[str]:
+    """The flags that train on what `with_prepared_data` prepared."""
+    arguments = _read(flags)
+    if not _is_raw(arguments):
         return list(flags)
-    prepared = Path(f"{training.output_dir}-data")
-    validate_data(
-        data.data_path,
-        data.eval_data_path,
-        prepared / "dataset",
-        prepared / "rejects.jsonl",
-        # The published script evaluates only on data of its own.
-        ValidationSettings(eval_fraction=0.0),
-    )
-    preprocess(
-        prepared / "dataset",
-        arguments.model.model_name_or_path,
-        prepared / "shards",
-        prepared / "preprocess-rejects.jsonl",
-        PreprocessSettings(max_slice_nums=training.max_slice_nums, model_max_length=training.model_max_length),
-    )
-    return [*flags, "--data_path", str(prepared / "shards")]
+    return [*flags, "--data_path", str(_folder(arguments) / "shards")]
+
+
+def _read(flags: Sequence[str]) -> Arguments:
+    return parse(flags, announce=lambda sentence: None)
+
+
+def _is_raw(arguments: Arguments) -> bool:
+    return arguments.data.data_path.endswith((".json", ".jsonl"))
+
+
+def _folder(arguments: Arguments) -> Path:
+    return Path(f"{arguments.training.output_dir}-data")

@@ -26,8 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..components.errors import RetryableError, UserError
 from .cluster import Cluster, equals
-from .finetune import PIPELINE_NAME, content_digest, finetune
-from .profile import with_profile
+from .finetune import PIPELINE_NAME, content_digest, pipeline_for
 from .submit import check_parameters, ensure_version, find_version, pin_base_model, plugins_input, runtime_config
 
 LATEST = "latest"
@@ -260,10 +259,10 @@ def _reference(cluster: Cluster, schedule: Schedule, dry_run: bool) -> kfp_serve
         if version_id is None:
             raise UserError(f"{schedule.name}: no version {schedule.version} of {PIPELINE_NAME}; submit it once first.")
     elif not dry_run and (pipeline_id is None or schedule.version == "current"):
-        pipeline_id, current = ensure_version(cluster, with_profile(finetune, cluster.profile))
+        pipeline_id, current = ensure_version(cluster, pipeline_for(cluster.profile))
         version_id = current if schedule.version == "current" else None
     elif schedule.version == "current":
-        version_id = find_version(cluster, pipeline_id, content_digest(with_profile(finetune, cluster.profile)))
+        version_id = find_version(cluster, pipeline_id, content_digest(pipeline_for(cluster.profile)))
     return kfp_server_api.V2beta1PipelineVersionReference(pipeline_id=pipeline_id, pipeline_version_id=version_id)
 
 

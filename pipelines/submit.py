@@ -21,8 +21,8 @@ from kfp.dsl.graph_component import GraphComponent
 from ..components import storage
 from ..components.errors import RetryableError, UserError
 from .cluster import Cluster, equals
-from .finetune import PIPELINE_NAME, compile_pipeline, content_digest, finetune
-from .profile import Profile, with_profile
+from .finetune import PIPELINE_NAME, compile_pipeline, content_digest, finetune, pipeline_for
+from .profile import Profile
 
 _PLACES = ("data_uri", "eval_data_uri", "base_model_uri")
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -72,7 +72,7 @@ def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submiss
         UserError: the server refuses, or a run of that name does something else.
         RetryableError: the server does not answer; give the command again, with the same name.
     """
-    pipeline = with_profile(finetune, cluster.profile)
+    pipeline = pipeline_for(cluster.profile)
     version = content_digest(pipeline)
     pipeline_id = cluster.pipeline_id(PIPELINE_NAME)
     version_id = find_version(cluster, pipeline_id, version)
@@ -120,7 +120,7 @@ def ensure_version(cluster: Cluster, pipeline: GraphComponent) -> tuple[str, str
     found = find_version(cluster, pipeline_id, version)
     if found is None:
         with tempfile.TemporaryDirectory() as folder:
-            path = compile_pipeline(Path(folder) / "pipeline.yaml", cluster.profile)
+            path = compile_pipeline(Path(folder) / "pipeline.yaml", profile=cluster.profile)
             try:
                 uploaded = cluster.call(
                     cluster.client.pipeline_uploads.upload_pipeline_version,

@@ -3,8 +3,9 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,14 @@ def tiny_46(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
 
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny_46"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny random checkpoint of any generation, by its version."""
+    from tiny import write_tiny
+
+    return lru_cache(lambda version: write_tiny(tmp_path_factory.mktemp("tiny") / version, version))
 
 
 @pytest.fixture(scope="session")

@@ -63,9 +63,7 @@ def pack_patches(pixels: NDArray[np.uint8], patch_size: int) -> torch.Tensor:
         float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
     """
     height, width, channels = pixels.shape
-    patches = torch.from_numpy(np.ascontiguousarray(pixels)).view(
-        height // patch_size, patch_size, width // patch_size, patch_size, channels
-    )
+    patches = torch.tensor(pixels).view(height // patch_size, patch_size, width // patch_size, patch_size, channels)
     packed = patches.permute(4, 1, 0, 2, 3).reshape(channels, patch_size, -1)
     # Mean and deviation 0.5 of the unit range, scaled to grey levels: (x - 127.5) / 127.5.
     return (packed.float() - 127.5) / 127.5

@@ -26,27 +26,45 @@ def load_model(
         **options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        UserError: the folder is of another architecture, or tensors are missing, surplus or of another shape.
+        UserError: the folder is of another architecture, or tensors are missing, surplus, of another shape or
+            hold NaN.
     """
+    from . import modeling, modeling_4_6  # noqa: F401 - tell transformers which classes to load
+
     generation = generation_of(checkpoint)
+    model: PreTrainedModel
+    load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = load(
             checkpoint,
             dtype=dtype or "auto",
             output_loading_info=True,
+            # Not to go on with them, but to be told their names.
+            ignore_mismatched_sizes=True,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             **options,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint}: the weights cannot be loaded ({error}); fetch the checkpoint again.") from error
-    problems = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    problems = {
+        kind: sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
+        for kind in ("missing", "unexpected", "mismatched")
+    }
     for kind, names in problems.items():
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
                 f"{checkpoint}: {kind} tensors {shown}; the checkpoint is not a whole MiniCPM-V "
                 f"{generation.version}, fetch it again."
+            )
+    for name, parameter in model.named_parameters():
+        known = parameter.is_floating_point() and not parameter.is_meta
+        if known and not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"{checkpoint}: {name} holds values that are no numbers (NaN or infinite); the checkpoint is damaged, "
+                "fetch it again or take an earlier one."
             )
     return model, generation
 
@@ -68,12 +86,27 @@ def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = Non
         with warnings.catch_warnings():
             # PEFT warns of missing keys and goes on; a half-loaded adapter must not pass as a whole one.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, UserWarning) as error:
         raise UserError(
             f"{adapter}: does not fit the base model {base} ({str(error).strip().splitlines()[0]}); give the base it "
             "was trained on."
         ) from error
+    describe_replicated_layers(model)
+    wrapped: PreTrainedModel = adapted
+    return wrapped
+
+
+def describe_replicated_layers(model: PreTrainedModel) -> None:
+    """Tell the configuration of layers that PEFT has replicated.
+
+    PEFT raises the number of layers and leaves the list of their kinds as short as it was. Only models with layers of
+    one kind are replicated.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and len(kinds) != config.num_hidden_layers:
+        config.layer_types = [kinds[0]] * config.num_hidden_layers
 
 
 def copy_other_files(source: Path, destination: Path) -> None:

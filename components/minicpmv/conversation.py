@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..samples import Sample, SampleError, Turn
-from .generations import Generation, generation_of, read_image_settings, slicing_of
+from .generations import Generation, generation_of, read_image_settings, slicing_of, tokens_per_slice_of
 from .row import IGNORED_LABEL
 from .slicing import SlicePlan, SlicingConfig, plan_slices
 
@@ -39,6 +39,7 @@ class Encoder:
     tokenizer: "PreTrainedTokenizerBase"
     slicing: SlicingConfig
     use_image_id: bool
+    tokens_per_slice: int | None  # None: one for each `patches_per_token`
     patches_per_token: int
 
     @classmethod
@@ -54,9 +55,11 @@ class Encoder:
         """
         from transformers import AutoTokenizer
 
+        from . import configuration  # noqa: F401 - tells transformers of the native generations
+
         generation = generation_of(checkpoint)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{checkpoint}: its tokenizer cannot be loaded ({_first_line(error)}); the folder needs the base "
@@ -68,6 +71,7 @@ class Encoder:
             tokenizer=tokenizer,
             slicing=slicing_of(checkpoint).with_max_slices(max_slice_nums),
             use_image_id=settings.get("use_image_id", True),
+            tokens_per_slice=tokens_per_slice_of(checkpoint),
             patches_per_token=4 if settings.get("downsample_mode", "16x") == "4x" else 16,
         )
         encoder.check_special_tokens(checkpoint)
@@ -86,6 +90,12 @@ class Encoder:
             )
 
     @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends generation: the end of the turn, and of the text."""
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[token] for token in self.generation.stop_tokens if token in vocabulary]
+
+    @property
     def pad_token_id(self) -> int:
         """Fills padding; any id will do, since the attention mask hides it."""
         return int(self.tokenizer.pad_token_id or 0)
@@ -100,7 +110,10 @@ class Encoder:
         Raises:
             SampleError: a text contains a special token.
         """
-        text = self._render(sample, sample.turns, add_generation_prompt=False)
+        return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False))
+
+    def encode_text(self, text: str) -> Encoded:
+        """Tokenise a rendered conversation and find what is learnt in it: each answer up to the end of its turn."""
         tokens = self.tokenizer(text, return_offsets_mapping=True)
         answers = [match.span(1) for match in self._answer_pattern.finditer(text)]
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
@@ -114,22 +127,31 @@ class Encoder:
                 position += 1
         return Encoded(ids, labels)
 
-    def encode_prompt(self, sample: Sample) -> list[int]:
-        """Tokenise everything before a sample's last answer, as a server would to have it answered."""
+    def encode_prompt(self, sample: Sample, enable_thinking: bool = False) -> list[int]:
+        """Tokenise everything before a sample's last answer, as a server would to have it answered.
+
+        Args:
+            sample: a last answer is left out.
+            enable_thinking: ask for reasoning first, where the generation can.
+        """
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
-        return list(self.tokenizer(self._render(sample, turns, add_generation_prompt=True))["input_ids"])
+        text = self._render(sample, turns, add_generation_prompt=True, enable_thinking=enable_thinking)
+        return list(self.tokenizer(text)["input_ids"])
 
     @cached_property
     def _answer_pattern(self) -> re.Pattern[str]:
         header, end = re.escape(self.generation.assistant_header), re.escape(self.generation.end_of_turn)
-        return re.compile(f"{header}(.*?{end})", re.DOTALL)
+        unlearnt = f"(?:{re.escape(self.generation.empty_thinking)})?"
+        return re.compile(f"{header}{unlearnt}(.*?{end})", re.DOTALL)
 
     @cached_property
     def _special_token_pattern(self) -> re.Pattern[str]:
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
-    def _render(self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool) -> str:
+    def _render(
+        self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool, enable_thinking: bool = False
+    ) -> str:
         for turn in turns:
             found = self._special_token_pattern.search(turn.text)
             if found:
@@ -137,13 +159,11 @@ class Encoder:
                     "special_token",
                     f"the {turn.role}'s text contains the special token {found.group()}; rephrase or escape it.",
                 )
-        text = str(
-            self.tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": self._content(turn)} for turn in turns],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        if self.generation.empty_thinking:
+            options["enable_thinking"] = enable_thinking
+        messages: list[Any] = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         # The order of the marks in the text decides, whatever the order in which pictures were listed.
         order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
         pieces = text.split(self.generation.picture_mark)
@@ -157,8 +177,10 @@ class Encoder:
         return "".join(piece for pair in zip(pieces, [*expanded, ""], strict=True) for piece in pair)
 
     def _content(self, turn: Turn) -> str | list[dict[str, Any]]:
-        """A turn as the chat template wants it; the line break beside a mark is the template's to write."""
+        """A turn as the chat template wants it; between list items, the line break beside a mark is the template's."""
         parts = list(turn.parts)
+        if self.generation.picture_content == "text":
+            return "".join(self.generation.picture_mark if isinstance(part, int) else part for part in parts)
         if all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
         items: list[dict[str, Any]] = []
@@ -176,7 +198,9 @@ class Encoder:
 
     def _picture_tokens(self, shown: int, plan: SlicePlan) -> str:
         """The tokens of the picture shown as number `shown`, overview first, slices row by row."""
-        counts = [rows * columns // self.patches_per_token for rows, columns in plan.target_sizes]
+        counts = [
+            self.tokens_per_slice or rows * columns // self.patches_per_token for rows, columns in plan.target_sizes
+        ]
         text = f"<image_id>{shown}</image_id>" if self.use_image_id else ""
         text += f"<image>{self.generation.picture_token * counts[0]}</image>"
         if plan.grid is not None:

@@ -4,14 +4,22 @@ Flags that transformers 5 removed are mapped to today's, or refused with one sen
 published Python file keeps working.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
+import yaml
 from transformers import HfArgumentParser
 
 from ..errors import UserError
 from ..minicpmv.generations import PUBLISHED_LORA_TARGETS
+
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+_STRATEGY_FOLDER = Path(__file__).parent / "strategies"
 
 
 @dataclass
@@ -58,6 +66,49 @@ class TrainingArguments(transformers.TrainingArguments):
     max_slice_nums: int = field(default=9, metadata={"help": "Most slices of a picture."})
     # The collator needs every column.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; always false."})
+
+    strategy: str = field(
+        default="ddp",
+        metadata={
+            "choices": list(STRATEGIES),
+            "help": "How several processes share the work: a copy of the model each (ddp; also for one process), or "
+            "DeepSpeed's zero2 or zero3, or fsdp2. A --deepspeed or --fsdp configuration of your own goes before it.",
+        },
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Compute in bfloat16; by default where the GPU can and fp16 was not asked for."}
+    )
+    checkpoint_uri: str = field(
+        default="",
+        metadata={
+            "help": "Where checkpoints are kept and found again, a folder or s3:// URI; by default beside output_dir "
+            "until the training is over."
+        },
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after so many evaluations without a better loss; 0 never stops early."}
+    )
+
+    def __post_init__(self) -> None:
+        """Complete the arguments as transformers does."""
+        # Said outright, since without a GPU transformers takes a DeepSpeed run for a single process.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.ddp_find_unused_parameters is None:
+            # All take part in every step: where a batch has no picture the models run a blank one.
+            self.ddp_find_unused_parameters = False
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_bf16_supported()
+        if not self.deepspeed and not self.fsdp:
+            if self.strategy in ("zero2", "zero3"):
+                self.deepspeed = str(_STRATEGY_FOLDER / f"{self.strategy}.json")
+            elif self.strategy == "fsdp2":
+                self.fsdp = "full_shard auto_wrap"
+                self.fsdp_config = str(_STRATEGY_FOLDER / "fsdp2.json")
+        if self.early_stopping_patience:
+            self.load_best_model_at_end = True
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_loss"
+        super().__post_init__()
 
 
 @dataclass
@@ -145,13 +196,13 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     """Read a published launch script's flags.
 
     Args:
-        argv: without the program's name.
+        argv: without the program's name; a YAML file of flags may come first.
         announce: takes a sentence for each flag that was mapped or has no effect any more.
 
     Raises:
         UserError: an unknown flag or value, or flags that contradict each other.
     """
-    flags = _modernised(list(argv), announce)
+    flags = _modernised(_with_file(list(argv)), announce)
     instance = parser()
     known = {option for action in instance._actions for option in action.option_strings}
     unknown = [flag for flag in flags if flag.startswith("--") and flag.split("=")[0] not in known]
@@ -173,8 +224,58 @@ def _check(arguments: Arguments) -> None:
         raise UserError("--data_path: missing; give a shards folder or the training data.")
     if training.use_lora and training.tune_llm:
         raise UserError("The model cannot simultaneously adjust LLM parameters and apply LoRA.")
-    if not training.use_lora and arguments.lora.q_lora:
-        raise UserError("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
+    if training.fsdp and training.use_cpu:
+        # accelerate would train plain DDP there without a word.
+        raise UserError("--strategy fsdp2: FSDP needs GPUs here; without any use ddp, zero2 or zero3.")
+    if arguments.lora.q_lora:
+        if not training.use_lora:
+            raise UserError("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
+        if training.fsdp or _shards_parameters(training):
+            raise UserError(
+                "--q_lora: ZeRO-3 and FSDP cut weights into parts, which 4-bit weights do not allow; use --strategy "
+                "ddp or zero2, or train LoRA without q_lora."
+            )
+    if training.early_stopping_patience and training.eval_strategy == "no":
+        raise UserError(
+            "--early_stopping_patience: nothing is evaluated; give --eval_strategy and --eval_steps or epoch too."
+        )
+
+
+def _shards_parameters(training: TrainingArguments) -> bool:
+    config = getattr(training, "hf_deepspeed_config", None)
+    return config is not None and config.is_zero3()
+
+
+def _with_file(argv: list[str]) -> list[str]:
+    """Put a configuration file's flags before those of the command line, which go first."""
+    if not argv or not argv[0].endswith((".yaml", ".yml")):
+        return argv
+    path = Path(argv[0])
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file of training flags.") from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place else ""
+        raise UserError(f"{path}: invalid YAML{line}; write one flag a line, such as `lora_r: 16`.") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: must hold flags by name, such as `lora_r: 16`.")
+    return [*as_flags(document), *argv[1:]]
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same as a mapping: `{"lora_r": 16}` becomes `--lora_r 16`."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None or value == "":
+            continue
+        flags.append(f"--{name}")
+        if isinstance(value, dict):
+            flags.append(json.dumps(value))
+        else:
+            flags += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return flags
 
 
 def _modernised(flags: list[str], announce: Callable[[str], None]) -> list[str]:

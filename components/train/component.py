@@ -24,6 +24,7 @@ def train(
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     summary: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
 ) -> None:
     """Train with torchrun, one process a device.
 
@@ -44,11 +45,15 @@ def train(
         adapter: A PEFT adapter folder, or a whole checkpoint when no LoRA was asked for.
         metrics: Final losses, and how many parameters were trained.
         summary: The same as a table.
+        report: Curves, hardware and the exact command as a page.
     """
+    import shutil
     from pathlib import Path
 
+    from minicpmv_finetune.components import storage
     from minicpmv_finetune.components.attempt import permanent_error_marked
-    from minicpmv_finetune.components.train.train import as_flags, launch
+    from minicpmv_finetune.components.train.arguments import as_flags
+    from minicpmv_finetune.components.train.train import launch
     from minicpmv_finetune.components.training_record import read_record
 
     flags = {
@@ -65,9 +70,16 @@ def train(
         "model_name_or_path": base_model_uri,
     }
     with permanent_error_marked(adapter.uri, {"shards": shards.uri, "flags": flags}):
-        launch(as_flags({**flags, "data_path": shards.path, "output_dir": adapter.path}))
+        where = {
+            "data_path": shards.path,
+            "output_dir": adapter.path,
+            # A retried pod looks for checkpoints there, and goes on from the newest.
+            "checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints"),
+        }
+        launch(as_flags({**flags, **where}))
         record = read_record(Path(adapter.path))
         adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
         for name, value in record.metrics.items():
             metrics.log_metric(name, value)
         Path(summary.path).write_text(record.markdown())
+        shutil.copyfile(Path(adapter.path) / "training.html", report.path)

@@ -4,12 +4,12 @@
 
 It takes the flags of OpenBMB's published finetune.py, reads shards, trains with transformers' Trainer and PEFT, and
 leaves a PEFT adapter (or, for a full fine-tune, a whole checkpoint) in `--output_dir`, with `training.json` beside it:
-what was trained, on what, and how the loss went.
+what was trained, on what, and how the loss went. A run that was cut off goes on from its newest complete checkpoint.
 """
 
 import dataclasses
+import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,30 +19,46 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers import TrainingArguments as TransformersArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalPrediction
 
 from .. import storage
 from ..errors import RetryableError, UserError, end_process
 from ..minicpmv.batch import collate
 from ..minicpmv.checkpoint import copy_other_files, load_model
-from ..minicpmv.generations import write_max_slices
-from ..minicpmv.row import Row
-from ..progress import conclude, progress
+from ..minicpmv.generations import Generation, generation_of, write_max_slices
+from ..minicpmv.row import IGNORED_LABEL, Row
+from ..progress import conclude
 from ..samples import Split
-from ..shards import Manifest, ShardReader, read_manifest, verify_shards
+from ..shard_cache import open_shards
+from ..shards import Manifest, ShardReader, read_manifest
 from ..tracking import StepRun, open_step_run
 from ..training_record import RECORD_FILE, TrainingRecord
 from .arguments import Arguments, parse
+from .callbacks import Sealer, Stopper, Watcher, peak_memory
+from .checkpoints import Checkpoints
+from .quantised import four_bit_options, prepare_four_bit
+from .report import write_report
 from .train import SENTENCE_VARIABLE
 from .trainable import count_parameters, make_trainable
+from .trainer import MiniCPMVTrainer
+
+REPORT_FILE = "training.html"
+UNSENT_FILE = "unsent_metrics.jsonl"
+_NOT_PART_OF_THE_TRAINING = {
+    *("output_dir", "checkpoint_uri", "cache_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm"),
+    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_strategy", "save_steps"),
+    *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "local_rank", "project", "hub_token"),
+}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the flags say; exits 2 with one sentence on a user's mistake."""
+    """Train as the flags say; exits 2 with one sentence on a user's mistake, 75 when a retry goes on."""
     try:
-        finetune(parse(argv, announce=_say))
+        finetune(parse(argv, announce=_say), argv)
     except (UserError, RetryableError) as error:
         if sentence := os.environ.get(SENTENCE_VARIABLE):
             Path(sentence).write_text(str(error))
@@ -53,124 +69,200 @@ def main(argv: Sequence[str]) -> None:
             torch.distributed.destroy_process_group()
 
 
-def finetune(arguments: Arguments) -> None:
+def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     """Train, save, and leave a record; the story of the step, top to bottom."""
     training = arguments.training
-    shards = storage.fetch(arguments.data.data_path, _path(training.cache_dir))
+    stopper = Stopper()
+    _join_processes(training)
+    shards = open_shards(arguments.data.data_path, _path(training.cache_dir))
     manifest = read_manifest(shards)
-    verify_shards(shards, manifest)
     base = storage.fetch(arguments.model.model_name_or_path, _path(training.cache_dir))
-    model, generation = load_model(base, _compute_dtype(training))
+    model, generation = _load(base, arguments)
     if generation.version != manifest.generation:
         raise UserError(
             f"{shards}: prepared for MiniCPM-V {manifest.generation}, but {arguments.model.model_name_or_path} is "
             f"{generation.version}; run preprocess with this base model."
         )
-    model.config.use_cache = False
-    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
     # Before the adapters' random start, which the Trainer's own seeding comes too late for.
     set_seed(training.seed)
     trained = make_trainable(model, generation, arguments)
+    if training.fp16:
+        # Gradient scaling needs what is trained in float32.
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()
     trainable, total = count_parameters(trained)
-    _say(
-        f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.1%}), "
-        f"on {manifest.rows('train'):,} samples"
-    )
+    share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
+    _say(f"{share} are trained on {manifest.rows('train'):,} samples")
 
     is_first = training.process_index == 0
+    out = Path(str(training.output_dir))
+    checkpoints = _checkpoints(arguments, manifest, base, out)
+    training.output_dir = str(checkpoints.folder)
+    resumed = _resume_from(training, checkpoints)
     run = open_step_run("train") if is_first else StepRun()
-    run.log_parameters(_settings(arguments))
+    run.log_parameters(_settings(arguments) | _surroundings(manifest))
     run.log_metrics({"parameters/trainable": trainable, "parameters/total": total})
-    watcher = _Watcher(run, manifest)
-    trainer = Trainer(
+    watcher = Watcher(run, manifest.lengths["train"])
+    trainer = MiniCPMVTrainer(
         model=trained,
         args=training,
         train_dataset=_Rows(shards, "train"),
         eval_dataset=_Rows(shards, "eval") if manifest.rows("eval") else None,
-        data_collator=lambda rows: collate(rows, manifest.pad_token_id, manifest.patch_size, padding_side="right"),
-        callbacks=[watcher],
+        data_collator=_Collator(manifest),
+        compute_metrics=_token_accuracy,
+        preprocess_logits_for_metrics=_most_likely,
+        callbacks=[watcher, Sealer(checkpoints), stopper],
+        watcher=watcher,
+        name_rows=lambda rows: [_Rows(shards, "train")[row][1].id for row in rows],
     )
+    if training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     # Both print every log line; the watcher shows one bar.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     status = "FAILED"
     try:
-        outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or None)
-        if not math.isfinite(outcome.training_loss):
-            raise UserError(f"The training loss is {outcome.training_loss}; lower --learning_rate.")
-        trainer.accelerator.wait_for_everyone()
-        if is_first:
-            parameters = {"trainable": trainable, "total": total}
-            _save(trainer, base, arguments, manifest, parameters, _final_figures(outcome.metrics), watcher.history)
-            conclude(f"loss {watcher.last_loss:.4f}, {trainable:,} of {total:,} parameters trained")
-        status = "FINISHED"
-    finally:
-        run.finish(status)
-
-
-def _save(
-    trainer: Trainer,
-    base: Path,
-    arguments: Arguments,
-    manifest: Manifest,
-    parameters: dict[str, int],
-    metrics: dict[str, float],
-    history: list[dict[str, float]],
-) -> None:
-    """Write the adapter or the whole model so that it is there complete or not at all."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    with storage.staged_folder(Path(str(arguments.training.output_dir))) as folder:
-        if arguments.training.use_lora:
-            _check_adapter_moved(model)
-            for config in model.peft_config.values():
-                # The address the user gave, not the place it was downloaded to.
-                config.base_model_name_or_path = arguments.model.model_name_or_path
-            model.save_pretrained(folder)
-        else:
-            copy_other_files(base, folder)
-            model.config.use_cache = True
-            model.save_pretrained(folder)
-            write_max_slices(folder, manifest.max_slice_nums)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        outcome = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        checkpoints.finish_upload()
+        if stopper.told:
+            raise RetryableError(
+                f"Training was told to stop after step {trainer.state.global_step} of {trainer.state.max_steps}; it is "
+                f"kept in {training.checkpoint_uri or checkpoints.folder}, and running it again goes on from there."
+            )
         record = TrainingRecord(
             base_model=arguments.model.model_name_or_path,
             generation=manifest.generation,
             data_fingerprint=manifest.data_fingerprint,
             max_slice_nums=manifest.max_slice_nums,
-            use_lora=arguments.training.use_lora,
-            parameters=parameters,
-            metrics=metrics,
+            use_lora=training.use_lora,
+            parameters={"trainable": trainable, "total": total},
+            metrics=_final_figures(outcome.metrics, watcher),
             arguments=json.loads(json.dumps(_settings(arguments), default=str)),
-            history=history,
+            history=[
+                {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+                for entry in trainer.state.log_history
+            ],
         )
+        _save(trainer, base, out, record, argv, run)
+        # None leaves, and takes the process group down, while another still works.
+        trainer.accelerator.wait_for_everyone()
+        if is_first and not training.checkpoint_uri:
+            checkpoints.discard_local()
+        status = "FINISHED"
+    finally:
+        run.finish(status)
+        if is_first and run.unsent and status == "FINISHED":
+            points = [{"name": one.key, "value": one.value, "step": one.step} for one in run.unsent]
+            (out / UNSENT_FILE).write_text("".join(f"{json.dumps(point)}\n" for point in points))
+    if is_first:
+        conclude(f"loss {watcher.loss:.4f}, {share} trained")
+
+
+def _join_processes(training: TransformersArguments) -> None:
+    _ = training.device
+    if training.deepspeed and torch.distributed.is_initialized():
+        import deepspeed
+
+        # Learns of the process group that transformers has joined, which ZeRO-3 needs before the model is loaded.
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+
+
+def _load(base: Path, arguments: Arguments) -> tuple[PreTrainedModel, Generation]:
+    training = arguments.training
+    if not arguments.lora.q_lora:
+        model, generation = load_model(base, _compute_dtype(training))
+    else:
+        generation = generation_of(base)
+        model, generation = load_model(base, _compute_dtype(training), **four_bit_options(generation, training))
+        prepare_four_bit(model, training)
+    model.config.use_cache = False
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
+    return model, generation
+
+
+def _checkpoints(arguments: Arguments, manifest: Manifest, base: Path, out: Path) -> Checkpoints:
+    """Where this training's checkpoints lie, and what tells them from another's."""
+    training = arguments.training
+    settings = {name: value for name, value in _settings(arguments).items() if name not in _NOT_PART_OF_THE_TRAINING}
+    # Addresses differ between a pod and its successor; what lies there does not.
+    settings["data_path"], settings["model_name_or_path"] = manifest.data_fingerprint, _fingerprint(base)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    uri = training.checkpoint_uri
+    keep = training.save_total_limit or 2
+    local = Path(uri) if uri and not storage.is_object_uri(uri) else out.with_name(f".{out.name}.checkpoints")
+    if storage.is_object_uri(uri) or not uri:
+        training.save_total_limit = min(keep, 2)
+    return Checkpoints(local, uri if storage.is_object_uri(uri) else "", keep, digest, training.world_size)
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Of a base model, from the beginnings of its files: cheap, and different for another model."""
+    digest = hashlib.sha256()
+    for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def _resume_from(training: TransformersArguments, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to go on from: the one asked for, or the newest complete one of this very training."""
+    asked = training.resume_from_checkpoint
+    if asked and str(asked).lower() not in {"true", "false"}:
+        if not Path(asked).is_dir():
+            raise UserError(f"--resume_from_checkpoint {asked}: no such folder; leave the flag out to find the newest.")
+        return Path(asked)
+    with training.main_process_first(desc="looking for checkpoints"):
+        newest = checkpoints.newest()
+    if newest:
+        _say(f"going on from {newest.name}")
+    return newest
+
+
+def _save(
+    trainer: MiniCPMVTrainer, base: Path, out: Path, record: TrainingRecord, argv: Sequence[str], run: StepRun
+) -> None:
+    """Write the adapter or the whole model so that it is there complete or not at all."""
+    weights = trainer.gathered_weights()
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with storage.staged_folder(out) as folder:
+        if record.use_lora:
+            _check_adapter_moved(weights)
+            for config in model.peft_config.values():
+                # The address the user gave, not the place it was downloaded to.
+                config.base_model_name_or_path = record.base_model
+            model.save_pretrained(folder, state_dict=weights)
+        else:
+            copy_other_files(base, folder)
+            model.config.use_cache = True
+            if is_deepspeed_zero3_enabled():
+                # Loading under ZeRO-3 notes every renaming there is for the architecture, used or not; saving would
+                # undo them all.
+                model._weight_conversions = None
+            model.save_pretrained(folder, state_dict=weights)
+            write_max_slices(folder, record.max_slice_nums)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
+        write_report(folder / REPORT_FILE, record, argv)
+        run.log_file(str(folder / REPORT_FILE))
+        run.log_file(str(folder / RECORD_FILE))
 
 
-def _final_figures(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a person wants to see at a glance, of what transformers measured."""
-    names = {
-        "train_loss": "loss",
-        "train_samples_per_second": "samples/s",
-        "train_runtime": "seconds",
-        "epoch": "epochs",
-    }
-    return {name: float(metrics[key]) for key, name in names.items() if key in metrics}
-
-
-def _check_adapter_moved(model: PreTrainedModel) -> None:
+def _check_adapter_moved(weights: Mapping[str, torch.Tensor]) -> None:
     """A LoRA update is B·A with B zero at first: if every B is still zero, nothing was learnt."""
-    updates = [
-        parameter for name, parameter in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
-    ]
-    if updates and not any(bool(parameter.any()) for parameter in updates):
+    updates = [value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
+    if updates and not any(bool(value.any()) for value in updates):
         raise UserError("Training left every adapter at zero; raise --learning_rate or the number of steps.")
 
 
-class _Rows(Dataset[Row]):
-    """One split's rows, opened anew in each worker process."""
+class _Rows(Dataset[tuple[int, Row]]):
+    """One split's rows with their numbers; workers open the files anew."""
 
     def __init__(self, shards: Path, split: Split) -> None:
         self.reader = ShardReader(shards, split)
@@ -178,71 +270,39 @@ class _Rows(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, position: int) -> Row:
-        row: Row = self.reader[position]
-        return row
+    def __getitem__(self, position: int) -> tuple[int, Row]:
+        return position, self.reader[position]
 
 
-class _Watcher(TrainerCallback):
-    """Shows one progress bar, keeps the curves, and sends them to MLflow."""
+@dataclasses.dataclass(frozen=True)
+class _Collator:
+    """Makes a batch of rows, and notes which they are."""
 
-    def __init__(self, run: StepRun, manifest: Manifest) -> None:
-        self.run = run
-        self.mean_length = float(np.mean(manifest.lengths["train"]))
-        self.history: list[dict[str, float]] = []
-        self.bar: Any = None
-        self.samples_per_step = 1
+    manifest: Manifest
 
-    @property
-    def last_loss(self) -> float:
-        """The latest training loss that was logged."""
-        return next((figures["loss"] for figures in reversed(self.history) if "loss" in figures), math.nan)
+    def __call__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Any]:
+        rows = [row for _, row in numbered]
+        batch = collate(rows, self.manifest.pad_token_id, self.manifest.patch_size, padding_side="right")
+        return {**batch, "rows": [number for number, _ in numbered]}
 
-    def on_train_begin(
-        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar."""
-        self.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if state.is_world_process_zero:
-            self.bar = progress("train", state.max_steps * self.samples_per_step, " samples", unit_scale=True)
 
-    def on_step_end(
-        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update(self.samples_per_step)
+def _most_likely(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The token each position would say: all that evaluation keeps of the logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
-    def on_log(
-        self,
-        args: TransformersArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep and send the figures."""
-        if not state.is_world_process_zero or not logs:
-            return
-        figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        self.history.append({"step": state.global_step, **figures})
-        self.run.log_metrics({f"train/{name}": value for name, value in figures.items()}, state.global_step)
-        if self.bar is not None and "loss" in figures:
-            self.bar.set_postfix_str(f"loss {figures['loss']:.4f}", refresh=False)
 
-    def on_train_end(
-        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
+def _token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of supervised tokens that would be said."""
+    said, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
+    supervised = labels != IGNORED_LABEL
+    return {"token_accuracy": float((said == labels)[supervised].mean())}
 
 
 def _compute_dtype(training: TransformersArguments) -> torch.dtype | None:
     """bf16 and fp16 flags choose the frozen weights' type, as in the published script; else that of the file."""
     if training.fp16:
         return torch.float16
-    return torch.bfloat16 if training.bf16 else None
+    return torch.bfloat16 if training.bf16 else torch.float32
 
 
 def _settings(arguments: Arguments) -> dict[str, Any]:
@@ -257,6 +317,30 @@ def _settings(arguments: Arguments) -> dict[str, Any]:
                 settings[item.name] = value
     settings.pop("hub_token", None)
     return settings
+
+
+def _surroundings(manifest: Manifest) -> dict[str, str]:
+    """What else a figure hangs on: the data, the packages' versions, the code's commit."""
+    from importlib.metadata import version
+
+    packages = ("minicpmv-finetune", "torch", "transformers", "peft", "accelerate", "deepspeed")
+    return {
+        "data_fingerprint": manifest.data_fingerprint,
+        "git_commit": os.environ.get("MINICPMV_GIT_COMMIT", "unknown"),
+        **{f"version/{name}": version(name) for name in packages},
+    }
+
+
+def _final_figures(metrics: Mapping[str, float], watcher: Watcher) -> dict[str, float]:
+    """What a person wants to see at a glance, of what was measured."""
+    names = {
+        "train_loss": "loss",
+        "train_samples_per_second": "samples/s",
+        "train_runtime": "seconds",
+        "epoch": "epochs",
+    }
+    measured = {name: float(metrics[key]) for key, name in names.items() if key in metrics}
+    return {**measured, "padding": watcher.padding, "peak_memory_mb": peak_memory() / 1e6}
 
 
 def _path(text: str | None) -> Path | None:

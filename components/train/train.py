@@ -8,26 +8,14 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
 
 WORKER = "minicpmv_finetune.components.train.finetune"
 SENTENCE_VARIABLE = "MINICPMV_SENTENCE_FILE"
 """Names the file in which a worker leaves the sentence of the error that ended it, for this process to tell."""
-
-
-def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same as a mapping: `{"lora_r": 16}` becomes `--lora_r 16`."""
-    flags: list[str] = []
-    for name, value in settings.items():
-        if value is None or value == "":
-            continue
-        flags.append(f"--{name}")
-        flags += [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    return flags
 
 
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
@@ -66,6 +54,9 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
         try:
             run(parse_args(options))
         except SignalException as signal:
+            # The workers have finished their step and kept it, or were too long about it.
+            if sentence.exists():
+                raise RetryableError(sentence.read_text()) from None
             raise SystemExit(128 + int(signal.sigval)) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..minicpmv.checkpoint import ADAPTER_CONFIG
+from ..minicpmv.checkpoint import ADAPTER_CONFIG, describe_replicated_layers
 from ..minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
 from .arguments import Arguments, LoraArguments
 
@@ -31,7 +31,7 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         UserError: the arguments contradict the model.
     """
     training, lora = arguments.training, arguments.lora
-    if training.llm_type is not None and training.llm_type != generation.llm_type:
+    if training.llm_type not in {None, generation.llm_type, *generation.older_llm_types}:
         raise UserError(
             f"--llm_type {training.llm_type} contradicts the checkpoint: MiniCPM-V {generation.version} speaks "
             f"{generation.llm_type}; leave the flag out or correct it."
@@ -47,27 +47,25 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         adapter = Path(lora.lora_weight_path)
         if not (adapter / ADAPTER_CONFIG).is_file():
             raise UserError(f"--lora_weight_path {adapter}: no {ADAPTER_CONFIG} here; give an adapter folder.")
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        describe_replicated_layers(model)
+        return adapted
     with warnings.catch_warnings():
         # PEFT asks for it by the name it had before.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         adapted = get_peft_model(model, lora_config(model, generation, arguments))
+    describe_replicated_layers(model)
     if not training.tune_vision:
         # lora_bias "all" would train the biases of the vision tower too.
         model.get_submodule(generation.vision_tower).requires_grad_(False)
     return adapted
 
 
-def lora_config(model: nn.Module, generation: Generation, arguments: Arguments) -> LoraConfig:
+def lora_config(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> LoraConfig:
     """The PEFT configuration that the `lora_*` arguments describe, with this generation's module names."""
     lora = arguments.lora
     if lora.lora_bias not in {"none", "all", "lora_only"}:
         raise UserError(f"--lora_bias {lora.lora_bias}: must be none, all or lora_only.")
-    if lora.lora_layer_replication:
-        raise UserError(
-            f"--lora_layer_replication: MiniCPM-V {generation.version} mixes linear and full attention in a fixed "
-            "order, which replicated layers would break; leave the flag out."
-        )
     whole = [generation.embed_tokens, generation.merger]
     if arguments.training.tune_vision:
         whole.append(generation.vision_tower)
@@ -83,6 +81,7 @@ def lora_config(model: nn.Module, generation: Generation, arguments: Arguments) 
         bias=lora.lora_bias,  # type: ignore[arg-type]
         target_modules=_targets(model, generation, lora),
         modules_to_save=whole,
+        layer_replication=_replication(model, generation, lora.lora_layer_replication),
         task_type="CAUSAL_LM",
     )
 
@@ -93,13 +92,14 @@ def _targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> s
     if pattern == PUBLISHED_LORA_TARGETS:
         pattern = generation.lora_target_modules
     prefix = re.escape(generation.language_model).replace("\\", "\\\\") + r"\\."
-    pattern = _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matched: list[str] = []
     try:
-        matched = [
-            name
-            for name, module in model.named_modules()
-            if re.fullmatch(pattern, name) and isinstance(module, nn.Linear)
-        ]
+        # As it stands where the language model is called `llm`, else with the name it has.
+        for candidate in (pattern, _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)):
+            if not matched:
+                pattern = candidate
+                matched = [name for name in layers if re.fullmatch(pattern, name)]
     except re.error as error:
         raise UserError(f"--lora_target_modules {pattern!r}: not a regular expression ({error}).") from error
     if not matched:
@@ -123,6 +123,26 @@ def _targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> s
             f"with one are {sorted(set(numbered.values()))}."
         )
     return [name for name, number in numbered.items() if number in wanted]
+
+
+def _replication(model: PreTrainedModel, generation: Generation, ranges: str | None) -> list[tuple[int, int]] | None:
+    """The ranges of the language model's layers to stack, from `0:4,2:6`."""
+    if not ranges:
+        return None
+    if not generation.interchangeable_layers:
+        raise UserError(
+            f"--lora_layer_replication: MiniCPM-V {generation.version} mixes linear and full attention in a fixed "
+            "order, which replicated layers would break; leave the flag out."
+        )
+    count = model.config.get_text_config().num_hidden_layers
+    pairs = [re.fullmatch(r"\s*(\d+):(\d+)\s*", part) for part in ranges.split(",")]
+    stacked = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+    if len(stacked) != len(pairs) or not all(start < end <= count for start, end in stacked):
+        raise UserError(
+            f"--lora_layer_replication {ranges}: give ranges of the {count} layers, first and one past the last, such "
+            f"as 0:{count},{count // 2}:{count}."
+        )
+    return stacked
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

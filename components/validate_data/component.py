@@ -1,5 +1,7 @@
 """The KFP interface of validate_data."""
 
+from typing import Any
+
 from kfp import dsl
 
 from ..images import DATA_IMAGE
@@ -10,39 +12,45 @@ def validate_data(
     data_uri: str,
     eval_data_uri: str,
     max_reject_ratio: float,
-    eval_fraction: float,
     seed: int,
+    data_options: dict[str, Any],
     dataset: dsl.Output[dsl.Dataset],
     rejects: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     summary: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
 ) -> None:
     """Check every sample, name the ones left out, and split off evaluation data if none is given.
 
     Args:
-        data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI.
+        data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI, or a pattern.
         eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by picture.
         max_reject_ratio: Share of rejected samples above which the step fails.
-        eval_fraction: Share of the pictures split off for evaluation when eval_data_uri is empty.
         seed: Decides which pictures are split off.
+        data_options: eval_fraction (0.1), the share of the pictures split off for evaluation when eval_data_uri is
+            empty; exif_transpose (false), whether pictures are turned as their EXIF orientation says.
         dataset: The accepted samples.
         rejects: JSON Lines naming each rejected sample, with a reason code and a sentence.
-        metrics: Counts of accepted and rejected samples.
+        metrics: Counts of accepted and rejected samples, and of what is worth knowing.
         summary: The same as a table.
+        report: Counts, histograms, duplicates, and samples with their slices drawn over the pictures.
     """
     from pathlib import Path
 
     from minicpmv_finetune.components.attempt import permanent_error_marked
-    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, markdown
+    from minicpmv_finetune.components.validate_data.report import markdown
+    from minicpmv_finetune.components.validate_data.validate import settings_from
     from minicpmv_finetune.components.validate_data.validate import validate_data as run
 
-    settings = ValidationSettings(max_reject_ratio=max_reject_ratio, eval_fraction=eval_fraction, seed=seed)
-    inputs = {"data_uri": data_uri, "eval_data_uri": eval_data_uri, "settings": settings}
+    options = {"max_reject_ratio": max_reject_ratio, "seed": seed, **data_options}
+    inputs = {"data_uri": data_uri, "eval_data_uri": eval_data_uri, "options": options}
     with permanent_error_marked(dataset.uri, inputs):
-        info = run(data_uri, eval_data_uri, Path(dataset.path), Path(rejects.path), settings)
-        dataset.metadata.update(fingerprint=info.fingerprint, **info.rows)
+        settings = settings_from(options)
+        info = run(data_uri, eval_data_uri, Path(dataset.path), Path(rejects.path), settings, Path(report.path))
+        dataset.metadata.update(fingerprint=info.fingerprint, exif_transpose=info.exif_transpose, **info.rows)
         for split, rows in info.rows.items():
             metrics.log_metric(f"{split}_samples", rows)
-        for reason, count in info.rejected.items():
-            metrics.log_metric(f"rejected_{reason}", count)
+        for kind, counts in {"rejected": info.rejected, "noted": info.noted}.items():
+            for code, count in counts.items():
+                metrics.log_metric(f"{kind}_{code}", count)
         Path(summary.path).write_text(markdown(info))

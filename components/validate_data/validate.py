@@ -1,47 +1,46 @@
 """Read the user's data, check every sample, and write down what is wrong with the ones left out.
 
-A sample is either accepted whole or rejected with a stable reason code and a sentence; none is repaired by guessing,
-truncated or replaced by another. What an accepted sample means is decided here, once: which picture goes where in
-which turn.
+Samples flow through: they are parsed here, checked by a pool of processes a batch at a time, and written as they come
+back, in their order. Only a window of them is in memory, and a few bytes of each stay (`inventory`): enough to
+split off evaluation data, to find duplicates and to draw the report once all are known.
 """
 
 import hashlib
-import io
-import json
+import heapq
+import multiprocessing
 import os
-import re
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
-from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from .. import storage
-from ..errors import UserError
+from .. import pictures, storage
+from ..errors import RetryableError, UserError
 from ..progress import conclude, progress
-from ..samples import (
-    DATASET_FILE,
-    DatasetInfo,
-    Picture,
-    Reject,
-    Sample,
-    SampleError,
-    Split,
-    Turn,
-    content_digest,
-    refuse_nothing_left,
-    refuse_too_many,
-    write_rejects,
-)
+from ..samples import DATASET_FILE, DatasetInfo, Picture, Reject, RejectLog, Sample, SampleError, Split
+from .checking import Accepted, addresses, check_all, forget_pictures
+from .duplicates import Appearance, Group, Repetition, find_repeated
+from .holdout import hold_out
+from .inventory import Inventory
+from .reading import Record, read_records
+from .report import SHOWN_SAMPLES, Findings, warnings_about, write_report
 
-_UNNAMED_MARK = "<image>"
-_MARK = re.compile(r"<image>|<image_\d+>")
+DUPLICATES_FILE = "duplicates.jsonl"
+_BATCH = 16  # samples that a process checks at once
+_BATCH_LENGTH = 1 << 20  # characters of them, about: a sample may hold its pictures itself
+_LISTED_SHARDS = 8  # whose members' places are remembered
+_LISTED_REPETITIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,408 +49,267 @@ class ValidationSettings:
 
     Attributes:
         max_reject_ratio: share of rejected samples above which the step fails.
-        eval_fraction: share of pictures split off for evaluation when no evaluation data is given.
+        eval_fraction: share of pictures split off for evaluation when no evaluation data is given; 0 for none.
         seed: of that split.
+        exif_transpose: whether pictures are turned as their EXIF orientation says, in training and evaluation. The
+            published code ignores it, so whatever serves the model must then turn them too.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     max_reject_ratio: float = 0.05
-    eval_fraction: float = 0.1
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     seed: int = 42
+    exif_transpose: bool = False
 
 
-class _RawTurn(BaseModel):
-    """A turn as MiniCPM-V's published format writes it."""
+def settings_from(options: Mapping[str, Any]) -> ValidationSettings:
+    """The settings that a JSON object names; what it does not name has its default.
 
-    model_config = ConfigDict(strict=True)
-
-    role: str
-    content: str
-
-
-class _RawSample(BaseModel):
-    """A sample as MiniCPM-V's published format writes it; further fields are ignored."""
-
-    model_config = ConfigDict(strict=True)
-
-    id: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
-    image: str | dict[str, str] | None = None
-    conversations: list[_RawTurn]
-    metric: str | None = None
-    tags: list[str] = []
-    answers: list[str] = []
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One item of a data file: parsed JSON, or why it could not be parsed."""
-
-    file: str
-    index: int | None
-    line: int | None
-    content: Any
-    problem: SampleError | None = None
+    Raises:
+        UserError: a name is unknown, or its value of another type.
+    """
+    try:
+        return TypeAdapter(ValidationSettings).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"data_options: {first['loc'][0]}: {first['msg']}; known are eval_fraction and exif_transpose."
+        ) from error
 
 
 def validate_data(
-    data_uri: str, eval_data_uri: str, dataset: Path, rejects_file: Path, settings: ValidationSettings
+    data_uri: str,
+    eval_data_uri: str,
+    dataset: Path,
+    rejects_file: Path,
+    settings: ValidationSettings,
+    report: Path | None = None,
 ) -> DatasetInfo:
     """Check the data and write the dataset folder that later steps rely on.
 
     Args:
-        data_uri: JSON array or JSON Lines in MiniCPM-V's format; local or `s3://`.
+        data_uri: JSON arrays or JSON Lines in MiniCPM-V's format; local or `s3://`, one file or a pattern of names.
         eval_data_uri: the same for evaluation; empty splits it off `data_uri`, by picture.
-        dataset: folder that receives `train.jsonl`, `eval.jsonl` and, last, `dataset.json`.
+        dataset: folder that receives `train.jsonl`, `eval.jsonl`, `duplicates.jsonl` and, last, `dataset.json`.
         rejects_file: receives what was left out and why, also when the step fails over it.
         settings: see there.
+        report: receives a page about the data, or None.
 
     Returns:
         Counts and the content's fingerprint.
 
     Raises:
-        UserError: nothing lies at a URI, nothing usable is left, or too much was rejected.
+        UserError: nothing lies at a URI, nothing usable is left, too much was rejected, or a file breaks off.
+        RetryableError: the store does not answer.
     """
-    samples: dict[Split, list[Sample]] = {"train": [], "eval": []}
-    rejects: list[Reject] = []
     sources: list[tuple[Split, str]] = [("train", data_uri)]
     if eval_data_uri:
         sources.append(("eval", eval_data_uri))
-    for split, uri in sources:
-        samples[split], rejected = _check_file(uri)
-        rejects += rejected
-        if not samples[split]:
-            write_rejects(rejects_file, rejects)
-            refuse_nothing_left(rejected, split, rejects_file)
-    write_rejects(rejects_file, rejects)
-    accepted = len(samples["train"]) + len(samples["eval"])
-    refuse_too_many(rejects, accepted, settings.max_reject_ratio, rejects_file)
-    if not eval_data_uri:
-        samples = _split_off(samples["train"], settings)
-    info = DatasetInfo(
-        fingerprint=_fingerprint(samples),
-        rows={split: len(group) for split, group in samples.items()},
-        rejected=dict(Counter(reject.reason for reject in rejects)),
-    )
-    with storage.staged_folder(dataset) as staging:
-        for split, group in samples.items():
-            lines = "".join(f"{sample.model_dump_json()}\n" for sample in group)
-            (staging / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    rows: Counter[Split] = Counter()
+    forget_pictures()
+    _listed.cache_clear()
+    with (
+        tempfile.TemporaryDirectory(prefix="validate-data-") as scratch,
+        storage.staged_folder(dataset) as staging,
+        RejectLog(rejects_file) as rejects,
+    ):
+        with Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "grays") as inventory:
+            for split, uri in sources:
+                for outcome in _checked(uri, settings.exif_transpose):
+                    if isinstance(outcome, Accepted):
+                        inventory.add(outcome)
+                        rows[split] += 1
+                    else:
+                        rejects.append(outcome, split)
+                if not rows[split]:
+                    rejects.refuse_nothing_left(split)
+        rejects.refuse_too_many(len(inventory), settings.max_reject_ratio)
+        if eval_data_uri:
+            is_eval = np.arange(len(inventory)) >= rows["train"]
+        else:
+            is_eval = hold_out(inventory, settings.eval_fraction, settings.seed)
+        groups, repeated = find_repeated(inventory, is_eval)
+        info = DatasetInfo(
+            fingerprint=_fingerprint(inventory, is_eval, settings.exif_transpose),
+            rows={"train": int((~is_eval).sum()), "eval": int(is_eval.sum())},
+            rejected=dict(rejects.counts),
+            noted=dict(sorted((inventory.notes + repeated).items())),  # a sum of Counters leaves zeros out
+            exif_transpose=settings.exif_transpose,
+        )
+        shown = inventory.shown()
+        chosen = _choose(inventory)
+        groups = groups[:_LISTED_REPETITIONS]
+        named = shown["sample"][[row for group in groups for row in group.rows]].tolist()
+        kept = _distribute(inventory, is_eval, staging, {*chosen, *named})
+        repetitions = [_described(group, shown, is_eval, kept) for group in groups]
+        lines = "".join(f"{repetition.model_dump_json()}\n" for repetition, _ in repetitions)
+        (staging / DUPLICATES_FILE).write_text(lines, encoding="utf-8")
+        if report:
+            findings = Findings(
+                info=info,
+                data_uri=data_uri,
+                eval_data_uri=eval_data_uri,
+                sizes=np.stack([shown["width"], shown["height"]], axis=1),
+                turns=inventory.turns,
+                pictures=inventory.pictures,
+                rejects=rejects.examples,
+                repetitions=repetitions,
+                samples=[("eval" if is_eval[number] else "train", kept[number]) for number in chosen],
+            )
+            write_report(report, findings)
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
+    for warning in warnings_about(info):
+        print(f"warning: {warning}", file=sys.stderr)
     conclude(
-        f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, {len(rejects):,} rejected"
+        f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
+        f"{sum(info.rejected.values()):,} rejected"
     )
     return info
 
 
-def markdown(info: DatasetInfo) -> str:
-    """The counts as tables."""
-    rows = "".join(f"| {split} | {count:,} |\n" for split, count in info.rows.items())
-    text = f"| Split | Samples |\n|---|---:|\n{rows}"
-    if info.rejected:
-        reasons = "".join(f"| {reason} | {count:,} |\n" for reason, count in sorted(info.rejected.items()))
-        text += f"\n| Rejected because of | Samples |\n|---|---:|\n{reasons}"
-    return f"{text}\nFingerprint of the content: `{info.fingerprint}`\n"
-
-
-def inspect_picture(uri: str) -> Picture:
-    """Read and decode a picture once, to know that training can.
+def _checked(pattern: str, exif_transpose: bool) -> Iterator[Accepted | Reject]:
+    """All samples of some files, in order, accepted or rejected.
 
     Raises:
-        SampleError: it is refused, missing, unreadable, or decompresses to more than Pillow's limit.
-        RetryableError: the store does not answer.
+        UserError: a file breaks off, is missing or of another kind.
     """
-    try:
-        content = storage.read_bytes(uri)
-    except UserError as error:
-        raise SampleError("image_missing" if storage.is_supported(uri) else "image_refused", str(error)) from error
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            too_large = Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
-            if not too_large:
-                image.load()
-    except Image.DecompressionBombError:
-        too_large = True
-    except Exception as error:
-        # Whatever a decoder raises over damaged bytes (struct.error, KeyError, …), it is about this picture.
-        raise SampleError(
-            "image_unreadable", f"{uri}: not a readable picture ({type(error).__name__}: {error}); replace it."
-        ) from error
-    if too_large:
-        raise SampleError(
-            "decompression_bomb", f"{uri}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels allowed; scale it down."
-        )
-    return Picture(uri=uri, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)
+    uris = storage.expand(pattern)
+    paths = [_local_copy(uri) for uri in uris]
+    last: Record | None = None
+
+    def records() -> Iterator[Record]:
+        nonlocal last
+        for uri, path in zip(uris, paths, strict=True):
+            for record in read_records(uri, path, bar.update):
+                yield record
+                if record.is_last:
+                    last = record
+                    return
+
+    with progress("validate", sum(path.stat().st_size for path in paths), "B", unit_scale=True) as bar:
+        for outcomes in _in_pool(_batches(records()), exif_transpose):
+            yield from outcomes
+    if last and last.problem:
+        place = f"line {last.line}" if last.index is None else f"sample {last.index}"
+        raise UserError(f"{last.file}, {place}: {last.problem}")
 
 
-def _check_file(uri: str) -> tuple[list[Sample], list[Reject]]:
-    """All samples of a file, in order, accepted or rejected."""
-    records = list(_read_records(uri))
-    inspect = lru_cache(maxsize=None)(_inspected)  # a picture that many samples show is decoded once
-    samples: list[Sample] = []
-    rejects: list[Reject] = []
-    with (
-        warnings.catch_warnings(),
-        progress("validate", len(records), " samples") as bar,
-        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-    ):
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong is told per sample
-        for outcome in pool.map(lambda record: _check(record, inspect), records):
-            if isinstance(outcome, Reject):
-                rejects.append(outcome)
-            else:
-                samples.append(outcome)
-            bar.update()
-    return samples, rejects
+def _local_copy(uri: str) -> Path:
+    """A file of the data on this machine, since no store keeps a stream open while pictures are checked for hours."""
+    if storage.is_object_uri(uri):
+        return storage.fetch(uri)
+    with storage.open_stream(uri):  # or say why not
+        return Path(uri).expanduser()
 
 
-def _inspected(uri: str) -> Picture | SampleError:
-    try:
-        return inspect_picture(uri)
-    except SampleError as error:
-        return error
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    length = 0
+    for record in records:
+        batch.append(record)
+        length += record.length
+        if len(batch) == _BATCH or length > _BATCH_LENGTH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
-def _check(record: _Record, inspect: Callable[[str], Picture | SampleError]) -> Sample | Reject:
-    try:
-        if record.problem:
-            raise record.problem
-        raw = _parse(record.content)
-        pictures = []
-        for reference in _references(raw):
-            found = inspect(storage.resolve(reference, storage.parent(record.file)))
-            if isinstance(found, SampleError):
-                raise found
-            pictures.append(found)
-        return _interpret(raw, pictures, record)
-    except SampleError as error:
-        content = record.content
-        sample_id = str(content["id"]) if isinstance(content, dict) and "id" in content else None
-        return Reject(
-            file=record.file,
-            index=record.index,
-            line=record.line,
-            id=sample_id and sample_id.encode(errors="replace").decode(),
-            reason=error.reason,
-            message=str(error),
-        )
-
-
-def _read_records(uri: str) -> Iterator[_Record]:
-    """The items of a JSON array, of JSON Lines or of `{"data": […]}`."""
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{uri}: not UTF-8 text (byte {error.start}); save it as UTF-8 JSON.") from error
-    if not text.strip():
-        yield _Record(uri, None, 1, None, SampleError("empty_file", "the file is empty; write samples into it."))
+def _in_pool(batches: Iterator[list[Record]], exif_transpose: bool) -> Iterator[list[Accepted | Reject]]:
+    """Check batches in processes, as many as there are cores, and in order; a single one is checked here."""
+    head = [batch for _, batch in zip(range(2), batches, strict=False)]
+    if len(head) < 2:
+        for batch in head:
+            yield check_all(batch, _places(batch), exif_transpose)
         return
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        if _is_one_document(text):
-            yield _Record(uri, None, error.lineno, None, _invalid_json(error, error.lineno))
-        else:
-            yield from _read_lines(uri, text)
-        return
-    except (ValueError, RecursionError) as error:
-        yield _Record(uri, None, 1, None, _invalid_json(error, 1))
-        return
-    if isinstance(document, dict) and isinstance(document.get("data"), list):
-        document = document["data"]
-    if isinstance(document, dict):
-        document = [document]  # JSON Lines of one line
-    if not isinstance(document, list):
-        raise UserError(f"{uri}: holds {type(document).__name__}, not an array of samples; see docs/data-format.md.")
-    if not document:
-        yield _Record(uri, None, 1, None, SampleError("empty_file", "the array is empty; write samples into it."))
-    for index, item in enumerate(document):
-        yield _Record(uri, index, None, item)
-
-
-def _is_one_document(text: str) -> bool:
-    """Whether broken JSON was meant as a whole, not as a line for each sample.
-
-    Then its first line is unfinished, and the next is no sample by itself.
-    """
-    first, _, rest = text.strip().partition("\n")
-    if first.startswith("["):
-        return True
-    try:
-        json.loads(first)
-    except json.JSONDecodeError as error:
-        return error.pos == len(first.rstrip()) and not _is_object(rest.lstrip().partition("\n")[0])
-    return False
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _read_lines(uri: str, text: str) -> Iterator[_Record]:
-    index = 0
-    # Not str.splitlines: it also splits at characters that JSON allows within a string, such as U+2028.
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
+    workers = len(os.sched_getaffinity(0))
+    waiting: deque[Future[list[Accepted | Reject]]] = deque()
+    # Forked, a worker costs milliseconds and shares the memory of what is imported.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
-            yield _Record(uri, index, line, json.loads(content))
-        except (ValueError, RecursionError) as error:
-            yield _Record(uri, index, line, None, _invalid_json(error, line))
-        index += 1
+            for batch in chain(head, batches):
+                waiting.append(pool.submit(check_all, batch, _places(batch), exif_transpose))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RetryableError(
+                "validate-data: the system ended a process that decodes pictures, most likely for lack of memory; try "
+                "again with more."
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _invalid_json(error: ValueError | RecursionError, line: int) -> SampleError:
-    place, what = f"line {line}", str(error)
-    if isinstance(error, json.JSONDecodeError):
-        place, what = f"{place}, column {error.colno}", error.msg
-    return SampleError("invalid_json", f"invalid JSON at {place} ({what}); correct it there.")
+def _places(batch: list[Record]) -> dict[str, pictures.Span | SampleError]:
+    """Where the members of tar shards lie that a batch names."""
+    places: dict[str, pictures.Span | SampleError] = {}
+    for record in batch:
+        for address in addresses(record):
+            shard = pictures.shard_of(address)
+            if shard:
+                listed = _listed(shard)
+                if isinstance(listed, SampleError):
+                    places[address] = listed
+                elif address in listed:
+                    places[address] = listed[address]
+    return places
 
 
-def _parse(content: Any) -> _RawSample:
-    if isinstance(content, dict) and content.get("video"):
-        raise SampleError(
-            "video", "the field `video` asks for a video, which is not supported; give frames as pictures instead."
-        )
+@lru_cache(maxsize=_LISTED_SHARDS)
+def _listed(shard: str) -> dict[str, pictures.Span] | SampleError:
     try:
-        raw = _RawSample.model_validate(content)
-        json.dumps(content, ensure_ascii=False).encode()
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"]) or "the sample"
-        raise SampleError("schema", f"{place}: {first['msg']}; see docs/data-format.md.") from error
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise SampleError(
-            "invalid_unicode", f"holds {half!r}, half of a surrogate pair, which is no character; correct the text."
-        ) from error
-    return raw
+        return pictures.list_shard(shard)
+    except UserError as error:
+        return SampleError("image_missing" if storage.is_supported(shard) else "image_refused", str(error))
 
 
-def _references(raw: _RawSample) -> list[str]:
-    if isinstance(raw.image, dict):
-        return list(raw.image.values())
-    return [raw.image] if raw.image else []
-
-
-def _interpret(raw: _RawSample, pictures: list[Picture], record: _Record) -> Sample:
-    """Decide which picture goes where, and refuse what is ambiguous.
-
-    Args:
-        raw: the sample as written.
-        pictures: its pictures, in the order in which `image` lists them.
-        record: where it stands.
-    """
-    _check_roles(raw.conversations)
-    marks = _number_marks(raw)
-    texts = [turn.content for turn in raw.conversations]
-    if isinstance(raw.image, str) and marks and not any(_MARK.search(text) for text in texts):
-        first = 1 if raw.conversations[0].role == "system" else 0
-        texts[first] = f"{_UNNAMED_MARK}\n{texts[first]}"
-    turns = []
-    for number, (raw_turn, text) in enumerate(zip(raw.conversations, texts, strict=True)):
-        turn = Turn(role=_role(raw_turn.role), parts=tuple(_split_at_marks(text, marks)))
-        has_picture = any(isinstance(part, int) for part in turn.parts)
-        if has_picture and turn.role != "user":
-            raise SampleError(
-                "placeholder_in_answer",
-                f"turn {number} ({turn.role}) holds a picture's placeholder; move it into the user's words.",
-            )
-        if not turn.text and not has_picture:
-            reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
-            raise SampleError(reason, f"turn {number} ({turn.role}) says nothing; give it words or leave it out.")
-        turns.append(turn)
-    return Sample(
-        id=str(record.index) if raw.id is None else raw.id,
-        pictures=tuple(pictures),
-        turns=tuple(turns),
-        source=record.file,
-        index=record.index,
-        metric=raw.metric,
-        tags=tuple(raw.tags),
-        answers=tuple(raw.answers),
-    )
-
-
-def _check_roles(turns: list[_RawTurn]) -> None:
-    spoken = turns[1:] if turns and turns[0].role == "system" else turns
-    if not spoken:
-        raise SampleError("roles", "the conversation has no turn; it needs a user's and an assistant's.")
-    for number, turn in enumerate(spoken):
-        expected = "user" if number % 2 == 0 else "assistant"
-        if turn.role != expected:
-            raise SampleError(
-                "roles",
-                f"turn {number + len(turns) - len(spoken)} has the role {turn.role!r} where {expected!r} is expected; "
-                "user and assistant alternate, after at most one system turn.",
-            )
-    if spoken[-1].role != "assistant":
-        raise SampleError("roles", "the last turn is the user's; training needs the assistant's answer to it.")
-
-
-def _number_marks(raw: _RawSample) -> dict[str, int]:
-    """Which placeholder stands for which picture, each used exactly once."""
-    used = Counter(mark for turn in raw.conversations for mark in _MARK.findall(turn.content))
-    if isinstance(raw.image, dict):
-        marks = {name: number for number, name in enumerate(raw.image)}
-        for name in marks:
-            if not _MARK.fullmatch(name):
-                raise SampleError(
-                    "placeholder_name", f"{name!r} is no placeholder; name pictures <image_00>, <image_01>."
-                )
-            if name not in used:
-                raise SampleError(
-                    "placeholder_missing", f"no turn mentions {name}; write it where its picture belongs."
-                )
-    else:
-        marks = {_UNNAMED_MARK: 0} if raw.image else {}
-    for mark, count in used.items():
-        if mark not in marks:
-            raise SampleError("placeholder_without_image", f"the text says {mark}, but `image` names no such picture.")
-        if count > 1:
-            raise SampleError(
-                "placeholder_doubled", f"{mark} stands {count} times in the text; a picture goes to one place."
-            )
-    return marks
-
-
-def _split_at_marks(text: str, marks: dict[str, int]) -> list[str | int]:
-    parts: list[str | int] = []
-    end = 0
-    for match in _MARK.finditer(text):
-        parts += [text[end : match.start()], marks[match.group()]]
-        end = match.end()
-    return [part for part in (*parts, text[end:]) if part != ""]
-
-
-def _role(name: str) -> Literal["system", "user", "assistant"]:
-    if name == "system":
-        return "system"
-    return "user" if name == "user" else "assistant"
-
-
-def _split_off(samples: list[Sample], settings: ValidationSettings) -> dict[Split, list[Sample]]:
-    """Split by a seeded hash of the picture, so that equal pictures stay together and added samples move none."""
-    groups: dict[Split, list[Sample]] = {"train": [], "eval": []}
-    for sample in samples:
-        subject = min((picture.sha256 for picture in sample.pictures), default=content_digest(sample))
-        draw = int.from_bytes(hashlib.sha256(f"{settings.seed}:{subject}".encode()).digest()[:8]) / 2**64
-        groups["eval" if draw < settings.eval_fraction else "train"].append(sample)
-    if not all(groups.values()):
-        raise UserError(
-            f"{len(samples)} samples are too few to split off {settings.eval_fraction:.0%} for evaluation; give "
-            "evaluation data of its own."
-        )
-    return groups
-
-
-def _fingerprint(samples: dict[Split, list[Sample]]) -> str:
+def _fingerprint(inventory: Inventory, is_eval: NDArray[np.bool_], exif_transpose: bool) -> str:
     """A hash of content alone: the same data elsewhere, or in another order, has the same."""
-    digest = hashlib.sha256()
-    for split, group in samples.items():
+    digest = hashlib.sha256(b"exif_transpose" if exif_transpose else b"")
+    digests = inventory.digests()
+    for split, belongs in {"train": ~is_eval, "eval": is_eval}.items():
         digest.update(split.encode())
-        for content in sorted(content_digest(sample) for sample in group):
-            digest.update(content.encode())
+        words = digests[belongs].view(">u8").reshape(-1, 4)
+        digest.update(words[np.lexsort(words.T[::-1])].tobytes())
     return digest.hexdigest()
+
+
+def _choose(inventory: Inventory) -> list[int]:
+    """Samples for the report: a choice that only their contents decide."""
+    digests = inventory.digests()
+    smallest = heapq.nsmallest(SHOWN_SAMPLES, ((digests[number].tobytes(), number) for number in range(len(inventory))))
+    return sorted(number for _, number in smallest)
+
+
+def _distribute(inventory: Inventory, is_eval: NDArray[np.bool_], folder: Path, wanted: set[int]) -> dict[int, Sample]:
+    """Write each sample into its split's file, and return those that are wanted."""
+    kept = {}
+    with (
+        inventory.lines.open(encoding="utf-8") as lines,
+        (folder / "train.jsonl").open("w", encoding="utf-8") as train,
+        (folder / "eval.jsonl").open("w", encoding="utf-8") as evaluation,
+    ):
+        for number, line in enumerate(lines):
+            (evaluation if is_eval[number] else train).write(line)
+            if number in wanted:
+                kept[number] = Sample.model_validate_json(line)
+    return kept
+
+
+def _described(
+    group: Group, shown: NDArray[np.void], is_eval: NDArray[np.bool_], kept: Mapping[int, Sample]
+) -> tuple[Repetition, tuple[Picture, ...]]:
+    """A group as it is listed, and the pictures of its appearances."""
+    appearances, found = [], []
+    for row in group.rows:
+        number = int(shown["sample"][row])
+        sample = kept[number]
+        picture = sample.pictures[row - int(np.searchsorted(shown["sample"], number))]
+        split: Split = "eval" if is_eval[number] else "train"
+        appearances.append(Appearance(uri=pictures.shown(picture.uri), split=split, sample=sample.id))
+        found.append(picture)
+    repetition = Repetition(kind=group.kind, leaks=group.leaks, count=group.count, appearances=tuple(appearances))
+    return repetition, tuple(found)

@@ -15,7 +15,7 @@ from minicpmv_finetune.components.samples import (
     refuse_too_many,
     write_rejects,
 )
-from minicpmv_finetune.components.validate_data.validate import inspect_picture
+from minicpmv_finetune.components.validate_data.checking import inspect_picture
 
 
 def sample(**changes: object) -> Sample:
@@ -38,7 +38,7 @@ def rejects(number: int) -> list[Reject]:
 def test_a_picture_that_changed_after_validation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 3), "red").save(path)
-    picture = inspect_picture(str(path))
+    picture = inspect_picture(str(path)).picture
     assert open_picture(picture).size == (4, 3)
     Image.new("RGB", (4, 3), "blue").save(path)
     with pytest.raises(UserError, match=r"a\.png: changed since it was validated"):

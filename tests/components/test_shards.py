@@ -4,74 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from made_shards import ROWS, assert_equal, row, write
 from torch.utils.data import DataLoader
 
 from minicpmv_finetune.components import shards as module
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.row import Row
-from minicpmv_finetune.components.shards import (
-    MANIFEST_FILE,
-    Manifest,
-    ShardReader,
-    ShardWriter,
-    read_manifest,
-    verify_shards,
-)
-
-ROWS = 40
-
-
-def row(number: int, seed: int = 0) -> Row:
-    """A row like no other: no slice, one or several of different sizes."""
-    random = np.random.default_rng([seed, number])
-    slices = [random.integers(0, 256, (14 * side, 28, 3), dtype=np.uint8) for side in range(1, 1 + number % 4)]
-    ids = random.integers(0, 500, 5 + number).tolist()
-    return Row(f"row-{number}", ids, [-100, *ids[1:]], slices)
-
-
-def write(folder: Path, seed: int = 0, rows: int = ROWS) -> Path:
-    """A shards folder with many row groups in several files."""
-    folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, "train")
-    for number in range(rows):
-        writer.append(row(number, seed))
-    writer.close()
-    manifest = Manifest(
-        generation="4.6",
-        tokenizer_sha256="",
-        max_slice_nums=9,
-        model_max_length=2048,
-        patch_size=14,
-        pad_token_id=0,
-        data_fingerprint="",
-        shards={"train": writer.shards},
-        lengths={"train": writer.lengths},
-        slices={"train": writer.slices},
-        bytes=0,
-    )
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
-    return folder
+from minicpmv_finetune.components.picture_codec import Codec
+from minicpmv_finetune.components.shards import MANIFEST_FILE, ShardReader, read_manifest, verify_shards
 
 
 @pytest.fixture(autouse=True)
-def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", 8_000)
-    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "shards")
-
-
-def assert_equal(found: Row, expected: Row) -> None:
-    assert found.id == expected.id
-    assert list(found.input_ids) == list(expected.input_ids)
-    assert list(found.labels) == list(expected.labels)
-    assert len(found.slices) == len(expected.slices)
-    for ours, theirs in zip(found.slices, expected.slices, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_rows_come_back_as_they_were_in_any_order(folder: Path) -> None:
@@ -92,12 +44,14 @@ def test_reader_is_indexed_like_a_list(folder: Path) -> None:
             reader[outside]
 
 
-def test_manifest_counts_rows_tokens_and_slices(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    assert manifest.rows("train") == ROWS
-    assert manifest.rows("eval") == 0
-    assert manifest.lengths["train"] == [len(row(number).input_ids) for number in range(ROWS)]
-    assert manifest.slices["train"] == sum(len(row(number).slices) for number in range(ROWS))
+def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
+    assert pq.ParquetFile(folder / "train-00000.parquet").num_row_groups > 1
+
+
+@pytest.mark.parametrize("codec", ["raw", "webp-lossless", "png"])
+def test_every_codec_of_slices_is_lossless(codec: Codec, tmp_path: Path) -> None:
+    for number, found in enumerate(ShardReader(write(tmp_path / "shards", codec=codec), "train")):
+        assert_equal(found, row(number))
 
 
 def test_a_split_without_rows_is_empty(folder: Path) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -215,3 +216,36 @@ def test_a_server_that_is_down_is_told_soon_and_worth_a_retry(
     with pytest.raises(RetryableError, match="does not answer"):
         storage.fetch(f"{s3_uri}/file", tmp_path)
     assert time.monotonic() - started < 15
+
+
+def test_files_are_copied_to_and_from_a_store(s3_uri: str, tmp_path: Path) -> None:
+    content = os.urandom(3 * 2**20 + 1)
+    (tmp_path / "file").write_bytes(content)
+    storage.upload_file(tmp_path / "file", f"{s3_uri}/a/file")
+    storage.write_bytes(f"{s3_uri}/a/deeper/file", b"")
+    assert storage.list_files(f"{s3_uri}/a") == {"file": len(content)}
+    assert storage.download_file(f"{s3_uri}/a/file", tmp_path / "copy") == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "copy").read_bytes() == content
+    assert storage.read_bytes(f"{s3_uri}/a/file", (1000, 50)) == content[1000:1050], "uploaded with a checksum of all"
+
+
+def test_files_of_a_local_folder_are_listed_with_their_sizes(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"content")
+    assert storage.list_files(str(tmp_path)) == {"file": 7}
+    assert storage.list_files(str(tmp_path / "nowhere")) == {}
+
+
+def test_copies_of_what_is_missing_are_explained(s3_uri: str, tmp_path: Path) -> None:
+    assert storage.list_files(f"{s3_uri}/nowhere") == {}
+    with pytest.raises(UserError, match="nothing lies there"):
+        storage.download_file(f"{s3_uri}/nowhere", tmp_path / "copy")
+    with pytest.raises(UserError, match="nothing lies there"):
+        storage.list_files("s3://no-such-bucket/folder")
+
+
+def test_a_large_object_is_fetched_in_parts_whole(s3_uri: str, tmp_path: Path) -> None:
+    content = os.urandom(2**20) * 40
+    (tmp_path / "weights").write_bytes(content)
+    storage.upload_file(tmp_path / "weights", f"{s3_uri}/base/weights")
+    assert storage.fetch(f"{s3_uri}/base/weights", tmp_path / "cache").read_bytes() == content

@@ -60,7 +60,8 @@ def test_run_offers_every_pipeline_input_with_its_default() -> None:
     offered = {
         renamed.get(name, name): option.default for name, option in options.items() if name not in {"out", "runner"}
     }
-    offered["training_flags"] = cli.read_flags(offered["training_flags"])
+    for name in ("training_flags", "data_options"):
+        offered[name] = cli.read_flags(offered[name])
     wanted = {
         name: parameter.default for name, parameter in inspect.signature(finetune.pipeline_func).parameters.items()
     }

@@ -114,9 +114,18 @@ def test_the_shared_cluster_hands_out_gpus_by_its_queue() -> None:
 @BY_NAME
 def test_committed_files_are_what_is_compiled_now(profile: Path, tmp_path: Path) -> None:
     settings = load_profile(profile)
-    writers = {f"{profile.stem}.yaml": compile_pipeline, f"{profile.stem}.objects.yaml": compile_objects}
-    for name, write in writers.items():
-        assert write(tmp_path / name, settings).read_text() == (COMPILED / name).read_text(), "run make compiled"
+    compile_pipeline(tmp_path / f"{profile.stem}.yaml", profile=settings)
+    compile_objects(tmp_path / f"{profile.stem}.objects.yaml", settings)
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (COMPILED / path.name).read_text(), "run make compiled"
+
+
+def test_every_pod_of_a_shared_preprocess_gets_the_settings(tmp_path: Path) -> None:
+    settings = load_profile(PROFILES[0]).model_copy(update={"preprocess_partitions": 3})
+    pipeline, platform = yaml.safe_load_all(compile_pipeline(tmp_path / "p.yaml", profile=settings).read_text())
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(pods) == set(pipeline["deploymentSpec"]["executors"]) > {"exec-preprocess-part"}
+    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods.values())
 
 
 @BY_NAME

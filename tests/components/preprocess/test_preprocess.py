@@ -1,8 +1,5 @@
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,9 @@ from minicpmv_finetune.components.minicpmv.batch import pack_patches
 from minicpmv_finetune.components.minicpmv.conversation import Encoder
 from minicpmv_finetune.components.minicpmv.row import Row
 from minicpmv_finetune.components.minicpmv.slicing import cut
-from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, prepare, preprocess
+from minicpmv_finetune.components.picture_codec import CODECS, Codec
+from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.preprocess.rows import prepare
 from minicpmv_finetune.components.samples import Reject, open_picture, read_samples
 from minicpmv_finetune.components.shards import Manifest, ShardReader, read_manifest, verify_shards
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
@@ -78,6 +77,7 @@ class Workshop:
             self.shards,
             self.rejects_file,
             PreprocessSettings(max_reject_ratio=max_reject_ratio, **settings),
+            num_workers=1,
         )
 
     @property
@@ -99,8 +99,9 @@ def assert_equal(found: Row, expected: Row) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_shards_hold_what_slicing_on_the_fly_gives(workshop: Workshop) -> None:
-    workshop.run()
+@pytest.mark.parametrize("codec", CODECS)
+def test_shards_hold_what_slicing_on_the_fly_gives(codec: Codec, workshop: Workshop) -> None:
+    assert workshop.run(codec=codec).codec == codec
     encoder = Encoder.from_checkpoint(workshop.base_model, 9)
     reader = ShardReader(workshop.shards, "train")
     samples = list(read_samples(workshop.dataset, "train"))
@@ -301,28 +302,3 @@ def test_the_base_model_and_the_pictures_may_lie_in_object_storage(s3_uri: str, 
     assert remote == local, "the fingerprint too is of the content"
     for row, same in zip(ShardReader(workshop.shards, "train"), expected, strict=True):
         assert_equal(row, same)
-
-
-def test_killed_it_leaves_nothing_under_the_final_name(digits: Path, tiny_46: Path, tmp_path: Path) -> None:
-    validate_data(
-        str(digits / "train.json"),
-        str(digits / "eval.json"),
-        tmp_path / "dataset",
-        tmp_path / "rejects.jsonl",
-        ValidationSettings(),
-    )
-    out = tmp_path / "out"
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess\n"
-        "dataset, base, out = map(Path, sys.argv[1:])\n"
-        "preprocess(dataset, str(base), out / 'shards', out / 'rejects.jsonl', PreprocessSettings())\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "dataset"), str(tiny_46), str(out)]
-    environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "0"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr
-        next(line for line in process.stderr if "300/1797" in line)
-        process.kill()
-    assert out.exists(), "it had begun to write"
-    assert not (out / "shards").exists()

@@ -1,11 +1,16 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.train.train import launch
+from minicpmv_finetune.components.training_record import read_record
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.pipelines.demo import write_digits
+
+LORA = "--use_lora true --tune_llm false --lora_r 4 --learning_rate 1e-3"
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +20,37 @@ def shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, evaluation = write_digits(folder / "digits", seed=0, held_out=16)
     samples = json.loads(train.read_text())[:64]
     train.write_text(json.dumps(samples))
+    return _prepared(folder, train, evaluation, tiny_46)
+
+
+@pytest.fixture(scope="session")
+def uneven_shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty samples of different lengths, every other one without a picture."""
+    folder = tmp_path_factory.mktemp("uneven")
+    train, evaluation = write_digits(folder / "digits", seed=0, held_out=16)
+    samples = json.loads(train.read_text())[:40]
+    for number, sample in enumerate(samples):
+        if number % 2:
+            del sample["image"]
+            sample["conversations"][0]["content"] = "Count. " * (1 + number % 5)
+        sample["conversations"][1]["content"] += " Surely." * (number % 7)
+    train.write_text(json.dumps(samples))
+    return _prepared(folder, train, evaluation, tiny_46)
+
+
+def _prepared(folder: Path, train: Path, evaluation: Path, base: Path) -> Path:
     validate_data(str(train), str(evaluation), folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
-    preprocess(folder / "dataset", str(tiny_46), folder / "shards", folder / "more.jsonl", PreprocessSettings())
+    preprocess(folder / "dataset", str(base), folder / "shards", folder / "more.jsonl", PreprocessSettings())
     return folder / "shards"
+
+
+@pytest.fixture
+def losses(tiny_46: Path, tmp_path: Path) -> Callable[..., list[float]]:
+    """Trains, and gives the losses step by step."""
+
+    def train(shards: Path, flags: str, processes: int = 1, out: str = "out") -> list[float]:
+        where = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / out)]
+        launch([*where, *flags.split(), "--logging_steps", "1"], processes)
+        return [entry["loss"] for entry in read_record(tmp_path / out).history if "loss" in entry]
+
+    return train

@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,23 +84,72 @@ def test_mistake_ends_the_command_with_two_and_no_traceback(tiny_46: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_signal_ends_the_workers_too(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
-    flags = _flags(tiny_46, shards, tmp_path / "out", f"{LORA} --num_train_epochs 10000")
-    code = f"from minicpmv_finetune.components.train.train import launch; launch({flags!r})"
-    environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "0"}
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment) as launcher:
-        assert launcher.stderr is not None
-        for line in launcher.stderr:
-            if line.startswith("train ") and "loss" in line:
-                break
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        assert children
-        launcher.send_signal(signal.SIGTERM)
-        launcher.stderr.read()
-    assert launcher.returncode == 128 + signal.SIGTERM
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
 def test_record_is_json(adapter: Path) -> None:
     assert json.loads((adapter / "training.json").read_text())["generation"] == "4.6"
+
+
+def test_loss_that_is_no_number_stops_within_a_step_and_names_the_samples(
+    tiny_46: Path, shards: Path, tmp_path: Path
+) -> None:
+    flags = (
+        "--max_steps 50 --per_device_train_batch_size 4 --learning_rate 1e30 --save_strategy steps --save_steps 1 "
+        f"--max_grad_norm 0 --checkpoint_uri {tmp_path / 'kept'}"
+    )
+    with pytest.raises(UserError, match=r"at step [2-5], on the samples digit-\d+, digit-\d+.*last good checkpoint"):
+        launch(_flags(tiny_46, shards, tmp_path / "out", flags))
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "kept").glob("checkpoint-*.json"))
+
+
+def test_untouched_adapter_fails_the_step(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="left every adapter at zero"):
+        launch(_flags(tiny_46, shards, tmp_path / "out", f"{LORA} --max_steps 1 --learning_rate 0"))
+
+
+def test_evaluation_keeps_loss_and_token_accuracy_and_stops_early(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    flags = (
+        "--use_lora true --tune_llm false --per_device_train_batch_size 16 --learning_rate 1e-9 --max_steps 40 "
+        "--eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --early_stopping_patience 2"
+    )
+    launch(_flags(tiny_46, shards, tmp_path / "out", flags))
+    history = read_record(tmp_path / "out").history
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    assert 0 <= evaluated[0]["eval_token_accuracy"] <= 1
+    assert len(evaluated) < 40
+
+
+def test_a_yaml_file_says_the_same_as_flags(tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path) -> None:
+    document = {
+        "model_name_or_path": str(tiny_46),
+        "data_path": str(shards),
+        "output_dir": str(tmp_path / "out"),
+        "use_lora": True,
+        "tune_llm": False,
+        "lora_r": 4,
+        "per_device_train_batch_size": 16,
+        "learning_rate": "1e-3",
+        "save_strategy": "no",
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+    }
+    (tmp_path / "training.yaml").write_text(json.dumps(document))
+    launch([str(tmp_path / "training.yaml")])
+    first, again = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_raw_json_is_prepared_first_also_under_torchrun(tiny_46: Path, digits: Path, tmp_path: Path) -> None:
+    where = ["--model_name_or_path", str(tiny_46), "--data_path", str(digits / "train.json")]
+    flags = [*where, *f"{LORA} --max_steps 1 --output_dir {tmp_path / 'out'}".split()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "minicpmv_finetune.pipelines.finetune_script", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_record(tmp_path / "out").history
+
+
+def test_report_draws_the_curves_and_tells_the_command(adapter: Path) -> None:
+    page = (adapter / "training.html").read_text()
+    assert page.count("<polyline") >= 3
+    assert "minicpmv-finetune train --model_name_or_path" in page

@@ -1,7 +1,9 @@
+import base64
 import io
 import json
 import random
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,20 @@ from PIL import Image
 
 from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import RetryableError, UserError
-from minicpmv_finetune.components.samples import DatasetInfo, Reject, Sample, read_info, read_samples
-from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.components.samples import (
+    DatasetInfo,
+    Reject,
+    Sample,
+    open_picture,
+    read_info,
+    read_picture,
+    read_samples,
+)
+from minicpmv_finetune.components.validate_data.report import warnings_about
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, settings_from, validate_data
 
 Json = dict[str, Any]
+TURNS = "conversations"
 ASK: Json = {"role": "user", "content": "<image>\nWhat is it?"}
 ASK_WORDS: Json = {"role": "user", "content": "What is it?"}
 ANSWER: Json = {"role": "assistant", "content": "A square."}
@@ -154,11 +166,179 @@ def test_ids_may_be_numbers_or_missing(workshop: Workshop) -> None:
     assert [sample.id for sample in workshop.samples] == ["0", "0", "x"]
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
 def test_pictures_of_every_mode_are_accepted(mode: str, workshop: Workshop) -> None:
     Image.new(mode, (5, 7)).save(workshop.folder / "odd.tiff")
     sample = workshop.accepted({"image": "odd.tiff", "conversations": [ASK, ANSWER]})
     assert (sample.pictures[0].width, sample.pictures[0].height) == (5, 7)
+
+
+def animated(kind: str) -> bytes:
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def turned_jpeg(size: tuple[int, int] = (12, 8)) -> bytes:
+    """A picture that is red on the left as stored, and red at the top once turned as EXIF says."""
+    image = Image.new("RGB", size, "blue")
+    image.paste("red", (0, 0, size[0] // 2, size[1]))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+def test_a_jpeg_with_a_second_view_behind_it_is_one_picture(workshop: Workshop) -> None:
+    (workshop.folder / "phone.jpg").write_bytes(animated("MPO"))
+    assert workshop.accepted({"image": "phone.jpg", TURNS: [ASK, ANSWER]}).pictures
+
+
+def test_what_is_worth_knowing_of_accepted_samples_is_counted(workshop: Workshop) -> None:
+    Image.new("CMYK", (5, 7)).save(workshop.folder / "cmyk.tiff")
+    Image.new("P", (5, 7)).save(workshop.folder / "palette.png")
+    Image.new("RGBA", (5, 7)).save(workshop.folder / "glass.png")
+    (workshop.folder / "turned.jpg").write_bytes(turned_jpeg())
+    names = ("cmyk.tiff", "palette.png", "glass.png", "turned.jpg", "a.png")
+    pair = {"<image_00>": "a.png", "<image_01>": "b.png"}
+    swapped = {"image": pair, TURNS: [{"role": "user", "content": "<image_01><image_00>"}, ANSWER]}
+    info = workshop.check([*({"image": name, TURNS: [ASK, ANSWER]} for name in names), swapped])
+    assert workshop.rejects == []
+    assert info.noted == {"cmyk": 1, "palette": 1, "transparent": 1, "exif_rotated": 1, "order_by_text": 1}
+    assert read_info(workshop.dataset) == info
+
+
+def test_pictures_are_turned_as_exif_says_only_when_asked_for(workshop: Workshop) -> None:
+    (workshop.folder / "turned.jpg").write_bytes(turned_jpeg())
+    samples = [{"image": "turned.jpg", TURNS: [ASK, ANSWER]}]
+    plain = workshop.check(samples)
+    (picture,) = workshop.samples[0].pictures
+    assert (picture.width, picture.height, picture.turned) == (12, 8, False)
+    assert open_picture(picture).getpixel((0, 7))[0] > 200
+    turned = workshop.check(samples, exif_transpose=True)
+    (picture,) = workshop.samples[0].pictures
+    assert (picture.width, picture.height, picture.turned) == (8, 12, True)
+    image = open_picture(picture)
+    assert image.size == (8, 12)
+    assert image.getpixel((7, 0))[0] > 200
+    assert image.getpixel((7, 11))[0] < 50
+    assert (plain.exif_transpose, turned.exif_transpose) == (False, True)
+    assert plain.fingerprint != turned.fingerprint
+    assert any("serves the model must turn them too" in warning for warning in warnings_about(turned))
+
+
+def test_options_of_the_form_are_checked() -> None:
+    assert settings_from({"seed": 1, "exif_transpose": True}) == ValidationSettings(seed=1, exif_transpose=True)
+    for options in ({"exif": True}, {"eval_fraction": 1.5}, {"exif_transpose": "perhaps"}):
+        with pytest.raises(UserError, match=f"data_options: {next(iter(options))}: .*exif_transpose"):
+            settings_from(options)
+
+
+# Where pictures may lie
+
+
+def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+
+
+def test_pictures_may_be_members_of_tar_shards(workshop: Workshop) -> None:
+    write_shard(workshop.folder / "0.tar", {"./x/a.png": png(1), f"{'long/' * 60}b.png": png(2)})
+    samples = [{"image": f"0.tar!{name}", TURNS: [ASK, ANSWER]} for name in ("x/a.png", f"./{'long/' * 60}b.png")]
+    workshop.check(samples)
+    assert workshop.rejects == []
+    for sample, seed in zip(workshop.samples, (1, 2), strict=True):
+        assert read_picture(sample.pictures[0]) == png(seed)
+    write_shard(workshop.folder / "0.tar", {"x/a.png": png(3)})
+    with pytest.raises(UserError, match=r"0\.tar!x/a\.png: changed since it was validated"):
+        open_picture(workshop.samples[0].pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason", "sentence"),
+    [
+        ("0.tar!no.png", "image_missing", "0.tar!no.png: the shard holds no such file"),
+        ("0.tar!link.png", "image_missing", "holds no such file"),
+        ("none.tar!a.png", "image_missing", "none.tar: nothing lies there"),
+        ("bad.tar!a.png", "image_missing", "bad.tar: not a readable tar file"),
+        ("0.tar!../a.png", "image_refused", "leads out of the shard"),
+        ("0.tar!/etc/passwd", "image_refused", "leads out of the shard"),
+        ("0.tar!x/../../a.png", "image_refused", "leads out of the shard"),
+        ("0.tar.gz!a.png", "image_refused", "compressed archive"),
+        ("https://e.org/0.tar!a.png", "image_refused", "web addresses are refused"),
+        ("data:image/png,%00", "image_unreadable", "only data:image/…;base64"),
+        ("data:image/png;base64,!!!!", "image_unreadable", "not valid Base64"),
+        ("data:image/png;base64,AAAA", "image_unreadable", "not a readable picture"),
+        ("moving.gif", "image_animated", "several frames"),
+        ("moving.png", "image_animated", "several frames"),
+        ("moving.tiff", "image_animated", "several frames"),
+        ("deep.png", "image_depth", "more than 8 bits"),
+        ("deep.tiff", "image_depth", "more than 8 bits"),
+        ("page.eps", "image_unreadable", "not a readable picture"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_has_its_code(
+    reference: str, reason: str, sentence: str, workshop: Workshop
+) -> None:
+    write_shard(workshop.folder / "0.tar", {"a.png": png(1)})
+    (workshop.folder / "bad.tar").write_bytes(b"words" * 1000)
+    for name, kind in {"moving.gif": "GIF", "moving.png": "PNG", "moving.tiff": "TIFF"}.items():
+        (workshop.folder / name).write_bytes(animated(kind))
+    Image.new("I;16", (4, 4), 40_000).save(workshop.folder / "deep.png")
+    Image.new("F", (4, 4), 0.5).save(workshop.folder / "deep.tiff")
+    Image.new("RGB", (4, 4)).save(workshop.folder / "page.eps")
+    reject = workshop.rejected({"image": reference, TURNS: [ASK, ANSWER]})
+    assert reject.reason == reason
+    assert sentence in reject.message
+
+
+def test_a_picture_may_stand_in_the_sample(workshop: Workshop) -> None:
+    uri = f"data:image/png;base64,{base64.b64encode(png(1)).decode()}"
+    sample = workshop.accepted({"image": uri, TURNS: [ASK, ANSWER]})
+    assert read_picture(sample.pictures[0]) == png(1)
+    assert open_picture(sample.pictures[0]).size == (12, 8)
+    broken = workshop.rejected({"image": f"{uri[:-400]}{'A' * 4000}", TURNS: [ASK, ANSWER]})
+    assert len(broken.message) < 300, "the message must not repeat the picture"
+
+
+def test_patterns_name_many_files_here_and_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
+    for number in range(3):
+        line = json.dumps({"id": str(number), "conversations": [ASK_WORDS, ANSWER]})
+        workshop.write(line, f"part-{number}.jsonl")
+        storage.write_bytes(f"{s3_uri}/set/part-{number}.jsonl", line.encode())
+        storage.write_bytes(f"{s3_uri}/set/deeper/part-{number}.jsonl", b"not meant")
+    for pattern in (str(workshop.folder / "part-[01].json*"), f"{s3_uri}/set/part-[01].json*"):
+        validate_data(pattern, pattern, workshop.dataset, workshop.rejects_file, ValidationSettings(1.0))
+        assert [sample.id for sample in workshop.samples] == ["0", "1"]
+        assert [sample.source[-12:] for sample in workshop.samples] == ["part-0.jsonl", "part-1.jsonl"]
+    for pattern in (str(workshop.folder / "no-*.json"), f"{s3_uri}/set/no-*.json"):
+        with pytest.raises(UserError, match="no file matches this pattern"):
+            validate_data(pattern, "", workshop.dataset, workshop.rejects_file, ValidationSettings())
+
+
+def test_many_samples_keep_their_order_through_the_pool(workshop: Workshop) -> None:
+    samples = [
+        {"id": str(number), "image": "a.png" if number % 3 else "no.png", TURNS: [ASK, ANSWER]} for number in range(200)
+    ]
+    workshop.check(samples)
+    assert [sample.index for sample in workshop.samples] == [number for number in range(200) if number % 3]
+    assert [reject.index for reject in workshop.rejects] == list(range(0, 200, 3))
+
+
+def test_an_array_that_breaks_off_ends_the_step_and_accepts_none_of_it(workshop: Workshop) -> None:
+    text = json.dumps([TEXT_ONLY] * 100, indent=1)
+    with pytest.raises(UserError, match=r"train\.json, line \d+: invalid JSON at line \d+, column"):
+        workshop.check(text[:-20])
+    assert [reject.reason for reject in workshop.rejects] == ["invalid_json"]
+    assert not workshop.dataset.exists()
 
 
 def as_array(samples: list[Json]) -> str:
@@ -194,7 +374,6 @@ def test_a_line_may_hold_what_other_programs_take_for_a_line_break(workshop: Wor
 
 # What is rejected
 
-TURNS = "conversations"
 BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
     "missing image": (
         {"image": "no.png", TURNS: [ASK, ANSWER]},
@@ -236,8 +415,8 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
     "unknown role": ({TURNS: [ASK_WORDS, {"role": "gpt", "content": "A."}]}, "roles", "turn 1 has the role 'gpt'"),
     "two system turns": (
         {TURNS: [{"role": "system", "content": "Hi."}] * 2 + [ASK_WORDS, ANSWER]},
-        "roles",
-        "turn 1 has the role 'system'",
+        "two_system_turns",
+        "more than one system turn",
     ),
     "question last": ({TURNS: [ASK_WORDS, ANSWER, ASK_WORDS]}, "roles", "the last turn is the user's"),
     "placeholder without image": ({TURNS: [ASK, ANSWER]}, "placeholder_without_image", "the text says <image>"),
@@ -463,6 +642,38 @@ def test_evaluation_data_is_split_off_by_picture(workshop: Workshop) -> None:
     assert split(workshop, many(workshop, 240), eval_fraction=0.2)[1] >= evaluation
 
 
+def test_samples_that_share_pictures_stay_on_one_side(workshop: Workshop) -> None:
+    for number in range(60):
+        (workshop.folder / f"{number}.png").write_bytes(png(number + 10))
+    pair: Json = {TURNS: [{"role": "user", "content": "<image_00><image_01>"}, ANSWER]}
+    # Chains of three samples: 0-1, 1-2, 2-3; 4-5, …
+    samples = [
+        {"id": f"{chain}.{link}", "image": {"<image_00>": f"{first}.png", "<image_01>": f"{first + 1}.png"}, **pair}
+        for chain in range(15)
+        for link, first in enumerate(range(4 * chain, 4 * chain + 3))
+    ]
+    train, evaluation = split(workshop, samples, eval_fraction=0.3)
+    assert {name.split(".")[0] for name in train}.isdisjoint(name.split(".")[0] for name in evaluation)
+    assert evaluation
+    assert split(workshop, samples[::-1], eval_fraction=0.3) == (train, evaluation)
+    assert read_info(workshop.dataset).noted.get("leaked_equal") is None
+
+
+def test_what_most_samples_share_is_trained_on(workshop: Workshop) -> None:
+    common = [{"id": f"c{number}", "image": "a.png", TURNS: [ASK, ANSWER]} for number in range(30)]
+    for seed in range(4):
+        train, evaluation = split(workshop, [*common, *many(workshop, 28)], eval_fraction=0.5, seed=seed)
+        assert train >= {sample["id"] for sample in common}
+        assert evaluation
+    with pytest.raises(UserError, match=r"30 of them share pictures"):
+        split(workshop, common)
+
+
+def test_no_evaluation_data_is_a_choice(workshop: Workshop) -> None:
+    train, evaluation = split(workshop, [TEXT_ONLY], eval_fraction=0.0)
+    assert (train, evaluation) == ({"fine"}, set())
+
+
 def test_too_few_samples_to_split_are_refused(workshop: Workshop) -> None:
     with pytest.raises(UserError, match="too few to split off 10%"):
         split(workshop, [TEXT_ONLY])
@@ -534,3 +745,20 @@ def test_a_picture_that_may_not_be_read_says_so(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
     reject = workshop.rejected({"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]})
     assert "access denied" in reject.message
+
+
+def test_many_pictures_of_a_store_come_through_the_pool(
+    s3_uri: str, unreachable: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(workshop.folder / "0.tar", {f"{number}.png": png(number) for number in range(30)})
+    storage.write_bytes(f"{s3_uri}/set/0.tar", (workshop.folder / "0.tar").read_bytes())
+    for number in range(30, 60):
+        storage.write_bytes(f"{s3_uri}/set/{number}.png", png(number))
+    names = [f"0.tar!{number}.png" if number < 30 else f"{number}.png" for number in range(60)]
+    samples = [{"image": f"{s3_uri}/set/{name}", TURNS: [ASK, ANSWER]} for name in names]
+    workshop.check(samples)
+    assert workshop.rejects == []
+    assert [read_picture(sample.pictures[0]) for sample in workshop.samples] == [png(number) for number in range(60)]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
+    with pytest.raises(RetryableError, match="does not answer"):
+        workshop.check(samples[30:] * 2)

@@ -1,0 +1,74 @@
+"""transformers' Trainer, which also stops at numbers that are none, and gathers weights wherever they lie."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..errors import UserError
+from .callbacks import Watcher
+
+
+class MiniCPMVTrainer(Trainer):
+    """Each batch carries the numbers of its rows, so that a failure can name its samples."""
+
+    def __init__(self, *, watcher: Watcher, name_rows: Callable[[Sequence[int]], list[str]], **arguments: Any) -> None:
+        """The watcher counts what is trained on; `name_rows` gives the ids of samples by row number."""
+        super().__init__(**arguments)
+        self._watcher = watcher
+        self._name_rows = name_rows
+        self._rows: list[int] = []  # of the batches since the last optimizer step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Train on a batch; a loss that is no number ends the run before it reaches a weight.
+
+        Raises:
+            UserError: with the samples of the batch.
+        """
+        rows = inputs.pop("rows")
+        self._watcher.count(rows)
+        self._rows += rows
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise self._not_finite("loss", float(loss), rows)
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        """Evaluate a batch."""
+        inputs.pop("rows", None)
+        return super().prediction_step(model, inputs, *rest, **options)
+
+    def gathered_weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights by name, whole on the first process; every process takes part.
+
+        Returns:
+            For LoRA the adapter's and what is trained whole, else all weights; empty on the other processes where the
+            strategy cuts weights into parts.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+            engine: Any = self.model_wrapped
+            adapted = any("lora_" in name for name, _ in model.named_parameters())
+            gathered = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapted)
+            return dict(gathered or {})
+        if self.is_fsdp_enabled:
+            return dict(self.accelerator.get_state_dict(self.model_wrapped))
+        return dict(model.state_dict())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        rows, self._rows = self._rows, []
+        # With loss scaling a gradient that overflows is found and skipped by the scaler.
+        if norm is not None and not self.args.fp16 and not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise self._not_finite("gradient's norm", float(norm), rows)
+        return norm
+
+    def _not_finite(self, what: str, value: float, rows: Sequence[int]) -> UserError:
+        names = ", ".join(self._name_rows(rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+        return UserError(
+            f"The {what} is {value} at step {self.state.global_step + 1}, on the samples {names}; look at them, lower "
+            "--learning_rate, or compute in float32; the last good checkpoint is kept."
+        )

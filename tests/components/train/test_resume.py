@@ -1,0 +1,166 @@
+"""Training that is cut off goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.train.checkpoints import Checkpoints
+from minicpmv_finetune.components.train.train import launch
+from minicpmv_finetune.components.training_record import read_record
+
+FLAGS = (
+    "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0.3 --learning_rate 1e-3 --logging_steps 1 "
+    "--per_device_train_batch_size 8 --num_train_epochs 2 --save_strategy steps --save_steps 3"
+)
+
+
+def _flags(base: Path, shards: Path, out: Path, more: str = "") -> list[str]:
+    where = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(out)]
+    return [*where, *FLAGS.split(), *more.split()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_46: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "adapter"
+    launch(_flags(tiny_46, shards, out))
+    return out
+
+
+def _start(flags: list[str]) -> "subprocess.Popen[str]":
+    code = f"from minicpmv_finetune.pipelines.cli import main; import sys; sys.argv[1:] = ['train', *{flags!r}]; main()"
+    environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "0"}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("train ") and f" {step * 8}/128" in line:
+            return
+    raise AssertionError("the training ended before that step")
+
+
+def _workers(launcher: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def _same(one: Path, two: Path) -> bool:
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("step", [4, 7, 11])
+def test_killed_training_resumes_to_the_same_bits(
+    tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, step: int
+) -> None:
+    flags = _flags(tiny_46, shards, tmp_path / "adapter")
+    with _start(flags) as process:
+        _wait_for_step(process, step)
+        for pid in [*_workers(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+    assert not (tmp_path / "adapter").exists()
+    launch(flags)
+    assert _same(tmp_path / "adapter", undisturbed)
+    logged = [
+        [(entry["step"], entry["loss"]) for entry in read_record(folder).history if "loss" in entry]
+        for folder in (tmp_path / "adapter", undisturbed)
+    ]
+    assert logged[0] == logged[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_sigterm_saves_and_ends_with_75(tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    flags = _flags(tiny_46, shards, tmp_path / "adapter", f"--checkpoint_uri {tmp_path / 'kept'}")
+    with _start(flags) as process:
+        _wait_for_step(process, 4)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read() if process.stderr else ""
+    assert process.returncode == 75
+    assert "told to stop after step" in said
+    assert "Traceback" not in said
+    launch(flags)
+    assert _same(tmp_path / "adapter", undisturbed)
+
+
+def test_a_parent_that_dies_silently_leaves_no_orphan(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    with _start(_flags(tiny_46, shards, tmp_path / "adapter", "--num_train_epochs 10000")) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("train ") and "loss" in line:
+                break
+        process.kill()
+        # The worker holds the pipe's other end: this returns when it has ended, and else never.
+        process.stderr.read()
+    assert list(tmp_path.glob(".adapter.checkpoints/checkpoint-*.json"))
+
+
+def test_checkpoints_go_to_a_store_and_come_back(
+    tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, s3_uri: str
+) -> None:
+    flags = f"--checkpoint_uri {s3_uri}/run --save_total_limit 3"
+    with _start(_flags(tiny_46, shards, tmp_path / "first" / "adapter", flags)) as process:
+        _wait_for_step(process, 8)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 75
+    # Another pod: nothing of the first one's disk is there.
+    launch(_flags(tiny_46, shards, tmp_path / "second" / "adapter", flags))
+    assert _same(tmp_path / "second" / "adapter", undisturbed)
+
+
+def test_another_number_of_processes_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    flags = _flags(tiny_46, shards, tmp_path / "adapter", f"--checkpoint_uri {tmp_path / 'kept'} --max_steps 3")
+    launch(flags)
+    with pytest.raises(UserError, match="written by 1 processes, but 2 run now"):
+        launch(flags, 2)
+
+
+def test_another_training_starts_anew(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    kept = f"--checkpoint_uri {tmp_path / 'kept'} --max_steps 3"
+    launch(_flags(tiny_46, shards, tmp_path / "one", kept))
+    launch(_flags(tiny_46, shards, tmp_path / "two", f"{kept} --lora_alpha 1"))
+    steps = [entry["step"] for entry in read_record(tmp_path / "two").history if "loss" in entry]
+    assert steps == [1, 2, 3]
+
+
+def _written(folder: Path, step: int, content: bytes = b"weights") -> None:
+    checkpoint = folder / f"checkpoint-{step}" / "deep"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "file").write_bytes(content)
+
+
+def _checkpoints(folder: Path, uri: str = "", training: str = "this", world_size: int = 1) -> Checkpoints:
+    return Checkpoints(folder, uri, keep=2, training=training, world_size=world_size)
+
+
+def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    for step in (5, 10, 15):
+        _written(tmp_path, step)
+    checkpoints.seal(5)
+    checkpoints.seal(10)
+    assert checkpoints.newest() == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "deep" / "file").write_bytes(b"weightz")
+    assert checkpoints.newest() == tmp_path / "checkpoint-5"
+    assert "checkpoint-10 is damaged" in capsys.readouterr().err
+
+
+def test_store_keeps_the_newest_and_replaces_a_damaged_local_copy(tmp_path: Path, s3_uri: str) -> None:
+    checkpoints = _checkpoints(tmp_path / "local", f"{s3_uri}/kept")
+    for step in (1, 2, 3):
+        _written(tmp_path / "local", step, b"%d" % step)
+        checkpoints.seal(step)
+    checkpoints.finish_upload()
+    (tmp_path / "local" / "checkpoint-3" / "deep" / "file").write_bytes(b"x")
+    assert (_checkpoints(tmp_path / "local", f"{s3_uri}/kept").newest() or tmp_path).name == "checkpoint-3"
+    assert (tmp_path / "local" / "checkpoint-3" / "deep" / "file").read_bytes() == b"3"
+    elsewhere = _checkpoints(tmp_path / "elsewhere", f"{s3_uri}/kept")
+    assert elsewhere.newest() == tmp_path / "elsewhere" / "checkpoint-3"
+    assert elsewhere._steps(f"{s3_uri}/kept") == {2, 3}

@@ -1,0 +1,137 @@
+"""The report as a reader meets it: opened in a browser."""
+
+import io
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from minicpmv_finetune.components.samples import DatasetInfo
+from minicpmv_finetune.components.validate_data.report import markdown
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.fail("No Chromium on this machine; install it with `apt-get install -y chromium`, as `make test` does.")
+    with sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield instance
+        instance.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test over any error it reports or any request it makes for more than the file."""
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type in {"error", "warning"} else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else problems.append(request.url)
+    )
+    yield page
+    page.close()
+    assert problems == []
+
+
+def sample(name: str, image: str | None, question: str = "What?", answer: str = "That.") -> dict[str, Any]:
+    mark = "<image>\n" if image else ""
+    turns = [{"role": "user", "content": f"{mark}{question}"}, {"role": "assistant", "content": answer}]
+    return {"id": name, "conversations": turns} | ({"image": image} if image else {})
+
+
+def opened(page: Page, folder: Path, train: list[dict[str, Any]], evaluation: list[dict[str, Any]]) -> DatasetInfo:
+    uris = []
+    for name, samples in {"train": train, "eval": evaluation}.items():
+        uris.append(str(folder / f"{name}.json"))
+        Path(uris[-1]).write_text(json.dumps(samples))
+    report = folder / "report.html"
+    settings = ValidationSettings(max_reject_ratio=1.0)
+    info = validate_data(*uris, folder / "dataset", folder / "rejects.jsonl", settings, report)
+    page.goto(report.as_uri())
+    return info
+
+
+def write_picture(path: Path, size: tuple[int, int], seed: int = 0) -> None:
+    file = io.BytesIO()
+    noise = Image.frombytes("L", (8, 8), random.Random(seed).randbytes(64))
+    noise.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG")
+    path.write_bytes(file.getvalue())
+
+
+def test_the_page_shows_what_was_found(page: Page, tmp_path: Path) -> None:
+    for seed, size in enumerate([(1344, 448), (200, 100), (448, 896)]):
+        write_picture(tmp_path / f"{seed}.png", size, seed)
+    train = [*(sample(f"s{seed}", f"{seed}.png") for seed in range(3)), sample("words", None), sample("no", "no.png")]
+    info = opened(page, tmp_path, train, [sample("leak", "1.png")])
+    assert page.locator("h1").inner_text().replace("\n", " ") == "5 samples can be trained on, 1 cannot"
+    assert page.locator(".legend li").all_text_contents() == ["4 to train on", "1 to evaluate", "1 rejected"]
+    assert "1 of 1 evaluation samples show a picture that training shows too" in page.locator(".warnings").inner_text()
+    (row,) = page.locator("#rejected tbody tr").all_inner_texts()
+    assert row.startswith("image_missing\t1\t")
+    assert "train.json, sample 4 no" in row
+    sizes = page.locator("img").evaluate_all(
+        "images => Promise.all(images.map((image) => image.decode().then(() => image.naturalWidth)))"
+    )
+    assert len(sizes) == 4 + 2
+    assert all(sizes)
+    assert sorted(page.locator(".card figcaption").all_inner_texts()) == [
+        "1344 × 448, 1 × 3 slices",
+        *["200 × 100"] * 4,
+        "448 × 896, 2 × 1 slices",
+    ]
+    # A line at each cut, and none over a picture that is not cut.
+    assert sorted(page.locator("path.over").evaluate_all("lines => lines.map((line) => line.getAttribute('d'))")) == [
+        "M0 1H1",
+        "M1 0V1M2 0V1",
+    ]
+    box, grid = (page.locator(kind).first.bounding_box() for kind in (".frame:has(svg) img", ".frame svg"))
+    assert box == grid, "the grid lies over its picture"
+    slices = page.get_by_role("img", name="Slices of a picture")
+    assert slices.get_attribute("aria-label").startswith("Slices of a picture: 1: 2. 2: 0. 3: 1. 4: 1.")
+    assert info.fingerprint in page.locator("footer").inner_text()
+    (duplicate,) = page.locator("#duplicates .card").all_inner_texts()
+    assert "in training and evaluation" in duplicate
+
+
+def test_texts_from_the_data_are_inert(page: Page, tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>.png"
+    write_picture(tmp_path / name, (64, 64))
+    bad = {**sample(HOSTILE, None), "image": HOSTILE}
+    opened(page, tmp_path, [sample(HOSTILE, name, HOSTILE, HOSTILE), bad], [sample(HOSTILE, name)])
+    assert page.title() == "Training data · validation"
+    assert page.locator("script, main img[src=x], [onerror]").count() == 0
+    assert HOSTILE in page.locator("#gallery .assistant").all_inner_texts()
+
+
+def test_the_page_is_bounded_and_its_choice_depends_on_contents_alone(page: Page, tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png", (900, 900))
+    samples = [sample(str(number), "a.png", f"Question {number}?") for number in range(200)]
+    chosen = []
+    for order in (samples, samples[::-1]):
+        opened(page, tmp_path, order, [sample("words", None)])
+        assert (tmp_path / "report.html").stat().st_size < 10e6
+        chosen.append(set(page.locator("#gallery .id").all_inner_texts()))
+    assert len(chosen[0]) == 60
+    assert chosen[0] == chosen[1]
+
+
+def test_the_table_names_counts_and_warnings() -> None:
+    info = DatasetInfo(
+        fingerprint="f" * 64, rows={"train": 3000, "eval": 20}, rejected={"roles": 2}, noted={"leaked_near": 4}
+    )
+    text = markdown(info)
+    assert "| train | 3,000 |" in text
+    assert "| roles | 2 |" in text
+    assert "**Warning:** 4 of 20 evaluation samples show a picture that looks like one of training" in text

@@ -1,0 +1,1024 @@
+"""Compare this project's MiniCPM-V with what the official code recorded.
+
+    python tests/parity/compare.py DIR [--json]
+
+DIR holds a tiny checkpoint, pictures, an adapter and what the official code made of them (`expected.json`, `*.npz`; its
+README explains the fields). Every case, name and size is read from there. For each case and recorded quantity one line
+says the largest difference and the tolerance, or by which name this project departs from the official code on purpose,
+and then whether the difference is just what that departure explains. Fields are taken out of the document as they are
+compared: what is left at the end was not covered, and counts as a miss. Exit code 1 on any miss.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.minicpmv.batch import collate
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.components.minicpmv.conversation import Encoder
+from minicpmv_finetune.components.minicpmv.modeling import UNTIMED, sincos_table
+from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
+from minicpmv_finetune.components.minicpmv.slicing import SlicePlan, cut
+from minicpmv_finetune.components.preprocess.preprocess import prepare
+from minicpmv_finetune.components.samples import (
+    Picture,
+    Reject,
+    Sample,
+    SampleError,
+    Turn,
+    open_picture,
+    read_samples,
+)
+from minicpmv_finetune.components.train.arguments import parse
+from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+LOGITS = 1e-4  # also vision and resampler outputs; absolute
+LOSS = 1e-5
+GRADIENT = 1e-4  # relative
+ZERO_GRADIENT = 1e-6  # absolute: a gradient that is zero by the architecture (bias of keys) is recorded as rounding
+PIXELS = 1e-6  # of the mean over a slice
+TRAJECTORY = 1e-4  # five optimizer steps amplify the last bits of the first
+
+# What this project does otherwise than the official code, and why; docs/generations.md says more.
+IMAGE_ID = "image id: training numbers every picture, as the processor does, and not only sliced ones"
+LINE_BREAKS = "line breaks: a mark named in a dict is replaced where it stands, without the extra line breaks"
+BEGIN = "begin token: training begins with <s>, as the processor does"
+TRAINED_AS_SERVED = "trained as served: rows are the processor's text, not the fine-tuning script's"
+REPEATED_END = "repeated end: nothing teaches the model to end a turn twice"
+OLDER_RULE = "older label rule: answers alone are learnt, as the newer rule has it"
+RUNS_ON = "rule runs on: after an empty answer the official rule learns the user's next words; such rows are refused"
+EMPTY_THINKING = "thinking found anywhere: the official rule skips four tokens whichever turn holds the empty block"
+NO_TRUNCATION = "no truncation: a row that is too long is rejected, not cut"
+MASKED_ZERO = "token 0 masked: only padding is masked, not the real token 0"
+DROPPED_ZERO = "token 0 dropped: `chat` deletes token 0 from answers"
+TEXT_ORDER = "text order: pictures follow their marks in the text, not the order of the dict"
+STRICTER = "refused in validation"
+SYSTEM_TURN = "system turn: accepted as the first one, where the chat template has its place"
+GROUPED_FRAMES = "grouped frames: refused as data, so the recorded ids are used"
+NO_TABLE = "no table: position rows are computed when needed"
+PADDING_POSITIONS = "padding positions: what the attention mask hides has no recorded position here"
+STORAGE_TYPE = "storage type: the official code keeps ids in 32 bits, torch wants 64"
+
+NOT_COMPARED = "provenance"
+
+FLAGS = ["--data_path", "unused", "--output_dir", "unused", "--use_cpu", "true"]
+
+
+@dataclass
+class Finding:
+    """One line of the report."""
+
+    case: str
+    quantity: str
+    difference: float | None
+    tolerance: float | None
+    departure: str | None
+    ok: bool
+
+    def __str__(self) -> str:
+        """For people."""
+        verdict = "ok  " if self.ok else "MISS"
+        if self.departure:
+            said = f"departs: {self.departure}"
+        else:
+            said = "equal" if self.tolerance == 0 and self.ok else f"{self.difference:.3g} (≤ {self.tolerance:.3g})"
+        return f"{verdict} {self.case:24} {self.quantity:44} {said}"
+
+
+@dataclass
+class Report:
+    """All findings, and the ways to make one."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    def close(
+        self, case: str, quantity: str, found: Any, recorded: Any, tolerance: float, relative: bool = False
+    ) -> None:
+        """Numbers, compared by their largest difference."""
+        left, right = (np.asarray(value, dtype=np.float64) for value in (found, recorded))
+        if left.shape != right.shape:
+            self.findings.append(Finding(case, f"{quantity} (shape)", float("inf"), tolerance, None, ok=False))
+            return
+        difference = np.abs(left - right)
+        if relative:
+            # A share of what was recorded, above the floor where that is rounding.
+            difference = np.maximum(difference - ZERO_GRADIENT, 0) / np.maximum(np.abs(right), 1e-12)
+        largest = float(difference.max()) if difference.size else 0.0
+        self.findings.append(Finding(case, quantity, largest, tolerance, None, ok=largest <= tolerance))
+
+    def equal(self, case: str, quantity: str, found: Any, recorded: Any) -> bool:
+        """Anything, compared exactly."""
+        same = found == recorded
+        self.findings.append(Finding(case, quantity, 0.0 if same else 1.0, 0.0, None, ok=same))
+        if not same:
+            print(f"  {case} {quantity}: found {str(found)[:300]}, recorded {str(recorded)[:300]}", file=sys.stderr)
+        return bool(same)
+
+    def departs(self, case: str, quantity: str, departure: str, explained: bool = True) -> None:
+        """A difference by intention, and whether it is all there is."""
+        self.findings.append(Finding(case, quantity, None, None, departure, ok=explained))
+
+    def equal_or(self, case: str, quantity: str, found: Any, recorded: Any, departure: str, explained: bool) -> None:
+        """Exact, or different by just a departure."""
+        if found == recorded:
+            self.equal(case, quantity, found, recorded)
+        else:
+            self.departs(case, quantity, departure, explained)
+
+
+@dataclass
+class Case:
+    """A sample, its pictures and what was recorded of it."""
+
+    name: str
+    record: dict[str, Any]
+    sample: Sample
+    encoder: Encoder
+    by_dict: list[int]
+    rejected: str | None
+
+    @property
+    def finetune(self) -> dict[str, Any]:
+        """As recorded."""
+        return dict(self.record["finetune"])
+
+    @cached_property
+    def plans(self) -> list[SlicePlan]:
+        """By picture, in the order of the dict."""
+        return self.encoder.plan(self.sample)
+
+    @cached_property
+    def cut_pictures(self) -> list[list[np.ndarray]]:
+        """The slices of each picture, in the order of the dict."""
+        pictures = map(open_picture, self.sample.pictures)
+        return [cut(image, plan, self.encoder.slicing) for image, plan in zip(pictures, self.plans, strict=True)]
+
+    @property
+    def text_order(self) -> list[int]:
+        """Numbers of the pictures as their marks stand."""
+        return [part for turn in self.sample.turns for part in turn.parts if isinstance(part, int)]
+
+    def slices(self, order: Sequence[int]) -> list[np.ndarray]:
+        """All slices of these pictures."""
+        return [pixels for number in order for pixels in self.cut_pictures[number]]
+
+    @property
+    def official_slices(self) -> list[np.ndarray]:
+        """Pictures by the dict, as the fine-tuning script has them, without those that no token stands for."""
+        return self.slices(self.by_dict)[: len(self.finetune["image_bound"])]
+
+
+class Comparison:
+    """One set."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint"
+        self.recorded = json.loads((folder / "expected.json").read_text())
+        self.open = copy.deepcopy(self.recorded)
+        self.report = Report()
+        self.model, self.generation = load_model(self.checkpoint, torch.float32)
+        self.model.eval()
+        self.default_encoder = Encoder.from_checkpoint(self.checkpoint)
+        self.end = self._id(self.generation.end_of_turn)
+        self.cases = self._read_cases()
+
+    def run(self) -> Report:
+        """Compare everything."""
+        for name in ("format", "set", "produced_with", "checkpoint_seed"):
+            if self.open.pop(name, None) is not None:
+                self.report.departs("set", name, NOT_COMPARED)
+        for name, case in self.cases.items():
+            self._case(case, self.open["cases"].get(name) or self.open.pop("truncation_extra_sample", {}))
+        for section in ("truncation", "refusals", "batches", "train_trajectory", "generation", "generation_batched"):
+            self._section(section)
+        for section in ("chat", "lora", "temporal", "llm_type_outcomes"):
+            self._section(section)
+        for path in _leaves(self.open):
+            self.report.findings.append(Finding("set", f"not covered: {path}", float("inf"), 0.0, None, ok=False))
+        return self.report
+
+    def _section(self, name: str) -> None:
+        record = self.open.get(name)
+        compare: Callable[[dict[str, Any]], None] = getattr(self, f"_{name}")
+        for item in record if isinstance(record, list) else [record] if record else []:
+            compare(item)
+
+    # Reading
+
+    def _id(self, token: str) -> int:
+        return int(self.default_encoder.tokenizer.convert_tokens_to_ids(token))
+
+    def _read_cases(self) -> dict[str, Case]:
+        """The samples, through validation as any data; one that it refuses is read without it."""
+        records = {name: record["sample"] for name, record in self.recorded["cases"].items()}
+        late = self.recorded.get("truncation_extra_sample")
+        if late:
+            records[late["id"]] = late
+        located = [{**self._located(sample), "id": name} for name, sample in records.items()]
+        accepted, rejects = validated(located)
+        cases = {}
+        for name, sample in records.items():
+            record = self.recorded["cases"].get(name, {})
+            rejected = rejects.get(name)
+            read = accepted.get(name) or self._read_unvalidated(name, sample)
+            encoder = Encoder.from_checkpoint(self.checkpoint, record.get("max_slice_nums"))
+            cases[name] = Case(name, record, read, encoder, list(range(len(read.pictures))), rejected)
+        return cases
+
+    def _located(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = sample.get("image")
+        if isinstance(image, dict):
+            return {**sample, "image": {mark: str(self.folder / path) for mark, path in image.items()}}
+        return {**sample, "image": str(self.folder / image)} if image else dict(sample)
+
+    def _read_unvalidated(self, name: str, sample: dict[str, Any]) -> Sample:
+        image = sample.get("image")
+        paths = image if isinstance(image, dict) else {"<image>": image} if image else {}
+        marks = re.compile("|".join(map(re.escape, paths)) or r"(?!)")
+        numbers = {mark: number for number, mark in enumerate(paths)}
+        turns = []
+        for turn in sample["conversations"]:
+            parts: list[str | int] = []
+            end = 0
+            for found in marks.finditer(turn["content"]):
+                parts += [turn["content"][end : found.start()], numbers[found.group()]]
+                end = found.end()
+            turns.append(Turn(role=turn["role"], parts=tuple(p for p in (*parts, turn["content"][end:]) if p != "")))
+        pictures = tuple(self._picture(path) for path in paths.values())
+        if isinstance(image, str) and not any(isinstance(part, int) for turn in turns for part in turn.parts):
+            turns[0] = Turn(role=turns[0].role, parts=(0, "\n", *turns[0].parts))
+        return Sample(id=name, pictures=pictures, turns=tuple(turns), source=name)
+
+    def _picture(self, path: str) -> Picture:
+        file = self.folder / path
+        with Image.open(file) as image:
+            width, height = image.size
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        return Picture(uri=str(file), sha256=digest, width=width, height=height)
+
+    # Running
+
+    def _inputs(self, ids: Sequence[int], slices: Sequence[np.ndarray], side: Any = "right") -> dict[str, torch.Tensor]:
+        return collate([Row("", list(ids), [], slices)], 0, self.patch_size, side)
+
+    @property
+    def patch_size(self) -> int:
+        return self.default_encoder.slicing.patch_size
+
+    def _sizes(self, slices: Sequence[np.ndarray]) -> list[list[int]]:
+        return [[pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size] for pixels in slices]
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module, ids: Sequence[int], slices: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.as_tensor(model(**self._inputs(ids, slices)).logits[0])
+
+    def _loss(self, model: nn.Module, cases: Sequence[Case], labels: str, rows: Any = None) -> torch.Tensor:
+        """The loss of a batch, given the recorded ids and labels, which are shifted already."""
+        rows = rows or [(case.finetune["input_ids"], case.finetune[labels], case.official_slices) for case in cases]
+        batch = collate([Row("", ids, given, slices) for ids, given, slices in rows], 0, self.patch_size, "right")
+        shifted = batch["labels"]
+        return model(**batch, shift_labels=shifted).loss
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self.default_encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    def _generate(
+        self, ids: Sequence[Sequence[int]], slices: Sequence[np.ndarray], zeros: Sequence[Sequence[int]], **options: Any
+    ) -> Any:
+        """Generate from left-padded prompts, masking what was masked."""
+        batch = collate([Row("", list(row), [], []) for row in ids], 0, self.patch_size, "left")
+        for row, positions in zip(batch["attention_mask"], zeros, strict=True):
+            row[list(positions)] = 0
+        if slices:
+            batch |= {
+                name: value
+                for name, value in self._inputs([0], slices).items()
+                if name not in {"input_ids", "attention_mask"}
+            }
+        settings = {
+            "do_sample": False,
+            "eos_token_id": self.default_encoder.stop_token_ids,
+            "pad_token_id": 0,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
+        length = batch["input_ids"].shape[1]
+        # The official code generates from embeddings, so a penalty sees new tokens alone.
+        penalty = RepetitionPenaltyLogitsProcessor(options.pop("repetition_penalty", 1.0), prompt_ignore_length=length)
+        settings["logits_processor"] = LogitsProcessorList([penalty])
+        return self.model.generate(**batch, **(settings | options)), length
+
+    # One case
+
+    def _case(self, case: Case, left: dict[str, Any]) -> None:
+        say, name = self.report, case.name
+        if case.rejected:
+            say.departs(name, "sample", f"{STRICTER} ({case.rejected})")
+        if "sample" not in left:  # a further sample, for truncation
+            left.clear()
+            return
+        for given in ("sample", "max_slice_nums", "max_length"):
+            left.pop(given)
+        npz = dict(np.load(self.folder / left.pop("npz")))
+        self._finetune(case, left["finetune"])
+        logits = self._logits(self.model, case.finetune["input_ids"], case.official_slices)
+        self._distribution(name, "ft", logits, npz)
+        say.close(name, "logit_std_last8", logits[-8:].std(), left.pop("logit_std_last8"), LOGITS)
+        if "image_influence_max_abs_logit_change_last8" in left:
+            inputs = self._inputs(case.finetune["input_ids"], case.official_slices)
+            inputs["pixel_values"] = -inputs["pixel_values"]
+            with torch.no_grad():
+                change = (self.model(**inputs).logits[0, -8:] - logits[-8:]).abs().max()
+            influence = left.pop("image_influence_max_abs_logit_change_last8")
+            say.close(name, "image_influence", change, influence, LOGITS)
+        self._losses(case, left["loss"])
+        self._vision(case, npz)
+        self._processor(case, left["processor"], npz)
+        for remaining in npz:
+            say.findings.append(Finding(name, f"not covered: npz {remaining}", float("inf"), 0.0, None, ok=False))
+
+    def _finetune(self, case: Case, left: dict[str, Any]) -> None:
+        """What the fine-tuning script fed the model."""
+        say, name, encoder = self.report, case.name, case.encoder
+        recorded, ids = case.finetune, case.finetune["input_ids"]
+        length = len(ids)
+        say.equal(name, "ft.position_ids", list(range(length)), left.pop("position_ids"))
+        say.equal(name, "ft.image_bound", self._bounds(ids), left.pop("image_bound"))
+        grids = dict(zip(self._marks(case), (plan.grid for plan in case.plans), strict=True))
+        found_grids = {mark: [grid[1], grid[0]] if grid else None for mark, grid in grids.items()}
+        say.equal(name, "ft.best_grid", found_grids, left.pop("best_grid"))
+        self._slices(case, "ft", case.slices(case.by_dict), left.pop("slices"))
+        say.equal(name, "ft.tgt_sizes", self._sizes(case.slices(case.by_dict)), left.pop("tgt_sizes"))
+        if case.text_order != case.by_dict:
+            say.departs(name, "ft.slices order", TEXT_ORDER)
+        # The recorded words, tokenised and labelled here.
+        text = self._decode(ids)
+        say.equal(name, "ft.decoded", self._abbreviated(text), left.pop("decoded"))
+        encoded = encoder.encode_text(text)
+        found_ids, found_labels = encoded.input_ids, encoded.labels
+        begin = encoder.tokenizer.bos_token_id
+        if found_ids[:1] == [begin] != ids[:1]:
+            say.departs(name, "ft.input_ids begin", BEGIN)
+            found_ids, found_labels = found_ids[1:], found_labels[1:]
+        say.equal(name, "ft.input_ids of the text", found_ids, left.pop("input_ids"))
+        self._labels(name, "ft.labels_head", ids, found_labels, left.pop("labels_head"))
+        older, newer = recorded["labels"], recorded["labels_head"]
+        extra = sum(old != new for old, new in zip(older, newer, strict=True) if old != IGNORED_LABEL)
+        learnt = [at for at, label in enumerate(found_labels) if label != IGNORED_LABEL]
+        explained = all(older[at - 1] == found_labels[at] for at in learnt)
+        say.departs(name, f"ft.labels ({extra} tokens more)", OLDER_RULE, explained)
+        left.pop("labels")
+        for kind in ("input_ids_dtype", "labels_dtype"):
+            say.departs(name, f"ft.{kind} {left.pop(kind)}", STORAGE_TYPE)
+        self._row(case)
+
+    def _row(self, case: Case) -> None:
+        """What this project trains on, against the recorded words."""
+        say, name = self.report, case.name
+        with suppress(SampleError):
+            found = self._decode(prepare(case.sample, case.encoder, 10**9).input_ids)
+            recorded = self._decode(case.finetune["input_ids"])
+            begin = str(case.encoder.tokenizer.bos_token)
+            normal = [_without_departures(text, begin) for text in (found, recorded)]
+            departures = [
+                departure
+                for departure, pattern in ((IMAGE_ID, r"<image_id>\d+</image_id>"), (LINE_BREAKS, r"\n"))
+                if len(re.findall(pattern, found)) != len(re.findall(pattern, recorded))
+            ]
+            if found == recorded:
+                say.equal(name, "trained text", found, recorded)
+            else:
+                say.departs(name, "trained text", "; ".join([*departures, TRAINED_AS_SERVED]), normal[0] == normal[1])
+
+    def _labels(self, name: str, quantity: str, ids: list[int], found: list[int], shifted: list[int]) -> None:
+        """Labels against recorded ones, which stand one place earlier."""
+        recorded = [IGNORED_LABEL, *shifted[:-1]]
+        differing = [at for at, (left, right) in enumerate(zip(found, recorded, strict=True)) if left != right]
+        repeated = {
+            at for at in differing if recorded[at] == self.end == ids[at - 1] != ids[at] and found[at] == IGNORED_LABEL
+        }
+        if repeated:
+            self.report.departs(name, f"{quantity} ({len(repeated)} places)", REPEATED_END)
+        rest = [at for at in differing if at not in repeated]
+        if not rest:
+            self.report.equal(name, f"{quantity} elsewhere" if repeated else quantity, 0, len(rest))
+            return
+        turns = self._turn_numbers(ids)
+        contents = self._turn_contents(ids)
+        empty = {number for number, content in contents.items() if not content.strip()}
+        runs_on = all(turns[at] in empty or turns[at] - 1 in empty for at in rest)
+        block = self.generation.empty_thinking
+        in_last = len(rest) <= 4 and all(turns[at] == max(contents) for at in rest)
+        thinks = bool(block) and block in self._decode(ids) and in_last
+        departure = RUNS_ON if runs_on else EMPTY_THINKING
+        self.report.departs(name, f"{quantity} ({len(rest)} places)", departure, explained=runs_on or thinks)
+
+    def _turn_numbers(self, ids: Sequence[int]) -> list[int]:
+        start = self._id("<|im_start|>")
+        return np.cumsum([token == start for token in ids]).tolist()
+
+    def _turn_contents(self, ids: Sequence[int]) -> dict[int, str]:
+        """The words of the assistant's turns, by the number of the turn."""
+        parts = self._decode(ids).split("<|im_start|>")
+        header = self.generation.assistant_header.removeprefix("<|im_start|>")
+        return {
+            number: part.removeprefix(header).split(self.generation.end_of_turn)[0]
+            for number, part in enumerate(parts)
+            if part.startswith(header)
+        }
+
+    def _losses(self, case: Case, left: dict[str, Any]) -> None:
+        for kind in list(left):
+            labels = "labels_head" if kind == "labels_head" else "labels"
+            self.model.train(kind == "labels_train_mode")
+            with torch.no_grad():
+                loss = self._loss(self.model, [case], labels)
+            self.report.close(case.name, f"loss.{kind}", loss, left.pop(kind), LOSS)
+        self.model.eval()
+
+    @torch.no_grad()
+    def _vision(self, case: Case, npz: dict[str, np.ndarray]) -> None:
+        """The vision tower and the resampler, slice by slice."""
+        slices = case.slices(case.by_dict)
+        if not slices:
+            return
+        inputs = self._inputs([0], slices)
+        patches = self.model.vpm(inputs["pixel_values"], inputs["target_sizes"])
+        features = self.model.resampler(patches, inputs["target_sizes"])
+        say, name = self.report, case.name
+        say.close(name, "vis_first_slice", features[0], npz.pop("vis_first_slice"), LOGITS)
+        by_slice = {
+            "vpm": patches.split(inputs["target_sizes"].prod(1).tolist()),
+            "vis": list(features),
+        }
+        for part, outputs in by_slice.items():
+            size = np.array([output.numel() for output in outputs])
+            sums = [output.double().sum().item() for output in outputs]
+            absolute = [output.double().abs().sum().item() for output in outputs]
+            for quantity, found in ((f"{part}_slice_sum", sums), (f"{part}_slice_abssum", absolute)):
+                say.close(name, f"{quantity} / size", np.array(found) / size, npz.pop(quantity) / size, LOGITS)
+
+    def _processor(self, case: Case, left: dict[str, Any], npz: dict[str, np.ndarray]) -> None:
+        """What serving feeds the model."""
+        say, name, encoder = self.report, case.name, case.encoder
+        recorded = dict(left)
+        ids = recorded["input_ids"]
+        found = encoder.encode_prompt(case.sample)
+        say.equal(name, "proc.input_ids", found, left.pop("input_ids"))
+        say.equal(name, "proc.prompt", self._with_marks(found), left.pop("prompt"))
+        if "prompt_enable_thinking" in left:
+            thinking = self._with_marks(encoder.encode_prompt(case.sample, enable_thinking=True))
+            say.equal(name, "proc.prompt_enable_thinking", thinking, left.pop("prompt_enable_thinking"))
+        zeros = left.pop("attention_mask_zero_positions")
+        explained = zeros == [at for at, token in enumerate(ids) if token == 0]
+        say.equal_or(name, "proc.attention_mask_zero_positions", [], zeros, MASKED_ZERO, explained)
+        say.equal(name, "proc.image_bound", self._bounds(found), left.pop("image_bound"))
+        pictures = [case.sample.pictures[number] for number in case.text_order]
+        sizes = [[picture.width, picture.height] for picture in pictures]
+        by_dict = [[picture.width, picture.height] for picture in case.sample.pictures]
+        recorded_sizes = left.pop("image_sizes_wh")
+        say.equal_or(name, "proc.image_sizes_wh", sizes, recorded_sizes, TEXT_ORDER, by_dict == recorded_sizes)
+        order = case.text_order if sizes == recorded_sizes else case.by_dict
+        slices = case.slices(order)
+        say.equal(name, "proc.tgt_sizes", self._sizes(slices), left.pop("tgt_sizes"))
+        self._slices(case, "proc", slices, left.pop("slices"))
+        if "max_abs_pixel_diff_vs_finetune" in left:
+            # Training and serving cut by the same function.
+            say.close(name, "proc.max_abs_pixel_diff", 0.0, left.pop("max_abs_pixel_diff_vs_finetune"), 0)
+        if "temporal_ids" in left:
+            temporal = left.pop("temporal_ids")
+            say.equal(name, "proc.temporal_ids", [[UNTIMED]] * len(slices), temporal or [])
+            if temporal:
+                inputs = self._inputs(found, slices)
+                with torch.no_grad():
+                    timed = self.model(**inputs, temporal_ids=temporal).logits[0, -1]
+                say.close(name, "proc_last_logits, timed", timed, npz["proc_last_logits"], LOGITS)
+        for kind in ("input_ids_dtype", "attention_mask_dtype"):
+            say.departs(name, f"proc.{kind} {left.pop(kind)}", STORAGE_TYPE)
+        logits = self._logits(self.model, ids, slices[: len(recorded["image_bound"])])
+        say.close(name, "proc_last_logits", logits[-1], npz.pop("proc_last_logits"), LOGITS)
+
+    def _slices(self, case: Case, side: str, slices: Sequence[np.ndarray], left: list[dict[str, Any]]) -> None:
+        say, name = self.report, case.name
+        say.equal(name, f"{side}.number of slices", len(slices), len(left))
+        for number, (pixels, record) in enumerate(zip(slices, left, strict=False)):
+            where = f"{side}.slice {number} "
+            record = dict(record)
+            packed = self._inputs([0], [pixels])["pixel_values"][0]
+            rows, columns = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
+            say.equal(name, where + "shape", list(packed.shape), record.pop("shape"))
+            say.equal(name, where + "tgt_size_hw", [rows, columns], record.pop("tgt_size_hw"))
+            total, absolute = packed.double().sum().item(), packed.double().abs().sum().item()
+            say.close(name, where + "sum / size", total / packed.numel(), record.pop("sum") / packed.numel(), PIXELS)
+            absolute_recorded = record.pop("abs_sum") / packed.numel()
+            say.close(name, where + "abs_sum / size", absolute / packed.numel(), absolute_recorded, PIXELS)
+            if "size_wh" in record:
+                say.equal(name, where + "size_wh", [pixels.shape[1], pixels.shape[0]], record.pop("size_wh"))
+            if "sha256_uint8" in record:
+                digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+                say.equal(name, where + "sha256", digest, record.pop("sha256_uint8"))
+            say.equal(name, where + "other fields", sorted(record), [])
+
+    def _distribution(self, name: str, prefix: str, logits: torch.Tensor, npz: dict[str, np.ndarray]) -> None:
+        found = {
+            "logits_last8": logits[-8:],
+            "mean": logits.mean(-1),
+            "absmean": logits.abs().mean(-1),
+            "logsumexp": logits.logsumexp(-1),
+        }
+        for quantity, values in found.items():
+            if f"{prefix}_{quantity}" in npz:
+                recorded = npz.pop(f"{prefix}_{quantity}")
+                self.report.close(name, f"{prefix}_{quantity}", values.numpy(), recorded, LOGITS)
+
+    # Sections
+
+    def _truncation(self, left: dict[str, Any]) -> None:
+        say = self.report
+        case, length = self.cases[left.pop("case")], left.pop("max_length")
+        name = f"truncation {case.name} {length}"
+        try:
+            row = prepare(case.sample, case.encoder, length)
+            refused = None
+        except SampleError as error:
+            refused = error.reason
+        outcome = left.pop("outcome")
+        if outcome == "raises":
+            say.equal(name, "refused", refused is not None, True)
+            for message in ("error_type", "error", "head_error"):
+                left.pop(message, None)
+            return
+        ids, labels, newer = (left.pop(kind) for kind in ("input_ids", "labels", "labels_head"))
+        cut_off = refused == "too_long"
+        say.equal(name, "length", len(ids), left.pop("length"))
+        explained = cut_off or (refused is None and len(row.input_ids) <= length) or case.rejected is not None
+        say.departs(name, "outcome", NO_TRUNCATION if cut_off else "fits here too", explained)
+        if case.record:
+            whole = case.finetune
+            say.equal(name, "input_ids", whole["input_ids"][: len(ids)], ids)
+            say.equal(name, "labels_head", whole["labels_head"][: len(ids) - 1], newer[:-1])
+            say.equal(name, "labels", whole["labels"][: len(ids) - 1], labels[:-1])
+        else:
+            text = self._decode(ids)
+            encoded = case.encoder.encode_text(text)
+            begin = int(encoded.input_ids[0] != ids[0])
+            say.equal(name, "input_ids of the text", encoded.input_ids[begin:][: len(ids)], ids)
+            if ids[-2:-1] == [self.end]:
+                self._labels(name, "labels_head", ids, encoded.labels[begin:], newer)
+            else:
+                say.departs(name, "labels_head, labels", NO_TRUNCATION)
+        bounds = left.pop("image_bound")
+        say.equal(name, "image_bound", self._bounds(ids), bounds)
+        say.equal(name, "n_slices", len(case.slices(case.by_dict)), left.pop("n_slices"))
+        # Pictures whose tokens were cut off stay behind; the official model ignores them.
+        slices = case.slices(case.by_dict)[: len(bounds)]
+        with torch.no_grad():
+            say.close(
+                name, "loss", self._loss(self.model, [], "labels", [(ids, labels, slices)]), left.pop("loss"), LOSS
+            )
+
+    def _refusals(self, left: dict[str, Any]) -> None:
+        name = left.pop("name")
+        conversations = left.pop("conversations")
+        text = json.dumps(conversations)
+        picture = next((path for path in sorted((self.folder / "images").iterdir())), None)
+        image = {"<image_00>": str(picture)} if "<image_0" in text else str(picture)
+        accepted, rejects = validated([{"id": name, "image": image, "conversations": conversations}])
+        if accepted and conversations[0]["role"] == "system":
+            self.report.departs(f"refusal {name}", "accepted", SYSTEM_TURN)
+        else:
+            self.report.equal(f"refusal {name}", f"refused ({rejects.get(name)})", sorted(accepted), [])
+        left.pop("error_type")
+        left.pop("error")
+
+    def _batches(self, left: dict[str, Any]) -> None:
+        say = self.report
+        cases = [self.cases[name] for name in left.pop("cases")]
+        name = "batch " + "+".join(case.name for case in cases)
+        batch = collate(
+            [Row("", case.finetune["input_ids"], case.finetune["labels"], case.official_slices) for case in cases],
+            0,
+            self.patch_size,
+            "right",
+        )
+        lengths = batch["attention_mask"].sum(1).tolist()
+        say.equal(name, "input_ids_shape", list(batch["input_ids"].shape), left.pop("input_ids_shape"))
+        say.equal(name, "input_ids_row_last4", batch["input_ids"][:, -4:].tolist(), left.pop("input_ids_row_last4"))
+        say.equal(name, "labels_row_last4", batch["labels"][:, -4:].tolist(), left.pop("labels_row_last4"))
+        say.equal(name, "attention_mask_row_sums", lengths, left.pop("attention_mask_row_sums"))
+        positions = (torch.arange(batch["input_ids"].shape[1]) * batch["attention_mask"])[:, -4:].tolist()
+        say.departs(name, "position_ids_row_last4", PADDING_POSITIONS, positions == left.pop("position_ids_row_last4"))
+        say.departs(name, f"attention_mask_dtype {left.pop('attention_mask_dtype')}", STORAGE_TYPE)
+        slices = sum(len(case.slices(case.by_dict)) for case in cases)
+        say.equal(name, "n_slices_total", slices, left.pop("n_slices_total"))
+        supervised = int((batch["labels"] != IGNORED_LABEL).sum())
+        say.equal(name, "n_supervised_tokens", supervised, left.pop("n_supervised_tokens"))
+        recorded_means = left.pop("logsumexp_mean_valid")
+        with torch.no_grad():
+            logits = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        means = [logits[row, :length].logsumexp(-1).mean() for row, length in enumerate(lengths)]
+        say.close(name, "logsumexp_mean_valid", means, recorded_means, LOGITS)
+        for labels, suffix in (("labels", ""), ("labels_head", "_labels_head")):
+            loss = self._backward(self.model, cases, labels)
+            say.close(name, f"loss{suffix}", loss, left.pop(f"loss{suffix}"), LOSS)
+            self._gradients(name, self.model, left, suffix, lambda key: key.split(".")[0])
+        self.model.zero_grad(set_to_none=True)
+
+    def _backward(self, model: nn.Module, cases: Sequence[Case], labels: str) -> float:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        loss = self._loss(model, cases, labels)
+        loss.backward()
+        model.eval()
+        return loss.item()
+
+    def _gradients(
+        self, name: str, model: nn.Module, left: dict[str, Any], suffix: str, module_of: Callable[[str], str]
+    ) -> None:
+        per_parameter = left.pop(f"grad_norm_per_parameter{suffix}", None)
+        per_module = left.pop(f"grad_norm{suffix}", None)
+        found = {
+            key: parameter.grad.double().norm().item() if parameter.grad is not None else 0.0
+            for key, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        if per_parameter is not None:
+            self.report.equal(name, f"parameters with a gradient{suffix}", sorted(found), sorted(per_parameter))
+            for key, recorded in per_parameter.items():
+                quantity = f"grad{suffix} {key}"
+                self.report.close(name, quantity, found.get(key, float("nan")), recorded, GRADIENT, relative=True)
+        if per_module is not None:
+            squares = dict.fromkeys(per_module, 0.0)
+            for key, norm in found.items():
+                module = module_of(key)
+                squares[module] = squares.get(module, 0.0) + norm**2
+            self.report.equal(name, f"modules{suffix}", sorted(squares), sorted(per_module))
+            for module, recorded in per_module.items():
+                self.report.close(name, f"grad_norm{suffix} {module}", squares[module] ** 0.5, recorded, GRADIENT, True)
+
+    def _train_trajectory(self, left: dict[str, Any]) -> None:
+        cases = [self.cases[name] for name in left.pop("cases")]
+        self.report.equal("trajectory", "optimizer", left.pop("optimizer"), "torch.optim.AdamW")
+        self.report.equal("trajectory", "max_grad_norm", left.pop("max_grad_norm"), None)
+        self.report.equal("trajectory", "mode", left.pop("mode"), "train()")
+        settings = {key: left.pop(key) for key in ("lr", "eps", "weight_decay")}
+        model, _ = load_model(self.checkpoint, torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=tuple(left.pop("betas")), **settings)
+        for number, recorded in enumerate(left.pop("loss_before_each_step")):
+            loss = self._backward(model, cases, "labels")
+            tolerance = LOSS if number == 0 else TRAJECTORY
+            self.report.close("trajectory", f"loss before step {number}", loss, recorded, tolerance)
+            optimizer.step()
+
+    def _generation(self, left: dict[str, Any]) -> None:
+        say = self.report
+        case = self.cases[left.pop("case")]
+        name = f"generation {case.name}"
+        processor = case.record["processor"]
+        ids, zeros = processor["input_ids"], processor["attention_mask_zero_positions"]
+        slices = case.slices(case.text_order)
+        greedy = left.pop("greedy_ids")
+        found, length = self._generate([ids], slices, [zeros], max_new_tokens=len(greedy))
+        say.equal(name, "prompt_length", length, left.pop("prompt_length"))
+        new = found.sequences[0, length:].tolist()
+        say.equal(name, "greedy_ids", new, greedy)
+        say.equal(name, "greedy_text", self._decode(new), left.pop("greedy_text"))
+        best = torch.stack([step[0].topk(2).values for step in found.logits])
+        say.close(name, "top2_margin", best[:, 0] - best[:, 1], left.pop("top2_margin"), 2 * LOGITS)
+        for key in list(left):
+            found_key = re.fullmatch(r"chat_default_beam(\d+)_rep([\d.]+)_ids", key)
+            if found_key is None:
+                continue
+            recorded = left.pop(key)
+            beams, _ = self._generate(
+                [ids],
+                slices,
+                [zeros],
+                num_beams=int(found_key[1]),
+                repetition_penalty=float(found_key[2]),
+                max_new_tokens=len(recorded),
+            )
+            say.equal(name, key, beams.sequences[0, length:].tolist(), recorded)
+
+    def _generation_batched(self, left: dict[str, Any]) -> None:
+        cases = [self.cases[name] for name in left.pop("cases")]
+        name = "generation batch " + "+".join(case.name for case in cases)
+        encoder = Encoder.from_checkpoint(self.checkpoint, left.pop("max_slice_nums"))
+        prompts = [encoder.encode_prompt(case.sample) for case in cases]
+        slices = [
+            pixels
+            for case in cases
+            for number in case.text_order
+            for pixels in cut(
+                open_picture(case.sample.pictures[number]), encoder.plan(case.sample)[number], encoder.slicing
+            )
+        ]
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        self.report.equal(name, "padding_lengths", padding, left.pop("padding_lengths"))
+        bounds = [
+            [[start + shift, end + shift] for start, end in self._bounds(prompt)]
+            for prompt, shift in zip(prompts, padding, strict=True)
+        ]
+        self.report.equal(name, "image_bound", bounds, left.pop("image_bound"))
+        recorded = left.pop("greedy_ids")
+        zeros = [[shift + at for at in self._zeros(prompt)] for prompt, shift in zip(prompts, padding, strict=True)]
+        found, length = self._generate(prompts, slices, zeros, max_new_tokens=max(map(len, recorded)))
+        new = [row[: len(want)] for row, want in zip(found.sequences[:, length:].tolist(), recorded, strict=True)]
+        self.report.equal(name, "greedy_ids", new, recorded)
+
+    def _chat(self, left: dict[str, Any]) -> None:
+        case = self.cases[left.pop("case")]
+        question = left.pop("question")
+        options = left.pop("kwargs")
+        options.pop("sampling")
+        asked: list[str | int] = [part for number in case.text_order for part in (number, "\n")]
+        user = Turn(role="user", parts=(*asked, question))
+        for key in list(left):
+            system = re.fullmatch(r"text_with_system_prompt_'(.*)'", key, re.DOTALL)
+            thinking = key == "text_enable_thinking"
+            if not (system or thinking or key == "text"):
+                continue
+            turns = (Turn(role="system", parts=(system[1],)), user) if system else (user,)
+            encoder = self.default_encoder
+            sample = case.sample.model_copy(update={"turns": turns})
+            ids = encoder.encode_prompt(sample, enable_thinking=thinking)
+            pictures = zip(map(open_picture, sample.pictures), encoder.plan(sample), strict=True)
+            slices = [pixels for image, plan in pictures for pixels in cut(image, plan, encoder.slicing)]
+            found, length = self._generate([ids], slices, [self._zeros(ids)], **options)
+            new = found.sequences[0, length:].tolist()
+            while new and new[-1] in encoder.stop_token_ids:
+                new.pop()
+            recorded = left.pop(key)
+            prefix = "<think>\n" if thinking else ""
+            text = prefix + self._decode(new).strip()
+            without_zero = prefix + self._decode([token for token in new if token != 0]).strip()
+            self.report.equal_or(f"chat {case.name}", key, text, recorded, DROPPED_ZERO, without_zero == recorded)
+
+    @property
+    def _masks_zero(self) -> bool:
+        """Whether the official processor masked token 0 wherever it stood."""
+        recorded = [record["processor"] for record in self.recorded["cases"].values()]
+        return all(0 not in side["input_ids"] or side["attention_mask_zero_positions"] for side in recorded)
+
+    def _zeros(self, ids: Sequence[int]) -> list[int]:
+        return [at for at, token in enumerate(ids) if token == 0] if self._masks_zero else []
+
+    def _lora(self, left: dict[str, Any]) -> None:
+        say, config = self.report, dict(left.pop("config"))
+        pattern, modules = config.pop("target_modules"), config.pop("modules_to_save")
+        flags = [*FLAGS, "--use_lora", "true", "--tune_llm", "false"]
+        flags += ["--tune_vision", str("vpm" in modules).lower(), "--lora_target_modules", pattern]
+        flags += ["--lora_r", str(config.pop("r")), "--lora_bias", config.pop("bias")]
+        for key in ("lora_alpha", "lora_dropout"):
+            flags += [f"--{key}", str(config.pop(key))]
+        say.equal("lora", "other settings", sorted(config), [])
+        # In the checkpoint's own type, as training has it.
+        model, generation = load_model(self.checkpoint)
+        trained = make_trainable(model, generation, parse(flags, announce=lambda _: None))
+        shapes = {key: list(value.shape) for key, value in trained.named_parameters() if value.requires_grad}
+        say.equal("lora", "trainable_parameters", shapes, left.pop("trainable_parameters"))
+        numbers = dict(left.pop("get_parameter_number"))
+        trainable, total = count_parameters(trained)
+        say.equal("lora", "Trainable", trainable, numbers.pop("Trainable"))
+        say.equal("lora", "Total", total, numbers.pop("Total"))
+        with tempfile.TemporaryDirectory() as folder:
+            trained.save_pretrained(folder)
+            say.equal(
+                "lora", "saved_keys", _headers(Path(folder) / "adapter_model.safetensors"), left.pop("saved_keys")
+            )
+        adapter = self.folder / "adapter"
+        tuned = load_with_adapter(self.checkpoint, adapter, torch.float32).eval()
+        for case_name, record in left["cases"].items():
+            self._tuned_case(self.cases[case_name], tuned, record)
+        batch = left.pop("batch")
+        self._tuned_batch(batch)
+        left["batch"] = batch
+        merged = load_with_adapter(self.checkpoint, adapter, torch.float32).merge_and_unload()
+        base = {key for file in self.checkpoint.glob("*.safetensors") for key in _headers(file)}
+        same = set(merged.state_dict()) == base
+        say.equal("lora", "merged_state_dict_keys_equal_base", same, left.pop("merged_state_dict_keys_equal_base"))
+
+    def _tuned_case(self, case: Case, tuned: PeftModel, left: dict[str, Any]) -> None:
+        say, name = self.report, f"lora {case.name}"
+        npz = dict(np.load(self.folder / left.pop("npz")))
+        ids, slices = case.finetune["input_ids"], case.official_slices
+        logits = self._logits(tuned, ids, slices)
+        self._distribution(name, "adapter", logits, npz)
+        with torch.no_grad():
+            say.close(name, "loss", self._loss(tuned, [case], "labels"), left.pop("loss"), LOSS)
+        base = self._logits(self.model, ids, slices)
+        change = (logits[-8:] - base[-8:]).abs().max()
+        say.close(name, "adapter against base", change, left.pop("max_abs_diff_adapter_vs_base_last8"), 2 * LOGITS)
+        with tuned.disable_adapter():
+            disabled = self._logits(tuned, ids, slices)
+        same = bool((disabled - base).abs().max() <= LOGITS)
+        say.equal(name, "disable_adapter_equals_base", same, left.pop("disable_adapter_equals_base"))
+        with tempfile.TemporaryDirectory() as folder:
+            tuned.save_pretrained(folder)
+            again = self._logits(load_with_adapter(self.checkpoint, Path(folder), torch.float32).eval(), ids, slices)
+        say.close(name, "reloaded_max_abs_diff", (again - logits).abs().max(), left.pop("reloaded_max_abs_diff"), 1e-6)
+        merged = load_with_adapter(self.checkpoint, self.folder / "adapter", torch.float32).merge_and_unload().eval()
+        merged_logits = self._logits(merged, ids, slices)[-8:]
+        say.close(name, "merged_logits_last8", merged_logits, npz.pop("merged_logits_last8"), LOGITS)
+        apart = (merged_logits - logits[-8:]).abs().max()
+        say.close(name, "merged against adapter", apart, left.pop("merged_vs_adapter_max_abs_diff_last8"), LOGITS)
+        say.equal(name, "other npz fields", sorted(npz), [])
+
+    def _tuned_batch(self, left: dict[str, Any]) -> None:
+        cases = [self.cases[name] for name in left.pop("cases")]
+        name = "lora batch " + "+".join(case.name for case in cases)
+        dropout = left.pop("lora_dropout")
+        base, _ = load_model(self.checkpoint, torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned = PeftModel.from_pretrained(base, str(self.folder / "adapter"), is_trainable=True)
+        for module in tuned.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        self.report.close(name, "loss", self._backward(tuned, cases, "labels"), left.pop("loss"), LOSS)
+        modules = list(left["grad_norm"])
+        self._gradients(name, tuned, left, "", lambda key: next((part for part in modules if part in key), key))
+
+    @torch.no_grad()
+    def _temporal(self, left: dict[str, Any]) -> None:
+        """Frames of a video, joined in groups: the resampler alone, and the model given the recorded ids."""
+        say, name = self.report, "temporal"
+        npz = dict(np.load(self.folder / left.pop("npz")))
+        encoder = Encoder.from_checkpoint(self.checkpoint, left.pop("max_slice_nums"))
+        pictures = tuple(self._picture(path) for path in left.pop("frames"))
+        groups, ids = left.pop("temporal_ids"), left.pop("input_ids")
+        sample = Sample(
+            id=name, pictures=pictures, turns=(Turn(role="user", parts=tuple(range(len(pictures)))),), source=name
+        )
+        case = Case(name, {}, sample, encoder, list(range(len(pictures))), None)
+        slices = case.slices(case.by_dict)
+        self._slices(case, "frames", slices, left.pop("slices"))
+        say.equal(name, "tgt_sizes", self._sizes(slices), left.pop("tgt_sizes"))
+        say.equal(name, "image_bound", self._bounds(ids), left.pop("image_bound"))
+        say.equal(name, "processor_temporal_ids", groups, left.pop("processor_temporal_ids"))
+        for unused in ("prompt", "use_image_id", "enable_thinking"):
+            left.pop(unused)
+            say.departs(name, unused, GROUPED_FRAMES)
+        inputs = self._inputs(ids, slices)
+        features = self.model.get_image_features(inputs["pixel_values"], inputs["target_sizes"], groups)
+        say.equal(name, "resampler_output_shape", list(features.shape), left.pop("resampler_output_shape"))
+        say.close(name, "resampler_groups", features, npz.pop("resampler_groups"), LOGITS)
+        logits = self.model(**inputs, temporal_ids=groups).logits[0]
+        self._distribution(name, "proc", logits, npz)
+        width = left.pop("temporal_table_shape")[1]
+        say.departs(name, "temporal_table_shape", NO_TABLE)
+        for key in [key for key in npz if key.startswith("temporal_pos_embed_")]:
+            row = sincos_table(torch.tensor([int(key.rsplit("_", 1)[1])]), width)[0]
+            say.close(name, key, row, npz.pop(key), LOGITS)
+        say.equal(name, "other npz fields", sorted(npz), [])
+
+    def _llm_type_outcomes(self, left: dict[str, Any]) -> None:
+        say = self.report
+        llm_type, case = left.pop("llm_type"), self.cases[left.pop("case")]
+        name = f"llm_type {llm_type} {case.name}"
+        arguments = parse([*FLAGS, "--llm_type", llm_type], announce=lambda _: None)
+        try:
+            make_trainable(load_model(self.checkpoint)[0], self.generation, arguments)
+            accepted = True
+        except UserError:
+            accepted = False
+        outcome = left.pop("outcome")
+        say.equal(name, "accepted", accepted, outcome == "ok")
+        if outcome != "ok":
+            left.pop("error_type")
+            left.pop("error")
+            return
+        ids, labels = left.pop("input_ids"), left.pop("labels_head")
+        say.equal(name, "input_ids", case.finetune["input_ids"], ids)
+        say.equal(name, "labels_head", case.finetune["labels_head"], labels)
+        say.equal(name, "image_bound", self._bounds(ids), left.pop("image_bound"))
+        say.equal(name, "n_slices", len(case.slices(case.by_dict)), left.pop("n_slices"))
+        say.equal(name, "decoded", self._abbreviated(self._decode(ids)), left.pop("decoded"))
+        with torch.no_grad():
+            loss = self._loss(self.model, [], "labels_head", [(ids, labels, case.official_slices)])
+        say.close(name, "loss_head", loss, left.pop("loss_head"), LOSS)
+
+    # Words
+
+    def _marks(self, case: Case) -> list[str]:
+        image = case.record["sample"].get("image")
+        return list(image) if isinstance(image, dict) else ["<image>"] if image else []
+
+    def _bounds(self, ids: Sequence[int]) -> list[list[int]]:
+        """Where the model puts features: runs of places between a picture's or slice's marks."""
+        places = [token == self.model.config.image_token_id for token in ids]
+        starts = {self._id("<image>"), self._id("<slice>")}
+        bounds: list[list[int]] = []
+        for at, is_place in enumerate(places):
+            if is_place and ids[at - 1] in starts:
+                bounds.append([at, at + 1])
+            elif is_place and bounds and bounds[-1][1] == at:
+                bounds[-1][1] = at + 1
+        return bounds
+
+    def _abbreviated(self, text: str) -> str:
+        token = re.escape(self.generation.picture_token)
+        return re.sub(f"(?:{token}){{2,}}", lambda found: f"<unk>*{found.group().count('<unk>')}", text)
+
+    def _with_marks(self, ids: Sequence[int]) -> str:
+        """The prompt before pictures were put in."""
+        text = self._decode(ids).removeprefix(
+            str(self.default_encoder.tokenizer.bos_token) if self._begins(ids) else ""
+        )
+        return PICTURE.sub(self.generation.picture_mark, text)
+
+    def _begins(self, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer puts a begin token in front of any text."""
+        begin = self.default_encoder.tokenizer("")["input_ids"]
+        return bool(begin) and list(ids[: len(begin)]) == begin
+
+
+PICTURE = re.compile(r"(?:<image_id>\d+</image_id>)?<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*")
+
+
+def _without_departures(text: str, begin: str) -> str:
+    """Words without what training does otherwise than the fine-tuning script."""
+    text = text.removeprefix(begin) if not text.startswith("<|im_start|>system") and begin != "<|im_start|>" else text
+    text = PICTURE.sub(lambda found: re.sub(r"<image_id>\d+</image_id>", "", found.group()), text)
+    return re.sub(r"\s*(<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*)\s*", r"\1", text)
+
+
+def validated(records: list[dict[str, Any]]) -> tuple[dict[str, Sample], dict[str, str]]:
+    """Send samples through the validation step; returns those accepted, and the reason of each refused, by id."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, rejects = Path(folder) / "data.json", Path(folder) / "rejects.jsonl"
+        data.write_text(json.dumps(records))
+        accepted = {}
+        with suppress(UserError):  # all were refused
+            validate_data(
+                str(data), str(data), Path(folder) / "dataset", rejects, ValidationSettings(max_reject_ratio=1)
+            )
+            accepted = {sample.id: sample for sample in read_samples(Path(folder) / "dataset", "train")}
+        refused = [Reject.model_validate_json(line) for line in rejects.read_text().splitlines()]
+        return accepted, {str(reject.id): reject.reason for reject in refused}
+
+
+def _headers(file: Path) -> dict[str, list[Any]]:
+    """Name, shape and type of each tensor of a file."""
+    with safe_open(file, "pt") as tensors:
+        return {
+            key: [list(tensors.get_tensor(key).shape), str(tensors.get_tensor(key).dtype)]
+            for key in tensors.keys()  # noqa: SIM118 - not a dict
+        }
+
+
+def _leaves(node: Any, path: str = "") -> list[str]:
+    if isinstance(node, dict):
+        return [leaf for key, value in node.items() for leaf in _leaves(value, f"{path}.{key}")]
+    if isinstance(node, list) and any(isinstance(value, dict) for value in node):
+        return [leaf for number, value in enumerate(node) for leaf in _leaves(value, f"{path}[{number}]")]
+    return [path.lstrip(".")]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report of a set; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
+    arguments = parser.parse_args(argv)
+    findings = Comparison(arguments.folder).run().findings
+    misses = [finding for finding in findings if not finding.ok]
+    if arguments.json:
+        rows = [
+            {key: None if value == float("inf") or value != value else value for key, value in asdict(finding).items()}
+            for finding in findings
+        ]
+        print(json.dumps({"set": str(arguments.folder), "misses": len(misses), "findings": rows}, indent=1))
+    else:
+        print("\n".join(map(str, findings)))
+        print(f"{len(findings)} compared, {len(misses)} missed")
+    return 1 if misses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

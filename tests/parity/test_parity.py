@@ -1,0 +1,16 @@
+"""Every golden set, by the same comparison that `compare.py` prints."""
+
+from pathlib import Path
+
+import pytest
+
+from .compare import Comparison
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.json"))
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_equals_what_the_official_code_recorded(folder: Path) -> None:
+    findings = Comparison(folder).run().findings
+    assert [str(finding) for finding in findings if not finding.ok] == []
+    assert len(findings) > 500
