@@ -7,6 +7,7 @@ an ordinary pipeline, so the Kubeflow UI, the SDK and schedules need to know not
 Secrets are named here, never held: their keys become environment variables of the containers.
 """
 
+import os
 import re
 from functools import wraps
 from pathlib import Path
@@ -176,6 +177,13 @@ class Profile(_Section):
         if credentials := self.mlflow.credentials:
             needed.setdefault(credentials.secret, set()).update(credentials.variables)
         return needed
+
+
+def use_storage(profile: Profile) -> None:
+    """Let this process reach the storage that the profile names, unless the environment names another."""
+    if profile.s3.endpoint:
+        os.environ.setdefault("AWS_ENDPOINT_URL", profile.s3.endpoint)
+    os.environ.setdefault("AWS_DEFAULT_REGION", profile.s3.region)
 
 
 def load_profile(path: Path) -> Profile:

@@ -449,12 +449,13 @@ def _routes(fake: FakeKubeflow) -> Flask:
         del fake.recurring_runs[recurring_run_id]
         return jsonify({})
 
+    @app.get("/version")  # MLflow's
     @app.get("/api/v1/<path:rest>")
     @app.get("/apis/<group>/<path:rest>")
-    def kubernetes(rest: str, group: str = "") -> Any:
+    def kubernetes(rest: str = "", group: str = "") -> Any:
         found = fake.kubernetes.get(request.path, 404)
         if isinstance(found, int):
             return jsonify({"kind": "Status", "code": found, "reason": "Forbidden"}), found
-        return jsonify(found)
+        return Response(found) if isinstance(found, str) else jsonify(found)
 
     return app
