@@ -291,5 +291,6 @@ def test_artifacts_go_where_runs_may_read_them(name: str, rendered: dict[str, li
         rule for rule in _named(manifests, "Role", "minicpmv-finetune-run")["rules"] if rule["resources"] == ["secrets"]
     ]
     assert rule["resourceNames"] == [profile.s3.secret]
+    assert _named(manifests, "ConfigMap", "kfp-launcher")["data"]["defaultPipelineRoot"] == profile.pipeline_root
     endpoint = providers["s3"]["default"]["endpoint"]
     assert endpoint == profile.s3.endpoint.split("://")[1]

@@ -95,7 +95,7 @@ def test_nothing_is_unused_where_kubeflow_does_not_answer(kubeflow: FakeKubeflow
     assert storage.walk(root)
 
 
-def test_no_root_is_a_mistake(kubeflow: FakeKubeflow, command: Command) -> None:
-    done = command("gc")
+def test_no_root_is_a_mistake(kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]) -> None:
+    done = command("gc", "--profile", profile(pipeline_root=""))
     assert done.code == 2
     assert "--root" in done.err
