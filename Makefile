@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install bench-merge browser lock readmes compiled base-image images clean
+.PHONY: help demo test check install bench-merge browser lock readmes compiled base-image images demo-containers clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -79,6 +79,9 @@ images: install  ## build the container images, with a software bill of material
 			--tag minicpmv-finetune/$$image:$(VERSION) . || exit 1; \
 	done
 	for image in $(IMAGES); do podman run --rm minicpmv-finetune/$$image:$(VERSION) || exit 1; done
+
+demo-containers: install  ## the demonstration in the images of `make images`, with artifacts on an S3 server
+	$(BIN)/python images/demo_containers.py build/demo-containers
 
 clean:  ## remove what was built
 	rm -rf build dist .venv *.egg-info
