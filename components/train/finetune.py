@@ -282,7 +282,9 @@ class _Collator:
 
     def __call__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Any]:
         rows = [row for _, row in numbered]
-        batch = collate(rows, self.manifest.pad_token_id, self.manifest.patch_size, padding_side="right")
+        batch = collate(
+            rows, self.manifest.pad_token_id, self.manifest.patch_size, "right", self.manifest.slicing["resampler"]
+        )
         return {**batch, "rows": [number for number, _ in numbered]}
 
 
