@@ -64,7 +64,7 @@ base-image:  ## make the base image that images/base names, from Debian's packag
 	tar -C build/base -c . | podman import - $$(cat images/base) && rm -rf build/base
 
 images: install  ## build the container images, with a software bill of materials each beside them in build/images
-	mkdir -p build/images && rm -f build/images/*.whl
+	rm -rf build/lib build/images/*.whl && mkdir -p build/images
 	podman image exists $$(cat images/base) || $(MAKE) base-image
 	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir build/images .
 	test -x build/sbom/bin/cyclonedx-py || \

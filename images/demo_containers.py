@@ -40,6 +40,7 @@ def main(out: Path) -> None:
                 "DOCKER_HOST": services.enter_context(_container_service(out.absolute() / "podman.sock")),
             }
         )
+        os.environ["MLFLOW_TRACKING_URI"] = services.enter_context(_mlflow_server(out.absolute()))
         (out / "run").mkdir()
         services.enter_context(_mounted(f"{BUCKET}/artifacts", out.absolute() / "run" / "artifacts"))
         _run(out)
@@ -91,19 +92,34 @@ def _settled(uri: str, files: int) -> int:
 def _s3_server(folder: Path) -> Iterator[str]:
     """A real S3 server on a folder; its address."""
     folder.mkdir()
+    port = _free_port()
+    command = [RCLONE, "serve", "s3", folder, "--addr", f"127.0.0.1:{port}"]
+    # A list in the environment is read as CSV, where the comma inside a pair needs quotes.
+    with _running(command, {"RCLONE_AUTH_KEY": f'"{",".join(KEYS.values())}"'}):
+        _until(lambda: _listens(port), "the S3 server")
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def _mlflow_server(folder: Path) -> Iterator[str]:
+    """A tracking server on a file; its address."""
+    port = _free_port()
+    command = [RCLONE.with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", folder / "mlflow"]
+    with _running([*command, *stores], {"MLFLOW_DISABLE_TELEMETRY": "true"}):
+        _until(lambda: _listens(port), "MLflow")
+        yield f"http://127.0.0.1:{port}"
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    keys = ",".join(KEYS.values())
-    with _running([RCLONE, "serve", "s3", folder, "--addr", address], {"RCLONE_AUTH_KEY": keys}):
-        host, port = address.split(":")
-        _until(lambda: _listens(host, int(port)), "the S3 server")
-        yield address
+        return int(free.getsockname()[1])
 
 
-def _listens(host: str, port: int) -> bool:
+def _listens(port: int) -> bool:
     with socket.socket() as client:
-        return client.connect_ex((host, port)) == 0
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
@@ -137,7 +153,7 @@ def _container_service(path: Path) -> Iterator[str]:
 @contextmanager
 def _running(command: list[str | Path], environment: Mapping[str, str]) -> Iterator[None]:
     whole = {**os.environ, **environment}
-    with subprocess.Popen(command, env=whole, stderr=subprocess.DEVNULL) as process:  # noqa: S603
+    with subprocess.Popen(command, env=whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # noqa: S603
         try:
             yield
         finally:
@@ -145,10 +161,10 @@ def _running(command: list[str | Path], environment: Mapping[str, str]) -> Itera
 
 
 def _until(ready: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 60
     while not ready():
         if time.monotonic() > give_up:
-            sys.exit(f"error: {what} did not start within 30 seconds")
+            sys.exit(f"error: {what} did not start within 60 seconds")
         time.sleep(0.1)
 
 

@@ -39,12 +39,15 @@ def needed(image: str) -> set[str]:
 
 
 def locked(lock: str, names: set[str]) -> str:
-    """The lock's entries of these packages.
+    """The lock's entries of these packages; some have one for each of several versions of Python.
 
     Raises:
         KeyError: the lock lacks one of them.
     """
-    entries = {canonicalize_name(match[1]): match[0] for match in re.finditer(r"(?m)^(\S+?)==(?:.*\\\n)*.*\n", lock)}
+    entries: dict[str, str] = {}
+    for entry in re.finditer(r"(?m)^(\S+?)==(?:.*\\\n)*.*\n", lock):
+        name = canonicalize_name(entry[1])
+        entries[name] = entries.get(name, "") + entry[0]
     return "".join(entries[name] for name in sorted(names))
 
 

@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 State = Literal["ok", "skipped", "failed", "unreachable"]
 _MARKS = {"ok": "ok     ", "skipped": "skipped", "failed": "FAILED ", "unreachable": "FAILED "}
 _OLDEST_KUBEFLOW = (2, 17)
-_DATA_MODULES = ("numpy", "PIL", "pyarrow", "boto3", "tokenizers", "mlflow", "kfp.dsl")
-_TRAINER_MODULES = ("torch", "torchvision", "transformers", "peft", "accelerate", "deepspeed", "safetensors")
+_STEPS = "minicpmv_finetune.components"
+_DATA_MODULES = ("numpy", "pyarrow", "boto3", "mlflow", "kfp.dsl", f"{_STEPS}.validate_data.validate")
+_TRAINER_MODULES = (
+    *("torch", "torchvision", "transformers", "peft", "accelerate", "deepspeed"),
+    *(f"{_STEPS}.{step}" for step in ("preprocess.preprocess", "train.finetune", "merge.merge", "evaluate.evaluate")),
+)
 
 
 @dataclass(frozen=True)

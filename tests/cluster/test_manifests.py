@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
 
+from minicpmv_finetune.components import storage
+from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.pipelines.profile import QUEUE_LABEL, load_profile
 
 ROOT = Path(__file__).parents[2]
@@ -294,3 +298,40 @@ def test_artifacts_go_where_runs_may_read_them(name: str, rendered: dict[str, li
     assert _named(manifests, "ConfigMap", "kfp-launcher")["data"]["defaultPipelineRoot"] == profile.pipeline_root
     endpoint = providers["s3"]["default"]["endpoint"]
     assert endpoint == profile.s3.endpoint.split("://")[1]
+
+
+def _listens(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port))) == 0
+
+
+def test_development_storage_lets_in_who_has_the_secret(
+    rendered: dict[str, list[Manifest]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very command and environment, run here: how a list is written in rclone's environment is easily wrong."""
+    (container,) = _named(rendered["overlays/dev"], "StatefulSet", "s3")["spec"]["template"]["spec"]["containers"]
+    (keys,) = [item["value"] for item in container["env"] if item["name"] == "RCLONE_AUTH_KEY"]
+    secret = {"AWS_ACCESS_KEY_ID": "some-key", "AWS_SECRET_ACCESS_KEY": "some-secret"}
+    for name, value in secret.items():
+        keys = keys.replace(f"$({name})", value)
+        monkeypatch.setenv(name, value)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "minicpmv-finetune").mkdir()
+    command = [str(tmp_path) if word == "/data" else word for word in container["command"]]
+    command = [address if word == ":9000" else word for word in command]
+    rclone = Path(sys.executable).with_name(command[0])
+    monkeypatch.setenv("RCLONE_AUTH_KEY", keys)
+    with subprocess.Popen([rclone, *command[1:]], stderr=subprocess.DEVNULL) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        while not _listens(address):
+            with suppress(subprocess.TimeoutExpired):
+                raise RuntimeError(f"rclone ended with exit code {server.wait(timeout=0.02)}")
+        storage.write_bytes("s3://minicpmv-finetune/a", b"content")
+        assert storage.read_bytes("s3://minicpmv-finetune/a") == b"content"
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+        with pytest.raises(UserError):
+            storage.read_bytes("s3://minicpmv-finetune/a")
+        server.terminate()
