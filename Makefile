@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install bench-merge browser lock readmes clean
+.PHONY: help demo test check install bench-merge browser lock readmes compiled base-image images demo-containers clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -44,6 +44,44 @@ lock:  ## resolve the newest versions anew and write requirements.lock
 
 readmes: install  ## write each step's README from its component
 	$(BIN)/python -m minicpmv_finetune.pipelines.component_readmes
+
+PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
+
+compiled: install  ## compile the pipeline for every profile of k8s/profiles into pipelines/compiled
+	for profile in $(PROFILES); do \
+		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.yaml --profile k8s/profiles/$$profile.yaml && \
+		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.objects.yaml --objects \
+			--profile k8s/profiles/$$profile.yaml || exit 1; \
+	done
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+IMAGES := data trainer
+
+base-image:  ## make the base image that images/base names, from Debian's packages (as root)
+	rm -rf build/base && mkdir -p build
+	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/base
+	tar -C build/base -c . | podman import - $$(cat images/base) && rm -rf build/base
+
+images: install  ## build the container images, with a software bill of materials each beside them in build/images
+	rm -rf build/lib build/images/*.whl && mkdir -p build/images
+	podman image exists $$(cat images/base) || $(MAKE) base-image
+	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir build/images .
+	test -x build/sbom/bin/cyclonedx-py || \
+		{ $(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install -qq cyclonedx-bom; }
+	for image in $(IMAGES); do \
+		$(BIN)/python images/requirements.py $$image > build/images/$$image.txt && \
+		build/sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+			--output-file build/images/$$image.cdx.json build/images/$$image.txt && \
+		buildah build --isolation chroot $(BUILD_OPTIONS) --file images/Dockerfile \
+			--build-arg BASE=$$(podman image inspect --format '{{.Id}}' $$(cat images/base)) \
+			--build-arg VARIANT=$$image --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+			--tag minicpmv-finetune/$$image:$(VERSION) . || exit 1; \
+	done
+	for image in $(IMAGES); do podman run --rm minicpmv-finetune/$$image:$(VERSION) || exit 1; done
+
+demo-containers: install  ## the demonstration in the images of `make images`, with artifacts on an S3 server
+	$(BIN)/python images/demo_containers.py build/demo-containers
 
 clean:  ## remove what was built
 	rm -rf build dist .venv *.egg-info

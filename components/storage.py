@@ -19,10 +19,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn, cast
 
 from .errors import RetryableError, UserError
 
@@ -38,6 +39,13 @@ _PIECE_BYTES = 2**20  # read from a connection at a time
 _WAITS = (0.2, 1.0)  # seconds between attempts to read an answer that broke off
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class StoredFile(NamedTuple):
+    """Size in bytes, and when it was last written."""
+
+    bytes: int
+    written: datetime
 
 
 def is_object_uri(uri: str) -> bool:
@@ -233,6 +241,32 @@ def remove_file(uri: str) -> None:
             _client().delete_object(Bucket=bucket, Key=key)
         else:
             _local(uri).unlink(missing_ok=True)
+
+
+def walk(uri: str) -> dict[str, StoredFile]:
+    """All files below a folder by their path in it; empty when there is no such folder.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
+    with _explained(uri):
+        if not is_object_uri(uri):
+            folder = _local(uri)
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            states = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
+            return {
+                name: StoredFile(state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
+                for name, state in states.items()
+            }
+        bucket, key = _split(uri)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return {
+            item["Key"].removeprefix(prefix): StoredFile(item["Size"], item["LastModified"])
+            for page in pages
+            for item in page.get("Contents", [])
+        }
 
 
 def upload_file(path: Path, uri: str) -> None:

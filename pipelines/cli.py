@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..components.errors import RetryableError, UserError, end_process
+from . import kubeflow_cli
 
 app = typer.Typer(
     name="minicpmv-finetune",
@@ -26,7 +27,6 @@ app = typer.Typer(
 
 HERE = "Run here"
 STEP = "One step"
-KUBEFLOW = "Kubeflow"
 REGISTRY = "Models"
 
 
@@ -74,6 +74,9 @@ RegisteredModel = Annotated[
 Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
 Reason = Annotated[str, typer.Option(help="Why; it is kept beside the move.")]
 Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
+
+
+app.add_typer(kubeflow_cli.app)
 
 
 def main() -> None:
@@ -266,17 +269,36 @@ def predict(
     print(answer(model, image or [], prompt, adapter, max_new_tokens))
 
 
-@app.command(rich_help_panel=KUBEFLOW)
+@app.command(rich_help_panel=kubeflow_cli.PANEL)
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
-    partitions: Annotated[int, typer.Option(min=1, help="Pods that share the work of preprocess.")] = 1,
+    partitions: Annotated[
+        int, typer.Option(min=1, help="Pods that share the work of preprocess; a profile has its own count.")
+    ] = 1,
+    profile: Annotated[
+        Path | None, typer.Option(help="Cluster's settings to put on every task, such as k8s/profiles/dev.yaml.")
+    ] = None,
+    objects: Annotated[
+        bool, typer.Option("--objects", help="Write Pipeline and PipelineVersion objects for kubectl apply.")
+    ] = False,
     retrain: Annotated[bool, typer.Option("--retrain", help="Write the pipeline for schedules instead.")] = False,
 ) -> None:
     """Write the pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
-    from .finetune import compile_pipeline
+    from .finetune import compile_objects, compile_pipeline
+    from .profile import load_profile
     from .retrain import compile_retraining
 
-    print(compile_retraining(output, partitions) if retrain else compile_pipeline(output, partitions))
+    settings = load_profile(profile) if profile else None
+    if settings and partitions > 1:
+        raise UserError(f"--partitions: {profile} decides this; set preprocess_partitions there.")
+    if objects:
+        if settings is None:
+            raise UserError("--objects: the namespace of the objects is not known; give a --profile too.")
+        print(compile_objects(output, settings))
+    elif retrain:
+        print(compile_retraining(output, partitions, settings))
+    else:
+        print(compile_pipeline(output, partitions, settings))
 
 
 @app.command(rich_help_panel=REGISTRY)

@@ -5,11 +5,16 @@ helps. The defaults train LoRA adapters and the vision tower; `training_flags` r
 script.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from kfp import compiler, dsl, kubernetes
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
+from kfp.dsl.graph_component import GraphComponent
 
 from ..components.evaluate.component import evaluate
 from ..components.merge.component import merge
@@ -18,6 +23,7 @@ from ..components.register.component import register
 from ..components.tracking import RUN_ID_VARIABLE
 from ..components.train.component import train
 from ..components.validate_data.component import validate_data
+from .profile import Profile, with_profile
 
 PIPELINE_NAME = "minicpmv-finetune"
 STEPS = ("validate-data", "preprocess", "train", "merge", "evaluate", "register")
@@ -92,6 +98,8 @@ def build(partitions: int = 1) -> Any:
             data_options=data_options,
             registered_model=registered_model,
         )
+        # Kubeflow's cache keys on addresses: data overwritten in place would be taken for the old one.
+        validated.set_caching_options(False)
         identify(validated)
         tune(
             validated.outputs["dataset"],
@@ -185,13 +193,45 @@ def identify(*tasks: dsl.PipelineTask) -> None:
 finetune = build()
 
 
-def compile_pipeline(path: Path, partitions: int = 1) -> Path:
+def pipeline_for(profile: Profile) -> GraphComponent:
+    """The pipeline with a cluster's settings on its tasks."""
+    return with_profile(build(profile.preprocess_partitions), profile)
+
+
+def compile_pipeline(path: Path, partitions: int = 1, profile: Profile | None = None) -> Path:
     """Write the pipeline as the YAML file that Kubeflow Pipelines takes.
 
     Args:
         path: receives it.
-        partitions: see `build`.
+        partitions: see `build`; with a profile, the profile's count.
+        profile: a cluster's settings, put on every task.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(build(partitions), str(path))
+    compiler.Compiler().compile(pipeline_for(profile) if profile else build(partitions), str(path))
     return path
+
+
+def compile_objects(path: Path, profile: Profile) -> Path:
+    """Write the pipeline as `Pipeline` and `PipelineVersion` objects, for clusters that keep pipelines in Kubernetes.
+
+    A version cannot be changed once it is applied, so its name holds a digest of its content.
+    """
+    component = pipeline_for(profile)
+    options = KubernetesManifestOptions(
+        pipeline_name=PIPELINE_NAME,
+        pipeline_display_name=component.pipeline_spec.pipeline_info.display_name,
+        pipeline_version_name=f"{PIPELINE_NAME}-{content_digest(component)}",
+        namespace=profile.namespace,
+        include_pipeline_manifest=True,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(
+        component, str(path), kubernetes_manifest_format=True, kubernetes_manifest_options=options
+    )
+    return path
+
+
+def content_digest(pipeline: GraphComponent) -> str:
+    """Twelve hexadecimal digits that change when the pipeline or its cluster's settings do."""
+    content = [MessageToDict(pipeline.pipeline_spec), MessageToDict(pipeline.platform_spec)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,6 +17,7 @@ from ..components.notify.notify import WEBHOOK_VARIABLE
 from ..components.plan_retraining.component import plan_retraining
 from ..components.validate_data.component import validate_data
 from .finetune import DEFAULT_BASE, DEFAULT_NAME, identify, tune
+from .profile import Profile, with_profile
 
 PIPELINE_NAME = "minicpmv-retrain"
 WEBHOOK_SECRET = "minicpmv-webhook"
@@ -118,13 +119,15 @@ def build(partitions: int = 1) -> Any:
 retrain = build()
 
 
-def compile_retraining(path: Path, partitions: int = 1) -> Path:
+def compile_retraining(path: Path, partitions: int = 1, profile: Profile | None = None) -> Path:
     """Write the pipeline as the YAML file that Kubeflow Pipelines takes.
 
     Args:
         path: receives it.
-        partitions: pods that share the work of preprocess.
+        partitions: pods that share the work of preprocess; with a profile, the profile's count.
+        profile: a cluster's settings, put on every task.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(build(partitions), str(path))
+    pipeline = with_profile(build(profile.preprocess_partitions), profile) if profile else build(partitions)
+    compiler.Compiler().compile(pipeline, str(path))
     return path

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from ..images import DATA_IMAGE
+from ..images import TRAINER_IMAGE
 
 
-@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
 def preprocess(
     dataset: dsl.Input[dsl.Dataset],
     base_model_uri: str,
@@ -88,7 +88,7 @@ def preprocess(
         Path(summary.path).write_text(markdown(manifest))
 
 
-@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
 def preprocess_part(
     dataset: dsl.Input[dsl.Dataset],
     base_model_uri: str,

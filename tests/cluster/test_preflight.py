@@ -1,0 +1,199 @@
+"""What preflight says of a cluster where everything is there, and of each thing that is not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Command
+from fake_kubeflow import FakeKubeflow
+
+SPACE = "/api/v1/namespaces/minicpmv-finetune"
+GROUPS = {"queue": "kueue.x-k8s.io/v1beta1", "runtime": "trainer.kubeflow.org/v1alpha1"}
+
+
+@pytest.fixture
+def production(
+    kubeflow: FakeKubeflow, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """The production profile, and a cluster that has all it names; some of the profile changed."""
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(
+        yaml.safe_dump(
+            {
+                "current-context": "fake",
+                "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
+                "clusters": [{"name": "fake", "cluster": {"server": kubeflow.url}}],
+                "users": [{"name": "fake", "user": {"token": "token"}}],
+            }
+        )
+    )
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", kubeflow.url)
+    node = {"metadata": {"name": "gpu"}, "status": {"allocatable": {"nvidia.com/gpu": "8"}}}
+    custom = "namespaces/minicpmv-finetune"
+    kubeflow.kubernetes.update(
+        {
+            f"{SPACE}/secrets/minicpmv-s3": {"data": {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}},
+            f"{SPACE}/secrets/minicpmv-mlflow": {"data": {"username": "", "password": ""}},
+            f"{SPACE}/serviceaccounts/minicpmv-finetune": {"metadata": {"name": "minicpmv-finetune"}},
+            f"{SPACE}/persistentvolumeclaims/base-models": {"metadata": {"name": "base-models"}},
+            "/api/v1/nodes": {"items": [node]},
+            f"/apis/{GROUPS['queue']}/{custom}/localqueues/minicpmv-finetune": {"spec": {"clusterQueue": "gpu"}},
+            f"/apis/{GROUPS['runtime']}/{custom}/trainingruntimes/minicpmv-finetune": {"spec": {}},
+            "/version": "3.17.2",
+        }
+    )
+
+    def write(**change: Any) -> Path:
+        said = yaml.safe_load((ROOT / "k8s" / "profiles" / "prod.yaml").read_text())
+        path = tmp_path / "prod.yaml"
+        path.write_text(yaml.safe_dump({**said, "pipeline_root": f"{s3_uri}/pipelines", **change}))
+        return path
+
+    return write
+
+
+def _states(command: Command, *words: str | Path) -> dict[str, tuple[str, str]]:
+    done = command("preflight", *words, "--output", "json")
+    return {check["name"]: (check["state"], check["detail"]) for check in done.json}
+
+
+def test_all_is_well(
+    production: Callable[..., Path], command: Command, s3_uri: str, s3_client: Any, tmp_path: Path
+) -> None:
+    bucket = s3_uri.removeprefix("s3://")
+    s3_client.put_object(Bucket=bucket, Key="train.json", Body=b"[]")
+    s3_client.put_object(Bucket=bucket, Key="model/config.json", Body=b"{}")
+    before = s3_client.list_objects_v2(Bucket=bucket)["KeyCount"]
+    words = ["--profile", production(), "--data", f"{s3_uri}/train.json", "--base-model", f"{s3_uri}/model"]
+    states = _states(command, *words)
+    assert {name for name, (state, _) in states.items() if state != "ok"} == {"shared memory of merge"}
+    assert "2.17.0" in states["Kubeflow Pipelines"][1]
+    assert "3.17.2" in states["MLflow"][1]
+    assert s3_client.list_objects_v2(Bucket=bucket)["KeyCount"] == before
+    done = command("preflight", *words)
+    assert done.code == 0
+    assert len(done.out.splitlines()) == len(states)
+    assert all(line.startswith(("ok ", "skipped ")) for line in done.out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "name", "state", "said"),
+    [
+        (f"{SPACE}/secrets/minicpmv-s3", 404, "Secret minicpmv-s3", "failed", "create it with the keys"),
+        (f"{SPACE}/secrets/minicpmv-s3", 403, "Secret minicpmv-s3", "skipped", "not allowed to look"),
+        (
+            f"{SPACE}/secrets/minicpmv-mlflow",
+            {"data": {"username": ""}},
+            "Secret minicpmv-mlflow",
+            "failed",
+            "password",
+        ),
+        (f"{SPACE}/serviceaccounts/minicpmv-finetune", 404, "service account minicpmv-finetune", "failed", "overlay"),
+        (f"{SPACE}/persistentvolumeclaims/base-models", 500, "claim base-models", "unreachable", "500"),
+        ("/api/v1/nodes", {"items": []}, "GPUs of train", "failed", "NVIDIA-H100"),
+        (
+            f"/apis/{GROUPS['queue']}/namespaces/minicpmv-finetune/localqueues/minicpmv-finetune",
+            404,
+            "queue of train",
+            "failed",
+            "components/kueue",
+        ),
+        (
+            f"/apis/{GROUPS['runtime']}/namespaces/minicpmv-finetune/trainingruntimes/minicpmv-finetune",
+            404,
+            "training runtime minicpmv-finetune",
+            "failed",
+            "components/trainer",
+        ),
+        ("/version", 403, "MLflow", "failed", "MLFLOW_SERVER_ALLOWED_HOSTS"),
+        ("/version", 500, "MLflow", "unreachable", "500"),
+    ],
+)
+def test_what_is_missing_is_told_with_what_to_do(
+    path: str,
+    answer: Any,
+    name: str,
+    state: str,
+    said: str,
+    production: Callable[..., Path],
+    kubeflow: FakeKubeflow,
+    command: Command,
+) -> None:
+    kubeflow.kubernetes[path] = answer
+    found = _states(command, "--profile", production())
+    assert found[name][0] == state
+    assert said in found[name][1]
+    code = command("preflight", "--profile", production()).code
+    assert code == {"failed": 2, "unreachable": 75, "skipped": 0}[state]
+
+
+def test_an_old_server_is_refused(production: Callable[..., Path], kubeflow: FakeKubeflow, command: Command) -> None:
+    old = '{"multi_user": false, "tag_name": "2.4.0"}'
+    kubeflow.answer_next(r"healthz", old, old)
+    state, said = _states(command, "--profile", production())["Kubeflow Pipelines"]
+    assert state == "failed"
+    assert "2.17 or newer" in said
+
+
+def test_a_server_that_is_not_there(
+    production: Callable[..., Path], command: Command, unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KF_PIPELINES_ENDPOINT", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, unreachable)
+    found = _states(command, "--profile", production())
+    assert {found[name][0] for name in ("Kubeflow Pipelines", "object storage", "MLflow")} == {"unreachable"}
+
+
+def test_storage_that_lets_nobody_in(
+    production: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    assert _states(command, "--profile", production())["object storage"][0] == "failed"
+
+
+def test_without_access_to_kubernetes_the_rest_is_checked(
+    production: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", os.devnull)
+    found = _states(command, "--profile", production())
+    assert found["Kubernetes"][0] == "skipped"
+    assert found["Kubeflow Pipelines"][0] == "ok"
+
+
+@pytest.mark.parametrize(("size", "said"), [(None, "64 MB"), ("200Gi", "leaves nothing")])
+def test_shared_memory_is_checked(
+    size: str | None, said: str, production: Callable[..., Path], command: Command
+) -> None:
+    steps = yaml.safe_load((ROOT / "k8s" / "profiles" / "prod.yaml").read_text())["steps"]
+    steps["train"]["shared_memory"] = size
+    state, detail = _states(command, "--profile", production(steps=steps))["shared memory of train"]
+    assert state == "failed"
+    assert said in detail
+
+
+def test_data_and_model_that_are_not_there(production: Callable[..., Path], command: Command, s3_uri: str) -> None:
+    words = ["--profile", production(), "--data", f"{s3_uri}/no.json", "--base-model", f"{s3_uri}/model"]
+    found = _states(command, *words)
+    assert found["data"][0] == "failed"
+    assert found["base model"][0] == "failed"
+    mounted = _states(command, "--profile", production(), "--base-model", "/models/MiniCPM-V-4.6")
+    assert mounted["base model"][0] == "skipped"
+
+
+def test_an_image_is_checked_from_within(command: Command) -> None:
+    found = _states(command, "--image")
+    assert {"import torch", "import kfp.dsl", "compiler", "user"} <= set(found)
+    assert found["import pyarrow"][0] == "ok"
+    assert found["user"][0] == ("failed" if os.getuid() == 0 else "ok")
+
+
+def test_nothing_to_check_is_a_mistake(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINICPMV_FINETUNE_PROFILE")
+    done = command("preflight")
+    assert done.code == 2
+    assert "--image" in done.err

@@ -1,0 +1,268 @@
+"""Recurring runs as code, reconciled against a server that cannot change one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BASE_MODEL, INPUTS, Command
+from fake_kubeflow import FakeKubeflow
+
+from minicpmv_finetune.pipelines.schedule import in_words, six_fields
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def schedules(tmp_path: Path) -> Write:
+    """A file with one schedule, some of it changed."""
+
+    def write(*others: dict[str, Any], **change: Any) -> Path:
+        schedule = {
+            "name": "nightly",
+            "cron": "0 3 * * 1-5",
+            "parameters": {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL},
+        }
+        path = tmp_path / "schedules.yaml"
+        path.write_text(yaml.safe_dump({"schedules": [{**schedule, **change}, *others]}))
+        return path
+
+    return write
+
+
+def _verbs(command: Command, file: Path, *words: str) -> list[str]:
+    done = command("schedule", "apply", "-f", file, "--output", "json", *words)
+    assert done.code == 0, done.err
+    return [step["verb"] for step in done.json]
+
+
+def test_apply_creates_then_leaves_alone(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    assert _verbs(command, schedules(), "--dry-run") == ["create"]
+    assert kubeflow.recurring_runs == {}
+    assert kubeflow.pipelines == {}
+    assert _verbs(command, schedules()) == ["create"]
+    (made,) = kubeflow.recurring_runs.values()
+    assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1-5"
+    assert (made["no_catchup"], made["max_concurrency"], made["status"]) == (True, "1", "ENABLED")
+    assert made["service_account"] == "minicpmv-finetune"
+    before = dict(kubeflow.recurring_runs)
+    kubeflow.requests.clear()
+    assert _verbs(command, schedules()) == ["keep"]
+    assert kubeflow.recurring_runs == before
+    assert all(line.startswith("GET") for line in kubeflow.requests)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cron": "0 4 * * 1-5"},
+        {"parameters": {"data_uri": "s3://bucket/other.json", "base_model_uri": BASE_MODEL}},
+        {"no_catchup": False},
+        {"max_concurrency": 2},
+        {"description": "for the demo"},
+        {"mlflow_experiment": "receipts"},
+    ],
+)
+def test_what_differs_is_replaced(
+    change: dict[str, Any], kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
+    _verbs(command, schedules())
+    (old,) = kubeflow.recurring_runs
+    assert _verbs(command, schedules(**change), "--dry-run") == ["replace"]
+    assert list(kubeflow.recurring_runs) == [old]
+    assert _verbs(command, schedules(**change)) == ["replace"]
+    (new,) = kubeflow.recurring_runs
+    assert new != old
+    assert _verbs(command, schedules(**change)) == ["keep"]
+
+
+def test_the_latest_version_is_taken_at_every_tick(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write, profile: Callable[..., Path]
+) -> None:
+    _verbs(command, schedules())
+    (schedule,) = kubeflow.recurring_runs
+    first = kubeflow.tick(schedule)
+    command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
+    second = kubeflow.tick(schedule)
+    assert first
+    assert second
+    assert first["pipeline_version_reference"] != second["pipeline_version_reference"]
+    assert _verbs(command, schedules()) == ["keep"]
+
+
+def test_a_version_can_be_held(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write, profile: Callable[..., Path]
+) -> None:
+    _verbs(command, schedules(version="current"))
+    (schedule,) = kubeflow.recurring_runs
+    first = kubeflow.tick(schedule)
+    command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
+    second = kubeflow.tick(schedule)
+    assert first
+    assert second
+    assert first["pipeline_version_reference"] == second["pipeline_version_reference"]
+    unknown = command("schedule", "apply", "-f", schedules(version="v1"))
+    assert unknown.code == 2
+    assert "no version v1" in unknown.err
+
+
+def test_duplicates_are_reduced_to_one(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    _verbs(command, schedules())
+    ((kept, record),) = kubeflow.recurring_runs.items()
+    kubeflow.recurring_runs["twin"] = {**record, "recurring_run_id": "twin", "created_at": kubeflow.now()}
+    kubeflow.recurring_runs["stranger"] = {**record, "recurring_run_id": "stranger", "description": "by hand"}
+    assert _verbs(command, schedules()) == ["delete", "delete", "keep"]
+    assert list(kubeflow.recurring_runs) == [kept]
+
+
+def test_a_schedule_made_by_hand_is_taken_over_by_name(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
+    _verbs(command, schedules())
+    (record,) = kubeflow.recurring_runs.values()
+    record["description"] = ""
+    assert _verbs(command, schedules()) == ["replace"]
+    assert len(kubeflow.recurring_runs) == 1
+
+
+def test_other_schedules_are_left_alone(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    _verbs(command, schedules())
+    _verbs(command, schedules(name="weekly"))
+    assert sorted(item["display_name"] for item in kubeflow.recurring_runs.values()) == ["nightly", "weekly"]
+
+
+def test_a_failed_replacement_leaves_the_old_one_running(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
+    _verbs(command, schedules())
+    (old,) = kubeflow.recurring_runs
+    kubeflow.answer_next(r"POST .*/recurringruns$", 500)
+    assert command("schedule", "apply", "-f", schedules(cron="0 4 * * *")).code == 75
+    assert list(kubeflow.recurring_runs) == [old]
+    assert kubeflow.recurring_runs[old]["status"] == "ENABLED"
+    assert _verbs(command, schedules(cron="0 4 * * *")) == ["replace"]
+
+
+def test_pause_and_resume(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    _verbs(command, schedules())
+    (made,) = kubeflow.recurring_runs.values()
+    assert command("schedule", "pause", "nightly", "--dry-run", "--output", "json").json["changed"] is True
+    assert made["status"] == "ENABLED"
+    assert command("schedule", "pause", "nightly", "--output", "json").json["changed"] is True
+    assert command("schedule", "pause", "nightly", "--output", "json").json["changed"] is False
+    assert kubeflow.tick(made["recurring_run_id"]) is None
+    assert _verbs(command, schedules()) == ["keep"]
+    assert made["status"] == "DISABLED"
+    assert command("schedule", "resume", "nightly", "--output", "json").json["changed"] is True
+    assert made["status"] == "ENABLED"
+    unknown = command("schedule", "pause", "hourly")
+    assert unknown.code == 2
+    assert "hourly" in unknown.err
+
+
+def test_a_pause_survives_a_replacement(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    _verbs(command, schedules())
+    command("schedule", "pause", "nightly")
+    _verbs(command, schedules(cron="0 4 * * *"))
+    (made,) = kubeflow.recurring_runs.values()
+    assert made["status"] == "DISABLED"
+
+
+def test_the_file_may_say_whether_it_is_paused(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    _verbs(command, schedules(paused=True))
+    (made,) = kubeflow.recurring_runs.values()
+    assert made["status"] == "DISABLED"
+    assert _verbs(command, schedules(paused=False)) == ["resume"]
+    assert made["status"] == "ENABLED"
+    assert _verbs(command, schedules(paused=True)) == ["pause"]
+
+
+def test_delete_by_name_and_by_file(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    file = schedules()
+    _verbs(command, file)
+    assert command("schedule", "delete", "nightly", "--dry-run", "--output", "json").json == {"nightly": True}
+    assert len(kubeflow.recurring_runs) == 1
+    assert command("schedule", "delete", "-f", file, "--output", "json").json == {"nightly": True}
+    assert kubeflow.recurring_runs == {}
+    assert "not there" in command("schedule", "delete", "nightly").out
+    assert command("schedule", "delete").code == 2
+
+
+def test_list_says_when_in_words(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    assert command("schedule", "list").out == "no schedules\n"
+    done = command("schedule", "apply", "-f", schedules())
+    assert "At 03:00, Monday through Friday, in the server's time zone (UTC)" in done.out
+    (row,) = command("schedule", "list", "--output", "json").json
+    assert (row["name"], row["enabled"], row["cron"], row["version"]) == ("nightly", True, "0 0 3 * * 1-5", "latest")
+    assert "in the server's time zone (UTC)" in command("schedule", "list").out
+
+
+def test_several_users_are_kept_apart(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubeflow.tokens.update({"mine": {"minicpmv-finetune"}, "other": {"elsewhere"}})
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "other")
+    assert command("schedule", "apply", "-f", schedules()).code == 2
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "mine")
+    assert _verbs(command, schedules()) == ["create"]
+    assert len(command("schedule", "list", "--output", "json").json) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cron": "0 3 * *"}, "4 fields"),
+        ({"cron": "0 3 * * 7"}, "between 0 and 6"),
+        ({"cron": "0 25 * * *"}, "between 0 and 23"),
+        ({"cron": "0 3 * * */0"}, "between 0 and 6"),
+        ({"parameters": {"data_urri": "s3://b/x"}}, "did you mean data_uri"),
+        ({"max_concurrency": 11}, "less than or equal to 10"),
+        ({"no_catch_up": True}, "no_catch_up"),
+    ],
+)
+def test_mistakes_are_told_by_their_place(
+    change: dict[str, Any], said: str, kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
+    done = command("schedule", "apply", "-f", schedules(**change))
+    assert done.code == 2
+    assert said in done.err
+    assert kubeflow.recurring_runs == {}
+
+
+def test_two_of_one_name_are_a_mistake(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    twin = {"name": "nightly", "cron": "0 0 * * *", "parameters": {}}
+    done = command("schedule", "apply", "-f", schedules(twin))
+    assert done.code == 2
+    assert "two schedules are called nightly" in done.err
+
+
+@pytest.mark.parametrize("content", [None, "schedules", "- 1", "a: ["])
+def test_no_file_of_schedules_is_one_sentence(
+    content: str | None, kubeflow: FakeKubeflow, command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "schedules.yaml"
+    if content is not None:
+        path.write_text(content)
+    done = command("schedule", "apply", "-f", path)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("0 3 * * 1-5", "0 0 3 * * 1-5"),
+        ("*/15 * * * *", "0 */15 * * * *"),
+        ("0 0 3 1,15 JAN-MAR ?", "0 0 3 1,15 JAN-MAR ?"),
+    ],
+)
+def test_five_fields_are_given_their_second(given: str, sent: str) -> None:
+    assert six_fields(given) == sent
+    assert six_fields(sent) == sent
+
+
+def test_words_name_the_time_zone_and_convert_nothing() -> None:
+    assert in_words("0 30 22 * * 0", "Europe/Berlin") == (
+        "At 22:30, only on Sunday, in the server's time zone (Europe/Berlin)"
+    )

