@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Command
+from commands import ROOT, Command
 from fake_kubeflow import FakeKubeflow
 
 SPACE = "/api/v1/namespaces/minicpmv-finetune"

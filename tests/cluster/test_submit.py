@@ -6,7 +6,7 @@ from pathlib import Path
 
 import kfp
 import pytest
-from conftest import BASE_MODEL, INPUTS, Command
+from commands import BASE_MODEL, INPUTS, Command
 from fake_kubeflow import FakeKubeflow
 
 from minicpmv_finetune.pipelines import cluster, finetune, runs

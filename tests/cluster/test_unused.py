@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import INPUTS, Command
+from commands import INPUTS, Command
 from fake_kubeflow import FakeKubeflow
 from mlflow import MlflowClient
 

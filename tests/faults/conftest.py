@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.training import TRAIN
-from faults.wire import Wire, relay_connection
+from training_flags import TRAIN
+from wire import Wire, relay_connection
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.training import TRAIN
 from mlflow import MlflowClient
+from training_flags import TRAIN
 
 STEPS = {
     "validate-data": ("--data {inputs}/train.json --eval-data {inputs}/eval.json --out {out}/dataset", "dataset"),

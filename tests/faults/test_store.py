@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.wire import Wire
+from wire import Wire
 
 from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import RetryableError, UserError
