@@ -7,20 +7,22 @@ The lock holds the developers' tools too. What a package needs is read from what
 
 import re
 import sys
+import tomllib
 from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PROJECT = "minicpmv-finetune"
-TRAINER_ONLY = {"accelerate", "deepspeed", "peft", "torch", "torchvision"}
+ROOT = Path(__file__).parents[1]
+TRAINER_ONLY = {"accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "torchvision"}
 """What needs torch, and with it CUDA: checking data, tracking and talking to Kubeflow do without."""
 
 
 def needed(image: str) -> set[str]:
     """Names of the packages that the project needs in an image, those that they need included."""
-    wanted = [Requirement(PROJECT)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(line) for line in project["dependencies"]]
     found: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     while wanted:
@@ -35,7 +37,7 @@ def needed(image: str) -> set[str]:
             extras = requirement.extras or {""}
             if below.marker is None or any(below.marker.evaluate({"extra": extra}) for extra in extras):
                 wanted.append(below)
-    return found - {PROJECT}
+    return found
 
 
 def locked(lock: str, names: set[str]) -> str:
@@ -52,4 +54,4 @@ def locked(lock: str, names: set[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(locked((Path(__file__).parents[1] / "requirements.lock").read_text(), needed(sys.argv[1])), end="")
+    print(locked((ROOT / "requirements.lock").read_text(), needed(sys.argv[1])), end="")

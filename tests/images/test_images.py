@@ -47,7 +47,7 @@ def test_only_the_trainer_has_torch_and_cuda(packages: tuple[str, str]) -> None:
     image, listed = packages
     heavy = {name for name in _names(listed) if re.match(r"torch|nvidia|cuda|triton|deepspeed", name)}
     assert bool(heavy) == (image == "trainer")
-    assert {"mlflow", "kfp", "pyarrow", "scipy"} <= _names(listed)
+    assert {"mlflow", "psycopg2-binary", "kfp", "pyarrow", "scipy"} <= _names(listed)
 
 
 def test_base_image_is_an_argument_from_one_file() -> None:
