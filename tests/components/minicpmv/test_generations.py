@@ -20,7 +20,7 @@ from minicpmv_finetune.components.minicpmv.checkpoint import load_model
 from minicpmv_finetune.components.minicpmv.conversation import Encoder
 from minicpmv_finetune.components.minicpmv.generations import GENERATIONS, generation_of, write_max_slices
 from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
-from minicpmv_finetune.components.preprocess.preprocess import prepare
+from minicpmv_finetune.components.preprocess.rows import prepare
 from minicpmv_finetune.components.samples import Picture, Sample, SampleError, Turn
 
 VERSIONS = [generation.version for generation in GENERATIONS]
