@@ -382,11 +382,13 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if vision_features is None and (pixel_values is not None or patch_features is not None):
+            if patch_features is not None and not len(patch_features):
+                inputs_embeds = inputs_embeds + self._nothing_seen(patch_features).to(inputs_embeds.dtype)
+            elif vision_features is None and (pixel_values is not None or patch_features is not None):
                 vision_features = self.get_image_features(pixel_values, target_sizes, temporal_ids, patch_features)
             if vision_features is not None:
                 inputs_embeds = self._insert(vision_features, inputs_embeds, input_ids, attention_mask)
-            elif past_key_values is None and (self.training or is_deepspeed_zero3_enabled()):
+            elif patch_features is None and past_key_values is None and (self.training or is_deepspeed_zero3_enabled()):
                 inputs_embeds = inputs_embeds + self._nothing_seen().to(inputs_embeds.dtype)
         elif any(given is not None for given in (pixel_values, vision_features, patch_features)):
             raise ValueError("Pictures need input_ids, which say where they go; inputs_embeds were given.")
@@ -443,15 +445,18 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places = places & attention_mask[:, -input_ids.shape[1] :].bool()
         return places
 
-    def _nothing_seen(self) -> torch.Tensor:
-        """Zero, by way of the whole vision side.
+    def _nothing_seen(self, patch_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Zero, by way of the whole vision side, or of what comes behind the tower where its features are given.
 
         A process whose batch has no picture must still run these parameters: under DDP their gradients are waited for,
         and under ZeRO-3 and FSDP every process takes part in gathering them.
         """
         patch = self.config.vision_config.patch_size
         blank = torch.zeros(1, self.config.vision_config.num_channels, patch, patch, device=self.device)
-        return self.get_image_features(blank, torch.ones(1, 2, dtype=torch.int32, device=self.device)).sum() * 0
+        size = torch.ones(1, 2, dtype=torch.int32, device=self.device)
+        if patch_features is not None:
+            patch_features = patch_features.new_zeros(1, patch_features.shape[-1])
+        return self.get_image_features(blank, size, patch_features=patch_features).sum() * 0
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # as every model's: with its own inputs
         self,

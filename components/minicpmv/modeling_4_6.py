@@ -116,7 +116,9 @@ class _Merger(MiniCPMV4_6Merger):
         """As the class above: [1, patches, vision width] to each slice's [tokens, width]."""
         features = hidden_states[0]
         for mlp in self.mlp:
-            windows = features[_window_order(target_sizes).to(features.device)].view(-1, _WINDOW**2 * features.shape[-1])
+            windows = features[_window_order(target_sizes).to(features.device)].view(
+                -1, _WINDOW**2 * features.shape[-1]
+            )
             features = mlp(windows)
             target_sizes = target_sizes // _WINDOW
         return list(features.split(target_sizes.prod(dim=1).tolist()))
@@ -155,12 +157,22 @@ def _merged(model: Any, features: torch.Tensor, target_sizes: torch.Tensor) -> l
 
 
 def _with_features(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs, with `patch_features` merged."""
-    features = inputs.pop("patch_features", None)
-    if features is None:
-        return inputs
-    tokens = BaseModelOutputWithPooling(pooler_output=_merged(model, features, inputs["target_sizes"]))
-    return inputs | {"mm_encoder_outputs": {"image": tokens}}
+    """A model's inputs, with `patch_features` merged; those of no picture have their part in the embeddings."""
+    features = inputs.pop("patch_features")
+    if len(features):
+        tokens = BaseModelOutputWithPooling(pooler_output=_merged(model, features, inputs["target_sizes"]))
+        return inputs | {"mm_encoder_outputs": {"image": tokens}}
+    size = torch.full((1, 2), _SIDE, dtype=torch.int32, device=features.device)
+    merged_before = _WINDOW**2 if model.config.downsample_mode != "4x" else 1
+    blank = features.new_zeros(_SIDE**2 // merged_before, features.shape[-1])
+    nothing = torch.cat(_merged(model, blank, size)).sum() * 0
+    embeds = _embeddings(model, inputs)
+    return inputs | {"target_sizes": None, "input_ids": None, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
+
+
+def _embeddings(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    embeds = inputs.get("inputs_embeds")
+    return embeds if embeds is not None else model.get_input_embeddings()(inputs["input_ids"])
 
 
 def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,9 +194,7 @@ def _with_blank_picture(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     saw = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
     if saw or inputs.get("past_key_values") is not None or not (model.training or is_deepspeed_zero3_enabled()):
         return inputs
-    embeds = inputs.get("inputs_embeds")
-    if embeds is None:
-        embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds = _embeddings(model, inputs)
     vision, device = model.config.vision_config, embeds.device
     blank = torch.zeros(1, vision.num_channels, vision.patch_size, vision.patch_size * _SIDE**2, device=device)
     sizes = torch.full((1, 2), _SIDE, dtype=torch.int32, device=device)
@@ -192,9 +202,15 @@ def _with_blank_picture(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"input_ids": None, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
 
 
+def _seen(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model's inputs, in which the vision side has its part, whatever it is given."""
+    see = _with_blank_picture if inputs.get("patch_features") is None else _with_features
+    return see(model, inputs)
+
+
 class _Model46(MiniCPMV4_6Model):
     def forward(self, **inputs: Any) -> Any:
-        return super().forward(**_with_blank_picture(self, _with_features(self, inputs)))
+        return super().forward(**_seen(self, inputs))
 
 
 class _Model47(MiniCPMV4_7Model):
@@ -205,8 +221,7 @@ class _Model47(MiniCPMV4_7Model):
             inputs["position_ids"] = self._positions_apart(ids, inputs["target_sizes"], samples)
         elif ids is not None and inputs.get("target_sizes") is not None and inputs.get("mm_token_type_ids") is None:
             inputs["mm_token_type_ids"] = self.token_types(ids)
-        inputs = _with_features(self, inputs)
-        told = _with_blank_picture(self, inputs)
+        told = _seen(self, inputs)
         if told is not inputs:
             # Else the shift that an earlier batch's pictures left would count for this one.
             self.rope_deltas = None

@@ -1,9 +1,9 @@
 """Several samples in one row, none of which sees another.
 
-A packed row has no padding: all that works token by token (embeddings, projections, feed-forward layers, norms, the
+A packed row has no padding: what works token by token (embeddings, projections, feed-forward layers, norms, the
 head) computes real tokens alone. What looks from token to token gets the samples apart: laid out one a row, padded at
-the end, where nothing looks back from. So no mask has to say who belongs to whom, none can be wrong, and attention costs
-the square of a sample's length and not of the pack's; a block-diagonal mask over the pack would cost that.
+the end, where nothing looks back from. So no mask has to say who belongs to whom, none can be wrong, and attention
+costs the square of a sample's length; a block-diagonal mask over the pack would cost that of the pack's.
 Flash attention takes the packed row as it is, by the same arguments.
 
 A model is told of the samples as transformers has it: `cu_seq_lens_q` and `max_length_q` (and the same for `k`).

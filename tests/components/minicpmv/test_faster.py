@@ -72,13 +72,19 @@ def _assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
     assert one.keys() == two.keys()
     largest = max(float(value.abs().max()) for value in one.values())
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-4, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("count", [None, 7])
 @pytest.mark.parametrize("at_once", [None, 5 * 512])
 def test_logits_of_supervised_positions_give_the_plain_loss_and_gradients(
-    model: PreTrainedModel, encoder: Encoder, rows: list[Row], count: int | None, at_once: int | None,
+    model: PreTrainedModel,
+    encoder: Encoder,
+    rows: list[Row],
+    count: int | None,
+    at_once: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if at_once:
@@ -95,7 +101,9 @@ def test_a_head_with_adapters_or_trained_whole_learns_the_same(
     targets = ["q_proj", "lm_head"] if how == "adapters" else ["q_proj"]
     whole = None if how == "adapters" else ["lm_head"]
     torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=whole, init_lora_weights=False))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=targets, modules_to_save=whole, init_lora_weights=False)
+    )
     batch = _padded(rows, encoder)
     plain = _learn(adapted, batch)
     assert any("lm_head" in name for name in plain)
@@ -183,8 +191,9 @@ def test_vision_without_loops_is_that_of_transformers(tiny: Callable[[str], Path
     for model in (ours, theirs):
         features = torch.cat(model.get_image_features(pixels, sizes).pooler_output)
         features.square().sum().backward()
-        found.append({"loss": features.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        found.append(
+            {"loss": features.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        )
     _assert_same(*found)
     with pytest.raises(ValueError, match="cannot be merged by 2 × 2"):
         ours.get_image_features(pixels[..., : 14 * 9], torch.tensor([[3, 3]]))
-
