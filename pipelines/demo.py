@@ -70,8 +70,7 @@ def run_demo(out: Path, seed: int) -> None:
     train_data, eval_data = write_digits(out / "digits", seed)
     base = write_tiny_checkpoint(out / "base")
     compiled = compile_pipeline(out / "minicpmv-finetune.yaml")
-    print(f"Handwritten digits, a tiny MiniCPM-V 4.6, and the pipeline of {shown(compiled)}")
-    print()
+    print("Handwritten digits, a tiny MiniCPM-V 4.6 that knows nothing, and the whole pipeline:\n")
     inputs = {
         "data_uri": str(train_data.absolute()),
         "eval_data_uri": str(eval_data.absolute()),
@@ -92,7 +91,14 @@ def run_demo(out: Path, seed: int) -> None:
         "seconds": dict(run.seconds),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    show_outcome(run, out, {"tuned, lora_B set to zero": without_lora})
+    picture = json.loads(eval_data.read_text())[0]["image"]
+    show_outcome(
+        run,
+        out,
+        further={"tuned, lora_B set to zero": without_lora},
+        compiled=compiled,
+        question={"image": shown(eval_data.parent / picture), "prompt": QUESTION},
+    )
 
 
 def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:

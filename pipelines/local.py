@@ -62,7 +62,8 @@ def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subproc
     """Run the whole pipeline on this machine.
 
     Args:
-        out: receives `artifacts/`, `run.log` and, unless `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
+        out: receives `artifacts/`, `run.log`, the links `report.html` and `model` to the newest results, and, unless
+            `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
         inputs: of the pipeline, by name.
         runner: `subprocess` runs the steps in this environment, `docker` in the steps' images.
 
@@ -99,7 +100,21 @@ def run_pipeline(out: Path, inputs: Mapping[str, Any], runner: Runner = "subproc
         finally:
             tracking.finish_pipeline_run(status)
     (folder,) = set(artifacts.glob("*")) - known
-    return LocalRun(folder, narrator.seconds)
+    run = LocalRun(folder, narrator.seconds)
+    for link, target in {
+        "report.html": run.output("evaluate", "report"),
+        "model": run.output("merge", "model"),
+    }.items():
+        _point(out / link, target)
+    return run
+
+
+def _point(link: Path, target: Path) -> None:
+    """Let a link name the newest result, at every moment either the old one or the new."""
+    beside = link.with_name(f".{link.name}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target.relative_to(link.parent))
+    beside.replace(link)
 
 
 def _kfp_runner(runner: Runner, environment: Mapping[str, str]) -> local.SubprocessRunner | local.DockerRunner:

@@ -1,5 +1,8 @@
 """What a person reads when a run is over: how much better the model got, and where everything lies."""
 
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +12,24 @@ from rich.table import Table
 from ..components.evaluate.metrics import METRICS
 from .local import LocalRun
 
+_QUESTION = {"image": "PICTURE", "prompt": "QUESTION"}
 
-def show_outcome(run: LocalRun, out: Path, further: Mapping[str, float] | None = None) -> None:
+
+def show_outcome(
+    run: LocalRun,
+    out: Path,
+    further: Mapping[str, float] | None = None,
+    compiled: Path | None = None,
+    question: Mapping[str, str] | None = None,
+) -> None:
     """Print the comparison on held-out data, and the places of the results.
 
     Args:
         run: the finished run.
         out: its folder.
         further: more rows of the table, by name, with their exact match.
+        compiled: the pipeline's YAML file, if one was written.
+        question: options of `predict` that show how the model is asked.
     """
     scores = run.metrics("evaluate")
     table = Table(title=f"{scores['samples']:,.0f} held-out samples, free generation", title_justify="left", box=None)
@@ -33,18 +46,23 @@ def show_outcome(run: LocalRun, out: Path, further: Mapping[str, float] | None =
     console.print()
     console.print(table)
     console.print()
+    asked = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
     places = {
-        "report": run.output("evaluate", "report"),
-        "merged model": run.output("merge", "model"),
-        "step logs": out / "run.log",
+        "report": shown(out / "report.html"),
+        "merged model": shown(out / "model"),
+        "pipeline": shown(compiled) if compiled else "",
+        "logs of the steps": shown(out / "run.log"),
+        "ask the model": f"{command('minicpmv-finetune')} predict --model {shown(out / 'model')} {asked}",
+        "MLflow page": f"{command('mlflow')} server --backend-store-uri sqlite:///{shown(out / 'mlflow.db')}",
     }
     for name, place in places.items():
-        console.print(f"  {name:<18}{shown(place)}")
-    console.print(
-        f"  {'ask the model':<18}minicpmv-finetune predict --model {shown(places['merged model'])} "
-        "--image PICTURE --prompt QUESTION"
-    )
-    console.print(f"  {'MLflow page':<18}mlflow server --backend-store-uri sqlite:///{shown(out / 'mlflow.db')}")
+        if place:
+            console.print(f"  {name:<19}{place}")
+
+
+def command(name: str) -> str:
+    """How to call a program of this environment from here, whether or not it is activated."""
+    return name if shutil.which(name) else shown(Path(sys.executable).parent / name)
 
 
 def shown(path: Path) -> str:

@@ -26,7 +26,7 @@ from ..samples import Sample, SampleError, read_info, read_samples
 from ..tracking import step_run
 from .assessment import Evaluation, Prediction, assess, check_metrics
 from .metrics import METRICS_VERSION
-from .report import headline, write_report
+from .report import metric_title, percent, write_report
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def evaluate(
         # MLflow shows a file by its ending, which Kubeflow's artifact paths lack.
         with tempfile.TemporaryDirectory() as folder:
             run.log_file(str(shutil.copyfile(report_file, Path(folder) / "evaluation.html")))
-    conclude(headline(evaluation).removesuffix("."))
+    before = f"{percent(evaluation.comparison.base.value)} → " if evaluation.comparison else ""
+    now = percent(evaluation.tuned.value)
+    conclude(f"{metric_title(evaluation.metric)} {before}{now} on {len(samples):,} held-out samples")
     return evaluation
 
 

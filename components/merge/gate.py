@@ -122,7 +122,7 @@ def _logits(model: _Model, samples: Sequence[Row], manifest: Manifest, bar: Any)
     model.eval()
     logits = []
     for sample in samples:
-        batch = collate([sample], manifest.pad_token_id, manifest.patch_size, padding_side="right")
+        batch = collate([sample], manifest.pad_token_id, manifest.patch_size, "right", manifest.slicing["resampler"])
         labels = batch.pop("labels")[0]
         places = (labels != IGNORED_LABEL).nonzero().flatten()[:MAX_TOKENS] - 1
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
@@ -145,7 +145,7 @@ def _ask(model: _Model, encoder: Encoder, sample: Row, manifest: Manifest) -> Ge
     opening = {encoder.tokenizer.convert_tokens_to_ids(mark) for mark in ("<image>", "<slice>")}
     shown = sum(token in opening for token in prompt)
     row = replace(sample, input_ids=prompt, labels=[], slices=sample.slices[:shown])
-    batch = collate([row], manifest.pad_token_id, manifest.patch_size, padding_side="left")
+    batch = collate([row], manifest.pad_token_id, manifest.patch_size, "left", manifest.slicing["resampler"])
     output = model.generate(  # type: ignore[operator]  # comes with GenerationMixin
         **{name: tensor.to(model.device) for name, tensor in batch.items()},
         max_new_tokens=MAX_NEW_TOKENS,

@@ -131,7 +131,7 @@ def _slices(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
 
 def _generate(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
     """The new tokens of each row, the padding after a finished answer included."""
-    batch = collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, padding_side="left")
+    batch = collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     generated = model.generate(**batch)  # type: ignore[operator]  # comes with GenerationMixin
     new: list[list[int]] = generated[:, batch["input_ids"].shape[1] :].tolist()

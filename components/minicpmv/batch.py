@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 
 from .packed import boundaries
 from .row import IGNORED_LABEL, Row
+from .slicing import Resampler
 
 
 def collate(
-    rows: Sequence[Row], pad_token_id: int, patch_size: int, padding_side: Literal["left", "right"]
+    rows: Sequence[Row],
+    pad_token_id: int,
+    patch_size: int,
+    padding_side: Literal["left", "right"],
+    resampler: Resampler = "torchvision",
 ) -> dict[str, torch.Tensor]:
     """Pad and stack rows.
 
@@ -25,6 +30,7 @@ def collate(
         pad_token_id: fills the padding, which the attention mask hides.
         patch_size: side of a patch in pixels.
         padding_side: right in training, left in generation.
+        resampler: of the generation, for `pack_patches`.
 
     Returns:
         `input_ids` and `attention_mask` [B, T]; `labels` [B, T] when the rows have them; with pictures also
@@ -44,15 +50,16 @@ def collate(
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if any(len(row.labels) for row in rows):
         batch["labels"] = labels
-    return {**batch, **_pictures(rows, patch_size)}
+    return {**batch, **_pictures(rows, patch_size, resampler)}
 
 
-def collate_packed(rows: Sequence[Row], patch_size: int) -> dict[str, Any]:
+def collate_packed(rows: Sequence[Row], patch_size: int, resampler: Resampler = "torchvision") -> dict[str, Any]:
     """Put rows behind one another, without padding; see `packed`.
 
     Args:
         rows: at least one.
         patch_size: side of a patch in pixels.
+        resampler: of the generation, for `pack_patches`.
 
     Returns:
         `input_ids` and `labels` [1, tokens of all rows], where the rows lie, and pictures as `collate` has them.
@@ -65,34 +72,41 @@ def collate_packed(rows: Sequence[Row], patch_size: int) -> dict[str, Any]:
         "input_ids": torch.cat([torch.as_tensor(row.input_ids) for row in rows]).long().unsqueeze(0),
         "labels": torch.cat(labels).long().unsqueeze(0),
         **boundaries([len(row.input_ids) for row in rows]),
-        **_pictures(rows, patch_size),
+        **_pictures(rows, patch_size, resampler),
     }
 
 
-def _pictures(rows: Sequence[Row], patch_size: int) -> dict[str, torch.Tensor]:
+def _pictures(rows: Sequence[Row], patch_size: int, resampler: Resampler) -> dict[str, torch.Tensor]:
     slices = [pixels for row in rows for pixels in row.slices]
     if not slices:
         return {}
+    packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
     return {
-        "pixel_values": torch.cat([pack_patches(pixels, patch_size) for pixels in slices], dim=-1).unsqueeze(0),
+        "pixel_values": torch.cat(packed, dim=-1).unsqueeze(0),
         "target_sizes": torch.tensor(
             [[pixels.shape[0] // patch_size, pixels.shape[1] // patch_size] for pixels in slices], dtype=torch.int32
         ),
     }
 
 
-def pack_patches(pixels: NDArray[np.uint8], patch_size: int) -> torch.Tensor:
+def pack_patches(pixels: NDArray[np.uint8], patch_size: int, resampler: Resampler = "torchvision") -> torch.Tensor:
     """Normalise a slice and lay its patches side by side.
 
     Args:
         pixels: uint8 [height, width, 3].
         patch_size: side of a patch in pixels, a divisor of both sides.
+        resampler: of the generation, whose image processor's arithmetic this follows to the last bit.
 
     Returns:
         float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
     """
     height, width, channels = pixels.shape
-    patches = torch.tensor(pixels).view(height // patch_size, patch_size, width // patch_size, patch_size, channels)
-    packed = patches.permute(4, 1, 0, 2, 3).reshape(channels, patch_size, -1)
-    # Mean and deviation 0.5 of the unit range, scaled to grey levels: (x - 127.5) / 127.5.
-    return (packed.float() - 127.5) / 127.5
+    patches = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
+    # A row of the picture stays together, so laying out and converting are one pass.
+    packed = torch.empty(channels, patch_size, height // patch_size, width).copy_(patches.permute(3, 1, 0, 2))
+    packed = packed.view(channels, patch_size, -1)
+    if resampler == "pillow":
+        # To the unit range first, then mean and deviation 0.5.
+        return packed.div_(255).sub_(0.5).div_(0.5)
+    # Mean and deviation 0.5 of the unit range, scaled to grey levels.
+    return packed.sub_(127.5).div_(127.5)

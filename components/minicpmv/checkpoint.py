@@ -86,6 +86,8 @@ def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = Non
         with warnings.catch_warnings():
             # PEFT warns of missing keys and goes on; a half-loaded adapter must not pass as a whole one.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # PEFT asks for it by the name it had before.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, UserWarning) as error:
         raise UserError(

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .resampling import resize_bicubic
+
 Resampler = Literal["pillow", "torchvision"]
 Transparency = Literal["drop", "white"]
 Size = tuple[int, int]
@@ -166,7 +168,7 @@ def _round_to(length: float, multiple: int) -> int:
 
 def _resize(image: Image.Image, size: Size, resampler: Resampler) -> NDArray[np.uint8]:
     if resampler == "pillow":
-        return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        return resize_bicubic(image, *size)
     import torch
     from torchvision.transforms.v2 import functional  # type: ignore[import-untyped, unused-ignore]
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import picture_codec as codecs
 from .. import pictures, samples, shards
-from ..minicpmv import conversation, generations, slicing
+from ..minicpmv import conversation, generations, resampling, slicing
 from ..minicpmv.conversation import Encoder
 from ..minicpmv.slicing import SlicePlan
 from ..picture_codec import Codec
@@ -37,7 +37,7 @@ _BASE_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     *("vocab.json", "merges.txt"),
 )
-_CODE = (codecs, pictures, samples, shards, conversation, generations, slicing, rows)
+_CODE = (codecs, pictures, samples, shards, conversation, generations, resampling, slicing, rows)
 _LIBRARIES = ("minicpmv-finetune", "pillow", "pyarrow", "tokenizers", "torchvision", "transformers")
 
 

@@ -293,11 +293,21 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         if value is None or value == "":
             continue
         flags.append(f"--{name}")
-        if isinstance(value, dict):
-            flags.append(json.dumps(value))
+        plain = _with_whole_numbers(value)
+        if isinstance(plain, dict):
+            flags.append(json.dumps(plain))
         else:
-            flags += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+            flags += [str(item) for item in plain] if isinstance(plain, list) else [str(plain)]
     return flags
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    """Kubeflow hands every number of a JSON object on as a float; flags that count want 2, not 2.0."""
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _modernised(flags: list[str], announce: Callable[[str], None]) -> list[str]:

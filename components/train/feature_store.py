@@ -245,6 +245,7 @@ def _fill(
             pad_token_id=manifest.pad_token_id,
             patch_size=manifest.patch_size,
             padding_side="right",
+            resampler=manifest.slicing["resampler"],
         ),
         num_workers=training.dataloader_num_workers,
     )

@@ -336,10 +336,11 @@ class _Collator:
     def __call__(self, items: Sequence[_Example | list[_Example]]) -> dict[str, Any]:
         examples = [example for item in items for example in (item if isinstance(item, list) else [item])]
         rows = [example.row for example in examples]
+        patch_size, resampler = self.manifest.patch_size, self.manifest.slicing["resampler"]
         if isinstance(items[0], list):
-            batch = collate_packed(rows, self.manifest.patch_size)
+            batch = collate_packed(rows, patch_size, resampler)
         else:
-            batch = collate(rows, self.manifest.pad_token_id, self.manifest.patch_size, padding_side="right")
+            batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler)
         features = [example.features for example in examples if example.features is not None]
         return {**batch, **(join(features) if features else {}), "rows": [example.number for example in examples]}
 

@@ -150,6 +150,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     for parameter in model.parameters():
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2  # bitsandbytes keeps two in a byte
         total += size
         trainable += size if parameter.requires_grad else 0
     return trainable, total

@@ -183,7 +183,7 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise self.broken(str(error), self.place) from error
             else:
-                if end < len(self.text) or self.has_ended:  # a number might go on
+                if end + 2 < len(self.text) or self.has_ended:  # before that, a number might go on, as `1e-` does
                     self.place = end
                     return value
             self.more()

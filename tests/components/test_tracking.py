@@ -13,6 +13,7 @@ from minicpmv_finetune.components.tracking import (
     TRACKING_VARIABLE,
     StepRun,
     finish_pipeline_run,
+    open_step_run,
     step_run,
 )
 
@@ -175,3 +176,27 @@ def test_a_server_that_goes_down_later_holds_nothing_up(
     run.finish("FINISHED")
     assert time.monotonic() - started < 60
     assert "Max retries exceeded" in capsys.readouterr().err
+
+
+def test_what_a_dead_server_did_not_take_is_sent_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run = open_step_run("train")
+    run.log_metrics({"loss": 3.0}, step=1)
+    client = run._client
+    run._client = MlflowClient("http://127.0.0.1:9")  # nobody listens there
+    run.log_metrics({"loss": 2.0}, step=2)
+    run.log_metrics({"loss": 1.0}, step=3)
+    assert [point.step for point in run.unsent] == [2, 3]
+    run._client = client
+    run.finish("FINISHED")
+    assert run.run_id is not None
+    assert client is not None
+    assert [(point.step, point.value) for point in client.get_metric_history(run.run_id, "loss")] == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 1.0),
+    ]
+    assert run.unsent == []
+    assert run.last_step("loss") == 3

@@ -39,7 +39,7 @@ from minicpmv_finetune.components.minicpmv.conversation import Encoder
 from minicpmv_finetune.components.minicpmv.modeling import UNTIMED, sincos_table
 from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
 from minicpmv_finetune.components.minicpmv.slicing import SlicePlan, cut
-from minicpmv_finetune.components.preprocess.preprocess import prepare
+from minicpmv_finetune.components.preprocess.rows import prepare
 from minicpmv_finetune.components.samples import (
     Picture,
     Reject,

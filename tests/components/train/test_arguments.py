@@ -72,6 +72,11 @@ def test_settings_become_flags() -> None:
         *("--lora_r", "16", "--use_lora", "True"),
         *("--label_names", "labels", "more"),
     ]
+    # As Kubeflow hands on a JSON object.
+    assert as_flags({"max_steps": 2.0, "warmup_steps": 0.5, "fsdp_config": {"version": 2.0}}) == [
+        *("--max_steps", "2", "--warmup_steps", "0.5"),
+        *("--fsdp_config", '{"version": 2}'),
+    ]
 
 
 def test_data_must_be_named() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,16 @@ def test_mistakes_are_one_sentence(tiny_46: Path, flags: list[str], sentence: st
     with pytest.raises(UserError, match=sentence) as error:
         _trained(tiny_46, *flags)
     assert "\n" not in str(error.value)
+
+
+def test_every_lora_argument_takes_effect_on_2_6(tiny: Callable[[str], Path]) -> None:
+    checkpoint = tiny("2.6")
+    biased = _trainable_names(_trained(checkpoint, *LORA, "--lora_bias", "all"))
+    assert any(name.endswith("q_proj.base_layer.bias") for name in biased)
+    stacked = _trained(checkpoint, *LORA, "--lora_layer_replication", "0:2,1:2")
+    assert stacked.config.get_text_config().num_hidden_layers == 3
+    first = ["--lora_layers_to_transform", "0", "--lora_layers_pattern", "layers"]
+    narrowed = _trainable_names(_trained(checkpoint, *LORA, *first))
+    assert {name.split(".layers.")[1].split(".")[0] for name in narrowed if "lora_A" in name} == {"0"}
+    with pytest.raises(UserError, match="llm_type minicpm contradicts"):
+        _trained(checkpoint, "--llm_type", "minicpm")

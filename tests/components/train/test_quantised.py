@@ -1,0 +1,61 @@
+"""QLoRA as far as a CPU takes it; its speed and memory need a GPU and are not tested here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.merge.merge import MergeSettings, merge
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.minicpmv.generations import generation_of
+from minicpmv_finetune.components.train.arguments import parse
+from minicpmv_finetune.components.train.quantised import four_bit_options
+from minicpmv_finetune.components.train.train import launch
+from minicpmv_finetune.components.train.trainable import count_parameters
+from minicpmv_finetune.components.training_record import read_record
+
+QLORA = "--use_lora true --tune_llm false --q_lora true --lora_r 4 --learning_rate 3e-3 --save_strategy no"
+
+
+def test_language_model_is_in_four_bits_and_what_sees_is_not(tiny_46: Path) -> None:
+    generation = generation_of(tiny_46)
+    training = parse(["--output_dir", "out", "--data_path", "data", *QLORA.split()]).training
+    model, _ = load_model(tiny_46, torch.float32, **four_bit_options(generation, training))
+    quantised = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert any(name.startswith(f"{generation.language_model}.layers.") for name in quantised)
+    assert not any(name.startswith((generation.vision_tower, generation.merger, "lm_head")) for name in quantised)
+    (first, *_) = (module for module in model.modules() if isinstance(module, Linear4bit))
+    assert first.weight.quant_type == "nf4"
+    assert first.weight.quant_state.nested
+    plain, _ = load_model(tiny_46, torch.float32)
+    assert count_parameters(model)[1] == count_parameters(plain)[1]
+
+
+def test_adapter_learns_on_four_bits_and_merges_into_the_whole_base(
+    tiny_46: Path, shards: Path, tmp_path: Path
+) -> None:
+    where = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / "out")]
+    launch([*where, *QLORA.split(), "--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "16"])
+    losses = [entry["loss"] for entry in read_record(tmp_path / "out").history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    report = merge(
+        str(tiny_46), tmp_path / "out", shards, tmp_path / "model", tmp_path / "report.json", MergeSettings()
+    )
+    assert report.gate is not None
+    assert report.gate.failure is None
+
+
+@pytest.mark.parametrize("strategy", ["zero3"])
+def test_strategies_that_cut_weights_say_what_to_use_instead(strategy: str) -> None:
+    with pytest.raises(UserError, match="use --strategy ddp or zero2"):
+        parse(["--output_dir", "out", "--data_path", "data", *QLORA.split(), "--strategy", strategy])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: each rank loads onto its own")
+def test_each_rank_loads_onto_its_own_device(tiny_46: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    training = parse(["--output_dir", "out", "--data_path", "data", *QLORA.split()]).training
+    model, _ = load_model(tiny_46, torch.bfloat16, **four_bit_options(generation_of(tiny_46), training))
+    assert {parameter.device.index for parameter in model.parameters()} == {0}

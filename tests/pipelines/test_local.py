@@ -1,0 +1,122 @@
+"""The pipeline whole, by kfp.local: on digits, on data of other kinds, and on mistakes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.pipelines.demo import DEMO_INPUTS
+from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
+
+QUICK = {**DEMO_INPUTS, "num_train_epochs": 1.0}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalRun, Path]:
+    out = tmp_path_factory.mktemp("run")
+    inputs = {"data_uri": str(digits / "train.json"), "eval_data_uri": str(digits / "eval.json")}
+    return run_pipeline(out, {**inputs, "base_model_uri": str(tiny_46), **QUICK}), out
+
+
+def test_all_steps_ran_and_left_what_they_promise(finished: tuple[LocalRun, Path]) -> None:
+    run, out = finished
+    assert list(run.seconds) == ["validate-data", "preprocess", "train", "merge", "evaluate"]
+    assert (out / "model" / "config.json").is_file()
+    assert "<html" in (out / "report.html").read_text()
+    scores = run.metrics("evaluate")
+    assert scores["samples"] == 300
+    assert scores["base_exact_match"] <= 0.15
+    assert run.metrics("merge")
+
+
+def test_tracking_holds_one_run_with_a_run_a_step(finished: tuple[LocalRun, Path]) -> None:
+    _, out = finished
+    client = MlflowClient(f"sqlite:///{out}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    names = [run.info.run_name for run in runs]
+    assert sorted(names)[:-1] == ["evaluate", "merge", "train"] or {"evaluate", "merge", "train"} < set(names)
+    assert len(names) == len(set(names))
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    (train,) = (run for run in runs if run.info.run_name == "train")
+    assert train.data.params["lora_r"] == "16"
+    assert len(client.get_metric_history(train.info.run_id, "train/loss")) >= 4
+
+
+def test_the_merged_model_answers(finished: tuple[LocalRun, Path], digits: Path) -> None:
+    _, out = finished
+    picture = json.loads((digits / "eval.json").read_text())[0]["image"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "predict"]
+    asked = ["--model", str(out / "model"), "--image", str(digits / picture), "--prompt", "Which digit is written?"]
+    done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
+    assert done.stderr == ""
+
+
+def test_photographs_several_pictures_several_turns_and_text_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.jpg")
+    samples = [
+        {
+            "id": "both",
+            "image": {"<image_00>": "china.jpg", "<image_01>": "flower.jpg"},
+            "conversations": [
+                {"role": "user", "content": "<image_01> and <image_00>: what do they show?"},
+                {"role": "assistant", "content": "A flower and a temple."},
+                {"role": "user", "content": "Which was first?"},
+                {"role": "assistant", "content": "The flower."},
+            ],
+        },
+        {
+            "id": "one",
+            "image": "china.jpg",
+            "conversations": [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": "Where is this?"},
+                {"role": "assistant", "content": "In China."},
+            ],
+        },
+        {
+            "id": "none",
+            "conversations": [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}],
+        },
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    inputs = {"data_uri": str(tmp_path / "data.jsonl"), "eval_data_uri": str(tmp_path / "data.jsonl")}
+    flags = {"max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3}
+    run = run_pipeline(
+        tmp_path / "out",
+        {**inputs, "base_model_uri": str(tiny("2.6")), "training_flags": flags, "max_new_tokens": 4},
+    )
+    assert run.metrics("evaluate")["samples"] == 3
+
+
+def test_a_mistake_is_told_in_its_own_sentence(tiny_46: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match=r"no usable sample|the array is empty"):
+        run_pipeline(tmp_path / "out", {"data_uri": str(tmp_path / "data.json"), "base_model_uri": str(tiny_46)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--data", "nowhere.json"], "nowhere.json"),
+        (["run", "--data", "x.json", "--training-flags", "{"], "--training-flags: invalid JSON"),
+        (["train", "--data_path", "x", "--no_such", "1"], "--no_such: no such flag"),
+        (["predict", "--model", "nowhere", "--prompt", "?"], "nowhere"),
+        (["merge", "--base-model", "x", "--adapter", "a", "--shards", "b", "--out", "c"], "training.json"),
+    ],
+)
+def test_wrong_arguments_end_with_two_and_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
