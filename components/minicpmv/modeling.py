@@ -330,6 +330,8 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if target_sizes is None:
             raise ValueError("Pictures need target_sizes, each slice's rows and columns in patches.")
         if patch_features is None:
+            if pixel_values is None:
+                raise ValueError("Pictures need pixel_values, or patch_features instead.")
             patch_features = self.encode_patches(pixel_values, target_sizes)
         features: torch.Tensor = self.resampler(patch_features, target_sizes, temporal_ids)
         return features

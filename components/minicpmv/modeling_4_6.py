@@ -66,12 +66,11 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
     attention over slices padded to the longest took longer than transformers' loop.)
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # which promises a tensor and returns two things
         self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None, **options: Any
-    ) -> tuple[torch.Tensor, None]:
+    ) -> Any:
         if is_flash_attention_requested(self.config):
-            attended: tuple[torch.Tensor, None] = super().forward(hidden_states, cu_seqlens, max_seqlen, **options)
-            return attended
+            return super().forward(hidden_states, cu_seqlens, max_seqlen, **options)
         lengths = cu_seqlens.diff().long()
         order, back, sizes = _by_length(lengths)
         dropout = self.attention_dropout if self.training else 0.0
@@ -160,7 +159,8 @@ def _with_features(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A model's inputs, with `patch_features` merged; those of no picture have their part in the embeddings."""
     features = inputs.pop("patch_features")
     if len(features):
-        tokens = BaseModelOutputWithPooling(pooler_output=_merged(model, features, inputs["target_sizes"]))
+        merged: Any = _merged(model, features, inputs["target_sizes"])
+        tokens = BaseModelOutputWithPooling(pooler_output=merged)
         return inputs | {"mm_encoder_outputs": {"image": tokens}}
     size = torch.full((1, 2), _SIDE, dtype=torch.int32, device=features.device)
     merged_before = _WINDOW**2 if model.config.downsample_mode != "4x" else 1
@@ -230,9 +230,8 @@ class _Model47(MiniCPMV4_7Model):
     def _positions_apart(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: Samples) -> torch.Tensor:
         """Canvas positions of a packed row, int [3, 1, tokens], each sample's as if it stood alone."""
         rows = samples.apart(ids)
-        positions, _ = self.get_rope_index(
-            rows, self.token_types(rows), target_sizes, attention_mask=samples.present.long()
-        )
+        lay_out: Any = self.get_rope_index
+        positions, _ = lay_out(rows, self.token_types(rows), target_sizes, attention_mask=samples.present.long())
         return torch.stack([samples.together(channel) for channel in positions])
 
     def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:

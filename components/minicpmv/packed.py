@@ -79,13 +79,14 @@ def samples_in(inputs: dict[str, Any]) -> Samples | None:
     return None if ends is None else Samples.of(ends, int(inputs["max_length_q"]))
 
 
-def prepare_for_packing(language_model: PreTrainedModel) -> None:
-    """Make a language model take packed rows; rows that are not packed go on as they did.
+def prepare_for_packing(model: PreTrainedModel, language_model: str) -> None:
+    """Make the language model, a part of the model, take packed rows; others go on as they did.
 
     Linear attention is one of the model's layers already (see `modeling_4_6`); here the other attention learns it.
     """
-    if not is_flash_attention_requested(language_model.config):
-        language_model.set_attn_implementation(APART)
+    part: Any = model.get_submodule(language_model)
+    if not is_flash_attention_requested(part.config):
+        part.set_attn_implementation(APART)
 
 
 def _attention(
@@ -100,14 +101,15 @@ def _attention(
     samples = samples_in(options)
     if samples is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    rows = [samples.apart(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
+    query, key, value = (samples.apart(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
     # What fills a row up stands behind its sample, which therefore never sees it.
-    attended, _ = sdpa_attention_forward(module, *rows, attention_mask=None, **options)
+    attended, _ = sdpa_attention_forward(module, query, key, value, None, **options)
     return samples.together(attended), None
 
 
-def _mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
-    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+def _mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    mask: Any = sdpa_mask
+    return None if attention_mask is None else mask(*sizes, attention_mask=attention_mask, **options)
 
 
 class LinearAttention(Qwen3_5GatedDeltaNet):

@@ -311,7 +311,7 @@ def _digest(model: PreTrainedModel, tower: nn.Module, training: TransformersArgu
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in tower.named_parameters():
         digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -108,7 +108,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     resumed = _resume_from(training, checkpoints)
     stores = _vision_features(model, generation, shards, manifest, arguments)
     if training.packing:
-        prepare_for_packing(model.get_submodule(generation.language_model))
+        prepare_for_packing(model, generation.language_model)
     train_rows: Dataset[Any] = _Rows(shards, "train", stores.get("train"))
     if training.packing:
         packs = plan_packs(manifest.lengths["train"], training.model_max_length, training.seed)

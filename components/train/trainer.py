@@ -10,12 +10,15 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import UserError
+from .arguments import TrainingArguments
 from .callbacks import Watcher
 from .packing import LikeLengths
 
 
 class MiniCPMVTrainer(Trainer):
     """Each batch carries the numbers of its rows, so that a failure can name its samples."""
+
+    args: TrainingArguments
 
     def __init__(
         self,

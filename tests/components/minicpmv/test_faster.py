@@ -126,7 +126,7 @@ def test_a_batch_that_teaches_nothing_reaches_the_head_all_the_same() -> None:
     head = torch.nn.Linear(4, 8)
     output = supervised_loss(head, torch.randn(2, 3, 4), torch.full((2, 3), IGNORED_LABEL), 8, 5)
     output.loss.backward()
-    assert float(output.loss) == 0
+    assert output.loss.item() == 0
     assert head.weight.grad is not None
     assert not head.weight.grad.any()
 
@@ -158,7 +158,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
     model: PreTrainedModel, encoder: Encoder, rows: list[Row]
 ) -> None:
     plain = _learn(model, _padded(rows, encoder))
-    prepare_for_packing(model.get_submodule(encoder.generation.language_model))
+    prepare_for_packing(model, encoder.generation.language_model)
     _assert_same(plain, _learn(model, _packed(rows, encoder)))
     # Rows that are not packed go on as before.
     _assert_same(plain, _learn(model, _padded(rows, encoder)))
@@ -168,7 +168,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
 def test_a_sample_in_a_pack_sees_nothing_of_its_neighbours(
     model: PreTrainedModel, encoder: Encoder, rows: list[Row]
 ) -> None:
-    prepare_for_packing(model.get_submodule(encoder.generation.language_model))
+    prepare_for_packing(model, encoder.generation.language_model)
     batch = _packed(rows, encoder)
     before = model.eval()(**batch).logits[0]
     first, last = len(rows[0].input_ids), len(rows[0].input_ids) + len(rows[1].input_ids)
