@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install bench-merge browser lock readmes clean
+.PHONY: help demo test check install bench bench-scaling bench-peers bench-merge browser lock readmes clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -28,6 +28,19 @@ install: .venv/installed  ## install the locked packages and this project into .
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+bench: install  ## time training steps with and without what makes them faster
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+bench-scaling: install  ## time how training grows with samples, slices and length
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --only scaling
+
+bench-peers: install build/peers/ms-swift/bin/swift  ## time ms-swift on the same data, in an environment of its own
+	$(BIN)/python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift
+
+build/peers/ms-swift/bin/swift:
+	$(PYTHON) -m venv build/peers/ms-swift
+	build/peers/ms-swift/bin/python -m pip install -q --disable-pip-version-check ms-swift==4.6.0 torchvision
 
 bench-merge: install  ## time merging a 4 GB model against copying it
 	$(BIN)/python benchmarks/merge.py

@@ -128,3 +128,20 @@ def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str,
     ]
     (folder / "photographs.jsonl").write_text("\n".join(lines) + "\n")
     return samples
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """Write a tiny 4.6 that slices pictures as the published one does, with tokenizer and processor."""
+    from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor, MiniCPMV4_6Processor
+
+    from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+
+    write_tiny_checkpoint(folder, corpus=(ANSWER,))
+    config = MiniCPMV4_6Config.from_pretrained(folder)
+    config.image_size = config.vision_config.image_size = 448
+    torch.manual_seed(0)
+    MiniCPMV4_6ForConditionalGeneration(config).save_pretrained(folder)
+    processor: Any = MiniCPMV4_6Processor.from_pretrained(folder)
+    processor.image_processor = MiniCPMV4_6ImageProcessor()
+    processor.save_pretrained(folder)
+    return folder
