@@ -5,8 +5,8 @@
 
 Everything compared alternates in one run, each in a process of its own, so that whatever else the machine does meets
 all alike and no memory of one is counted for another. Work is single-threaded and measured in processor time, of which
-a busy neighbour takes little; the figure is the ratio. A step is forward, backward and optimizer, on LoRA of all the language model's linear layers with the merger
-trained whole and vision frozen; four photographs of mixed size a batch.
+a busy neighbour takes little; the figure is the ratio. A step is forward, backward and optimizer, on LoRA of all the
+language model's linear layers with the merger trained whole and vision frozen; four photographs of mixed size a batch.
 """
 
 import argparse

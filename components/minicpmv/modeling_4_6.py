@@ -25,7 +25,6 @@ from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration 
 from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import (
     MiniCPMV4_6Merger,
     MiniCPMV4_6VisionAttention,
-    MiniCPMV4_6ViTWindowAttentionMerger,
 )
 from transformers.models.minicpmv4_7 import MiniCPMV4_7Config, MiniCPMV4_7Model
 from transformers.models.minicpmv4_7 import MiniCPMV4_7ForConditionalGeneration as Transformers47
@@ -101,13 +100,12 @@ def _by_length(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[
     return order, back, list(zip(counts.tolist(), found.tolist(), strict=True))
 
 
-class _WindowMerger(MiniCPMV4_6ViTWindowAttentionMerger):
-    def get_window_index(
-        self, target_sizes: torch.Tensor, kwargs: dict[str, Any] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        order = _window_order(target_sizes)
-        size = _WINDOW**2
-        return order, torch.arange(0, len(order) + 1, size, dtype=torch.int32, device=order.device), size
+def _windows(
+    target_sizes: torch.Tensor, kwargs: dict[str, Any] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What transformers' `get_window_index` gives: order of the patches, ends of the windows, patches of a window."""
+    order, size = _window_order(target_sizes), _WINDOW**2
+    return order, torch.arange(0, len(order) + 1, size, dtype=torch.int32, device=order.device), size
 
 
 class _Merger(MiniCPMV4_6Merger):
@@ -130,7 +128,8 @@ def _made_fast(model: Any) -> None:
         merger.__class__ = _Merger
     attentions = [layer.self_attn for layer in tower.encoder.layers]
     if tuple(tower.vit_merger.window_kernel_size) == (_WINDOW, _WINDOW):
-        tower.vit_merger.__class__ = _WindowMerger
+        # Its class stays, since strategies that part a model know it by name.
+        tower.vit_merger.get_window_index = _windows
         attentions.append(tower.vit_merger.self_attn)
     for attention in attentions:
         attention.__class__ = _VisionAttention
