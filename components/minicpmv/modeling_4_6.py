@@ -110,15 +110,16 @@ def _windows(
 
 class _Merger(MiniCPMV4_6Merger):
     def forward(self, hidden_states: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
-        """As the class above: [1, patches, vision width] to each slice's [tokens, width]."""
+        """As the class above, [1, patches, vision width] to tokens; but those of all slices in one tensor.
+
+        DeepSpeed's ZeRO-3 takes note of each tensor a module returns, and wants as many in every step and process.
+        """
         features = hidden_states[0]
         for mlp in self.mlp:
-            windows = features[_window_order(target_sizes).to(features.device)].view(
-                -1, _WINDOW**2 * features.shape[-1]
-            )
-            features = mlp(windows)
+            windows = features[_window_order(target_sizes).to(features.device)]
+            features = mlp(windows.view(-1, _WINDOW**2 * features.shape[-1]))
             target_sizes = target_sizes // _WINDOW
-        return list(features.split(target_sizes.prod(dim=1).tolist()))
+        return [features]
 
 
 def _made_fast(model: Any) -> None:
@@ -148,7 +149,7 @@ def _encode_patches(model: Any, pixel_values: torch.Tensor, target_sizes: torch.
 
 
 def _merged(model: Any, features: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
-    """The language model's tokens of each slice, from what `_encode_patches` made of all."""
+    """The language model's tokens of all slices, from what `_encode_patches` made of them."""
     merged_before = _WINDOW if model.config.downsample_mode != "4x" else 1
     tokens: list[torch.Tensor] = model.merger(features.unsqueeze(0), target_sizes // merged_before)
     return tokens
