@@ -3,7 +3,8 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install bench-merge browser lock readmes compiled base-image images demo-containers clean
+.PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
+	browser lock readmes compiled base-image images demo-containers clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -13,6 +14,12 @@ demo: install  ## teach a tiny MiniCPM-V to read digits: the whole pipeline, her
 
 test: install browser check  ## lint, type check and all tests
 	$(BIN)/python -m pytest -n 2
+
+test-faults: install browser  ## kill each step at three moments, and feed the readers 2,000 inputs each
+	FAULT_MOMENTS=3 FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults
+
+test-faults-long: install browser  ## the same with twenty moments and 12,500 inputs
+	FAULT_MOMENTS=20 FUZZ_EXAMPLES=12500 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/faults
 
 check: install  ## lint and type check
 	$(BIN)/ruff check .
@@ -28,6 +35,19 @@ install: .venv/installed  ## install the locked packages and this project into .
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+bench: install  ## time training steps with and without what makes them faster
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+bench-scaling: install  ## time how training grows with samples, slices and length
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --only scaling
+
+bench-peers: install build/peers/ms-swift/bin/swift  ## time ms-swift on the same data, in an environment of its own
+	$(BIN)/python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift
+
+build/peers/ms-swift/bin/swift:
+	$(PYTHON) -m venv build/peers/ms-swift
+	build/peers/ms-swift/bin/python -m pip install -q --disable-pip-version-check ms-swift==4.6.0 torchvision
 
 bench-merge: install  ## time merging a 4 GB model against copying it
 	$(BIN)/python benchmarks/merge.py

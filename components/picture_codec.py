@@ -91,16 +91,28 @@ def restore_slices(
         uint8 [height, width, 3] each, memory of their own.
     """
     if codec == "source":
-        plans = [layout[start : start + _PLAN_NUMBERS] for start in range(0, len(layout), _PLAN_NUMBERS)]
         return [
             pixels
-            for content, (*numbers, turned) in zip(parts, plans, strict=True)
+            for content, (*numbers, turned) in zip(parts, _in_turn(layout, _PLAN_NUMBERS), strict=True)
             for pixels in cut(decode_picture(content, bool(turned)), _plan(numbers, slicing), slicing)
         ]
-    sizes = [layout[start : start + _SIZE_NUMBERS] for start in range(0, len(layout), _SIZE_NUMBERS)]
+    sizes = _in_turn(layout, _SIZE_NUMBERS)
     return [
         _decode(content, codec).reshape(height, width, 3) for content, (height, width) in zip(parts, sizes, strict=True)
     ]
+
+
+def stored_sizes(layout: Sequence[int], codec: Codec, slicing: SlicingConfig) -> list[tuple[int, int]]:
+    """(rows, columns) in patches of each slice, from a stored layout alone."""
+    if codec == "source":
+        plans = (_plan(numbers, slicing) for *numbers, _ in _in_turn(layout, _PLAN_NUMBERS))
+        return [size for plan in plans for size in plan.target_sizes]
+    patch = slicing.patch_size
+    return [(height // patch, width // patch) for height, width in _in_turn(layout, _SIZE_NUMBERS)]
+
+
+def _in_turn(layout: Sequence[int], count: int) -> list[Sequence[int]]:
+    return [layout[start : start + count] for start in range(0, len(layout), count)]
 
 
 def _plan(numbers: Sequence[int], slicing: SlicingConfig) -> SlicePlan:

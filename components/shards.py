@@ -25,7 +25,7 @@ from . import storage
 from .errors import UserError
 from .minicpmv.row import Row
 from .minicpmv.slicing import SlicingConfig
-from .picture_codec import Codec, StoredPictures, restore_slices
+from .picture_codec import Codec, StoredPictures, restore_slices, stored_sizes
 from .samples import Split, read_versioned
 
 SCHEMA_VERSION = 2
@@ -172,15 +172,16 @@ class ShardReader(Sequence[Row]):
     """Random access to one split's rows; a copy sent to another process opens the files anew.
 
     Files that lie beside the manifest are memory-mapped. Others are read from its `location` row group by row group,
-    whose checksums are compared each time.
+    whose checksums are compared each time. Without pictures their bytes are not read, and rows come without slices.
 
     Raises:
         UserError: the folder holds no finished shards, or a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, split: Split) -> None:
+    def __init__(self, folder: Path, split: Split, pictures: bool = True) -> None:
         self.folder = folder
         self.split = split
+        self.pictures = pictures
         self.manifest = read_manifest(folder)
         self._slicing = SlicingConfig(**self.manifest.slicing)
         self._groups: list[tuple[pq.ParquetFile, int]] = []  # file and number within it of each row group
@@ -194,8 +195,8 @@ class ShardReader(Sequence[Row]):
         # Rows near each other are often read one after the other.
         self._read_group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._decode_group)
 
-    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Path, Split]]:
-        return type(self), (self.folder, self.split)
+    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Path, Split, bool]]:
+        return type(self), (self.folder, self.split, self.pictures)
 
     def __len__(self) -> int:
         return self._length
@@ -209,27 +210,37 @@ class ShardReader(Sequence[Row]):
         group = bisect_right(self._first_rows, number) - 1
         return self._row(self._read_group(group), number - self._first_rows[group])
 
+    def slice_sizes(self) -> list[list[tuple[int, int]]]:
+        """(rows, columns) in patches of each slice of each row, told without decoding a picture."""
+        return [
+            stored_sizes(layout, self.manifest.codec, self._slicing)
+            for file in dict.fromkeys(file for file, _ in self._groups)
+            for layout in file.read(["layout"], use_threads=False)["layout"].to_pylist()
+        ]
+
     def _decode_group(self, group: int) -> pa.Table:
         file, number = self._groups[group]
+        columns = None if self.pictures else ["id", "input_ids", "labels"]
         try:
-            return file.read_row_group(number, use_threads=False)
+            return file.read_row_group(number, columns, use_threads=False)
         except (OSError, pa.ArrowInvalid):
             # On its way here, perhaps; damaged in the store, it is so again.
             try:
-                return file.read_row_group(number, use_threads=False)
+                return file.read_row_group(number, columns, use_threads=False)
             except (OSError, pa.ArrowInvalid) as error:
                 place = self.manifest.location or self.folder
                 raise UserError(f"{place}: damaged ({error}); delete it and run preprocess again.") from error
 
     def _row(self, table: pa.Table, number: int) -> Row:
-        pictures, layout = table["pictures"][number], table["layout"][number].as_py()
+        slices = []
+        if self.pictures:
+            parts = [memoryview(picture.as_buffer()) for picture in table["pictures"][number]]
+            slices = restore_slices(parts, table["layout"][number].as_py(), self.manifest.codec, self._slicing)
         return Row(
             id=table["id"][number].as_py(),
             input_ids=table["input_ids"][number].values.to_numpy(zero_copy_only=False).copy(),
             labels=table["labels"][number].values.to_numpy(zero_copy_only=False).copy(),
-            slices=restore_slices(
-                [memoryview(picture.as_buffer()) for picture in pictures], layout, self.manifest.codec, self._slicing
-            ),
+            slices=slices,
         )
 
 

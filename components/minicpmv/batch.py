@@ -5,12 +5,13 @@ rows, one after the other along the last dimension, so no slice is padded to the
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .packed import boundaries
 from .row import IGNORED_LABEL, Row
 from .slicing import Resampler
 
@@ -49,14 +50,43 @@ def collate(
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if any(len(row.labels) for row in rows):
         batch["labels"] = labels
+    return {**batch, **_pictures(rows, patch_size, resampler)}
+
+
+def collate_packed(rows: Sequence[Row], patch_size: int, resampler: Resampler = "torchvision") -> dict[str, Any]:
+    """Put rows behind one another, without padding; see `packed`.
+
+    Args:
+        rows: at least one.
+        patch_size: side of a patch in pixels.
+        resampler: of the generation, for `pack_patches`.
+
+    Returns:
+        `input_ids` and `labels` [1, tokens of all rows], where the rows lie, and pictures as `collate` has them.
+    """
+    labels = [torch.as_tensor(row.labels).clone() for row in rows]
+    for row in labels:
+        # What stands before it belongs to another sample.
+        row[0] = IGNORED_LABEL
+    return {
+        "input_ids": torch.cat([torch.as_tensor(row.input_ids) for row in rows]).long().unsqueeze(0),
+        "labels": torch.cat(labels).long().unsqueeze(0),
+        **boundaries([len(row.input_ids) for row in rows]),
+        **_pictures(rows, patch_size, resampler),
+    }
+
+
+def _pictures(rows: Sequence[Row], patch_size: int, resampler: Resampler) -> dict[str, torch.Tensor]:
     slices = [pixels for row in rows for pixels in row.slices]
-    if slices:
-        packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
-        batch["pixel_values"] = torch.cat(packed, dim=-1).unsqueeze(0)
-        batch["target_sizes"] = torch.tensor(
+    if not slices:
+        return {}
+    packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
+    return {
+        "pixel_values": torch.cat(packed, dim=-1).unsqueeze(0),
+        "target_sizes": torch.tensor(
             [[pixels.shape[0] // patch_size, pixels.shape[1] // patch_size] for pixels in slices], dtype=torch.int32
-        )
-    return batch
+        ),
+    }
 
 
 def pack_patches(pixels: NDArray[np.uint8], patch_size: int, resampler: Resampler = "torchvision") -> torch.Tensor:

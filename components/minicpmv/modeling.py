@@ -40,6 +40,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from .configuration import PICTURE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
+from .loss import SupervisedOutput, supervised_loss
 
 UNTIMED = -1
 """Frame number of a picture that belongs to no video."""
@@ -310,9 +311,10 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         target_sizes: torch.Tensor | None,
         temporal_ids: Sequence[Sequence[int]] | None = None,
+        patch_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The features of every slice, or of every group of frames.
 
@@ -320,14 +322,24 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: packed, [1, channels, patch, patch * patches of all slices].
             target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
             temporal_ids: see `Resampler`.
+            patch_features: what `encode_patches` returned, instead of pixels.
 
         Returns:
             [groups, query_num, width].
         """
         if target_sizes is None:
-            raise ValueError("pixel_values need target_sizes, each slice's rows and columns in patches.")
-        features: torch.Tensor = self.resampler(self.vpm(pixel_values, target_sizes), target_sizes, temporal_ids)
+            raise ValueError("Pictures need target_sizes, each slice's rows and columns in patches.")
+        if patch_features is None:
+            if pixel_values is None:
+                raise ValueError("Pictures need pixel_values, or patch_features instead.")
+            patch_features = self.encode_patches(pixel_values, target_sizes)
+        features: torch.Tensor = self.resampler(patch_features, target_sizes, temporal_ids)
         return features
+
+    def encode_patches(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+        """What the vision tower makes of all slices: the resampler's input, [patches of all slices, vision width]."""
+        patches: torch.Tensor = self.vpm(pixel_values, target_sizes)
+        return patches
 
     def forward(
         self,
@@ -343,8 +355,10 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        patch_features: torch.Tensor | None = None,
+        loss_only: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | SupervisedOutput:
         """Run the model.
 
         Args:
@@ -361,6 +375,8 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values: keys and values of earlier tokens.
             use_cache: whether to return them; by default as the configuration says.
             logits_to_keep: number of last positions whose logits are wanted; 0 for all.
+            patch_features: [patches of all slices, vision width], what the vision tower returned, instead of pixels.
+            loss_only: whether the loss alone is wanted, so that no logits are made but those it needs.
             **kwargs: of the language model, and of the loss (`num_items_in_batch`, `shift_labels`).
 
         Raises:
@@ -368,14 +384,27 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if vision_features is None and pixel_values is not None:
-                vision_features = self.get_image_features(pixel_values, target_sizes, temporal_ids)
+            if patch_features is not None and not len(patch_features):
+                inputs_embeds = inputs_embeds + self._nothing_seen(patch_features).to(inputs_embeds.dtype)
+            elif vision_features is None and (pixel_values is not None or patch_features is not None):
+                vision_features = self.get_image_features(pixel_values, target_sizes, temporal_ids, patch_features)
             if vision_features is not None:
                 inputs_embeds = self._insert(vision_features, inputs_embeds, input_ids, attention_mask)
-            elif past_key_values is None and (self.training or is_deepspeed_zero3_enabled()):
+            elif patch_features is None and past_key_values is None and (self.training or is_deepspeed_zero3_enabled()):
                 inputs_embeds = inputs_embeds + self._nothing_seen().to(inputs_embeds.dtype)
-        elif pixel_values is not None or vision_features is not None:
+        elif any(given is not None for given in (pixel_values, vision_features, patch_features)):
             raise ValueError("Pictures need input_ids, which say where they go; inputs_embeds were given.")
+        if loss_only and labels is not None:
+            count = kwargs.pop("num_items_in_batch", None)
+            hidden = self.get_decoder()(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **kwargs,
+            ).last_hidden_state
+            head, vocabulary = self.get_output_embeddings(), self.config.text_config.vocab_size
+            return supervised_loss(head, hidden, labels, vocabulary, count)
         return self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -418,15 +447,18 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places = places & attention_mask[:, -input_ids.shape[1] :].bool()
         return places
 
-    def _nothing_seen(self) -> torch.Tensor:
-        """Zero, by way of the whole vision side.
+    def _nothing_seen(self, patch_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Zero, by way of the whole vision side, or of what comes behind the tower where its features are given.
 
         A process whose batch has no picture must still run these parameters: under DDP their gradients are waited for,
         and under ZeRO-3 and FSDP every process takes part in gathering them.
         """
         patch = self.config.vision_config.patch_size
         blank = torch.zeros(1, self.config.vision_config.num_channels, patch, patch, device=self.device)
-        return self.get_image_features(blank, torch.ones(1, 2, dtype=torch.int32, device=self.device)).sum() * 0
+        size = torch.ones(1, 2, dtype=torch.int32, device=self.device)
+        if patch_features is not None:
+            patch_features = patch_features.new_zeros(1, patch_features.shape[-1])
+        return self.get_image_features(blank, size, patch_features=patch_features).sum() * 0
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # as every model's: with its own inputs
         self,

@@ -85,6 +85,24 @@ class TrainingArguments(transformers.TrainingArguments):
             "until the training is over."
         },
     )
+    supervised_logits_only: bool = field(
+        default=True,
+        metadata={"help": "Compute logits only where something is learnt; loss and gradients are the same."},
+    )
+    reuse_vision_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute what a frozen vision tower sees once and keep it in --cache_dir, where training runs over "
+            "the data more than once; needs --tune_vision false."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put several samples into one row of at most model_max_length tokens, without padding and without "
+            "their seeing each other; the batch size then counts such rows."
+        },
+    )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without a better loss; 0 never stops early."}
     )
@@ -235,6 +253,10 @@ def _check(arguments: Arguments) -> None:
                 "--q_lora: ZeRO-3 and FSDP cut weights into parts, which 4-bit weights do not allow; use --strategy "
                 "ddp or zero2, or train LoRA without q_lora."
             )
+    if training.packing and training.train_sampling_strategy != "random":
+        raise UserError(
+            "--packing leaves no padding that batches of like length would save; leave --group_by_length out."
+        )
     if training.early_stopping_patience and training.eval_strategy == "no":
         raise UserError(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy and --eval_steps or epoch too."

@@ -4,6 +4,7 @@ import ctypes
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +20,28 @@ from .checkpoints import Checkpoints
 class Watcher(TrainerCallback):
     """Shows one progress bar and sends the curves to MLflow, each step once, also after a resume."""
 
-    def __init__(self, run: StepRun, lengths: Sequence[int]) -> None:
-        """The lengths are those of the training rows, in tokens."""
+    def __init__(self, run: StepRun, lengths: Sequence[int], unit: str = " samples") -> None:
+        """The lengths are those of the training rows, in tokens; the unit is what a batch is counted in."""
         self.run = run
         self.lengths = lengths
+        self.unit = unit
         self.logged_until = run.last_step("train/loss")
         self.loss = float("nan")
         self.bar: Any = None
         self.tokens = 0
         self.padded = 0
+        self.waited = 0.0
+        self.started = 0.0
 
-    def count(self, rows: Sequence[int]) -> None:
-        """Take note of the rows of a batch, for tokens and the share of padding."""
-        lengths = [self.lengths[row] for row in rows]
-        self.tokens += sum(lengths)
-        self.padded += max(lengths) * len(lengths)
+    def count(self, rows: Sequence[int], positions: int) -> None:
+        """Take note of the rows of a batch and of its positions, for tokens and the share of padding."""
+        self.tokens += sum(self.lengths[row] for row in rows)
+        self.padded += positions
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time since training began that went by waiting for batches."""
+        return self.waited / max(time.perf_counter() - self.started, 1e-9)
 
     @property
     def padding(self) -> float:
@@ -44,9 +52,10 @@ class Watcher(TrainerCallback):
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
+        self.started = time.perf_counter()
         if state.is_world_process_zero:
             samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.bar = progress("train", state.max_steps * samples, " samples", initial=state.global_step * samples)
+            self.bar = progress("train", state.max_steps * samples, self.unit, initial=state.global_step * samples)
             self.bar.samples_per_step = samples
 
     def on_step_end(
@@ -69,7 +78,7 @@ class Watcher(TrainerCallback):
             return
         figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
         self.loss = figures.get("loss", self.loss)
-        figures |= {"padding": self.padding, "peak_memory_mb": peak_memory() / 1e6}
+        figures |= {"padding": self.padding, "waiting": self.waiting, "peak_memory_mb": peak_memory() / 1e6}
         if state.global_step > self.logged_until:
             self.run.log_metrics({f"train/{name}": value for name, value in figures.items()}, state.global_step)
         if self.bar is not None and "loss" in figures:

@@ -27,9 +27,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from .. import storage
 from ..errors import RetryableError, UserError, end_process
-from ..minicpmv.batch import collate
+from ..minicpmv.batch import collate, collate_packed
 from ..minicpmv.checkpoint import copy_other_files, load_model
 from ..minicpmv.generations import Generation, generation_of, write_max_slices
+from ..minicpmv.packed import prepare_for_packing
 from ..minicpmv.row import IGNORED_LABEL, Row
 from ..progress import conclude
 from ..samples import Split
@@ -40,6 +41,8 @@ from ..training_record import RECORD_FILE, TrainingRecord
 from .arguments import Arguments, parse
 from .callbacks import Sealer, Stopper, Watcher, peak_memory
 from .checkpoints import Checkpoints
+from .feature_store import FeatureStore, PatchFeatures, is_reusable, join, make_stores
+from .packing import plan_packs
 from .quantised import four_bit_options, prepare_four_bit
 from .report import write_report
 from .train import SENTENCE_VARIABLE
@@ -103,21 +106,30 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     checkpoints = _checkpoints(arguments, manifest, base, out)
     training.output_dir = str(checkpoints.folder)
     resumed = _resume_from(training, checkpoints)
+    stores = _vision_features(model, generation, shards, manifest, arguments)
+    if training.packing:
+        prepare_for_packing(model, generation.language_model)
+    train_rows: Dataset[Any] = _Rows(shards, "train", stores.get("train"))
+    if training.packing:
+        packs = plan_packs(manifest.lengths["train"], training.model_max_length, training.seed)
+        _say(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
+        train_rows = _Packs(train_rows, packs)
     run = open_step_run("train") if is_first else StepRun()
     run.log_parameters(_settings(arguments) | _surroundings(manifest))
     run.log_metrics({"parameters/trainable": trainable, "parameters/total": total})
-    watcher = Watcher(run, manifest.lengths["train"])
+    watcher = Watcher(run, manifest.lengths["train"], " packs" if training.packing else " samples")
     trainer = MiniCPMVTrainer(
         model=trained,
         args=training,
-        train_dataset=_Rows(shards, "train"),
-        eval_dataset=_Rows(shards, "eval") if manifest.rows("eval") else None,
+        train_dataset=train_rows,
+        eval_dataset=_Rows(shards, "eval", stores.get("eval")) if manifest.rows("eval") else None,
         data_collator=_Collator(manifest),
         compute_metrics=_token_accuracy,
         preprocess_logits_for_metrics=_most_likely,
         callbacks=[watcher, Sealer(checkpoints), stopper],
         watcher=watcher,
-        name_rows=lambda rows: [_Rows(shards, "train")[row][1].id for row in rows],
+        name_rows=lambda rows: [ShardReader(shards, "train", pictures=False)[row].id for row in rows],
+        lengths=manifest.lengths["train"],
     )
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
@@ -261,17 +273,58 @@ def _check_adapter_moved(weights: Mapping[str, torch.Tensor]) -> None:
         raise UserError("Training left every adapter at zero; raise --learning_rate or the number of steps.")
 
 
-class _Rows(Dataset[tuple[int, Row]]):
-    """One split's rows with their numbers; workers open the files anew."""
+def _vision_features(
+    model: PreTrainedModel, generation: Generation, shards: Path, manifest: Manifest, arguments: Arguments
+) -> dict[Split, Path]:
+    """Stores of what the vision tower sees, by split; empty where it has to run in each step."""
+    training = arguments.training
+    tower = model.get_submodule(generation.vision_tower)
+    samples = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+    passes = samples * training.world_size / manifest.rows("train") if samples > 0 else training.num_train_epochs
+    if not training.reuse_vision_features or passes <= 1 or not is_reusable(model, tower):
+        return {}
+    splits: list[Split] = ["train"]
+    if training.eval_strategy != "no" and manifest.rows("eval"):
+        splits.append("eval")
+    cache = storage.cache_folder(_path(training.cache_dir))
+    return make_stores(model, generation, shards, splits, cache, training, _say)
 
-    def __init__(self, shards: Path, split: Split) -> None:
-        self.reader = ShardReader(shards, split)
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """A row with its number, and what the vision tower saw where that is stored."""
+
+    number: int
+    row: Row
+    features: PatchFeatures | None
+
+
+class _Rows(Dataset[_Example]):
+    """One split's rows; workers open the files anew."""
+
+    def __init__(self, shards: Path, split: Split, features: Path | None) -> None:
+        self.features = FeatureStore(features) if features else None
+        self.reader = ShardReader(shards, split, pictures=self.features is None)
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, position: int) -> tuple[int, Row]:
-        return position, self.reader[position]
+    def __getitem__(self, position: int) -> _Example:
+        return _Example(position, self.reader[position], self.features[position] if self.features else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packs(Dataset[list[_Example]]):
+    """Rows that share a row of the batch."""
+
+    rows: Dataset[_Example]
+    packs: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, number: int) -> list[_Example]:
+        return [self.rows[row] for row in self.packs[number]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,17 +333,22 @@ class _Collator:
 
     manifest: Manifest
 
-    def __call__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Any]:
-        rows = [row for _, row in numbered]
-        batch = collate(
-            rows, self.manifest.pad_token_id, self.manifest.patch_size, "right", self.manifest.slicing["resampler"]
-        )
-        return {**batch, "rows": [number for number, _ in numbered]}
+    def __call__(self, items: Sequence[_Example | list[_Example]]) -> dict[str, Any]:
+        examples = [example for item in items for example in (item if isinstance(item, list) else [item])]
+        rows = [example.row for example in examples]
+        patch_size, resampler = self.manifest.patch_size, self.manifest.slicing["resampler"]
+        if isinstance(items[0], list):
+            batch = collate_packed(rows, patch_size, resampler)
+        else:
+            batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler)
+        features = [example.features for example in examples if example.features is not None]
+        return {**batch, **(join(features) if features else {}), "rows": [example.number for example in examples]}
 
 
 def _most_likely(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The token each position would say: all that evaluation keeps of the logits."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+    """The token each position would say: all that evaluation keeps of the logits, if there are any."""
+    said: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return said.argmax(dim=-1) if said.is_floating_point() else said
 
 
 def _token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -342,7 +400,7 @@ def _final_figures(metrics: Mapping[str, float], watcher: Watcher) -> dict[str, 
         "epoch": "epochs",
     }
     measured = {name: float(metrics[key]) for key, name in names.items() if key in metrics}
-    return {**measured, "padding": watcher.padding, "peak_memory_mb": peak_memory() / 1e6}
+    return {**measured, "padding": watcher.padding, "waiting": watcher.waiting, "peak_memory_mb": peak_memory() / 1e6}
 
 
 def _path(text: str | None) -> Path | None:

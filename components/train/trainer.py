@@ -1,5 +1,6 @@
 """transformers' Trainer, which also stops at numbers that are none, and gathers weights wherever they lie."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +10,31 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import UserError
+from .arguments import TrainingArguments
 from .callbacks import Watcher
+from .packing import LikeLengths
 
 
 class MiniCPMVTrainer(Trainer):
     """Each batch carries the numbers of its rows, so that a failure can name its samples."""
 
-    def __init__(self, *, watcher: Watcher, name_rows: Callable[[Sequence[int]], list[str]], **arguments: Any) -> None:
-        """The watcher counts what is trained on; `name_rows` gives the ids of samples by row number."""
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        *,
+        watcher: Watcher,
+        name_rows: Callable[[Sequence[int]], list[str]],
+        lengths: Sequence[int],
+        **arguments: Any,
+    ) -> None:
+        """The watcher counts what is trained on; `name_rows` gives the ids of samples by row number.
+
+        Lengths are those of the training samples in tokens, so that none is read to learn its own.
+        """
         super().__init__(**arguments)
         self._watcher = watcher
+        self._lengths = lengths
         self._name_rows = name_rows
         self._rows: list[int] = []  # of the batches since the last optimizer step
 
@@ -29,12 +45,31 @@ class MiniCPMVTrainer(Trainer):
             UserError: with the samples of the batch.
         """
         rows = inputs.pop("rows")
-        self._watcher.count(rows)
+        self._watcher.count(rows, inputs["input_ids"].numel())
         self._rows += rows
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise self._not_finite("loss", float(loss), rows)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        """The loss; smoothed labels alone need all logits."""
+        if self.args.supervised_logits_only and self.label_smoother is None:
+            inputs = {**inputs, "loss_only": True}
+        return super().compute_loss(model, inputs, *rest, **options)
+
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """The next batches; how long they are waited for is counted."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*arguments, **options)
+        self._watcher.waited += time.perf_counter() - started
+        return batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LikeLengths(self._lengths, together, self.args.data_seed or self.args.seed)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """Evaluate a batch."""

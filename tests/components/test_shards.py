@@ -44,6 +44,13 @@ def test_reader_is_indexed_like_a_list(folder: Path) -> None:
             reader[outside]
 
 
+def test_without_pictures_rows_have_their_tokens_alone(folder: Path) -> None:
+    reader = pickle.loads(pickle.dumps(ShardReader(folder, "train", pictures=False)))
+    for number, found in enumerate(reader):
+        expected = row(number)
+        assert_equal(found, Row(expected.id, expected.input_ids, expected.labels, []))
+
+
 def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
     assert pq.ParquetFile(folder / "train-00000.parquet").num_row_groups > 1
 

@@ -108,6 +108,8 @@ def test_shards_hold_what_slicing_on_the_fly_gives(codec: Codec, workshop: Works
     assert [row.id for row in reader] == [sample.id for sample in samples] == [sample["id"] for sample in SAMPLES]
     for row, sample in zip(reader, samples, strict=True):
         assert_equal(row, prepare(sample, encoder, 2048))
+    of_row = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row.slices] for row in reader]
+    assert reader.slice_sizes() == of_row
     (whole,) = samples[1].pictures
     cut_now = cut(open_picture(whole), encoder.plan(samples[1])[0], encoder.slicing)
     digest = hashlib.sha256(b"".join(pixels.tobytes() for pixels in cut_now)).hexdigest()

@@ -1,0 +1,147 @@
+"""Small models of the published architectures, and photographs of many sizes: what the speed benchmarks run on.
+
+The photographs are the two of scikit-learn, scaled to sides between 200 and 1,500 pixels. Weights are random: speed and
+memory do not depend on what a model knows.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import PreTrainedModel
+from transformers.models.minicpmv4_6 import MiniCPMV4_6Config
+
+from minicpmv_finetune.components.minicpmv.configuration import MiniCPMVConfig
+from minicpmv_finetune.components.minicpmv.modeling import MiniCPMVForConditionalGeneration
+from minicpmv_finetune.components.minicpmv.modeling_4_6 import MiniCPMV4_6ForConditionalGeneration
+
+PICTURE_TOKEN = 3
+QUESTION = "describe the photograph"
+ANSWER = "describe the photograph in detail "
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large the parts of a model are.
+
+    Attributes:
+        text: width of the language model.
+        layers: of the language model.
+        vocabulary: words.
+        vision: width of the vision tower.
+        vision_layers: of the vision tower.
+    """
+
+    text: int
+    layers: int
+    vocabulary: int
+    vision: int
+    vision_layers: int
+
+
+VISION_HEAVY = Shape(text=128, layers=4, vocabulary=512, vision=256, vision_layers=6)
+LANGUAGE_HEAVY = Shape(text=256, layers=6, vocabulary=150_000, vision=64, vision_layers=3)
+
+
+def make_model(version: str, shape: Shape, attention: str = "sdpa") -> PreTrainedModel:
+    """A random model of generation 4.6 or 2.6."""
+    torch.manual_seed(0)
+    text: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.text,
+        "intermediate_size": 2 * shape.text,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16384,
+        "tie_word_embeddings": False,
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": shape.vision,
+        "intermediate_size": 2 * shape.vision,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": 4,
+        "patch_size": 14,
+    }
+    if version == "2.6":
+        native = MiniCPMVConfig(
+            version=2.6,
+            query_num=64,
+            image_token_id=PICTURE_TOKEN,
+            vision_config={**vision, "image_size": 980, "model_type": "siglip"},
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            **text,
+        )
+        return MiniCPMVForConditionalGeneration(native)
+    kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * shape.layers
+    config = MiniCPMV4_6Config(
+        image_size=448,
+        insert_layer_id=1,
+        tie_word_embeddings=False,
+        image_token_id=PICTURE_TOKEN,
+        video_token_id=PICTURE_TOKEN + 1,
+        text_config={
+            **text,
+            "model_type": "qwen3_5_text",
+            "head_dim": shape.text // 4,
+            "linear_key_head_dim": shape.text // 8,
+            "linear_value_head_dim": shape.text // 8,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "layer_types": kinds[: shape.layers],
+        },
+        vision_config={**vision, "image_size": 448, "insert_layer_id": 1},
+        attn_implementation=attention,
+    )
+    return MiniCPMV4_6ForConditionalGeneration(config)
+
+
+def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Write JPEG photographs with questions and answers; returns the samples, in MiniCPM-V's JSON format.
+
+    The folder also receives `photographs.json` and, for those who read chat messages, `photographs.jsonl`.
+    """
+    pictures = folder / "photographs"
+    pictures.mkdir(parents=True, exist_ok=True)
+    sources = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    random = np.random.default_rng(seed)
+    samples: list[dict[str, Any]] = []
+    for number in range(count):
+        size = (int(random.integers(200, 1500)), int(random.integers(200, 1500)))
+        name = f"photographs/{number:03d}.jpg"
+        sources[number % 2].resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=90)
+        turns = [
+            {"role": "user", "content": f"<image>\n{QUESTION}"},
+            {"role": "assistant", "content": ANSWER * int(random.integers(1, 30))},
+        ]
+        samples.append({"id": str(number), "image": name, "conversations": turns})
+    (folder / "photographs.json").write_text(json.dumps(samples))
+    lines = [
+        json.dumps({"messages": sample["conversations"], "images": [str((folder / sample["image"]).absolute())]})
+        for sample in samples
+    ]
+    (folder / "photographs.jsonl").write_text("\n".join(lines) + "\n")
+    return samples
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """Write a tiny 4.6 that slices pictures as the published one does, with tokenizer and processor."""
+    from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor, MiniCPMV4_6Processor
+
+    from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+
+    write_tiny_checkpoint(folder, corpus=(ANSWER,))
+    config = MiniCPMV4_6Config.from_pretrained(folder)
+    config.image_size = config.vision_config.image_size = 448
+    torch.manual_seed(0)
+    MiniCPMV4_6ForConditionalGeneration(config).save_pretrained(folder)
+    processor: Any = MiniCPMV4_6Processor.from_pretrained(folder)
+    processor.image_processor = MiniCPMV4_6ImageProcessor()
+    processor.save_pretrained(folder)
+    return folder

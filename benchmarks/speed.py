@@ -1,0 +1,368 @@
+"""How fast a training step is, in how much memory, with and without what is meant to make it faster.
+
+    python benchmarks/speed.py [--only switches logits evaluation roof] [--rounds 3]
+    python benchmarks/speed.py --only scaling
+
+Everything compared alternates in one run, each in a process of its own, so that whatever else the machine does meets
+all alike and no memory of one is counted for another. Work is single-threaded and measured in processor time, of which
+a busy neighbour takes little; the figure is the ratio. A step is forward, backward and optimizer, on LoRA of all the
+language model's linear layers with the merger trained whole and vision frozen; four photographs of mixed size a batch.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from shapes import LANGUAGE_HEAVY, PICTURE_TOKEN, VISION_HEAVY, Shape, make_model, write_photographs
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from minicpmv_finetune.components.minicpmv.batch import collate, collate_packed
+from minicpmv_finetune.components.minicpmv.generations import GENERATIONS
+from minicpmv_finetune.components.minicpmv.packed import prepare_for_packing
+from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
+from minicpmv_finetune.components.minicpmv.slicing import SlicingConfig, cut, plan_slices
+
+RESULTS = Path("build/bench/speed.jsonl")
+BATCH = 4
+SHAPES = {"vision-heavy": VISION_HEAVY, "language-heavy": LANGUAGE_HEAVY}
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What a training step does otherwise than the plain path, which has none of these."""
+
+    sliced_before: bool = False
+    logits: bool = False
+    features: bool = False
+    packing: bool = False
+
+
+PLAIN = Switches()
+ALONE = {
+    "sliced before": replace(PLAIN, sliced_before=True),
+    "short logits": replace(PLAIN, logits=True),
+    "stored features": replace(PLAIN, features=True),
+    "packing": replace(PLAIN, packing=True),
+}
+ALL = Switches(sliced_before=True, logits=True, features=True, packing=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run.
+
+    Attributes:
+        seconds: of the steps.
+        memory: bytes that the steps held at most, beside what was there before them.
+    """
+
+    seconds: float
+    memory: int
+
+
+def main() -> None:
+    """Measure, print tables, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-1])
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--photographs", type=int, default=8, help="of a round")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [Path(folder) / sample["image"] for sample in write_photographs(Path(folder), options.photographs)]
+        for name in options.only:
+            rows += EXPERIMENTS[name](pictures, options.rounds)
+    cores = os.cpu_count()
+    facts = (
+        f"{cores} cores, {platform.machine()}, torch {torch.__version__}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
+    )
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    names = {row["name"] for row in rows}
+    everything = [row for row in kept if row["name"] not in names] + rows
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in everything))
+    _show(["name", "ratio", "target", "holds", "detail"], [[str(value) for value in row.values()] for row in rows])
+    Console().print(facts)
+
+
+def switches(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """Each switch alone and all together against the plain path, for two generations and two shapes."""
+    lines: list[list[str]] = []
+    worst: tuple[float, str] | None = None
+    details = []
+    for version in ("4.6", "2.6"):
+        for kind, shape in SHAPES.items():
+            cases = {"plain": PLAIN, **ALONE, "all": ALL}
+            found: dict[str, list[Measured]] = {name: [] for name in cases}
+            for _ in range(rounds):
+                for name, case in cases.items():
+                    found[name].append(_apart(_steps, version, shape, case, pictures))
+            plain = found["plain"]
+            for name, runs in found.items():
+                gain, less = _ratio(plain, runs, "seconds"), _ratio(plain, runs, "memory")
+                seconds = ", ".join(f"{run.seconds:.2f}" for run in runs)
+                memory = statistics.median(run.memory for run in runs) / 1e6
+                lines.append([version, kind, name, f"{gain:.2f}", f"{less:.2f}", seconds, f"{memory:.0f}"])
+            gain = _ratio(plain, found["all"], "seconds")
+            details.append(f"{version} {kind} {gain:.1f}")
+            if worst is None or gain < worst[0]:
+                worst = (gain, f"{version} {kind}")
+    _show(["model", "shape", "switch", "× as fast", "× less memory", "seconds", "MB"], lines)
+    assert worst is not None  # noqa: S101
+    return [_result("all_switches_vs_plain", worst[0], 4.0, f"the least of {'; '.join(details)}")]
+
+
+def logits(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """Peak memory of a step with a vocabulary of 150,000, with and without logits that nobody asks for."""
+    base = replace(PLAIN, sliced_before=True, features=True)
+    plain, short = (
+        [_apart(_steps, "4.6", LANGUAGE_HEAVY, case, pictures) for _ in range(rounds)]
+        for case in (base, replace(base, logits=True))
+    )
+    detail = ", ".join(
+        f"{name} {statistics.median(run.memory for run in runs) / 1e6:,.0f} MB"
+        for name, runs in (("all positions", plain), ("supervised ones", short))
+    )
+    return [_result("logits_memory_vs_plain", _ratio(plain, short, "memory"), 2.0, f"4.6 language-heavy: {detail}")]
+
+
+def evaluation(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """Generated answers a second, in batches of sixteen against one at a time."""
+    found: dict[int, list[float]] = {1: [], 16: []}
+    for _ in range(rounds):
+        for size in found:
+            found[size].append(_apart(_answers, size).seconds)
+    single, batched = (statistics.median(found[size]) for size in (1, 16))
+    detail = f"32 digits, tiny 4.6, {single:.2f} s one at a time, {batched:.2f} s in batches of 16"
+    return [_result("evaluate_batched_vs_single", single / batched, 5.0, detail)]
+
+
+def roof(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """Floating-point operations a second of a step against those of plain matrix products of its widths."""
+    lines, worst = [], 1.0
+    for kind, shape in SHAPES.items():
+        reached = [_apart(_operations, shape, pictures) for _ in range(rounds)]
+        peak = [_apart(_product, shape) for _ in range(rounds)]
+        share = statistics.median(reached) / statistics.median(peak)
+        worst = min(worst, share)
+        lines.append(f"{kind} {share:.0%} of {statistics.median(peak) / 1e9:.1f} GFLOP/s")
+    return [_result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
+
+
+def scaling(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """How time and memory of all switches together grow with samples, slices and length."""
+    lines: list[list[str]] = []
+    for times in (1, 2, 4, 8):
+        runs = [_apart(_steps, "4.6", VISION_HEAVY, ALL, [*pictures] * times) for _ in range(rounds)]
+        lines.append(["samples", str(times * len(pictures)), *_figures(runs)])
+    for slices in (1, 3, 5, 7, 9):
+        runs = [_apart(_steps, "4.6", VISION_HEAVY, PLAIN, pictures, slices) for _ in range(rounds)]
+        lines.append(["slices at most", str(slices), *_figures(runs)])
+    for length in (512, 1024, 2048, 4096, 8192):
+        runs = [_apart(_words, length) for _ in range(rounds)]
+        lines.append(["tokens", str(length), *_figures(runs)])
+    _show(["grows", "to", "seconds", "MB"], lines)
+    return []
+
+
+EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = {
+    "switches": switches,
+    "logits": logits,
+    "evaluation": evaluation,
+    "roof": roof,
+    "scaling": scaling,
+}
+
+
+def _steps(version: str, shape: Shape, case: Switches, pictures: Sequence[Path], slices: int = 9) -> Measured:
+    """Train once over the pictures, after a step that does not count."""
+    trained, base = _trainable(version, shape)
+    language_model = next(g.language_model for g in GENERATIONS if g.version == version)
+    if case.packing:
+        prepare_for_packing(base, language_model)
+    slicing = replace(_slicing(version), max_slice_nums=slices)
+    ready = [_row(picture, number, version, shape, slicing) for number, picture in enumerate(pictures)]
+    stored = [_features(base, row) for row in ready] if case.features else []
+    if not case.sliced_before and not case.features:
+        ready = []
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(numbers: Sequence[int]) -> None:
+        if ready:
+            rows = [ready[number] for number in numbers]
+        else:
+            rows = [_row(pictures[number], number, version, shape, slicing) for number in numbers]
+        if case.features:
+            rows = [replace(row, slices=[]) for row in rows]
+        batch: dict[str, Any] = collate_packed(rows, 14) if case.packing else collate(rows, 0, 14, "right")
+        if case.features:
+            batch["patch_features"] = torch.cat([stored[number][0] for number in numbers])
+            batch["target_sizes"] = torch.cat([stored[number][1] for number in numbers])
+        trained(**batch, loss_only=case.logits, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(range(BATCH))
+    before = _reset_peak()
+    started = time.process_time()
+    for start in range(0, len(pictures), BATCH):
+        step(range(start, min(start + BATCH, len(pictures))))
+    return Measured(time.process_time() - started, _peak() - before)
+
+
+def _words(length: int) -> Measured:
+    """One step on a row of words."""
+    trained, _ = _trainable("4.6", VISION_HEAVY)
+    ids = torch.arange(length).unsqueeze(0) % 400 + 10
+    before, started = _reset_peak(), time.process_time()
+    trained(input_ids=ids, labels=ids, loss_only=True, use_cache=False).loss.backward()
+    return Measured(time.process_time() - started, _peak() - before)
+
+
+def _answers(batch_size: int) -> Measured:
+    from minicpmv_finetune.components.minicpmv.answer import answer
+    from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+    from minicpmv_finetune.components.minicpmv.conversation import Encoder
+    from minicpmv_finetune.components.samples import read_samples
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = write_tiny_checkpoint(folder / "base")
+        train, held_out = write_digits(folder / "digits", seed=0, held_out=32)
+        validate_data(str(train), str(held_out), folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
+        model, encoder = load_model(base)[0], Encoder.from_checkpoint(base)
+        samples = list(read_samples(folder / "dataset", "eval"))
+        answer(model, encoder, samples[:2], max_new_tokens=2, batch_size=2)
+        started = time.process_time()
+        answer(model, encoder, samples, max_new_tokens=32, batch_size=batch_size)
+        return Measured(time.process_time() - started, 0)
+
+
+def _operations(shape: Shape, pictures: Sequence[Path]) -> float:
+    """Of a step of the plain path, a second."""
+    trained, _ = _trainable("4.6", shape)
+    rows = [_row(picture, n, "4.6", shape, _slicing("4.6")) for n, picture in enumerate(pictures[:BATCH])]
+    batch = collate(rows, 0, 14, "right")
+    with FlopCounterMode(display=False) as counter:
+        trained(**batch, use_cache=False).loss.backward()
+    started = time.process_time()
+    trained(**batch, use_cache=False).loss.backward()
+    return float(counter.get_total_flops()) / (time.process_time() - started)
+
+
+def _product(shape: Shape) -> float:
+    """Of matrix products as wide as the model's feed-forward layers, a second."""
+    width = max(shape.text, shape.vision)
+    one, two = torch.randn(4096, width), torch.randn(width, 2 * width)
+    _ = one @ two
+    started, count = time.process_time(), 20
+    for _ in range(count):
+        _ = one @ two
+    return 2 * 4096 * width * 2 * width * count / (time.process_time() - started)
+
+
+def _trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
+    base = make_model(version, shape)
+    generation = next(generation for generation in GENERATIONS if generation.version == version)
+    inside = generation.language_model.replace(".", r"\.")
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=rf"{inside}\.layers\..*proj.*", modules_to_save=[generation.merger]
+    )
+    return get_peft_model(base, config).train(), base
+
+
+def _row(picture: Path, number: int, version: str, shape: Shape, slicing: SlicingConfig) -> Row:
+    """Decode and slice a photograph, and put as many words behind it as its number says."""
+    image = Image.open(picture)
+    plan = plan_slices(*image.size, slicing)
+    tokens = [64 if version == "2.6" else rows * columns // 16 for rows, columns in plan.target_sizes]
+    random = np.random.default_rng(number)
+    question = random.integers(10, shape.vocabulary, 12).tolist()
+    answer = random.integers(10, shape.vocabulary, int(random.integers(6, 180))).tolist()
+    ids = [*([PICTURE_TOKEN] * sum(tokens)), *question, *answer]
+    labels = [IGNORED_LABEL] * (len(ids) - len(answer)) + answer
+    return Row(str(number), ids, labels, cut(image, plan, slicing))
+
+
+def _slicing(version: str) -> SlicingConfig:
+    if version == "2.6":
+        return SlicingConfig(size_multiple=14, resampler="pillow", transparency="drop")
+    return SlicingConfig(size_multiple=56)
+
+
+def _features(model: PreTrainedModel, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = collate([row], 0, 14, "right")
+    encode: Any = model.encode_patches
+    with torch.no_grad():
+        return encode(pixels["pixel_values"], pixels["target_sizes"]), pixels["target_sizes"]
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a forked process."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sending.send(function(*arguments)))
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        raise SystemExit(f"{function.__name__}{arguments[:3]} ended without a result.") from None
+    finally:
+        process.join()
+
+
+def _reset_peak() -> int:
+    """Forget the most memory this process has held; returns what it holds."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    return _peak()
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def _ratio(one: Sequence[Measured], two: Sequence[Measured], what: str) -> float:
+    first, second = (statistics.median(getattr(run, what) for run in runs) for runs in (one, two))
+    return float(first / max(second, 1e-9))
+
+
+def _figures(runs: Sequence[Measured]) -> list[str]:
+    seconds, memory = (statistics.median(getattr(run, name) for run in runs) for name in ("seconds", "memory"))
+    return [f"{seconds:.2f}", f"{memory / 1e6:.0f}"]
+
+
+def _result(name: str, ratio: float, target: float, detail: str) -> dict[str, Any]:
+    return {"name": name, "ratio": round(ratio, 3), "target": target, "holds": ratio >= target, "detail": detail}
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Cross entropy where something is to be learnt, and logits nowhere else.
+
+Of a sample's positions few are supervised: pictures, questions and padding are most of it. The head is the widest layer
+of the model (150,000 words), so the logits of all positions are often more memory than all else of a step. Here the
+head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows: each further
+chunk is computed again in the backward pass instead of being kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import ModelOutput
+
+from .row import IGNORED_LABEL
+
+LOGITS_AT_ONCE = 2**26
+"""Of one chunk: 256 MB in float32, four hundred positions of a vocabulary of 150,000."""
+
+
+@dataclass
+class SupervisedOutput(ModelOutput):
+    """What a forward pass with `loss_only` gives.
+
+    Attributes:
+        loss: as the plain path has it.
+        likeliest: [batch, length], the token that each supervised position would say, shifted as logits are: the
+            position before a label speaks it; -100 elsewhere. None in training.
+    """
+
+    loss: torch.Tensor | None = None
+    likeliest: torch.Tensor | None = None
+
+
+def supervised_loss(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    vocabulary: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> SupervisedOutput:
+    """The loss of a causal language model, from its last hidden states.
+
+    Args:
+        head: the module that makes logits, whatever adapters are on it.
+        hidden: [batch, length, width].
+        labels: [batch, length], not shifted, -100 where nothing is learnt.
+        vocabulary: number of logits of a position.
+        num_items_in_batch: the sum is divided by this; by default by the number of supervised positions.
+
+    Returns:
+        The loss and, without gradients, the likeliest tokens.
+    """
+    targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden.device)
+    supervised = targets != IGNORED_LABEL
+    states, wanted = hidden[supervised], targets[supervised]
+    # ZeRO-3 gathers the head at each call, in which all processes take part: their calls must be equally many.
+    chunk = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(LOGITS_AT_ONCE // vocabulary, 1)
+    learns = torch.is_grad_enabled()
+
+    def of_chunk(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(states)
+        loss = F.cross_entropy(logits.float(), wanted, reduction="sum")
+        return loss, wanted if learns else logits.argmax(dim=-1)
+
+    # A batch that teaches nothing has one chunk too, an empty one: the head's gradients are waited for.
+    parts = list(zip(states.split(chunk), wanted.split(chunk), strict=True))
+    again = learns and len(parts) > 1
+    results = [checkpoint(of_chunk, *part, use_reentrant=False) if again else of_chunk(*part) for part in parts]
+    total = torch.stack([loss for loss, _ in results]).sum()
+    divisor = len(wanted) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(divisor, torch.Tensor):
+        divisor = divisor.to(total.device)
+    output = SupervisedOutput(loss=total / divisor)
+    if not learns:
+        said = torch.cat([likeliest for _, likeliest in results])
+        output.likeliest = torch.full_like(targets, IGNORED_LABEL).masked_scatter(supervised, said)
+    return output

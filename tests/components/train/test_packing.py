@@ -1,0 +1,73 @@
+import random
+
+import pytest
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.train.arguments import parse
+from minicpmv_finetune.components.train.packing import LikeLengths, plan_packs
+
+
+def _lengths(count: int, longest: int = 100) -> list[int]:
+    random.seed(0)
+    return [random.randint(1, longest) for _ in range(count)]
+
+
+def _first_fit(order: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    for number in order:
+        fits = (pack for pack in packs if sum(lengths[n] for n in pack) + lengths[number] <= capacity)
+        pack = next(fits, None)
+        if pack is None:
+            packs.append([number])
+        else:
+            pack.append(number)
+    return packs
+
+
+def test_every_sample_is_in_one_pack_that_holds_it() -> None:
+    lengths = _lengths(500)
+    packs = plan_packs(lengths, 128, seed=1)
+    assert sorted(number for pack in packs for number in pack) == list(range(500))
+    assert max(sum(lengths[number] for number in pack) for pack in packs) <= 128
+    # 11/9 of the fewest possible is the bound; real lengths stay far below.
+    assert len(packs) <= 1.05 * sum(lengths) / 128
+
+
+def test_packs_are_those_of_first_fit_decreasing() -> None:
+    lengths = _lengths(60, longest=40)
+    packs = plan_packs(lengths, 64, seed=3)
+    order = [number for pack in packs for number in pack]
+    longest_first = sorted(order, key=lambda number: -lengths[number])
+    assert sorted(sorted(lengths[n] for n in pack) for pack in packs) == sorted(
+        sorted(lengths[n] for n in pack) for pack in _first_fit(longest_first, lengths, 64)
+    )
+
+
+def test_the_seed_alone_decides_who_meets() -> None:
+    lengths = [7] * 40
+    assert plan_packs(lengths, 21, seed=5) == plan_packs(lengths, 21, seed=5)
+    assert plan_packs(lengths, 21, seed=5) != plan_packs(lengths, 21, seed=6)
+
+
+@pytest.mark.parametrize(("lengths", "packs"), [([], []), ([500], [[0]]), ([500, 3], [[0], [1]])])
+def test_none_and_too_long_ones(lengths: list[int], packs: list[list[int]]) -> None:
+    assert plan_packs(lengths, 100, seed=0) == packs
+
+
+def test_batches_of_like_length_change_with_the_epoch_alone() -> None:
+    lengths = _lengths(400)
+    sampler, other = LikeLengths(lengths, 8, seed=0), LikeLengths(lengths, 8, seed=0)
+    first = list(sampler)
+    assert first == list(other)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert sorted(first) == list(range(400))
+    batches = [[lengths[number] for number in first[start : start + 8]] for start in range(0, 400, 8)]
+    padding = 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
+    assert padding < 0.1  # 0.43 in any order
+
+
+def test_packing_and_like_lengths_together_are_refused() -> None:
+    flags = "--data_path x --output_dir y --use_cpu true --packing true --group_by_length"
+    with pytest.raises(UserError, match="leave --group_by_length out"):
+        parse(flags.split(), announce=lambda _: None)
