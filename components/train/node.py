@@ -52,11 +52,14 @@ def _upload(folder: Path, uri: str) -> None:
     def upload(path: Path) -> None:
         storage.upload_file(path, storage.join(uri, path.relative_to(folder).as_posix()))
 
-    files = {path for path in folder.rglob("*") if path.is_file()} - {folder / RECORD_FILE}
+    record = folder / RECORD_FILE
+    first, *others = sorted(path for path in folder.rglob("*") if path.is_file() and path != record)
+    # Alone: threads that import boto3 for the first time at once disturb each other.
+    upload(first)
     with ThreadPoolExecutor(storage.FILES_AT_ONCE) as pool:
-        for _ in pool.map(upload, sorted(files)):
+        for _ in pool.map(upload, others):
             pass
-    upload(folder / RECORD_FILE)
+    upload(record)
 
 
 if __name__ == "__main__":

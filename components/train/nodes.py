@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -86,7 +86,13 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
     with _sigterm_raises():
         try:
             _start(cluster, name, job, interval)
-            _follow(cluster, name, nodes, interval)
+            try:
+                _follow(cluster, name, nodes, interval)
+            except UserError:
+                # Another try is in vain, whatever the runtime's rules on restarts are.
+                with suppress(UserError, RetryableError):
+                    cluster.delete(name)
+                raise
         except _CancelledError:
             cluster.delete(name)
             raise RetryableError(
@@ -230,8 +236,6 @@ def _follow(cluster: "_Cluster", name: str, nodes: int, interval: float) -> None
         mistakes = [message for code, message in _ends(pods) if code == USER_ERROR_EXIT and message]
         if mistakes:
             log.finish(pods)
-            # Whatever the runtime's rules on restarts are, another try is in vain.
-            cluster.delete(name)
             raise UserError(mistakes[0])
         if failed := _condition(job, "Failed"):
             log.finish(pods)
