@@ -11,9 +11,11 @@ import glob
 import hashlib
 import os
 import posixpath
+import random
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -33,6 +35,7 @@ FILES_AT_ONCE = 8  # a single connection to a store far away does not fill the l
 _PART_BYTES = 16 * 2**20  # of a large object whose parts are downloaded at once
 _LARGEST_PUT = 2**30  # bytes sent in one request; stores take up to 5 GB
 _PIECE_BYTES = 2**20  # read from a connection at a time
+_WAITS = (0.2, 1.0)  # seconds between attempts to read an answer that broke off
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -96,11 +99,23 @@ def read_bytes(uri: str, span: tuple[int, int] | None = None) -> bytes:
                     return file.read()
                 file.seek(span[0])
                 return file.read(span[1])
-        bucket, key = _split(uri)
-        if span is None:
-            return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
-        part = f"bytes={span[0]}-{span[0] + span[1] - 1}"
-        return _client(reads_parts=True).get_object(Bucket=bucket, Key=key, Range=part)["Body"].read()
+        return _get(uri, span)
+
+
+def _get(uri: str, span: tuple[int, int] | None) -> bytes:
+    """An object's bytes; boto3 repeats a request that fails, but not one whose answer breaks off."""
+    from botocore.exceptions import ResponseStreamingError
+
+    bucket, key = _split(uri)
+    part = {} if span is None else {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"}
+    client = _client(reads_parts=span is not None)
+    for wait in _WAITS:
+        try:
+            return client.get_object(Bucket=bucket, Key=key, **part)["Body"].read()  # type: ignore[arg-type]
+        except ResponseStreamingError:
+            # Not all at the same moment, where many workers were cut off at once.
+            time.sleep(wait * random.uniform(0.5, 1.5))  # noqa: S311
+    return client.get_object(Bucket=bucket, Key=key, **part)["Body"].read()  # type: ignore[arg-type]
 
 
 @contextmanager

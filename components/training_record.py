@@ -46,4 +46,7 @@ def read_record(folder: Path) -> TrainingRecord:
     path = folder / RECORD_FILE
     if not path.is_file():
         raise UserError(f"{folder}: no {RECORD_FILE} here; give the folder that the train step wrote.")
-    return TrainingRecord.model_validate(json.loads(path.read_text()))
+    try:
+        return TrainingRecord.model_validate(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged or of another program; run the train step again.") from error

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
 from ..errors import UserError
 from .slicing import Resampler, SlicingConfig, Transparency
 
@@ -131,6 +133,20 @@ MINICPMV_4_5 = replace(
 GENERATIONS = (MINICPMV_2_6, MINICPMV_4_0, MINICPMV_4_5, MINICPMV_4_6, MINICPMV_4_7)
 
 
+class _ImageSettings(BaseModel):
+    """What the image processor's file says, as far as it is used here."""
+
+    model_config = ConfigDict(strict=True)
+
+    patch_size: PositiveInt = 14
+    max_slice_nums: PositiveInt = 9
+    scale_resolution: PositiveInt = 448
+    slice_mode: bool = True
+    use_image_id: bool = True
+    downsample_mode: str = "16x"
+    image_feature_size: PositiveInt | None = None
+
+
 def generation_of(checkpoint: Path) -> Generation:
     """Which generation a checkpoint folder holds.
 
@@ -214,12 +230,18 @@ def tokens_per_slice_of(checkpoint: Path) -> int | None:
 
 def read_image_settings(checkpoint: Path) -> dict[str, Any]:
     """The image processor's settings, from whichever of its two files the checkpoint has."""
-    nested = checkpoint / "processor_config.json"
-    if nested.is_file():
-        settings = read_json(nested).get("image_processor")
-        if settings is not None:
-            return dict(settings)
-    return read_json(checkpoint / "preprocessor_config.json")
+    path = checkpoint / "processor_config.json"
+    settings = read_json(path).get("image_processor") if path.is_file() else None
+    if settings is None:
+        path = checkpoint / "preprocessor_config.json"
+        settings = read_json(path)
+    try:
+        _ImageSettings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its content"
+        raise UserError(f"{path}: {place}: {first['msg']}; the checkpoint is damaged, fetch it again.") from error
+    return dict(settings)
 
 
 def write_max_slices(checkpoint: Path, max_slice_nums: int) -> None:
@@ -250,8 +272,11 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     try:
-        return dict(json.loads(path.read_text()))
+        document = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} here, so this is no checkpoint; give its folder.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, fetch it again.") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds no JSON object; the checkpoint is damaged, fetch it again.")
+    return document

@@ -1,0 +1,84 @@
+"""What tests of real faults share: a store behind a relay that misbehaves, and what each step needs."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults.training import TRAIN
+from faults.wire import Wire, relay_connection
+
+
+@pytest.fixture
+def wire(s3_server: dict[str, str], s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    """The store's own server behind a relay, which the environment leads to."""
+    host, port = s3_server["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        relay = Wire(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        over = threading.Event()
+
+        def accept() -> None:
+            while not over.is_set():
+                try:
+                    client, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                with relay.lock:
+                    number = relay.connections
+                    relay.connections += 1
+                fault = relay.rule(number)
+                threading.Thread(
+                    target=relay_connection, args=(client, (host, int(port)), fault, number), daemon=True
+                ).start()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.address)
+        yield relay
+        over.set()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def moments() -> int:
+    """How many moments of a step are drawn: 1 with the other tests, 3 in `make test-faults`, 20 in the long run."""
+    return int(os.environ.get("FAULT_MOMENTS", "1"))
+
+
+@pytest.fixture(scope="session")
+def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what every step needs, made without disturbance: `data.json`, `base`, and the steps' results."""
+    import json
+
+    from minicpmv_finetune.components.merge.merge import MergeSettings, merge
+    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+    from minicpmv_finetune.components.train.train import launch
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "base").symlink_to(tiny_46)
+    for name, count in (("train", 96), ("eval", 16)):
+        samples = json.loads((digits / f"{name}.json").read_text())[:count]
+        for sample in samples:
+            sample["image"] = str(digits / sample["image"])
+        (folder / f"{name}.json").write_text(json.dumps(samples))
+    validate_data(
+        str(folder / "train.json"),
+        str(folder / "eval.json"),
+        folder / "dataset",
+        folder / "rejects.jsonl",
+        ValidationSettings(),
+    )
+    preprocess(
+        folder / "dataset", str(tiny_46), folder / "shards", folder / "preprocess-rejects.jsonl", PreprocessSettings()
+    )
+    launch([*TRAIN.split(), *_where(folder), "--output_dir", str(folder / "adapter")])
+    merge(str(tiny_46), folder / "adapter", folder / "shards", folder / "model", folder / "merge.json", MergeSettings())
+    return folder
+
+
+def _where(folder: Path) -> list[str]:
+    return ["--model_name_or_path", str(folder / "base"), "--data_path", str(folder / "shards")]

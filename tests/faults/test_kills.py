@@ -1,0 +1,103 @@
+"""Each step, killed or stopped at drawn moments and run again, leaves what an undisturbed run leaves."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults.training import TRAIN
+from mlflow import MlflowClient
+
+STEPS = {
+    "validate-data": ("--data {inputs}/train.json --eval-data {inputs}/eval.json --out {out}/dataset", "dataset"),
+    "preprocess": ("--dataset {inputs}/dataset --base-model {inputs}/base --out {out}/shards", "shards"),
+    "train": (
+        f"{TRAIN} --model_name_or_path {{inputs}}/base --data_path {{inputs}}/shards --output_dir {{out}}/adapter "
+        "--checkpoint_uri {out}/checkpoints",
+        "adapter",
+    ),
+    "merge": (
+        "--base-model {inputs}/base --adapter {inputs}/adapter --shards {inputs}/shards --out {out}/model",
+        "model",
+    ),
+    "evaluate": (
+        "--model {inputs}/model --dataset {inputs}/dataset --base-model {inputs}/base --max-new-tokens 4 "
+        "--out {out}/evaluation",
+        "evaluation/predictions.jsonl",
+    ),
+}
+# What a run's clock or address writes into; everything else must be the same to the byte.
+DIFFER = {"training.json", "training.html", "trainer_state.json", "README.md", "adapter_config.json", "manifest.json"}
+
+
+def _command(step: str, inputs: Path, out: Path) -> list[str]:
+    flags = STEPS[step][0].format(inputs=inputs, out=out).split()
+    return [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", step, *flags]
+
+
+def _environment(out: Path) -> dict[str, str]:
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{out}/mlflow.db", "KFP_RUN_ID": "the-run"}
+    return {**os.environ, **tracking, "TMPDIR": str(out / "tmp"), "XDG_CACHE_HOME": str(out / "cache")}
+
+
+def _content(place: Path) -> dict[str, bytes]:
+    if place.is_file():
+        return {place.name: place.read_bytes()}
+    files = (path for path in place.rglob("*") if path.is_file() and path.name not in DIFFER)
+    return {str(path.relative_to(place)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, bytes], float]]:
+    """Content and duration of every step's own result."""
+    results = {}
+    for step, (_, result) in STEPS.items():
+        out = tmp_path_factory.mktemp(step)
+        (out / "tmp").mkdir()
+        started = time.monotonic()
+        subprocess.run(_command(step, inputs, out), check=True, env=_environment(out), capture_output=True)
+        results[step] = (_content(out / result), time.monotonic() - started)
+    return results
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_died_is_repaired_by_running_it_again(
+    step: str,
+    number: signal.Signals,
+    inputs: Path,
+    undisturbed: dict[str, tuple[dict[str, bytes], float]],
+    tmp_path_factory: pytest.TempPathFactory,
+    moments: int,
+) -> None:
+    wanted, seconds = undisturbed[step]
+    draw = random.Random(f"{step} {number}")
+    for _ in range(moments):
+        out = tmp_path_factory.mktemp("killed")
+        (out / "tmp").mkdir()
+        command, environment = _command(step, inputs, out), _environment(out)
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            try:
+                process.wait(draw.uniform(0.2, 1.0) * seconds)
+            except subprocess.TimeoutExpired:
+                if number == signal.SIGKILL:
+                    os.killpg(process.pid, number)
+                else:
+                    process.send_signal(number)
+        result = out / STEPS[step][1]
+        if result.exists() and step != "evaluate":
+            assert _content(result) == wanted, "something half-written is visible"
+        again = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert _content(result) == wanted
+        assert not [path.name for path in out.iterdir() if path.name.endswith((".tmp", ".part"))]
+        client = MlflowClient(f"sqlite:///{out}/mlflow.db")
+        runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        names = [run.info.run_name for run in runs]
+        assert len(names) == len(set(names)), "a step's run was opened twice"

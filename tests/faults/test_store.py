@@ -1,0 +1,86 @@
+"""A store that misbehaves: retried within bounds, then one sentence; never a damaged copy."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults.wire import Wire
+
+from minicpmv_finetune.components import storage
+from minicpmv_finetune.components.errors import RetryableError, UserError
+
+CONTENT = os.urandom(300_000)
+
+
+@pytest.fixture
+def stored(s3_uri: str) -> str:
+    """An object of 300 KB in the store."""
+    uri = f"{s3_uri}/data/file.bin"
+    storage.write_bytes(uri, CONTENT)
+    return uri
+
+
+@pytest.mark.parametrize("fault", ["reset", "error", "cut"])
+def test_a_burst_of_faults_is_ridden_out(stored: str, wire: Wire, fault: str) -> None:
+    wire.rule = lambda number: fault if number < 2 else None
+    assert storage.read_bytes(stored) == CONTENT
+
+
+@pytest.mark.parametrize("fault", ["reset", "error", "cut"])
+def test_a_lasting_fault_ends_in_one_sentence_and_leaves_nothing(
+    stored: str, wire: Wire, tmp_path: Path, fault: str
+) -> None:
+    wire.rule = lambda number: fault
+    started = time.monotonic()
+    with pytest.raises(RetryableError) as error:
+        storage.fetch(stored, tmp_path / "cache")
+    assert time.monotonic() - started < 60
+    assert "\n" not in str(error.value)
+    assert stored in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_slow_store_is_waited_for(stored: str, wire: Wire) -> None:
+    wire.rule = lambda number: "slow"
+    assert hashlib.sha256(storage.read_bytes(stored)).digest() == hashlib.sha256(CONTENT).digest()
+
+
+def test_an_upload_that_fails_leaves_no_object(s3_uri: str, wire: Wire, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    wire.rule = lambda number: "reset"
+    with pytest.raises(RetryableError):
+        storage.upload_file(tmp_path / "file", f"{s3_uri}/up/file")
+    wire.rule = lambda number: None
+    assert storage.list_files(f"{s3_uri}/up") == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret-of-some-length"}, "access denied"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "access denied"),
+    ],
+)
+def test_credentials_that_expired_are_the_users_to_mend(
+    stored: str, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], sentence: str
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence) as error:
+        storage.read_bytes(stored)
+    assert "wrong-secret" not in str(error.value)
+
+
+def test_a_command_whose_store_is_gone_ends_with_75(tmp_path: Path, unreachable: str, s3_uri: str) -> None:
+    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "validate-data"]
+    arguments = ["--data", f"{s3_uri}/data.json", "--out", str(tmp_path / "dataset")]
+    environment = {**os.environ, "AWS_ENDPOINT_URL": unreachable}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "dataset").exists()
