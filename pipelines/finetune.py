@@ -84,7 +84,8 @@ def build(partitions: int = 1) -> Any:
             learning_rate: Peak learning rate.
             num_train_epochs: How often every sample is seen.
             per_device_train_batch_size: Samples a device sees at once.
-            training_flags: Any further flag of the training script by name, such as {"gradient_accumulation_steps": 4}.
+            training_flags: Any further flag of the training script by name, such as {"gradient_accumulation_steps": 4};
+                "num_nodes" above 1 trains on so many nodes.
             seed: Decides the evaluation split, the initial adapters and the order of samples.
             metric: How answers are scored, such as exact_match or anls.
             evaluation_options: Options of evaluate, such as {"max_new_tokens": 64, "gate": {"min_metric": 0.8}}.

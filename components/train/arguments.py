@@ -301,6 +301,18 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     return flags
 
 
+def pop_num_nodes(settings: dict[str, Any]) -> int:
+    """Take the number of nodes out of the pipeline's training flags; it is no flag of the script.
+
+    Raises:
+        UserError: it is no whole number above zero.
+    """
+    wanted = _with_whole_numbers(settings.pop("num_nodes", 1))
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise UserError(f"training_flags: num_nodes is {wanted!r}; give a whole number of nodes, such as 2.")
+    return wanted
+
+
 def _with_whole_numbers(value: Any) -> Any:
     """Kubeflow hands every number of a JSON object on as a float; flags that count want 2, not 2.0."""
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 
+from ..errors import RetryableError
 from ..progress import progress
 from ..tracking import StepRun
 from .checkpoints import Checkpoints
@@ -106,10 +107,29 @@ class Sealer(TrainerCallback):
 
     def on_save(self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal what was just written."""
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        elsewhere = self._parts_of_other_nodes(args, state.global_step) if torch.distributed.is_initialized() else {}
         if state.is_world_process_zero:
-            self.checkpoints.seal(state.global_step)
+            self.checkpoints.seal(state.global_step, elsewhere)
+
+    def _parts_of_other_nodes(self, args: TransformersArguments, step: int) -> dict[str, str]:
+        """Wait until every process has written, and those on other nodes have uploaded, their part.
+
+        Raises:
+            RetryableError: a node's store does not answer; every process raises it, so that none waits for another.
+        """
+        torch.distributed.barrier()
+        is_elsewhere = args.local_process_index == 0 and args.process_index != 0
+        part: dict[str, str] | str = {}
+        try:
+            part = self.checkpoints.upload_part(step) if is_elsewhere else {}
+        except RetryableError as error:
+            part = str(error)
+        parts: list[Any] = [None] * args.world_size
+        torch.distributed.all_gather_object(parts, part)
+        for failure in parts:
+            if isinstance(failure, str):
+                raise RetryableError(failure)
+        return {file: digest for part in parts for file, digest in part.items()}
 
 
 class Stopper(TrainerCallback):

@@ -8,8 +8,10 @@ otherwise the one before is taken. The same layout serves a folder and an object
 import hashlib
 import shutil
 import sys
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,18 +51,36 @@ class Checkpoints:
         self._uploads = ThreadPoolExecutor(max_workers=1)
         self._upload: Future[None] | None = None
 
-    def seal(self, step: int) -> None:
+    def upload_part(self, step: int) -> dict[str, str]:
+        """Upload what this node's processes wrote of a checkpoint that another node will seal, and forget it here.
+
+        Returns:
+            The sha256 of each file by its path in the checkpoint; nothing where the nodes share a folder.
+
+        Raises:
+            RetryableError: the store does not answer.
+        """
+        if not self.uri:
+            return {}
+        checkpoint = self.folder / f"checkpoint-{step}"
+        files = _hashes(checkpoint)
+        for file in files:
+            storage.upload_file(checkpoint / file, f"{self.uri}/{checkpoint.name}/{file}")
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return files
+
+    def seal(self, step: int, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
         """Declare a finished checkpoint complete, and begin to upload it.
+
+        Args:
+            step: of the checkpoint.
+            elsewhere: files that other nodes have uploaded, as `upload_part` tells.
 
         Raises:
             RetryableError: the upload before this one failed.
         """
         checkpoint = self.folder / f"checkpoint-{step}"
-        files = {
-            path.relative_to(checkpoint).as_posix(): _sha256(path)
-            for path in sorted(checkpoint.rglob("*"))
-            if path.is_file()
-        }
+        files = {**elsewhere, **_hashes(checkpoint)}
         seal = Seal(step=step, world_size=self.world_size, training=self.training, files=files)
         storage.write_bytes(str(_seal_path(checkpoint)), seal.model_dump_json(indent=1).encode())
         for stale in self.folder.glob("checkpoint-*.json"):
@@ -69,7 +89,7 @@ class Checkpoints:
         if self.uri:
             # The Trainer keeps the newest two, so what is being uploaded is not deleted underneath.
             self.finish_upload()
-            self._upload = self._uploads.submit(self._upload_checkpoint, seal)
+            self._upload = self._uploads.submit(self._upload_checkpoint, seal, set(files) - set(elsewhere))
 
     def finish_upload(self) -> None:
         """Wait until the store holds what was sealed.
@@ -130,9 +150,9 @@ class Checkpoints:
             for name, digest in seal.files.items()
         )
 
-    def _upload_checkpoint(self, seal: Seal) -> None:
+    def _upload_checkpoint(self, seal: Seal, files: Collection[str]) -> None:
         name = f"checkpoint-{seal.step}"
-        for file in seal.files:
+        for file in files:
             storage.upload_file(self.folder / name / file, f"{self.uri}/{name}/{file}")
         storage.write_bytes(f"{self.uri}/{name}.json", seal.model_dump_json(indent=1).encode())
         for step in sorted(self._steps(self.uri), reverse=True)[self.keep :]:
@@ -169,6 +189,10 @@ class Checkpoints:
 
 def _seal_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.json")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -26,7 +26,7 @@ def train(
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Train with torchrun, one process a device.
+    """Train with torchrun, one process a device; on several nodes by a TrainJob that this step follows.
 
     Args:
         shards: The prepared samples of preprocess.
@@ -41,7 +41,8 @@ def train(
         per_device_train_batch_size: Samples a device sees at once.
         seed: Decides the initial adapters and the order of samples.
         training_flags: Any further flag of the training script by name, those of the published finetune.py and of
-            transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}.
+            transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}; and "num_nodes", which above 1
+            trains on so many nodes by Kubeflow Trainer.
         adapter: A PEFT adapter folder, or a whole checkpoint when no LoRA was asked for.
         metrics: Final losses, and how many parameters were trained.
         summary: The same as a table.
@@ -52,7 +53,8 @@ def train(
 
     from minicpmv_finetune.components import storage
     from minicpmv_finetune.components.attempt import permanent_error_marked
-    from minicpmv_finetune.components.train.arguments import as_flags
+    from minicpmv_finetune.components.train.arguments import as_flags, pop_num_nodes
+    from minicpmv_finetune.components.train.nodes import train_on_nodes
     from minicpmv_finetune.components.train.train import launch
     from minicpmv_finetune.components.training_record import read_record
 
@@ -70,13 +72,14 @@ def train(
         "model_name_or_path": base_model_uri,
     }
     with permanent_error_marked(adapter.uri, {"shards": shards.uri, "flags": flags}):
-        where = {
-            "data_path": shards.path,
-            "output_dir": adapter.path,
-            # A retried pod looks for checkpoints there, and goes on from the newest.
-            "checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints"),
-        }
-        launch(as_flags({**flags, **where}))
+        # A retried pod looks for checkpoints there, and goes on from the newest.
+        checkpoints = {"checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints")}
+        nodes = pop_num_nodes(flags)
+        if nodes > 1:
+            onwards = as_flags({**flags, **checkpoints, "data_path": shards.uri})
+            train_on_nodes(onwards, nodes, adapter.uri, Path(adapter.path))
+        else:
+            launch(as_flags({**flags, **checkpoints, "data_path": shards.path, "output_dir": adapter.path}))
         record = read_record(Path(adapter.path))
         adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
         for name, value in record.metrics.items():

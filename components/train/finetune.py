@@ -176,6 +176,13 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
 
 def _join_processes(training: TransformersArguments) -> None:
     _ = training.device
+    several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", training.world_size)) < training.world_size
+    if several_nodes and training.deepspeed and training.load_best_model_at_end:
+        # Each process would look for its part of that checkpoint on its own disk.
+        raise UserError(
+            "--early_stopping_patience: DeepSpeed cannot go back to the best checkpoint on several nodes; leave it and "
+            "--load_best_model_at_end out, or use --strategy ddp."
+        )
     if training.deepspeed and torch.distributed.is_initialized():
         import deepspeed
 

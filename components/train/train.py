@@ -14,16 +14,18 @@ from pathlib import Path
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
 
 WORKER = "minicpmv_finetune.components.train.finetune"
+NODES_VARIABLE = "PET_NNODES"
+"""Kubeflow Trainer sets it, and others that torchrun reads by itself: this machine is one of several nodes."""
 SENTENCE_VARIABLE = "MINICPMV_SENTENCE_FILE"
 """Names the file in which a worker leaves the sentence of the error that ended it, for this process to tell."""
 
 
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
-    """Train on this machine's devices.
+    """Train on this machine's devices, alone or as one of the nodes of a TrainJob.
 
     Args:
         flags: of the training script.
-        processes: by default one for each GPU, or one without any.
+        processes: by default one for each GPU, or one without any; a TrainJob that names a number is obeyed.
 
     Raises:
         UserError: a worker found a mistake only the user can mend.
@@ -34,7 +36,8 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    processes = processes or max(torch.cuda.device_count(), 1)
+    wanted = os.environ.get("PET_NPROC_PER_NODE", "")
+    processes = processes or (int(wanted) if wanted.isdigit() else max(torch.cuda.device_count(), 1))
     # Each process computes with its share of the cores; torchrun alone would give each a single one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 
@@ -47,7 +50,8 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
 
     # The worker's own traceback or sentence is what a reader needs; torchrun's report of it would bury that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", f"--nproc-per-node={processes}", "-m", WORKER, *flags]
+    alone = [] if NODES_VARIABLE in os.environ else ["--standalone"]
+    options = [*alone, f"--nproc-per-node={processes}", "-m", WORKER, *flags]
     with tempfile.TemporaryDirectory() as folder:
         sentence = Path(folder) / "sentence"
         os.environ[SENTENCE_VARIABLE] = str(sentence)

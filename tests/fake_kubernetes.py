@@ -1,0 +1,280 @@
+"""A Kubernetes API server for tests: TrainJobs, pods and their logs over real HTTP, with state.
+
+What the real one does, and this one too: a create with `fieldValidation=Strict` refuses unknown fields (400), here by
+the models that Kubeflow Trainer publishes; a taken name is answered 409; an object deleted in the foreground stays
+visible with its deletion time until what it owns is gone; a followed log comes in chunks while the container runs.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+Record = dict[str, Any]
+NAMESPACE = "team"
+_TRUE = {"1", "t", "T", "true", "TRUE", "True"}  # Go's strconv.ParseBool
+
+
+@dataclass
+class PodLog:
+    """What a container has written so far."""
+
+    lines: list[str] = field(default_factory=list)
+    has_ended: bool = False
+    cut_after: int | None = None  # lines, once: then the connection breaks
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def write(self, *lines: str) -> None:
+        with self.changed:
+            self.lines += lines
+            self.changed.notify_all()
+
+    def end(self) -> None:
+        with self.changed:
+            self.has_ended = True
+            self.changed.notify_all()
+
+
+@dataclass
+class FakeKubernetes:
+    """The server's state, and what a test may do behind its back.
+
+    Attributes:
+        happens: what goes on in the cluster, a step each time somebody looks at the TrainJob.
+        on_create: what the controller does with a new TrainJob.
+        faults: answers to give instead, in order, to requests whose "METHOD path" matches.
+    """
+
+    versions: list[str] = field(default_factory=lambda: ["v1alpha1"])
+    jobs: dict[str, Record] = field(default_factory=dict)
+    pods: dict[str, Record] = field(default_factory=dict)
+    logs: dict[str, PodLog] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    created: list[Record] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    faults: list[tuple[str, int]] = field(default_factory=list)
+    happens: Iterator[object] = field(default_factory=lambda: iter(()))
+    on_create: Callable[[Record], None] = lambda job: None
+
+    @property
+    def job(self) -> Record:
+        (job,) = self.jobs.values()
+        return job
+
+    def add_pod(self, index: int, image: str = "", **more: Any) -> Record:
+        """A pod of the only TrainJob."""
+        name = f"{self.job['metadata']['name']}-node-0-{index}-{len(self.pods):05}"
+        labels = {
+            "jobset.sigs.k8s.io/jobset-name": self.job["metadata"]["name"],
+            "jobset.sigs.k8s.io/replicatedjob-name": "node",
+            "batch.kubernetes.io/job-completion-index": str(index),
+        }
+        created = f"2026-01-01T00:00:{len(self.pods):02}Z"
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "uid": name, "labels": labels, "creationTimestamp": created},
+            "spec": {"containers": [{"name": "node", "image": image}]},
+            "status": {"phase": "Pending"},
+        }
+        self.pods[name], self.logs[name] = pod, PodLog()
+        return pod
+
+    def run(self, pod: Record, *lines: str) -> None:
+        """A container starts, and writes."""
+        _set_state(pod, "Running", {"running": {}})
+        self.logs[pod["metadata"]["name"]].write(*lines)
+
+    def end(self, pod: Record, code: int = 0, message: str = "") -> None:
+        """A container ends."""
+        state = {"exitCode": code, **({"message": message} if message else {})}
+        _set_state(pod, "Failed" if code else "Succeeded", {"terminated": state})
+        self.logs[pod["metadata"]["name"]].end()
+
+    def conclude(self, kind: str, message: str = "", reason: str = "ByTest") -> None:
+        """The TrainJob gets a condition."""
+        conditions = self.job.setdefault("status", {}).setdefault("conditions", [])
+        conditions.append(
+            {
+                **{"type": kind, "status": "True", "reason": reason, "message": message},
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            }
+        )
+
+
+def _set_state(pod: Record, phase: str, state: Record) -> None:
+    status: Record = {"name": "node", "image": "i", "imageID": "i", "ready": True, "restartCount": 0, "state": state}
+    pod["status"] = {"phase": phase, "containerStatuses": [status]}
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[FakeKubernetes, Path]]:
+    """A server with the configuration file that leads to it."""
+    state = FakeKubernetes()
+    handler = type("Handler", (_Handler,), {"state": state})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+            "users": [{"name": "u", "user": {"token": "secret"}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}],
+            "current-context": "x",
+        }
+        path = folder / "kubeconfig"
+        path.write_text(yaml.safe_dump(config))
+        yield state, path
+        for log in state.logs.values():
+            log.end()
+        server.shutdown()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: FakeKubernetes
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._route()
+
+    def do_POST(self) -> None:
+        self._route()
+
+    def do_DELETE(self) -> None:
+        self._route()
+
+    def _route(self) -> None:
+        url = urlparse(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        request = f"{self.command} {url.path}"
+        self.state.requests.append(request)
+        for fault in self.state.faults:
+            if re.search(fault[0], request):
+                self.state.faults.remove(fault)
+                return self._refuse(fault[1], "by the test")
+        for pattern, answer in _ROUTES.items():
+            if match := re.fullmatch(pattern, request):
+                return answer(self, query, body, *match.groups())
+        return self._refuse(404, f"no such path: {request}")
+
+    def _groups(self, query: Mapping[str, str], body: Any) -> None:
+        versions = [{"groupVersion": f"trainer.kubeflow.org/{name}", "version": name} for name in self.state.versions]
+        groups = [{"name": "trainer.kubeflow.org", "versions": versions}] if versions else []
+        self._answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
+
+    def _create(self, query: Mapping[str, str], job: Record) -> None:
+        name = job["metadata"]["name"]
+        if query.get("fieldValidation") == "Strict" and (unknown := unknown_fields(job)):
+            return self._refuse(400, f"strict decoding error: unknown field {unknown}")
+        if name in self.state.jobs:
+            return self._refuse(409, f'trainjobs.trainer.kubeflow.org "{name}" already exists')
+        self.state.jobs[name] = job
+        self.state.created.append(json.loads(json.dumps(job)))
+        self.state.on_create(job)
+        return self._answer(job, 201)
+
+    def _job(self, query: Mapping[str, str], body: Any, name: str) -> None:
+        next(self.state.happens, None)
+        job = self.state.jobs.get(name)
+        if job is None:
+            return self._refuse(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
+        if "deletionTimestamp" in job["metadata"]:
+            del self.state.jobs[name]
+        return self._answer(job)
+
+    def _delete(self, query: Mapping[str, str], body: Any, name: str) -> None:
+        if name not in self.state.jobs:
+            return self._refuse(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
+        self.state.deleted.append(query.get("propagationPolicy", ""))
+        self.state.jobs[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        self.state.pods = {key: pod for key, pod in self.state.pods.items() if not key.startswith(name)}
+        return self._answer(self.state.jobs[name])
+
+    def _pods(self, query: Mapping[str, str], body: Any) -> None:
+        wanted = dict(part.split("=") for part in query["labelSelector"].split(","))
+        found = [pod for pod in self.state.pods.values() if wanted.items() <= pod["metadata"]["labels"].items()]
+        self._answer({"kind": "PodList", "apiVersion": "v1", "items": found})
+
+    def _pod(self, query: Mapping[str, str], body: Any, name: str) -> None:
+        if name not in self.state.pods:
+            return self._refuse(404, f'pods "{name}" not found')
+        return self._answer(self.state.pods[name])
+
+    def _log(self, query: Mapping[str, str], body: Any, name: str) -> None:
+        log = self.state.logs[name]
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        sent = 0
+        while True:
+            with log.changed:
+                while query.get("follow") in _TRUE and len(log.lines) == sent and not log.has_ended:
+                    log.changed.wait()
+                if len(log.lines) == sent:
+                    break
+                line = log.lines[sent]
+            stamp = f"2026-01-01T00:00:{sent:02}.000000000Z " if query.get("timestamps") in _TRUE else ""
+            self._chunk(f"{stamp}{line}\n".encode())
+            sent += 1
+            if sent == log.cut_after:
+                log.cut_after = None
+                self.close_connection = True
+                return
+        self._chunk(b"")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._answer({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message}, status)
+
+    def _answer(self, document: Record, status: int = 200) -> None:
+        content = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+_JOBS = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
+_PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+_ROUTES: dict[str, Callable[..., None]] = {
+    "GET /apis/": _Handler._groups,
+    f"POST {_JOBS}": _Handler._create,
+    f"GET {_JOBS}/([^/]+)": _Handler._job,
+    f"DELETE {_JOBS}/([^/]+)": _Handler._delete,
+    f"GET {_PODS}": _Handler._pods,
+    f"GET {_PODS}/([^/]+)": _Handler._pod,
+    f"GET {_PODS}/([^/]+)/log": _Handler._log,
+}
+
+
+def unknown_fields(job: Record) -> Sequence[str]:
+    """Where a TrainJob says something that Trainer's own models do not know; they drop it on the way there and back."""
+    model = TrainerV1alpha1TrainJob.from_dict(job)
+    assert model is not None
+    return sorted(_paths(job) - _paths(model.to_dict()))
+
+
+def _paths(value: Any, path: str = "") -> set[str]:
+    if isinstance(value, dict):
+        return {found for key, item in value.items() for found in _paths(item, f"{path}.{key}")}
+    if isinstance(value, list):
+        return {found for number, item in enumerate(value) for found in _paths(item, f"{path}[{number}]")}
+    return {f"{path}={value}"}
