@@ -126,6 +126,22 @@ def champion_of(name: str) -> Version | None:
     return open_registry(name).champion() if name and is_configured() else None
 
 
+def champion_to_beat(name: str) -> Version | None:
+    """The champion, if there is one, whose folder has been seen to be there still.
+
+    Raises:
+        UserError: it is gone, or the server refuses.
+        RetryableError: the server or the store does not answer.
+    """
+    champion = champion_of(name)
+    if champion is not None and not storage.list_files(champion.uri):
+        raise UserError(
+            f"{champion.uri}: version {champion.number} of {name} is champion, but its folder is gone; promote a "
+            "version that is still there, or give another registered_model."
+        )
+    return champion
+
+
 class Registry:
     """The versions of one registered model. Every method may raise `UserError` or `RetryableError`."""
 

@@ -63,6 +63,7 @@ def run_demo(out: Path, seed: int) -> None:
         out: receives everything, and `summary.json`.
         seed: decides which digits are held out and how the training starts.
     """
+    from ..components.verdict import read_verdict
     from .finetune import compile_pipeline
     from .local import run_pipeline
     from .summary import show_outcome, shown
@@ -88,6 +89,7 @@ def run_demo(out: Path, seed: int) -> None:
         "base": {"exact_match": scores["base_exact_match"]},
         "tuned": {"exact_match": scores["tuned_exact_match"]},
         "tuned_with_lora_b_zero": {"exact_match": without_lora},
+        "gate": read_verdict(run.output("evaluate", "verdict")).model_dump(include={"promote", "reason"}),
         "seconds": dict(run.seconds),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..components.evaluate.metrics import METRICS
+from ..components.verdict import read_verdict
 from .local import LocalRun
 
 _QUESTION = {"image": "PICTURE", "prompt": "QUESTION"}
@@ -38,7 +39,7 @@ def show_outcome(
     metrics = [metric for metric in metrics if metric in METRICS]
     for metric in metrics:
         table.add_column(metric, justify="right")
-    for model in ("base", "tuned"):
+    for model in [name for name in ("base", "champion", "tuned") if f"{name}_{metrics[0]}" in scores]:
         table.add_row(model, *(f"{scores[f'{model}_{metric}']:.3f}" for metric in metrics))
     for model, exact_match in (further or {}).items():
         table.add_row(model, *(f"{exact_match:.3f}" if metric == "exact_match" else "" for metric in metrics))
@@ -46,6 +47,10 @@ def show_outcome(
     console.print()
     console.print(table)
     console.print()
+    verdict = read_verdict(run.output("evaluate", "verdict"))
+    registered = run.output("register", "summary")
+    passed = registered.read_text().strip() if registered.exists() else f"passed, {verdict.reason}"
+    console.print(f"  {'gate':<19}{passed if verdict.promote else f'stopped, {verdict.reason}'}")
     asked = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
     places = {
         "report": shown(out / "report.html"),

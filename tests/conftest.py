@@ -1,12 +1,15 @@
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,6 +151,69 @@ def mlflow_server(
     server.start()
     yield server
     server.stop()
+
+
+class Webhook(HTTPServer):
+    """Keeps what it is sent, and answers as it is told: with each status in turn, and then the last again."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.received: list[dict[str, str]] = []
+        self.answers = [200]
+        self.url = f"http://127.0.0.1:{self.server_port}/secret-path"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Webhook
+
+    def do_POST(self) -> None:
+        answers = self.server.answers
+        status = answers.pop(0) if len(answers) > 1 else answers[0]
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if status == 200:
+            self.server.received.append(json.loads(content))
+        self.send_response(status)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    """A web server that the environment names as the one to be told."""
+    server = Webhook()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("MINICPMV_WEBHOOK_URL", server.url)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its schema, which takes seconds to make."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database of its own, to which the environment leads, and a pipeline run that is just going on."""
+    path = tmp_path / "tracking" / "mlflow.db"
+    path.parent.mkdir()
+    path.write_bytes(empty_database.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    monkeypatch.setenv("KFP_RUN_ID", "pipeline-run-1")
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return path
 
 
 @pytest.fixture

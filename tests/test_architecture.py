@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("components/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
-STEPS = {"validate_data", "preprocess", "train", "merge", "evaluate"}
+STEPS = {"validate_data", "preprocess", "train", "merge", "evaluate", "register", "plan_retraining", "notify"}
 
 
 def _imports(module: Path) -> list[str]:

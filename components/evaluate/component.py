@@ -49,7 +49,7 @@ def evaluate(
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as run
     from minicpmv_finetune.components.evaluate.evaluate import settings_from
     from minicpmv_finetune.components.evaluate.report import markdown
-    from minicpmv_finetune.components.registry import champion_of
+    from minicpmv_finetune.components.registry import champion_to_beat
     from minicpmv_finetune.components.samples import read_info
     from minicpmv_finetune.components.tracking import note_outcome
     from minicpmv_finetune.components.verdict import Verdict, write_verdict
@@ -59,7 +59,7 @@ def evaluate(
     with permanent_error_marked(predictions.uri, inputs):
         settings = settings_from(options)
         # Asked before the models are, which takes long.
-        champion = champion_of(registered_model)
+        champion = champion_to_beat(registered_model)
         result = run(
             Path(model.path),
             base_model_uri,

@@ -30,7 +30,7 @@ def validate_data(
         seed: Decides which pictures are split off.
         data_options: eval_fraction (0.1), the share of the pictures split off for evaluation when eval_data_uri is
             empty; exif_transpose (false), whether pictures are turned as their EXIF orientation says.
-        registered_model: Name in MLflow's model registry; one that does not answer is told here, before any work.
+        registered_model: Name in MLflow's model registry; that its champion can be asked is seen before any work.
         dataset: The accepted samples.
         rejects: JSON Lines naming each rejected sample, with a reason code and a sentence.
         metrics: Counts of accepted and rejected samples, and of what is worth knowing.
@@ -40,7 +40,7 @@ def validate_data(
     from pathlib import Path
 
     from minicpmv_finetune.components.attempt import permanent_error_marked
-    from minicpmv_finetune.components.registry import champion_of
+    from minicpmv_finetune.components.registry import champion_to_beat
     from minicpmv_finetune.components.validate_data.report import markdown
     from minicpmv_finetune.components.validate_data.validate import settings_from
     from minicpmv_finetune.components.validate_data.validate import validate_data as run
@@ -49,7 +49,7 @@ def validate_data(
     inputs = {"data_uri": data_uri, "eval_data_uri": eval_data_uri, "options": options}
     with permanent_error_marked(dataset.uri, inputs):
         settings = settings_from(options)
-        champion_of(registered_model)
+        champion_to_beat(registered_model)
         info = run(data_uri, eval_data_uri, Path(dataset.path), Path(rejects.path), settings, Path(report.path))
         dataset.metadata.update(fingerprint=info.fingerprint, exif_transpose=info.exif_transpose, **info.rows)
         for split, rows in info.rows.items():

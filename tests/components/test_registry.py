@@ -1,6 +1,7 @@
 """The registry against a real MLflow server, whose artifacts lie on a real S3 server."""
 
 import json
+import shutil
 import subprocess
 import sys
 import uuid
@@ -13,7 +14,7 @@ from mlflow import MlflowClient
 from minicpmv_finetune.components import storage, tracking
 from minicpmv_finetune.components.errors import RetryableError, UserError
 from minicpmv_finetune.components.register.register import register
-from minicpmv_finetune.components.registry import OvertakenError, Registry, open_registry
+from minicpmv_finetune.components.registry import OvertakenError, Registry, champion_to_beat, open_registry
 from minicpmv_finetune.components.verdict import Verdict, write_verdict
 
 RACE = Path(__file__).with_name("promotion_race.py")
@@ -180,6 +181,18 @@ def test_the_champion_is_fetched_from_where_it_lies(registry: Registry, s3_uri: 
     champion = registry.champion()
     assert champion is not None
     assert (storage.fetch(champion.uri) / "config.json").read_bytes() == b"{}"
+
+
+def test_a_champion_that_is_gone_is_told(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    version = registry.register(verdict_of(str(tmp_path / "model")))
+    registry.promote(version.number, "", "the first")
+    assert champion_to_beat(registry.name) == version
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(UserError, match="its folder is gone"):
+        champion_to_beat(registry.name)
+    assert champion_to_beat("") is None
 
 
 def test_a_server_that_is_down_is_told_and_costs_nothing(

@@ -7,7 +7,6 @@ from mlflow.entities import Run
 
 from minicpmv_finetune.components.tracking import (
     DEFAULT_EXPERIMENT,
-    EXPERIMENT_VARIABLE,
     KFP_PLUGIN_RUN_VARIABLE,
     RUN_ID_VARIABLE,
     TRACKING_VARIABLE,
@@ -16,28 +15,6 @@ from minicpmv_finetune.components.tracking import (
     open_step_run,
     step_run,
 )
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its schema, which takes seconds to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of its own, to which the environment leads, and a pipeline run that is just going on."""
-    path = tmp_path / "tracking" / "mlflow.db"
-    path.parent.mkdir()
-    path.write_bytes(empty_database.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(TRACKING_VARIABLE, f"sqlite:///{path}")
-    monkeypatch.setenv(RUN_ID_VARIABLE, "pipeline-run-1")
-    for name in (KFP_PLUGIN_RUN_VARIABLE, EXPERIMENT_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    return path
 
 
 def runs(experiment: str = DEFAULT_EXPERIMENT) -> dict[str, list[Run]]:

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
+from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate, settings_from
+from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.minicpmv.generations import write_max_slices
 from minicpmv_finetune.components.samples import Picture, Sample, Turn, read_samples
+from minicpmv_finetune.components.training_record import RECORD_FILE, TrainingRecord
 
 SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
 
@@ -102,3 +104,43 @@ def test_what_cannot_be_evaluated_is_said_before_any_answer(
     with pytest.raises(UserError, match=words):
         evaluate(tiny_46, "", data, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(metric=metric))
     assert not (tmp_path / "predictions").exists()
+
+
+def test_the_champion_answers_the_same_samples_and_is_to_be_beaten(
+    tiny_46: Path, dataset: Path, tmp_path: Path
+) -> None:
+    predictions = tmp_path / "predictions"
+    found = evaluate(tiny_46, "", dataset, predictions, tmp_path / "report", SETTINGS, champion_uri=str(tiny_46))
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert all(line["champion"] == line["tuned"] and set(line["scores"]) == {"champion", "tuned"} for line in lines)
+    assert not found.decision.promote
+    assert found.decision.reason == "as good as the champion, better is asked"
+
+
+def test_the_curves_of_a_merged_folders_training_are_drawn(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+    merged = shutil.copytree(tiny_46, tmp_path / "merged")
+    record = TrainingRecord(
+        base_model="base",
+        generation="4.6",
+        data_fingerprint="0",
+        max_slice_nums=9,
+        use_lora=True,
+        parameters={"trainable": 1, "total": 2},
+        metrics={},
+        arguments={},
+        history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}],
+    )
+    (merged / RECORD_FILE).write_text(record.model_dump_json())
+    evaluate(merged, "", dataset, tmp_path / "predictions", tmp_path / "report", SETTINGS)
+    assert "Training loss over the steps" in (tmp_path / "report").read_text()
+
+
+def test_options_are_read_with_defaults_and_their_mistakes_are_named() -> None:
+    settings = settings_from({"metric": "anls", "batch_size": 2.0, "gate": {"min_metric": 0.5}})
+    assert settings == EvaluationSettings("anls", batch_size=2, gate=Gate(min_metric=0.5))
+    for options, place in (
+        ({"batchsize": 2}, "batchsize"),
+        ({"gate": {"max_regression": "no"}}, "gate.max_regression"),
+    ):
+        with pytest.raises(UserError, match=f"evaluation_options: {place}: "):
+            settings_from(options)

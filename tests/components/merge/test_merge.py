@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.merge.gate import judge
@@ -50,6 +50,7 @@ def test_merged_folder_is_a_proven_drop_in(
         assert (model / name).read_bytes() == (base / name).read_bytes(), name
     assert slicing_of(model).max_slice_nums == 4
     AutoProcessor.from_pretrained(model)
+    AutoModelForImageTextToText.from_pretrained(model)
     load_model(model)
 
     card = (model / "README.md").read_text()

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from minicpmv_finetune.components import tracking
+from minicpmv_finetune.components.errors import RetryableError, UserError
+from minicpmv_finetune.components.plan_retraining.planning import plan_retraining
+from minicpmv_finetune.components.registry import open_registry
+from minicpmv_finetune.components.samples import DATASET_FILE, DatasetInfo
+from minicpmv_finetune.components.verdict import Verdict
+
+FLAGS = {"lora_r": 4}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    info = DatasetInfo(fingerprint="of the new data", rows={"train": 1, "eval": 1}, rejected={})
+    (folder / DATASET_FILE).write_text(info.model_dump_json())
+    return folder
+
+
+def promote(fingerprint: str, adapter_uri: str = "s3://adapters/1") -> None:
+    registry = open_registry("model")
+    verdict = Verdict(
+        promote=True,
+        reason="better",
+        model_uri="s3://models/1",
+        adapter_uri=adapter_uri,
+        base_model="base",
+        generation="4.6",
+        data_fingerprint=fingerprint,
+        metric="exact_match",
+        metrics={},
+    )
+    registry.promote(registry.register(verdict).number, "", "better")
+
+
+def test_without_a_champion_everything_is_new(database: Path, dataset: Path) -> None:
+    assert plan_retraining(dataset, "base", "model", "champion", FLAGS) == (True, FLAGS)
+
+
+def test_the_champions_data_is_nothing_new(database: Path, dataset: Path) -> None:
+    promote("of the new data")
+    assert plan_retraining(dataset, "base", "model", "base", FLAGS) == (False, FLAGS)
+    assert tracking.read_outcome() == "nothing new: version 1 of model was tuned on this data"
+
+
+def test_training_may_go_on_from_the_champions_adapter(database: Path, dataset: Path) -> None:
+    promote("of older data")
+    assert plan_retraining(dataset, "base", "model", "base", FLAGS) == (True, FLAGS)
+    assert plan_retraining(dataset, "base", "model", "champion", FLAGS) == (
+        True,
+        {**FLAGS, "lora_weight_path": "s3://adapters/1"},
+    )
+    with pytest.raises(UserError, match="was tuned from base, not from another"):
+        plan_retraining(dataset, "another", "model", "champion", FLAGS)
+
+
+def test_a_champion_without_an_adapter_is_no_start(database: Path, dataset: Path) -> None:
+    promote("of older data", adapter_uri="")
+    with pytest.raises(UserError, match="names no adapter"):
+        plan_retraining(dataset, "base", "model", "champion", FLAGS)
+
+
+@pytest.mark.parametrize(("name", "start", "words"), [("", "base", "registered_model"), ("model", "best", "'best'")])
+def test_arguments_that_say_nothing(database: Path, dataset: Path, name: str, start: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_retraining(dataset, "base", name, start, FLAGS)
+
+
+def test_a_server_that_is_down_is_told_before_any_training(
+    dataset: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tracking.TRACKING_VARIABLE, unreachable)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RetryableError):
+        plan_retraining(dataset, "base", "model", "base", FLAGS)
