@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test check install bench-merge browser lock readmes clean
+.PHONY: help demo test check install bench-merge bench-data browser lock readmes clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -31,6 +31,9 @@ install: .venv/installed  ## install the locked packages and this project into .
 
 bench-merge: install  ## time merging a 4 GB model against copying it
 	$(BIN)/python benchmarks/merge.py
+
+bench-data: install  ## time preparing, reading and moving data against the usual ways
+	$(BIN)/python benchmarks/data.py
 
 browser:  ## install Chromium, in which the tests open the reports
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
