@@ -52,6 +52,9 @@ build/peers/ms-swift/bin/swift:
 bench-merge: install  ## time merging a 4 GB model against copying it
 	$(BIN)/python benchmarks/merge.py
 
+bench-data: install  ## time preparing, reading and moving data against the usual ways
+	$(BIN)/python benchmarks/data.py
+
 browser:  ## install Chromium, in which the tests open the reports
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; }

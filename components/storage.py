@@ -9,12 +9,14 @@ environment as boto3 reads it (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AW
 import errno
 import glob
 import hashlib
+import importlib
 import os
 import posixpath
 import random
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,7 @@ _LARGEST_PUT = 2**30  # bytes sent in one request; stores take up to 5 GB
 _PIECE_BYTES = 2**20  # read from a connection at a time
 _WAITS = (0.2, 1.0)  # seconds between attempts to read an answer that broke off
 _OBJECT_SCHEMES = ("s3://", "minio://")
+_LOADING = threading.Lock()
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -116,7 +119,7 @@ def _get(uri: str, span: tuple[int, int] | None) -> bytes:
 
     bucket, key = _split(uri)
     part = {} if span is None else {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"}
-    client = _client(reads_parts=span is not None)
+    client = _client(compares=span is None)
     for wait in _WAITS:
         try:
             return client.get_object(Bucket=bucket, Key=key, **part)["Body"].read()  # type: ignore[arg-type]
@@ -294,11 +297,15 @@ def download_file(uri: str, path: Path) -> str:
         RetryableError: the store does not answer.
     """
     digest = hashlib.sha256()
-    with open_stream(uri) as stream, path.open("wb", buffering=0) as file:
-        buffer = memoryview(bytearray(_PIECE_BYTES))
-        while count := stream.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
-            file.write(buffer[:count])
+    bucket, key = _split(uri)
+    with (
+        _explained(uri),
+        closing(_client(compares=False).get_object(Bucket=bucket, Key=key)["Body"]) as body,
+        path.open("wb", buffering=0) as file,
+    ):
+        for piece in body.iter_chunks(_PIECE_BYTES):
+            digest.update(piece)
+            file.write(piece)
     return digest.hexdigest()
 
 
@@ -387,19 +394,28 @@ def _split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _client(reads_parts: bool = False) -> "S3Client":
+def _client(compares: bool = True) -> "S3Client":
     """The client for what the environment says now, of this process: a forked one must not share connections.
 
     Args:
-        reads_parts: compare no checksums; some servers answer the whole object's to whoever asks for a part.
+        compares: the server's checksums with what came. Not of parts: some servers answer the whole object's to
+            whoever asks for one.
     """
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    return _client_for(environment, os.getpid(), reads_parts)
+    return _client_for(environment, os.getpid(), compares)
+
+
+def _load_boto3() -> None:
+    """Import the library, slow and full of circles, in one thread at a time; others would see it half imported."""
+    with _LOADING:
+        for name in ("boto3.session", "boto3.exceptions", "boto3.s3.transfer"):
+            importlib.import_module(name)
 
 
 @lru_cache(maxsize=4)
-def _client_for(environment: tuple[tuple[str, str], ...], process: int, reads_parts: bool) -> "S3Client":
+def _client_for(environment: tuple[tuple[str, str], ...], process: int, compares: bool) -> "S3Client":
     # A session of its own: boto3's default one keeps the first credentials it has seen.
+    _load_boto3()
     from boto3.session import Session
     from botocore.config import Config
 
@@ -411,7 +427,7 @@ def _client_for(environment: tuple[tuple[str, str], ...], process: int, reads_pa
         connect_timeout=5,
         read_timeout=60,
         max_pool_connections=32,
-        response_checksum_validation="when_required" if reads_parts else "when_supported",
+        response_checksum_validation="when_supported" if compares else "when_required",
     )
     try:
         return Session().client("s3", config=config)
@@ -445,7 +461,7 @@ def _download(uri: str, cache_dir: Path) -> Path:
                         raise UserError(f"{uri}: the object {name!r} would leave the folder; rename it.")
                     destinations.append(folder / (relative.name if is_single else relative))
                     destinations[-1].parent.mkdir(parents=True, exist_ok=True)
-                client, transfer = _client(reads_parts=True), _transfer(is_parallel=True)
+                client, transfer = _client(compares=False), _transfer(is_parallel=True)
                 with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
                     for _ in pool.map(
                         lambda name, path: client.download_file(bucket, name, str(path), Config=transfer),
@@ -464,6 +480,7 @@ def _download(uri: str, cache_dir: Path) -> Path:
 
 @lru_cache(maxsize=2)
 def _transfer(is_parallel: bool) -> "TransferConfig":
+    _load_boto3()
     from boto3.s3.transfer import TransferConfig
 
     part = _PART_BYTES if is_parallel else _LARGEST_PUT
@@ -505,6 +522,7 @@ def _shortened(uri: str) -> str:
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
     """Turn the system's and the storage library's exceptions into the project's two kinds."""
+    _load_boto3()
     from boto3.exceptions import Boto3Error
     from botocore import exceptions as botocore
 

@@ -1,5 +1,7 @@
 import hashlib
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -249,3 +251,16 @@ def test_a_large_object_is_fetched_in_parts_whole(s3_uri: str, tmp_path: Path) -
     (tmp_path / "weights").write_bytes(content)
     storage.upload_file(tmp_path / "weights", f"{s3_uri}/base/weights")
     assert storage.fetch(f"{s3_uri}/base/weights", tmp_path / "cache").read_bytes() == content
+
+
+def test_threads_may_be_the_first_to_ask(s3_uri: str) -> None:
+    """In a process that has not imported the library yet."""
+    program = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor\n"
+        "from minicpmv_finetune.components import storage\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    list(pool.map(lambda n: storage.write_bytes(f'{sys.argv[1]}/{n}', b'content'), range(8)))\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program, s3_uri], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

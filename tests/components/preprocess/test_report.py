@@ -1,0 +1,86 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.shards import ShardReader
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+HOSTILE = "</p><script>document.title='taken'</script>{{ 7*7 }}"
+
+
+def sample(number: int, text: str, image: str | None) -> dict[str, Any]:
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": f"It is {number}."}]
+    return {"id": f"sample-{number}{HOSTILE}", "conversations": turns, **({"image": image} if image else {})}
+
+
+@pytest.fixture
+def report(tmp_path: Path, tiny_46: Path) -> tuple[str, Path]:
+    """The page, and the shards it is about."""
+    random = np.random.default_rng(0)
+    for name, (width, height) in {"small.png": (112, 112), "large.png": (500, 300)}.items():
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
+    samples = [
+        sample(0, "<image>\nWhich?", "small.png"),
+        sample(1, f"<image>\nWhich? {HOSTILE}", "large.png"),
+        sample(2, "Which?", None),
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(samples))
+    (tmp_path / "eval.json").write_text(json.dumps(samples[:1]))
+    files = str(tmp_path / "train.json"), str(tmp_path / "eval.json")
+    validate_data(*files, tmp_path / "dataset", tmp_path / "rejects.jsonl", ValidationSettings())
+    preprocess(
+        tmp_path / "dataset",
+        str(tiny_46),
+        tmp_path / "shards",
+        tmp_path / "rejects.jsonl",
+        PreprocessSettings(),
+        num_workers=1,
+        report=tmp_path / "report.html",
+    )
+    return (tmp_path / "report.html").read_text(), tmp_path / "shards"
+
+
+def test_it_shows_each_slice_with_the_borders_of_its_tokens(report: tuple[str, Path], tiny_46: Path) -> None:
+    page, shards = report
+    picture = json.loads((tiny_46 / "config.json").read_text())["image_token_id"]
+    shown = [(int(first), int(last)) for first, last in re.findall(r"<figcaption>(\d+)–(\d+)<small>", page)]
+    expected = []
+    slices = 0
+    for split in ("train", "eval"):
+        for row in ShardReader(shards, split):  # type: ignore[arg-type]
+            ids = list(row.input_ids)
+            slices += len(row.slices)
+            if row.slices:
+                runs = re.finditer("1+", "".join(str(int(token == picture)) for token in ids))
+                expected += [(run.start(), run.end() - 1) for run in runs]
+    assert shown == expected
+    assert len(shown) == slices
+    assert slices == page.count(' alt="Slice ')
+
+
+def test_its_histograms_count_every_sample(report: tuple[str, Path]) -> None:
+    page, _ = report
+    for unit in ("tokens", "slices"):
+        counts = re.findall(rf'title="[\d,–]+ {unit}: (\d+) samples"', page)
+        assert sum(map(int, counts)) == 4
+
+
+def test_a_token_grid_lies_over_slices_whose_tokens_see_one_place(report: tuple[str, Path]) -> None:
+    page, _ = report
+    # 112 pixels are 8 patches of 14, of which 4 a side become a token.
+    assert "background-size: 50.0000% 50.0000%" in page
+
+
+def test_text_from_the_data_stays_text(report: tuple[str, Path]) -> None:
+    page, _ = report
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
