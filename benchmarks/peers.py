@@ -92,7 +92,7 @@ def main() -> None:
 
 def _prepare(base: Path) -> Path:
     dataset, shards, rejects = FOLDER / "dataset", FOLDER / "shards", FOLDER / "rejects.jsonl"
-    validate_data(str(FOLDER / "photographs.json"), None, dataset, rejects, ValidationSettings())
+    validate_data(str(FOLDER / "photographs.json"), None, dataset, rejects, ValidationSettings(eval_fraction=0))
     preprocess(dataset, str(base), shards, rejects, PreprocessSettings(model_max_length=LONGEST))
     return shards
 

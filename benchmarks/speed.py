@@ -10,6 +10,7 @@ language model's linear layers with the merger trained whole and vision frozen; 
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -334,6 +335,7 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _reset_peak() -> int:
     """Forget the most memory this process has held; returns what it holds."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would else be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     return _peak()
 

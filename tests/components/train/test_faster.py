@@ -51,7 +51,7 @@ def test_stored_features_serve_processes_under_zero3(
 def test_batches_of_like_length_pad_less(
     uneven_shards: Path, losses: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    flags = f"{COMMON} --num_train_epochs 1 --per_device_train_batch_size 8"
+    flags = f"{COMMON} --num_train_epochs 1 --per_device_train_batch_size 2"
     losses(uneven_shards, flags, out="random")
     losses(uneven_shards, f"{flags} --group_by_length true", out="grouped")
     padding = {name: read_record(tmp_path / name).metrics["padding"] for name in ("random", "grouped")}
