@@ -76,7 +76,7 @@ class Move:
         previous: the one before; empty when there was none.
         kind: "promotion" or "rollback".
         reason: in words.
-        claim: tells moves of the same version apart.
+        claim: whose move it is, so that a retry recognises its own.
     """
 
     number: int
@@ -181,28 +181,30 @@ class Registry:
             self._client.set_registered_model_alias(self.name, CHALLENGER, entry.version)
             return _version(entry)
 
-    def promote(self, number: str, over: str | None, reason: str) -> Move:
+    def promote(self, number: str, over: str | None, reason: str, claim: str = "") -> Move:
         """Make a version champion.
 
         Args:
             number: of the version.
             over: the champion that it was found better than, empty for none; `None` whatever the champion is.
             reason: in words.
+            claim: the same for a retry of the same promotion, such as a pipeline run's id; by default every call is
+                a promotion of its own.
 
         Raises:
             OvertakenError: the champion is another than `over`.
         """
         self.version(number)
         moves = self.moves()
-        if over is not None:
-            # A retry of a promotion that has happened.
-            done = [move for move in moves if move.version == number]
-            if done:
-                self._settle(done[-1])
-                return done[-1]
-            if over != self._holder(moves):
-                raise OvertakenError(self._holder(moves))
-        return self._move(moves, number, "promotion", reason)
+        done = [move for move in moves if claim and move.claim == claim]
+        if moves and moves[-1].version == number:
+            done = moves[-1:]
+        if done:
+            self._settle(done[-1])
+            return done[-1]
+        if over is not None and over != self._holder(moves):
+            raise OvertakenError(self._holder(moves))
+        return self._move(moves, number, "promotion", reason, claim)
 
     def rollback(self, reason: str) -> Move:
         """Make the champion's predecessor champion again; repeated, the one before that.
@@ -233,9 +235,9 @@ class Registry:
         champion = self._aliased(CHAMPION)
         return champion.number if champion else ""
 
-    def _move(self, moves: list[Move], number: str, kind: str, reason: str) -> Move:
+    def _move(self, moves: list[Move], number: str, kind: str, reason: str, claim: str = "") -> Move:
         """Write a move that counts, or find out that another was faster."""
-        claim = uuid.uuid4().hex
+        claim = claim or uuid.uuid4().hex
         after = moves[-1].number if moves else 0
         tags = {"version": number, "previous": self._holder(moves), "kind": kind, "reason": reason, "claim": claim}
         for attempt in range(_ATTEMPTS):

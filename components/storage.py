@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import importlib
+import json
 import os
 import posixpath
 import random
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -284,6 +285,69 @@ def upload_file(path: Path, uri: str) -> None:
     bucket, key = _split(uri)
     with _explained(uri):
         _client().upload_file(str(path), bucket, key, Config=_transfer(is_parallel=False))
+
+
+def upload_folder(folder: Path, uri: str, last: str) -> int:
+    """Copy a folder to a store; given again after it was cut off, it sends only what is not there yet.
+
+    What was sent is written down beside the folder, in `NAME.sent.json`, since not every store keeps checksums. One
+    file is sent when all others are there, and is removed first from a folder that is to change: whoever finds that
+    file finds a whole folder.
+
+    Args:
+        folder: is copied with all below it, and takes the place of whatever lies at `uri`.
+        uri: of the folder in the store.
+        last: name of the file that makes the folder complete, directly in it.
+
+    Returns:
+        Number of files sent.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer.
+    """
+    record = f"{uri.rstrip('/')}.sent.json"
+    bucket, prefix = _split(f"{uri.rstrip('/')}/")
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    digests = {name: file_sha256(path) for name, path in files.items()}
+    with _explained(uri):
+        client = _client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        there = {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
+        try:
+            sent: dict[str, str] = json.loads(read_bytes(record))
+        except (UserError, ValueError):
+            sent = {}
+        missing = [
+            name
+            for name, path in files.items()
+            if there.get(name) != path.stat().st_size or sent.get(name) != digests[name]
+        ]
+        foreign = set(there) - set(files)
+        if missing or foreign:
+            # Others are about to change, so the folder is not whole until this one is sent again.
+            client.delete_object(Bucket=bucket, Key=prefix + last)
+            missing = [*(name for name in missing if name != last), last]
+        for name in foreign:
+            client.delete_object(Bucket=bucket, Key=prefix + name)
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            sending = {
+                pool.submit(upload_file, files[name], f"{uri.rstrip('/')}/{name}"): name for name in missing[:-1]
+            }
+            for done in as_completed(sending):
+                done.result()
+                sent[sending[done]] = digests[sending[done]]
+                write_bytes(record, json.dumps(sent).encode())
+        for name in missing[-1:]:
+            upload_file(files[name], f"{uri.rstrip('/')}/{name}")
+            write_bytes(record, json.dumps(digests).encode())
+    return len(missing)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download_file(uri: str, path: Path) -> str:

@@ -417,13 +417,25 @@ def merge(
     base_model: BaseModel,
     adapter: Annotated[Path, typer.Option(help="Folder that train wrote.")],
     shards: Annotated[Path, typer.Option(help="Folder that preprocess wrote; the proof runs on some of its samples.")],
-    out: Out,
+    out: Annotated[
+        str, typer.Option(help="Folder or s3:// URI that receives the result; an upload goes on if cut off.")
+    ],
 ) -> None:
     """Step 4: merge the adapter into the base model, and prove on real samples that nothing was lost."""
+    import tempfile
+
+    from ..components import storage
     from ..components.merge.merge import MergeSettings
     from ..components.merge.merge import merge as step
 
-    step(base_model, adapter, shards, out, out.parent / "merge-report.json", MergeSettings())
+    if not storage.is_object_uri(out):
+        step(base_model, adapter, shards, Path(out), Path(out).parent / "merge-report.json", MergeSettings())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
+        step(base_model, adapter, shards, model, report, MergeSettings())
+        storage.write_bytes(storage.join(storage.parent(out), report.name), report.read_bytes())
+        print(f"{storage.upload_folder(model, out, last='config.json')} files sent to {out}")
 
 
 @app.command(rich_help_panel=STEP)

@@ -113,7 +113,7 @@ def _regression(figures: Figures, tags: Mapping[str, tuple[int, float]], most: f
     if not lost:
         return Check(True, f"no tag is more than {_points(most)} worse than the {figures.opponent}")
     worst = sorted(lost, key=lambda tag: -lost[tag])
-    named = ", ".join(f"{tag} ({_points(lost[tag])} on {tags[tag][0]:,} samples)" for tag in worst[:_NAMED])
+    named = ", ".join(f"{tag} ({_points(lost[tag])}, samples: {tags[tag][0]:,})" for tag in worst[:_NAMED])
     rest = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
     return Check(False, f"worse than the {figures.opponent} by more than {_points(most)} on {named}{rest}")
 

@@ -1,11 +1,12 @@
 """Register a model that passed the gate, and make it champion if the champion is still the one it has beaten."""
 
+import os
 from pathlib import Path
 
 from ..errors import UserError
 from ..progress import conclude
 from ..registry import OvertakenError, is_configured, open_registry
-from ..tracking import note_outcome, step_run
+from ..tracking import RUN_ID_VARIABLE, note_outcome, step_run
 from ..verdict import read_verdict
 
 
@@ -34,7 +35,8 @@ def register(verdict_file: Path, name: str) -> str:
     with step_run("register") as run:
         version = registry.register(verdict, run.run_id)
         try:
-            registry.promote(version.number, verdict.champion, verdict.reason)
+            # A run whose earlier steps were cached registers the model of an older run: the run counts, not the model.
+            registry.promote(version.number, verdict.champion, verdict.reason, os.environ.get(RUN_ID_VARIABLE, ""))
             sentence = f"version {version.number} of {name} is champion: {verdict.reason}"
         except OvertakenError as error:
             compared = f"version {verdict.champion}" if verdict.champion else "no champion"

@@ -96,11 +96,14 @@ def test_a_promotion_holds_only_over_the_champion_it_was_decided_on(registry: Re
 
 def test_a_retried_promotion_is_done_once(registry: Registry) -> None:
     first, second = registered(registry, 2)
-    move = registry.promote(first, "", "the first")
-    assert registry.promote(first, "", "the first") == move
-    registry.promote(second, first, "better")
-    assert registry.promote(first, "", "the first") == move, "also when another has followed"
+    move = registry.promote(first, "", "the first", claim="run 1")
+    assert registry.promote(first, "", "the first", claim="run 1") == move
+    registry.promote(second, first, "better", claim="run 2")
+    assert registry.promote(first, "", "the first", claim="run 1") == move, "also when another has followed"
     assert aliased(registry, "champion") == second
+    again = registry.promote(first, second, "better after all", claim="run 3")
+    assert aliased(registry, "champion") == first
+    assert registry.promote(first, first, "a tie", claim="run 4") == again, "there is nothing to move"
 
 
 def test_rollback_goes_back_one_champion_at_a_time(registry: Registry) -> None:
@@ -148,7 +151,9 @@ def test_of_twenty_that_race_one_promotes(registry: Registry, mlflow_server: Mlf
     assert aliased(registry, "champion") == winners[0]
 
 
-def test_the_step_registers_and_promotes_and_tells_its_run(name: str, tmp_path: Path) -> None:
+def test_the_step_registers_and_promotes_and_tells_its_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
     assert register(tmp_path / "verdict", name) == (
         f"version 1 of {name} is champion: 12.0 points better than the base model"
@@ -164,6 +169,7 @@ def test_the_step_registers_and_promotes_and_tells_its_run(name: str, tmp_path: 
     assert client.get_model_version(name, "1").run_id == run.info.run_id
     assert tracking.read_outcome() == run.data.tags["minicpmv.promotion"]
     write_verdict(tmp_path / "verdict", verdict_of("s3://models/b"))
+    monkeypatch.setenv(tracking.RUN_ID_VARIABLE, "a later run")
     assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(
         tmp_path / "verdict", name
     )

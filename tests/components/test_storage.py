@@ -5,11 +5,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import RetryableError, UserError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -264,3 +268,49 @@ def test_threads_may_be_the_first_to_ask(s3_uri: str) -> None:
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", program, s3_uri], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, s3_uri: str, s3_client: "S3Client") -> None:
+    folder = tmp_path / "model"
+    (folder / "below").mkdir(parents=True)
+    names = ("a.safetensors", "b.safetensors", "below/c.txt", "config.json")
+    for name in names:
+        (folder / name).write_text(name)
+    target = f"{s3_uri}/models/1"
+    bucket = s3_uri.removeprefix("s3://")
+    assert storage.upload_folder(folder, target, last="config.json") == 4
+    for name in ("b.safetensors", "config.json"):
+        s3_client.delete_object(Bucket=bucket, Key=f"models/1/{name}")
+    assert storage.upload_folder(folder, target, last="config.json") == 2
+    assert storage.upload_folder(folder, target, last="config.json") == 0
+    fetched = storage.fetch(target, tmp_path / "cache")
+    assert {name: (fetched / name).read_text() for name in names} == {name: name for name in names}
+
+
+def test_a_folder_that_changes_is_complete_or_absent(
+    tmp_path: Path, s3_uri: str, s3_client: "S3Client", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "weights"):
+        (folder / name).write_text("first")
+    target = f"{s3_uri}/model"
+    storage.upload_folder(folder, target, last="config.json")
+    s3_client.put_object(Bucket=s3_uri.removeprefix("s3://"), Key="model/old-weights", Body=b"of another model")
+    (folder / "weights").write_text("second")
+    (folder / "weights-2").write_text("cannot be sent")
+    seen = []
+
+    def end(path: Path, uri: str) -> None:
+        seen.append(sorted(storage.list_files(target)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload_file", end)
+        with pytest.raises(KeyboardInterrupt):
+            storage.upload_folder(folder, target, last="config.json")
+    assert all("config.json" not in names for names in seen)
+    assert "config.json" not in storage.list_files(target)
+    assert storage.upload_folder(folder, target, last="config.json") == 3
+    assert storage.read_bytes(f"{target}/weights") == b"second"
+    assert sorted(storage.list_files(target)) == ["config.json", "weights", "weights-2"]

@@ -64,7 +64,13 @@ def inputs(tiny_46: Path, digits: Path, tmp_path: Path, database: Path) -> dict[
         "eval_data_uri": str(tmp_path / "eval.json"),
         "base_model_uri": str(tiny_46),
         "registered_model": "digits",
-        "training_flags": {"max_steps": 1, "save_strategy": "no", "lora_r": 2, "learning_rate": 1e-3},
+        "training_flags": {
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "lora_r": 2,
+            "learning_rate": 1e-3,
+        },
         # As bad as the base model is good enough here.
         "evaluation_options": {"max_new_tokens": 2, "gate": {"min_improvement": -1}},
     }
@@ -80,10 +86,7 @@ def test_new_data_makes_a_champion_and_the_same_again_does_nothing(
     assert Path(champion.uri) == first.output("merge", "model")
     assert Path(champion.adapter_uri) == first.output("train", "adapter")
     assert champion.base_model == inputs["base_model_uri"]
-    shown = json.loads((first.folder / "evaluate" / "executor_output.json").read_text())["artifacts"]
-    labels = shown["confusion"]["artifacts"][0]["metadata"].get("confusionMatrix", {}).get("annotationSpecs", [])
-    assert all(set(label) == {"displayName"} for label in labels)
-    assert "Training" in first.output("evaluate", "report").read_text()
+    assert "Training loss over the steps" in first.output("evaluate", "report").read_text()
 
     again = run_pipeline(tmp_path / "run", inputs, pipeline=retrain)
     assert list(again.seconds) == ["validate-data", "plan-retraining", "notify"]

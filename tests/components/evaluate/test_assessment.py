@@ -117,7 +117,7 @@ def test_the_champion_is_a_third_model_on_the_same_samples() -> None:
     assert found.champion_by_group["tree"].outcomes["broken"] == 1
     assert not found.decision.promote, "judged by the champion's tags"
     assert found.decision.reason == (
-        "worse than the champion by more than 50.0 points on tree (100.0 points on 1 samples)"
+        "worse than the champion by more than 50.0 points on tree (100.0 points, samples: 1)"
     )
 
 

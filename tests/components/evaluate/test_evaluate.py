@@ -4,14 +4,17 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from kfp import dsl
 from PIL import Image
 
 from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.evaluate.component import evaluate as component
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate, settings_from
 from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.minicpmv.generations import write_max_slices
-from minicpmv_finetune.components.samples import Picture, Sample, Turn, read_samples
+from minicpmv_finetune.components.samples import Picture, Sample, Turn, read_info, read_samples
 from minicpmv_finetune.components.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.components.verdict import read_verdict
 
 SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
 
@@ -23,10 +26,10 @@ def write_eval(dataset: Path, folder: Path, samples: list[Sample]) -> Path:
     return copy
 
 
-def asked(question: str, name: str = "s", pictures: tuple[Picture, ...] = ()) -> Sample:
+def asked(question: str, name: str = "s", pictures: tuple[Picture, ...] = (), expected: str = "yes") -> Sample:
     turns = (
         Turn(role="user", parts=(*range(len(pictures)), question)),
-        Turn(role="assistant", parts=("yes",)),
+        Turn(role="assistant", parts=(expected,)),
     )
     return Sample(id=name, pictures=pictures, turns=turns, source="test")
 
@@ -144,3 +147,34 @@ def test_options_are_read_with_defaults_and_their_mistakes_are_named() -> None:
     ):
         with pytest.raises(UserError, match=f"evaluation_options: {place}: "):
             settings_from(options)
+
+
+def test_kubeflow_is_given_matrix_table_and_decision(
+    tiny_46: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = write_eval(dataset, tmp_path, [asked("Yes?", f"{number}", expected="yn"[number % 2]) for number in range(4)])
+    outputs = {name: str(tmp_path / name) for name in ("predictions", "verdict", "metrics", "summary", "report")}
+    confusion = dsl.ClassificationMetrics(uri=str(tmp_path / "confusion"))
+    decision = component.python_func(
+        model=dsl.Model(uri=str(tiny_46), metadata={"adapter_uri": "s3://adapters/1", "generation": "4.6"}),
+        base_model_uri=str(tiny_46),
+        dataset=dsl.Dataset(uri=str(data)),
+        metric="exact_match",
+        evaluation_options={"max_new_tokens": 2, "gate": {"min_improvement": -0.1}},
+        registered_model="model",
+        predictions=dsl.Artifact(uri=outputs["predictions"]),
+        verdict=dsl.Artifact(uri=outputs["verdict"]),
+        metrics=dsl.Metrics(uri=outputs["metrics"]),
+        confusion=confusion,
+        summary=dsl.Markdown(uri=outputs["summary"]),
+        report=dsl.HTML(uri=outputs["report"]),
+    )
+    assert decision == "promote"
+    matrix = confusion.metadata["confusionMatrix"]
+    assert [label["displayName"] for label in matrix["annotationSpecs"]] == ["n", "y", "(other)"]
+    assert sum(sum(row["row"]) for row in matrix["rows"]) == 4
+    assert "| as good as the base model | kept |" in Path(outputs["summary"]).read_text()
+    verdict = read_verdict(Path(outputs["verdict"]))
+    assert (verdict.promote, verdict.champion, verdict.adapter_uri) == (True, "", "s3://adapters/1")
+    assert verdict.data_fingerprint == read_info(data).fingerprint

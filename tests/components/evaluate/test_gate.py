@@ -33,7 +33,7 @@ def test_no_tag_may_get_much_worse() -> None:
     assert decide(figures, Gate(max_regression=0.1)).promote
     decision = decide(figures, Gate(max_regression=0.05))
     assert not decision.promote
-    assert decision.reason == "worse than the champion by more than 5.0 points on tables (10.0 points on 40 samples)"
+    assert decision.reason == "worse than the champion by more than 5.0 points on tables (10.0 points, samples: 40)"
     assert decide(figures, Gate()).promote, "tags count only when asked for"
 
 
