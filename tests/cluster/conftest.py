@@ -1,35 +1,14 @@
-import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from fake_kubeflow import FakeKubeflow, serving
+from cluster.commands import ROOT, Answer, Command
+from cluster.fake_kubeflow import FakeKubeflow, serving
 
 from minicpmv_finetune.pipelines import cli
-
-ROOT = Path(__file__).parents[2]
-BASE_MODEL = "openbmb/MiniCPM-V-4.6@0123456789abcdef0123456789abcdef01234567"
-INPUTS = ["-p", "data_uri=s3://bucket/train.json", "-p", f"base_model_uri={BASE_MODEL}"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Command = Callable[..., Answer]
 
 
 @pytest.fixture
