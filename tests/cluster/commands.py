@@ -1,4 +1,4 @@
-"""What the cluster's tests say on the command line, and what they hear."""
+"""How the tests call the command line, and with what."""
 
 import json
 from collections.abc import Callable

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import ROOT, Answer, Command
-from fake_kubeflow import FakeKubeflow, serving
+from cluster.commands import ROOT, Answer, Command
+from cluster.fake_kubeflow import FakeKubeflow, serving
 
 from minicpmv_finetune.pipelines import cli
 

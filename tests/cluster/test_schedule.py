@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import BASE_MODEL, INPUTS, Command
-from fake_kubeflow import FakeKubeflow
+from cluster.commands import BASE_MODEL, INPUTS, Command
+from cluster.fake_kubeflow import FakeKubeflow
 
 from minicpmv_finetune.pipelines.schedule import in_words, six_fields
 

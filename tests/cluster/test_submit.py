@@ -6,8 +6,8 @@ from pathlib import Path
 
 import kfp
 import pytest
-from commands import BASE_MODEL, INPUTS, Command
-from fake_kubeflow import FakeKubeflow
+from cluster.commands import BASE_MODEL, INPUTS, Command
+from cluster.fake_kubeflow import FakeKubeflow
 
 from minicpmv_finetune.pipelines import cluster, finetune, runs
 

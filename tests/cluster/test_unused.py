@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import INPUTS, Command
-from fake_kubeflow import FakeKubeflow
+from cluster.commands import INPUTS, Command
+from cluster.fake_kubeflow import FakeKubeflow
 from mlflow import MlflowClient
 
 from minicpmv_finetune.components import storage
