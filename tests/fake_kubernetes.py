@@ -49,12 +49,14 @@ class FakeKubernetes:
     """The server's state, and what a test may do behind its back.
 
     Attributes:
+        forgotten: fields that this release of Trainer does not know, as they begin.
         happens: what goes on in the cluster, a step each time somebody looks at the TrainJob.
         on_create: what the controller does with a new TrainJob.
         faults: answers to give instead, in order, to requests whose "METHOD path" matches.
     """
 
     versions: list[str] = field(default_factory=lambda: ["v1alpha1"])
+    forgotten: tuple[str, ...] = ()
     jobs: dict[str, Record] = field(default_factory=dict)
     pods: dict[str, Record] = field(default_factory=dict)
     logs: dict[str, PodLog] = field(default_factory=dict)
@@ -179,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, query: Mapping[str, str], job: Record) -> None:
         name = job["metadata"]["name"]
-        if query.get("fieldValidation") == "Strict" and (unknown := unknown_fields(job)):
+        if query.get("fieldValidation") == "Strict" and (unknown := unknown_fields(job, self.state.forgotten)):
             return self._refuse(400, f"strict decoding error: unknown field {unknown}")
         if name in self.state.jobs:
             return self._refuse(409, f'trainjobs.trainer.kubeflow.org "{name}" already exists')
@@ -265,11 +267,12 @@ _ROUTES: dict[str, Callable[..., None]] = {
 }
 
 
-def unknown_fields(job: Record) -> Sequence[str]:
+def unknown_fields(job: Record, forgotten: tuple[str, ...] = ()) -> Sequence[str]:
     """Where a TrainJob says something that Trainer's own models do not know; they drop it on the way there and back."""
     model = TrainerV1alpha1TrainJob.from_dict(job)
     assert model is not None
-    return sorted(_paths(job) - _paths(model.to_dict()))
+    said = _paths(job)
+    return sorted(said - _paths(model.to_dict()) | {path for path in said if forgotten and path.startswith(forgotten)})
 
 
 def _paths(value: Any, path: str = "") -> set[str]:

@@ -343,6 +343,14 @@ def test_a_kubernetes_that_is_away_for_a_moment_ends_nothing(
     assert not cluster.faults
 
 
+def test_a_release_that_spells_a_field_otherwise_is_told(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
+    cluster.forgotten = (".spec.trainer.numNodes",)
+    # Unless it is told to refuse, Kubernetes drops such a field, and one node would train.
+    cluster.on_create = lambda job: cluster.conclude("Complete")
+    with pytest.raises(UserError, match=r"refuses to create trainjobs: strict decoding error: .*numNodes=2"):
+        _train(result, tmp_path / "adapter")
+
+
 def test_what_the_cluster_lacks_is_explained(
     cluster: FakeKubernetes, result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
