@@ -6,6 +6,7 @@ So the same mechanism resumes a killed attempt, shares the work between pods, an
 Last comes the manifest.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -202,6 +203,8 @@ def _write_missing(
     # Forked, a process starts at once and shares the tokenizer; nothing of ours runs in threads yet.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     done = context.Value("q", 0)
+    # What exists now stays shared: the collector of a process would else touch, and so copy, all of it.
+    gc.freeze()
     with (
         progress("preprocess", sum(counts.values()), " pictures" if pictures else " samples") as bar,
         job.store.scratch() as scratch,
@@ -235,6 +238,7 @@ def _write_missing(
             for future in futures:
                 future.cancel()
             processes.shutdown(cancel_futures=True)
+            gc.unfreeze()
     return written
 
 
