@@ -114,7 +114,7 @@ def test_full_fine_tune_passes_the_same_gate(
     assert report.gate is not None
     assert report.gate.parity.largest_difference == 0
     assert {name.split(".")[-2] for name in report.changed} == {"k_proj"}
-    assert not (model / "training.json").exists()
+    assert (model / "training.json").is_file()
 
 
 def test_gate_refuses_a_model_that_is_not_base_and_adapter(
