@@ -13,7 +13,7 @@ demo: install  ## teach a tiny MiniCPM-V to read digits: the whole pipeline, her
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
 test: install browser check  ## lint, type check and all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/faults/test_kills.py
 
 test-faults: install browser  ## kill each step at three moments, and feed the readers 2,000 inputs each
 	FAULT_MOMENTS=3 FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults

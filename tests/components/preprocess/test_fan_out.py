@@ -21,7 +21,12 @@ def test_parts_in_a_pipeline_give_what_one_task_gives(digits: Path, tiny_46: Pat
     @dsl.pipeline(name="prepare")
     def pipeline(data_uri: str, base_model_uri: str) -> None:
         validated = validate_data(
-            data_uri=data_uri, eval_data_uri="", max_reject_ratio=0.0, seed=0, data_options={"eval_fraction": 0.3}
+            data_uri=data_uri,
+            eval_data_uri="",
+            max_reject_ratio=0.0,
+            seed=0,
+            data_options={"eval_fraction": 0.3},
+            registered_model="",
         )
         with dsl.ParallelFor(list(range(PARTS))) as part:
             prepared = preprocess_part(
