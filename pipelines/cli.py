@@ -5,6 +5,7 @@ before a command needs it, so that help and mistakes in arguments are instant.
 """
 
 import json
+import logging
 import os
 import sys
 from enum import StrEnum
@@ -478,6 +479,8 @@ def _quiet() -> None:
     # Bars of their own, and warnings that reference kernels run where there is no GPU.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It recommends kernels for a CPU, which is for trying things out.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not Path("/dev/nvidiactl").exists():
         # DeepSpeed warns that it falls back to the CPU unless told to use it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
