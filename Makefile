@@ -96,7 +96,7 @@ images: install  ## build the container images, with a software bill of material
 		$(BIN)/python images/requirements.py $$image > build/images/$$image.txt && \
 		build/sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 			--output-file build/images/$$image.cdx.json build/images/$$image.txt && \
-		buildah build --isolation chroot $(BUILD_OPTIONS) --file images/Dockerfile \
+		buildah build --layers --isolation chroot $(BUILD_OPTIONS) --file images/Dockerfile \
 			--build-arg BASE=$$(podman image inspect --format '{{.Id}}' $$(cat images/base)) \
 			--build-arg VARIANT=$$image --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
 			--tag minicpmv-finetune/$$image:$(VERSION) . || exit 1; \

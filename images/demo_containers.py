@@ -82,7 +82,7 @@ def _settled(uri: str, files: int) -> int:
     """How many objects there are once all files have become one; the mount writes a moment behind."""
     from minicpmv_finetune.components import storage
 
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 180
     while (objects := len(storage.walk(uri))) < files and time.monotonic() < give_up:
         time.sleep(0.5)
     return objects
@@ -161,10 +161,10 @@ def _running(command: list[str | Path], environment: Mapping[str, str]) -> Itera
 
 
 def _until(ready: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 180
     while not ready():
         if time.monotonic() > give_up:
-            sys.exit(f"error: {what} did not start within 60 seconds")
+            sys.exit(f"error: {what} did not start within 180 seconds")
         time.sleep(0.1)
 
 

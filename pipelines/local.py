@@ -93,7 +93,7 @@ def run_pipeline(
         if environment[tracking.TRACKING_VARIABLE].startswith("http"):
             champion_of(inputs.get("registered_model", ""))
     with (out / "run.log").open("w") as log, _environment(environment), _Narrator(log) as narrator:
-        local.init(_kfp_runner(runner, environment), pipeline_root=str(artifacts))
+        local.init(_kfp_runner(runner, environment, out.absolute()), pipeline_root=str(artifacts))
         status = "FAILED"
         try:
             # In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
@@ -101,7 +101,11 @@ def run_pipeline(
                 warnings.filterwarnings("ignore", message="You may be attemping to run a task")
                 pipeline(**inputs)
             status = "FINISHED"
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
+            # A container that has failed may be gone before kfp.local asks how it ended; that counts as a success, and
+            # the next step then misses its outputs, which is a ValueError.
+            if isinstance(error, ValueError) and not narrator.sentence:
+                raise
             for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
                 if marker.parent.parent not in known:
                     raise UserError(narrator.sentence or str(error)) from None
@@ -127,11 +131,21 @@ def _point(link: Path, target: Path) -> None:
     beside.replace(link)
 
 
-def _kfp_runner(runner: Runner, environment: Mapping[str, str]) -> local.SubprocessRunner | local.DockerRunner:
+def _kfp_runner(
+    runner: Runner, environment: Mapping[str, str], out: Path
+) -> local.SubprocessRunner | local.DockerRunner:
     if runner == "subprocess":
         return local.SubprocessRunner(use_venv=False)
+    from docker.types import Mount
+
+    from ..components.preprocess.preprocess import CACHE_NAME
+
     passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
-    return local.DockerRunner(environment={**passed, **environment}, network_mode="host")
+    # Of this machine's files a container sees the pipeline root; shards are kept beside it, for later runs.
+    cache = out / CACHE_NAME
+    cache.mkdir(exist_ok=True)
+    mounts = [Mount(str(cache), str(cache), "bind")]
+    return local.DockerRunner(environment={**passed, **environment}, network_mode="host", mounts=mounts)
 
 
 @contextlib.contextmanager
