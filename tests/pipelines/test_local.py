@@ -92,7 +92,12 @@ def test_photographs_several_pictures_several_turns_and_text_alone(tiny: Callabl
     flags = {"max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3}
     run = run_pipeline(
         tmp_path / "out",
-        {**inputs, "base_model_uri": str(tiny("2.6")), "training_flags": flags, "max_new_tokens": 4},
+        {
+            **inputs,
+            "base_model_uri": str(tiny("2.6")),
+            "training_flags": flags,
+            "evaluation_options": {"max_new_tokens": 4},
+        },
     )
     assert run.metrics("evaluate")["samples"] == 3
 
