@@ -21,13 +21,16 @@ def run(flags: list[str]) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             flags = with_prepared_data(flags)
         else:
-            import torch.distributed as group
+            from torch.distributed import TCPStore
 
-            group.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
+            # torchrun's own store: a process group made for this alone would stand in the way of the training's.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(address, port, is_master=False, timeout=datetime.timedelta(hours=12))
+            prepared = f"minicpmv-prepared-{os.environ.get('GROUP_RANK', '0')}"
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 with_prepared_data(flags)
-            group.barrier()
-            group.destroy_process_group()
+                store.set(prepared, "yes")
+            store.wait([prepared])
             flags = prepared_flags(flags)
     except (UserError, RetryableError) as error:
         end_process(error)

@@ -56,7 +56,7 @@ def test_every_generation_goes_from_data_to_a_report(
         "save_strategy": "no",
         "use_cpu": "true",
     }
-    finetune(parse([word for name, value in flags.items() for word in (f"--{name}", str(value))]))
+    finetune(parse([word for name, value in flags.items() for word in (f"--{name}", str(value))]), [])
     report = merge(
         str(base),
         tmp_path / "adapter",
