@@ -6,9 +6,11 @@ The flags are the published ones, raw JSON included: the first process of a mach
 others wait. `minicpmv-finetune train` does the same and starts torchrun itself.
 """
 
-import datetime
 import os
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 from ..components.errors import RetryableError, UserError, end_process
 from ..components.train.finetune import main
@@ -21,16 +23,14 @@ def run(flags: list[str]) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             flags = with_prepared_data(flags)
         else:
-            from torch.distributed import TCPStore
-
-            # torchrun's own store: a process group made for this alone would stand in the way of the training's.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = TCPStore(address, port, is_master=False, timeout=datetime.timedelta(hours=12))
-            prepared = f"minicpmv-prepared-{os.environ.get('GROUP_RANK', '0')}"
+            # A file of this very start of torchrun: nothing that an earlier one left is taken for ready.
+            run = os.environ.get("TORCHELASTIC_RUN_ID", "run") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            ready = Path(tempfile.gettempdir()) / f"minicpmv-prepared-{run}"
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 with_prepared_data(flags)
-                store.set(prepared, "yes")
-            store.wait([prepared])
+                ready.touch()
+            while not ready.exists():
+                time.sleep(0.2)
             flags = prepared_flags(flags)
     except (UserError, RetryableError) as error:
         end_process(error)
