@@ -88,7 +88,7 @@ def restore_slices(
         slicing: configuration that made the plans.
 
     Returns:
-        uint8 [height, width, 3] each, memory of their own.
+        uint8 [height, width, 3] each; with `raw` they are the buffers themselves, not to be written to.
     """
     if codec == "source":
         return [
@@ -136,6 +136,5 @@ def _encode(pixels: NDArray[np.uint8], codec: Codec) -> bytes:
 
 def _decode(content: Any, codec: Codec) -> NDArray[np.uint8]:
     if codec == "raw":
-        # Copied, so that a batch does not keep whole row groups alive and torch gets memory it may write to.
-        return np.frombuffer(content, dtype=np.uint8).copy()
+        return np.frombuffer(content, dtype=np.uint8)
     return np.array(decode_picture(content))

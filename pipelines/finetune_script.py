@@ -8,33 +8,34 @@ others wait. `minicpmv-finetune train` does the same and starts torchrun itself.
 
 import os
 import sys
-import tempfile
-import time
-from pathlib import Path
+from datetime import timedelta
+from typing import cast
+
+from torch import distributed
 
 from ..components.errors import RetryableError, UserError, end_process
+from ..components.train.arguments import Arguments
 from ..components.train.finetune import main
-from .raw_data import prepared_flags, with_prepared_data
+from .raw_data import prepare_data, with_prepared_data
 
 
 def run(flags: list[str]) -> None:
     """Prepare raw data once a machine, then train."""
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            flags = with_prepared_data(flags)
-        else:
-            # A file of this very start of torchrun: nothing that an earlier one left is taken for ready.
-            run = os.environ.get("TORCHELASTIC_RUN_ID", "run") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            ready = Path(tempfile.gettempdir()) / f"minicpmv-prepared-{run}"
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                with_prepared_data(flags)
-                ready.touch()
-            while not ready.exists():
-                time.sleep(0.2)
-            flags = prepared_flags(flags)
+        # Every process reads the flags first: under torchrun that is where they meet, each waiting for the others.
+        flags = with_prepared_data(flags, prepare=_prepare_once_a_machine)
     except (UserError, RetryableError) as error:
         end_process(error)
     main(flags)
+
+
+def _prepare_once_a_machine(arguments: Arguments) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        prepare_data(arguments)
+    if distributed.is_initialized():
+        # A group of its own, because NCCL's ends after a timeout that preparing a large dataset outlasts.
+        group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+        distributed.monitored_barrier(cast(distributed.ProcessGroup, group), timedelta(days=7))
 
 
 if __name__ == "__main__":

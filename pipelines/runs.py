@@ -20,6 +20,7 @@ from .cluster import Cluster
 OVER = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
 _FAILURES_IN_A_ROW = 30  # of looking at a run before following it is given up: some minutes of a server being moved
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_AROUND = re.compile(r"-driver$|^condition-\d+$")
 _COLOURS = {"SUCCEEDED": "green", "RUNNING": "cyan", "FAILED": "red", "CANCELED": "yellow"}
 
 
@@ -72,7 +73,7 @@ def steps(run: kfp_server_api.V2beta1Run) -> list[StepRow]:
     """The steps of a run in the order they started, without what Kubeflow puts around them."""
     details = (run.run_details.task_details if run.run_details else None) or []
     known = [task for task in details if task.display_name not in {"root", "root-driver", "executor"}]
-    named = [task for task in known if not (task.display_name or "").endswith("-driver")]
+    named = [task for task in known if not _AROUND.search(task.display_name or "")]
     named.sort(key=lambda task: task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC))
     return [
         StepRow(task.display_name, task.state or "PENDING", _seconds(task.start_time, task.end_time), _pod(task))

@@ -26,7 +26,7 @@ from ..shards import SCHEMA_VERSION, Shard, slicing_fields
 from . import rows
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
-SHARD_BYTES = 128 * 2**20  # of a file, by the estimate below: large enough for object storage, small enough to redo
+SHARD_BYTES = 64 * 2**20  # of a file, by the estimate below: large enough for object storage, small enough to share
 SHARD_ROWS = 8192  # so that small samples too are shared between processes
 
 _BYTES_PER_PIXEL: dict[Codec, float] = {"source": 0.5, "raw": 3.0, "webp-lossless": 1.0, "png": 1.4}

@@ -140,8 +140,7 @@ class FakeKubeflow:
             self._finish(run, "CANCELED")
             return
         spec = self._specs[run["run_id"]]
-        names = list(spec.get("pipeline_spec", spec)["root"]["dag"]["tasks"])
-        order = sorted(names, key=lambda name: _STEP_ORDER.index(name) if name in _STEP_ORDER else 99)
+        order = list(_tasks(spec.get("pipeline_spec", spec)))
         look = self._looks[run["run_id"]] = self._looks.get(run["run_id"], -1) + 1
         tasks = run["run_details"]["task_details"]
         if tasks and tasks[-1]["state"] == "RUNNING":
@@ -162,7 +161,13 @@ class FakeKubeflow:
         run.update(state=state, finished_at=self.now())
 
 
-_STEP_ORDER = ["validate-data", "preprocess", "train", "merge", "evaluate"]
+def _tasks(pipeline: Record) -> Iterator[str]:
+    """The tasks in the order they run, a condition as a task before those in it."""
+    step_order = ["validate-data", "preprocess", "train", "merge", "evaluate", "condition-1"]
+    tasks = pipeline["root"]["dag"]["tasks"]
+    for name in sorted(tasks, key=step_order.index):
+        yield name
+        yield from pipeline["components"][tasks[name]["componentRef"]["name"]].get("dag", {}).get("tasks", {})
 
 
 @contextmanager

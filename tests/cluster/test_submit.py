@@ -280,7 +280,7 @@ def test_lists_are_read_to_their_end(kubeflow: FakeKubeflow, command: Command, m
 def test_runs_shows_the_steps_of_one(kubeflow: FakeKubeflow, command: Command) -> None:
     command("submit", *INPUTS, "--name", "monday", "--wait", "--poll", "0")
     rows = command("runs", "monday", "--output", "json").json
-    assert [row["step"] for row in rows] == ["validate-data", "preprocess", "train", "merge", "evaluate"]
+    assert [row["step"] for row in rows] == ["validate-data", "preprocess", "train", "merge", "evaluate", "register"]
     assert "SUCCEEDED" in command("runs").out
     nothing = command("runs", "tuesday")
     assert nothing.code == 2
