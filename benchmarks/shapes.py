@@ -110,15 +110,15 @@ def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str,
     pictures = folder / "photographs"
     pictures.mkdir(parents=True, exist_ok=True)
     sources = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    random = np.random.default_rng(seed)
+    random = np.random.RandomState(seed)
     samples: list[dict[str, Any]] = []
     for number in range(count):
-        size = (int(random.integers(200, 1500)), int(random.integers(200, 1500)))
+        size = (int(random.randint(200, 1500)), int(random.randint(200, 1500)))
         name = f"photographs/{number:03d}.jpg"
         sources[number % 2].resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=90)
         turns = [
             {"role": "user", "content": f"<image>\n{QUESTION}"},
-            {"role": "assistant", "content": ANSWER * int(random.integers(1, 30))},
+            {"role": "assistant", "content": ANSWER * int(random.randint(1, 30))},
         ]
         samples.append({"id": str(number), "image": name, "conversations": turns})
     (folder / "photographs.json").write_text(json.dumps(samples))

@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .. import storage
 from ..curves import curves_of
 from ..minicpmv.slicing import to_rgb
+from ..pages import write_page
 from ..samples import Picture, open_picture
 from ..training_record import TrainingRecord
 from .assessment import MIXED, OTHER, Confusion, Evaluation, Prediction, improvement
@@ -83,30 +82,21 @@ def write_report(
     here = Path(__file__).parent
     # The script stands in the page as it is in the file, so that its hash in the policy allows it and no other.
     script = (here / "report.js").read_text()
-    environment = Environment(
-        loader=FileSystemLoader([here, here.parent]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "points": _points, "shortened": _shortened}
-    page = environment.get_template("report.html").render(
-        evaluation=evaluation,
-        metric=metric_title(evaluation.metric),
-        outcomes=_OUTCOMES if evaluation.comparison else _OUTCOMES_WITHOUT_BASE,
-        counts=_counts(evaluation),
-        groups=sorted(evaluation.by_group.items(), key=lambda item: -item[1][0])[:_GROUPS_SHOWN],
-        confusion=evaluation.confusion and _table(evaluation.confusion),
-        curves=curves_of(record) if record else [],
-        improvement=improvement,
-        cards=_cards(evaluation.predictions),
-        facts=facts,
-        style=Markup((here / "report.css").read_text()),  # noqa: S704  (our own file)
-        script=Markup(script),  # noqa: S704
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-    storage.write_bytes(str(path), page.encode())
+    values = {
+        "evaluation": evaluation,
+        "metric": metric_title(evaluation.metric),
+        "outcomes": _OUTCOMES if evaluation.comparison else _OUTCOMES_WITHOUT_BASE,
+        "counts": _counts(evaluation),
+        "groups": sorted(evaluation.by_group.items(), key=lambda item: -item[1][0])[:_GROUPS_SHOWN],
+        "confusion": evaluation.confusion and _table(evaluation.confusion),
+        "curves": curves_of(record) if record else [],
+        "improvement": improvement,
+        "cards": _cards(evaluation.predictions),
+        "facts": facts,
+        "script": Markup(script),  # noqa: S704
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    write_page(path, here, values, {"percent": percent, "points": _points, "shortened": _shortened})
 
 
 def markdown(evaluation: Evaluation) -> str:

@@ -13,14 +13,12 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from .. import storage
 from ..minicpmv.conversation import Encoder
 from ..minicpmv.row import IGNORED_LABEL, Row
+from ..pages import write_page
 from ..samples import Split
 from ..shards import Manifest, ShardReader
 
@@ -100,25 +98,20 @@ def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[in
         encoder: that made their tokens.
         slices: number of slices of each row, of all splits.
     """
-    here = Path(__file__).parent
     readers = {split: ShardReader(shards, split) for split in _SHOWN}
     manifest = readers["train"].manifest
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html").render(
-        manifest=manifest,
-        tokens=_histogram([length for lengths in manifest.lengths.values() for length in lengths]),
-        slices=_histogram(slices),
-        sheets=[
+    values = {
+        "manifest": manifest,
+        "tokens": _histogram([length for lengths in manifest.lengths.values() for length in lengths]),
+        "slices": _histogram(slices),
+        "sheets": [
             _sheet(readers[split][number], split, encoder)
             for split, count in _SHOWN.items()
             for number in _spread(len(readers[split]), count)
         ],
-        facts=_facts(manifest),
-        style=Markup((here / "report.css").read_text()),  # noqa: S704  (our own file)
-    )
-    storage.write_bytes(str(path), page.encode())
+        "facts": _facts(manifest),
+    }
+    write_page(path, Path(__file__).parent, values)
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

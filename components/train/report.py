@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..curves import curves_of
+from ..pages import write_page
 from ..training_record import TrainingRecord
 
 
@@ -21,15 +21,14 @@ def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> 
         record: of the training.
         command: flags of the training script.
     """
-    here = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader([here, here.parent]), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html").render(
-        record=record,
-        curves=curves_of(record),
-        facts=_facts(record),
-        command=shlex.join(["minicpmv-finetune", "train", *command]),
-    )
-    path.write_text(page)
+    values = {
+        "record": record,
+        "steps": int(max(entry.get("step", 0) for entry in record.history)),
+        "curves": curves_of(record),
+        "facts": _facts(record),
+        "command": shlex.join(["minicpmv-finetune", "train", *command]),
+    }
+    write_page(path, Path(__file__).parent, values)
 
 
 def _facts(record: TrainingRecord) -> dict[str, str]:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 
-from .. import storage
 from ..minicpmv.slicing import SlicingConfig, plan_slices, to_rgb
+from ..pages import write_page
 from ..samples import DatasetInfo, Picture, Reject, Sample, Split, open_picture
 from .duplicates import Repetition
 
@@ -101,11 +99,6 @@ def write_report(path: Path, findings: Findings) -> None:
         UserError: a picture changed meanwhile.
         RetryableError: the store does not answer.
     """
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shortened": _shortened, "thousands": lambda count: f"{count:,}"}
     repetitions = [
         (repetition, [_thumbnail(picture) for picture in shown[:_PICTURES_PER_REPETITION]])
         for repetition, shown in findings.repetitions[:_SHOWN_REPETITIONS]
@@ -114,21 +107,19 @@ def write_report(path: Path, findings: Findings) -> None:
         (split, sample, [_thumbnail(picture) for picture in sample.pictures[:_PICTURES_PER_SAMPLE]])
         for split, sample in findings.samples
     ]
-    page = environment.get_template("report.html").render(
-        findings=findings,
-        info=findings.info,
-        accepted=sum(findings.info.rows.values()),
-        rejected=sum(findings.info.rejected.values()),
-        notes=_NOTES,
-        warnings=warnings_about(findings.info),
-        histograms=_histograms(findings),
-        repetitions=repetitions,
-        samples=samples,
-        slicing=SlicingConfig(),
-        style=Markup((here / "report.css").read_text()),  # noqa: S704  (our own file)
-    )
-    # Half of a surrogate pair, which a file name may hold, is no character.
-    storage.write_bytes(str(path), page.encode(errors="replace"))
+    values = {
+        "findings": findings,
+        "info": findings.info,
+        "accepted": sum(findings.info.rows.values()),
+        "rejected": sum(findings.info.rejected.values()),
+        "notes": _NOTES,
+        "warnings": warnings_about(findings.info),
+        "histograms": _histograms(findings),
+        "repetitions": repetitions,
+        "samples": samples,
+        "slicing": SlicingConfig(),
+    }
+    write_page(path, Path(__file__).parent, values, {"shortened": _shortened, "thousands": lambda count: f"{count:,}"})
 
 
 def markdown(info: DatasetInfo) -> str:
