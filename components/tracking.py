@@ -4,8 +4,9 @@ Runs are found by tags: the pipeline run's id (`KFP_RUN_ID` in the environment, 
 name. Where Kubeflow's own MLflow plugin has opened a run (`MLFLOW_RUN_ID`), the steps nest under that one; they
 never write into it, because the launcher logs its own parameters there and a clash of names loses a whole batch.
 
-Tracking never fails the work, and hardly slows it: after a call that failed nothing is sent for ten times as long as
-it took, while metrics are kept and sent when the server is back. The first failure is told at the end of the step.
+Tracking never fails the work, and never holds it up: metrics are sent by a thread. After a call that failed nothing is
+sent for ten times as long as it took; metrics are kept and sent when the server is back. What it refuses, as when
+someone deleted the run, is kept for whoever opened the run to save. The first failure is told at the end of the step.
 Without `MLFLOW_TRACKING_URI` nothing is tracked.
 """
 
@@ -15,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +52,16 @@ class StepRun:
         self._client = client
         self.run_id = run_id
         self.failure = failure
-        self.unsent: list[Metric] = []
+        self._waiting: list[Metric] = []
+        self._refused: list[Metric] = []
         self._silent_until = 0.0
+        self._sender = ThreadPoolExecutor(1, "mlflow")
+        self._sending: Future[None] | None = None
+
+    @property
+    def unsent(self) -> "list[Metric]":
+        """Metrics that the server has not taken."""
+        return self._refused + self._waiting
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Record settings; a retried step logs the same ones again, which MLflow accepts."""
@@ -70,8 +80,9 @@ class StepRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self.unsent += [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._send_metrics()
+        self._waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if self._sending is None or self._sending.done():
+            self._sending = self._sender.submit(self._send_metrics)
 
     def last_step(self, metric: str) -> int:
         """The last step of which the run knows the metric; -1 when it knows none."""
@@ -94,6 +105,7 @@ class StepRun:
 
     def finish(self, status: str) -> None:
         """Close the run, and tell of the first failure if there was one."""
+        self._sender.shutdown()
         self._silent_until = 0.0
         self._send_metrics()
         self._send("set_terminated", status=status)
@@ -107,22 +119,29 @@ class StepRun:
 
     def _send_metrics(self) -> None:
         """Send what has gathered, oldest first; what a server that is down did not take is kept for the next time."""
-        while self.unsent and self._send("log_batch", metrics=self.unsent[:_MAX_BATCH]):
-            del self.unsent[:_MAX_BATCH]
+        while batch := self._waiting[:_MAX_BATCH]:
+            failure = self._send("log_batch", metrics=batch)
+            if failure is not None and not _is_refusal(failure):
+                return
+            if failure is not None:
+                self._refused += batch
+            del self._waiting[: len(batch)]
 
-    def _send(self, call: str, **arguments: Any) -> bool:
+    def _send(self, call: str, **arguments: Any) -> Exception | None:
+        """Call MLflow's client; returns why that failed."""
         started = time.monotonic()
         if self._client is None or started < self._silent_until:
-            return False
+            return ConnectionError("not asked")
         try:
             getattr(self._client, call)(self.run_id, **arguments)
-            return True
+            return None
         except Exception as error:
             # Whatever it is, the work goes on; the step's end says what is missing.
             self.failure = self.failure or _describe(error)
-            failed = time.monotonic()
-            self._silent_until = failed + 10 * (failed - started)
-            return False
+            if not _is_refusal(error):
+                failed = time.monotonic()
+                self._silent_until = failed + 10 * (failed - started)
+            return error
 
 
 @contextmanager
@@ -246,6 +265,12 @@ def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str)
     query = f"tags.`{_PIPELINE_TAG}` = '{pipeline_run}' and tags.`{_TASK_TAG}` = '{task}'"
     runs = client.search_runs([experiment], filter_string=query, max_results=1)
     return str(runs[0].info.run_id) if runs else None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server answered, and would answer the same another time."""
+    status = getattr(error, "get_http_status_code", lambda: 500)()
+    return 400 <= int(status) < 500 and status not in {408, 429}
 
 
 def _describe(error: Exception) -> str:

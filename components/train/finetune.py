@@ -48,6 +48,7 @@ from .report import write_report
 from .train import SENTENCE_VARIABLE
 from .trainable import count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
+from .watchdog import Watchdog
 
 REPORT_FILE = "training.html"
 UNSENT_FILE = "unsent_metrics.jsonl"
@@ -117,6 +118,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     run = open_step_run("train") if is_first else StepRun()
     run.log_parameters(_settings(arguments) | _surroundings(manifest))
     run.log_metrics({"parameters/trainable": trainable, "parameters/total": total})
+    watchdog = Watchdog(training.ddp_timeout, training.process_index)
     watcher = Watcher(run, manifest.lengths["train"], " packs" if training.packing else " samples")
     trainer = MiniCPMVTrainer(
         model=trained,
@@ -126,8 +128,9 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
         data_collator=_Collator(manifest),
         compute_metrics=_token_accuracy,
         preprocess_logits_for_metrics=_most_likely,
-        callbacks=[watcher, Sealer(checkpoints), stopper],
+        callbacks=[watcher, watchdog, Sealer(checkpoints), stopper],
         watcher=watcher,
+        watchdog=watchdog,
         name_rows=lambda rows: [ShardReader(shards, "train", pictures=False)[row].id for row in rows],
         lengths=manifest.lengths["train"],
     )

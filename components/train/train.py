@@ -6,6 +6,7 @@ to the workers and waits for them; and a worker's exit code is known, which torc
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -57,18 +58,33 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
         os.environ[SENTENCE_VARIABLE] = str(sentence)
         try:
             run(parse_args(options))
-        except SignalException as signal:
+        except SignalException as stopped:
             # The workers have finished their step and kept it, or were too long about it.
             if sentence.exists():
                 raise RetryableError(sentence.read_text()) from None
-            raise SystemExit(128 + int(signal.sigval)) from None
+            raise SystemExit(128 + int(stopped.sigval)) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
             if sentence.exists():
                 kind = UserError if code == USER_ERROR_EXIT else RetryableError
                 raise kind(sentence.read_text()) from None
-            print(f"error: training process {rank} ended with exit code {code}.", file=sys.stderr)
+            print(f"error: {_how_it_ended(rank, failure.exitcode, place_file(sentence, rank))}", file=sys.stderr)
             raise SystemExit(code) from None
         finally:
             del os.environ[SENTENCE_VARIABLE]
+
+
+def place_file(sentence: Path, rank: int) -> Path:
+    """Where a process notes its rank, its step and its stage, beside the file for a sentence."""
+    return sentence.with_name(f"place-{rank}")
+
+
+def _how_it_ended(rank: int, code: int, place: Path) -> str:
+    if code != -signal.SIGKILL:
+        return f"training process {rank} ended with exit code {code if code > 0 else 128 - code}."
+    step = f" in step {place.read_text().split()[1]}" if place.exists() else ""
+    return (
+        f"training process {rank} was killed (signal 9){step}, as Linux does when memory runs out; give the pod "
+        "more memory, or lower --per_device_train_batch_size or --dataloader_num_workers."
+    )

@@ -13,6 +13,7 @@ from ..errors import UserError
 from .arguments import TrainingArguments
 from .callbacks import Watcher
 from .packing import LikeLengths
+from .watchdog import Watchdog
 
 
 class MiniCPMVTrainer(Trainer):
@@ -24,6 +25,7 @@ class MiniCPMVTrainer(Trainer):
         self,
         *,
         watcher: Watcher,
+        watchdog: Watchdog,
         name_rows: Callable[[Sequence[int]], list[str]],
         lengths: Sequence[int],
         **arguments: Any,
@@ -34,6 +36,7 @@ class MiniCPMVTrainer(Trainer):
         """
         super().__init__(**arguments)
         self._watcher = watcher
+        self._watchdog = watchdog
         self._lengths = lengths
         self._name_rows = name_rows
         self._rows: list[int] = []  # of the batches since the last optimizer step
@@ -42,12 +45,18 @@ class MiniCPMVTrainer(Trainer):
         """Train on a batch; a loss that is no number ends the run before it reaches a weight.
 
         Raises:
-            UserError: with the samples of the batch.
+            UserError: with the samples of the batch, or memory did not suffice for it.
         """
         rows = inputs.pop("rows")
         self._watcher.count(rows, inputs["input_ids"].numel())
         self._rows += rows
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._watchdog.reached(1)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the allocator of main memory has none of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            raise self._out_of_memory(inputs) from error
         if not bool(torch.isfinite(loss)):
             raise self._not_finite("loss", float(loss), rows)
         return loss
@@ -56,7 +65,9 @@ class MiniCPMVTrainer(Trainer):
         """The loss; smoothed labels alone need all logits."""
         if self.args.supervised_logits_only and self.label_smoother is None:
             inputs = {**inputs, "loss_only": True}
-        return super().compute_loss(model, inputs, *rest, **options)
+        loss = super().compute_loss(model, inputs, *rest, **options)
+        self._watchdog.reached(2)
+        return loss
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """The next batches; how long they are waited for is counted."""
@@ -106,4 +117,16 @@ class MiniCPMVTrainer(Trainer):
         return UserError(
             f"The {what} is {value} at step {self.state.global_step + 1}, on the samples {names}; look at them, lower "
             "--learning_rate, or compute in float32; the last good checkpoint is kept."
+        )
+
+    def _out_of_memory(self, inputs: dict[str, Any]) -> UserError:
+        rows, length = inputs["input_ids"].shape
+        slices = len(inputs.get("target_sizes", ()))
+        ways = [f"lower --per_device_train_batch_size (now {self.args.train_batch_size})"] if rows > 1 else []
+        ways += ["preprocess with a smaller --max-slice-nums"] if slices > 1 else []
+        ways += [] if self.args.activation_checkpointing else ["turn on --gradient_checkpointing"]
+        ways += [] if self.args.deepspeed else ["share the weights between devices by --strategy zero3"]
+        return UserError(
+            f"Training process {self.args.process_index} ran out of memory at step {self.state.global_step + 1}, on a "
+            f"batch of {rows} × {length:,} tokens and {slices} slices; {', or '.join(ways)}."
         )

@@ -165,6 +165,8 @@ def test_what_a_dead_server_did_not_take_is_sent_when_it_is_back(
     run._client = MlflowClient("http://127.0.0.1:9")  # nobody listens there
     run.log_metrics({"loss": 2.0}, step=2)
     run.log_metrics({"loss": 1.0}, step=3)
+    assert run._sending
+    run._sending.result()
     assert [point.step for point in run.unsent] == [2, 3]
     run._client = client
     run.finish("FINISHED")

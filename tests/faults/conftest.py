@@ -1,45 +1,20 @@
 """What tests of real faults share: a store behind a relay that misbehaves, and what each step needs."""
 
 import os
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from training_flags import TRAIN
-from wire import Wire, relay_connection
+from wire import Wire, relay
 
 
 @pytest.fixture
 def wire(s3_server: dict[str, str], s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     """The store's own server behind a relay, which the environment leads to."""
-    host, port = s3_server["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(0.2)
-        relay = Wire(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        over = threading.Event()
-
-        def accept() -> None:
-            while not over.is_set():
-                try:
-                    client, _ = listener.accept()
-                except TimeoutError:
-                    continue
-                with relay.lock:
-                    number = relay.connections
-                    relay.connections += 1
-                fault = relay.rule(number)
-                threading.Thread(
-                    target=relay_connection, args=(client, (host, int(port)), fault, number), daemon=True
-                ).start()
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.address)
-        yield relay
-        over.set()
-        thread.join()
+    with relay(s3_server["AWS_ENDPOINT_URL"]) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.address)
+        yield between
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,164 @@
+"""Ends a training that stands still, says which process the others waited for, and shows where it stood.
+
+A process that hangs (a stuck disk, a frozen container, a deadlock) leaves the others waiting in a collective, and what
+they report after their timeout is that they waited. So each process notes how far it is in a file beside the others',
+and a thread looks at them: it works while the main thread does not. Slow steps are no hang: the patience grows with the
+longest step seen.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as TransformersArguments
+
+from ..errors import RETRY_EXIT
+from .train import SENTENCE_VARIABLE, place_file
+
+STAGES = ("waiting for data", "in its forward pass", "in its backward pass", "after its step")
+_OF_THE_TIMEOUT = (
+    0.8  # before torch's own --ddp_timeout ends whoever waits in a collective, with a sentence about waiting
+)
+_TIMES_THE_LONGEST_STEP = 10
+_NOTED_EVERY = 5.0  # seconds, or more often where patience is short
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process was when it last moved.
+
+    Attributes:
+        rank: of the process.
+        step: it is in, from 1.
+        stage: index into `STAGES`.
+        seen: seconds since its watchdog last wrote; a frozen process writes no more.
+    """
+
+    rank: int
+    step: int
+    stage: int
+    seen: float
+
+
+class Watchdog(TrainerCallback):
+    """Watches this process from the first step to the last."""
+
+    def __init__(self, timeout: float, rank: int) -> None:
+        """The timeout is torch's own, in seconds; the rank is counted over all nodes."""
+        self.timeout = timeout
+        self.rank = rank
+        sentence = os.environ.get(SENTENCE_VARIABLE)
+        self.sentence = Path(sentence) if sentence else None
+        self.step, self.stage = 0, 0
+        self.moved = self.step_began = time.monotonic()
+        self.longest_step = 0.0
+        self.over = threading.Event()
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a move that are taken for standing still."""
+        return max(_OF_THE_TIMEOUT * self.timeout, _TIMES_THE_LONGEST_STEP * self.longest_step)
+
+    def reached(self, stage: int) -> None:
+        """Note that this process got on."""
+        self.stage, self.moved = stage, time.monotonic()
+
+    def on_train_begin(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to watch."""
+        self.step = state.global_step + 1
+        self.reached(0)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def on_step_begin(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step's data is there."""
+        self.step, self.step_began = state.global_step + 1, time.monotonic()
+        self.reached(1)
+        self._note()
+
+    def on_step_end(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Learn how long steps take."""
+        self.longest_step = max(self.longest_step, time.monotonic() - self.step_began)
+        self.reached(3)
+
+    def on_prediction_step(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluation gets on too."""
+        self.reached(3)
+
+    def on_save(self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """So does saving."""
+        self.reached(3)
+
+    def on_train_end(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop watching."""
+        self.over.set()
+
+    def _watch(self) -> None:
+        while not self.over.wait(min(self.patience / 10, _NOTED_EVERY)):
+            self._note()
+            waited = time.monotonic() - self.moved
+            if waited > self.patience:
+                self._end(waited)
+
+    def _note(self) -> None:
+        if self.sentence:
+            place_file(self.sentence, self.rank).write_text(f"{self.rank} {self.step} {self.stage}")
+
+    def _end(self, waited: float) -> NoReturn:
+        behind = whom_the_others_wait_for(_places(self.sentence) if self.sentence else [])
+        rank, step, stage = self.rank, self.step, self.stage
+        if behind is not None:
+            rank, step, stage = behind.rank, behind.step, behind.stage
+        sentence = (
+            f"Training process {rank} stood still {STAGES[stage]}, step {step}, for {waited:.0f} s; above is where "
+            "each process stood; another try goes on from the newest checkpoint, and if steps are as slow as that, "
+            f"raise --ddp_timeout (now {self.timeout:.0f} s)."
+        )
+        print(f"Where training process {self.rank} stands:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if behind is not None and behind.rank != self.rank and behind.seen <= 2 * _NOTED_EVERY:
+            # The first to end takes the others with it; who hangs shall show its stacks before.
+            time.sleep(5)
+        if self.sentence:
+            self.sentence.write_text(sentence)
+        else:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(RETRY_EXIT)
+
+
+def whom_the_others_wait_for(places: Iterable[Place]) -> Place | None:
+    """The process that froze, or else the one least far; None where several are equally far."""
+    known = sorted(places, key=lambda place: (place.step, place.stage))
+    if not known:
+        return None
+    frozen = max(known, key=lambda place: place.seen)
+    if frozen.seen > 2 * _NOTED_EVERY:
+        return frozen
+    first = known[0]
+    alone = len(known) == 1 or (first.step, first.stage) < (known[1].step, known[1].stage)
+    return first if alone else None
+
+
+def _places(sentence: Path) -> list[Place]:
+    now = time.time()
+    places = []
+    for file in sentence.parent.glob("place-*"):
+        rank, step, stage = file.read_text().split() or ("0", "0", "0")
+        places.append(Place(int(rank), int(step), int(stage), now - file.stat().st_mtime))
+    return places

@@ -1,0 +1,113 @@
+"""A training that stands still, dies or runs out of memory says which process it was, at which step, and what to do."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.train.arguments import TrainingArguments
+from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
+from minicpmv_finetune.components.train.watchdog import Place, Watchdog, whom_the_others_wait_for
+
+FLAGS = "--use_lora true --tune_llm false --use_cpu true --per_device_train_batch_size 8 --save_strategy no"
+
+
+@pytest.mark.parametrize(
+    ("places", "behind"),
+    [
+        ([Place(0, 7, 2, 0.1), Place(1, 7, 1, 0.1)], 1),
+        ([Place(0, 8, 0, 0.1), Place(1, 7, 3, 0.1), Place(2, 8, 0, 0.1)], 1),
+        ([Place(0, 7, 2, 0.1), Place(1, 7, 2, 60.0)], 1),
+        ([Place(0, 7, 1, 0.1), Place(1, 7, 2, 60.0)], 1),
+        ([Place(0, 7, 2, 0.1), Place(1, 7, 2, 0.1)], None),
+        ([Place(0, 7, 2, 0.1)], 0),
+        ([], None),
+    ],
+    ids=["earlier stage", "earlier step", "frozen", "frozen before all", "equally far", "alone", "unknown"],
+)
+def test_who_is_behind(places: list[Place], behind: int | None) -> None:
+    found = whom_the_others_wait_for(places)
+    assert (found and found.rank) == behind
+
+
+def test_patience_grows_with_slow_steps() -> None:
+    watchdog = Watchdog(timeout=100, rank=0)
+    assert watchdog.patience == 80
+    watchdog.longest_step = 30
+    assert watchdog.patience == 300
+
+
+def _training(shards: Path, base: Path, tmp_path: Path, *flags: str) -> "subprocess.Popen[str]":
+    where = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(tmp_path / "out")]
+    start = "import sys; from minicpmv_finetune.pipelines.cli import main; main()"
+    command = [sys.executable, "-c", start, "train", *where, *FLAGS.split(), *flags]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PET_NPROC_PER_NODE": "2"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _process_of_rank(process: "subprocess.Popen[str]", rank: int, tmp_path: Path) -> psutil.Process:
+    """Wait for the second step, and return the process of that rank."""
+    while process.poll() is None:
+        noted = [file.read_text().split() for file in tmp_path.glob(f"tmp*/place-{rank}")]
+        if noted and noted[0] and int(noted[0][1]) >= 2:
+            children = psutil.Process(process.pid).children(recursive=True)
+            return next(child for child in children if child.environ().get("RANK") == str(rank))
+        os.sched_yield()
+    raise AssertionError(process.stderr and process.stderr.read())
+
+
+def test_a_frozen_process_is_named_and_the_run_ends_for_a_retry(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    with _training(shards, tiny_46, tmp_path, "--max_steps", "10000", "--ddp_timeout", "15") as process:
+        _process_of_rank(process, 1, tmp_path).send_signal(signal.SIGSTOP)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "Training process 1 stood still" in said
+    assert "--ddp_timeout (now 15 s)" in said
+    assert "Where training process 0 stands:" in said
+
+
+def test_a_killed_process_is_named_with_its_step(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    with _training(shards, tiny_46, tmp_path, "--max_steps", "10000") as process:
+        _process_of_rank(process, 1, tmp_path).kill()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 137, said
+    sentence = said.strip().splitlines()[-1]
+    assert sentence.startswith("error: training process 1 was killed (signal 9) in step ")
+    assert "--per_device_train_batch_size" in sentence
+
+
+class _Hungry(nn.Module):
+    """Asks for more memory than there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, **rest: Any) -> Any:
+        return {"loss": self.weight.sum() + torch.empty(2**50).sum()}
+
+
+def test_running_out_of_memory_names_process_step_and_settings(tmp_path: Path) -> None:
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=4)
+    trainer = MiniCPMVTrainer(
+        model=_Hungry(),
+        args=training,
+        watcher=SimpleNamespace(count=lambda rows, positions: None),
+        watchdog=Watchdog(100, 0),
+        name_rows=lambda rows: [str(row) for row in rows],
+        lengths=[3] * 4,
+    )
+    batch = {"rows": [0, 1, 2, 3], "input_ids": torch.zeros(4, 3, dtype=torch.long), "target_sizes": torch.ones(5, 2)}
+    with pytest.raises(UserError, match=r"process 0 ran out of memory at step 1, .* 4 × 3 tokens and 5 slices") as told:
+        trainer.training_step(trainer.model, batch, None)
+    for setting in ("--per_device_train_batch_size (now 4)", "--max-slice-nums", "--gradient_checkpointing", "zero3"):
+        assert setting in str(told.value)

@@ -1,0 +1,88 @@
+"""A tracking server that is slow, dies or refuses costs a training no time and no figure."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MlflowServer
+from mlflow import MlflowClient
+from wire import relay
+
+from minicpmv_finetune.components import tracking
+from minicpmv_finetune.components.tracking import open_step_run
+
+
+@pytest.fixture
+def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    """A server that only one test takes down."""
+    server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), {})
+    server.start()
+    monkeypatch.setenv(tracking.TRACKING_VARIABLE, server.uri)
+    yield server
+    server.stop()
+
+
+def _history(uri: str, run_id: str | None) -> list[int]:
+    assert run_id
+    return [point.step for point in MlflowClient(uri).get_metric_history(run_id, "loss")]
+
+
+def test_a_slow_server_holds_no_step_up(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with relay(mlflow_server.uri) as wire:
+        monkeypatch.setenv(tracking.TRACKING_VARIABLE, wire.address)
+        wire.rule = lambda number: "late"
+        run = open_step_run("train")
+        started = time.monotonic()
+        for step in range(200):
+            run.log_metrics({"loss": 0.5}, step)
+        assert time.monotonic() - started < 1
+        run.finish("FINISHED")
+    assert run.unsent == []
+    assert _history(mlflow_server.uri, run.run_id) == list(range(200))
+
+
+def test_a_server_that_dies_and_comes_back_has_every_step_once(
+    own_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run = open_step_run("train")
+    run.log_metrics({"loss": 3.0}, 1)
+    assert run._sending
+    run._sending.result()
+    own_server.stop()
+    for step in (2, 3):
+        run.log_metrics({"loss": 2.0}, step)
+    run._sending.result()
+    assert [point.step for point in run.unsent] == [2, 3]
+    own_server.start()
+    run.finish("FINISHED")
+    assert run.unsent == []
+    assert _history(own_server.uri, run.run_id) == [1, 2, 3]
+
+
+def test_a_run_deleted_underneath_keeps_the_figures_for_the_adapter(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(tracking.TRACKING_VARIABLE, mlflow_server.uri)
+    run = open_step_run("train")
+    assert run.run_id
+    MlflowClient(mlflow_server.uri).delete_run(run.run_id)
+    run.log_metrics({"loss": 3.0}, 1)
+    run.finish("FINISHED")
+    assert [(point.key, point.step) for point in run.unsent] == [("loss", 1)]
+    assert "MLflow tracking is incomplete" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_refused_holds_up_none_behind_it(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tracking.TRACKING_VARIABLE, mlflow_server.uri)
+    run = open_step_run("train")
+    run.log_metrics({"no/such?name": 1.0}, 1)
+    assert run._sending
+    run._sending.result()
+    run.log_metrics({"loss": 2.0}, 2)
+    run.finish("FINISHED")
+    assert [point.key for point in run.unsent] == ["no/such?name"]
+    assert _history(mlflow_server.uri, run.run_id) == [2]
