@@ -13,10 +13,10 @@ demo: install  ## teach a tiny MiniCPM-V to read digits: the whole pipeline, her
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
 test: install browser check  ## lint, type check and all tests
-	$(BIN)/python -m pytest -n 2 --ignore tests/faults/test_kills.py
+	$(BIN)/python -m pytest -n 2 -m "not faults_only"
 
 test-faults: install browser  ## kill each step at three moments, and feed the readers 2,000 inputs each
-	FAULT_MOMENTS=3 FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults
+	FAULT_MOMENTS=3 FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults tests/components/train/test_watchdog.py
 
 test-faults-long: install browser  ## the same with twenty moments and 12,500 inputs
 	FAULT_MOMENTS=20 FUZZ_EXAMPLES=12500 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/faults

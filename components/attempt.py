@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from . import storage
-from .errors import RetryableError, UserError, end_process
+from .errors import RetryableError, UserError, disk_faults_told, end_process
 
 MARKER_NAME = "permanent_error.json"
 
@@ -35,7 +35,8 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     if message is not None:
         end_process(UserError(message))
     try:
-        yield
+        with disk_faults_told():
+            yield
     except UserError as error:
         with suppress(UserError, RetryableError):
             storage.write_bytes(marker_uri, json.dumps({"inputs": digest, "message": str(error)}).encode())

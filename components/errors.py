@@ -4,7 +4,11 @@ A user's mistake ends a command with one sentence and exit code 2, a fault worth
 keeps its traceback.
 """
 
+import errno
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 USER_ERROR_EXIT = 2
@@ -27,3 +31,39 @@ def end_process(error: UserError | RetryableError) -> NoReturn:
     """Print the one sentence and end the process with the error's exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
+
+
+@contextmanager
+def disk_faults_told() -> Iterator[None]:
+    """Turn whatever a library raises when the disk is full, or cannot be written to, into a sentence.
+
+    Raises:
+        RetryableError: the disk is full; another attempt may find room.
+        UserError: the place can never be written to.
+    """
+    try:
+        yield
+    except (UserError, RetryableError):
+        raise
+    except Exception as error:
+        for cause in _chain(error):
+            number = cause.errno if isinstance(cause, OSError) else None
+            where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+            if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(cause) for sign in _FULL):
+                raise RetryableError(
+                    f"{where}no space is left on the disk; give the step a larger volume, or point --out, --cache_dir "
+                    "and TMPDIR to one; nothing half-written was left under its final name."
+                ) from error
+            if number in (errno.EROFS, errno.EACCES):
+                raise UserError(f"{where}{os.strerror(number)}; mend the rights, or write elsewhere.") from error
+        raise
+
+
+# Rust's libraries, SQLite, and torch.save, which finds its file shorter than what it wrote, have no errno.
+_FULL = ("No space left on device", "database or disk is full", ". unexpected pos ")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

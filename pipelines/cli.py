@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..components.errors import RetryableError, UserError, end_process
+from ..components.errors import RetryableError, UserError, disk_faults_told, end_process
 from . import kubeflow_cli
 
 app = typer.Typer(
@@ -84,7 +84,8 @@ def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     _quiet()
     try:
-        app()
+        with disk_faults_told():
+            app()
     except (UserError, RetryableError) as error:
         end_process(error)
     except KeyboardInterrupt:

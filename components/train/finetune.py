@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction
 
 from .. import storage
-from ..errors import RetryableError, UserError, end_process
+from ..errors import RetryableError, UserError, disk_faults_told, end_process
 from ..minicpmv.batch import collate, collate_packed
 from ..minicpmv.checkpoint import copy_other_files, load_model
 from ..minicpmv.generations import Generation, generation_of, write_max_slices
@@ -62,7 +62,8 @@ _NOT_PART_OF_THE_TRAINING = {
 def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake, 75 when a retry goes on."""
     try:
-        finetune(parse(argv, announce=_say), argv)
+        with disk_faults_told():
+            finetune(parse(argv, announce=_say), argv)
     except (UserError, RetryableError) as error:
         if sentence := os.environ.get(SENTENCE_VARIABLE):
             Path(sentence).write_text(str(error))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training_flags import TRAIN
+from steps import TRAIN
 from wire import Wire, relay
 
 

@@ -4,39 +4,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from training_flags import TRAIN
+from steps import STEPS, command_of
 
-STEPS = {
-    "validate-data": ("--data {inputs}/train.json --eval-data {inputs}/eval.json --out {out}/dataset", "dataset"),
-    "preprocess": ("--dataset {inputs}/dataset --base-model {inputs}/base --out {out}/shards", "shards"),
-    "train": (
-        f"{TRAIN} --model_name_or_path {{inputs}}/base --data_path {{inputs}}/shards --output_dir {{out}}/adapter "
-        "--checkpoint_uri {out}/checkpoints",
-        "adapter",
-    ),
-    "merge": (
-        "--base-model {inputs}/base --adapter {inputs}/adapter --shards {inputs}/shards --out {out}/model",
-        "model",
-    ),
-    "evaluate": (
-        "--model {inputs}/model --dataset {inputs}/dataset --base-model {inputs}/base --max-new-tokens 4 "
-        "--out {out}/evaluation",
-        "evaluation/predictions.jsonl",
-    ),
-}
 # What a run's clock or address writes into; everything else must be the same to the byte.
 DIFFER = {"training.json", "training.html", "trainer_state.json", "README.md", "adapter_config.json", "manifest.json"}
-
-
-def _command(step: str, inputs: Path, out: Path) -> list[str]:
-    flags = STEPS[step][0].format(inputs=inputs, out=out).split()
-    return [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", step, *flags]
 
 
 def _environment(out: Path) -> dict[str, str]:
@@ -59,11 +35,12 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         out = tmp_path_factory.mktemp(step)
         (out / "tmp").mkdir()
         started = time.monotonic()
-        subprocess.run(_command(step, inputs, out), check=True, env=_environment(out), capture_output=True)
+        subprocess.run(command_of(step, inputs, out), check=True, env=_environment(out), capture_output=True)
         results[step] = (_content(out / result), time.monotonic() - started)
     return results
 
 
+@pytest.mark.faults_only
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_that_died_is_repaired_by_running_it_again(
@@ -79,7 +56,7 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
     for _ in range(moments):
         out = tmp_path_factory.mktemp("killed")
         (out / "tmp").mkdir()
-        command, environment = _command(step, inputs, out), _environment(out)
+        command, environment = command_of(step, inputs, out), _environment(out)
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ) as process:

@@ -65,6 +65,7 @@ def _process_of_rank(process: "subprocess.Popen[str]", rank: int, tmp_path: Path
     raise AssertionError(process.stderr and process.stderr.read())
 
 
+@pytest.mark.faults_only
 def test_a_frozen_process_is_named_and_the_run_ends_for_a_retry(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with _training(shards, tiny_46, tmp_path, "--max_steps", "10000", "--ddp_timeout", "15") as process:
         _process_of_rank(process, 1, tmp_path).send_signal(signal.SIGSTOP)

@@ -1,0 +1,35 @@
+"""The five steps as commands, for tests that disturb them."""
+
+import sys
+from pathlib import Path
+
+TRAIN = (
+    "--use_lora true --tune_llm false --lora_r 4 --learning_rate 1e-3 --per_device_train_batch_size 16 "
+    "--num_train_epochs 2 --save_strategy steps --save_steps 3 --logging_steps 1"
+)
+
+STEPS = {
+    "validate-data": ("--data {inputs}/train.json --eval-data {inputs}/eval.json --out {out}/dataset", "dataset"),
+    "preprocess": ("--dataset {inputs}/dataset --base-model {inputs}/base --out {out}/shards", "shards"),
+    "train": (
+        f"{TRAIN} --model_name_or_path {{inputs}}/base --data_path {{inputs}}/shards --output_dir {{out}}/adapter "
+        "--checkpoint_uri {out}/checkpoints",
+        "adapter",
+    ),
+    "merge": (
+        "--base-model {inputs}/base --adapter {inputs}/adapter --shards {inputs}/shards --out {out}/model",
+        "model",
+    ),
+    "evaluate": (
+        "--model {inputs}/model --dataset {inputs}/dataset --base-model {inputs}/base --max-new-tokens 4 "
+        "--out {out}/evaluation",
+        "evaluation/predictions.jsonl",
+    ),
+}
+"""Of each step its flags and where its result lies, with places for the folders `inputs` and `out`."""
+
+
+def command_of(step: str, inputs: Path, out: Path) -> list[str]:
+    """A step on undisturbed inputs, writing below `out`."""
+    flags = STEPS[step][0].format(inputs=inputs, out=out).split()
+    return [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", step, *flags]
