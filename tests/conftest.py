@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import signal
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 # Two test processes share two cores; without this each would start a thread a core for every matrix product.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_stack() -> Iterator[None]:
+    """Compiling asks for the stack 150 times, which with pytest's depth and torch's modules takes half a minute.
+
+    kfp wants the caller's name alone; `inspect.stack` looks for each frame's module and source besides.
+    """
+
+    def stack(context: int = 1) -> list[inspect.FrameInfo]:
+        frames, frame = [], inspect.currentframe()
+        while frame := frame and frame.f_back:
+            code = frame.f_code
+            frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        return frames
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inspect.stack", stack)
+        yield
 
 
 @pytest.fixture(scope="session")
