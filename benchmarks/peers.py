@@ -3,7 +3,8 @@
     python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift [--rounds 3]
 
 Same checkpoint, photographs, batch, precision and supervised tokens; LoRA r 16, alpha 32, on all linear layers of the
-language model. Here the merger and the embeddings are trained whole beside it, which ms-swift's run leaves frozen. Both
+language model. Here the merger and the embeddings are trained whole beside it, which ms-swift's run leaves frozen;
+pictures are sliced before (raw shards), and batches hold samples of like length. Both
 say themselves how long their training loop took, imports and loading apart. An epoch from the second on is what three
 epochs take more than one, halved; here it is a third of three, since stored features are computed before the loop, and
 the seconds for that are told apart.
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,6 +53,8 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", help="of ms-swift: sdpa or eager")
     options = parser.parse_args()
     load = os.getloadavg()[0]
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = str((FOLDER / "cache").absolute())  # so that shards of an earlier run are not found
     base = write_checkpoint(FOLDER / "base")
     write_photographs(FOLDER, options.photographs)
     started = time.monotonic()
@@ -93,7 +97,7 @@ def main() -> None:
 def _prepare(base: Path) -> Path:
     dataset, shards, rejects = FOLDER / "dataset", FOLDER / "shards", FOLDER / "rejects.jsonl"
     validate_data(str(FOLDER / "photographs.json"), None, dataset, rejects, ValidationSettings(eval_fraction=0))
-    preprocess(dataset, str(base), shards, rejects, PreprocessSettings(model_max_length=LONGEST))
+    preprocess(dataset, str(base), shards, rejects, PreprocessSettings(model_max_length=LONGEST, codec="raw"))
     return shards
 
 
@@ -113,6 +117,7 @@ def _ours(base: Path, shards: Path, epochs: int, vision: bool, number: int) -> f
         "lora_r": 16,
         "lora_target_modules": r"model\.language_model\.layers\.\d+\..*proj.*",
         "model_max_length": LONGEST,
+        "group_by_length": True,
         "use_cpu": True,
     }
     launch([word for name, value in flags.items() for word in (f"--{name}", str(value))], 1)

@@ -48,7 +48,8 @@ def resolve(reference: str, folder: str) -> str:
         folder: URI of the folder that holds the file.
 
     Raises:
-        UserError: the name of a shard's member leads out of the shard, or the shard is compressed.
+        UserError: the name of a shard's member leads out of the shard, the shard is compressed, or it lies where
+            `storage.require_allowed` lets nobody read.
     """
     if reference[:5].lower() == "data:":
         return reference
@@ -56,11 +57,11 @@ def resolve(reference: str, folder: str) -> str:
         raise UserError(f"{shown(reference)}: a compressed archive cannot be read at any place; store a plain .tar.")
     member = _MEMBER.fullmatch(reference)
     if not member:
-        return storage.resolve(reference, folder)
+        return storage.require_allowed(storage.resolve(reference, folder))
     name = posixpath.normpath(member["name"])
     if name.startswith(("/", "..")) or name == ".":
         raise UserError(f"{shown(reference)}: leads out of the shard; name a member as the shard lists it.")
-    return f"{storage.resolve(member['shard'], folder)}!{name}"
+    return f"{storage.require_allowed(storage.resolve(member['shard'], folder))}!{name}"
 
 
 def shard_of(address: str) -> str | None:

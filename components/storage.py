@@ -42,6 +42,7 @@ _PIECE_BYTES = 2**20  # read from a connection at a time
 _WAITS = (0.2, 1.0)  # seconds between attempts to read an answer that broke off
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _LOADING = threading.Lock()
+ALLOWED_VARIABLE = "MINICPMV_ALLOWED_URIS"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -89,6 +90,28 @@ def resolve(reference: str, relative_to: str) -> str:
         # A store takes `..` for a name.
         return f"{relative_to.partition('://')[0]}://{bucket}/{posixpath.normpath(key)}"
     return str((Path(relative_to) / reference).absolute())
+
+
+def require_allowed(uri: str) -> str:
+    """Refuse an address that data names outside of the places this step may read for it.
+
+    A step reads with its own credentials, so without this whoever writes a data file could have it read anything that
+    the step can. `MINICPMV_ALLOWED_URIS` lists folders, separated by spaces; without it every place is allowed.
+
+    Args:
+        uri: absolute; links of a local path are followed first.
+
+    Returns:
+        The address, unchanged.
+
+    Raises:
+        UserError: the address lies below none of the folders.
+    """
+    allowed = os.environ.get(ALLOWED_VARIABLE, "").split()
+    place = uri if is_object_uri(uri) else str(Path(uri).resolve())
+    if allowed and not any(f"{place}/".startswith(f"{folder.rstrip('/')}/") for folder in allowed):
+        raise UserError(f"{uri}: lies outside of what this step may read ({', '.join(allowed)}); copy it to there.")
+    return uri
 
 
 def read_bytes(uri: str, span: tuple[int, int] | None = None) -> bytes:

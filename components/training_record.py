@@ -17,6 +17,7 @@ class TrainingRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     base_model: str = Field(description="as the user gave it")
+    base_fingerprint: str = Field(default="", description="of its weights; empty in records of earlier versions")
     generation: str
     data_fingerprint: str
     max_slice_nums: int

@@ -179,9 +179,7 @@ def cancel(run: RunWord, profile: ProfilePath, dry_run: DryRun = False, output: 
 def gc(
     profile: ProfilePath,
     root: Annotated[str, typer.Option(help="Folder of run folders; by default the profile's pipeline root.")] = "",
-    delete: Annotated[
-        bool, typer.Option("--delete", help="Delete what is listed; without it nothing is deleted.")
-    ] = False,
+    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Delete what is listed, or only list it.")] = False,
     min_age_days: Annotated[int, typer.Option(min=0, help="Leave alone what was written to within these days.")] = 7,
     output: As = Output.TEXT,
 ) -> None:

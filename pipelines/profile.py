@@ -21,7 +21,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..components.errors import UserError
 from ..components.images import DATA_IMAGE
+from ..components.storage import ALLOWED_VARIABLE
 from ..components.tracking import EXPERIMENT_VARIABLE, TRACKING_VARIABLE
+from ..components.train.nodes import RUNTIME_VARIABLE
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
@@ -162,6 +164,9 @@ class Profile(_Section):
     s3: S3
     mlflow: MLflow
     base_models: ModelVolume | None = None
+    allowed_uris: tuple[str, ...] = Field(
+        default=(), description="folders that data, and the pictures it names, may lie in; none allows every place"
+    )
     runtime: Name | None = Field(default=None, description="TrainingRuntime for training on several nodes")
     preprocess_partitions: int = Field(default=1, ge=1, description="pods that share the work of preprocess")
     default: Task = Field(description="what a step without an entry of its own under `steps` may use")
@@ -235,6 +240,8 @@ def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     _place(settings, task)
     _mount(profile, settings, task)
     _connect(profile, task)
+    if step == "train" and profile.runtime:
+        task.set_env_variable(RUNTIME_VARIABLE, profile.runtime)
 
 
 def _label(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
@@ -291,6 +298,7 @@ def _connect(profile: Profile, task: dsl.PipelineTask) -> None:
         "AWS_DEFAULT_REGION": profile.s3.region,
         TRACKING_VARIABLE: profile.mlflow.tracking_uri,
         EXPERIMENT_VARIABLE: profile.mlflow.experiment,
+        ALLOWED_VARIABLE: " ".join(profile.allowed_uris),
     }
     for name, value in variables.items():
         if value:

@@ -56,6 +56,7 @@ def write_card(folder: Path, generation: Generation, report: MergeReport, record
         "base model": report.base_model,
         "generation": f"MiniCPM-V {generation.version}",
         "training": "LoRA adapter, merged" if report.kind == "adapter" else "full fine-tune",
+        "base fingerprint": report.base_fingerprint,
         "data fingerprint": report.data_fingerprint,
         "most slices of a picture": record.max_slice_nums,
         "training loss, first and last logged": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import storage
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
-from ..minicpmv.checkpoint import ADAPTER_CONFIG, copy_other_files
+from ..minicpmv.checkpoint import ADAPTER_CONFIG, copy_other_files, fingerprint
 from ..minicpmv.generations import generation_of, write_max_slices
 from ..progress import conclude
 from ..shards import read_manifest
@@ -73,6 +73,12 @@ def merge(
                 f"{what}: made for MiniCPM-V {version}, but {base_model_uri} is {generation.version}; give the base "
                 "model that was trained on."
             )
+    base_fingerprint = fingerprint(base)
+    if record.base_fingerprint and record.base_fingerprint != base_fingerprint:
+        raise UserError(
+            f"{base_model_uri}: not the weights that {adapter} was trained on ({record.base_model}, fingerprint "
+            f"{record.base_fingerprint:.12}, here {base_fingerprint:.12}); give that base model."
+        )
     if model.resolve() in (base.resolve(), adapter.resolve()):
         raise UserError(f"{model}: the merged model would replace what it is made of; give another folder.")
     with step_run("merge") as run, storage.staged_folder(model) as staging:
@@ -80,6 +86,7 @@ def merge(
         streamed = stream(base, adapter, staging)
         report = MergeReport(
             base_model=base_model_uri,
+            base_fingerprint=base_fingerprint,
             generation=generation.version,
             data_fingerprint=record.data_fingerprint,
             kind="adapter" if (adapter / ADAPTER_CONFIG).is_file() else "full",

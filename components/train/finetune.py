@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalPrediction
 from .. import storage
 from ..errors import RetryableError, UserError, disk_faults_told, end_process
 from ..minicpmv.batch import collate, collate_packed
-from ..minicpmv.checkpoint import copy_other_files, load_model
+from ..minicpmv.checkpoint import copy_other_files, fingerprint, load_model
 from ..minicpmv.generations import Generation, generation_of, write_max_slices
 from ..minicpmv.packed import prepare_for_packing
 from ..minicpmv.row import IGNORED_LABEL, Row
@@ -105,7 +105,8 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
 
     is_first = training.process_index == 0
     out = Path(str(training.output_dir))
-    checkpoints = _checkpoints(arguments, manifest, base, out)
+    base_fingerprint = fingerprint(base)
+    checkpoints = _checkpoints(arguments, manifest, base_fingerprint, out)
     training.output_dir = str(checkpoints.folder)
     resumed = _resume_from(training, checkpoints)
     stores = _vision_features(model, generation, shards, manifest, arguments)
@@ -117,7 +118,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
         _say(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
         train_rows = _Packs(train_rows, packs)
     run = open_step_run("train") if is_first else StepRun()
-    run.log_parameters(_settings(arguments) | _surroundings(manifest))
+    run.log_parameters(_settings(arguments) | {"base_fingerprint": base_fingerprint} | _surroundings(manifest))
     run.log_metrics({"parameters/trainable": trainable, "parameters/total": total})
     watchdog = Watchdog(training.ddp_timeout, training.process_index)
     watcher = Watcher(run, manifest.lengths["train"], " packs" if training.packing else " samples")
@@ -151,6 +152,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
             )
         record = TrainingRecord(
             base_model=arguments.model.model_name_or_path,
+            base_fingerprint=base_fingerprint,
             generation=manifest.generation,
             data_fingerprint=manifest.data_fingerprint,
             max_slice_nums=manifest.max_slice_nums,
@@ -207,12 +209,12 @@ def _load(base: Path, arguments: Arguments) -> tuple[PreTrainedModel, Generation
     return model, generation
 
 
-def _checkpoints(arguments: Arguments, manifest: Manifest, base: Path, out: Path) -> Checkpoints:
+def _checkpoints(arguments: Arguments, manifest: Manifest, base_fingerprint: str, out: Path) -> Checkpoints:
     """Where this training's checkpoints lie, and what tells them from another's."""
     training = arguments.training
     settings = {name: value for name, value in _settings(arguments).items() if name not in _NOT_PART_OF_THE_TRAINING}
     # Addresses differ between a pod and its successor; what lies there does not.
-    settings["data_path"], settings["model_name_or_path"] = manifest.data_fingerprint, _fingerprint(base)
+    settings["data_path"], settings["model_name_or_path"] = manifest.data_fingerprint, base_fingerprint
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     uri = training.checkpoint_uri
     keep = training.save_total_limit or 2
@@ -220,16 +222,6 @@ def _checkpoints(arguments: Arguments, manifest: Manifest, base: Path, out: Path
     if storage.is_object_uri(uri) or not uri:
         training.save_total_limit = min(keep, 2)
     return Checkpoints(local, uri if storage.is_object_uri(uri) else "", keep, digest, training.world_size)
-
-
-def _fingerprint(checkpoint: Path) -> str:
-    """Of a base model, from the beginnings of its files: cheap, and different for another model."""
-    digest = hashlib.sha256()
-    for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
-        digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
 
 
 def _resume_from(training: TransformersArguments, checkpoints: Checkpoints) -> Path | None:

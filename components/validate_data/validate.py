@@ -100,12 +100,15 @@ def validate_data(
         Counts and the content's fingerprint.
 
     Raises:
-        UserError: nothing lies at a URI, nothing usable is left, too much was rejected, or a file breaks off.
+        UserError: nothing lies at a URI or it may not be read, nothing usable is left, too much was rejected, or a
+            file breaks off.
         RetryableError: the store does not answer.
     """
     sources: list[tuple[Split, str]] = [("train", data_uri)]
     if eval_data_uri:
         sources.append(("eval", eval_data_uri))
+    for _, uri in sources:
+        storage.require_allowed(uri)
     rows: Counter[Split] = Counter()
     forget_pictures()
     _listed.cache_clear()

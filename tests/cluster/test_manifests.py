@@ -15,7 +15,7 @@ import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
 
 from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.errors import USER_ERROR_EXIT, UserError
 from minicpmv_finetune.pipelines.profile import QUEUE_LABEL, load_profile
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +193,26 @@ def test_runs_are_bound_to_their_own_role(overlay: list[Manifest]) -> None:
     assert [subject["name"] for subject in binding["subjects"]] == ["minicpmv-finetune"]
 
 
+def test_the_train_step_may_do_what_it_asks_of_trainer(rendered: dict[str, list[Manifest]]) -> None:
+    rules = _named(rendered["overlays/prod"], "Role", "minicpmv-finetune-nodes")["rules"]
+    allowed = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    assert allowed == {("trainjobs", "get"), ("trainjobs", "create"), ("trainjobs", "delete"), ("pods/log", "get")}
+
+
+def test_a_users_mistake_ends_a_training_job_and_a_lost_node_does_not(rendered: dict[str, list[Manifest]]) -> None:
+    (runtime,) = [item for item in rendered["overlays/prod"] if item["kind"] == "TrainingRuntime"]
+    jobset = runtime["spec"]["template"]["spec"]
+    (job,) = jobset["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["values"] == [USER_ERROR_EXIT]
+    assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"] == job["name"]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert jobset["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert jobset["failurePolicy"]["maxRestarts"] > 0
+
+
 def test_nobody_talks_unless_a_policy_says_so(overlay: list[Manifest]) -> None:
     deny = _named(overlay, "NetworkPolicy", "default-deny")["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
@@ -207,7 +227,8 @@ def test_nobody_talks_unless_a_policy_says_so(overlay: list[Manifest]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "port"), [("dns", 53), ("run-to-kubeflow", 8887), ("run-to-mlflow", 5000), ("to-s3", None)]
+    ("policy", "port"),
+    [("dns", 53), ("run-to-kubeflow", 8887), ("run-to-mlflow", 5000), ("to-s3", None), ("notify-to-webhook", 443)],
 )
 def test_what_a_run_needs_is_let_out(policy: str, port: int | None, overlay: list[Manifest]) -> None:
     rules = _named(overlay, "NetworkPolicy", policy)["spec"]["egress"]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.train.nodes import RUNTIME_VARIABLE
 from minicpmv_finetune.pipelines import finetune
 from minicpmv_finetune.pipelines.finetune import STEPS, compile_objects, compile_pipeline, content_digest
 from minicpmv_finetune.pipelines.profile import load_profile, with_profile
@@ -119,6 +120,17 @@ def test_the_shared_cluster_hands_out_gpus_by_its_queue() -> None:
     _, platform = _read("prod")
     queued = {label for label, pod in platform.items() if "kueue.x-k8s.io/queue-name" in pod["podMetadata"]["labels"]}
     assert queued == {"exec-train", "exec-evaluate"}
+
+
+def test_the_train_step_knows_the_runtime_of_its_cluster() -> None:
+    executors = _read("prod")[0]["deploymentSpec"]["executors"]
+    named = {
+        label: variable["value"]
+        for label, executor in executors.items()
+        for variable in executor["container"].get("env", [])
+        if variable["name"] == RUNTIME_VARIABLE
+    }
+    assert named == {"exec-train": "minicpmv-finetune"}
 
 
 @BY_NAME

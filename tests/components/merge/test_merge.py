@@ -17,8 +17,9 @@ from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.merge.gate import judge
 from minicpmv_finetune.components.merge.merge import MergeReport, MergeSettings, markdown, merge
 from minicpmv_finetune.components.merge.report import Generated
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.components.minicpmv.generations import slicing_of
+from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
 
 Train = Callable[..., Any]
 CopyBase = Callable[..., Path]
@@ -80,6 +81,17 @@ def test_what_was_made_for_another_generation_is_refused(
     write_record(adapter, generation="4.5")
     with pytest.raises(UserError, match=r"4\.5, but .* is 4\.6"):
         merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+
+
+def test_another_base_of_the_same_shape_is_refused(
+    tiny_46: Path, train: Train, write_record: Callable[..., None], shards: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_checkpoint(tmp_path / "other", seed=1)
+    adapter = train(tiny_46).folder
+    write_record(adapter, base_fingerprint=fingerprint(tiny_46))
+    with pytest.raises(UserError, match=r"other: not the weights that .* was trained on"):
+        merge(str(other), adapter, shards, tmp_path / "model", tmp_path / "merge.json", MergeSettings())
+    assert not (tmp_path / "model").exists()
 
 
 def test_merging_never_replaces_its_base(
