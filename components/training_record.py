@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .errors import UserError
 
 RECORD_FILE = "training.json"
+SCHEMA_VERSION = 1
 
 
 class TrainingRecord(BaseModel):
@@ -16,6 +17,7 @@ class TrainingRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    schema_version: int = SCHEMA_VERSION
     base_model: str = Field(description="as the user gave it")
     base_fingerprint: str = Field(default="", description="of its weights; empty in records of earlier versions")
     generation: str
@@ -42,12 +44,18 @@ def read_record(folder: Path) -> TrainingRecord:
     """The record of a finished training.
 
     Raises:
-        UserError: the folder holds none, so it is not the train step's result.
+        UserError: the folder holds none, so it is not the train step's result, or one of a newer program.
     """
     path = folder / RECORD_FILE
     if not path.is_file():
         raise UserError(f"{folder}: no {RECORD_FILE} here; give the folder that the train step wrote.")
     try:
-        return TrainingRecord.model_validate(json.loads(path.read_text()))
-    except ValueError as error:
+        document = json.loads(path.read_text())
+        version = document.get("schema_version", SCHEMA_VERSION)
+        if version <= SCHEMA_VERSION:
+            return TrainingRecord.model_validate(document)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged or of another program; run the train step again.") from error
+    raise UserError(
+        f"{path}: schema version {version} is newer than this program's {SCHEMA_VERSION}; upgrade minicpmv-finetune."
+    )

@@ -152,6 +152,7 @@ class ModelVolume(_Section):
 class Profile(_Section):
     """One cluster's settings."""
 
+    schema_version: Literal[1] = Field(default=1, description="a newer one needs a newer program")
     name: str = ""
     namespace: Name
     service_account: Name

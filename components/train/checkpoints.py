@@ -18,12 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .. import storage
 from ..errors import UserError
 
+SCHEMA_VERSION = 1
+
 
 class Seal(BaseModel):
     """`checkpoint-N.json`: the checkpoint is complete, and this is what it holds."""
 
     model_config = ConfigDict(frozen=True)
 
+    schema_version: int = SCHEMA_VERSION
     step: int
     world_size: int = Field(description="number of processes that wrote it; each keeps its own random state")
     training: str = Field(description="digest of what is trained on what, so that no other training is continued")
@@ -105,13 +108,18 @@ class Checkpoints:
         """The newest complete checkpoint of this training, in the local folder.
 
         Raises:
-            UserError: it was written by another number of processes.
+            UserError: it was written by another number of processes, or by a newer program.
             RetryableError: the store does not answer.
         """
         for step in sorted(self._steps(str(self.folder)) | self._steps(self.uri), reverse=True):
             seal = self._read_seal(step)
             if seal is None or seal.training != self.training:
                 continue
+            if seal.schema_version > SCHEMA_VERSION:
+                raise UserError(
+                    f"{self.uri or self.folder}/checkpoint-{step}: schema version {seal.schema_version} is newer than "
+                    f"this program's {SCHEMA_VERSION}; upgrade minicpmv-finetune, or give another --checkpoint_uri."
+                )
             if seal.world_size != self.world_size:
                 raise UserError(
                     f"{self.uri or self.folder}/checkpoint-{step}: written by {seal.world_size} processes, but "

@@ -18,11 +18,23 @@ from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 QUICK = {**DEMO_INPUTS, "num_train_epochs": 1.0}
 
 
+SECRETS = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "HF_TOKEN",
+)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalRun, Path]:
     out = tmp_path_factory.mktemp("run")
     inputs = {"data_uri": str(digits / "train.json"), "eval_data_uri": str(digits / "eval.json")}
-    return run_pipeline(out, {**inputs, "base_model_uri": str(tiny_46), **QUICK}), out
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SECRETS:
+            patch.setenv(name, f"canary-{name}")
+        return run_pipeline(out, {**inputs, "base_model_uri": str(tiny_46), **QUICK}), out
 
 
 def test_all_steps_ran_and_left_what_they_promise(finished: tuple[LocalRun, Path]) -> None:
@@ -57,6 +69,13 @@ def test_the_merged_model_answers(finished: tuple[LocalRun, Path], digits: Path)
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
     assert done.stderr == ""
+
+
+def test_no_secret_is_written_anywhere(finished: tuple[LocalRun, Path]) -> None:
+    _, out = finished
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert {"run.log", "mlflow.db", "executor_output.json", "training.json"} <= {path.name for path in written}
+    assert [path for path in written if b"canary-" in path.read_bytes()] == []
 
 
 def test_photographs_several_pictures_several_turns_and_text_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
