@@ -526,8 +526,7 @@ def _download(uri: str, cache_dir: Path) -> Path:
     """Download an object, or all objects below a prefix, and rename the finished folder into place."""
     bucket, key = _split(uri)
     with _explained(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        etags = {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", [])}
+        etags = _etags(bucket, key)
         is_single = key in etags and not key.endswith("/")
         prefix = f"{key.rstrip('/')}/" if key else ""
         names = [key] if is_single else [name for name in etags if name.startswith(prefix) and not name.endswith("/")]
@@ -556,6 +555,9 @@ def _download(uri: str, cache_dir: Path) -> Path:
                         destinations,
                     ):
                         pass
+                if _etags(bucket, key) != etags:
+                    # Files of two versions would pass for one.
+                    raise RetryableError(f"{uri}: changed while it was read; try again when nobody writes there.")
                 try:
                     folder.rename(target)
                 except OSError:
@@ -563,6 +565,11 @@ def _download(uri: str, cache_dir: Path) -> Path:
                     if not target.exists():
                         raise
         return target / PurePosixPath(key).name if is_single else target
+
+
+def _etags(bucket: str, prefix: str) -> dict[str, str]:
+    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", [])}
 
 
 @lru_cache(maxsize=2)

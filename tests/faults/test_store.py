@@ -4,14 +4,19 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from wire import Wire
 
 from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import RetryableError, UserError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 CONTENT = os.urandom(300_000)
 
@@ -47,6 +52,29 @@ def test_a_lasting_fault_ends_in_one_sentence_and_leaves_nothing(
 def test_a_slow_store_is_waited_for(stored: str, wire: Wire) -> None:
     wire.rule = lambda number: "slow"
     assert hashlib.sha256(storage.read_bytes(stored)).digest() == hashlib.sha256(CONTENT).digest()
+
+
+def test_what_changes_while_it_is_read_is_not_taken_for_one_version(
+    s3_uri: str, s3_client: "S3Client", wire: Wire, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        storage.write_bytes(f"{s3_uri}/base/{name}", CONTENT)
+    began, fetched = threading.Event(), tmp_path / "cache"
+
+    def overwrite() -> None:
+        began.wait()
+        s3_client.put_object(Bucket=s3_uri.removeprefix("s3://"), Key="base/b", Body=b"another version")
+
+    writer = threading.Thread(target=overwrite)
+    writer.start()
+    before = wire.connections
+    wire.rule = lambda number: (began.set() if number > before else None) or "slow"
+    with pytest.raises(RetryableError, match="changed while it was read"):
+        storage.fetch(f"{s3_uri}/base", fetched)
+    writer.join()
+    assert not [path for path in fetched.rglob("*") if path.is_file()]
+    wire.rule = lambda number: None
+    assert (storage.fetch(f"{s3_uri}/base", fetched) / "b").read_bytes() == b"another version"
 
 
 def test_an_upload_that_fails_leaves_no_object(s3_uri: str, wire: Wire, tmp_path: Path) -> None:
