@@ -29,7 +29,19 @@ STEPS = {
 """Of each step its flags and where its result lies, with places for the folders `inputs` and `out`."""
 
 
+# What a run's clock or address writes into; everything else must be the same to the byte.
+DIFFER = {"training.json", "training.html", "trainer_state.json", "README.md", "adapter_config.json", "manifest.json"}
+
+
 def command_of(step: str, inputs: Path, out: Path) -> list[str]:
     """A step on undisturbed inputs, writing below `out`."""
     flags = STEPS[step][0].format(inputs=inputs, out=out).split()
     return [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", step, *flags]
+
+
+def content(place: Path) -> dict[str, bytes]:
+    """The files of a result by their path in it, but for those that differ between equal runs."""
+    if place.is_file():
+        return {place.name: place.read_bytes()}
+    files = (path for path in place.rglob("*") if path.is_file() and path.name not in DIFFER)
+    return {str(path.relative_to(place)): path.read_bytes() for path in files}

@@ -9,22 +9,12 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from steps import STEPS, command_of
-
-# What a run's clock or address writes into; everything else must be the same to the byte.
-DIFFER = {"training.json", "training.html", "trainer_state.json", "README.md", "adapter_config.json", "manifest.json"}
+from steps import STEPS, command_of, content
 
 
 def _environment(out: Path) -> dict[str, str]:
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{out}/mlflow.db", "KFP_RUN_ID": "the-run"}
     return {**os.environ, **tracking, "TMPDIR": str(out / "tmp"), "XDG_CACHE_HOME": str(out / "cache")}
-
-
-def _content(place: Path) -> dict[str, bytes]:
-    if place.is_file():
-        return {place.name: place.read_bytes()}
-    files = (path for path in place.rglob("*") if path.is_file() and path.name not in DIFFER)
-    return {str(path.relative_to(place)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +26,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         (out / "tmp").mkdir()
         started = time.monotonic()
         subprocess.run(command_of(step, inputs, out), check=True, env=_environment(out), capture_output=True)
-        results[step] = (_content(out / result), time.monotonic() - started)
+        results[step] = (content(out / result), time.monotonic() - started)
     return results
 
 
@@ -69,10 +59,10 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
                     process.send_signal(number)
         result = out / STEPS[step][1]
         if result.exists() and step != "evaluate":
-            assert _content(result) == wanted, "something half-written is visible"
+            assert content(result) == wanted, "something half-written is visible"
         again = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
-        assert _content(result) == wanted
+        assert content(result) == wanted
         assert not [path.name for path in out.iterdir() if path.name.endswith((".tmp", ".part"))]
         client = MlflowClient(f"sqlite:///{out}/mlflow.db")
         runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
