@@ -40,7 +40,17 @@ from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
 from minicpmv_finetune.components.minicpmv.slicing import SlicingConfig, cut, plan_slices
 
 RESULTS = Path("build/bench/speed.jsonl")
+PROFILE = Path("docs/pictures/step.png")
 BATCH = 4
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("scaled_dot_product",),
+    "linear attention": ("linalg_solve_triangular", "aten::tril", "aten::cumsum", "conv1d", "convolution"),
+    "element by element": ("aten::mul", "aten::add", "aten::exp", "silu", "gelu", "aten::div", "norm", "soft"),
+    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::where", "aten::select", "aten::clone"),
+    "the rest": (),
+}
+"""Kinds of work, by what the names of torch's operations hold; the first that fits counts."""
 SHAPES = {"vision-heavy": VISION_HEAVY, "language-heavy": LANGUAGE_HEAVY}
 
 
@@ -165,6 +175,7 @@ def roof(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
         share = statistics.median(reached) / statistics.median(peak)
         worst = min(worst, share)
         lines.append(f"{kind} {share:.0%} of {statistics.median(peak) / 1e9:.1f} GFLOP/s")
+    _draw({kind: _apart(_where_time_goes, shape, pictures) for kind, shape in SHAPES.items()})
     return [_result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
 
 
@@ -180,6 +191,9 @@ def scaling(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     for length in (512, 1024, 2048, 4096, 8192):
         runs = [_apart(_words, length) for _ in range(rounds)]
         lines.append(["tokens", str(length), *_figures(runs)])
+    for processes in (1, 2):
+        runs = [_apart(_trained_by, processes) for _ in range(rounds)]
+        lines.append(["processes", str(processes), *_figures(runs)])
     _show(["grows", "to", "seconds", "MB"], lines)
     return []
 
@@ -280,6 +294,79 @@ def _product(shape: Shape) -> float:
     for _ in range(count):
         _ = one @ two
     return 2 * 4096 * width * 2 * width * count / (time.process_time() - started)
+
+
+def _where_time_goes(shape: Shape, pictures: Sequence[Path]) -> dict[str, float]:
+    """Shares of a plain training step's time, by kind of work."""
+    trained, _ = _trainable("4.6", shape)
+    rows = [_row(picture, n, "4.6", shape, _slicing("4.6")) for n, picture in enumerate(pictures[:BATCH])]
+    batch = collate(rows, 0, 14, "right")
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        trained(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    shares = dict.fromkeys(KINDS, 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, signs in KINDS.items() if any(sign in event.key for sign in signs)), "the rest")
+        shares[kind] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: time_ / total for kind, time_ in shares.items()}
+
+
+def _draw(shares: dict[str, dict[str, float]]) -> None:
+    """A bar for each model, in which each kind of work is as long as its share of the time."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 2.4))
+    names, left = list(shares), np.zeros(len(shares))
+    for kind, colour in zip(KINDS, ("#3653d8", "#0c9270", "#d6454f", "#e3a11c", "#8a63d2", "#b9b5aa"), strict=True):
+        values = np.array([shares[name][kind] for name in names])
+        axes.barh(names, values, left=left, color=colour, label=kind)
+        for row, value in enumerate(values):
+            if value > 0.05:
+                axes.text(left[row] + value / 2, row, f"{value:.0%}", ha="center", va="center", color="white")
+        left += values
+    axes.set(xlim=(0, 1), xticks=[])
+    axes.spines[:].set_visible(False)
+    axes.legend(ncols=len(KINDS), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8)
+    figure.savefig(PROFILE, dpi=150, bbox_inches="tight")
+
+
+def _trained_by(processes: int) -> Measured:
+    """An epoch of 400 digits by so many processes of one thread each, batch 8 in all, by the clock."""
+    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+    from minicpmv_finetune.components.train.train import launch
+    from minicpmv_finetune.components.training_record import read_record
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = write_tiny_checkpoint(folder / "base")
+        data, _ = write_digits(folder / "digits", seed=0)
+        data.write_text(json.dumps(json.loads(data.read_text())[:400]))
+        validate_data(str(data), "", folder / "dataset", folder / "rejects.jsonl", ValidationSettings(eval_fraction=0))
+        preprocess(folder / "dataset", str(base), folder / "shards", folder / "rejects.jsonl", PreprocessSettings())
+        flags = {
+            "model_name_or_path": base,
+            "data_path": folder / "shards",
+            "output_dir": folder / "out",
+            "use_cpu": True,
+            "use_lora": True,
+            "tune_llm": False,
+            "per_device_train_batch_size": 8 // processes,
+            "num_train_epochs": 1,
+            "save_strategy": "no",
+        }
+        launch([word for name, value in flags.items() for word in (f"--{name}", str(value))], processes)
+        figures = read_record(folder / "out").metrics
+        return Measured(figures["seconds"], int(figures["peak_memory_mb"] * 1e6))
 
 
 def _trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
