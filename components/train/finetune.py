@@ -41,11 +41,11 @@ from ..training_record import RECORD_FILE, TrainingRecord
 from .arguments import Arguments, parse
 from .callbacks import Sealer, Stopper, Watcher, peak_memory
 from .checkpoints import Checkpoints
+from .ending import end_again, leave
 from .feature_store import FeatureStore, PatchFeatures, is_reusable, join, make_stores
 from .packing import plan_packs
 from .quantised import four_bit_options, prepare_four_bit
 from .report import write_report
-from .train import SENTENCE_VARIABLE
 from .trainable import count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
 from .watchdog import Watchdog
@@ -61,14 +61,20 @@ _NOT_PART_OF_THE_TRAINING = {
 
 def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake, 75 when a retry goes on."""
+    end_again()
     try:
         with disk_faults_told():
             finetune(parse(argv, announce=_say), argv)
     except (UserError, RetryableError) as error:
-        if sentence := os.environ.get(SENTENCE_VARIABLE):
-            Path(sentence).write_text(str(error))
+        if leave(error.exit_code, str(error)):
             sys.exit(error.exit_code)
         end_process(error)
+    except RuntimeError:
+        # It may be no more than that another process was killed, in the midst of a collective.
+        raise
+    except Exception:
+        leave(1)
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
+from .ending import FOLDER_VARIABLE
 
 WORKER = "minicpmv_finetune.components.train.finetune"
 NODES_VARIABLE = "PET_NNODES"
 """Kubeflow Trainer sets it, and others that torchrun reads by itself: this machine is one of several nodes."""
-SENTENCE_VARIABLE = "MINICPMV_SENTENCE_FILE"
-"""Names the file in which a worker leaves the sentence of the error that ended it, for this process to tell."""
+RESTARTS_VARIABLE = "PET_MAX_RESTARTS"
+"""torchrun reads it by itself: how often processes are started again after one of them was killed."""
 
 
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
@@ -47,6 +48,9 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
     # 10.9 and 61 by default, 16.9 and 23 never spinning (OMP_WAIT_POLICY=PASSIVE), 11.7 and 24 spinning so little.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+    # Else processes that are started again find the addresses of those before them, in the store of their agent.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -54,10 +58,12 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
     # The worker's own traceback or sentence is what a reader needs; torchrun's report of it would bury that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = [] if NODES_VARIABLE in os.environ else ["--standalone"]
+    if not {NODES_VARIABLE, RESTARTS_VARIABLE} & set(os.environ):
+        alone.append("--max-restarts=3")
     options = [*alone, f"--nproc-per-node={processes}", "-m", WORKER, *flags]
     with tempfile.TemporaryDirectory() as folder:
         sentence = Path(folder) / "sentence"
-        os.environ[SENTENCE_VARIABLE] = str(sentence)
+        os.environ[FOLDER_VARIABLE] = folder
         try:
             run(parse_args(options))
         except SignalException as stopped:
@@ -71,15 +77,10 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
             if sentence.exists():
                 kind = UserError if code == USER_ERROR_EXIT else RetryableError
                 raise kind(sentence.read_text()) from None
-            print(f"error: {_how_it_ended(rank, failure.exitcode, place_file(sentence, rank))}", file=sys.stderr)
+            print(f"error: {_how_it_ended(rank, failure.exitcode, Path(folder) / f'place-{rank}')}", file=sys.stderr)
             raise SystemExit(code) from None
         finally:
-            del os.environ[SENTENCE_VARIABLE]
-
-
-def place_file(sentence: Path, rank: int) -> Path:
-    """Where a process notes its rank, its step and its stage, beside the file for a sentence."""
-    return sentence.with_name(f"place-{rank}")
+            del os.environ[FOLDER_VARIABLE]
 
 
 def _how_it_ended(rank: int, code: int, place: Path) -> str:

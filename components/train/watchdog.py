@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 
 from ..errors import RETRY_EXIT
-from .train import SENTENCE_VARIABLE, place_file
+from .ending import ending_folder
 
 STAGES = ("waiting for data", "in its forward pass", "in its backward pass", "after its step")
 _OF_THE_TIMEOUT = (
@@ -54,8 +54,7 @@ class Watchdog(TrainerCallback):
         """The timeout is torch's own, in seconds; the rank is counted over all nodes."""
         self.timeout = timeout
         self.rank = rank
-        sentence = os.environ.get(SENTENCE_VARIABLE)
-        self.sentence = Path(sentence) if sentence else None
+        self.folder = ending_folder()
         self.step, self.stage = 0, 0
         self.moved = self.step_began = time.monotonic()
         self.longest_step = 0.0
@@ -117,11 +116,11 @@ class Watchdog(TrainerCallback):
                 self._end(waited)
 
     def _note(self) -> None:
-        if self.sentence:
-            place_file(self.sentence, self.rank).write_text(f"{self.rank} {self.step} {self.stage}")
+        if self.folder:
+            (self.folder / f"place-{self.rank}").write_text(f"{self.rank} {self.step} {self.stage}")
 
     def _end(self, waited: float) -> NoReturn:
-        behind = whom_the_others_wait_for(_places(self.sentence) if self.sentence else [])
+        behind = whom_the_others_wait_for(_places(self.folder) if self.folder else [])
         rank, step, stage = self.rank, self.step, self.stage
         if behind is not None:
             rank, step, stage = behind.rank, behind.step, behind.stage
@@ -135,8 +134,8 @@ class Watchdog(TrainerCallback):
         if behind is not None and behind.rank != self.rank and behind.seen <= 2 * _NOTED_EVERY:
             # The first to end takes the others with it; who hangs shall show its stacks before.
             time.sleep(5)
-        if self.sentence:
-            self.sentence.write_text(sentence)
+        if self.folder:
+            (self.folder / "sentence").write_text(sentence)
         else:
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(RETRY_EXIT)
@@ -155,10 +154,10 @@ def whom_the_others_wait_for(places: Iterable[Place]) -> Place | None:
     return first if alone else None
 
 
-def _places(sentence: Path) -> list[Place]:
+def _places(folder: Path) -> list[Place]:
     now = time.time()
     places = []
-    for file in sentence.parent.glob("place-*"):
+    for file in folder.glob("place-*"):
         rank, step, stage = file.read_text().split() or ("0", "0", "0")
         places.append(Place(int(rank), int(step), int(stage), now - file.stat().st_mtime))
     return places

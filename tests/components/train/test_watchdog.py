@@ -17,6 +17,7 @@ from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Place, Watchdog, whom_the_others_wait_for
+from minicpmv_finetune.components.training_record import read_record
 
 FLAGS = "--use_lora true --tune_llm false --use_cpu true --per_device_train_batch_size 8 --save_strategy no"
 
@@ -46,11 +47,11 @@ def test_patience_grows_with_slow_steps() -> None:
     assert watchdog.patience == 300
 
 
-def _training(shards: Path, base: Path, tmp_path: Path, *flags: str) -> "subprocess.Popen[str]":
+def _training(shards: Path, base: Path, tmp_path: Path, *flags: str, restarts: str = "0") -> "subprocess.Popen[str]":
     where = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(tmp_path / "out")]
     start = "import sys; from minicpmv_finetune.pipelines.cli import main; main()"
     command = [sys.executable, "-c", start, "train", *where, *FLAGS.split(), *flags]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PET_NPROC_PER_NODE": "2"}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PET_NPROC_PER_NODE": "2", "PET_MAX_RESTARTS": restarts}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,6 +85,25 @@ def test_a_killed_process_is_named_with_its_step(tiny_46: Path, shards: Path, tm
     sentence = said.strip().splitlines()[-1]
     assert sentence.startswith("error: training process 1 was killed (signal 9) in step ")
     assert "--per_device_train_batch_size" in sentence
+
+
+@pytest.mark.faults_only
+def test_a_killed_process_is_started_again_and_goes_on(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    flags = "--max_steps 60 --save_strategy steps --save_steps 1 --save_total_limit 2".split()
+    with _training(shards, tiny_46, tmp_path, *flags, restarts="1") as process:
+        _process_of_rank(process, 1, tmp_path).kill()
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "going on from checkpoint-" in said
+    steps = [entry["step"] for entry in read_record(tmp_path / "out").history if "loss" in entry]
+    assert steps == sorted(set(steps))
+
+
+def test_a_mistake_is_not_tried_again(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+    with _training(shards, tiny_46, tmp_path, "--learning_rate", "1e30", "--max_steps", "3", restarts="3") as process:
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 2, said
+    assert said.count("are trained on") == 1
 
 
 class _Hungry(nn.Module):
