@@ -128,7 +128,7 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
 
     Args:
         path: where it should lie.
-        model: what it holds; has a `schema_version`.
+        model: what it holds; has a `schema_version`, 1 where a file says none.
         newest: the newest schema version this program knows.
         made_by: the command that writes it.
 
@@ -139,10 +139,10 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
         raise UserError(f"{path.parent}: no {path.name} here, so {made_by} has not finished; run it first.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        version = document["schema_version"]
+        version = document.get("schema_version", 1)
         if version <= newest:
             return model.model_validate(document)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged or of another program ({error!r:.200}); run {made_by} again.") from error
     raise UserError(
         f"{path}: schema version {version} is newer than this program's {newest}; upgrade minicpmv-finetune."

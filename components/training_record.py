@@ -1,12 +1,11 @@
 """`training.json` beside the adapter: what was trained, on what, with which arguments, and how the loss went."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import UserError
+from .samples import read_versioned
 
 RECORD_FILE = "training.json"
 SCHEMA_VERSION = 1
@@ -46,16 +45,4 @@ def read_record(folder: Path) -> TrainingRecord:
     Raises:
         UserError: the folder holds none, so it is not the train step's result, or one of a newer program.
     """
-    path = folder / RECORD_FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: no {RECORD_FILE} here; give the folder that the train step wrote.")
-    try:
-        document = json.loads(path.read_text())
-        version = document.get("schema_version", SCHEMA_VERSION)
-        if version <= SCHEMA_VERSION:
-            return TrainingRecord.model_validate(document)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged or of another program; run the train step again.") from error
-    raise UserError(
-        f"{path}: schema version {version} is newer than this program's {SCHEMA_VERSION}; upgrade minicpmv-finetune."
-    )
+    return read_versioned(folder / RECORD_FILE, TrainingRecord, SCHEMA_VERSION, made_by="train")

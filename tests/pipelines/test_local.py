@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
@@ -76,6 +77,26 @@ def test_no_secret_is_written_anywhere(finished: tuple[LocalRun, Path]) -> None:
     written = [path for path in out.rglob("*") if path.is_file()]
     assert {"run.log", "mlflow.db", "executor_output.json", "training.json"} <= {path.name for path in written}
     assert [path for path in written if b"canary-" in path.read_bytes()] == []
+
+
+def test_the_merge_command_writes_into_a_store(
+    finished: tuple[LocalRun, Path], tiny_46: Path, s3_uri: str, tmp_path: Path
+) -> None:
+    run, _ = finished
+    model = run.output("merge", "model")
+    places = {
+        "base-model": tiny_46,
+        "adapter": run.output("train", "adapter"),
+        "shards": run.output("preprocess", "shards"),
+    }
+    flags = [word for name, place in places.items() for word in (f"--{name}", str(place))]
+    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "merge"]
+    done = subprocess.run([*command, *flags, "--out", f"{s3_uri}/models/digits"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
+    assert {path.name for path in there.iterdir()} == {path.name for path in model.iterdir()}
+    assert (there / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert json.loads(storage.read_bytes(f"{s3_uri}/models/merge-report.json"))["changed"]
 
 
 def test_photographs_several_pictures_several_turns_and_text_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import Page
 from safetensors.torch import load_file
 
+from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.components.train.train import launch
@@ -53,8 +55,12 @@ def test_same_seed_trains_to_the_same_bits(tiny_46: Path, shards: Path, adapter:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_training_continues_from_an_adapter(tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path) -> None:
-    launch(_flags(tiny_46, shards, tmp_path / "more", f"{LORA} --max_steps 1 --lora_weight_path {adapter}"))
+def test_training_continues_from_an_adapter_in_a_store(
+    tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path, s3_uri: str
+) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        storage.upload_file(adapter / name, f"{s3_uri}/adapter/{name}")
+    launch(_flags(tiny_46, shards, tmp_path / "more", f"{LORA} --max_steps 1 --lora_weight_path {s3_uri}/adapter"))
     record = read_record(tmp_path / "more")
     started_at = next(figures["loss"] for figures in record.history if "loss" in figures)
     fresh = next(figures["loss"] for figures in read_record(adapter).history if "loss" in figures)
@@ -149,7 +155,8 @@ def test_raw_json_is_prepared_first_also_under_torchrun(tiny_46: Path, digits: P
     assert read_record(tmp_path / "out").history
 
 
-def test_report_draws_the_curves_and_tells_the_command(adapter: Path) -> None:
-    page = (adapter / "training.html").read_text()
-    assert page.count("<polyline") >= 3
-    assert "minicpmv-finetune train --model_name_or_path" in page
+def test_report_draws_the_curves_and_tells_the_command(adapter: Path, page: Page) -> None:
+    page.goto((adapter / "training.html").as_uri())
+    assert page.locator("polyline").count() >= 3
+    assert page.locator("polyline").first.is_visible()
+    assert page.locator("pre").inner_text().startswith("minicpmv-finetune train --model_name_or_path")

@@ -3,46 +3,17 @@
 import io
 import json
 import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
 from minicpmv_finetune.components.samples import DatasetInfo
 from minicpmv_finetune.components.validate_data.report import markdown
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.fail("No Chromium on this machine; install it with `apt-get install -y chromium`, as `make test` does.")
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield instance
-        instance.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails the test over any error it reports or any request it makes for more than the file."""
-    page = browser.new_page(viewport={"width": 1280, "height": 860})
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type in {"error", "warning"} else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on(
-        "request", lambda request: None if request.url.startswith(("file:", "data:")) else problems.append(request.url)
-    )
-    yield page
-    page.close()
-    assert problems == []
 
 
 def sample(name: str, image: str | None, question: str = "What?", answer: str = "That.") -> dict[str, Any]:
