@@ -35,6 +35,21 @@ class SupervisedOutput(ModelOutput):
     likeliest: torch.Tensor | None = None
 
 
+def mask_that_hides(mask: torch.Tensor | None, attention: str) -> torch.Tensor | None:
+    """The attention mask, or None where causal attention hides all padding by itself: behind a row's last token.
+
+    Without a mask attention takes its causal kernels, which leave the half that is hidden uncomputed: 0.28 to 0.25 s a
+    step on four photographs (benchmarks/peers.py's model, two cores). Flash attention cuts padding off by the mask, and
+    keeps it.
+
+    Args:
+        mask: [batch, length], 1 for tokens, 0 for padding on one side of them; or any other, which is returned.
+        attention: the implementation's name.
+    """
+    is_of_rows = mask is not None and mask.dim() == 2 and not attention.startswith("flash")
+    return None if is_of_rows and mask is not None and bool(mask[:, 0].all()) else mask
+
+
 def supervised_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,

@@ -40,7 +40,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from .configuration import PICTURE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
-from .loss import SupervisedOutput, supervised_loss
+from .loss import SupervisedOutput, mask_that_hides, supervised_loss
 
 UNTIMED = -1
 """Frame number of a picture that belongs to no video."""
@@ -398,7 +398,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             count = kwargs.pop("num_items_in_batch", None)
             hidden = self.get_decoder()(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=mask_that_hides(attention_mask, self.config.text_config._attn_implementation),
                 position_ids=position_ids,
                 use_cache=False,
                 **kwargs,

@@ -30,7 +30,7 @@ from transformers.models.minicpmv4_7 import MiniCPMV4_7Config, MiniCPMV4_7Model
 from transformers.models.minicpmv4_7 import MiniCPMV4_7ForConditionalGeneration as Transformers47
 from transformers.utils.generic import is_flash_attention_requested
 
-from .loss import supervised_loss
+from .loss import mask_that_hides, supervised_loss
 from .modeling import PatchGrid
 from .packed import LinearAttention, Samples, samples_in
 
@@ -183,6 +183,8 @@ def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         if not loss_only or inputs.get("labels") is None:
             return plain(self, *arguments, **inputs)
         labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+        attention = self.config.text_config._attn_implementation
+        inputs["attention_mask"] = mask_that_hides(inputs.get("attention_mask"), attention)
         hidden = self.model(*arguments, **inputs).last_hidden_state
         return supervised_loss(self.lm_head, hidden, labels, self.vocab_size, count)
 

@@ -14,7 +14,7 @@ from minicpmv_finetune.components.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.components.minicpmv.checkpoint import load_model
 from minicpmv_finetune.components.minicpmv.conversation import Encoder
 from minicpmv_finetune.components.minicpmv.generations import GENERATIONS
-from minicpmv_finetune.components.minicpmv.loss import supervised_loss
+from minicpmv_finetune.components.minicpmv.loss import mask_that_hides, supervised_loss
 from minicpmv_finetune.components.minicpmv.packed import prepare_for_packing
 from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
 from minicpmv_finetune.components.preprocess.rows import prepare
@@ -197,3 +197,13 @@ def test_vision_without_loops_is_that_of_transformers(tiny: Callable[[str], Path
     _assert_same(*found)
     with pytest.raises(ValueError, match="cannot be merged by 2 × 2"):
         ours.get_image_features(pixels[..., : 14 * 9], torch.tensor([[3, 3]]))
+
+
+def test_a_mask_goes_only_where_causal_attention_hides_the_padding_itself() -> None:
+    right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    assert mask_that_hides(right, "sdpa") is None
+    assert mask_that_hides(left, "sdpa") is left
+    assert mask_that_hides(right, "flash_attention_2") is right
+    drawn = torch.zeros(2, 1, 3, 3)
+    assert mask_that_hides(drawn, "sdpa") is drawn
+    assert mask_that_hides(None, "sdpa") is None
