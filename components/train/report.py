@@ -23,7 +23,8 @@ def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> 
     """
     values = {
         "record": record,
-        "loss": next(entry["loss"] for entry in reversed(record.history) if "loss" in entry),
+        # Too short a training logs none but its mean.
+        "loss": next((entry["loss"] for entry in reversed(record.history) if "loss" in entry), record.metrics["loss"]),
         "steps": int(max(entry.get("step", 0) for entry in record.history)),
         "curves": curves_of(record),
         "facts": _facts(record),
