@@ -25,7 +25,7 @@ from rich.text import Text
 
 from ..components import tracking
 from ..components.attempt import MARKER_NAME
-from ..components.errors import UserError
+from ..components.errors import RetryableError, UserError
 from ..components.progress import INTERVAL_VARIABLE, OUTCOME_MARK
 from ..components.registry import champion_of
 from .finetune import finetune
@@ -73,7 +73,8 @@ def run_pipeline(
         pipeline: which one.
 
     Raises:
-        RetryableError: the model registry does not answer; nothing was begun.
+        RetryableError: the model registry does not answer, and nothing was begun; or a step met a fault that may be
+            gone next time.
         UserError: a step found a mistake only the user can mend.
         SystemExit: a step ended with a bug; its traceback is in `run.log`.
     """
@@ -109,6 +110,8 @@ def run_pipeline(
             for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
                 if marker.parent.parent not in known:
                     raise UserError(narrator.sentence or str(error)) from None
+            if narrator.sentence and not narrator.crashed:
+                raise RetryableError(narrator.sentence) from None
             print(f"error: {narrator.step} failed; its traceback is in {out / 'run.log'}", file=sys.stderr)
             raise SystemExit(1) from None
         finally:
@@ -166,6 +169,7 @@ class _Narrator:
     log: TextIO
     step: str = ""
     sentence: str = ""
+    crashed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     stream: "_Lines" = field(init=False)
     _outcome: str = ""
@@ -192,10 +196,13 @@ class _Narrator:
         line = line.strip()
         if started := _STARTED.search(line):
             self.step, self._outcome, self._progress, self._started = started["step"], "", "", time.monotonic()
+            self.sentence, self.crashed = "", False
         elif ended := _ENDED.search(line):
             self._end(ended["status"] == "SUCCESS")
         elif line.startswith(OUTCOME_MARK):
             self._outcome = line.removeprefix(OUTCOME_MARK)
+        elif line.startswith("Traceback (most recent call last)"):
+            self.crashed = True
         elif line.startswith("error: "):
             self.sentence = line.removeprefix("error: ")
         elif _PROGRESS.match(line):

@@ -1,6 +1,7 @@
 """The pipeline whole, by kfp.local: on digits, on data of other kinds, and on mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,3 +166,18 @@ def test_wrong_arguments_end_with_two_and_one_sentence(tmp_path: Path, arguments
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
+
+
+def test_a_step_whose_store_is_down_ends_the_run_with_75(tiny_46: Path, unreachable: str, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "AWS_ENDPOINT_URL": unreachable,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    arguments = ["--data", "s3://bucket/train.json", "--base-model", str(tiny_46), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "run"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert "s3://bucket/train.json" in done.stderr
+    assert "Traceback" not in done.stderr
