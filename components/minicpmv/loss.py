@@ -2,12 +2,14 @@
 
 Of a sample's positions few are supervised: pictures, questions and padding are most of it. The head is the widest layer
 of the model (150,000 words), so the logits of all positions are often more memory than all else of a step. Here the
-head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows: each further
-chunk is computed again in the backward pass instead of being kept.
+head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows. A frozen head's
+gradient is computed with its loss, chunk by chunk, so that no logits are kept; those of a head that is trained, or has
+adapters, are computed again in the backward pass where they are more than one chunk.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -75,6 +77,12 @@ def supervised_loss(
     # ZeRO-3 gathers the head at each call, in which all processes take part: their calls must be equally many.
     chunk = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(LOGITS_AT_ONCE // vocabulary, 1)
     learns = torch.is_grad_enabled()
+    divisor = len(wanted) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(divisor, torch.Tensor):
+        divisor = divisor.to(hidden.device)
+    if learns and len(states) and _is_frozen(head):
+        total: torch.Tensor = _FrozenHeadLoss.apply(states, head.weight, wanted, chunk)
+        return SupervisedOutput(loss=total / divisor)
 
     def of_chunk(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(states)
@@ -86,11 +94,35 @@ def supervised_loss(
     again = learns and len(parts) > 1
     results = [checkpoint(of_chunk, *part, use_reentrant=False) if again else of_chunk(*part) for part in parts]
     total = torch.stack([loss for loss, _ in results]).sum()
-    divisor = len(wanted) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(divisor, torch.Tensor):
-        divisor = divisor.to(total.device)
     output = SupervisedOutput(loss=total / divisor)
     if not learns:
         said = torch.cat([likeliest for _, likeliest in results])
         output.likeliest = torch.full_like(targets, IGNORED_LABEL).masked_scatter(supervised, said)
     return output
+
+
+def _is_frozen(head: Callable[[torch.Tensor], torch.Tensor]) -> TypeGuard[torch.nn.Linear]:
+    """Whether a head is a plain matrix that nothing is trained on, whole on this process."""
+    plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    return plain and not is_deepspeed_zero3_enabled()
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy through a frozen matrix: d loss / d states = (softmax(logits) - one hot) · weight."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor, chunk: int) -> torch.Tensor:
+        loss = states.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(states, dtype=torch.float32)
+        for part, labels, into in zip(states.split(chunk), wanted.split(chunk), gradient.split(chunk), strict=True):
+            likelihoods = F.linear(part, weight).float().log_softmax(dim=-1)
+            loss -= likelihoods.gather(1, labels.unsqueeze(1)).sum()
+            likelihoods.exp_()[torch.arange(len(labels), device=labels.device), labels] -= 1
+            into.copy_(likelihoods.to(weight.dtype) @ weight)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = states.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return (ctx.saved_tensors[0] * gradients[0]).to(ctx.dtype), None, None, None

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration as Transformers46
 
@@ -207,3 +209,28 @@ def test_a_mask_goes_only_where_causal_attention_hides_the_padding_itself() -> N
     drawn = torch.zeros(2, 1, 3, 3)
     assert mask_that_hides(drawn, "sdpa") is drawn
     assert mask_that_hides(None, "sdpa") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_heads_gradient_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("minicpmv_finetune.components.minicpmv.loss.LOGITS_AT_ONCE", 3 * 50)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(False)
+    labels = torch.randint(0, 50, (2, 9))
+    labels[0, :4] = IGNORED_LABEL
+    found, plain = (torch.randn(2, 9, 16, dtype=dtype, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    loss = supervised_loss(head, found.requires_grad_(), labels, 50, 7).loss
+    wanted = (
+        F.cross_entropy(
+            head(plain.requires_grad_())[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        / 7
+    )
+    assert loss is not None
+    (2 * loss).backward()
+    (2 * wanted).backward()
+    assert found.grad is not None
+    assert plain.grad is not None
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.grad, plain.grad, **close)
