@@ -143,7 +143,8 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
         if version <= newest:
             return model.model_validate(document)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged or of another program ({error!r:.200}); run {made_by} again.") from error
+        reason = " ".join(repr(error).split())
+        raise UserError(f"{path}: damaged or of another program ({reason:.200}); run {made_by} again.") from error
     raise UserError(
         f"{path}: schema version {version} is newer than this program's {newest}; upgrade minicpmv-finetune."
     )

@@ -69,7 +69,7 @@ class MergeReport(BaseModel):
 
     base_model: str
     generation: str
-    base_fingerprint: str
+    base_fingerprint: str = ""
     data_fingerprint: str
     kind: str = Field(description="adapter, or full for a full fine-tune that is passed through")
     bytes: int = Field(description="of the merged weights")
