@@ -26,6 +26,7 @@ from rich.console import Console
 from shapes import write_checkpoint, write_photographs
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.train.arguments import as_flags
 from minicpmv_finetune.components.train.train import launch
 from minicpmv_finetune.components.training_record import read_record
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
@@ -120,7 +121,7 @@ def _ours(base: Path, shards: Path, epochs: int, vision: bool, number: int) -> f
         "group_by_length": True,
         "use_cpu": True,
     }
-    launch([word for name, value in flags.items() for word in (f"--{name}", str(value))], 1)
+    launch(as_flags(flags), 1)
     return read_record(out).metrics["seconds"]
 
 
@@ -146,10 +147,10 @@ def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool) -
         "gradient_checkpointing": "false",
         "report_to": "none",
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": _threads()}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run([str(options.swift), "sft", *words], env=environment, capture_output=True, text=True)  # noqa: S603
+    command = [str(options.swift), "sft", *as_flags(flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         raise SystemExit(
             f"ms-swift ended with exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"

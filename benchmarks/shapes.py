@@ -145,3 +145,21 @@ def write_checkpoint(folder: Path) -> Path:
     processor.image_processor = MiniCPMV4_6ImageProcessor()
     processor.save_pretrained(folder)
     return folder
+
+
+def prepare_digits(folder: Path, count: int | None = None) -> tuple[Path, Path]:
+    """Write the demonstration's base checkpoint, and shards of its digits: all, or the first so many.
+
+    Returns:
+        The checkpoint and the shards.
+    """
+    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
+
+    base, shards, rejects = write_tiny_checkpoint(folder / "base"), folder / "shards", folder / "rejects.jsonl"
+    data, _ = write_digits(folder / "digits", seed=0)
+    data.write_text(json.dumps(json.loads(data.read_text())[:count]))
+    validate_data(str(data), "", folder / "dataset", rejects, ValidationSettings(eval_fraction=0))
+    preprocess(folder / "dataset", str(base), shards, rejects, PreprocessSettings())
+    return base, shards

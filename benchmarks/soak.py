@@ -18,6 +18,9 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from shapes import prepare_digits
+
+from minicpmv_finetune.components.train.arguments import as_flags
 
 RESULTS = Path("build/bench/soak.jsonl")
 BATCH = 4
@@ -57,17 +60,10 @@ def main() -> None:
 
 def train(folder: Path, steps: int) -> tuple[Held, Held]:
     """Train on digits for so many steps, and look at the training process with each line of its progress."""
-    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
-
-    data, _ = write_digits(folder / "digits", seed=0)
-    base = write_tiny_checkpoint(folder / "base")
-    validate_data(str(data), "", folder / "dataset", folder / "rejects.jsonl", ValidationSettings(eval_fraction=0))
-    preprocess(folder / "dataset", str(base), folder / "shards", folder / "rejects.jsonl", PreprocessSettings())
+    base, shards = prepare_digits(folder)
     flags = {
         "model_name_or_path": base,
-        "data_path": folder / "shards",
+        "data_path": shards,
         "output_dir": folder / "out",
         "use_cpu": True,
         "use_lora": True,
@@ -76,8 +72,7 @@ def train(folder: Path, steps: int) -> tuple[Held, Held]:
         "max_steps": steps,
         "save_steps": 200,
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "minicpmv_finetune.components.train.finetune", *words]
+    command = [sys.executable, "-m", "minicpmv_finetune.components.train.finetune", *as_flags(flags)]
     environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "1"}
     seen: list[tuple[int, Held]] = []
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603

@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from shapes import LANGUAGE_HEAVY, PICTURE_TOKEN, VISION_HEAVY, Shape, make_model, write_photographs
+from shapes import LANGUAGE_HEAVY, PICTURE_TOKEN, VISION_HEAVY, Shape, make_model, prepare_digits, write_photographs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -340,22 +340,16 @@ def _draw(shares: dict[str, dict[str, float]]) -> None:
 
 def _trained_by(processes: int) -> Measured:
     """An epoch of 400 digits by so many processes of one thread each, batch 8 in all, by the clock."""
-    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+    from minicpmv_finetune.components.train.arguments import as_flags
     from minicpmv_finetune.components.train.train import launch
     from minicpmv_finetune.components.training_record import read_record
-    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base = write_tiny_checkpoint(folder / "base")
-        data, _ = write_digits(folder / "digits", seed=0)
-        data.write_text(json.dumps(json.loads(data.read_text())[:400]))
-        validate_data(str(data), "", folder / "dataset", folder / "rejects.jsonl", ValidationSettings(eval_fraction=0))
-        preprocess(folder / "dataset", str(base), folder / "shards", folder / "rejects.jsonl", PreprocessSettings())
+        base, shards = prepare_digits(folder, 400)
         flags = {
             "model_name_or_path": base,
-            "data_path": folder / "shards",
+            "data_path": shards,
             "output_dir": folder / "out",
             "use_cpu": True,
             "use_lora": True,
@@ -364,7 +358,7 @@ def _trained_by(processes: int) -> Measured:
             "num_train_epochs": 1,
             "save_strategy": "no",
         }
-        launch([word for name, value in flags.items() for word in (f"--{name}", str(value))], processes)
+        launch(as_flags(flags), processes)
         figures = read_record(folder / "out").metrics
         return Measured(figures["seconds"], int(figures["peak_memory_mb"] * 1e6))
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from .. import storage
 from ..errors import UserError
 from ..minicpmv.answer import Answer, answer, answering_device
 from ..minicpmv.checkpoint import load_model
 from ..minicpmv.conversation import Encoder
+from ..options import settings_from_options
 from ..progress import conclude, progress
 from ..samples import Sample, SampleError, read_info, read_samples
 from ..tracking import step_run
@@ -54,19 +55,13 @@ class EvaluationSettings:
 
 
 def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:
-    """The settings that a JSON object names; what it does not name has its default.
-
-    Raises:
-        UserError: a name is unknown, or its value of another type.
-    """
-    try:
-        return TypeAdapter(EvaluationSettings).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"evaluation_options: {'.'.join(map(str, first['loc']))}: {first['msg']}; known are max_new_tokens, "
-            "batch_size and gate, and of the gate min_metric, min_improvement and max_regression."
-        ) from error
+    """The settings that a JSON object names; see `settings_from_options`."""
+    return settings_from_options(
+        EvaluationSettings,
+        options,
+        "evaluation_options",
+        "max_new_tokens, batch_size and gate, and of the gate min_metric, min_improvement and max_regression",
+    )
 
 
 def evaluate(

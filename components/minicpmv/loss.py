@@ -48,8 +48,9 @@ def mask_that_hides(mask: torch.Tensor | None, attention: str) -> torch.Tensor |
         mask: [batch, length], 1 for tokens, 0 for padding on one side of them; or any other, which is returned.
         attention: the implementation's name.
     """
-    is_of_rows = mask is not None and mask.dim() == 2 and not attention.startswith("flash")
-    return None if is_of_rows and mask is not None and bool(mask[:, 0].all()) else mask
+    if mask is None or mask.dim() != 2 or attention.startswith("flash"):
+        return mask
+    return None if bool(mask[:, 0].all()) else mask
 
 
 def supervised_loss(

@@ -7,6 +7,8 @@ code of a process that knew why it ended, so that torchrun's restart of it, whic
 
 import os
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER_VARIABLE = "MINICPMV_ENDING_FOLDER"
@@ -42,3 +44,36 @@ def leave(code: int, sentence: str = "") -> bool:
         (folder / "sentence").write_text(sentence)
     (folder / "verdict").write_text(str(code))
     return True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process was when it last moved.
+
+    Attributes:
+        rank: of the process.
+        step: it is in, from 1.
+        stage: of the step, as the watchdog counts them.
+        seen: seconds since its watchdog last wrote; a frozen process writes no more.
+    """
+
+    rank: int
+    step: int
+    stage: int
+    seen: float = 0.0
+
+
+def note_place(place: Place) -> None:
+    """Write down where this process is."""
+    if folder := ending_folder():
+        (folder / f"place-{place.rank}").write_text(f"{place.rank} {place.step} {place.stage}")
+
+
+def read_places(folder: Path) -> list[Place]:
+    """Where the processes are that wrote it down."""
+    now = time.time()
+    places = []
+    for file in folder.glob("place-*"):
+        rank, step, stage = file.read_text().split() or ("0", "0", "0")
+        places.append(Place(int(rank), int(step), int(stage), now - file.stat().st_mtime))
+    return places

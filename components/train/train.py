@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import USER_ERROR_EXIT, RetryableError, UserError
-from .ending import FOLDER_VARIABLE
+from .ending import FOLDER_VARIABLE, Place, read_places
 
 WORKER = "minicpmv_finetune.components.train.finetune"
 NODES_VARIABLE = "PET_NNODES"
@@ -77,16 +77,16 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
             if sentence.exists():
                 kind = UserError if code == USER_ERROR_EXIT else RetryableError
                 raise kind(sentence.read_text()) from None
-            print(f"error: {_how_it_ended(rank, failure.exitcode, Path(folder) / f'place-{rank}')}", file=sys.stderr)
+            print(f"error: {_how_it_ended(rank, failure.exitcode, read_places(Path(folder)))}", file=sys.stderr)
             raise SystemExit(code) from None
         finally:
             del os.environ[FOLDER_VARIABLE]
 
 
-def _how_it_ended(rank: int, code: int, place: Path) -> str:
+def _how_it_ended(rank: int, code: int, places: Sequence[Place]) -> str:
     if code != -signal.SIGKILL:
         return f"training process {rank} ended with exit code {code if code > 0 else 128 - code}."
-    step = f" in step {place.read_text().split()[1]}" if place.exists() else ""
+    step = next((f" in step {place.step}" for place in places if place.rank == rank), "")
     return (
         f"training process {rank} was killed (signal 9){step}, as Linux does when memory runs out; give the pod "
         "more memory, or lower --per_device_train_batch_size or --dataloader_num_workers."

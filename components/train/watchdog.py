@@ -12,39 +12,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 
 from ..errors import RETRY_EXIT
-from .ending import ending_folder
+from .ending import Place, ending_folder, note_place, read_places
 
 STAGES = ("waiting for data", "in its forward pass", "in its backward pass", "after its step")
-_OF_THE_TIMEOUT = (
-    0.8  # before torch's own --ddp_timeout ends whoever waits in a collective, with a sentence about waiting
-)
+# Before torch's own --ddp_timeout ends whoever waits in a collective, with a sentence that only says it waited.
+_OF_THE_TIMEOUT = 0.8
 _TIMES_THE_LONGEST_STEP = 10
 _NOTED_EVERY = 5.0  # seconds, or more often where patience is short
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process was when it last moved.
-
-    Attributes:
-        rank: of the process.
-        step: it is in, from 1.
-        stage: index into `STAGES`.
-        seen: seconds since its watchdog last wrote; a frozen process writes no more.
-    """
-
-    rank: int
-    step: int
-    stage: int
-    seen: float
 
 
 class Watchdog(TrainerCallback):
@@ -54,7 +34,6 @@ class Watchdog(TrainerCallback):
         """The timeout is torch's own, in seconds; the rank is counted over all nodes."""
         self.timeout = timeout
         self.rank = rank
-        self.folder = ending_folder()
         self.step, self.stage = 0, 0
         self.moved = self.step_began = time.monotonic()
         self.longest_step = 0.0
@@ -116,26 +95,26 @@ class Watchdog(TrainerCallback):
                 self._end(waited)
 
     def _note(self) -> None:
-        if self.folder:
-            (self.folder / f"place-{self.rank}").write_text(f"{self.rank} {self.step} {self.stage}")
+        note_place(self._place())
+
+    def _place(self) -> Place:
+        return Place(self.rank, self.step, self.stage)
 
     def _end(self, waited: float) -> NoReturn:
-        behind = whom_the_others_wait_for(_places(self.folder) if self.folder else [])
-        rank, step, stage = self.rank, self.step, self.stage
-        if behind is not None:
-            rank, step, stage = behind.rank, behind.step, behind.stage
+        folder = ending_folder()
+        behind = whom_the_others_wait_for(read_places(folder) if folder else []) or self._place()
         sentence = (
-            f"Training process {rank} stood still {STAGES[stage]}, step {step}, for {waited:.0f} s; above is where "
-            "each process stood; another try goes on from the newest checkpoint, and if steps are as slow as that, "
-            f"raise --ddp_timeout (now {self.timeout:.0f} s)."
+            f"Training process {behind.rank} stood still {STAGES[behind.stage]}, step {behind.step}, for {waited:.0f} "
+            "s; above is where each process stood; another try goes on from the newest checkpoint, and if steps are as "
+            f"slow as that, raise --ddp_timeout (now {self.timeout:.0f} s)."
         )
         print(f"Where training process {self.rank} stands:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        if behind is not None and behind.rank != self.rank and behind.seen <= 2 * _NOTED_EVERY:
+        if behind.rank != self.rank and behind.seen <= 2 * _NOTED_EVERY:
             # The first to end takes the others with it; who hangs shall show its stacks before.
             time.sleep(5)
-        if self.folder:
-            (self.folder / "sentence").write_text(sentence)
+        if folder:
+            (folder / "sentence").write_text(sentence)
         else:
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(RETRY_EXIT)
@@ -152,12 +131,3 @@ def whom_the_others_wait_for(places: Iterable[Place]) -> Place | None:
     first = known[0]
     alone = len(known) == 1 or (first.step, first.stage) < (known[1].step, known[1].stage)
     return first if alone else None
-
-
-def _places(folder: Path) -> list[Place]:
-    now = time.time()
-    places = []
-    for file in folder.glob("place-*"):
-        rank, step, stage = file.read_text().split() or ("0", "0", "0")
-        places.append(Place(int(rank), int(step), int(stage), now - file.stat().st_mtime))
-    return places

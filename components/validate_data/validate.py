@@ -23,10 +23,11 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from .. import pictures, storage
 from ..errors import RetryableError, UserError
+from ..options import settings_from_options
 from ..progress import conclude, progress
 from ..samples import DATASET_FILE, DatasetInfo, Picture, Reject, RejectLog, Sample, SampleError, Split
 from .checking import Accepted, addresses, check_all, forget_pictures
@@ -64,18 +65,13 @@ class ValidationSettings:
 
 
 def settings_from(options: Mapping[str, Any]) -> ValidationSettings:
-    """The settings that a JSON object names; what it does not name has its default.
-
-    Raises:
-        UserError: a name is unknown, or its value of another type.
-    """
-    try:
-        return TypeAdapter(ValidationSettings).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"data_options: {first['loc'][0]}: {first['msg']}; known are eval_fraction and exif_transpose."
-        ) from error
+    """The settings that a JSON object names; see `settings_from_options`."""
+    return settings_from_options(
+        ValidationSettings,
+        options,
+        "data_options",
+        "eval_fraction and exif_transpose",
+    )
 
 
 def validate_data(
