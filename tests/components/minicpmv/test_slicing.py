@@ -104,6 +104,47 @@ def test_a_transparent_picture_stands_on_white() -> None:
     assert (pixels == 255).all()
 
 
+def test_where_the_processor_drops_the_alpha_channel_colours_stay() -> None:
+    clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
+    (pixels,) = cut(clear, plan_slices(100, 100, SlicingConfig()), SlicingConfig())
+    assert (pixels == (200, 0, 0)).all()
+
+
+@pytest.mark.parametrize(("width", "height", "grid"), [(640, 480, (1, 2)), (300, 1300, (3, 1)), (1000, 900, (2, 2))])
+def test_slices_of_the_native_generations_are_cut_from_pillows_pixels(
+    width: int, height: int, grid: tuple[int, int]
+) -> None:
+    image, config = noise(width, height), SlicingConfig()
+    plan = plan_slices(width, height, config)
+    overview, *slices = cut(image, plan, config)
+    assert plan.grid == grid
+    assert plan.refined is not None
+    np.testing.assert_array_equal(overview, np.asarray(image.resize(plan.overview, Image.Resampling.BICUBIC)))
+    whole = np.asarray(image.resize(plan.refined, Image.Resampling.BICUBIC))
+    rows = [np.concatenate(slices[start : start + grid[1]], axis=1) for start in range(0, len(slices), grid[1])]
+    np.testing.assert_array_equal(np.concatenate(rows), whole)
+
+
+def test_without_slice_mode_a_picture_of_any_size_is_an_overview() -> None:
+    config = SlicingConfig(slice_mode=False)
+    plan = plan_slices(4000, 3000, config)
+    assert (plan.grid, plan.refined, plan.slice_size) == (None, None, None)
+    assert plan.target_sizes == [(28, 37)]
+    assert [pixels.shape for pixels in cut(noise(400, 300), plan_slices(400, 300, config), config)] == [(392, 518, 3)]
+
+
+def test_settings_that_a_processor_leaves_out_are_the_published_ones() -> None:
+    published, ours = MiniCPMV4_6ImageProcessor(), SlicingConfig()
+    for name in ("max_slice_nums", "scale_resolution", "patch_size", "slice_mode"):
+        assert getattr(ours, name) == getattr(published, name)
+    assert ours.size_multiple == ours.patch_size
+
+
+def test_the_number_of_slices_alone_can_be_set_anew() -> None:
+    assert configured(9).with_max_slices(3) == configured(3)
+    assert configured(4).with_max_slices(None) == configured(4)
+
+
 def test_exif_orientation_is_ignored_as_in_the_processor() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to show
