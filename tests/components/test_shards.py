@@ -1,9 +1,11 @@
 import hashlib
+import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_shards import ROWS, assert_equal, row, write
@@ -12,8 +14,16 @@ from torch.utils.data import DataLoader
 from minicpmv_finetune.components import shards as module
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.row import Row
-from minicpmv_finetune.components.picture_codec import Codec
-from minicpmv_finetune.components.shards import MANIFEST_FILE, ShardReader, read_manifest, verify_shards
+from minicpmv_finetune.components.picture_codec import Codec, StoredPictures
+from minicpmv_finetune.components.shards import (
+    MANIFEST_FILE,
+    ShardReader,
+    StoredRow,
+    damaged_shards,
+    read_manifest,
+    verify_shards,
+    write_shard,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +63,37 @@ def test_without_pictures_rows_have_their_tokens_alone(folder: Path) -> None:
 
 def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
     assert pq.ParquetFile(folder / "train-00000.parquet").num_row_groups > 1
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(140, [1] * 5), (280, [2, 2, 1]), (281, [3, 2]), (10_000, [5])])
+def test_a_row_group_ends_where_its_rows_reach_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", limit)
+    pictures = StoredPictures([b"p" * 30, b"q" * 30], [])
+    rows = [StoredRow(f"row-{number}", range(10), range(10), pictures) for number in range(5)]
+    assert {found.bytes for found in rows} == {140}
+    shard = write_shard(tmp_path / "a.parquet", rows)
+    groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == expected
+    assert (shard.file, shard.rows, shard.bytes) == ("a.parquet", 5, (tmp_path / "a.parquet").stat().st_size)
+
+
+def test_a_shard_of_no_rows_is_a_file(tmp_path: Path) -> None:
+    assert write_shard(tmp_path / "a.parquet", []).rows == 0
+    assert pq.ParquetFile(tmp_path / "a.parquet").metadata.num_row_groups == 0
+
+
+def test_sizes_of_slices_are_told_in_patches_without_a_picture(folder: Path) -> None:
+    expected = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row(n).slices] for n in range(ROWS)]
+    assert ShardReader(folder, "train", pictures=False).slice_sizes() == expected
+
+
+def test_a_manifest_counts_a_splits_rows_and_lists_all_files(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert (manifest.rows("train"), manifest.rows("eval")) == (ROWS, 0)
+    both = manifest.model_copy(update={"shards": {"train": manifest.files[:1], "eval": manifest.files[1:]}})
+    assert both.files == manifest.files
 
 
 @pytest.mark.parametrize("codec", ["raw", "webp-lossless", "png"])
@@ -125,6 +166,80 @@ def test_verification_finds_a_flipped_bit(folder: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"{path.name}: its content differs"):
         verify_shards(folder, read_manifest(folder))
+
+
+def test_only_what_was_damaged_is_named(folder: Path) -> None:
+    names = [shard.file for shard in read_manifest(folder).files]
+    (folder / names[0]).unlink()
+    with (folder / names[2]).open("ab") as file:
+        file.write(b"more")
+    (folder / names[3]).unlink()
+    (folder / names[3]).mkdir()
+    damaged = damaged_shards(folder, read_manifest(folder).files)
+    assert [shard.file for shard in damaged] == [names[0], names[2], names[3]]
+    # Another hash, though the size is right.
+    other = read_manifest(folder).files[1].model_copy(update={"sha256": "0" * 64})
+    assert damaged_shards(folder, [other]) == [other]
+
+
+def test_a_read_that_fails_once_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, failures = pq.ParquetFile.read_row_group, [OSError("on its way"), pa.ArrowInvalid("CRC")]
+
+    def flaky(self: pq.ParquetFile, *arguments: object, **options: object) -> pa.Table:
+        flaky.calls += 1  # type: ignore[attr-defined]
+        if flaky.calls % 2 and failures:  # type: ignore[attr-defined]
+            raise failures.pop()
+        return plain(self, *arguments, **options)
+
+    flaky.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", flaky)
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[0], row(0))
+    assert_equal(reader[ROWS - 1], row(ROWS - 1))
+    assert not failures
+
+
+def test_neighbouring_rows_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, decoded = pq.ParquetFile.read_row_group, []
+
+    def counting(self: pq.ParquetFile, group: int, *arguments: object, **options: object) -> pa.Table:
+        decoded.append(group)
+        return plain(self, group, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    reader = ShardReader(folder, "train")
+    for number in (0, 1, 0, 1):
+        assert_equal(reader[number], row(number))
+    assert len(decoded) == len(set(decoded))
+
+
+def test_a_file_in_a_store_reads_like_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, asked = bytes(range(100)), []
+
+    def read_bytes(uri: str, span: tuple[int, int]) -> bytes:
+        asked.append((uri, *span))
+        return content[span[0] : span[0] + span[1]]
+
+    monkeypatch.setattr(module.storage, "read_bytes", read_bytes)
+    ours, plain = module._RemoteFile("s3://bucket/a", len(content)), io.BytesIO(content)
+    assert ours.readable()
+    assert ours.seekable()
+    steps = [(0, io.SEEK_SET, 4), (3, io.SEEK_CUR, 5), (-8, io.SEEK_END, 8), (0, io.SEEK_CUR, 4), (-9, io.SEEK_END, 99)]
+    steps += [
+        (50, io.SEEK_SET, 0),
+        (7, io.SEEK_SET, -1),
+        (99, io.SEEK_SET, 1),
+        (-3, io.SEEK_CUR, 2),
+        (98, io.SEEK_SET, -1),
+    ]
+    for offset, whence, size in steps:
+        assert ours.seek(offset, whence) == plain.seek(offset, whence) == ours.tell()
+        assert ours.read(size) == plain.read(size)
+        assert ours.tell() == plain.tell()
+    ours.seek(90)
+    assert ours.read() == content[90:]
+    # What lies beyond the end is not asked for, nor nothing at all.
+    assert all(uri == "s3://bucket/a" and length > 0 and start + length <= 100 for uri, start, length in asked)
 
 
 def test_a_missing_file_is_explained(folder: Path) -> None:

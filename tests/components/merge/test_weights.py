@@ -1,7 +1,9 @@
 """Safetensors files as they lie on disk, against the library's own reader and writer."""
 
 import json
+import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -274,11 +276,31 @@ def test_few_blocks_wait_for_the_disk(path: Path, tmp_path: Path) -> None:
     assert max(ahead) <= 10
 
 
-def write_sharded(folder: Path, **metadata: object) -> Path:
+def test_one_thread_writes_and_each_file_is_seen_onto_the_disk(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "merged"
     folder.mkdir()
-    save_file({"x": torch.zeros(2, 3)}, folder / "model-00001-of-00002.safetensors")
-    save_file({"y": torch.zeros(4)}, folder / "model-00002-of-00002.safetensors")
-    names = {"y": "model-00002-of-00002.safetensors", "x": "model-00001-of-00002.safetensors"}
+    threads: set[int] = set()
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)))
+    monkeypatch.setattr(module, "_COPY_BYTES", 1)
+    write_files(folder, planned_files(path), lambda planned: None, lambda size: threads.add(threading.get_ident()))
+    # Two would mix up the order of a file's bytes.
+    assert len(threads) == 1
+    written = [(folder / file.name).stat() for file in planned_files(path)]
+    assert synced == [(found.st_ino, found.st_size) for found in written]
+
+
+SHARDS = [f"model-0000{number}-of-00006.safetensors" for number in range(1, 7)]
+
+
+def write_sharded(folder: Path, **metadata: object) -> Path:
+    """Six files of one tensor each, told of in another order."""
+    folder.mkdir()
+    for number, name in enumerate(SHARDS):
+        save_file({f"layers.{number}": torch.zeros(2, number)}, folder / name)
+    names = {f"layers.{number}": SHARDS[number] for number in (3, 0, 5, 1, 4, 2)}
     document = {"metadata": metadata, "weight_map": names, "another": 1}
     (folder / "model.safetensors.index.json").write_text(json.dumps(document))
     return folder
@@ -287,13 +309,25 @@ def write_sharded(folder: Path, **metadata: object) -> Path:
 def test_a_sharded_checkpoint_is_read_in_the_order_of_its_files(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "sharded")
     assert find_index(folder) == folder / "model.safetensors.index.json"
-    assert [[tensor.name for tensor in file.tensors] for file in read_headers(folder)] == [["x"], ["y"]]
+    assert [file.path.name for file in read_headers(folder)] == SHARDS
+    assert [tensor.name for file in read_headers(folder) for tensor in file.tensors] == [
+        f"layers.{number}" for number in range(6)
+    ]
 
 
 def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "sharded")
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: named in the index but missing"):
+    (folder / SHARDS[1]).unlink()
+    with pytest.raises(UserError, match=rf"{SHARDS[1]}: named in the index but missing"):
+        read_headers(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "below/model.safetensors"])
+def test_an_index_leads_nowhere_but_into_its_folder(tmp_path: Path, name: str) -> None:
+    folder = write_sharded(tmp_path / "sharded")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"layers.0": SHARDS[0], "layers.1": name}}))
+    with pytest.raises(UserError, match="outside the folder"):
         read_headers(folder)
 
 
@@ -320,9 +354,9 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({}, {"total_size": 40}),
-        ({"total_size": 1, "total_parameters": 1}, {"total_size": 40, "total_parameters": 10}),
-        ({"author": "someone"}, {"author": "someone", "total_size": 40}),
+        ({}, {"total_size": 120}),
+        ({"total_size": 1, "total_parameters": 1}, {"total_size": 120, "total_parameters": 30}),
+        ({"author": "someone"}, {"author": "someone", "total_size": 120}),
     ],
 )
 def test_an_index_is_rewritten_for_the_new_files(
@@ -335,7 +369,7 @@ def test_an_index_is_rewritten_for_the_new_files(
         for file in read_headers(base)
     ]
     write_index(base, folder, files)
-    names = {"new.x": "model-00001-of-00002.safetensors", "new.y": "model-00002-of-00002.safetensors"}
+    names = {f"new.layers.{number}": name for number, name in enumerate(SHARDS)}
     found = json.loads((folder / "model.safetensors.index.json").read_text())
     assert found == {"metadata": expected, "weight_map": names, "another": 1}
 
