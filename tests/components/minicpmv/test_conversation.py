@@ -68,6 +68,14 @@ def test_every_answer_is_learnt_up_to_the_end_of_its_turn_and_nothing_else(encod
     assert learnt(encoder, talk) == ["A digit.<|im_end|>", "It is\n\n3 – or 8.<|im_end|>"]
 
 
+def test_what_is_trained_ends_with_the_turn_whether_a_line_break_follows_or_not(encoder: Encoder) -> None:
+    text = encoder.tokenizer.decode(encoder.encode(sample("Which?", "3")).input_ids).removeprefix("<s>")
+    assert text.endswith("assistant\n" + encoder.generation.empty_thinking + "3<|im_end|>\n")
+    whole, cut_off = encoder.encode_text(text), encoder.encode_text(text.removesuffix("\n"))
+    assert cut_off.labels == whole.labels[: len(cut_off.labels)]
+    assert set(whole.labels[len(cut_off.labels) :]) == {IGNORED_LABEL}
+
+
 def test_a_question_without_an_answer_teaches_nothing(encoder: Encoder) -> None:
     assert learnt(encoder, sample("What is it?")) == []
 
@@ -122,15 +130,34 @@ def test_pictures_stand_where_the_data_puts_them(encoder: Encoder) -> None:
         assert turns == [f"Look:{first}\n", f"And{second}\n\nhere?"]
 
 
+def test_line_breaks_at_the_ends_of_a_turn_stay(encoder: Encoder) -> None:
+    talk = sample(("\nLook:\n", 0, "\nWhat?\n"), "3", pictures=(SMALL,))
+    before, after = shown(encoder, talk).split("<image_id>")[0], shown(encoder, talk).split("</image>")[1]
+    assert before.startswith("\nLook:")
+    assert after == "\nWhat?\n"
+
+
 @pytest.mark.parametrize("version", ["2.6", "4.6"])
-def test_a_processor_without_picture_numbers_shows_none(
+def test_a_processor_shows_pictures_numbers_unless_it_says_otherwise(
     version: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(tiny(version), tmp_path / "checkpoint")
-    edit_image_settings(folder, use_image_id=False)
-    text = shown(Encoder.from_checkpoint(folder), sample((0, "\nWhat?"), "3", pictures=(WIDE,)))
-    assert text.startswith("<image>")
-    assert "image_id" not in text
+    one = sample((0, "\nWhat?"), "3", pictures=(WIDE,))
+    texts = {}
+    for told in (None, True, False):
+        folder = shutil.copytree(tiny(version), tmp_path / f"told {told}")
+        edit_image_settings(folder, use_image_id=told)
+        texts[told] = shown(Encoder.from_checkpoint(folder), one)
+    assert texts[None] == texts[True]
+    assert texts[True] == f"<image_id>0</image_id>{texts[False]}"
+
+
+def test_a_slice_of_the_published_size_takes_64_tokens(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("4.6"), tmp_path / "checkpoint")
+    edit_image_settings(folder, scale_resolution=448)
+    encoder = Encoder.from_checkpoint(folder)
+    large = Picture(uri="large.png", sha256="", width=896, height=896)
+    one = sample((0, "\nWhat?"), "3", pictures=(large,))
+    assert shown(encoder, one) == picture(encoder, 0, 64, (2, 2), 64) + "\nWhat?"
 
 
 def test_finer_merging_gives_a_slice_four_times_the_tokens(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -212,19 +239,37 @@ def test_a_template_that_loses_pictures_is_refused(tiny: Callable[[str], Path]) 
         encoder.encode(sample((0, "\n", 1, "\nWhat?"), "3", pictures=(SMALL, SMALL)))
 
 
-def test_a_tokenizer_that_cannot_be_read_is_explained_in_a_line(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny("2.6"), tmp_path / "checkpoint")
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="its tokenizer cannot be loaded") as caught:
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+def test_a_tokenizer_is_checked_when_it_is_read(version: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny(version), tmp_path / "checkpoint")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("</slice>", "</slyce>"))
+    with pytest.raises(UserError, match="lacks the special tokens </slice>; use"):
         Encoder.from_checkpoint(folder)
-    assert "\n" not in str(caught.value)
-    assert "()" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError("\nno such file\nlook at\nhttps://…"), "no such file"), (ValueError(" "), "ValueError")],
+)
+def test_a_tokenizer_that_cannot_be_read_is_explained_in_a_line(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(UserError, match=rf"its tokenizer cannot be loaded \({told}\); the folder needs"):
+        Encoder.from_checkpoint(tiny("2.6"))
 
 
 def edit_image_settings(folder: Path, **fields: object) -> None:
+    """None takes a field out."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             document = json.loads((folder / name).read_text())
-            document.get("image_processor", document).update(fields)
+            settings = document.get("image_processor", document)
+            settings.update(fields)
+            for field in [field for field, value in fields.items() if value is None]:
+                del settings[field]
             (folder / name).write_text(json.dumps(document))
