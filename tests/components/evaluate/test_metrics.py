@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -85,6 +86,36 @@ def test_error_rates_pool_lengths() -> None:
         assert tuple(METRICS[name].weight([text]) for text in (" ab", "abc defg")) == lengths
 
 
+@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"cer", "wer"}))
+def test_elsewhere_every_sample_counts_alike(name: str) -> None:
+    assert {METRICS[name].weight([text]) for text in ("", "ab", "abc defg")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        *((name, 0.5, 0.49) for name in ("anls", "vqa_accuracy", "token_f1", "rouge_l")),
+        *(
+            (name, 1, 0.99)
+            for name in ("exact_match", "relaxed_accuracy", "contains", "multiple_choice", "json_fields")
+        ),
+        *((name, 0, 0.01) for name in ("cer", "wer")),
+    ],
+)
+def test_an_answer_is_right_from_the_metrics_own_score_on(name: str, right: float, wrong: float) -> None:
+    assert METRICS[name].is_right(right)
+    assert not METRICS[name].is_right(wrong)
+
+
+@pytest.mark.parametrize("score", [exact_match, anls, relaxed_accuracy, contains, token_f1, rouge_l, multiple_choice])
+def test_the_best_of_several_expected_answers_counts(score: Callable[[str, list[str]], float]) -> None:
+    others = ["D. something else", "A. far away"]
+    for place in range(3):
+        expected = [*others[:place], "B", *others[place:]]
+        assert score("B", expected) == 1
+    assert score("C", others) == 0
+
+
 @given(WORDS, SOME_WORDS)
 def test_rouge_l(answer: str, reference: str) -> None:
     given_words, wanted = (re.sub(r"[^a-z0-9]+", " ", text.lower()).split() for text in (answer, reference))
@@ -96,6 +127,11 @@ def test_rouge_l(answer: str, reference: str) -> None:
 
 def test_rouge_l_knows_scripts_without_spaces() -> None:
     assert rouge_l("数字是三", ["数字是五"]) == 0.75
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("", "a word"), ("a word", "!"), ("!", "!"), ("", "")])
+def test_rouge_l_without_words_is_zero(answer: str, expected: str) -> None:
+    assert rouge_l(answer, [expected]) == 0
 
 
 @given(WORDS, st.lists(SOME_WORDS, min_size=1, max_size=3))
@@ -149,6 +185,12 @@ def test_vqa_accuracy_normalises_as_published(answer: str, person: str) -> None:
     assert vqa_accuracy(answer, [person] * 10) == 1
 
 
+def test_vqa_accuracy_takes_number_words_for_digits() -> None:
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    for number, word in enumerate(words):
+        assert vqa_accuracy(word, [str(number)] * 10) == 1
+
+
 @pytest.mark.parametrize(("answer", "person"), [("its", "it's"), ("were", "we're"), ("3.5", "35"), ("cat", "cats")])
 def test_vqa_accuracy_keeps_different_words_apart(answer: str, person: str) -> None:
     assert vqa_accuracy(answer, [person] * 10) == 0
@@ -165,7 +207,14 @@ def test_relaxed_accuracy_of_numbers(given_number: float, wanted: float) -> None
     [
         ("105", "100", 1),
         ("105.1", "100", 0),
-        ("9.6%", "0.1", 1),
+        ("95", "100", 1),
+        ("94.9", "100", 0),
+        ("-95", "-100", 1),
+        ("9.51%", "0.1", 1),
+        ("9.4%", "0.1", 0),
+        ("10.49%", "0.1", 1),
+        ("10.6%", "0.1", 0),
+        ("50%", "50 %", 1),
         ("0", "0", 1),
         ("0.0", "0", 0),
         ("France", "france ", 1),
@@ -253,7 +302,10 @@ def sample(**fields: object) -> Sample:
 def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
     assert expected_answers(sample()) == ("cat",)
     assert expected_answers(sample(answers=("cat", "dog"))) == ("cat", "dog")
+    more = (Turn(role="user", parts=("And there?",)), Turn(role="assistant", parts=("A dog.",)))
+    assert expected_answers(sample(turns=(*sample().turns, *more))) == ("A dog.",)
     assert metric_of(sample(metric="anls"), "cer").name == "anls"
+    assert metric_of(sample(answers=("cat", "dog")), "vqa_accuracy").name == "vqa_accuracy"
     assert metric_of(sample(), "cer").name == "cer"
 
 
@@ -265,6 +317,9 @@ def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
         ({"answers": ("a", "b")}, "wer", "here are 2"),
         ({}, "multiple_choice", "'cat'"),
         ({}, "json_fields", "as JSON"),
+        ({"answers": ("[1]", "[2]")}, "json_fields", "here are 2"),
+        ({"answers": (" ",)}, "cer", "here are 1"),
+        ({"answers": ("A. cat", "dog")}, "multiple_choice", "'dog'"),
     ],
 )
 def test_an_undefined_metric_is_refused_with_its_sample(fields: dict[str, object], metric: str, words: str) -> None:
