@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from minicpmv_finetune.components.shards import (
     verify_shards,
     write_shard,
 )
+
+PLAIN_ROW_GROUP_BYTES = module.ROW_GROUP_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def test_reader_is_indexed_like_a_list(folder: Path) -> None:
     assert_equal(reader[-1], row(ROWS - 1))
     assert [found.id for found in reader[2:9:3]] == ["row-2", "row-5", "row-8"]
     for outside in (ROWS, -ROWS - 1):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"^{outside}$"):
             reader[outside]
 
 
@@ -65,18 +68,28 @@ def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
     assert pq.ParquetFile(folder / "train-00000.parquet").num_row_groups > 1
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(140, [1] * 5), (280, [2, 2, 1]), (281, [3, 2]), (10_000, [5])])
+@pytest.mark.parametrize(("limit", "expected"), [(140, [1] * 7), (280, [2, 2, 2, 1]), (281, [3, 3, 1]), (10_000, [7])])
 def test_a_row_group_ends_where_its_rows_reach_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: list[int]
 ) -> None:
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", limit)
     pictures = StoredPictures([b"p" * 30, b"q" * 30], [])
-    rows = [StoredRow(f"row-{number}", range(10), range(10), pictures) for number in range(5)]
+    rows = [StoredRow(f"row-{number}", range(10), range(10), pictures) for number in range(7)]
     assert {found.bytes for found in rows} == {140}
     shard = write_shard(tmp_path / "a.parquet", rows)
     groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
     assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == expected
-    assert (shard.file, shard.rows, shard.bytes) == ("a.parquet", 5, (tmp_path / "a.parquet").stat().st_size)
+    assert (shard.file, shard.rows, shard.bytes) == ("a.parquet", 7, (tmp_path / "a.parquet").stat().st_size)
+
+
+def test_a_row_group_is_a_mebibyte_so_that_a_random_read_decodes_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", PLAIN_ROW_GROUP_BYTES)
+    rows = [StoredRow(str(number), [], [], StoredPictures([bytes(2**18)], [])) for number in range(9)]
+    write_shard(tmp_path / "a.parquet", rows)
+    groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == [4, 4, 1]
 
 
 def test_a_shard_of_no_rows_is_a_file(tmp_path: Path) -> None:
@@ -222,6 +235,7 @@ def test_a_file_in_a_store_reads_like_one_here(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(module.storage, "read_bytes", read_bytes)
     ours, plain = module._RemoteFile("s3://bucket/a", len(content)), io.BytesIO(content)
+    assert ours.read(3) == plain.read(3)
     assert ours.readable()
     assert ours.seekable()
     steps = [(0, io.SEEK_SET, 4), (3, io.SEEK_CUR, 5), (-8, io.SEEK_END, 8), (0, io.SEEK_CUR, 4), (-9, io.SEEK_END, 99)]
@@ -264,6 +278,8 @@ def test_without_a_manifest_there_are_no_shards(folder: Path) -> None:
 
 
 def test_a_newer_manifest_is_refused(folder: Path) -> None:
-    (folder / MANIFEST_FILE).write_text('{"schema_version": 99}')
+    document = json.loads((folder / MANIFEST_FILE).read_text())
+    assert document["schema_version"] == 2
+    (folder / MANIFEST_FILE).write_text(json.dumps(document | {"schema_version": 3}))
     with pytest.raises(UserError, match="upgrade minicpmv-finetune"):
         read_manifest(folder)
