@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -285,7 +286,12 @@ def test_one_thread_writes_and_each_file_is_seen_onto_the_disk(
     synced: list[tuple[int, int]] = []
     monkeypatch.setattr("os.fsync", lambda number: synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)))
     monkeypatch.setattr(module, "_COPY_BYTES", 1)
-    write_files(folder, planned_files(path), lambda planned: None, lambda size: threads.add(threading.get_ident()))
+
+    def slowly(size: int) -> None:
+        threads.add(threading.get_ident())
+        time.sleep(0.001)
+
+    write_files(folder, planned_files(path), lambda planned: None, slowly)
     # Two would mix up the order of a file's bytes.
     assert len(threads) == 1
     written = [(folder / file.name).stat() for file in planned_files(path)]
