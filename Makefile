@@ -4,7 +4,7 @@ SEED ?= 42
 BIN := .venv/bin
 
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
-	browser lock readmes compiled base-image images demo-containers clean
+	mutation coverage browser lock readmes compiled base-image images demo-containers clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -54,6 +54,21 @@ bench-merge: install  ## time merging a 4 GB model against copying it
 
 bench-data: install  ## time preparing, reading and moving data against the usual ways
 	$(BIN)/python benchmarks/data.py
+
+mutation: install  ## change six files in 980 small ways, and count which the tests notice (20 minutes)
+	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/mutation.py
+
+# Beside the locked packages, not among them; what a test starts finds it by the same path.
+coverage: export PYTHONPATH := $(CURDIR)/build/coverage
+coverage: install browser build/coverage/sitecustomize.py  ## say which lines and branches no test reaches, those of the started processes too
+	rm -rf build/coverage/data && mkdir build/coverage/data
+	$(BIN)/python -m coverage run -m pytest -n 2 -m "not faults_only"
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
+
+build/coverage/sitecustomize.py:
+	$(BIN)/python -m pip install -q --disable-pip-version-check --target build/coverage coverage==7.17.4
+	echo "import coverage; coverage.process_startup()" > $@
 
 browser:  ## install Chromium, in which the tests open the reports
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

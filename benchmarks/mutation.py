@@ -107,6 +107,8 @@ def main() -> None:
         total = len(mutants)
         if options.again:
             mutants = [mutant for mutant in mutants if asdict(mutant) in earlier[target]["survivors"]]
+            if len(mutants) != len(earlier[target]["survivors"]):
+                raise SystemExit(f"{target}: it was changed since; run without --again")
         outcome = meet(target, mutants)
         if options.again:
             outcome.mutants, outcome.killed = total, total - len(outcome.survivors)
