@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.train.checkpoints import Checkpoints
 from minicpmv_finetune.components.train.train import launch
@@ -164,3 +165,57 @@ def test_store_keeps_the_newest_and_replaces_a_damaged_local_copy(tmp_path: Path
     elsewhere = _checkpoints(tmp_path / "elsewhere", f"{s3_uri}/kept")
     assert elsewhere.newest() == tmp_path / "elsewhere" / "checkpoint-3"
     assert elsewhere._steps(f"{s3_uri}/kept") == {2, 3}
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "a file is missing"])
+def test_a_checkpoint_damaged_in_the_store_gives_way_to_the_one_before(
+    tmp_path: Path, s3_uri: str, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    checkpoints = _checkpoints(tmp_path / "local", f"{s3_uri}/kept")
+    for step in (1, 2):
+        _written(tmp_path / "local", step, b"%d" % step)
+        checkpoints.seal(step)
+    checkpoints.finish_upload()
+    file = f"{s3_uri}/kept/checkpoint-2/deep/file"
+    if damage == "other bytes":
+        storage.write_bytes(file, b"3")
+    else:
+        storage.remove_file(file)
+    found = _checkpoints(tmp_path / "elsewhere", f"{s3_uri}/kept").newest()
+    assert found == tmp_path / "elsewhere" / "checkpoint-1"
+    assert (found / "deep" / "file").read_bytes() == b"1"
+    assert "checkpoint-2 is damaged; the one before it is tried" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere" / "checkpoint-2").exists()
+    assert not (tmp_path / "elsewhere" / "checkpoint-2.json").exists()
+
+
+def test_a_checkpoint_of_two_nodes_is_whole_in_the_store(tmp_path: Path, s3_uri: str) -> None:
+    first, second = (_checkpoints(tmp_path / name, f"{s3_uri}/kept", world_size=2) for name in ("first", "second"))
+    _written(tmp_path / "first", 1)
+    (tmp_path / "second" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "second" / "checkpoint-1" / "rng_state_1.pth").write_bytes(b"state")
+    parts = second.upload_part(1)
+    assert parts.keys() == {"rng_state_1.pth"}
+    assert not (tmp_path / "second" / "checkpoint-1").exists(), "its disk stays free"
+    first.seal(1, parts)
+    first.finish_upload()
+    found = _checkpoints(tmp_path / "again", f"{s3_uri}/kept", world_size=2).newest()
+    assert found is not None
+    assert (found / "rng_state_1.pth").read_bytes() == b"state"
+    assert (found / "deep" / "file").read_bytes() == b"weights"
+
+
+def test_nodes_that_share_a_folder_upload_no_parts(tmp_path: Path) -> None:
+    _written(tmp_path, 1)
+    assert _checkpoints(tmp_path).upload_part(1) == {}
+    assert (tmp_path / "checkpoint-1" / "deep" / "file").exists()
+
+
+def test_a_checkpoint_of_a_newer_program_is_refused(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    _written(tmp_path, 1)
+    checkpoints.seal(1)
+    seal = tmp_path / "checkpoint-1.json"
+    seal.write_text(seal.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(UserError, match="schema version 2 is newer than this program's 1; upgrade"):
+        checkpoints.newest()
