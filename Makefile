@@ -55,7 +55,7 @@ bench-merge: install  ## time merging a 4 GB model against copying it
 bench-data: install  ## time preparing, reading and moving data against the usual ways
 	$(BIN)/python benchmarks/data.py
 
-mutation: install  ## change six files in 980 small ways, and count which the tests notice (20 minutes)
+mutation: install  ## change six files in 980 small ways, and count which the tests notice (half an hour)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/mutation.py
 
 # Beside the locked packages, not among them; what a test starts finds it by the same path.
