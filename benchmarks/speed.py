@@ -38,6 +38,7 @@ from minicpmv_finetune.components.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.components.minicpmv.packed import prepare_for_packing
 from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
 from minicpmv_finetune.components.minicpmv.slicing import SlicingConfig, cut, plan_slices
+from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 
 RESULTS = Path("build/bench/speed.jsonl")
 PROFILE = Path("docs/pictures/step.png")
@@ -62,6 +63,7 @@ class Switches:
     logits: bool = False
     features: bool = False
     packing: bool = False
+    fused: bool = False
 
 
 PLAIN = Switches()
@@ -70,8 +72,9 @@ ALONE = {
     "short logits": replace(PLAIN, logits=True),
     "stored features": replace(PLAIN, features=True),
     "packing": replace(PLAIN, packing=True),
+    "fused adapters": replace(PLAIN, fused=True),
 }
-ALL = Switches(sliced_before=True, logits=True, features=True, packing=True)
+ALL = Switches(sliced_before=True, logits=True, features=True, packing=True, fused=True)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,8 @@ def _steps(version: str, shape: Shape, case: Switches, pictures: Sequence[Path],
     language_model = next(g.language_model for g in GENERATIONS if g.version == version)
     if case.packing:
         prepare_for_packing(base, language_model)
+    if case.fused:
+        fuse_adapters(trained)
     slicing = replace(_slicing(version), max_slice_nums=slices)
     ready = [_row(picture, number, version, shape, slicing) for number, picture in enumerate(pictures)]
     stored = [_features(base, row) for row in ready] if case.features else []

@@ -89,6 +89,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True,
         metadata={"help": "Compute logits only where something is learnt; loss and gradients are the same."},
     )
+    fused_lora: bool = field(
+        default=True,
+        metadata={"help": "Compute a layer and its adapter in one step; loss and gradients are the same."},
+    )
     reuse_vision_features: bool = field(
         default=True,
         metadata={

@@ -7,13 +7,16 @@ tower. The price is disk: about as much as the slices' plain pixels for 4.6 in b
 size is known, and said, before anything is computed.
 
 A store's name is a digest of all that decides its content: the tower's weights, type and code, the rows' pictures and
-the libraries that cut them. So a stale feature cannot be read: another tower looks elsewhere.
+the libraries that cut them. So a stale feature cannot be read: another tower looks elsewhere. Where the disk has no
+room for a new store, those that nobody has open go, the one not used for longest first.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,6 +47,7 @@ PATCHES_AT_ONCE = 2**14
 
 _PATCHES, _INDEX = "patches.bin", "index.safetensors"
 _SPARE_BYTES = 2**30  # of the disk, left to others
+_JUST_FOUND = 3600  # seconds after which a store that somebody found is surely open
 _BLANK = 4  # patches a side of the picture that tells how many vectors come of a slice
 _CODE = (batch, modeling, modeling_4_6)
 _LIBRARIES = ("pillow", "torch", "torchvision", "transformers")
@@ -94,10 +98,12 @@ class StorePlan:
 
 
 class FeatureStore:
-    """A finished store; a copy sent to another process opens the file anew."""
+    """A finished store, which stays while it is open; a copy sent to another process opens the file anew."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._open = (folder / _INDEX).open("rb")
+        fcntl.flock(self._open, fcntl.LOCK_SH)
         index = load_file(folder / _INDEX)
         with safe_open(folder / _INDEX, framework="pt") as file:
             described = file.metadata()
@@ -156,9 +162,15 @@ def make_stores(
         tower.eval()
         key = _digest(model, tower, training)
         plans = {split: _plan(model, training.device, ShardReader(shards, split), cache, key) for split in splits}
+        for plan in plans.values():
+            if plan.is_there:
+                os.utime(plan.folder / _INDEX)  # when it was last used
         missing = {split: plan for split, plan in plans.items() if not plan.is_there}
         wanted = sum(plan.bytes for plan in missing.values())
         cache.mkdir(parents=True, exist_ok=True)
+        if wanted and training.local_process_index == 0:
+            _make_room(cache / "features", wanted, {plan.folder for plan in plans.values()})
+        _meet(training)
         free = shutil.disk_usage(cache).free - _SPARE_BYTES
         where = f"vision features of {sum(len(plan.sizes) for plan in plans.values()):,} slices"
         if not _all_agree(wanted <= free, training):
@@ -198,6 +210,25 @@ def _plan(model: PreTrainedModel, device: torch.device, reader: ShardReader, cac
     first_slice = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     first_patch = torch.cat([torch.zeros(1, dtype=torch.long), (sizes.long().prod(1) // merged).cumsum(0)])[first_slice]
     return StorePlan(cache / "features" / name, sizes, first_slice, first_patch, of_blank.shape[-1], of_blank.dtype)
+
+
+def _make_room(stores: Path, wanted: int, keep: set[Path]) -> None:
+    """Delete stores not used for longest, if so many bytes come free by it; those in use or to keep stay."""
+    lacking = wanted - (shutil.disk_usage(stores.parent).free - _SPARE_BYTES)
+    deleted: list[Path] = []
+    for index in sorted(stores.glob(f"[!.]*/{_INDEX}"), key=lambda index: index.stat().st_mtime):
+        if lacking <= 0 or index.parent in keep or time.time() - index.stat().st_mtime < _JUST_FOUND:
+            continue
+        with index.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+        deleted.append(index.parent)
+        lacking -= (index.parent / _PATCHES).stat().st_size
+    if lacking <= 0:
+        for store in deleted:
+            shutil.rmtree(store, ignore_errors=True)
 
 
 def _make(

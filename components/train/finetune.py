@@ -43,6 +43,7 @@ from .callbacks import Sealer, Stopper, Watcher, peak_memory
 from .checkpoints import Checkpoints
 from .ending import end_again, leave
 from .feature_store import FeatureStore, PatchFeatures, is_reusable, join, make_stores
+from .fused_lora import fuse_adapters
 from .packing import plan_packs
 from .quantised import four_bit_options, prepare_four_bit
 from .report import write_report
@@ -97,6 +98,8 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     # Before the adapters' random start, which the Trainer's own seeding comes too late for.
     set_seed(training.seed)
     trained = make_trainable(model, generation, arguments)
+    if training.use_lora and training.fused_lora and not (is_deepspeed_zero3_enabled() or training.fsdp):
+        fuse_adapters(trained)
     if training.fp16:
         # Gradient scaling needs what is trained in float32.
         for parameter in trained.parameters():

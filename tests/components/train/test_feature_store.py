@@ -1,5 +1,9 @@
+import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +82,38 @@ def test_a_full_disk_is_said_and_nothing_is_written(
     assert folder == Path()
     assert "--cache_dir leads to another disk" in said[0]
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_old_stores_make_room_for_a_new_one_unless_they_are_open(
+    model: PreTrainedModel, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another() -> Path:
+        with torch.no_grad():
+            model.model.vision_tower.post_layernorm.bias[0] += 1e-3
+        return make(model)[0]
+
+    def used(store: Path, hours: int) -> None:
+        then = time.time() - 3600 * hours
+        os.utime(store / "index.safetensors", (then, then))
+
+    opened, older, newer, just_found = another(), another(), another(), another()
+    used(opened, 9), used(older, 5), used(newer, 3)
+    store = FeatureStore(opened)
+    size = (older / "patches.bin").stat().st_size
+    spare = shutil.disk_usage(older).free
+
+    def leaves(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    # The freed bytes are not seen in the figure above, so nothing is computed here; what went is what counts.
+    monkeypatch.setattr(feature_store, "_SPARE_BYTES", spare)
+    leaves(spare + size - 3 * size)
+    another()
+    assert all(one.exists() for one in (opened, older, newer, just_found)), "not enough would come free"
+    leaves(spare + size - size // 2)
+    another()
+    assert [one.exists() for one in (opened, older, newer, just_found)] == [True, False, True, True]
+    assert len(store[0].patches)
 
 
 def test_a_tower_that_learns_or_drops_is_not_stored(model: PreTrainedModel) -> None:

@@ -1,0 +1,205 @@
+"""A layer that computes with its adapter in one step gives what PEFT's gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.minicpmv.generations import GENERATIONS, generation_of
+from minicpmv_finetune.components.train import fused_lora
+from minicpmv_finetune.components.train.fused_lora import FusedLoraLinear, fuse_adapters
+
+
+def _adapted(
+    *, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any
+) -> PeftModel:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10, bias=bias), nn.SiLU(), nn.Linear(10, 6, bias=bias)).to(dtype)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        lora_dropout=dropout,
+        target_modules=["0", "2"],
+        init_lora_weights=False,
+        **options,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _learn(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    output = model(x)
+    output.float().square().sum().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return {"output": output.detach(), "input": x.grad, **gradients}
+
+
+def _is_fused(model: nn.Module) -> bool:
+    kinds = {type(module) for module in model.modules() if isinstance(module, LoraLinear)}
+    return kinds == {FusedLoraLinear}
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_output_and_gradients_are_pefts(shape: tuple[int, ...], bias: bool, whole: bool) -> None:
+    model, x = _adapted(bias=bias).train(), torch.randn(shape)
+    model.requires_grad_(True) if whole else None
+    plain = _learn(model, x)
+    fuse_adapters(model)
+    assert _is_fused(model)
+    fused = _learn(model, x)
+    assert plain.keys() == fused.keys()
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda one: one.version)
+def test_whole_models_learn_the_same(generation: Any, tiny: Callable[[str], Path]) -> None:
+    folder = tiny(generation.version)
+    model = load_model(folder, torch.float32)[0]
+    torch.manual_seed(0)
+    targets = rf".*{generation_of(folder).language_model.replace('.', '[.]')}.*proj.*"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).train()
+    ids = torch.randint(20, 60, (2, 17))
+
+    def learn() -> dict[str, torch.Tensor]:
+        adapted.zero_grad()
+        loss = adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {
+            name: value.grad.clone() for name, value in adapted.named_parameters() if value.grad is not None
+        }
+
+    plain = learn()
+    fuse_adapters(adapted)
+    assert _is_fused(adapted)
+    fused = learn()
+    largest = max(float(value.abs().max()) for value in plain.values())
+    assert plain.keys() == fused.keys()
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_dropout_gives_the_gradients_of_the_elements_it_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's own path, its dropout changed for the same factors, is what must come out."""
+    model, x = _adapted(dropout=0.4).train(), torch.randn(3, 5, 12)
+    factors: dict[torch.Size, torch.Tensor] = {}
+
+    def drawn(of: torch.Tensor, *_: object) -> torch.Tensor:
+        return factors.setdefault(of.shape, torch.nn.functional.dropout(torch.ones(of.shape), 0.4))
+
+    monkeypatch.setattr(fused_lora, "_kept", drawn)
+    kept = model.state_dict().keys()
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    hooks = [one.register_forward_hook(lambda _, given, made: given[0] * drawn(given[0])) for one in dropouts]
+    plain = _learn(model, x)
+    for hook in hooks:
+        hook.remove()
+    fuse_adapters(model)
+    fused = _learn(model, x)
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5)
+    assert model.state_dict().keys() == kept
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
+def test_dropout_leaves_the_share_asked_for_and_the_mean_as_it_was(rate: float) -> None:
+    torch.manual_seed(0)
+    x = torch.empty(1001, 999)
+    kept = fused_lora._kept(x, torch.float32, rate)
+    assert kept.shape == x.shape
+    assert float((kept == 0).float().mean()) == pytest.approx(rate, abs=0.002)
+    assert bool((kept[kept != 0] == kept.max()).all())
+    if rate == 1:
+        assert not kept.any()
+    else:
+        assert float(kept.mean()) == pytest.approx(1, abs=0.003)
+    # Neighbours are drawn from the same number; they know nothing of each other.
+    gone = (kept == 0).float() - rate
+    assert float((gone[:, 1:] * gone[:, :-1]).mean()) == pytest.approx(0, abs=0.003)
+
+
+def test_nothing_is_dropped_in_evaluation_and_a_seed_draws_the_same() -> None:
+    model, x = _adapted(dropout=0.5), torch.randn(4, 12)
+    fuse_adapters(model)
+    model.train()
+    torch.manual_seed(1)
+    first = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, model(x))
+    assert not torch.equal(first, model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_step_computed_again_drops_the_same() -> None:
+    model, x = _adapted(dropout=0.5).train(), torch.randn(4, 12)
+    fuse_adapters(model)
+    torch.manual_seed(1)
+    plain = _learn(model, x)
+    torch.manual_seed(1)
+    again = _learn(_Recomputed(model), x)
+    assert torch.equal(plain["input"], again["input"])
+
+
+class _Recomputed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_mixed_precision_computes_as_peft_does() -> None:
+    model, x = _adapted().train(), torch.randn(8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = _learn(model, x)
+    fuse_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = _learn(model, x)
+    assert fused["output"].dtype == plain["output"].dtype == torch.bfloat16
+    for name in plain:
+        assert fused[name].dtype == plain[name].dtype, name
+        largest = float(plain[name].abs().max())
+        torch.testing.assert_close(fused[name], plain[name], rtol=0.05, atol=0.02 * largest)
+
+
+def test_what_is_more_than_plain_lora_goes_pefts_way() -> None:
+    rich = _adapted(use_dora=True)
+    fuse_adapters(rich)
+    assert not any(isinstance(module, FusedLoraLinear) for module in rich.modules())
+
+    x = torch.randn(4, 12)
+    plain, fused = _adapted().eval(), _adapted().eval()
+    fuse_adapters(fused)
+    for change in (
+        lambda model: model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)),
+        lambda model: model.base_model.set_adapter(["default", "second"]),
+        lambda model: model.base_model.merge_adapter(["default"]),
+        lambda model: model.base_model.unmerge_adapter(),
+        lambda model: model.base_model.disable_adapter_layers(),
+    ):
+        for model in (plain, fused):
+            torch.manual_seed(3)
+            change(model)
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_adapters_of_another_type_than_the_model_compute_in_their_own() -> None:
+    model, x = _adapted(dtype=torch.bfloat16), torch.randn(4, 12, dtype=torch.bfloat16)
+    for name, value in model.named_parameters():
+        value.data = value.data.float() if "lora" in name else value.data
+    plain = model(x)
+    fuse_adapters(model)
+    assert torch.equal(model(x), plain)
