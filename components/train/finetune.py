@@ -44,6 +44,7 @@ from .checkpoints import Checkpoints
 from .ending import end_again, leave
 from .feature_store import FeatureStore, PatchFeatures, is_reusable, join, make_stores
 from .fused_lora import fuse_adapters
+from .liger import use_liger
 from .packing import plan_packs
 from .quantised import four_bit_options, prepare_four_bit
 from .report import write_report
@@ -214,6 +215,9 @@ def _load(base: Path, arguments: Arguments) -> tuple[PreTrainedModel, Generation
         model, generation = load_model(base, _compute_dtype(training), **four_bit_options(generation, training))
         prepare_four_bit(model, training)
     model.config.use_cache = False
+    if training.use_liger_kernel:
+        use_liger(model.get_submodule(generation.language_model))
+        training.use_liger_kernel = False  # transformers would try again, by the whole model's name
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
     return model, generation
 
