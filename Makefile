@@ -42,12 +42,18 @@ bench: install  ## time training steps with and without what makes them faster
 bench-scaling: install  ## time how training grows with samples, slices and length
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --only scaling
 
-bench-peers: install build/peers/ms-swift/bin/swift  ## time ms-swift on the same data, in an environment of its own
-	$(BIN)/python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift
+bench-peers: install build/peers/ms-swift/bin/swift build/peers/trl/installed  ## time ms-swift and TRL on the same data
+	$(BIN)/python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift --trl build/peers/trl/bin/python
 
 build/peers/ms-swift/bin/swift:
 	$(PYTHON) -m venv build/peers/ms-swift
 	build/peers/ms-swift/bin/python -m pip install -q --disable-pip-version-check ms-swift==4.6.0 torchvision
+
+build/peers/trl/installed:
+	$(PYTHON) -m venv build/peers/trl
+	build/peers/trl/bin/python -m pip install -q --disable-pip-version-check trl==1.16.0 peft torchvision pillow \
+		transformers==$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements.lock)
+	touch $@
 
 bench-merge: install  ## time merging a 4 GB model against copying it
 	$(BIN)/python benchmarks/merge.py

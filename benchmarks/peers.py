@@ -1,16 +1,17 @@
-"""How fast others fine-tune the same model on the same data: ms-swift, side by side.
+"""How fast others fine-tune the same model on the same data: ms-swift and TRL, side by side.
 
-    python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift [--rounds 3]
+    python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift [--trl build/peers/trl/bin/python] [--rounds 3]
 
 Same checkpoint, photographs, batch, precision and supervised tokens; LoRA r 16, alpha 32, on all linear layers of the
-language model. Here the merger and the embeddings are trained whole beside it, which ms-swift's run leaves frozen;
-pictures are sliced before (raw shards), and batches hold samples of like length. Both
+language model and nothing else (with vision trained the tower too: whole here, by adapters there). Here pictures are
+sliced before (raw shards), and batches hold samples of like length. Each runs as one process of all threads or as one
+process a core with its part of the batch, whichever was faster for it in an epoch tried before (TRL: one process). All
 say themselves how long their training loop took, imports and loading apart. An epoch from the second on is what three
-epochs take more than one, halved; here it is a third of three, since stored features are computed before the loop, and
-the seconds for that are told apart.
+epochs take more than one, halved; here it is a third of three, since stored features are computed before the loop.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,8 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 RESULTS = Path("build/bench/speed.jsonl")
 FOLDER = Path("build/bench/peers")
 LONGEST = 8192
+BATCH = 4
 SHARED = {
-    "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "learning_rate": 2e-3,
     "dataloader_num_workers": 2,
@@ -49,6 +52,7 @@ def main() -> None:
     """Measure by turns, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swift", type=Path, required=True, help="its command")
+    parser.add_argument("--trl", type=Path, help="the Python that TRL is installed for")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
     parser.add_argument("--photographs", type=int, default=120, help="of an epoch")
     parser.add_argument("--attention", default="sdpa", help="of ms-swift: sdpa or eager")
@@ -61,31 +65,52 @@ def main() -> None:
     started = time.monotonic()
     shards = _prepare(base)
     prepared = time.monotonic() - started
-    swift: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
+    stores = itertools.count()
+
+    def here(epochs: int, vision: bool, processes: int) -> float:
+        return _ours(base, shards, epochs, vision, processes, next(stores))
+
+    def swift(epochs: int, vision: bool, processes: int) -> float:
+        return _swift(options, base, epochs, vision, processes)
+
+    tried = {
+        name: {processes: run(1, False, processes) for processes in (1, os.cpu_count() or 1)}
+        for name, run in (("ms-swift", swift), ("here", here))
+    }
+    fastest = {name: min(ways, key=ways.__getitem__) for name, ways in tried.items()}
+    Console().print(f"an epoch by 1 process of all threads, or a process a core: {tried}")
+    theirs: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
     ours: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
-    for number in range(options.rounds):
+    trl: dict[int, list[float]] = {1: [], 3: []}
+    for _ in range(options.rounds):
         for name, epochs, vision in (("one", 1, False), ("three", 3, False), ("vision", 1, True)):
-            swift[name].append(_swift(options, base, epochs, vision))
-            ours[name].append(_ours(base, shards, epochs, vision, number))
-    theirs_later = (statistics.median(swift["three"]) - statistics.median(swift["one"])) / 2
-    ours_later = statistics.median(ours["three"]) / 3
-    raw = f"raw seconds: ms-swift {_rounded(swift)}, here {_rounded(ours)}"
+            theirs[name].append(swift(epochs, vision, fastest["ms-swift"]))
+            ours[name].append(here(epochs, vision, fastest["here"]))
+            if options.trl and not vision:
+                trl[epochs].append(_trl(options.trl, epochs))
+    raw = f"raw seconds: ms-swift {_rounded(theirs)}, here {_rounded(ours)}; processes {fastest}, of {tried}"
     facts = f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
+    first, later = statistics.median(ours["one"]), statistics.median(ours["three"]) / 3
+    apart = f"without preprocess, which took {prepared:.1f} s once"
+    swift_later = (statistics.median(theirs["three"]) - statistics.median(theirs["one"])) / 2
     rows = [
-        _result("ms_swift_frozen_later_epochs", theirs_later / ours_later, 4.0, f"{raw}; {facts}"),
-        _result(
-            "ms_swift_first_epoch",
-            statistics.median(swift["one"]) / statistics.median(ours["one"]),
-            2.0,
-            f"without preprocess, which took {prepared:.1f} s once; {raw}; {facts}",
-        ),
+        _result("ms_swift_frozen_later_epochs", swift_later / later, 4.0, f"{raw}; {facts}"),
+        _result("ms_swift_first_epoch", statistics.median(theirs["one"]) / first, 2.0, f"{apart}; {raw}; {facts}"),
         _result(
             "ms_swift_vision_trained",
-            statistics.median(swift["vision"]) / statistics.median(ours["vision"]),
+            statistics.median(theirs["vision"]) / statistics.median(ours["vision"]),
             2.0,
             f"{raw}; {facts}",
         ),
     ]
+    if options.trl:
+        trl_first = statistics.median(trl[1])
+        trl_later = (statistics.median(trl[3]) - trl_first) / 2
+        raw = f"raw seconds: TRL {trl}, here {_rounded(ours)}"
+        rows += [
+            _result("trl_frozen_later_epochs", trl_later / later, 4.0, f"{raw}; {facts}"),
+            _result("trl_first_epoch", trl_first / first, 2.0, f"{apart}; {raw}; {facts}"),
+        ]
     names = {row["name"] for row in rows}
     kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -102,11 +127,12 @@ def _prepare(base: Path) -> Path:
     return shards
 
 
-def _ours(base: Path, shards: Path, epochs: int, vision: bool, number: int) -> float:
-    """Seconds of our training loop."""
+def _ours(base: Path, shards: Path, epochs: int, vision: bool, processes: int, number: int) -> float:
+    """Seconds of our training loop, with a store of features that no earlier run has left."""
     out = FOLDER / "ours"
     flags = {
         **SHARED,
+        "per_device_train_batch_size": BATCH // processes,
         "model_name_or_path": base,
         "data_path": shards,
         "output_dir": out,
@@ -116,20 +142,23 @@ def _ours(base: Path, shards: Path, epochs: int, vision: bool, number: int) -> f
         "tune_llm": False,
         "tune_vision": vision,
         "lora_r": 16,
+        "lora_modules_to_save": "none",
         "lora_target_modules": r"model\.language_model\.layers\.\d+\..*proj.*",
         "model_max_length": LONGEST,
         "group_by_length": True,
         "use_cpu": True,
     }
-    launch(as_flags(flags), 1)
+    with _threads(processes):
+        launch(as_flags(flags), processes)
     return read_record(out).metrics["seconds"]
 
 
-def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool) -> float:
+def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool, processes: int) -> float:
     """Seconds of ms-swift's training loop."""
     out = FOLDER / "swift"
     flags = {
         **SHARED,
+        "per_device_train_batch_size": BATCH // processes,
         "model": base,
         "model_type": "minicpmv4_6",
         "dataset": FOLDER / "photographs.jsonl",
@@ -147,8 +176,13 @@ def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool) -
         "gradient_checkpointing": "false",
         "report_to": "none",
     }
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": _threads()}
+    if processes > 1:
+        flags["ddp_backend"] = "gloo"
+    with _threads(processes):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
+    if processes > 1:
+        environment["NPROC_PER_NODE"] = str(processes)
     command = [str(options.swift), "sft", *as_flags(flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
@@ -160,8 +194,31 @@ def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool) -
     return float(next(entry["train_runtime"] for entry in reversed(entries) if "train_runtime" in entry))
 
 
-def _threads() -> str:
-    return os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+def _trl(python: Path, epochs: int) -> float:
+    """Seconds of TRL's training loop, in one process."""
+    script = Path(__file__).with_name("peers_trl.py")
+    settings = [str(SHARED[name]) for name in ("dataloader_num_workers", "learning_rate")]
+    with _threads(1):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [str(python), str(script), str(FOLDER), str(epochs), str(BATCH), *settings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise SystemExit(f"TRL ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """All cores for one process, or one for each."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // processes)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _rounded(runs: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -148,7 +148,11 @@ class LoraArguments:
     lora_bias: str = field(default="none", metadata={"help": "Biases to train: none, all or lora_only."})
     q_lora: bool = field(default=False, metadata={"help": "Load the language model in 4 bits."})
     lora_modules_to_save: str = field(
-        default="", metadata={"help": "Further modules trained and saved whole, separated by commas."}
+        default="",
+        metadata={
+            "help": "Modules trained and saved whole beside embeddings and merger, separated by commas; `none` leaves "
+            "those two frozen."
+        },
     )
     lora_layer_replication: str | None = field(
         default=None, metadata={"help": "Stack the language model's layers from ranges, such as 0:4,2:6."}

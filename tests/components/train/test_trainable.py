@@ -71,6 +71,17 @@ def test_further_modules_are_trained_whole(tiny_46: Path) -> None:
     assert any("lm_head.modules_to_save" in name for name in names)
 
 
+def test_none_leaves_embeddings_and_merger_frozen(tiny_46: Path) -> None:
+    alone = [*LORA, "--lora_modules_to_save", "none"]
+    names = _trainable_names(_trained(tiny_46, *alone, "--tune_vision", "false"))
+    assert names
+    assert all(".lora_" in name for name in names)
+    names = _trainable_names(_trained(tiny_46, *alone))
+    assert {name.split(".modules_to_save")[0].rsplit(".", 1)[-1] for name in names if ".lora_" not in name} == {
+        "vision_tower"
+    }
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
