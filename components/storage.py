@@ -452,6 +452,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
     staging.chmod(0o755)
     try:
         yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                file.chmod(file.stat().st_mode | 0o044)  # safetensors leaves its files to their owner alone
         if final.exists():
             # Renamed first and deleted last, so that nobody meets a half-deleted folder under the final name.
             outgoing = final.rename(staging.with_name(f"{staging.name}.replaced"))

@@ -90,6 +90,15 @@ def test_staged_folder_appears_only_when_done(tmp_path: Path) -> None:
     assert files(tmp_path) == {"out/result/file": b"content"}
 
 
+def test_what_a_library_wrote_for_its_owner_alone_can_be_read_by_the_next_pod(tmp_path: Path) -> None:
+    with storage.staged_folder(tmp_path / "adapter") as folder:
+        (folder / "inner").mkdir()
+        for place in (folder / "weights", folder / "inner" / "weights"):
+            place.touch(mode=0o600)
+    for place in ("weights", "inner/weights"):
+        assert (tmp_path / "adapter" / place).stat().st_mode & 0o777 == 0o644
+
+
 def test_staged_folder_leaves_what_stood_there_on_an_error(tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "old").touch()
