@@ -29,6 +29,7 @@ class Watcher(TrainerCallback):
         self.logged_until = run.last_step("train/loss")
         self.loss = float("nan")
         self.bar: Any = None
+        self.samples = 0
         self.tokens = 0
         self.padded = 0
         self.waited = 0.0
@@ -36,13 +37,19 @@ class Watcher(TrainerCallback):
 
     def count(self, rows: Sequence[int], positions: int) -> None:
         """Take note of the rows of a batch and of its positions, for tokens and the share of padding."""
+        self.samples += len(rows)
         self.tokens += sum(self.lengths[row] for row in rows)
         self.padded += positions
 
     @property
+    def seconds(self) -> float:
+        """Since training began, by a clock that nobody sets."""
+        return max(time.perf_counter() - self.started, 1e-9)
+
+    @property
     def waiting(self) -> float:
         """Share of the time since training began that went by waiting for batches."""
-        return self.waited / max(time.perf_counter() - self.started, 1e-9)
+        return self.waited / self.seconds
 
     @property
     def padding(self) -> float:
@@ -79,6 +86,9 @@ class Watcher(TrainerCallback):
             return
         figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
         self.loss = figures.get("loss", self.loss)
+        if "train_runtime" in figures:
+            speed = self.samples * args.world_size / self.seconds
+            figures |= {"train_runtime": self.seconds, "train_samples_per_second": speed}
         figures |= {"padding": self.padding, "waiting": self.waiting, "peak_memory_mb": peak_memory() / 1e6}
         if state.global_step > self.logged_until:
             self.run.log_metrics({f"train/{name}": value for name, value in figures.items()}, state.global_step)

@@ -168,7 +168,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
             max_slice_nums=manifest.max_slice_nums,
             use_lora=training.use_lora,
             parameters={"trainable": trainable, "total": total},
-            metrics=_final_figures(outcome.metrics, watcher),
+            metrics=_final_figures(outcome.metrics, watcher, training.world_size),
             arguments=json.loads(json.dumps(_settings(arguments), default=str)),
             history=[
                 {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
@@ -407,16 +407,12 @@ def _surroundings(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _final_figures(metrics: Mapping[str, float], watcher: Watcher) -> dict[str, float]:
+def _final_figures(metrics: Mapping[str, float], watcher: Watcher, processes: int) -> dict[str, float]:
     """What a person wants to see at a glance, of what was measured."""
-    names = {
-        "train_loss": "loss",
-        "train_samples_per_second": "samples/s",
-        "train_runtime": "seconds",
-        "epoch": "epochs",
-    }
-    measured = {name: float(metrics[key]) for key, name in names.items() if key in metrics}
-    return {**measured, "padding": watcher.padding, "waiting": watcher.waiting, "peak_memory_mb": peak_memory() / 1e6}
+    measured = {"loss": metrics["train_loss"], "epochs": metrics["epoch"]}
+    speed = {"samples/s": watcher.samples * processes / watcher.seconds, "seconds": watcher.seconds}
+    counted = {"padding": watcher.padding, "waiting": watcher.waiting, "peak_memory_mb": peak_memory() / 1e6}
+    return {**measured, **speed, **counted}
 
 
 def _path(text: str | None) -> Path | None:
