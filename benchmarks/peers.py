@@ -4,10 +4,10 @@
 
 Same checkpoint, photographs, batch, precision and supervised tokens; LoRA r 16, alpha 32, on all linear layers of the
 language model and nothing else (with vision trained the tower too: whole here, by adapters there). Here pictures are
-sliced before (raw shards), and batches hold samples of like length. Each runs as one process of all threads or as one
-process a core with its part of the batch, whichever was faster for it in an epoch tried before (TRL: one process). All
-say themselves how long their training loop took, imports and loading apart. An epoch from the second on is what three
-epochs take more than one, halved; here it is a third of three, since stored features are computed before the loop.
+sliced before (raw shards), and batches hold samples of like length. Each is one process of all threads; how long an
+epoch takes by a process a core, each with its part of the batch, is told beside it. All say themselves how long their
+training loop took, imports and loading apart. An epoch from the second on is what three epochs take more than one,
+halved; here it is a third of three, since stored features are computed before the loop.
 """
 
 import argparse
@@ -73,22 +73,18 @@ def main() -> None:
     def swift(epochs: int, vision: bool, processes: int) -> float:
         return _swift(options, base, epochs, vision, processes)
 
-    tried = {
-        name: {processes: run(1, False, processes) for processes in (1, os.cpu_count() or 1)}
-        for name, run in (("ms-swift", swift), ("here", here))
-    }
-    fastest = {name: min(ways, key=ways.__getitem__) for name, ways in tried.items()}
-    Console().print(f"an epoch by 1 process of all threads, or a process a core: {tried}")
+    cores = os.cpu_count() or 1
+    apiece = {"ms-swift": swift(1, False, cores), "here": here(1, False, cores)}
     theirs: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
     ours: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
-    trl: dict[int, list[float]] = {1: [], 3: []}
+    trl: list[float] = []
     for _ in range(options.rounds):
         for name, epochs, vision in (("one", 1, False), ("three", 3, False), ("vision", 1, True)):
-            theirs[name].append(swift(epochs, vision, fastest["ms-swift"]))
-            ours[name].append(here(epochs, vision, fastest["here"]))
-            if options.trl and not vision:
-                trl[epochs].append(_trl(options.trl, epochs))
-    raw = f"raw seconds: ms-swift {_rounded(theirs)}, here {_rounded(ours)}; processes {fastest}, of {tried}"
+            theirs[name].append(swift(epochs, vision, 1))
+            ours[name].append(here(epochs, vision, 1))
+        if options.trl:
+            trl.append(_trl(options.trl))
+    raw = f"raw seconds: ms-swift {_rounded(theirs)}, here {_rounded(ours)}; an epoch by a process a core {apiece}"
     facts = f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
     first, later = statistics.median(ours["one"]), statistics.median(ours["three"]) / 3
     apart = f"without preprocess, which took {prepared:.1f} s once"
@@ -103,13 +99,11 @@ def main() -> None:
             f"{raw}; {facts}",
         ),
     ]
-    if options.trl:
-        trl_first = statistics.median(trl[1])
-        trl_later = (statistics.median(trl[3]) - trl_first) / 2
+    if trl:
         raw = f"raw seconds: TRL {trl}, here {_rounded(ours)}"
         rows += [
-            _result("trl_frozen_later_epochs", trl_later / later, 4.0, f"{raw}; {facts}"),
-            _result("trl_first_epoch", trl_first / first, 2.0, f"{apart}; {raw}; {facts}"),
+            _result("trl_frozen_later_epochs", statistics.median(trl) / later, 4.0, f"{raw}; {facts}"),
+            _result("trl_first_epoch", statistics.median(trl) / first, 2.0, f"{apart}; {raw}; {facts}"),
         ]
     names = {row["name"] for row in rows}
     kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
@@ -194,14 +188,14 @@ def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool, p
     return float(next(entry["train_runtime"] for entry in reversed(entries) if "train_runtime" in entry))
 
 
-def _trl(python: Path, epochs: int) -> float:
-    """Seconds of TRL's training loop, in one process."""
+def _trl(python: Path) -> float:
+    """Seconds of TRL's training loop over an epoch; a later one takes it as long."""
     script = Path(__file__).with_name("peers_trl.py")
     settings = [str(SHARED[name]) for name in ("dataloader_num_workers", "learning_rate")]
     with _threads(1):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [str(python), str(script), str(FOLDER), str(epochs), str(BATCH), *settings]
+    command = [str(python), str(script), str(FOLDER), "1", str(BATCH), *settings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"TRL ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
