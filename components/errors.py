@@ -15,13 +15,20 @@ USER_ERROR_EXIT = 2
 RETRY_EXIT = 75  # EX_TEMPFAIL of sysexits.h
 
 
-class UserError(Exception):
+class _Told(Exception):  # noqa: N818 - what it is called by are the two below
+    """One line, whatever was quoted in it: a line break in a name must not look like another message."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.splitlines()))
+
+
+class UserError(_Told):
     """A mistake only the user can mend; the message is one sentence with place, cause and remedy."""
 
     exit_code = USER_ERROR_EXIT
 
 
-class RetryableError(Exception):
+class RetryableError(_Told):
     """A fault of the surroundings (storage, tracking server, preemption) that may be gone next time."""
 
     exit_code = RETRY_EXIT

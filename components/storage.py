@@ -478,7 +478,10 @@ def _local(uri: str) -> Path:
         raise UserError(f"{_shortened(uri)}: {why}; copy it to a folder or to s3://.")
     if "\0" in uri:
         raise UserError(f"{uri!r}: a path cannot hold a null character; correct it.")
-    return Path(uri).expanduser()
+    try:
+        return Path(uri).expanduser()
+    except RuntimeError:
+        raise UserError(f"{_shortened(uri)}: there is no such home directory; write the path in full.") from None
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -615,7 +618,8 @@ def _fail_missing(uri: str) -> NoReturn:
 
 
 def _shortened(uri: str) -> str:
-    return uri if len(uri) <= 200 else f"{uri[:200]}…"
+    shown = uri if uri.isprintable() else repr(uri)  # an address with a line break would look like two log lines
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
 
 @contextmanager

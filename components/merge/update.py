@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, PositiveInt, ValidationError
 
 from ..errors import UserError
 from ..minicpmv.checkpoint import ADAPTER_CONFIG
@@ -195,6 +196,22 @@ def read_adapter(folder: Path) -> Updates:
     )
 
 
+class _Fields(BaseModel):
+    """Of an adapter's configuration, what is computed with here."""
+
+    peft_type: str
+    r: PositiveInt
+    lora_alpha: float
+    rank_pattern: dict[str, PositiveInt]
+    alpha_pattern: dict[str, float]
+    init_lora_weights: bool | str | None
+    layer_replication: list[tuple[int, int]] | None
+    use_dora: bool
+    use_rslora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
+
+
 @dataclass
 class _LoraParts:
     """The adapter tensors of one module."""
@@ -242,6 +259,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no valid JSON ({error}); the adapter is damaged.") from error
     defaults = LoraConfig().to_dict()
     config = defaults | written
+    try:
+        _Fields.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {place}: {first['msg']}; the adapter is damaged.") from error
     if config["peft_type"] != "LORA":
         raise UserError(f"{path}: peft_type {config['peft_type']!r} cannot be merged, only LORA can.")
     for name, value in config.items():

@@ -132,6 +132,8 @@ def read_header(path: Path) -> WeightFile:
             if length > _MAX_HEADER:
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header names no tensors")
         metadata = header.pop("__metadata__", {})
         tensors = [
             Stored(

@@ -90,6 +90,20 @@ def test_staged_folder_appears_only_when_done(tmp_path: Path) -> None:
     assert files(tmp_path) == {"out/result/file": b"content"}
 
 
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x: there is no such home directory"),
+        ("no\nfile", "'no.nfile': nothing lies there"),
+        ("s3://\n", "'s3://.n': no valid address of an object"),
+    ],
+)
+def test_odd_addresses_are_refused_in_one_line(uri: str, sentence: str, s3_uri: str) -> None:
+    with pytest.raises(UserError, match=sentence) as error:
+        storage.size(uri)
+    assert "\n" not in str(error.value)
+
+
 def test_what_a_library_wrote_for_its_owner_alone_can_be_read_by_the_next_pod(tmp_path: Path) -> None:
     with storage.staged_folder(tmp_path / "adapter") as folder:
         (folder / "inner").mkdir()

@@ -11,18 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import save
 
+from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import RetryableError, UserError
+from minicpmv_finetune.components.merge.update import read_adapter
 from minicpmv_finetune.components.minicpmv.generations import generation_of, slicing_of
 from minicpmv_finetune.components.samples import SampleError, read_info
-from minicpmv_finetune.components.shards import read_manifest
+from minicpmv_finetune.components.shard_cache import open_shards
+from minicpmv_finetune.components.shards import ShardReader, read_manifest
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.training_record import read_record
 from minicpmv_finetune.components.validate_data.checking import inspect_picture
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.pipelines.profile import Profile, load_profile
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
@@ -92,26 +100,97 @@ def _refused_or_fine(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[bytes]:
-    """A small picture in each format that Pillow writes without help."""
-    files = []
-    for name in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS"):
-        file = io.BytesIO()
-        Image.new("RGB", (24, 16), (200, 40, 90)).save(file, name)
-        files.append(file.getvalue())
-    return files
+    """A small picture in each format that Pillow writes without help, and pictures that are two things at once."""
+    Image.init()
+    files: dict[str, bytes] = {}
+    for name in sorted(set(Image.SAVE) & set(Image.OPEN)):
+        for mode in ("RGB", "L", "1"):
+            file = io.BytesIO()
+            with contextlib.suppress(Exception):
+                Image.new(mode, (24, 16), 1).save(file, name)
+                files[name] = file.getvalue()
+                break
+    both = [files[name] + other for name in ("PNG", "JPEG", "GIF") for other in (b"PK\x03\x04", b"<script>x</script>")]
+    return [*files.values(), *both, b"%PDF-1.4\n" + files["PNG"], b"GIF89a/*" + files["JPEG"]]
+
+
+def _damaged(content: bytes, data: st.DataObject) -> bytes:
+    """With some bytes changed and, mostly, the end cut off."""
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(0, 6))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    del changed[data.draw(st.integers(1, len(changed))) :]
+    return bytes(changed)
 
 
 @FUZZ
 @given(data=st.data())
 def test_pictures_that_were_damaged(data: st.DataObject, pictures: list[bytes], tmp_path: Path) -> None:
-    content = bytearray(data.draw(st.sampled_from(pictures)))
-    for _ in range(data.draw(st.integers(0, 6))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    del content[data.draw(st.integers(1, len(content))) :]
     path = tmp_path / "picture"
-    path.write_bytes(bytes(content))
+    path.write_bytes(_damaged(data.draw(st.sampled_from(pictures)), data))
     with _refused_in_one_sentence():
         inspect_picture(str(path), None, False)
+
+
+@FUZZ
+@given(data=st.data())
+def test_shards_that_were_damaged(data: st.DataObject, inputs: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(inputs / "shards")
+    whole = {shard.file: (inputs / "shards" / shard.file).read_bytes() for shard in manifest.files}
+    (tmp_path / "manifest.json").write_text((inputs / "shards" / "manifest.json").read_text())
+    damaged = {name: _damaged(content, data) for name, content in whole.items()}
+    for name, content in damaged.items():
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with _refused_in_one_sentence():
+        open_shards(str(tmp_path), tmp_path / "cache")
+        assert damaged == whole
+    with _refused_in_one_sentence():  # nor does reading without comparing
+        for row in ShardReader(tmp_path, "train"):
+            assert len(row.input_ids)
+
+
+@FUZZ
+@given(
+    said=st.dictionaries(st.sampled_from(sorted(LoraConfig().to_dict())) | st.text(max_size=8), JSON, max_size=3),
+    part=st.sampled_from(["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "weight", "x"]),
+    data=st.data(),
+)
+def test_adapters(said: dict[str, object], part: str, data: st.DataObject, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"]).to_dict() | {"target_modules": ["q_proj"]} | said
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config, default=str))
+    names = ["base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"]
+    content = save({name: torch.ones(2, 2) for name in (*names, f"base_model.model.q_proj.{part}")})
+    if data.draw(st.booleans()):
+        content = _damaged(content, data)
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with _refused_in_one_sentence():
+        read_adapter(tmp_path)
+
+
+@FUZZ
+@given(
+    said=st.dictionaries(st.sampled_from(sorted(Profile.model_fields)) | st.text(max_size=8), JSON, max_size=4),
+    lines=st.none() | st.text(max_size=80),
+)
+def test_profiles(said: dict[str, object], lines: str | None, tmp_path: Path) -> None:
+    text = yaml.safe_dump(said) if lines is None else lines
+    (tmp_path / "profile.yaml").write_bytes(text.encode(errors="replace"))
+    with _refused_in_one_sentence():
+        load_profile(tmp_path / "profile.yaml")
+
+
+@FUZZ
+@given(
+    scheme=st.sampled_from(["", "s3://", "S3://", "file://", "http://", "hf:", "x://", "//"]),
+    rest=st.text(max_size=40)
+    | st.sampled_from(["../..", "/etc", "a/../b", "bucket", "bucket/", "%2e%2e/", "\0", "\n"]),
+)
+def test_uris(scheme: str, rest: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for read in (storage.size, storage.list_files, storage.require_allowed):
+        with _refused_in_one_sentence():
+            read(scheme + rest)
 
 
 @FUZZ
