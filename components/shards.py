@@ -232,6 +232,13 @@ class ShardReader(Sequence[Row]):
                 raise UserError(f"{place}: damaged ({error}); delete it and run preprocess again.") from error
 
     def _row(self, table: pa.Table, number: int) -> Row:
+        try:
+            return self._restored(table, number)
+        except (OSError, ValueError, SyntaxError, LookupError, TypeError, pa.ArrowException) as error:  # of decoders
+            place = self.manifest.location or self.folder
+            raise UserError(f"{place}: a picture is damaged ({error}); delete it and run preprocess again.") from error
+
+    def _restored(self, table: pa.Table, number: int) -> Row:
         slices = []
         if self.pictures:
             parts = [memoryview(picture.as_buffer()) for picture in table["pictures"][number]]
