@@ -116,10 +116,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         loss = states.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(states, dtype=torch.float32)
         for part, labels, into in zip(states.split(chunk), wanted.split(chunk), gradient.split(chunk), strict=True):
-            likelihoods = F.linear(part, weight).float().log_softmax(dim=-1)
-            loss -= likelihoods.gather(1, labels.unsqueeze(1)).sum()
-            likelihoods.exp_()[torch.arange(len(labels), device=labels.device), labels] -= 1
-            into.copy_(likelihoods.to(weight.dtype) @ weight)
+            # In place, since logits are most of the memory.
+            logits = F.linear(part, weight).float()
+            wished, largest = logits.gather(1, labels.unsqueeze(1)), logits.amax(dim=1, keepdim=True)
+            shares = logits.sub_(largest).exp_()
+            whole = shares.sum(dim=1, keepdim=True)
+            loss += (whole.log() + largest - wished).sum()
+            shares.div_(whole)[torch.arange(len(labels), device=labels.device), labels] -= 1
+            into.copy_(shares.to(weight.dtype) @ weight)
         ctx.save_for_backward(gradient)
         ctx.dtype = states.dtype
         return loss
