@@ -1,6 +1,6 @@
 """How fast a training step is, in how much memory, with and without what is meant to make it faster.
 
-    python benchmarks/speed.py [--only switches logits evaluation roof] [--rounds 3]
+    python benchmarks/speed.py [--only switches logits evaluation roof] [--rounds 2]
     python benchmarks/speed.py --only scaling
 
 Everything compared alternates in one run, each in a process of its own, so that whatever else the machine does meets
@@ -94,7 +94,7 @@ def main() -> None:
     """Measure, print tables, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-1])
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each is measured")
     parser.add_argument("--photographs", type=int, default=8, help="of a round")
     options = parser.parse_args()
     torch.set_num_threads(1)
