@@ -4,9 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.minicpmv.conversation import Encoder
@@ -74,6 +77,32 @@ def test_what_is_trained_ends_with_the_turn_whether_a_line_break_follows_or_not(
     whole, cut_off = encoder.encode_text(text), encoder.encode_text(text.removesuffix("\n"))
     assert cut_off.labels == whole.labels[: len(cut_off.labels)]
     assert set(whole.labels[len(cut_off.labels) :]) == {IGNORED_LABEL}
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|"), min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(questions=st.lists(WORDS, min_size=1, max_size=3), answers=st.lists(WORDS, min_size=3, max_size=3))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_learnt_belongs_to_the_assistants_turns_alone(
+    version: str, questions: list[str], answers: list[str], tiny: Callable[[str], Path]
+) -> None:
+    encoder = _encoder(tiny(version))
+    turns = [turn for pair in zip(questions, answers, strict=False) for turn in pair]
+    end = encoder.generation.end_of_turn
+    runs = learnt(encoder, sample(*turns, pictures=()))
+    assert len(runs) == len(questions)
+    for run, answer in zip(runs, answers, strict=False):
+        # A template may trim what it is given; it learns no word of anybody else.
+        assert run.endswith(end)
+        assert run.removesuffix(end).strip() in answer
+        assert answer.strip() in run
+
+
+@cache
+def _encoder(folder: Path) -> Encoder:
+    return Encoder.from_checkpoint(folder)
 
 
 def test_a_question_without_an_answer_teaches_nothing(encoder: Encoder) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
 from minicpmv_finetune.components.minicpmv.batch import pack_patches
-from minicpmv_finetune.components.minicpmv.slicing import SlicePlan, SlicingConfig, cut, plan_slices
+from minicpmv_finetune.components.minicpmv.slicing import Resampler, SlicePlan, SlicingConfig, cut, plan_slices
 
 sides = st.integers(1, 12_000)
 slice_numbers = st.integers(1, 16)
@@ -155,3 +155,21 @@ def test_exif_orientation_is_ignored_as_in_the_processor() -> None:
     plan = plan_slices(*image.size, configured())
     assert plan.overview[0] > plan.overview[1]
     assert_equal_to_the_processor(image, configured())
+
+
+@given(st.integers(1, 2500), st.integers(1, 2500), slice_numbers, st.sampled_from(["pillow", "torchvision"]))
+@settings(max_examples=40, deadline=None)
+def test_slices_tile_the_resized_picture(width: int, height: int, max_slice_nums: int, resampler: Resampler) -> None:
+    config = SlicingConfig(max_slice_nums=max_slice_nums, size_multiple=14, resampler=resampler)
+    image = noise(width, height)
+    plan = plan_slices(width, height, config)
+    overview, *slices = cut(image, plan, config)
+    assert overview.shape == (plan.overview[1], plan.overview[0], 3)
+    if plan.grid is None:
+        assert not slices
+        return
+    rows, columns = plan.grid
+    assert 1 < rows * columns == len(slices) <= max_slice_nums
+    whole = np.block([[[part] for part in slices[row * columns : (row + 1) * columns]] for row in range(rows)])
+    alone = cut(image, SlicePlan(plan.refined, None, None, config.patch_size), config)
+    assert np.array_equal(whole, alone[0])

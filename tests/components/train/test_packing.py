@@ -1,6 +1,8 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.train.arguments import parse
@@ -31,6 +33,13 @@ def test_every_sample_is_in_one_pack_that_holds_it() -> None:
     assert max(sum(lengths[number] for number in pack) for pack in packs) <= 128
     # 11/9 of the fewest possible is the bound; real lengths stay far below.
     assert len(packs) <= 1.05 * sum(lengths) / 128
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 200), st.integers(0, 9))
+def test_a_plan_loses_nobody_and_overfills_nothing(lengths: list[int], capacity: int, seed: int) -> None:
+    packs = plan_packs(lengths, capacity, seed)
+    assert sorted(number for pack in packs for number in pack) == list(range(len(lengths)))
+    assert all(len(pack) == 1 or sum(lengths[number] for number in pack) <= capacity for pack in packs)
 
 
 def test_packs_are_those_of_first_fit_decreasing() -> None:
