@@ -234,7 +234,30 @@ def mlflow_client() -> "MlflowClient":
     # A new sqlite file is migrated through every schema version, and each is announced.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    uri = os.environ.get(TRACKING_VARIABLE, "")
+    if uri.startswith(_SQLITE):
+        _make_database(Path(uri.removeprefix(_SQLITE)))
     return MlflowClient()
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables under another name: of a process killed meanwhile no run could use the half of them."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        MlflowClient(f"{_SQLITE}{staging}").search_experiments(max_results=1)
+        try:
+            path.hardlink_to(staging)
+        except FileExistsError:
+            pass  # another step was faster
+        except OSError:
+            staging.replace(path)  # no links on this file system
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _experiment(client: "MlflowClient") -> str:

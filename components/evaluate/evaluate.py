@@ -124,13 +124,14 @@ def evaluate(
             champion=answers.get("champion"),
             gate=settings.gate,
         )
-        lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
-        storage.write_bytes(str(predictions_file), "".join(lines).encode())
         # Not a parameter of the run, which a retry could not change when the champion has moved.
         facts |= {"champion": champion_uri or "none", "seconds": round(time.monotonic() - started)}
         # The merge step leaves the record in the folder; a model from elsewhere has none.
         record = read_record(model) if (model / RECORD_FILE).is_file() else None
         write_report(report_file, evaluation, facts, record)
+        # Last, so that whoever finds them finds the report too.
+        lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
+        storage.write_bytes(str(predictions_file), "".join(lines).encode())
         run.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()})
         # MLflow shows a file by its ending, which Kubeflow's artifact paths lack.
         with tempfile.TemporaryDirectory() as folder:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -179,3 +182,33 @@ def test_what_a_dead_server_did_not_take_is_sent_when_it_is_back(
     ]
     assert run.unsent == []
     assert run.last_step("loss") == 3
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """As a step that is killed while MLflow makes its tables would else leave the half of them to all later ones."""
+    place = tmp_path / "new" / "mlflow.db"
+    child = (
+        "import sqlite3, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from minicpmv_finetune.components.tracking import mlflow_client\n"
+        "place, seen = Path(sys.argv[1]), []\n"
+        "def look():\n"
+        "    while not place.exists():\n"
+        "        time.sleep(0.001)\n"
+        "    tables = sqlite3.connect(place).execute('select name from sqlite_master').fetchall()\n"
+        "    seen.append(len(tables))\n"
+        "watching = threading.Thread(target=look)\n"
+        "watching.start()\n"
+        "client = mlflow_client()\n"
+        "watching.join()\n"
+        "client.search_experiments()\n"
+        "print(seen[0], len(sqlite3.connect(place).execute('select name from sqlite_master').fetchall()))\n"
+    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}"}
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(place)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, all_tables = done.stdout.split()
+    assert int(first) == int(all_tables) > 20
+    assert [path.name for path in place.parent.iterdir()] == ["mlflow.db"]

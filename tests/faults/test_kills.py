@@ -30,6 +30,19 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return results
 
 
+def _interrupted(command: list[str], environment: dict[str, str], seconds: float, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+
+
 @pytest.mark.faults_only
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("step", STEPS)
@@ -47,16 +60,7 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
         out = tmp_path_factory.mktemp("killed")
         (out / "tmp").mkdir()
         command, environment = command_of(step, inputs, out), _environment(out)
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        ) as process:
-            try:
-                process.wait(draw.uniform(0.2, 1.0) * seconds)
-            except subprocess.TimeoutExpired:
-                if number == signal.SIGKILL:
-                    os.killpg(process.pid, number)
-                else:
-                    process.send_signal(number)
+        _interrupted(command, environment, draw.uniform(0.2, 1.0) * seconds, number)
         result = out / STEPS[step][1]
         if result.exists() and step != "evaluate":
             assert content(result) == wanted, "something half-written is visible"
@@ -68,3 +72,24 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
         runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
         names = [run.info.run_name for run in runs]
         assert len(names) == len(set(names)), "a step's run was opened twice"
+
+
+@pytest.mark.faults_only
+def test_any_schedule_of_interruptions_trains_the_same_adapter(
+    inputs: Path,
+    undisturbed: dict[str, tuple[dict[str, bytes], float]],
+    tmp_path_factory: pytest.TempPathFactory,
+    moments: int,
+) -> None:
+    wanted, seconds = undisturbed["train"]
+    for schedule in range(moments):
+        draw = random.Random(schedule)
+        out = tmp_path_factory.mktemp("interrupted")
+        (out / "tmp").mkdir()
+        command, environment = command_of("train", inputs, out), _environment(out)
+        for _ in range(draw.randint(2, 4)):
+            number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+            _interrupted(command, environment, draw.uniform(0.4, 1.0) * seconds, number)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert content(out / "adapter") == wanted, f"schedule {schedule}"
