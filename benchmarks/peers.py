@@ -20,11 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from results import keep, result
 from rich.console import Console
 from shapes import write_checkpoint, write_photographs
 
@@ -34,7 +33,6 @@ from minicpmv_finetune.components.train.train import launch
 from minicpmv_finetune.components.training_record import read_record
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 
-RESULTS = Path("build/bench/speed.jsonl")
 FOLDER = Path("build/bench/peers")
 LONGEST = 8192
 BATCH = 4
@@ -90,9 +88,9 @@ def main() -> None:
     apart = f"without preprocess, which took {prepared:.1f} s once"
     swift_later = (statistics.median(theirs["three"]) - statistics.median(theirs["one"])) / 2
     rows = [
-        _result("ms_swift_frozen_later_epochs", swift_later / later, 4.0, f"{raw}; {facts}"),
-        _result("ms_swift_first_epoch", statistics.median(theirs["one"]) / first, 2.0, f"{apart}; {raw}; {facts}"),
-        _result(
+        result("ms_swift_frozen_later_epochs", swift_later / later, 4.0, f"{raw}; {facts}"),
+        result("ms_swift_first_epoch", statistics.median(theirs["one"]) / first, 2.0, f"{apart}; {raw}; {facts}"),
+        result(
             "ms_swift_vision_trained",
             statistics.median(theirs["vision"]) / statistics.median(ours["vision"]),
             2.0,
@@ -102,14 +100,10 @@ def main() -> None:
     if trl:
         raw = f"raw seconds: TRL {trl}, here {_rounded(ours)}"
         rows += [
-            _result("trl_frozen_later_epochs", statistics.median(trl) / later, 4.0, f"{raw}; {facts}"),
-            _result("trl_first_epoch", statistics.median(trl) / first, 2.0, f"{apart}; {raw}; {facts}"),
+            result("trl_frozen_later_epochs", statistics.median(trl) / later, 4.0, f"{raw}; {facts}"),
+            result("trl_first_epoch", statistics.median(trl) / first, 2.0, f"{apart}; {raw}; {facts}"),
         ]
-    names = {row["name"] for row in rows}
-    kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    everything = [row for row in kept if row["name"] not in names] + rows
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in everything))
+    keep(rows)
     for row in rows:
         Console().print(row)
 
@@ -142,8 +136,8 @@ def _ours(base: Path, shards: Path, epochs: int, vision: bool, processes: int, n
         "group_by_length": True,
         "use_cpu": True,
     }
-    with _threads(processes):
-        launch(as_flags(flags), processes)
+    os.environ["OMP_NUM_THREADS"] = _threads(processes)
+    launch(as_flags(flags), processes)
     return read_record(out).metrics["seconds"]
 
 
@@ -172,17 +166,8 @@ def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool, p
     }
     if processes > 1:
         flags["ddp_backend"] = "gloo"
-    with _threads(processes):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    if processes > 1:
-        environment["NPROC_PER_NODE"] = str(processes)
-    command = [str(options.swift), "sft", *as_flags(flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
-    if done.returncode:
-        raise SystemExit(
-            f"ms-swift ended with exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
+    several = {"NPROC_PER_NODE": str(processes)} if processes > 1 else {}
+    _run_peer("ms-swift", [str(options.swift), "sft", *as_flags(flags)], processes, several)
     log = max(out.rglob("logging.jsonl"), key=lambda path: path.stat().st_mtime)
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     return float(next(entry["train_runtime"] for entry in reversed(entries) if "train_runtime" in entry))
@@ -192,35 +177,28 @@ def _trl(python: Path) -> float:
     """Seconds of TRL's training loop over an epoch; a later one takes it as long."""
     script = Path(__file__).with_name("peers_trl.py")
     settings = [str(SHARED[name]) for name in ("dataloader_num_workers", "learning_rate")]
-    with _threads(1):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    said = _run_peer("TRL", [str(python), str(script), str(FOLDER), "1", str(BATCH), *settings])
+    return float(json.loads(said.splitlines()[-1])["seconds"])
+
+
+def _run_peer(name: str, command: list[str], processes: int = 1, further: Mapping[str, str] | None = None) -> str:
+    """What a peer's training printed, run without a GPU, the network or this environment's packages."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(further or {})}
+    environment["OMP_NUM_THREADS"] = _threads(processes)
     environment.pop("PYTHONPATH", None)
-    command = [str(python), str(script), str(FOLDER), "1", str(BATCH), *settings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        raise SystemExit(f"TRL ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+        raise SystemExit(f"{name} ended with exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
 
 
-@contextmanager
-def _threads(processes: int) -> Iterator[None]:
-    """All cores for one process, or one for each."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // processes)
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+def _threads(processes: int) -> str:
+    """Of each process: all cores for one, or its share."""
+    return str((os.cpu_count() or 1) // processes)
 
 
 def _rounded(runs: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: [round(value, 1) for value in values] for name, values in runs.items()}
-
-
-def _result(name: str, ratio: float, target: float, detail: str) -> dict[str, Any]:
-    return {"name": name, "ratio": round(ratio, 3), "target": target, "holds": ratio >= target, "detail": detail}
 
 
 if __name__ == "__main__":

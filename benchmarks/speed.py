@@ -11,7 +11,6 @@ language model's linear layers with the merger trained whole and vision frozen; 
 
 import argparse
 import ctypes
-import json
 import multiprocessing
 import os
 import platform
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from results import keep, result
 from rich.console import Console
 from rich.table import Table
 from shapes import LANGUAGE_HEAVY, PICTURE_TOKEN, VISION_HEAVY, Shape, make_model, prepare_digits, write_photographs
@@ -40,7 +40,6 @@ from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
 from minicpmv_finetune.components.minicpmv.slicing import SlicingConfig, cut, plan_slices
 from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 
-RESULTS = Path("build/bench/speed.jsonl")
 PROFILE = Path("docs/pictures/step.png")
 BATCH = 4
 KINDS = {
@@ -108,11 +107,7 @@ def main() -> None:
     facts = (
         f"{cores} cores, {platform.machine()}, torch {torch.__version__}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
     )
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    names = {row["name"] for row in rows}
-    everything = [row for row in kept if row["name"] not in names] + rows
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in everything))
+    keep(rows)
     _show(["name", "ratio", "target", "holds", "detail"], [[str(value) for value in row.values()] for row in rows])
     Console().print(facts)
 
@@ -141,7 +136,7 @@ def switches(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
                 worst = (gain, f"{version} {kind}")
     _show(["model", "shape", "switch", "× as fast", "× less memory", "seconds", "MB"], lines)
     assert worst is not None  # noqa: S101
-    return [_result("all_switches_vs_plain", worst[0], 4.0, f"the least of {'; '.join(details)}")]
+    return [result("all_switches_vs_plain", worst[0], 4.0, f"the least of {'; '.join(details)}")]
 
 
 def logits(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
@@ -155,7 +150,7 @@ def logits(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
         f"{name} {statistics.median(run.memory for run in runs) / 1e6:,.0f} MB"
         for name, runs in (("all positions", plain), ("supervised ones", short))
     )
-    return [_result("logits_memory_vs_plain", _ratio(plain, short, "memory"), 2.0, f"4.6 language-heavy: {detail}")]
+    return [result("logits_memory_vs_plain", _ratio(plain, short, "memory"), 2.0, f"4.6 language-heavy: {detail}")]
 
 
 def evaluation(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
@@ -166,7 +161,7 @@ def evaluation(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
             found[size].append(_apart(_answers, size).seconds)
     single, batched = (statistics.median(found[size]) for size in (1, 16))
     detail = f"32 digits, tiny 4.6, {single:.2f} s one at a time, {batched:.2f} s in batches of 16"
-    return [_result("evaluate_batched_vs_single", single / batched, 5.0, detail)]
+    return [result("evaluate_batched_vs_single", single / batched, 5.0, detail)]
 
 
 def roof(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
@@ -179,7 +174,7 @@ def roof(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
         worst = min(worst, share)
         lines.append(f"{kind} {share:.0%} of {statistics.median(peak) / 1e9:.1f} GFLOP/s")
     _draw({kind: _apart(_where_time_goes, shape, pictures) for kind, shape in SHAPES.items()})
-    return [_result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
+    return [result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
 
 
 def scaling(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
@@ -439,10 +434,6 @@ def _ratio(one: Sequence[Measured], two: Sequence[Measured], what: str) -> float
 def _figures(runs: Sequence[Measured]) -> list[str]:
     seconds, memory = (statistics.median(getattr(run, name) for run in runs) for name in ("seconds", "memory"))
     return [f"{seconds:.2f}", f"{memory / 1e6:.0f}"]
-
-
-def _result(name: str, ratio: float, target: float, detail: str) -> dict[str, Any]:
-    return {"name": name, "ratio": round(ratio, 3), "target": target, "holds": ratio >= target, "detail": detail}
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

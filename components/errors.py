@@ -9,7 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 USER_ERROR_EXIT = 2
 RETRY_EXIT = 75  # EX_TEMPFAIL of sysexits.h
@@ -32,6 +35,12 @@ class RetryableError(_Told):
     """A fault of the surroundings (storage, tracking server, preemption) that may be gone next time."""
 
     exit_code = RETRY_EXIT
+
+
+def first_complaint(error: "ValidationError", whole: str = "") -> str:
+    """What pydantic finds wrong first, as `place: reason`; the place is `whole` where it is no single field."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
 
 
 def end_process(error: UserError | RetryableError) -> NoReturn:

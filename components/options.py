@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import UserError
+from .errors import UserError, first_complaint
 
 Settings = TypeVar("Settings")
 
@@ -25,6 +25,4 @@ def settings_from_options(kind: type[Settings], options: Mapping[str, Any], name
     try:
         return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{name}: {place}: {first['msg']}; known are {known}.") from error
+        raise UserError(f"{name}: {first_complaint(error)}; known are {known}.") from error

@@ -19,7 +19,7 @@ from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..components.errors import UserError
+from ..components.errors import UserError, first_complaint
 from ..components.images import DATA_IMAGE
 from ..components.storage import ALLOWED_VARIABLE
 from ..components.tracking import EXPERIMENT_VARIABLE, TRACKING_VARIABLE
@@ -207,9 +207,7 @@ def load_profile(path: Path) -> Profile:
         reason = str(error).replace("\n", " ")
         raise UserError(f"{path}: not a YAML mapping ({reason:.200}); see k8s/README.md.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place or 'profile'}: {first['msg']}; see k8s/README.md.") from error
+        raise UserError(f"{path}: {first_complaint(error, 'profile')}; see k8s/README.md.") from error
 
 
 def with_profile(pipeline: GraphComponent, profile: Profile) -> GraphComponent:

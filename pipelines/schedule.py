@@ -24,7 +24,7 @@ import yaml
 from cron_descriptor import ExpressionDescriptor, Options
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..components.errors import RetryableError, UserError
+from ..components.errors import RetryableError, UserError, first_complaint
 from .cluster import Cluster, equals
 from .finetune import PIPELINE_NAME, content_digest, pipeline_for
 from .submit import check_parameters, ensure_version, find_version, pin_base_model, plugins_input, runtime_config
@@ -127,9 +127,8 @@ def load_schedules(path: Path) -> list[Schedule]:
     except (yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a YAML file with a list `schedules`; see docs/kubeflow-schedule.md.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place or 'schedule'}: {first['msg']}; see docs/kubeflow-schedule.md.") from error
+        what = first_complaint(error, "schedule")
+        raise UserError(f"{path}: {what}; see docs/kubeflow-schedule.md.") from error
     names = [schedule.name for schedule in schedules]
     for name in names:
         if names.count(name) > 1:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from ..errors import UserError
+from ..errors import UserError, first_complaint
 from .slicing import Resampler, SlicingConfig, Transparency
 
 PUBLISHED_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)"
@@ -238,9 +238,8 @@ def read_image_settings(checkpoint: Path) -> dict[str, Any]:
     try:
         _ImageSettings.model_validate(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        raise UserError(f"{path}: {place}: {first['msg']}; the checkpoint is damaged, fetch it again.") from error
+        what = first_complaint(error, "its content")
+        raise UserError(f"{path}: {what}; the checkpoint is damaged, fetch it again.") from error
     return dict(settings)
 
 

@@ -46,6 +46,10 @@ class Watcher(TrainerCallback):
         """Since training began, by a clock that nobody sets."""
         return max(time.perf_counter() - self.started, 1e-9)
 
+    def samples_per_second(self, processes: int) -> float:
+        """Of all processes together, each of which counts about as many."""
+        return self.samples * processes / self.seconds
+
     @property
     def waiting(self) -> float:
         """Share of the time since training began that went by waiting for batches."""
@@ -87,7 +91,7 @@ class Watcher(TrainerCallback):
         figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
         self.loss = figures.get("loss", self.loss)
         if "train_runtime" in figures:
-            speed = self.samples * args.world_size / self.seconds
+            speed = self.samples_per_second(args.world_size)
             figures |= {"train_runtime": self.seconds, "train_samples_per_second": speed}
         figures |= {"padding": self.padding, "waiting": self.waiting, "peak_memory_mb": peak_memory() / 1e6}
         if state.global_step > self.logged_until:

@@ -410,7 +410,7 @@ def _surroundings(manifest: Manifest) -> dict[str, str]:
 def _final_figures(metrics: Mapping[str, float], watcher: Watcher, processes: int) -> dict[str, float]:
     """What a person wants to see at a glance, of what was measured."""
     measured = {"loss": metrics["train_loss"], "epochs": metrics["epoch"]}
-    speed = {"samples/s": watcher.samples * processes / watcher.seconds, "seconds": watcher.seconds}
+    speed = {"samples/s": watcher.samples_per_second(processes), "seconds": watcher.seconds}
     counted = {"padding": watcher.padding, "waiting": watcher.waiting, "peak_memory_mb": peak_memory() / 1e6}
     return {**measured, **speed, **counted}
 

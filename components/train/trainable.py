@@ -69,11 +69,13 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
     if lora.lora_bias not in {"none", "all", "lora_only"}:
         raise UserError(f"--lora_bias {lora.lora_bias}: must be none, all or lora_only.")
     asked = [part.strip() for part in lora.lora_modules_to_save.split(",") if part.strip()]
-    whole = [] if asked == ["none"] else [generation.embed_tokens, generation.merger]
+    whole = [generation.embed_tokens, generation.merger]
+    if asked == ["none"]:
+        asked, whole = [], []
     if arguments.training.tune_vision:
         whole.append(generation.vision_tower)
     names = {name for name, _ in model.named_modules()}
-    for name in asked if asked != ["none"] else []:
+    for name in asked:
         if not any(known == name or known.endswith(f".{name}") for known in names):
             raise UserError(f"--lora_modules_to_save {name}: the model has no such module.")
         whole.append(name)

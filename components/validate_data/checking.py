@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .. import pictures, storage
-from ..errors import UserError
+from ..errors import UserError, first_complaint
 from ..minicpmv.slicing import to_rgb
 from ..samples import Picture, Reject, Sample, SampleError, Turn, content_digest
 from .reading import Record
@@ -276,9 +276,7 @@ def _parse(content: Any) -> _RawSample:
         raw = _RawSample.model_validate(content)
         json.dumps(content, ensure_ascii=False).encode()
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"]) or "the sample"
-        raise SampleError("schema", f"{place}: {first['msg']}; see docs/data-format.md.") from error
+        raise SampleError("schema", f"{first_complaint(error, 'the sample')}; see docs/data-format.md.") from error
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise SampleError(
