@@ -177,6 +177,14 @@ class Stopper(TrainerCallback):
         self.told = True
 
 
+def leave_stopping_to_trainer(worker: int) -> None:
+    """Make a loader's worker outlive SIGTERM, which torchrun sends to all of a training's processes.
+
+    The step that is being finished may still want its batches; workers end when their trainer does.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

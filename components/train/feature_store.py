@@ -41,6 +41,7 @@ from ..minicpmv.row import Row
 from ..progress import progress
 from ..samples import Split
 from ..shards import ShardReader
+from .callbacks import leave_stopping_to_trainer
 
 PATCHES_AT_ONCE = 2**14
 """Of one pass through the tower: sixteen slices of 448 × 448."""
@@ -279,6 +280,7 @@ def _fill(
             resampler=manifest.slicing["resampler"],
         ),
         num_workers=training.dataloader_num_workers,
+        worker_init_fn=leave_stopping_to_trainer,
     )
     total = int(plan.first_patch[-1]) * plan.width
     file = torch.from_file(str(path), True, total, dtype=plan.dtype).view(-1, plan.width)

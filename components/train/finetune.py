@@ -57,7 +57,8 @@ UNSENT_FILE = "unsent_metrics.jsonl"
 _NOT_PART_OF_THE_TRAINING = {
     *("output_dir", "checkpoint_uri", "cache_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm"),
     *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_strategy", "save_steps"),
-    *("save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "local_rank", "project", "hub_token"),
+    *("save_total_limit", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory"),
+    *("local_rank", "project", "hub_token"),
 }
 
 

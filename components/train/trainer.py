@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import UserError
 from .arguments import TrainingArguments
-from .callbacks import Watcher
+from .callbacks import Watcher, leave_stopping_to_trainer
 from .packing import LikeLengths
 from .watchdog import Watchdog
 
@@ -75,6 +75,18 @@ class MiniCPMVTrainer(Trainer):
         batches = super().get_batch_samples(*arguments, **options)
         self._watcher.waited += time.perf_counter() - started
         return batches
+
+    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """Batches, whose workers leave stopping to the trainer, and whose start draws no number that dropout would.
+
+        Workers that stay start once, and in a resumed training once more: by torch's common generator the two would
+        not train the same. (Rows have nothing random, so workers need no seeds.)
+        """
+        loader: Any = super()._get_dataloader(*arguments, **options)
+        own = getattr(loader, "base_dataloader", loader)
+        own.generator = torch.Generator()
+        own.worker_init_fn = leave_stopping_to_trainer
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -18,7 +18,8 @@ from minicpmv_finetune.components.training_record import read_record
 
 FLAGS = (
     "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0.3 --learning_rate 1e-3 --logging_steps 1 "
-    "--per_device_train_batch_size 8 --num_train_epochs 2 --save_strategy steps --save_steps 3"
+    "--per_device_train_batch_size 8 --num_train_epochs 2 --save_strategy steps --save_steps 3 "
+    "--dataloader_num_workers 1"
 )
 
 
