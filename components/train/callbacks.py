@@ -1,6 +1,7 @@
 """What happens around the Trainer's steps: the bar, the curves, MLflow, seals, and an orderly stop on SIGTERM."""
 
 import ctypes
+import math
 import resource
 import signal
 import sys
@@ -89,7 +90,9 @@ class Watcher(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        self.loss = figures.get("loss", self.loss)
+        # A training of fewer steps than --logging_steps tells its mean alone.
+        logged = figures.get("train_loss", self.loss) if math.isnan(self.loss) else self.loss
+        self.loss = figures.get("loss", logged)
         if "train_runtime" in figures:
             speed = self.samples_per_second(args.world_size)
             figures |= {"train_runtime": self.seconds, "train_samples_per_second": speed}

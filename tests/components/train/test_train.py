@@ -67,8 +67,13 @@ def test_training_continues_from_an_adapter_in_a_store(
     assert started_at < fresh
 
 
-def test_full_fine_tune_leaves_a_whole_checkpoint(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
-    launch(_flags(tiny_46, shards, tmp_path / "full", "--max_steps 2 --save_strategy no --learning_rate 1e-3"))
+def test_full_fine_tune_leaves_a_whole_checkpoint(
+    tiny_46: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = _flags(tiny_46, shards, tmp_path / "full", "--max_steps 2 --save_strategy no --learning_rate 1e-3")
+    launch([*flags, "--logging_steps", "500"])
+    mean = read_record(tmp_path / "full").metrics["loss"]
+    assert f"→ loss {mean:.4f}, " in capfd.readouterr().err, "no step was logged"
     tuned, _ = load_model(tmp_path / "full")
     base, _ = load_model(tiny_46)
     moved = [name for name, weight in tuned.state_dict().items() if not torch.equal(weight, base.state_dict()[name])]
