@@ -6,14 +6,13 @@ pictures) is left to validate_data.
 """
 
 import math
-import multiprocessing
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from PIL import Image
@@ -30,6 +29,7 @@ from ..components.progress import progress
 from ..components.samples import Picture, Reject, Sample, SampleError
 from ..components.validate_data.checking import Look, addresses, check
 from ..components.validate_data.reading import Record, read_records
+from ..components.workers import map_in_order
 from . import cost
 from .cost import Model, Recipe
 
@@ -225,25 +225,17 @@ def _accepted(pattern: str, encoder: Encoder, exif_transpose: bool, rejected: Co
         records = (
             record for uri, path in zip(uris, paths, strict=True) for record in read_records(uri, path, bar.update)
         )
-        for outcome in _in_pool(records, encoder, exif_transpose):
+        found = map_in_order("plan", _work, _batches(records), _start, (encoder, exif_transpose))
+        for outcome in chain.from_iterable(found):
             if isinstance(outcome, _Found):
                 yield outcome
             else:
                 rejected[outcome] += 1
 
 
-def _in_pool(records: Iterator[Record], encoder: Encoder, exif_transpose: bool) -> Iterator[_Found | str]:
-    workers = len(os.sched_getaffinity(0))
-    waiting: deque[Future[list[_Found | str]]] = deque()
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_start, initargs=(encoder, exif_transpose)
-    ) as pool:
-        while batch := list(islice(records, _BATCH)):
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+def _batches(records: Iterator[Record]) -> Iterator[tuple[list[Record]]]:
+    while batch := list(islice(records, _BATCH)):
+        yield (batch,)
 
 
 _encoder: Encoder

@@ -9,17 +9,14 @@ Last comes the manifest.
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ from ..samples import (
     read_picture,
 )
 from ..shards import MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
+from ..workers import CONTEXT, cores, worker_pool
 from .report import write_report
 from .rows import count_slices, store, tokenise
 from .store import ShardStore
@@ -199,16 +197,14 @@ def _write_missing(
         return written
     pictures = any(task.pictures for task in tasks)
     counts = {task.name: task.pictures if pictures else task.rows for task in tasks}
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
-    # Forked, a process starts at once and shares the tokenizer; nothing of ours runs in threads yet.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    done = context.Value("q", 0)
+    workers = min(num_workers or cores(), len(missing))
+    done = CONTEXT.Value("q", 0)
     # What exists now stays shared: the collector of a process would else touch, and so copy, all of it.
     gc.freeze()
     with (
         progress("preprocess", sum(counts.values()), " pictures" if pictures else " samples") as bar,
         job.store.scratch() as scratch,
-        ProcessPoolExecutor(workers, context, _start, (job, scratch, done, pictures)) as processes,
+        worker_pool(workers, _start, (job, scratch, done, pictures)) as processes,
         # Twice as many shards are on their way as there are processes: one is uploaded while the next is written.
         ThreadPoolExecutor(2 * workers) as threads,
     ):
@@ -255,18 +251,9 @@ class _Process:
 _process: _Process
 
 
-def _end_with_parent() -> None:
-    """Do not outlive a parent that was killed: nobody would take what is written."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_end([parent.sentinel])
-        os._exit(1)
-
-
 def _start(job: _Job, scratch: Path, done: Any, counts_pictures: bool) -> None:
     global _process
     _process = _Process(job, scratch, done, counts_pictures)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if job.encoder.slicing.resampler == "torchvision":
         import torch

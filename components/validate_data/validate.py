@@ -7,17 +7,13 @@ split off evaluation data, to find duplicates and to draw the report once all ar
 
 import hashlib
 import heapq
-import multiprocessing
-import os
 import sys
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -26,10 +22,11 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from .. import pictures, storage
-from ..errors import RetryableError, UserError
+from ..errors import UserError
 from ..options import settings_from_options
 from ..progress import conclude, progress
 from ..samples import DATASET_FILE, DatasetInfo, Picture, Reject, RejectLog, Sample, SampleError, Split
+from ..workers import map_in_order
 from .checking import Accepted, addresses, check_all, forget_pictures
 from .duplicates import Appearance, Group, Repetition, find_repeated
 from .holdout import hold_out
@@ -187,7 +184,7 @@ def _checked(pattern: str, exif_transpose: bool) -> Iterator[Accepted | Reject]:
                     return
 
     with progress("validate", sum(path.stat().st_size for path in paths), "B", unit_scale=True) as bar:
-        for outcomes in _in_pool(_batches(records()), exif_transpose):
+        for outcomes in _side_by_side(_batches(records()), exif_transpose):
             yield from outcomes
     if last and last.problem:
         place = f"line {last.line}" if last.index is None else f"sample {last.index}"
@@ -215,31 +212,14 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _in_pool(batches: Iterator[list[Record]], exif_transpose: bool) -> Iterator[list[Accepted | Reject]]:
-    """Check batches in processes, as many as there are cores, and in order; a single one is checked here."""
-    head = [batch for _, batch in zip(range(2), batches, strict=False)]
+def _side_by_side(batches: Iterator[list[Record]], exif_transpose: bool) -> Iterator[list[Accepted | Reject]]:
+    """Check batches side by side, in order; a single one is checked here."""
+    head = list(islice(batches, 2))
+    calls = ((batch, _places(batch), exif_transpose) for batch in chain(head, batches))
     if len(head) < 2:
-        for batch in head:
-            yield check_all(batch, _places(batch), exif_transpose)
-        return
-    workers = len(os.sched_getaffinity(0))
-    waiting: deque[Future[list[Accepted | Reject]]] = deque()
-    # Forked, a worker costs milliseconds and shares the memory of what is imported.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        try:
-            for batch in chain(head, batches):
-                waiting.append(pool.submit(check_all, batch, _places(batch), exif_transpose))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RetryableError(
-                "validate-data: the system ended a process that decodes pictures, most likely for lack of memory; try "
-                "again with more."
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        yield from starmap(check_all, calls)
+    else:
+        yield from map_in_order("validate-data", check_all, calls)
 
 
 def _places(batch: list[Record]) -> dict[str, pictures.Span | SampleError]:

@@ -1,5 +1,6 @@
 """Each step, killed or stopped at drawn moments and run again, leaves what an undisturbed run leaves."""
 
+import contextlib
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from steps import STEPS, command_of, content
@@ -31,16 +33,30 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def _interrupted(command: list[str], environment: dict[str, str], seconds: float, number: signal.Signals) -> None:
+    """Kill all of a step's processes, as a node's end does, or stop its first one, as Kubernetes does."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
+            descendants = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
+            for victim in [process, *descendants]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.send_signal(number)
+
+
+def _left_behind(environment: dict[str, str]) -> list[psutil.Process]:
+    """Processes of an interrupted step that have not ended ten seconds later."""
+
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("TMPDIR") == environment["TMPDIR"]
+        except psutil.Error:
+            return False
+
+    _, alive = psutil.wait_procs([process for process in psutil.process_iter() if belongs(process)], timeout=10)
+    return list(alive)
 
 
 @pytest.mark.faults_only
@@ -61,6 +77,7 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
         (out / "tmp").mkdir()
         command, environment = command_of(step, inputs, out), _environment(out)
         _interrupted(command, environment, draw.uniform(0.2, 1.0) * seconds, number)
+        assert not _left_behind(environment)
         result = out / STEPS[step][1]
         if result.exists() and step != "evaluate":
             assert content(result) == wanted, "something half-written is visible"
