@@ -1,6 +1,7 @@
 """Submitting, following, reading logs and stopping, against a server that keeps state."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_wait_tells_what_the_step_that_failed_said(kubeflow: FakeKubeflow, comma
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 1
     assert "failed in validate-data: s3://bucket/train.json: nothing lies there; check it.;" in done.out
+
+
+def test_wait_shows_a_table_on_a_terminal(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    kubeflow.outcomes["merge"] = "FAILED"
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    last = re.sub("\x1b[^A-Za-z]*[A-Za-z]", "", done.err).rpartition(": FAILED")[2]
+    rows = [line.split() for line in last.splitlines()]
+    assert ["step", "state", "seconds"] in rows
+    states = {row[0]: row[1] for row in rows if len(row) > 1}
+    assert (states["train"], states["merge"]) == ("SUCCEEDED", "FAILED")
 
 
 def test_wait_answers_a_program_with_one_document(kubeflow: FakeKubeflow, command: Command) -> None:

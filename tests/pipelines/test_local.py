@@ -14,8 +14,9 @@ from sklearn.datasets import load_sample_images
 
 from minicpmv_finetune.components import storage
 from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.pipelines.demo import DEMO_INPUTS
+from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
+from minicpmv_finetune.pipelines.summary import show_outcome
 
 QUICK = {**DEMO_INPUTS, "num_train_epochs": 1.0}
 
@@ -71,6 +72,33 @@ def test_the_merged_model_answers(finished: tuple[LocalRun, Path], digits: Path)
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
     assert done.stderr == ""
+
+
+def test_the_outcome_is_a_table_and_the_places(
+    finished: tuple[LocalRun, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = finished
+    monkeypatch.chdir(out)
+    show_outcome(run, out, {"without": 0.125}, out / "pipeline.yaml", {"image": "a b.png", "prompt": "Which digit?"})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    scores = run.metrics("evaluate")
+    assert ["300", "held-out", "samples,", "free", "generation"] in lines
+    for model in ("base", "tuned"):
+        (row,) = (line for line in lines if line[:1] == [model])
+        assert row[1] == f"{scores[f'{model}_exact_match']:.3f}"
+    assert ["without", "0.125"] in lines
+    places = {" ".join(line[:-1]): line[-1] for line in lines if line}
+    assert places["report"] == "report.html"
+    assert places["merged model"] == "model"
+    assert places["pipeline"] == "pipeline.yaml"
+    (asked,) = (line for line in lines if line[:3] == ["ask", "the", "model"])
+    assert " ".join(asked).endswith("predict --model model --image 'a b.png' --prompt 'Which digit?'")
+
+
+def test_what_the_low_rank_updates_contribute_can_be_told(finished: tuple[LocalRun, Path], tiny_46: Path) -> None:
+    run, _ = finished
+    share = exact_match_without_lora(tiny_46, run.output("train", "adapter"), run.output("validate-data", "dataset"))
+    assert share < run.metrics("evaluate")["tuned_exact_match"]
 
 
 def test_no_secret_is_written_anywhere(finished: tuple[LocalRun, Path]) -> None:

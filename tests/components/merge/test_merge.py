@@ -3,19 +3,22 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune.components.errors import RetryableError, UserError
 from minicpmv_finetune.components.merge.gate import judge
-from minicpmv_finetune.components.merge.merge import MergeReport, MergeSettings, markdown, merge
+from minicpmv_finetune.components.merge.merge import GATE, MergeReport, MergeSettings, markdown, merge
 from minicpmv_finetune.components.merge.report import Generated
 from minicpmv_finetune.components.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.components.minicpmv.generations import slicing_of
@@ -136,6 +139,31 @@ def test_gate_refuses_a_model_that_is_not_base_and_adapter(
     found = judge(tiny_46, adapter, tiny_46, shards, 1)
     assert found.failure is not None
     assert "differ by" in found.failure
+
+
+def test_a_gate_that_the_system_kills_is_worth_another_try(
+    tiny_46: Path, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    adapter = train(tiny_46).folder
+
+    def kill_the_gate() -> None:
+        while not killed.wait(0.01):
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    if GATE in child.cmdline():
+                        child.kill()
+                        killed.set()
+
+    killed = threading.Event()
+    killer = threading.Thread(target=kill_the_gate)
+    killer.start()
+    try:
+        with pytest.raises(RetryableError, match="ended by signal 9; it holds the model in float32"):
+            merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+    finally:
+        killed.set()
+        killer.join()
+    assert not list(tmp_path.glob("*model*"))
 
 
 def test_what_the_gate_cannot_load_is_told_in_its_words(

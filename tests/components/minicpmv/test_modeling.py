@@ -100,6 +100,14 @@ def test_places_and_features_that_do_not_match_raise_with_both_counts(
         model(**batch)
 
 
+def test_pictures_without_places_for_them_are_refused(
+    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="Pictures need input_ids"):
+        model(**{**batch, "input_ids": None, "inputs_embeds": embedded})
+
+
 def test_patches_and_sizes_that_do_not_match_raise_with_both_counts(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> None:

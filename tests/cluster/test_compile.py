@@ -1,0 +1,52 @@
+"""`minicpmv-finetune compile`: what it writes for whom, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster.commands import ROOT, Command
+
+PROFILE = ROOT / "k8s" / "profiles" / "dev.yaml"
+
+
+def _first(path: Path) -> dict:
+    return next(iter(yaml.safe_load_all(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [([], "minicpmv-finetune"), (["--retrain"], "minicpmv-retrain")], ids=["finetune", "retrain"]
+)
+@pytest.mark.parametrize("settings", [[], ["--profile", PROFILE]], ids=["plain", "profile"])
+def test_each_pipeline_is_written_with_or_without_a_profile(
+    command: Command, tmp_path: Path, options: list[str], name: str, settings: list[str | Path]
+) -> None:
+    path = tmp_path / "pipeline.yaml"
+    done = command("compile", path, *options, *settings)
+    assert done.code == 0, done.err
+    assert str(path) in done.out
+    assert _first(path)["pipelineInfo"]["name"] == name
+    assert ("secretName: minicpmv-s3" in path.read_text()) == bool(settings)
+
+
+def test_objects_are_written_for_the_profiles_namespace(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "objects.yaml"
+    assert command("compile", path, "--objects", "--profile", PROFILE).code == 0
+    kinds = {document["kind"]: document for document in yaml.safe_load_all(path.read_text())}
+    assert set(kinds) == {"Pipeline", "PipelineVersion"}
+    assert {document["metadata"]["namespace"] for document in kinds.values()} == {_first(PROFILE)["namespace"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--objects"], "--objects: the namespace of the objects is not known"),
+        (["--partitions", "2", "--profile", PROFILE], "set preprocess_partitions there"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    command: Command, tmp_path: Path, options: list[str | Path], sentence: str
+) -> None:
+    done = command("compile", tmp_path / "pipeline.yaml", *options)
+    assert done.code == 2
+    assert sentence in done.err
+    assert not list(tmp_path.iterdir())
