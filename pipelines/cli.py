@@ -7,6 +7,7 @@ before a command needs it, so that help and mistakes in arguments are instant.
 import json
 import logging
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -83,6 +84,8 @@ app.add_typer(kubeflow_cli.app)
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     _quiet()
+    # Told to stop, a step puts away what it began, as on an error; by default it would end where it stands.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with disk_faults_told():
             app()

@@ -78,6 +78,8 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
         command, environment = command_of(step, inputs, out), _environment(out)
         _interrupted(command, environment, draw.uniform(0.2, 1.0) * seconds, number)
         assert not _left_behind(environment)
+        if number == signal.SIGTERM:
+            assert not [path.name for path in out.iterdir() if path.name.startswith(".")], "what was begun is left"
         result = out / STEPS[step][1]
         if result.exists() and step != "evaluate":
             assert content(result) == wanted, "something half-written is visible"

@@ -1,6 +1,7 @@
 """A merged folder takes the base's place, is seen only once it is proven, and says where it comes from."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -145,25 +146,35 @@ def test_a_gate_that_the_system_kills_is_worth_another_try(
     tiny_46: Path, train: Train, shards: Path, tmp_path: Path
 ) -> None:
     adapter = train(tiny_46).folder
-
-    def kill_the_gate() -> None:
-        while not killed.wait(0.01):
-            for child in psutil.Process().children():
-                with suppress(psutil.Error):
-                    if GATE in child.cmdline():
-                        child.kill()
-                        killed.set()
-
-    killed = threading.Event()
-    killer = threading.Thread(target=kill_the_gate)
+    killer = threading.Thread(target=lambda: _gate_of(psutil.Process()).kill())
     killer.start()
-    try:
-        with pytest.raises(RetryableError, match="ended by signal 9; it holds the model in float32"):
-            merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
-    finally:
-        killed.set()
-        killer.join()
+    with pytest.raises(RetryableError, match="ended by signal 9; it holds the model in float32"):
+        merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
+    killer.join()
     assert not list(tmp_path.glob("*model*"))
+
+
+def test_a_merge_that_is_told_to_stop_takes_its_gate_and_leaves_nothing(
+    tiny_46: Path, train: Train, shards: Path, tmp_path: Path
+) -> None:
+    adapter = train(tiny_46).folder
+    flags = ["--base-model", tiny_46, "--adapter", adapter, "--shards", shards, "--out", tmp_path / "out" / "model"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "merge"]
+    with subprocess.Popen([*command, *map(str, flags)], stderr=subprocess.PIPE) as process:
+        gate = _gate_of(psutil.Process(process.pid))
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not gate.is_running()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge-report.json"]
+
+
+def _gate_of(merging: psutil.Process) -> psutil.Process:
+    while True:
+        for child in merging.children():
+            with suppress(psutil.Error):
+                if GATE in child.cmdline() and child.num_threads() > 1:  # torch is imported
+                    return child
 
 
 def test_what_the_gate_cannot_load_is_told_in_its_words(
