@@ -12,7 +12,7 @@ from minicpmv_finetune.components.errors import RetryableError
 from minicpmv_finetune.components.workers import map_in_order
 
 PARENT = """
-import os, time
+import time
 from minicpmv_finetune.components.workers import map_in_order
 
 def work(number):
