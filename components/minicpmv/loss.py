@@ -2,9 +2,14 @@
 
 Of a sample's positions few are supervised: pictures, questions and padding are most of it. The head is the widest layer
 of the model (150,000 words), so the logits of all positions are often more memory than all else of a step. Here the
-head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows. A frozen head's
-gradient is computed with its loss, chunk by chunk, so that no logits are kept; those of a head that is trained, or has
-adapters, are computed again in the backward pass where they are more than one chunk.
+head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows; those of a head
+that is trained, or has adapters, are computed again in the backward pass where they are more than one chunk.
+
+A frozen head needs no logits but once, and not at one time: softmax(states · weightᵀ) · weight, which its gradient is
+made of, is attention from states to words, and the loss is what that divides by. So it goes through the vocabulary in
+tiles, as flash attention goes through keys (Milakov and Gimelshein 2018; Dao et al. 2022): both in one pass, of logits
+that are still in a processor's cache when they are multiplied again. On one core, 400 positions, 150,000 words and
+width 256: 0.75 s, where chunks of whole rows took 0.89 and the two products of whole rows alone 0.80.
 """
 
 from collections.abc import Callable
@@ -21,6 +26,9 @@ from .row import IGNORED_LABEL
 
 LOGITS_AT_ONCE = 2**26
 """Of one chunk: 256 MB in float32, four hundred positions of a vocabulary of 150,000."""
+
+WORDS_AT_ONCE = 2**12
+"""Of one tile of a frozen head. On a CPU 1,024 to 8,192 are alike within a tenth; a GPU wants few, large products."""
 
 
 @dataclass
@@ -75,15 +83,16 @@ def supervised_loss(
     targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden.device)
     supervised = targets != IGNORED_LABEL
     states, wanted = hidden[supervised], targets[supervised]
-    # ZeRO-3 gathers the head at each call, in which all processes take part: their calls must be equally many.
-    chunk = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(LOGITS_AT_ONCE // vocabulary, 1)
     learns = torch.is_grad_enabled()
     divisor = len(wanted) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(hidden.device)
     if learns and len(states) and _is_frozen(head):
-        total: torch.Tensor = _FrozenHeadLoss.apply(states, head.weight, wanted, chunk)
+        total: torch.Tensor = _FrozenHeadLoss.apply(states, head.weight, wanted)
         return SupervisedOutput(loss=total / divisor)
+
+    # ZeRO-3 gathers the head at each call, in which all processes take part: their calls must be equally many.
+    chunk = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(LOGITS_AT_ONCE // vocabulary, 1)
 
     def of_chunk(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(states)
@@ -112,22 +121,30 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """Summed cross entropy through a frozen matrix: d loss / d states = (softmax(logits) - one hot) · weight."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor, chunk: int) -> torch.Tensor:
-        loss = states.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(states, dtype=torch.float32)
-        for part, labels, into in zip(states.split(chunk), wanted.split(chunk), gradient.split(chunk), strict=True):
-            # In place, since logits are most of the memory.
-            logits = F.linear(part, weight).float()
-            wished, largest = logits.gather(1, labels.unsqueeze(1)), logits.amax(dim=1, keepdim=True)
-            shares = logits.sub_(largest).exp_()
-            whole = shares.sum(dim=1, keepdim=True)
-            loss += (whole.log() + largest - wished).sum()
-            shares.div_(whole)[torch.arange(len(labels), device=labels.device), labels] -= 1
-            into.copy_(shares.to(weight.dtype) @ weight)
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        labels = wanted.unsqueeze(1)
+        # Of each position: the label's logit, the largest one of the words so far, and of these words the sums of
+        # exp(logit - largest) and of that times their weights.
+        wished = states.new_zeros(len(states), 1, dtype=torch.float32)
+        largest = torch.full_like(wished, -torch.inf)
+        whole = torch.zeros_like(wished)
+        gradient = torch.zeros_like(states, dtype=torch.float32)
+        for number, words in enumerate(weight.split(WORDS_AT_ONCE)):
+            logits = F.linear(states, words).float()
+            place = labels - number * WORDS_AT_ONCE
+            here = (place >= 0) & (place < len(words))
+            wished = wished.where(~here, logits.gather(1, place.clamp(0, len(words) - 1)))
+            larger = largest.maximum(logits.amax(dim=1, keepdim=True))
+            shares, shrunk = logits.sub_(larger).exp_(), (largest - larger).exp_()
+            whole.mul_(shrunk).add_(shares.sum(dim=1, keepdim=True))
+            gradient.mul_(shrunk).add_(shares.to(words.dtype) @ words)
+            largest = larger
+        gradient.div_(whole).sub_(weight[wanted])
+        loss = (whole.log() + largest - wished).sum()
         ctx.save_for_backward(gradient)
         ctx.dtype = states.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return (ctx.saved_tensors[0] * gradients[0]).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return (ctx.saved_tensors[0] * gradients[0]).to(ctx.dtype), None, None

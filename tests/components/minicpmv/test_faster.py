@@ -213,7 +213,7 @@ def test_a_mask_goes_only_where_causal_attention_hides_the_padding_itself() -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_heads_gradient_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("minicpmv_finetune.components.minicpmv.loss.LOGITS_AT_ONCE", 3 * 50)
+    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 16)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(False)
     labels = torch.randint(0, 50, (2, 9))
