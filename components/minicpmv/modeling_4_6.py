@@ -30,9 +30,10 @@ from transformers.models.minicpmv4_7 import MiniCPMV4_7Config, MiniCPMV4_7Model
 from transformers.models.minicpmv4_7 import MiniCPMV4_7ForConditionalGeneration as Transformers47
 from transformers.utils.generic import is_flash_attention_requested
 
+from .linear_attention import LinearAttention
 from .loss import mask_that_hides, supervised_loss
 from .modeling import PatchGrid
-from .packed import LinearAttention, Samples, samples_in
+from .packed import Samples, samples_in
 
 _SIDE = 4
 """Of the blank picture in patches: the least that merges twice."""

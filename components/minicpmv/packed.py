@@ -17,7 +17,6 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.utils.generic import is_flash_attention_requested
 
 APART = "sdpa_apart"
@@ -82,7 +81,7 @@ def samples_in(inputs: dict[str, Any]) -> Samples | None:
 def prepare_for_packing(model: PreTrainedModel, language_model: str) -> None:
     """Make the language model, a part of the model, take packed rows; others go on as they did.
 
-    Linear attention is one of the model's layers already (see `modeling_4_6`); here the other attention learns it.
+    Linear attention is one of the model's layers already (see `linear_attention`); here the other attention learns it.
     """
     part: Any = model.get_submodule(language_model)
     if not is_flash_attention_requested(part.config):
@@ -110,20 +109,6 @@ def _attention(
 def _mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
     mask: Any = sdpa_mask
     return None if attention_mask is None else mask(*sizes, attention_mask=attention_mask, **options)
-
-
-class LinearAttention(Qwen3_5GatedDeltaNet):
-    """Gated linear attention, whose state would else go from one sample of a packed row into the next."""
-
-    def forward(self, hidden_states: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        """As the class above; a packed row's samples each by itself."""
-        samples = samples_in(options)
-        if samples is None:
-            output: torch.Tensor = super().forward(hidden_states, *rest, **options)
-            return output
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            options.pop(name, None)
-        return samples.together(super().forward(samples.apart(hidden_states), *rest, **options))
 
 
 AttentionInterface.register(APART, _attention)

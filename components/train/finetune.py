@@ -215,7 +215,6 @@ def _load(base: Path, arguments: Arguments) -> tuple[PreTrainedModel, Generation
         generation = generation_of(base)
         model, generation = load_model(base, _compute_dtype(training), **four_bit_options(generation, training))
         prepare_four_bit(model, training)
-    model.config.use_cache = False
     if training.use_liger_kernel:
         use_liger(model.get_submodule(generation.language_model))
         training.use_liger_kernel = False  # transformers would try again, by the whole model's name
@@ -269,7 +268,6 @@ def _save(
             model.save_pretrained(folder, state_dict=weights)
         else:
             copy_other_files(base, folder)
-            model.config.use_cache = True
             if is_deepspeed_zero3_enabled():
                 # Loading under ZeRO-3 notes every renaming there is for the architecture, used or not; saving would
                 # undo them all.

@@ -62,9 +62,10 @@ class MiniCPMVTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
-        """The loss; smoothed labels alone need all logits."""
+        """The loss; smoothed labels alone need all logits, and nobody the keys and values that generation keeps."""
+        inputs = {**inputs, "use_cache": False}
         if self.args.supervised_logits_only and self.label_smoother is None:
-            inputs = {**inputs, "loss_only": True}
+            inputs["loss_only"] = True
         loss = super().compute_loss(model, inputs, *rest, **options)
         self._watchdog.reached(2)
         return loss

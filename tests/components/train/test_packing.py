@@ -64,16 +64,25 @@ def test_none_and_too_long_ones(lengths: list[int], packs: list[list[int]]) -> N
 
 
 def test_batches_of_like_length_change_with_the_epoch_alone() -> None:
-    lengths = _lengths(400)
+    lengths = _lengths(404)
     sampler, other = LikeLengths(lengths, 8, seed=0), LikeLengths(lengths, 8, seed=0)
     first = list(sampler)
     assert first == list(other)
     sampler.set_epoch(1)
-    assert list(sampler) != first
-    assert sorted(first) == list(range(400))
-    batches = [[lengths[number] for number in first[start : start + 8]] for start in range(0, 400, 8)]
-    padding = 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
-    assert padding < 0.1  # 0.43 in any order
+    second = list(sampler)
+    assert sorted(first) == sorted(second) == list(range(404))
+    batches, later = ([order[start : start + 8] for start in range(0, 404, 8)] for order in (first, second))
+    assert not {frozenset(batch) for batch in batches} <= {frozenset(batch) for batch in later}
+    longest = [max(lengths[number] for number in batch) for batch in batches]
+    padding = 1 - sum(lengths) / sum(most * len(batch) for most, batch in zip(longest, batches, strict=True))
+    assert padding < 0.05  # 0.43 in any order
+    assert longest[0] > 0.9 * max(lengths)
+    assert longest[1:] != sorted(longest[1:], reverse=True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_fewer_samples_than_a_batch_are_all_there(count: int) -> None:
+    assert sorted(LikeLengths([5] * count, 8, seed=0)) == list(range(count))
 
 
 def test_packing_and_like_lengths_together_are_refused() -> None:
