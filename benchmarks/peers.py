@@ -43,6 +43,7 @@ SHARED = {
     "save_strategy": "no",
     "logging_steps": 10,
     "lora_alpha": 32,
+    "optim": "adamw_torch_fused",
 }
 
 

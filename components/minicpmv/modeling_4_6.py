@@ -71,34 +71,28 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
     ) -> Any:
         if is_flash_attention_requested(self.config):
             return super().forward(hidden_states, cu_seqlens, max_seqlen, **options)
-        lengths = cu_seqlens.diff().long()
-        order, back, sizes = _by_length(lengths)
-        dropout = self.attention_dropout if self.training else 0.0
-        states = torch.cat([project(hidden_states[0]) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        mixed = []
-        for (number, length), packed in zip(sizes, states[order].split([n * size for n, size in sizes]), strict=True):
-            # [number · length, 3 · width] → three times [number, heads, length, width / heads]
-            queries, keys, values = packed.view(number, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        found, counts = cu_seqlens.diff().unique_consecutive(return_counts=True)
+        runs = list(zip(counts.tolist(), found.tolist(), strict=True))
+        patches = [number * length for number, length in runs]
+        parts = [project(hidden_states[0]).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        mixed: dict[int, torch.Tensor] = {}
+        for length in {length for _, length in runs}:
+            members = [number for number, (_, its) in enumerate(runs) if its == length]
+            # [number · length, width] → [number, heads, length, width / heads]
+            states = [_joined([part[number] for number in members]) for part in parts]
+            queries, keys, values = (
+                rows.view(-1, length, self.num_heads, self.head_dim).transpose(1, 2) for rows in states
+            )
+            dropout = self.attention_dropout if self.training else 0.0
             rows = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=self.scaling)
-            mixed.append(rows.transpose(1, 2).reshape(len(packed), -1))
-        return self.out_proj(torch.cat(mixed)[back]).unsqueeze(0), None
+            back = rows.transpose(1, 2).reshape(states[0].shape).split([patches[number] for number in members])
+            mixed |= zip(members, back, strict=True)
+        return self.out_proj(_joined([mixed[number] for number in range(len(runs))])).unsqueeze(0), None
 
 
-def _by_length(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-    """How to bring groups of equal length together.
-
-    Args:
-        lengths: int [groups], of groups that lie one after the other.
-
-    Returns:
-        Indices that sort all members by their group's length, those that undo it, and of each length how many groups
-        have it, and it.
-    """
-    of_member = torch.repeat_interleave(lengths, lengths)
-    order = of_member.argsort(stable=True)
-    found, counts = lengths.unique(return_counts=True)
-    back = torch.empty_like(order).index_put((order,), torch.arange(len(order), device=order.device))
-    return order, back, list(zip(counts.tolist(), found.tolist(), strict=True))
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One behind the other; a single one as it is, where torch would copy it."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _windows(
