@@ -94,7 +94,8 @@ def gated_delta_rule(
         return parts.permute(1, 0, 3, 2, 4).reshape(chunks, rows * heads, size, -1)
 
     told = (queries * width**-0.5, keys, values, decay.unsqueeze(-1), share.unsqueeze(-1))
-    read: torch.Tensor = _DeltaRule.apply(*map(in_chunks, told))
+    with torch.autocast(keys.device.type, enabled=False):
+        read: torch.Tensor = _DeltaRule.apply(*map(in_chunks, told))
     together = read.view(chunks, rows, heads, size, -1).permute(1, 0, 3, 2, 4)
     return together.reshape(rows, chunks * size, heads, -1)[:, :length]
 

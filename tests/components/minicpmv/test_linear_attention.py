@@ -82,6 +82,18 @@ def test_the_layer_learns_what_that_of_transformers_learns(
         torch.testing.assert_close(ours[name], value, rtol=close, atol=close * float(value.abs().max()), msg=name)
 
 
+def test_the_rule_is_computed_in_float32_whatever_is_cast_around_it() -> None:
+    given = [torch.randn(1, 40, 2, 16).requires_grad_() for _ in range(3)]
+    given += [-torch.rand(1, 40, 2).requires_grad_(), torch.rand(1, 40, 2).requires_grad_()]
+    found = []
+    for cast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            read = gated_delta_rule(*given)
+        found.append([read, *torch.autograd.grad(read.sum(), given)])
+    for plain, within in zip(*found, strict=True):
+        assert torch.equal(plain, within)
+
+
 def test_samples_of_a_packed_row_read_what_they_would_alone(
     layers: tuple[LinearAttention, Qwen3_5GatedDeltaNet],
 ) -> None:

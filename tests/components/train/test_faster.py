@@ -2,9 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from minicpmv_finetune.components.minicpmv.checkpoint import load_model
+from minicpmv_finetune.components.train.arguments import TrainingArguments
+from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
+from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.components.training_record import read_record
 
 COMMON = "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0 --learning_rate 3e-3 --save_strategy no"
@@ -56,3 +62,28 @@ def test_batches_of_like_length_pad_less(
     losses(uneven_shards, f"{flags} --group_by_length true", out="grouped")
     padding = {name: read_record(tmp_path / name).metrics["padding"] for name in ("random", "grouped")}
     assert padding["grouped"] < padding["random"]
+
+
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])
+def test_training_keeps_no_keys_and_values(
+    version: str, short: bool, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, generation = load_model(tiny(version), torch.float32)
+    assert model.config.get_text_config().use_cache
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], supervised_logits_only=short)
+    trainer = MiniCPMVTrainer(
+        model=model,
+        args=arguments,
+        watcher=SimpleNamespace(),
+        watchdog=Watchdog(100, 0),
+        name_rows=lambda rows: [],
+        lengths=[],
+    )
+    kept = []
+    model.get_submodule(generation.language_model).register_forward_hook(
+        lambda _, given, made: kept.append(made.past_key_values)
+    )
+    ids = torch.arange(20, 28).unsqueeze(0)
+    trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids}).backward()
+    assert kept == [None]
