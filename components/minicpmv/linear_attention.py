@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, apply_mask_to_padding_states, l2norm
 from transformers.utils.import_utils import is_flash_linear_attention_available
 
@@ -55,7 +56,7 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         if samples is not None:
             mixed, share, decay = (samples.apart(states) for states in (mixed, share, decay))
         length = mixed.shape[1]
-        mixed = F.silu(self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
+        mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
         keys, values = mixed.split([2 * self.key_dim, self.value_dim], dim=-1)
         # Queries and keys lie one behind the other.
         keys = l2norm(keys.unflatten(-1, (2, self.num_k_heads, self.head_k_dim)).float())

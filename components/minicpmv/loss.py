@@ -28,7 +28,7 @@ LOGITS_AT_ONCE = 2**26
 """Of one chunk: 256 MB in float32, four hundred positions of a vocabulary of 150,000."""
 
 WORDS_AT_ONCE = 2**12
-"""Of one tile of a frozen head. On a CPU 1,024 to 8,192 are alike within a tenth; a GPU wants few, large products."""
+"""Of a frozen head's tile, at most. On a CPU 1,024 to 8,192 are alike within a tenth; a GPU wants few, large ones."""
 
 
 @dataclass
@@ -129,9 +129,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         largest = torch.full_like(wished, -torch.inf)
         whole = torch.zeros_like(wished)
         gradient = torch.zeros_like(states, dtype=torch.float32)
-        for number, words in enumerate(weight.split(WORDS_AT_ONCE)):
+        size = max(min(WORDS_AT_ONCE, LOGITS_AT_ONCE // len(states)), 1)
+        for number, words in enumerate(weight.split(size)):
             logits = F.linear(states, words).float()
-            place = labels - number * WORDS_AT_ONCE
+            place = labels - number * size
             here = (place >= 0) & (place < len(words))
             wished = wished.where(~here, logits.gather(1, place.clamp(0, len(words) - 1)))
             larger = largest.maximum(logits.amax(dim=1, keepdim=True))

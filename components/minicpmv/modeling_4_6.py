@@ -75,6 +75,7 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
         runs = list(zip(counts.tolist(), found.tolist(), strict=True))
         patches = [number * length for number, length in runs]
         parts = [project(hidden_states[0]).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        dropout = self.attention_dropout if self.training else 0.0
         mixed: dict[int, torch.Tensor] = {}
         for length in {length for _, length in runs}:
             members = [number for number, (_, its) in enumerate(runs) if its == length]
@@ -83,7 +84,6 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
             queries, keys, values = (
                 rows.view(-1, length, self.num_heads, self.head_dim).transpose(1, 2) for rows in states
             )
-            dropout = self.attention_dropout if self.training else 0.0
             rows = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=self.scaling)
             back = rows.transpose(1, 2).reshape(states[0].shape).split([patches[number] for number in members])
             mixed |= zip(members, back, strict=True)

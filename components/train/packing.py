@@ -77,5 +77,5 @@ class LikeLengths(Sampler[int]):
         order = np.argsort(-self.lengths * random.normal(1, _SPREAD, len(self.lengths)))
         full = len(order) // self.batch_size * self.batch_size
         batches = order[:full].reshape(-1, self.batch_size)
-        random.shuffle(batches[1:])
+        random.shuffle(batches[1:])  # a view: the order changes with it
         return iter(order.tolist())

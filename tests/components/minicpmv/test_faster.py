@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration as Transformers46
 
@@ -140,6 +142,30 @@ def test_no_chunk_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> Non
     supervised_loss(head, torch.randn(2, 9, 4), torch.ones(2, 9, dtype=torch.long), 8).loss.backward()
     assert max(seen) == 2
     assert sum(seen) == 2 * 16  # forward, and again in the backward pass
+
+
+class _Exponentials(TorchDispatchMode):
+    """Notes the largest tensor that is exponentiated in place, as logits are."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.exp_.default:
+            self.largest = max(self.largest, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("allowed", "largest"), [(64, 64), (2**20, 16 * 5)])
+def test_no_tile_of_a_frozen_head_is_larger_than_allowed(
+    allowed: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", allowed)
+    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 5)
+    head = torch.nn.Linear(4, 12, bias=False).requires_grad_(False)
+    states, labels = torch.randn(2, 9, 4, requires_grad=True), torch.ones(2, 9, dtype=torch.long)
+    with _Exponentials() as seen:
+        supervised_loss(head, states, labels, 12)
+    assert seen.largest == largest
 
 
 def test_features_of_the_tower_give_the_loss_and_gradients_of_pixels(

@@ -1,11 +1,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch import nn
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.train import launch
+from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
+from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.components.training_record import read_record
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.pipelines.demo import write_digits
@@ -54,3 +60,20 @@ def losses(tiny_46: Path, tmp_path: Path) -> Callable[..., list[float]]:
         return [entry["loss"] for entry in read_record(tmp_path / out).history if "loss" in entry]
 
     return train
+
+
+@pytest.fixture
+def trainer_of(tmp_path: Path) -> Callable[..., MiniCPMVTrainer]:
+    """Makes a trainer of a model, without data, by settings."""
+
+    def make(model: nn.Module, **settings: Any) -> MiniCPMVTrainer:
+        return MiniCPMVTrainer(
+            model=model,
+            args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings),
+            watcher=SimpleNamespace(count=lambda rows, positions: None),
+            watchdog=Watchdog(100, 0),
+            name_rows=lambda rows: [str(row) for row in rows],
+            lengths=[],
+        )
+
+    return make

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
-from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.components.training_record import read_record
 
 COMMON = "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0 --learning_rate 3e-3 --save_strategy no"
@@ -67,19 +64,11 @@ def test_batches_of_like_length_pad_less(
 @pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])
 def test_training_keeps_no_keys_and_values(
-    version: str, short: bool, tiny: Callable[[str], Path], tmp_path: Path
+    version: str, short: bool, tiny: Callable[[str], Path], trainer_of: Callable[..., MiniCPMVTrainer]
 ) -> None:
     model, generation = load_model(tiny(version), torch.float32)
     assert model.config.get_text_config().use_cache
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], supervised_logits_only=short)
-    trainer = MiniCPMVTrainer(
-        model=model,
-        args=arguments,
-        watcher=SimpleNamespace(),
-        watchdog=Watchdog(100, 0),
-        name_rows=lambda rows: [],
-        lengths=[],
-    )
+    trainer = trainer_of(model, supervised_logits_only=short)
     kept = []
     model.get_submodule(generation.language_model).register_forward_hook(
         lambda _, given, made: kept.append(made.past_key_values)

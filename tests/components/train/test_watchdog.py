@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Place, Watchdog, whom_the_others_wait_for
 from minicpmv_finetune.components.training_record import read_record
@@ -117,16 +116,8 @@ class _Hungry(nn.Module):
         return {"loss": self.weight.sum() + torch.empty(2**50).sum()}
 
 
-def test_running_out_of_memory_names_process_step_and_settings(tmp_path: Path) -> None:
-    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=4)
-    trainer = MiniCPMVTrainer(
-        model=_Hungry(),
-        args=training,
-        watcher=SimpleNamespace(count=lambda rows, positions: None),
-        watchdog=Watchdog(100, 0),
-        name_rows=lambda rows: [str(row) for row in rows],
-        lengths=[3] * 4,
-    )
+def test_running_out_of_memory_names_process_step_and_settings(trainer_of: Callable[..., MiniCPMVTrainer]) -> None:
+    trainer = trainer_of(_Hungry(), per_device_train_batch_size=4)
     batch = {"rows": [0, 1, 2, 3], "input_ids": torch.zeros(4, 3, dtype=torch.long), "target_sizes": torch.ones(5, 2)}
     with pytest.raises(UserError, match=r"process 0 ran out of memory at step 1, .* 4 × 3 tokens and 5 slices") as told:
         trainer.training_step(trainer.model, batch, None)
