@@ -24,7 +24,7 @@ test-faults-long: install browser  ## the same with twenty moments and 12,500 in
 check: install  ## lint and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy components pipelines
+	$(BIN)/mypy minicpmv_finetune tests benchmarks images
 
 install: .venv/installed  ## install the locked packages and this project into .venv
 
@@ -87,7 +87,7 @@ lock:  ## resolve the newest versions anew and write requirements.lock
 		--output-file requirements.lock pyproject.toml
 
 readmes: install  ## write each step's README from its component
-	$(BIN)/python -m minicpmv_finetune.pipelines.component_readmes
+	$(BIN)/python -m minicpmv_finetune.cli.component_readmes
 
 PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
 

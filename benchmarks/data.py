@@ -34,17 +34,19 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.minicpmv.batch import pack_patches
-from minicpmv_finetune.components.minicpmv.conversation import Encoder
-from minicpmv_finetune.components.minicpmv.row import Row
-from minicpmv_finetune.components.minicpmv.slicing import SlicingConfig, cut, plan_slices
-from minicpmv_finetune.components.picture_codec import CODECS, Codec, store_slices
+from minicpmv_finetune import storage
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-from minicpmv_finetune.components.preprocess.rows import prepare
-from minicpmv_finetune.components.samples import decode_picture, read_samples
-from minicpmv_finetune.components.shard_cache import open_shards
-from minicpmv_finetune.components.shards import (
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.samples import decode_picture, read_samples
+from minicpmv_finetune.minicpmv.batch import pack_patches
+from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
+from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+from minicpmv_finetune.shards.cache import open_shards
+from minicpmv_finetune.shards.codecs import CODECS, Codec, store_slices
+from minicpmv_finetune.shards.encoding import prepare
+from minicpmv_finetune.shards.format import (
     MANIFEST_FILE,
     Manifest,
     Shard,
@@ -53,8 +55,6 @@ from minicpmv_finetune.components.shards import (
     slicing_fields,
     write_shard,
 )
-from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
 
 RESULTS = Path("build/bench/data.jsonl")
 SIZES = {"1344": (1344, 1344), "640": (640, 480)}

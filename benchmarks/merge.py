@@ -25,7 +25,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
 
-from minicpmv_finetune.components.minicpmv.generations import MINICPMV_4_6
+from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
 
 RESULTS = Path("build/bench/merge.jsonl")
 SHARD_BYTES = 10**9

@@ -7,7 +7,7 @@ value, a statement left out. It is killed if a test fails or runs far too long. 
 and decorators. `--again` meets only the survivors of the last run.
 
 Why not mutmut or cosmic-ray: mutmut 3 looks for `components.shards` in a copy of the tree, while the tests import
-`minicpmv_finetune.components.shards`, to which setuptools maps the folder, and leaves out constants, regular
+`minicpmv_finetune.shards.format`, to which setuptools maps the folder, and leaves out constants, regular
 expressions' flags and everything decorated; cosmic-ray starts a process for each mutant, whose imports take longer
 than its tests. Here a process that has imported torch and the like forks for each mutant, and the child imports the
 project anew, with the one file changed on its way from the disk: nothing is written into the tree.
@@ -37,16 +37,16 @@ from rich.table import Table
 RESULTS = Path("build/bench/mutation.json")
 # What is mutated, and the tests that should notice, quick ones first.
 TARGETS = {
-    "components/minicpmv/slicing.py": ["tests/components/minicpmv/test_slicing.py"],
-    "components/minicpmv/conversation.py": ["tests/components/minicpmv/test_conversation.py"],
-    "components/shards.py": [
-        "tests/components/test_shards.py",
-        "tests/components/test_shard_cache.py::test_a_manifest_leads_to_where_its_shards_are",
-        "tests/components/test_shard_cache.py::test_damage_is_found_in_rows_from_the_store",
+    "minicpmv_finetune/minicpmv/slicing.py": ["tests/minicpmv/test_slicing.py"],
+    "minicpmv_finetune/minicpmv/conversation.py": ["tests/minicpmv/test_conversation.py"],
+    "minicpmv_finetune/shards/format.py": [
+        "tests/shards/test_format.py",
+        "tests/shards/test_cache.py::test_a_manifest_leads_to_where_its_shards_are",
+        "tests/shards/test_cache.py::test_damage_is_found_in_rows_from_the_store",
     ],
-    "components/merge/weights.py": ["tests/components/merge/test_weights.py"],
-    "components/merge/update.py": ["tests/components/merge/test_streaming.py"],
-    "components/evaluate/metrics.py": ["tests/components/evaluate/test_metrics.py"],
+    "minicpmv_finetune/components/merge/weights.py": ["tests/components/merge/test_weights.py"],
+    "minicpmv_finetune/components/merge/update.py": ["tests/components/merge/test_streaming.py"],
+    "minicpmv_finetune/components/evaluate/metrics.py": ["tests/components/evaluate/test_metrics.py"],
 }
 # Imported once, before the first fork; none of it imports the project.
 SHARED = ("torch", "torchvision.transforms.v2", "transformers", "peft", "accelerate", "pyarrow.parquet", "numba")

@@ -29,9 +29,9 @@ from shapes import write_checkpoint, write_photographs
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.train.arguments import as_flags
-from minicpmv_finetune.components.train.train import launch
-from minicpmv_finetune.components.training_record import read_record
+from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.reports.training_record import read_record
 
 FOLDER = Path("build/bench/peers")
 LONGEST = 8192

@@ -16,9 +16,9 @@ from sklearn.datasets import load_sample_images
 from transformers import PreTrainedModel
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Config
 
-from minicpmv_finetune.components.minicpmv.configuration import MiniCPMVConfig
-from minicpmv_finetune.components.minicpmv.modeling import MiniCPMVForConditionalGeneration
-from minicpmv_finetune.components.minicpmv.modeling_4_6 import MiniCPMV4_6ForConditionalGeneration
+from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
+from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
+from minicpmv_finetune.minicpmv.modeling_qwen3_5 import MiniCPMV4_6ForConditionalGeneration
 
 PICTURE_TOKEN = 3
 QUESTION = "describe the photograph"

@@ -88,7 +88,7 @@ def train(folder: Path, steps: int) -> tuple[Held, Held]:
 
 def compile_often(folder: Path, count: int) -> tuple[Held, Held]:
     """Compile the pipeline so many times, in this process."""
-    from minicpmv_finetune.pipelines.finetune import compile_pipeline
+    from minicpmv_finetune.pipelines.finetuning import compile_pipeline
 
     seen = []
     for _ in range(count):

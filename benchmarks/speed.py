@@ -33,12 +33,12 @@ from shapes import LANGUAGE_HEAVY, PICTURE_TOKEN, VISION_HEAVY, Shape, make_mode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.components.minicpmv.batch import collate, collate_packed
-from minicpmv_finetune.components.minicpmv.generations import GENERATIONS
-from minicpmv_finetune.components.minicpmv.packed import prepare_for_packing
-from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
-from minicpmv_finetune.components.minicpmv.slicing import SlicingConfig, cut, plan_slices
 from minicpmv_finetune.components.train.fused_lora import fuse_adapters
+from minicpmv_finetune.minicpmv.batch import collate, collate_packed
+from minicpmv_finetune.minicpmv.generations import GENERATIONS
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.packed import prepare_for_packing
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
 
 PROFILE = Path("docs/pictures/step.png")
 BATCH = 4
@@ -239,11 +239,11 @@ def _words(length: int) -> Measured:
 
 
 def _answers(batch_size: int) -> Measured:
-    from minicpmv_finetune.components.minicpmv.answer import answer
-    from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-    from minicpmv_finetune.components.minicpmv.conversation import Encoder
-    from minicpmv_finetune.components.samples import read_samples
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+    from minicpmv_finetune.data.samples import read_samples
+    from minicpmv_finetune.minicpmv.answer import answer
+    from minicpmv_finetune.minicpmv.checkpoint import load_model
+    from minicpmv_finetune.minicpmv.conversation import Encoder
     from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -327,8 +327,8 @@ def _draw(shares: dict[str, dict[str, float]]) -> None:
 def _trained_by(processes: int) -> Measured:
     """An epoch of 400 digits by so many processes of one thread each, batch 8 in all, by the clock."""
     from minicpmv_finetune.components.train.arguments import as_flags
-    from minicpmv_finetune.components.train.train import launch
-    from minicpmv_finetune.components.training_record import read_record
+    from minicpmv_finetune.components.train.launch import launch
+    from minicpmv_finetune.reports.training_record import read_record
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -49,7 +49,7 @@ def main(out: Path) -> None:
 def _run(out: Path) -> None:
     import boto3
 
-    from minicpmv_finetune.components import storage
+    from minicpmv_finetune import storage
     from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, write_digits, write_tiny_checkpoint
     from minicpmv_finetune.pipelines.local import run_pipeline
 
@@ -80,7 +80,7 @@ def _run(out: Path) -> None:
 
 def _settled(uri: str, files: int) -> int:
     """How many objects there are once all files have become one; the mount writes a moment behind."""
-    from minicpmv_finetune.components import storage
+    from minicpmv_finetune import storage
 
     give_up = time.monotonic() + 180
     while (objects := len(storage.walk(uri))) < files and time.monotonic() < give_up:

@@ -1,7 +1,5 @@
 import inspect
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,11 +8,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.servers import MlflowServer, Webhook, listens
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -54,7 +53,7 @@ def tiny_46(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny random checkpoint of any generation, by its version."""
-    from tiny import write_tiny
+    from tests.tiny_checkpoints import write_tiny
 
     return lru_cache(lambda version: write_tiny(tmp_path_factory.mktemp("tiny") / version, version))
 
@@ -79,7 +78,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     rclone = [Path(sys.executable).with_name("rclone"), "serve", "s3", tmp_path_factory.mktemp("s3")]
     options = ["--addr", f"{host}:{port}", "--auth-key", f"{key},{secret}"]
     with subprocess.Popen([*rclone, *options], stderr=subprocess.DEVNULL) as server:
-        while not _listens(host, port):
+        while not listens(host, port):
             with suppress(subprocess.TimeoutExpired):
                 raise RuntimeError(f"rclone ended with exit code {server.wait(timeout=0.02)}")
         yield {
@@ -92,11 +91,6 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         server.terminate()
-
-
-def _listens(host: str, port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex((host, port)) == 0
 
 
 @pytest.fixture(scope="session")
@@ -125,41 +119,6 @@ def s3_uri(s3_server: dict[str, str], s3_client: "S3Client", monkeypatch: pytest
     return f"s3://{bucket}"
 
 
-class MlflowServer:
-    """A real MLflow server on a database of its own, which can go down and come back at the same address."""
-
-    def __init__(self, folder: Path, artifacts: str, environment: dict[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        # Many write at once: each waits for its turn.
-        database = f"sqlite:///{folder / 'mlflow.db'}?timeout=60"
-        options = ["--backend-store-uri", database, "--artifacts-destination", artifacts, "--workers", "1"]
-        self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *options]
-        self._environment = {**os.environ, **environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command,
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while not _listens("127.0.0.1", self.port):
-            with suppress(subprocess.TimeoutExpired):
-                raise RuntimeError(f"mlflow ended with exit code {self._process.wait(timeout=0.1)}")
-
-    def stop(self) -> None:
-        if self._process is not None:
-            # Its workers are processes of their own.
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture(scope="session")
 def mlflow_server(
     tmp_path_factory: pytest.TempPathFactory, s3_server: dict[str, str], s3_client: "S3Client"
@@ -171,32 +130,6 @@ def mlflow_server(
     server.start()
     yield server
     server.stop()
-
-
-class Webhook(HTTPServer):
-    """Keeps what it is sent, and answers as it is told: with each status in turn, and then the last again."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.received: list[dict[str, str]] = []
-        self.answers = [200]
-        self.url = f"http://127.0.0.1:{self.server_port}/secret-path"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Webhook
-
-    def do_POST(self) -> None:
-        answers = self.server.answers
-        status = answers.pop(0) if len(answers) > 1 else answers[0]
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        if status == 200:
-            self.server.received.append(json.loads(content))
-        self.send_response(status)
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.samples import DATASET_FILE, read_info, read_samples
-from minicpmv_finetune.components.shards import MANIFEST_FILE, ShardReader, read_manifest, verify_shards
 from minicpmv_finetune.components.train.checkpoints import Checkpoints
-from minicpmv_finetune.components.training_record import RECORD_FILE, read_record
-from minicpmv_finetune.pipelines.profile import load_profile
+from minicpmv_finetune.data.samples import DATASET_FILE, read_info, read_samples
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.kubeflow.profile import load_profile
+from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
+from minicpmv_finetune.shards.format import MANIFEST_FILE, ShardReader, read_manifest, verify_shards
 
 VERSIONS = sorted((Path(__file__).parent / "published").iterdir())
 

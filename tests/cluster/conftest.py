@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.commands import ROOT, Answer, Command
-from cluster.fake_kubeflow import FakeKubeflow, serving
 
-from minicpmv_finetune.pipelines import cli
+from minicpmv_finetune.cli import main
+from tests.cluster.commands import ROOT, Answer, Command
+from tests.cluster.fake_kubeflow import FakeKubeflow, serving
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["minicpmv-finetune", *map(str, words)])
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
         said = capsys.readouterr()

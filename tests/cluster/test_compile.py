@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster.commands import ROOT, Command
+
+from tests.cluster.commands import ROOT, Command
 
 PROFILE = ROOT / "k8s" / "profiles" / "dev.yaml"
 

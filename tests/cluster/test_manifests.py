@@ -14,9 +14,9 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import USER_ERROR_EXIT, UserError
-from minicpmv_finetune.pipelines.profile import QUEUE_LABEL, load_profile
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import USER_ERROR_EXIT, UserError
+from minicpmv_finetune.kubeflow.profile import QUEUE_LABEL, load_profile
 
 ROOT = Path(__file__).parents[2]
 KUBECTL = Path(sys.executable).with_name("kubectl")

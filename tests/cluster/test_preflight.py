@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.commands import ROOT, Command
-from cluster.fake_kubeflow import FakeKubeflow
+
+from tests.cluster.commands import ROOT, Command
+from tests.cluster.fake_kubeflow import FakeKubeflow
 
 SPACE = "/api/v1/namespaces/minicpmv-finetune"
 GROUPS = {"queue": "kueue.x-k8s.io/v1beta1", "runtime": "trainer.kubeflow.org/v1alpha1"}

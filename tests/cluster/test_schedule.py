@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.commands import BASE_MODEL, INPUTS, Command
-from cluster.fake_kubeflow import FakeKubeflow
 
-from minicpmv_finetune.pipelines.schedule import in_words, six_fields
+from minicpmv_finetune.kubeflow.schedule import in_words, six_fields
+from tests.cluster.commands import BASE_MODEL, INPUTS, Command
+from tests.cluster.fake_kubeflow import FakeKubeflow
 
 Write = Callable[..., Path]
 

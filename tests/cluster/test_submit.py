@@ -7,10 +7,11 @@ from pathlib import Path
 
 import kfp
 import pytest
-from cluster.commands import BASE_MODEL, INPUTS, Command
-from cluster.fake_kubeflow import FakeKubeflow
 
-from minicpmv_finetune.pipelines import cluster, finetune, runs
+from minicpmv_finetune.kubeflow import client, runs
+from minicpmv_finetune.pipelines import finetune
+from tests.cluster.commands import BASE_MODEL, INPUTS, Command
+from tests.cluster.fake_kubeflow import FakeKubeflow
 
 NAMESPACE = "minicpmv-finetune"
 
@@ -224,7 +225,7 @@ def test_a_server_that_hangs_is_given_up(
 ) -> None:
     kubeflow.answer_next(r"POST .*/runs", "hang")
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "SECONDS_A_CALL", (2, 2))
+        patch.setattr(client, "SECONDS_A_CALL", (2, 2))
         done = command("submit", *INPUTS, "--name", "monday")
     assert done.code == 75
     assert command("submit", *INPUTS, "--name", "monday").code == 0
@@ -283,7 +284,7 @@ def test_somebody_faster_is_no_error(kubeflow: FakeKubeflow, command: Command) -
 
 
 def test_lists_are_read_to_their_end(kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_PAGE", 2)
+    monkeypatch.setattr(client, "_PAGE", 2)
     for number in range(5):
         command("submit", *INPUTS, "--name", f"run-{number}")
     listed = command("runs", "--output", "json").json

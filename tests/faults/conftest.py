@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steps import TRAIN
-from wire import Wire, relay
+
+from tests.faults.network_relay import Wire, relay
+from tests.faults.steps import TRAIN
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory
 
     from minicpmv_finetune.components.merge.merge import MergeSettings, merge
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-    from minicpmv_finetune.components.train.train import launch
+    from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 
     folder = tmp_path_factory.mktemp("undisturbed")

@@ -36,7 +36,7 @@ DIFFER = {"training.json", "training.html", "trainer_state.json", "README.md", "
 def command_of(step: str, inputs: Path, out: Path) -> list[str]:
     """A step on undisturbed inputs, writing below `out`."""
     flags = STEPS[step][0].format(inputs=inputs, out=out).split()
-    return [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", step, *flags]
+    return [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", step, *flags]
 
 
 def content(place: Path) -> dict[str, bytes]:

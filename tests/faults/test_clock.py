@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from steps import STEPS, command_of, content
+
+from tests.faults.steps import STEPS, command_of, content
 
 # Python runs it first in each process of the step: the system's own clock is not the test's to turn.
 JUMPING = """

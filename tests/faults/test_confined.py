@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from steps import STEPS, command_of, content
+
+from tests.faults.steps import STEPS, command_of, content
 
 pytestmark = pytest.mark.faults_only
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steps import STEPS, command_of
+
+from tests.faults.steps import STEPS, command_of
 
 
 @pytest.fixture

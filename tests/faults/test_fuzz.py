@@ -19,18 +19,18 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import RetryableError, UserError
+from minicpmv_finetune import storage
 from minicpmv_finetune.components.merge.update import read_adapter
-from minicpmv_finetune.components.minicpmv.generations import generation_of, slicing_of
-from minicpmv_finetune.components.samples import SampleError, read_info
-from minicpmv_finetune.components.shard_cache import open_shards
-from minicpmv_finetune.components.shards import ShardReader, read_manifest
 from minicpmv_finetune.components.train.arguments import parse
-from minicpmv_finetune.components.training_record import read_record
-from minicpmv_finetune.components.validate_data.checking import inspect_picture
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.pipelines.profile import Profile, load_profile
+from minicpmv_finetune.data.checking import inspect_picture
+from minicpmv_finetune.data.samples import SampleError, read_info
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.kubeflow.profile import Profile, load_profile
+from minicpmv_finetune.minicpmv.generations import generation_of, slicing_of
+from minicpmv_finetune.reports.training_record import read_record
+from minicpmv_finetune.shards.cache import open_shards
+from minicpmv_finetune.shards.format import ShardReader, read_manifest
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
-from steps import STEPS, command_of, content
+
+from tests.faults.steps import STEPS, command_of, content
 
 
 def _environment(out: Path) -> dict[str, str]:

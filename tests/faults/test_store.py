@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from wire import Wire
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import RetryableError, UserError
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import RetryableError, UserError
+from tests.faults.network_relay import Wire
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -104,7 +104,7 @@ def test_credentials_that_expired_are_the_users_to_mend(
 
 
 def test_a_command_whose_store_is_gone_ends_with_75(tmp_path: Path, unreachable: str, s3_uri: str) -> None:
-    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "validate-data"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "validate-data"]
     arguments = ["--data", f"{s3_uri}/data.json", "--out", str(tmp_path / "dataset")]
     environment = {**os.environ, "AWS_ENDPOINT_URL": unreachable}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)

@@ -32,26 +32,18 @@ from safetensors import safe_open
 from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.minicpmv.batch import collate
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model, load_with_adapter
-from minicpmv_finetune.components.minicpmv.conversation import Encoder
-from minicpmv_finetune.components.minicpmv.modeling import UNTIMED, sincos_table
-from minicpmv_finetune.components.minicpmv.row import IGNORED_LABEL, Row
-from minicpmv_finetune.components.minicpmv.slicing import SlicePlan, cut
-from minicpmv_finetune.components.preprocess.rows import prepare
-from minicpmv_finetune.components.samples import (
-    Picture,
-    Reject,
-    Sample,
-    SampleError,
-    Turn,
-    open_picture,
-    read_samples,
-)
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.samples import Picture, Reject, Sample, SampleError, Turn, open_picture, read_samples
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.batch import collate
+from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.modeling import UNTIMED, sincos_table
+from minicpmv_finetune.minicpmv.slicing import SlicePlan, cut
+from minicpmv_finetune.shards.encoding import prepare
 
 LOGITS = 1e-4  # also vision and resampler outputs; absolute
 LOSS = 1e-5

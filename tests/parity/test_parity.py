@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .compare import Comparison
+from tests.parity.compare import Comparison
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.json"))
 

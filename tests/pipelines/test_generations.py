@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
 from minicpmv_finetune.components.merge.merge import MergeSettings, merge
-from minicpmv_finetune.components.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.finetune import finetune
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.minicpmv.generations import GENERATIONS
 
 WORDS_ALONE = {
     "id": "words",

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 from minicpmv_finetune.pipelines.summary import show_outcome
@@ -67,7 +67,7 @@ def test_tracking_holds_one_run_with_a_run_a_step(finished: tuple[LocalRun, Path
 def test_the_merged_model_answers(finished: tuple[LocalRun, Path], digits: Path) -> None:
     _, out = finished
     picture = json.loads((digits / "eval.json").read_text())[0]["image"]
-    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "predict"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "predict"]
     asked = ["--model", str(out / "model"), "--image", str(digits / picture), "--prompt", "Which digit is written?"]
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
@@ -119,7 +119,7 @@ def test_the_merge_command_writes_into_a_store(
         "shards": run.output("preprocess", "shards"),
     }
     flags = [word for name, place in places.items() for word in (f"--{name}", str(place))]
-    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "merge"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "merge"]
     done = subprocess.run([*command, *flags, "--out", f"{s3_uri}/models/digits"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     there = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
@@ -188,7 +188,7 @@ def test_a_mistake_is_told_in_its_own_sentence(tiny_46: Path, tmp_path: Path) ->
     ],
 )
 def test_wrong_arguments_end_with_two_and_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
-    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
@@ -204,7 +204,7 @@ def test_a_step_whose_store_is_down_ends_the_run_with_75(tiny_46: Path, unreacha
         "AWS_SECRET_ACCESS_KEY": "secret",
     }
     arguments = ["--data", "s3://bucket/train.json", "--base-model", str(tiny_46), "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "run"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "run"]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 75, done.stderr
     assert "s3://bucket/train.json" in done.stderr

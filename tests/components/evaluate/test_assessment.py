@@ -3,11 +3,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess, check_metrics
 from minicpmv_finetune.components.evaluate.gate import Gate
-from minicpmv_finetune.components.minicpmv.answer import Answer
-from minicpmv_finetune.components.samples import Sample, Turn
+from minicpmv_finetune.data.samples import Sample, Turn
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.answer import Answer
 
 
 def sample(number: int, expected: str, metric: str | None = None, tags: tuple[str, ...] = ()) -> Sample:

@@ -7,14 +7,14 @@ import pytest
 from kfp import dsl
 from PIL import Image
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.evaluate.component import evaluate as component
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate, settings_from
 from minicpmv_finetune.components.evaluate.gate import Gate
-from minicpmv_finetune.components.minicpmv.generations import write_max_slices
-from minicpmv_finetune.components.samples import Picture, Sample, Turn, read_info, read_samples
-from minicpmv_finetune.components.training_record import RECORD_FILE, TrainingRecord
-from minicpmv_finetune.components.verdict import read_verdict
+from minicpmv_finetune.data.samples import Picture, Sample, Turn, read_info, read_samples
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.generations import write_max_slices
+from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.tracking.promotion_record import read_verdict
 
 SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.evaluate.metrics import (
     METRICS,
     anls,
@@ -29,7 +28,8 @@ from minicpmv_finetune.components.evaluate.metrics import (
     vqa_accuracy,
     wer,
 )
-from minicpmv_finetune.components.samples import Sample, Turn
+from minicpmv_finetune.data.samples import Sample, Turn
+from minicpmv_finetune.errors import UserError
 
 WORDS = st.lists(st.sampled_from(["the", "cat", "Cat", "sat", "on", "a", "mat.", "7", "two"]), max_size=7).map(" ".join)
 SOME_WORDS = WORDS.filter(bool)

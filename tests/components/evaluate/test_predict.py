@@ -5,11 +5,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
 from minicpmv_finetune.components.evaluate.predict import predict
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-from minicpmv_finetune.components.samples import read_samples
+from minicpmv_finetune.data.samples import read_samples
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 
 
 def test_the_answer_is_the_one_evaluation_finds(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:

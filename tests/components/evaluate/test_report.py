@@ -10,9 +10,9 @@ from playwright.sync_api import Browser, Page
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
 from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.evaluate.report import headline, markdown, percent, write_report
-from minicpmv_finetune.components.minicpmv.answer import Answer
-from minicpmv_finetune.components.samples import Picture, Sample, Turn
-from minicpmv_finetune.components.training_record import TrainingRecord
+from minicpmv_finetune.data.samples import Picture, Sample, Turn
+from minicpmv_finetune.minicpmv.answer import Answer
+from minicpmv_finetune.reports.training_record import TrainingRecord
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
 FACTS = {"metric": "exact_match", "generation": "4.6", "base_model": HOSTILE, "seconds": 3}

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 
 RECORD = {
     "base_model": "the base",

@@ -17,12 +17,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from minicpmv_finetune.components.errors import RetryableError, UserError
-from minicpmv_finetune.components.merge.gate import judge
 from minicpmv_finetune.components.merge.merge import GATE, MergeReport, MergeSettings, markdown, merge
+from minicpmv_finetune.components.merge.parity_check import judge
 from minicpmv_finetune.components.merge.report import Generated
-from minicpmv_finetune.components.minicpmv.checkpoint import fingerprint, load_model
-from minicpmv_finetune.components.minicpmv.generations import slicing_of
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
+from minicpmv_finetune.minicpmv.generations import slicing_of
 from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
 
 Train = Callable[..., Any]
@@ -159,7 +159,7 @@ def test_a_merge_that_is_told_to_stop_takes_its_gate_and_leaves_nothing(
 ) -> None:
     adapter = train(tiny_46).folder
     flags = ["--base-model", tiny_46, "--adapter", adapter, "--shards", shards, "--out", tmp_path / "out" / "model"]
-    command = [sys.executable, "-c", "from minicpmv_finetune.pipelines.cli import main; main()", "merge"]
+    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "merge"]
     with subprocess.Popen([*command, *map(str, flags)], stderr=subprocess.PIPE) as process:
         gate = _gate_of(psutil.Process(process.pid))
         process.terminate()

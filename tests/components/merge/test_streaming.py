@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import replicate_layers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.merge.plan import edit_config
 from minicpmv_finetune.components.merge.streaming import stream
-from minicpmv_finetune.components.minicpmv.checkpoint import copy_other_files, load_model
+from minicpmv_finetune.components.merge.tensor_layout import edit_config
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.checkpoint import copy_other_files, load_model
 
 Train = Callable[..., Any]
 CopyBase = Callable[..., Path]

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.merge import weights as module
 from minicpmv_finetune.components.merge.weights import (
     Planned,
@@ -28,6 +27,7 @@ from minicpmv_finetune.components.merge.weights import (
     write_files,
     write_index,
 )
+from minicpmv_finetune.errors import UserError
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3),

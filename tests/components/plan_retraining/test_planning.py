@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from minicpmv_finetune.components import tracking
-from minicpmv_finetune.components.errors import RetryableError, UserError
 from minicpmv_finetune.components.plan_retraining.planning import plan_retraining
-from minicpmv_finetune.components.registry import open_registry
-from minicpmv_finetune.components.samples import DATASET_FILE, DatasetInfo
-from minicpmv_finetune.components.verdict import Verdict
+from minicpmv_finetune.data.samples import DATASET_FILE, DatasetInfo
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.tracking import step_runs
+from minicpmv_finetune.tracking.promotion_record import Verdict
+from minicpmv_finetune.tracking.registry import open_registry
 
 FLAGS = {"lora_r": 4}
 
@@ -44,7 +44,7 @@ def test_without_a_champion_everything_is_new(database: Path, dataset: Path) -> 
 def test_the_champions_data_is_nothing_new(database: Path, dataset: Path) -> None:
     promote("of the new data")
     assert plan_retraining(dataset, "base", "model", "base", FLAGS) == (False, FLAGS)
-    assert tracking.read_outcome() == "nothing new: version 1 of model was tuned on this data"
+    assert step_runs.read_outcome() == "nothing new: version 1 of model was tuned on this data"
 
 
 def test_training_may_go_on_from_the_champions_adapter(database: Path, dataset: Path) -> None:
@@ -73,7 +73,7 @@ def test_arguments_that_say_nothing(database: Path, dataset: Path, name: str, st
 def test_a_server_that_is_down_is_told_before_any_training(
     dataset: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(tracking.TRACKING_VARIABLE, unreachable)
+    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, unreachable)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RetryableError):
         plan_retraining(dataset, "base", "model", "base", FLAGS)

@@ -7,8 +7,8 @@ from kfp import dsl, local
 from minicpmv_finetune.components.preprocess.component import preprocess, preprocess_part
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
 from minicpmv_finetune.components.preprocess.preprocess import preprocess as prepare
-from minicpmv_finetune.components.shards import read_manifest, verify_shards
 from minicpmv_finetune.components.validate_data.component import validate_data
+from minicpmv_finetune.shards.format import read_manifest, verify_shards
 
 PARTS = 2
 

@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Processor
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.minicpmv.batch import pack_patches
-from minicpmv_finetune.components.minicpmv.conversation import Encoder
-from minicpmv_finetune.components.minicpmv.row import Row
-from minicpmv_finetune.components.minicpmv.slicing import cut
-from minicpmv_finetune.components.picture_codec import CODECS, Codec
+from minicpmv_finetune import storage
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-from minicpmv_finetune.components.preprocess.rows import prepare
-from minicpmv_finetune.components.samples import Reject, open_picture, read_samples
-from minicpmv_finetune.components.shards import Manifest, ShardReader, read_manifest, verify_shards
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.samples import Reject, open_picture, read_samples
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.batch import pack_patches
+from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.slicing import cut
+from minicpmv_finetune.shards.codecs import CODECS, Codec
+from minicpmv_finetune.shards.encoding import prepare
+from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest, verify_shards
 
 ANSWER = {"role": "assistant", "content": "The digit is 7."}
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-from minicpmv_finetune.components.shards import ShardReader
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.shards.format import ShardReader
 
 HOSTILE = "</p><script>document.title='taken'</script>{{ 7*7 }}"
 

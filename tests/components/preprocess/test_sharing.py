@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.preprocess import work
+from minicpmv_finetune import storage
+from minicpmv_finetune.components.preprocess import shard_tasks
 from minicpmv_finetune.components.preprocess.preprocess import (
     PreprocessSettings,
     check_parts,
@@ -23,9 +22,10 @@ from minicpmv_finetune.components.preprocess.preprocess import (
     preprocess,
     preprocess_partition,
 )
-from minicpmv_finetune.components.shard_cache import open_shards
-from minicpmv_finetune.components.shards import Manifest, ShardReader, read_manifest
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.shards.cache import open_shards
+from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 
 ROWS_PER_SHARD = 40
 SETTINGS = PreprocessSettings()
@@ -33,7 +33,7 @@ SETTINGS = PreprocessSettings()
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "SHARD_ROWS", ROWS_PER_SHARD)
+    monkeypatch.setattr(shard_tasks, "SHARD_ROWS", ROWS_PER_SHARD)
 
 
 @dataclasses.dataclass
@@ -204,15 +204,15 @@ def test_killed_at_any_moment_it_continues(moment: str, kept: set[str], bench: B
     expected = content(bench.run("expected", cache=str(bench.folder / "other")))
     program = (
         "import os, re, signal, sys; from pathlib import Path\n"
-        "from minicpmv_finetune.components import storage\n"
-        "from minicpmv_finetune.components.preprocess import work\n"
+        "from minicpmv_finetune import storage\n"
+        "from minicpmv_finetune.components.preprocess import shard_tasks\n"
         "from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess\n"
         "write = storage.write_bytes\n"
         "def dying(uri, content):\n"
         "    if re.search(sys.argv[4], uri): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(uri, content)\n"
         "storage.write_bytes = dying\n"
-        f"work.SHARD_ROWS = {ROWS_PER_SHARD}\n"
+        f"shard_tasks.SHARD_ROWS = {ROWS_PER_SHARD}\n"
         "dataset, base, out = map(Path, sys.argv[1:4])\n"
         "preprocess(dataset, str(base), out / 'shards', out / 'rejects.jsonl', PreprocessSettings(),\n"
         "    str(out / 'cache'), num_workers=1)\n"

@@ -9,12 +9,12 @@ from torch import nn
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.train.arguments import TrainingArguments
-from minicpmv_finetune.components.train.train import launch
+from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
-from minicpmv_finetune.components.training_record import read_record
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.pipelines.demo import write_digits
+from minicpmv_finetune.reports.training_record import read_record
 
 LORA = "--use_lora true --tune_llm false --lora_r 4 --learning_rate 1e-3"
 

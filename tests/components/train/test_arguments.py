@@ -1,7 +1,7 @@
 import pytest
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.train.arguments import PUBLISHED_LORA_TARGETS, as_flags, parse
+from minicpmv_finetune.errors import UserError
 
 # The flags of the published finetune_lora.sh, as users have them in their launch scripts.
 PUBLISHED_LORA_SCRIPT = """

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.components.minicpmv.batch import collate
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-from minicpmv_finetune.components.minicpmv.generations import generation_of
-from minicpmv_finetune.components.shards import ShardReader
 from minicpmv_finetune.components.train import feature_store
 from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.feature_store import FeatureStore, is_reusable, join, make_stores
+from minicpmv_finetune.minicpmv.batch import collate
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.generations import generation_of
+from minicpmv_finetune.shards.format import ShardReader
 
 
 @pytest.fixture

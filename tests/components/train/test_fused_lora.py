@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-from minicpmv_finetune.components.minicpmv.generations import GENERATIONS, generation_of
 from minicpmv_finetune.components.train import fused_lora
 from minicpmv_finetune.components.train.fused_lora import FusedLoraLinear, fuse_adapters
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.generations import GENERATIONS, generation_of
 
 
 def _adapted(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
 from minicpmv_finetune.components.train.liger import use_liger
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 
 
 def _language_model(kind: str) -> Any:

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.packing import LikeLengths, plan_packs
+from minicpmv_finetune.errors import UserError
 
 
 def _lengths(count: int, longest: int = 100) -> list[int]:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.merge.merge import MergeSettings, merge
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-from minicpmv_finetune.components.minicpmv.generations import generation_of
 from minicpmv_finetune.components.train.arguments import parse
+from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.components.train.quantised import four_bit_options
-from minicpmv_finetune.components.train.train import launch
 from minicpmv_finetune.components.train.trainable import count_parameters
-from minicpmv_finetune.components.training_record import read_record
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.generations import generation_of
+from minicpmv_finetune.reports.training_record import read_record
 
 QLORA = "--use_lora true --tune_llm false --q_lora true --lora_r 4 --learning_rate 3e-3 --save_strategy no"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import UserError
+from minicpmv_finetune import storage
 from minicpmv_finetune.components.train.checkpoints import Checkpoints
-from minicpmv_finetune.components.train.train import launch
-from minicpmv_finetune.components.training_record import read_record
+from minicpmv_finetune.components.train.launch import launch
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.reports.training_record import read_record
 
 FLAGS = (
     "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0.3 --learning_rate 1e-3 --logging_steps 1 "
@@ -36,7 +36,7 @@ def undisturbed(tiny_46: Path, shards: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def _start(flags: list[str]) -> "subprocess.Popen[str]":
-    code = f"from minicpmv_finetune.pipelines.cli import main; import sys; sys.argv[1:] = ['train', *{flags!r}]; main()"
+    code = f"from minicpmv_finetune.cli.main import main; import sys; sys.argv[1:] = ['train', *{flags!r}]; main()"
     environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "0"}
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.components.errors import UserError
-from minicpmv_finetune.components.minicpmv.checkpoint import load_model
-from minicpmv_finetune.components.minicpmv.generations import MINICPMV_4_6
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
 
 LORA = ["--use_lora", "true", "--tune_llm", "false", "--lora_r", "4"]
 

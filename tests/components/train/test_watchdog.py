@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from minicpmv_finetune.components.errors import UserError
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Place, Watchdog, whom_the_others_wait_for
-from minicpmv_finetune.components.training_record import read_record
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.reports.training_record import read_record
 
 FLAGS = "--use_lora true --tune_llm false --use_cpu true --per_device_train_batch_size 8 --save_strategy no"
 
@@ -48,7 +48,7 @@ def test_patience_grows_with_slow_steps() -> None:
 
 def _training(shards: Path, base: Path, tmp_path: Path, *flags: str, restarts: str = "0") -> "subprocess.Popen[str]":
     where = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(tmp_path / "out")]
-    start = "import sys; from minicpmv_finetune.pipelines.cli import main; main()"
+    start = "import sys; from minicpmv_finetune.cli.main import main; main()"
     command = [sys.executable, "-c", start, "train", *where, *FLAGS.split(), *flags]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PET_NPROC_PER_NODE": "2", "PET_MAX_RESTARTS": restarts}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

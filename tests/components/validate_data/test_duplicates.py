@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.ndimage import gaussian_filter
 
-from minicpmv_finetune.components.samples import DatasetInfo, Picture
-from minicpmv_finetune.components.validate_data.checking import Accepted, Look
 from minicpmv_finetune.components.validate_data.duplicates import Group, Repetition, find_repeated
 from minicpmv_finetune.components.validate_data.inventory import Inventory
 from minicpmv_finetune.components.validate_data.report import warnings_about
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.checking import Accepted, Look
+from minicpmv_finetune.data.samples import DatasetInfo, Picture
 
 
 def scene(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:

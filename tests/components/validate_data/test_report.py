@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page
 
-from minicpmv_finetune.components.samples import DatasetInfo
 from minicpmv_finetune.components.validate_data.report import markdown
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.samples import DatasetInfo
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from minicpmv_finetune.components import storage
-from minicpmv_finetune.components.errors import RetryableError, UserError
-from minicpmv_finetune.components.samples import (
+from minicpmv_finetune import storage
+from minicpmv_finetune.components.validate_data.report import warnings_about
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, settings_from, validate_data
+from minicpmv_finetune.data.samples import (
     DatasetInfo,
     Reject,
     Sample,
@@ -22,8 +23,7 @@ from minicpmv_finetune.components.samples import (
     read_picture,
     read_samples,
 )
-from minicpmv_finetune.components.validate_data.report import warnings_about
-from minicpmv_finetune.components.validate_data.validate import ValidationSettings, settings_from, validate_data
+from minicpmv_finetune.errors import RetryableError, UserError
 
 Json = dict[str, Any]
 TURNS = "conversations"

@@ -1,0 +1,1 @@
+"""The eight steps that run in containers, a folder each."""

@@ -1,0 +1,278 @@
+"""What training changed: which tensors of the base get which new values.
+
+A PEFT adapter changes a tensor in four ways: a low-rank product is added (LoRA), its rows or columns are rescaled to
+learnt lengths (DoRA), a bias gets a term, or it is replaced as a whole (`modules_to_save`, trained biases). A full
+fine-tune replaces every tensor. Whatever else a configuration or a file holds is refused by name, because leaving it
+out would give a model that looks merged and is not.
+
+The arithmetic is that of PEFT's `merge_and_unload` (tested against it), in float32 and on a block of rows at a time.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, PositiveInt, ValidationError
+
+from minicpmv_finetune.errors import UserError, first_complaint
+from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG
+
+from .weights import Stored, cast, read_headers, read_rows, row_blocks
+
+_PREFIX = "base_model.model."
+# Beside the tensors in use PEFT may save those that the trained ones stand for, and with bias="all" some twice.
+_NOT_IN_USE = re.compile(r"\.(original_module|modules_to_save)\.")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)"
+)
+# Fields that decide what is trained or how, but not how it is merged.
+_TRAINING_ONLY = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+    *("lora_dropout", "init_lora_weights", "runtime_config", "eva_config"),
+}
+_MERGED = {
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
+    *("layer_replication", "ensure_weight_tying"),
+}
+# The other ways to begin also change the base's weights, which the base on disk has not seen.
+_PLAIN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one tensor changes.
+
+    Attributes:
+        replacement: stands for the base's values.
+        up: LoRA's left factor, [rows, r] on disk or [r, rows] for an embedding.
+        down: its right factor, [r, columns] or [columns, r].
+        scale: of their product.
+        is_embedding: whether the factors lie transposed and lengths are those of columns.
+        magnitude: DoRA's lengths of the rows (of the columns, for an embedding).
+        addition: is added to a bias, times `scale`.
+    """
+
+    replacement: Stored | None = None
+    up: Stored | None = None
+    down: Stored | None = None
+    scale: float = 1.0
+    is_embedding: bool = False
+    magnitude: Stored | None = None
+    addition: Stored | None = None
+
+    def check(self, name: str, base: Stored) -> None:
+        """Refuse an update that does not fit its tensor.
+
+        Raises:
+            UserError: a shape differs.
+        """
+        expected: dict[Stored | None, tuple[int, ...]] = {self.replacement: base.shape, self.addition: base.shape}
+        if self.up is not None and self.down is not None:
+            if len(base.shape) != 2 or len(self.up.shape) != 2:
+                raise UserError(f"{self.up.path}: {self.up.name} adapts no linear layer; only those can be merged.")
+            rows, columns = base.shape
+            rank = self.up.shape[0] if self.is_embedding else self.up.shape[1]
+            expected[self.up] = (rank, rows) if self.is_embedding else (rows, rank)
+            expected[self.down] = (columns, rank) if self.is_embedding else (rank, columns)
+            expected[self.magnitude] = (columns,) if self.is_embedding else (rows,)
+        for tensor, shape in expected.items():
+            if tensor is not None and tensor.shape != shape:
+                raise UserError(
+                    f"{tensor.path}: {tensor.name} is {list(tensor.shape)}, but {name} of the base model is "
+                    f"{list(base.shape)}; give the base the adapter was trained on."
+                )
+
+    def blocks(self, base: Stored) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The base's values and the merged ones, some rows at a time.
+
+        Yields:
+            Both as they are stored: computed in float32, cast once.
+        """
+        up, down = self._factors()
+        magnitude = None if self.magnitude is None else read_rows(self.magnitude).float()
+        if magnitude is not None and self.is_embedding:
+            # A column's length is known only once all rows were seen.
+            squares = torch.zeros(base.shape[1], dtype=torch.float64)
+            for start, end in row_blocks(base):
+                values = self._changed(read_rows(base, start, end), start, end, up, down)
+                squares += torch.linalg.vector_norm(values, dim=0).double().square()
+            magnitude = magnitude / squares.sqrt().float()
+        for start, end in row_blocks(base):
+            before = read_rows(base, start, end)
+            if self.replacement is not None and up is None:
+                yield before, cast(read_rows(self.replacement, start, end), base.dtype)
+                continue
+            values = self._changed(before, start, end, up, down)
+            if magnitude is not None and self.is_embedding:
+                values *= magnitude
+            elif magnitude is not None:
+                values *= (magnitude[start:end] / torch.linalg.vector_norm(values, dim=1)).unsqueeze(1)
+            yield before, cast(values, base.dtype)
+
+    def _changed(
+        self, before: torch.Tensor, start: int, end: int, up: torch.Tensor | None, down: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rows of the base, replaced and added to, in float32."""
+        rows = before if self.replacement is None else read_rows(self.replacement, start, end)
+        values = rows.to(torch.float32, copy=True)
+        if up is not None and down is not None:
+            values.addmm_(up[start:end], down)
+        if self.addition is not None:
+            values += read_rows(self.addition, start, end).float() * self.scale
+        return values
+
+    def _factors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.up is None or self.down is None:
+            return None, None
+        up, down = read_rows(self.up).float(), read_rows(self.down).float()
+        if self.is_embedding:
+            up, down = up.T, down.T
+        return up * self.scale, down
+
+
+@dataclass(frozen=True)
+class Updates:
+    """All that training changed.
+
+    Attributes:
+        by_tensor: names are those of the loaded model.
+        layer_replication: ranges of the base's layers that are stacked to make the merged model's; empty for none.
+        keeps_ties: whether tensors that are one in the base are still one.
+    """
+
+    by_tensor: Mapping[str, Update]
+    layer_replication: tuple[tuple[int, int], ...] = ()
+    keeps_ties: bool = True
+
+
+def read_full_fine_tune(folder: Path, names: Mapping[str, str]) -> Updates:
+    """A full fine-tune's tensors as replacements.
+
+    Args:
+        folder: the train step's result.
+        names: of its tensors in the loaded model, by the names in its files.
+    """
+    tensors = [tensor for file in read_headers(folder) for tensor in file.tensors]
+    return Updates({names[tensor.name]: Update(replacement=tensor) for tensor in tensors})
+
+
+def read_adapter(folder: Path) -> Updates:
+    """A PEFT adapter's changes.
+
+    Raises:
+        UserError: the folder holds anything that is not understood.
+    """
+    config = _read_config(folder)
+    updates: dict[str, Update] = {}
+    parts: dict[str, _LoraParts] = {}
+    tensors = {tensor.name: tensor for file in read_headers(folder) for tensor in file.tensors}
+    for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise UserError(f"{tensor.path}: {key} is no adapter tensor as PEFT names them; give a PEFT adapter.")
+        name = key.removeprefix(_PREFIX)
+        if _NOT_IN_USE.search(name):
+            continue
+        if found := _PART.fullmatch(name):
+            parts.setdefault(found["module"], _LoraParts()).tensors[found["part"]] = tensor
+        else:
+            updates[name.replace(".base_layer.", ".")] = Update(replacement=tensor)
+    for module, lora in parts.items():
+        for name, update in lora.updates(module, config, folder).items():
+            before = updates.get(name)
+            updates[name] = update if before is None else replace(update, replacement=before.replacement)
+    return Updates(
+        updates,
+        tuple((int(start), int(end)) for start, end in config["layer_replication"] or ()),
+        # With ensure_weight_tying PEFT trains one tensor for both places, as the base has it.
+        keeps_ties=bool(config["ensure_weight_tying"]),
+    )
+
+
+class _Fields(BaseModel):
+    """Of an adapter's configuration, what is computed with here."""
+
+    peft_type: str
+    r: PositiveInt
+    lora_alpha: float
+    rank_pattern: dict[str, PositiveInt]
+    alpha_pattern: dict[str, float]
+    init_lora_weights: bool | str | None
+    layer_replication: list[tuple[int, int]] | None
+    use_dora: bool
+    use_rslora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
+
+
+@dataclass
+class _LoraParts:
+    """The adapter tensors of one module."""
+
+    tensors: dict[str, Stored] = field(default_factory=dict)
+
+    def updates(self, module: str, config: Mapping[str, Any], folder: Path) -> dict[str, Update]:
+        parts = dict(self.tensors)
+        is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+        down = parts.pop("lora_embedding_A" if is_embedding else "lora_A.weight", None)
+        up = parts.pop("lora_embedding_B" if is_embedding else "lora_B.weight", None)
+        magnitude = parts.pop("lora_magnitude_vector", None)
+        addition = parts.pop("lora_B.bias", None)
+        if up is None or down is None or parts:
+            raise UserError(f"{folder}: {module} has {', '.join(self.tensors)} only; the adapter is not whole.")
+        if (magnitude is not None) != config["use_dora"] or (addition is not None) != config["lora_bias"]:
+            raise UserError(
+                f"{folder}: {module} has {', '.join(self.tensors)}, unlike {ADAPTER_CONFIG}, which says use_dora "
+                f"{config['use_dora']} and lora_bias {config['lora_bias']}; the two are not from one training."
+            )
+        rank = config["rank_pattern"].get(get_pattern_key(config["rank_pattern"], module), config["r"])
+        alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"], module), config["lora_alpha"])
+        if down.shape[:1] != (rank,):
+            raise UserError(
+                f"{down.path}: {down.name} is {list(down.shape)}, but {ADAPTER_CONFIG} says rank {rank}; the two are "
+                "not from one training."
+            )
+        # rsLoRA: https://arxiv.org/abs/2312.03732
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        if is_embedding:
+            # PEFT's embedding factors are A [r, rows] and B [columns, r]; the tensor gets their product's transpose.
+            up, down = down, up
+        updates = {f"{module}.weight": Update(None, up, down, scale, is_embedding, magnitude)}
+        if addition is not None:
+            updates[f"{module}.bias"] = Update(scale=scale, addition=addition)
+        return updates
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration, with every field that is not understood at its default."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        written = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: no valid JSON ({error}); the adapter is damaged.") from error
+    defaults = LoraConfig().to_dict()
+    config = defaults | written
+    try:
+        _Fields.model_validate(config)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_complaint(error)}; the adapter is damaged.") from error
+    if config["peft_type"] != "LORA":
+        raise UserError(f"{path}: peft_type {config['peft_type']!r} cannot be merged, only LORA can.")
+    for name, value in config.items():
+        is_known = name in _TRAINING_ONLY or name in _MERGED
+        if not is_known and value and value != defaults.get(name):
+            raise UserError(f"{path}: {name} {value!r} is not understood, so the adapter cannot be merged here.")
+    if config["init_lora_weights"] not in _PLAIN_BEGINNINGS:
+        raise UserError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base's weights when training "
+            "began; convert the adapter to a plain LoRA with PEFT's path_initial_model_for_weight_conversion first."
+        )
+    return config

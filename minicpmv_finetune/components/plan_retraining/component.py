@@ -1,0 +1,46 @@
+"""The KFP interface of plan_retraining."""
+
+from typing import Any
+
+from kfp import dsl
+
+from minicpmv_finetune.container_images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def plan_retraining(
+    dataset: dsl.Input[dsl.Dataset],
+    base_model_uri: str,
+    registered_model: str,
+    start_from: str,
+    training_flags: dict[str, Any],
+    flags: dsl.OutputPath(dict),  # type: ignore[valid-type]
+    summary: dsl.Output[dsl.Markdown],
+) -> str:
+    """Say whether the data differs from the champion's, and where training starts.
+
+    Args:
+        dataset: The samples of validate_data, whose fingerprint is compared.
+        base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
+        registered_model: Name in MLflow's model registry.
+        start_from: base, or champion to go on from its adapter.
+        training_flags: Any flag of the training script by name.
+        flags: training_flags, and lora_weight_path when training goes on from the champion.
+        summary: What was found.
+
+    Returns:
+        "something new" or "nothing new".
+    """
+    import json
+    from pathlib import Path
+
+    from minicpmv_finetune.components.plan_retraining.planning import plan_retraining as run
+    from minicpmv_finetune.permanent_errors import permanent_error_marked
+
+    inputs = {"dataset": dataset.uri, "base_model_uri": base_model_uri, "start_from": start_from}
+    with permanent_error_marked(summary.uri, {**inputs, "registered_model": registered_model}):
+        is_new, merged_flags = run(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
+        news = "something new" if is_new else "nothing new"
+        Path(flags).write_text(json.dumps(merged_flags))
+        Path(summary.path).write_text(f"{news.capitalize()}.\n")
+    return news

@@ -1,0 +1,143 @@
+"""The KFP interface of preprocess: the step itself, and one part of it for pipelines that fan out."""
+
+from kfp import dsl
+
+from minicpmv_finetune.container_images import TRAINER_IMAGE
+
+
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
+def preprocess(
+    dataset: dsl.Input[dsl.Dataset],
+    base_model_uri: str,
+    max_slice_nums: int,
+    model_max_length: int,
+    max_reject_ratio: float,
+    shards: dsl.Output[dsl.Dataset],
+    rejects: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    summary: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
+    picture_codec: str = "source",
+    cache_uri: str = "",
+    num_workers: int = 0,
+    parts: list = [],  # noqa: B006 - kfp copies it into the compiled pipeline
+) -> None:
+    """Slice every picture and tokenise every conversation once, so that no epoch does it again.
+
+    Args:
+        dataset: The accepted samples of validate_data.
+        base_model_uri: Base checkpoint whose template, tokenizer and slicing apply; a path, s3:// URI or hub id.
+        max_slice_nums: Most slices of a picture beside its overview.
+        model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
+        max_reject_ratio: Share of rejected samples above which the step fails.
+        shards: A manifest, and the Parquet files beside it or in the cache in object storage.
+        rejects: JSON Lines naming each rejected sample, with a reason code and a sentence.
+        metrics: Counts of samples, slices and tokens.
+        summary: The same as a table.
+        report: Histograms of tokens and slices, and slices of some samples with their tokens.
+        picture_codec: How pictures are stored; source, raw, webp-lossless or png, all with the same pixels.
+        cache_uri: Folder or s3:// URI where finished shards are kept for later runs; empty for beside the run's folder.
+        num_workers: Processes; 0 for as many as there are cores.
+        parts: What preprocess_part returned, when several pods shared the work; their shards are found in the cache.
+    """
+    from pathlib import Path
+
+    from minicpmv_finetune.components.preprocess.preprocess import (
+        PreprocessSettings,
+        check_parts,
+        default_cache,
+        markdown,
+    )
+    from minicpmv_finetune.components.preprocess.preprocess import preprocess as run
+    from minicpmv_finetune.permanent_errors import permanent_error_marked
+    from minicpmv_finetune.shards.codecs import check_codec
+
+    inputs = {
+        "dataset": dataset.uri,
+        "base_model_uri": base_model_uri,
+        "settings": [max_slice_nums, model_max_length, max_reject_ratio, picture_codec],
+    }
+    with permanent_error_marked(shards.uri, inputs):
+        manifest = run(
+            Path(dataset.path),
+            base_model_uri,
+            Path(shards.path),
+            Path(rejects.path),
+            PreprocessSettings(
+                max_slice_nums=max_slice_nums,
+                model_max_length=model_max_length,
+                max_reject_ratio=max_reject_ratio,
+                codec=check_codec(picture_codec),
+            ),
+            cache_uri or default_cache(dataset.uri),
+            num_workers,
+            Path(report.path),
+        )
+        check_parts(manifest, parts)
+        shards.metadata.update(
+            generation=manifest.generation,
+            fingerprint=manifest.data_fingerprint,
+            bytes=manifest.bytes,
+            codec=manifest.codec,
+            location=manifest.location,
+        )
+        for split, lengths in manifest.lengths.items():
+            metrics.log_metric(f"{split}_samples", len(lengths))
+            metrics.log_metric(f"{split}_slices", manifest.slices[split])
+            metrics.log_metric(f"{split}_tokens", sum(lengths))
+        Path(summary.path).write_text(markdown(manifest))
+
+
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
+def preprocess_part(
+    dataset: dsl.Input[dsl.Dataset],
+    base_model_uri: str,
+    max_slice_nums: int,
+    model_max_length: int,
+    part: int,
+    num_parts: int,
+    place: dsl.Output[dsl.Artifact],
+    picture_codec: str = "source",
+    cache_uri: str = "",
+    num_workers: int = 0,
+) -> str:
+    """Write one pod's part of the shards into the cache, where preprocess finds them.
+
+    Args:
+        dataset: The accepted samples of validate_data.
+        base_model_uri: Base checkpoint whose template, tokenizer and slicing apply; a path, s3:// URI or hub id.
+        max_slice_nums: Most slices of a picture beside its overview.
+        model_max_length: Longest sample in tokens.
+        part: Number of this part, from 0.
+        num_parts: Number of parts.
+        place: Names the cache.
+        picture_codec: How pictures are stored; source, raw, webp-lossless or png.
+        cache_uri: Folder or s3:// URI that all pods reach; empty for beside the run's folder.
+        num_workers: Processes; 0 for as many as there are cores.
+
+    Returns:
+        The key of the shards, the same for all parts.
+    """
+    from pathlib import Path
+
+    from minicpmv_finetune.components.preprocess.preprocess import (
+        PreprocessSettings,
+        default_cache,
+        preprocess_partition,
+    )
+    from minicpmv_finetune.permanent_errors import permanent_error_marked
+    from minicpmv_finetune.shards.codecs import check_codec
+
+    inputs = {
+        "dataset": dataset.uri,
+        "base_model_uri": base_model_uri,
+        "settings": [max_slice_nums, model_max_length, picture_codec, part, num_parts],
+    }
+    with permanent_error_marked(place.uri, inputs):
+        settings = PreprocessSettings(
+            max_slice_nums=max_slice_nums, model_max_length=model_max_length, codec=check_codec(picture_codec)
+        )
+        cache = cache_uri or default_cache(dataset.uri, is_needed=True)
+        key = preprocess_partition(Path(dataset.path), base_model_uri, settings, cache, part, num_parts, num_workers)
+        Path(place.path).write_text(f"{cache}/{key}\n")
+        return key

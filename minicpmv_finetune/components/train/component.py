@@ -1,0 +1,88 @@
+"""The KFP interface of train."""
+
+from typing import Any
+
+from kfp import dsl
+
+from minicpmv_finetune.container_images import TRAINER_IMAGE
+
+
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
+def train(
+    shards: dsl.Input[dsl.Dataset],
+    base_model_uri: str,
+    use_lora: bool,
+    tune_vision: bool,
+    tune_llm: bool,
+    lora_r: int,
+    lora_alpha: int,
+    learning_rate: float,
+    num_train_epochs: float,
+    per_device_train_batch_size: int,
+    seed: int,
+    training_flags: dict[str, Any],
+    adapter: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    summary: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
+) -> None:
+    """Train with torchrun, one process a device; on several nodes by a TrainJob that this step follows.
+
+    Args:
+        shards: The prepared samples of preprocess.
+        base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
+        use_lora: Train LoRA adapters on the language model.
+        tune_vision: Train the vision tower too.
+        tune_llm: Train the language model's own weights; needs use_lora false.
+        lora_r: Rank of the adapters.
+        lora_alpha: Scale of the adapters; their update is multiplied by alpha / r.
+        learning_rate: Peak learning rate.
+        num_train_epochs: How often every sample is seen.
+        per_device_train_batch_size: Samples a device sees at once.
+        seed: Decides the initial adapters and the order of samples.
+        training_flags: Any further flag of the training script by name, those of the published finetune.py and of
+            transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}; and "num_nodes", which above 1
+            trains on so many nodes by Kubeflow Trainer.
+        adapter: A PEFT adapter folder, or a whole checkpoint when no LoRA was asked for.
+        metrics: Final losses, and how many parameters were trained.
+        summary: The same as a table.
+        report: Curves, hardware and the exact command as a page.
+    """
+    import shutil
+    from pathlib import Path
+
+    from minicpmv_finetune import storage
+    from minicpmv_finetune.components.train.arguments import as_flags, pop_num_nodes
+    from minicpmv_finetune.components.train.launch import launch
+    from minicpmv_finetune.components.train.trainjob import train_on_nodes
+    from minicpmv_finetune.permanent_errors import permanent_error_marked
+    from minicpmv_finetune.reports.training_record import read_record
+
+    flags = {
+        "use_lora": use_lora,
+        "tune_vision": tune_vision,
+        "tune_llm": tune_llm,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "learning_rate": learning_rate,
+        "num_train_epochs": num_train_epochs,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "seed": seed,
+        **training_flags,
+        "model_name_or_path": base_model_uri,
+    }
+    with permanent_error_marked(adapter.uri, {"shards": shards.uri, "flags": flags}):
+        # A retried pod looks for checkpoints there, and goes on from the newest.
+        checkpoints = {"checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints")}
+        nodes = pop_num_nodes(flags)
+        if nodes > 1:
+            onwards = as_flags({**flags, **checkpoints, "data_path": shards.uri})
+            train_on_nodes(onwards, nodes, adapter.uri, Path(adapter.path))
+        else:
+            launch(as_flags({**flags, **checkpoints, "data_path": shards.path, "output_dir": adapter.path}))
+        record = read_record(Path(adapter.path))
+        adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
+        for name, value in record.metrics.items():
+            metrics.log_metric(name, value)
+        Path(summary.path).write_text(record.markdown())
+        shutil.copyfile(Path(adapter.path) / "training.html", report.path)

@@ -1,0 +1,39 @@
+"""QLoRA: the language model's frozen weights in 4 bits (NF4, double quantisation), everything seen stays as it is."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import TrainingArguments as TransformersArguments
+
+from minicpmv_finetune.minicpmv.generations import Generation
+
+
+def four_bit_options(generation: Generation, training: TransformersArguments) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load the language model in 4 bits, onto this process's own device.
+
+    Vision tower and merger stay unquantised: they are small, and what they lose every picture loses. So does the head,
+    which decides between tokens.
+    """
+    compute = torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else torch.float32
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=[generation.vision_tower, generation.merger, "lm_head"],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def prepare_four_bit(model: PreTrainedModel, training: TransformersArguments) -> None:
+    """Freeze what is quantised, and keep norms in float32, as PEFT recommends."""
+    from peft import prepare_model_for_kbit_training
+
+    prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=bool(training.activation_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )

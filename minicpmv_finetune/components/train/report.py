@@ -1,0 +1,49 @@
+"""The training as one HTML page that needs no other file: curves, figures, hardware, and the exact command."""
+
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minicpmv_finetune.reports.curves import curves_of
+from minicpmv_finetune.reports.pages import write_page
+from minicpmv_finetune.reports.training_record import TrainingRecord
+
+
+def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        record: of the training.
+        command: flags of the training script.
+    """
+    values = {
+        "record": record,
+        # Too short a training logs none but its mean.
+        "loss": next((entry["loss"] for entry in reversed(record.history) if "loss" in entry), record.metrics["loss"]),
+        "steps": int(max(entry.get("step", 0) for entry in record.history)),
+        "curves": curves_of(record),
+        "facts": _facts(record),
+        "command": shlex.join(["minicpmv-finetune", "train", *command]),
+    }
+    write_page(path, Path(__file__).parent, values)
+
+
+def _facts(record: TrainingRecord) -> dict[str, str]:
+    trained, total = record.parameters["trainable"], record.parameters["total"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {
+        "Base model": record.base_model,
+        "Generation": f"MiniCPM-V {record.generation}",
+        "Trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
+        "Most slices of a picture": str(record.max_slice_nums),
+        "Data fingerprint": record.data_fingerprint,
+        **{name: f"{value:,.4g}" for name, value in record.metrics.items()},
+        "Device": f"{device} ({platform.machine()})",
+        "Processes": os.environ.get("WORLD_SIZE", "1"),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,196 @@
+"""Pictures that occur more than once: the same bytes at several addresses, or a copy scaled or compressed anew.
+
+Copies are found by a hash of 128 bits: whether each cell of an 8 × 8 grid is brighter than its right and its lower
+neighbour. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only pictures that
+agree in a part are compared, and time grows with the number of pictures, not of pairs. A pair is near-equal when its
+16 × 16 grey levels also correlate almost perfectly. Pictures with no structure, such as blank ones, look like each
+other by nature, and are left out.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from minicpmv_finetune.data.samples import Split
+
+from .inventory import Inventory, numbered
+
+_BAND = 16  # bits
+_MAX_DISTANCE = 128 // _BAND - 1  # bits; what the bands find without exception
+_MIN_CORRELATION = 0.99
+_MIN_CONTRAST = 4.0  # standard deviation of grey levels
+_BRIGHTER_BY = 4  # grey levels; less is noise of compression
+_WINDOW = 64  # neighbours in a band's order that are compared with a picture, however many agree in the band
+_CHUNK = 4096  # pictures
+_LISTED_ROWS = 10
+
+
+class Appearance(BaseModel):
+    """One address of a repeated picture."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    split: Split
+    sample: str = Field(description="id of the first sample that shows it")
+
+
+class Repetition(BaseModel):
+    """A line of `duplicates.jsonl`: a picture that occurs more than once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["equal", "near"]
+    leaks: bool = Field(description="whether it stands in training and evaluation data")
+    count: int = Field(description="number of addresses, each counted once for each split")
+    appearances: tuple[Appearance, ...] = Field(description="the first of them")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that are equal or near-equal.
+
+    Attributes:
+        kind: which.
+        leaks: whether they stand in training and evaluation data.
+        count: number of addresses, each counted once for each split.
+        rows: the first of them in each split, as rows of `Inventory.shown`.
+    """
+
+    kind: Literal["equal", "near"]
+    leaks: bool
+    count: int
+    rows: tuple[int, ...]
+
+
+def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[list[Group], Counter[str]]:
+    """Find pictures that occur more than once.
+
+    Args:
+        inventory: the accepted samples.
+        is_eval: whether each is for evaluation.
+
+    Returns:
+        The groups, those that leak from training to evaluation first; and counts by code: `equal_pictures` and
+        `near_equal_pictures` (that have a double), `leaked_equal` and `leaked_near` (evaluation samples with a
+        picture that training shows too), `duplicate_samples` (equal to an earlier one of their split).
+    """
+    shown = inventory.shown()
+    first, picture = numbered(shown["sha256"])
+    in_eval = is_eval[shown["sample"]]
+    pairs = _near_pairs(inventory, first)
+    groups = [
+        *_groups("equal", picture, shown["address"], in_eval),
+        *_groups("near", _joined(len(first), pairs)[picture], shown["address"], in_eval, picture),
+    ]
+    counts: Counter[str] = Counter()
+    has_train = np.bincount(picture[~in_eval], minlength=len(first)) > 0
+    near_train = np.zeros(len(first), bool)
+    for one, other in (pairs.T, pairs.T[::-1]):
+        near_train[one[has_train[other]]] = True
+    leaked = np.unique(shown["sample"][in_eval & has_train[picture]])
+    looks_leaked = np.unique(shown["sample"][in_eval & near_train[picture]])
+    counts["leaked_equal"] = len(leaked)
+    counts["leaked_near"] = len(np.setdiff1d(looks_leaked, leaked))
+    counts["equal_pictures"] = sum(group.kind == "equal" for group in groups)
+    counts["near_equal_pictures"] = len(np.unique(pairs))
+    digests = inventory.digests()
+    for split in (~is_eval, is_eval):
+        counts["duplicate_samples"] += int(split.sum()) - len(numbered(digests[split])[0])
+    return sorted(groups, key=lambda group: (not group.leaks, group.rows)), counts
+
+
+def _groups(
+    kind: Literal["equal", "near"],
+    group: NDArray[np.intp],
+    address: NDArray[np.uint64],
+    in_eval: NDArray[np.bool_],
+    picture: NDArray[np.intp] | None = None,
+) -> Iterator[Group]:
+    """The groups with more than one address or split; of near ones, those with more than one picture."""
+    order = np.lexsort((address, in_eval, group))
+    keys = np.stack([group[order], in_eval[order], address[order].astype(np.int64)])
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+    rows = order[is_new]  # one for each address and split of a group
+    starts = np.flatnonzero(np.diff(group[rows], prepend=-1))
+    for start, end in pairwise([*starts.tolist(), len(rows)]):
+        if end - start < 2:
+            continue
+        members = rows[start:end]
+        if picture is not None and len(np.unique(picture[members])) < 2:
+            continue
+        sides = [np.sort(members[in_eval[members] == side]) for side in (False, True)]
+        some = np.concatenate([side[:_LISTED_ROWS] for side in sides])
+        yield Group(kind, all(map(len, sides)), len(members), tuple(some.tolist()))
+
+
+def _joined(number: int, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The group of each of `number` things, of which pairs belong together."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (number, number))
+    return connected_components(links, directed=False)[1].astype(np.intp) if number else np.zeros(0, np.intp)
+
+
+def _near_pairs(inventory: Inventory, first: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Pairs of different pictures that look the same, [pairs, 2], by number; `first` is a row of each."""
+    hashes = np.zeros((len(first), 2), np.uint64)
+    has_structure = np.zeros(len(first), bool)
+    for start in range(0, len(first), _CHUNK):
+        grays = inventory.read_grays(first[start : start + _CHUNK])
+        hashes[start : start + _CHUNK] = _hashes(grays)
+        has_structure[start : start + _CHUNK] = grays.std(axis=(1, 2)) >= _MIN_CONTRAST
+    kept = np.flatnonzero(has_structure)
+    candidates = kept[_candidates(hashes[kept])]
+    near = [np.zeros((0, 2), np.intp)]
+    for start in range(0, len(candidates), _CHUNK):
+        some = candidates[start : start + _CHUNK]
+        one, other = (inventory.read_grays(first[some[:, side]]) for side in (0, 1))
+        near.append(some[_correlation(one, other) >= _MIN_CORRELATION])
+    return np.concatenate(near)
+
+
+def _hashes(grays: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """128 bits for each picture, [pictures, 2]."""
+    cells = grays.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
+    bits = np.stack([cells - np.roll(cells, -1, axis) > _BRIGHTER_BY for axis in (2, 1)], axis=1)
+    return np.packbits(bits.reshape(len(grays), -1), axis=1).view(np.uint64).reshape(-1, 2)
+
+
+def _candidates(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Pairs of hashes that differ in at most seven bits."""
+    order = np.lexsort(hashes.T)
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (hashes[order][1:] != hashes[order][:-1]).any(axis=1)
+    # Equal hashes are all compared with their first, which then stands for them.
+    unique = order[is_new]
+    pairs = [np.stack([unique[np.cumsum(is_new) - 1], order], axis=1)[~is_new]]
+    distinct = hashes[unique]
+    for band in range(128 // _BAND):
+        part = (distinct[:, band // 4] >> np.uint64(_BAND * (band % 4))) & np.uint64(2**_BAND - 1)
+        ordered = np.lexsort((distinct[:, 1], distinct[:, 0], part))
+        for shift in range(1, _WINDOW + 1):
+            agree = part[ordered[:-shift]] == part[ordered[shift:]]
+            if not agree.any():
+                break
+            one, other = ordered[:-shift][agree], ordered[shift:][agree]
+            distance = np.bitwise_count(distinct[one] ^ distinct[other]).sum(axis=1)
+            close = distance <= _MAX_DISTANCE
+            pairs.append(np.stack([unique[one[close]], unique[other[close]]], axis=1))
+    return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
+
+
+def _correlation(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Pearson's correlation of each pair of pictures, whatever their brightness and contrast."""
+    left, right = (grays.reshape(len(grays), -1).astype(np.float64) for grays in (one, other))
+    left -= left.mean(axis=1, keepdims=True)
+    right -= right.mean(axis=1, keepdims=True)
+    return (left * right).sum(axis=1) / np.sqrt((left**2).sum(axis=1) * (right**2).sum(axis=1))

@@ -1,0 +1,139 @@
+"""Find what nothing refers to any more: artifacts of runs that are gone, shards and checkpoints that nobody will read.
+
+Below `<root>/<pipeline>/` Kubeflow keeps a folder a run, and preprocess its `shards-cache`. Something is unused when
+
+- its run is no longer on the server, and no registered model of MLflow lies in the run's folder;
+- it is the shards of a key that no run's manifest points to;
+- it is the checkpoints of a run that succeeded: they are for going on after an interruption.
+
+What was written to lately is left alone whatever else is true: it may belong to a run that has just begun. Where the
+server or MLflow cannot be asked, nothing is unused.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from minicpmv_finetune import storage
+from minicpmv_finetune.components.preprocess.preprocess import CACHE_NAME
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.pipelines.finetuning import PIPELINE_NAME
+from minicpmv_finetune.shards.format import MANIFEST_FILE
+from minicpmv_finetune.tracking.step_runs import TRACKING_VARIABLE
+
+from .client import Cluster
+from .profile import use_storage
+from .runs import OVER
+
+_RUN_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A folder that may go."""
+
+    uri: str
+    bytes: int
+    written: str
+    why: str
+
+
+def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[Unused]:
+    """Folders below the pipeline root that nothing refers to.
+
+    Args:
+        cluster: whose runs count. Every run below `root` must be of this server and namespace.
+        root: the pipeline root; empty takes the profile's.
+        min_age_days: how long ago a folder must last have been written to.
+
+    Raises:
+        UserError: no root is known.
+        RetryableError: the server, the store or MLflow does not answer.
+    """
+    root = root or cluster.profile.pipeline_root
+    if not root:
+        raise UserError("gc: where artifacts lie is not known; give --root, the pipeline root of kfp-launcher.")
+    use_storage(cluster.profile)
+    base = storage.join(root, PIPELINE_NAME)
+    states = {str(run.run_id): str(run.state) for run in cluster.runs()}
+    models = _registered_models(cluster)
+    folders: dict[str, dict[str, storage.StoredFile]] = defaultdict(dict)
+    locations = set()
+    for name, file in storage.walk(base).items():
+        folder, why = _candidate(name, states)
+        if not why:
+            if name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
+                locations.add(_location(storage.join(base, name)))
+            continue
+        folders[folder][name] = file
+    found = []
+    newest = datetime.now(UTC) - timedelta(days=min_age_days)
+    for folder, files in sorted(folders.items()):
+        uri = storage.join(base, folder)
+        written = max(file.written for file in files.values())
+        is_kept = any(place.startswith((f"{uri}/", uri)) for place in [*models, *locations])
+        if not is_kept and written <= newest:
+            size = sum(file.bytes for file in files.values())
+            _, why = _candidate(next(iter(files)), states)
+            found.append(Unused(uri, size, f"{written:%Y-%m-%d}", why))
+    return found
+
+
+def remove(item: Unused) -> None:
+    """Delete a folder, its manifests first: what has none does not exist, so nobody finds a half-deleted one.
+
+    Raises:
+        UserError: access is denied.
+        RetryableError: the store does not answer; the rest goes next time.
+    """
+    names = sorted(storage.walk(item.uri), key=lambda name: not name.endswith(".json"))
+    for name in names:
+        storage.remove_file(storage.join(item.uri, name))
+
+
+def _candidate(name: str, states: dict[str, str]) -> tuple[str, str]:
+    """The folder that a file would go with, and why it might; no reason if it stays in any case."""
+    parts = name.split("/")
+    if parts[0] == CACHE_NAME and len(parts) > 2:
+        return "/".join(parts[:2]), "no run's shards lie here"
+    if not _RUN_FOLDER.fullmatch(parts[0]):
+        return "", ""
+    if parts[0] not in states:
+        return parts[0], "its run is gone"
+    if states[parts[0]] in OVER and states[parts[0]] == "SUCCEEDED" and _CHECKPOINTS in parts[:-1]:
+        return "/".join(parts[: parts.index(_CHECKPOINTS) + 1]), "its run succeeded"
+    return "", ""
+
+
+def _location(manifest_uri: str) -> str:
+    try:
+        return str(json.loads(storage.read_bytes(manifest_uri)).get("location") or manifest_uri)
+    except (ValueError, AttributeError):
+        return manifest_uri
+
+
+def _registered_models(cluster: Cluster) -> list[str]:
+    """Where the versions of registered models lie."""
+    os.environ.setdefault(TRACKING_VARIABLE, cluster.profile.mlflow.tracking_uri)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client, token, places = MlflowClient(), None, []
+    try:
+        while True:
+            page = client.search_model_versions(max_results=1000, page_token=token)
+            places += [str(version.source) for version in page if version.source]
+            token = page.token
+            if not token:
+                return places
+    except MlflowException as error:
+        raise RetryableError(
+            f"{os.environ[TRACKING_VARIABLE]}: MLflow does not answer, so which models are registered is not known; "
+            "try again."
+        ) from error

@@ -1,0 +1,55 @@
+"""How a retried task learns that trying again is useless.
+
+Kubeflow Pipelines sees no exit code: its launcher swallows it and a retry policy has no condition on one. So a
+permanent error leaves a marker beside the task's outputs; an attempt that finds the marker of the same inputs
+ends at once with the same sentence, and `minicpmv-finetune run` recovers exit code 2 from it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from minicpmv_finetune import storage
+
+from .errors import RetryableError, UserError, disk_faults_told, end_process
+
+MARKER_NAME = "permanent_error.json"
+
+
+@contextmanager
+def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Iterator[None]:
+    """Run a component's body so that a user's mistake is remembered across Kubeflow's retries.
+
+    The marker only saves time: where it cannot be read or written, the step goes on without.
+
+    Args:
+        output_uri: URI of any of the task's output artifacts; the marker lies beside it.
+        inputs: what the task was given; a marker left by other inputs is ignored.
+
+    Raises:
+        SystemExit: with the exit code of a user's mistake or of a fault worth retrying, its sentence printed.
+    """
+    marker_uri = storage.join(storage.parent(output_uri), MARKER_NAME)
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    message = _read_marker(marker_uri, digest)
+    if message is not None:
+        end_process(UserError(message))
+    try:
+        with disk_faults_told():
+            yield
+    except UserError as error:
+        with suppress(UserError, RetryableError):
+            storage.write_bytes(marker_uri, json.dumps({"inputs": digest, "message": str(error)}).encode())
+        end_process(error)
+    except RetryableError as error:
+        end_process(error)
+
+
+def _read_marker(marker_uri: str, inputs: str) -> str | None:
+    """The sentence that an earlier attempt with the same inputs ended with."""
+    with suppress(UserError, RetryableError, ValueError):
+        marker = json.loads(storage.read_bytes(marker_uri))
+        if marker.get("inputs") == inputs:
+            return str(marker["message"])
+    return None

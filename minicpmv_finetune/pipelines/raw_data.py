@@ -1,0 +1,51 @@
+"""Training flags that name raw JSON, as the published script takes it: the data is validated and prepared first."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+from minicpmv_finetune.components.train.arguments import Arguments, parse
+from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+
+def with_prepared_data(flags: Sequence[str], prepare: Callable[[Arguments], None] | None = None) -> list[str]:
+    """The same flags with `--data_path` naming shards; those are written beside the output folder if need be.
+
+    Args:
+        flags: as the published script takes them.
+        prepare: called in place of `prepare_data` when the flags name raw JSON.
+
+    Raises:
+        UserError: the flags or the data are not usable.
+    """
+    arguments = parse(flags, announce=lambda sentence: None)
+    if not arguments.data.data_path.endswith((".json", ".jsonl")):
+        return list(flags)
+    (prepare or prepare_data)(arguments)
+    return [*flags, "--data_path", str(_folder(arguments) / "shards")]
+
+
+def prepare_data(arguments: Arguments) -> None:
+    """Validate and preprocess the raw JSON that the arguments name."""
+    prepared = _folder(arguments)
+    validate_data(
+        arguments.data.data_path,
+        arguments.data.eval_data_path,
+        prepared / "dataset",
+        prepared / "rejects.jsonl",
+        # The published script evaluates only on data of its own.
+        ValidationSettings(eval_fraction=0.0),
+    )
+    preprocess(
+        prepared / "dataset",
+        arguments.model.model_name_or_path,
+        prepared / "shards",
+        prepared / "preprocess-rejects.jsonl",
+        PreprocessSettings(
+            max_slice_nums=arguments.training.max_slice_nums, model_max_length=arguments.training.model_max_length
+        ),
+    )
+
+
+def _folder(arguments: Arguments) -> Path:
+    return Path(f"{arguments.training.output_dir}-data")

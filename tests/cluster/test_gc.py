@@ -1,0 +1,101 @@
+"""gc, on a real object store and a real MLflow registry."""
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from minicpmv_finetune import storage
+from tests.cluster.commands import INPUTS, Command
+from tests.cluster.fake_kubeflow import FakeKubeflow
+
+GONE = str(uuid.UUID(int=1))
+
+
+@pytest.fixture
+def root(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A pipeline root in an empty bucket, beside an MLflow without models."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return f"{s3_uri}/pipelines"
+
+
+@pytest.fixture
+def unused(kubeflow: FakeKubeflow, command: Command, root: str) -> Callable[..., list[str]]:
+    """Names of the folders that gc lists."""
+
+    def names(*words: str) -> list[str]:
+        done = command("gc", "--root", root, "--min-age-days", "0", "--output", "json", *words)
+        assert done.code == 0, done.err
+        return [item["uri"].removeprefix(f"{root}/minicpmv-finetune/") for item in done.json]
+
+    return names
+
+
+def _write(root: str, *names: str, content: bytes = b"x") -> None:
+    for name in names:
+        storage.write_bytes(f"{root}/minicpmv-finetune/{name}", content)
+
+
+def test_only_what_nothing_refers_to_is_listed(
+    unused: Callable[..., list[str]], command: Command, kubeflow: FakeKubeflow, root: str
+) -> None:
+    succeeded = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json").json["run_id"]
+    running = command("submit", *INPUTS, "--output", "json").json["run_id"]
+    place = f"{root}/minicpmv-finetune/shards-cache/used"
+    _write(root, f"{running}/preprocess/shards/manifest.json", content=json.dumps({"location": place}).encode())
+    _write(root, "shards-cache/used/train-0.parquet", "shards-cache/lost/train-0.parquet", "shards-cache/lost/a.json")
+    _write(root, f"{succeeded}/merge/model/config.json", f"{succeeded}/train/checkpoints/checkpoint-1.json")
+    _write(root, f"{running}/train/checkpoints/checkpoint-1.json", f"{GONE}/merge/model/config.json")
+    _write(root, "notes/readme.txt")
+    assert sorted(unused()) == sorted([GONE, f"{succeeded}/train/checkpoints", "shards-cache/lost"])
+
+
+def test_nothing_is_deleted_until_it_is_asked_for(unused: Callable[..., list[str]], root: str) -> None:
+    _write(root, f"{GONE}/merge/model/config.json", f"{GONE}/merge/model/model.safetensors")
+    assert unused() == [GONE]
+    assert unused() == [GONE]
+    assert unused("--delete") == [GONE]
+    assert unused() == []
+    assert storage.walk(root) == {}
+
+
+def test_a_registered_model_keeps_its_run(unused: Callable[..., list[str]], root: str) -> None:
+    _write(root, f"{GONE}/merge/model/config.json")
+    client = MlflowClient()
+    client.create_registered_model("receipts")
+    client.create_model_version("receipts", source=f"{root}/minicpmv-finetune/{GONE}/merge/model")
+    assert unused("--delete") == []
+    assert storage.read_bytes(f"{root}/minicpmv-finetune/{GONE}/merge/model/config.json") == b"x"
+
+
+def test_what_is_new_is_left_alone(kubeflow: FakeKubeflow, command: Command, root: str) -> None:
+    _write(root, f"{GONE}/merge/model/config.json")
+    assert command("gc", "--root", root, "--output", "json").json == []
+
+
+def test_nothing_is_unused_where_mlflow_does_not_answer(
+    kubeflow: FakeKubeflow, command: Command, root: str, unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(root, f"{GONE}/merge/model/config.json")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", unreachable)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = command("gc", "--root", root, "--min-age-days", "0", "--delete")
+    assert done.code == 75
+    assert "which models are registered" in done.err
+    assert storage.walk(root)
+
+
+def test_nothing_is_unused_where_kubeflow_does_not_answer(kubeflow: FakeKubeflow, command: Command, root: str) -> None:
+    _write(root, f"{GONE}/merge/model/config.json")
+    kubeflow.answer_next(r"GET .*/runs", 503)
+    assert command("gc", "--root", root, "--min-age-days", "0", "--delete").code == 75
+    assert storage.walk(root)
+
+
+def test_no_root_is_a_mistake(kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]) -> None:
+    done = command("gc", "--profile", profile(pipeline_root=""))
+    assert done.code == 2
+    assert "--root" in done.err

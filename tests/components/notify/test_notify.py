@@ -1,0 +1,64 @@
+"""The outcome as a real web server receives it."""
+
+import pytest
+
+from minicpmv_finetune.components.notify.notify import WEBHOOK_VARIABLE, notify
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.tracking import step_runs
+from tests.servers import Webhook
+
+
+@pytest.fixture(autouse=True)
+def at_once(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one run, tracked nowhere, without waits between attempts."""
+    monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, "run-7")
+    monkeypatch.delenv(step_runs.TRACKING_VARIABLE, raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def test_the_outcome_is_posted(webhook: Webhook) -> None:
+    assert notify("minicpmv-retrain", "FAILED", "train failed")
+    assert webhook.received == [
+        {
+            "text": "minicpmv-retrain: failed, train failed (run run-7)",
+            "pipeline": "minicpmv-retrain",
+            "run": "run-7",
+            "state": "FAILED",
+            "outcome": "train failed",
+        }
+    ]
+
+
+def test_a_webhook_that_stumbles_is_asked_again(webhook: Webhook) -> None:
+    webhook.answers = [503, 429, 200]
+    notify("minicpmv-retrain", "SUCCEEDED")
+    assert [message["state"] for message in webhook.received] == ["SUCCEEDED"]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, RetryableError), (404, UserError)])
+def test_what_cannot_be_told_is_an_error_without_the_address(
+    webhook: Webhook, status: int, kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    webhook.answers = [status]
+    with pytest.raises(kind) as raised:
+        notify("minicpmv-retrain", "SUCCEEDED")
+    assert str(status) in str(raised.value)
+    assert "secret-path" not in str(raised.value) + capsys.readouterr().err
+
+
+def test_nobody_listens(webhook: Webhook, unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WEBHOOK_VARIABLE, f"{unreachable}/secret-path")
+    with pytest.raises(RetryableError) as raised:
+        notify("minicpmv-retrain", "SUCCEEDED")
+    assert "secret-path" not in str(raised.value)
+
+
+def test_without_a_webhook_nobody_is_told(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WEBHOOK_VARIABLE)
+    assert not notify("minicpmv-retrain", "SUCCEEDED")
+
+
+def test_only_web_addresses_are_asked(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WEBHOOK_VARIABLE, "file:///etc/hostname")
+    with pytest.raises(UserError, match="not a web address"):
+        notify("minicpmv-retrain", "SUCCEEDED")

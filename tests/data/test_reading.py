@@ -1,0 +1,111 @@
+"""Reading on piece by piece must see what reading at once would."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from minicpmv_finetune.data import reading
+from minicpmv_finetune.data.reading import Record, read_records
+from minicpmv_finetune.errors import UserError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+SMALL_PIECES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def records(folder: Path, content: str | bytes, piece: int, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    monkeypatch.setattr(reading, "_CHUNK", piece)
+    path = folder / "data.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return list(read_records("data.json", path))
+
+
+@SMALL_PIECES
+@example([0.0, 1e-7, 1.5e300, -1], 1, True, None)
+@given(st.lists(JSON, min_size=1, max_size=6), st.sampled_from([1, 2, 3, 7, 64]), st.booleans(), st.none() | st.just(1))
+def test_an_array_is_what_json_says(
+    tmp_path: Path, items: list[Any], piece: int, ascii_only: bool, indent: int | None
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        text = json.dumps(items, ensure_ascii=ascii_only, indent=indent)
+        found = records(tmp_path, text, piece, monkeypatch)
+        assert [(record.index, record.content) for record in found] == list(enumerate(items))
+        wrapped = f'{{"version": [1, {{}}], "data": {text}, "more": {{"data": []}} }}\n'
+        assert [record.content for record in records(tmp_path, wrapped, piece, monkeypatch)] == items
+
+
+@SMALL_PIECES
+@given(
+    st.lists(st.dictionaries(st.text().filter(lambda key: key != "data"), JSON, max_size=3), min_size=1, max_size=5),
+    st.sampled_from([1, 3, 64]),
+)
+def test_lines_are_what_json_says(tmp_path: Path, items: list[dict[str, Any]], piece: int) -> None:
+    items = [{"id": 1, **item} for item in items]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        text = "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+        assert [record.content for record in records(tmp_path, text, piece, monkeypatch)] == items
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1 << 18])
+@pytest.mark.parametrize(
+    ("text", "line", "column", "items"),
+    [
+        ('[{"a": 1},\n {"a" 1}]', 2, 7, 1),
+        ('[{"a": 1},\n\n {"a": "é\nb"}]', 3, 10, 1),
+        ('[{"a": 1}\n{"a": 1}]', 2, 1, 1),
+        ('[{"a": 1}]\nmore', 2, 1, 1),
+        ('[{"a": tru', 1, 8, 0),
+        ('[{"a": "endless', 1, 8, 0),
+        ('{"data": [1, 2}', 1, 15, 2),
+        ('{"data": [1], "x" 2}', 1, 19, 1),
+        ('{"data": [1]} {}', 1, 15, 1),
+        ('{\n "data" [1]}', 2, 9, 0),
+    ],
+)
+def test_a_break_is_named_by_line_and_column(
+    text: str, line: int, column: int, items: int, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *good, last = records(tmp_path, text, piece, monkeypatch)
+    assert (len(good), last.is_last, last.line) == (items, True, line)
+    assert f"line {line}, column {column} " in str(last.problem)
+    with pytest.raises(json.JSONDecodeError) as told:
+        json.loads(text)
+    assert (told.value.lineno, told.value.colno) == (line, column), "as when all is read at once"
+
+
+def test_a_text_that_never_ends_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST_SAMPLE", 1000)
+    (record,) = records(tmp_path, f'["{"x" * 100_000}"]', 64, monkeypatch)
+    assert "a sample of more than 1,000 characters" in str(record.problem)
+    lines = records(tmp_path, f'{{"a": 1}}\n{{"b": "{"x" * 100_000}"}}\n', 64, monkeypatch)
+    assert [record.is_last for record in lines] == [False, True]
+
+
+@pytest.mark.parametrize("piece", [1, 64])
+def test_the_place_of_a_byte_that_is_no_text(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 12\)"):
+        records(tmp_path, '["é", "éé'.encode() + b'\xff"]', piece, monkeypatch)
+
+
+def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "large.json"
+    with path.open("w") as file:
+        file.write("[")
+        for number in range(20_000):
+            file.write(f'{{"id": {number}, "text": "{"x" * 1000}"}}, ')
+        file.write("{}]")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_records("large.json", path)) == 20_001
+        assert tracemalloc.get_traced_memory()[1] < 4e6, "of a file of 20 MB"
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.data.checking import inspect_picture
+from minicpmv_finetune.data.samples import (
+    DatasetInfo,
+    Reject,
+    Sample,
+    content_digest,
+    open_picture,
+    read_info,
+    refuse_too_many,
+    write_rejects,
+)
+from minicpmv_finetune.errors import UserError
+
+
+def sample(**changes: object) -> Sample:
+    content = {
+        "id": "a",
+        "source": "train.json",
+        "pictures": [{"uri": "/data/a.png", "sha256": "0" * 64, "width": 3, "height": 2}],
+        "turns": [{"role": "user", "parts": [0, "What?"]}, {"role": "assistant", "parts": ["That."]}],
+    }
+    return Sample.model_validate({**content, **changes})
+
+
+def rejects(number: int) -> list[Reject]:
+    return [
+        Reject(file="train.json", index=index, id=None, reason="roles", message=f"sentence {index}")
+        for index in range(number)
+    ]
+
+
+def test_a_picture_that_changed_after_validation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 3), "red").save(path)
+    picture = inspect_picture(str(path)).picture
+    assert open_picture(picture).size == (4, 3)
+    Image.new("RGB", (4, 3), "blue").save(path)
+    with pytest.raises(UserError, match=r"a\.png: changed since it was validated"):
+        open_picture(picture)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "validate-data has not finished"),
+        ("{", "damaged or of another program"),
+        ("[]", "damaged or of another program"),
+        ('{"schema_version": 1}', "damaged or of another program"),
+        ('{"schema_version": 99, "unknown": true}', "schema version 99 is newer"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_is_explained(content: str | None, sentence: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        read_info(tmp_path)
+
+
+def test_info_round_trip(tmp_path: Path) -> None:
+    info = DatasetInfo(fingerprint="f", rows={"train": 3, "eval": 1}, rejected={"roles": 2})
+    (tmp_path / "dataset.json").write_text(info.model_dump_json())
+    assert read_info(tmp_path) == info
+
+
+def test_the_content_digest_is_of_what_is_said_shown_and_asked_for() -> None:
+    picture = {"uri": "s3://elsewhere/b.png", "sha256": "0" * 64, "width": 3, "height": 2}
+    assert content_digest(sample()) == content_digest(sample(id="b", source="other.json", index=7, pictures=[picture]))
+    assert content_digest(sample()) != content_digest(sample(pictures=[{**picture, "sha256": "1" * 64}]))
+    turns = [{"role": "user", "parts": ["What?", 0]}, {"role": "assistant", "parts": ["That."]}]
+    assert content_digest(sample()) != content_digest(sample(turns=turns))
+    for change in ({"metric": "anls"}, {"tags": ("a",)}, {"answers": ("This.",)}):
+        assert content_digest(sample()) != content_digest(sample(**change))
+
+
+def test_rejects_are_one_json_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rejects.jsonl"
+    write_rejects(path, rejects(2))
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_the_ratio_is_a_limit_that_may_be_reached(tmp_path: Path) -> None:
+    refuse_too_many(rejects(5), 95, 0.05, tmp_path)
+    with pytest.raises(UserError, match=r"6 of 100 samples \(6.0%\).*train.json, sample 0: sentence 0"):
+        refuse_too_many(rejects(6), 94, 0.05, tmp_path)
+
+
+def test_a_place_without_a_sample_is_a_line() -> None:
+    assert Reject(file="train.json", line=3, id=None, reason="invalid_json", message="").place == "train.json, line 3"

@@ -1,0 +1,211 @@
+"""The rendered pipelines: what a platform team asks of every task, and that nothing in the repository is stale."""
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minicpmv_finetune.components.train.trainjob import RUNTIME_VARIABLE
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.kubeflow.profile import load_profile, with_profile
+from minicpmv_finetune.pipelines import finetune
+from minicpmv_finetune.pipelines.finetuning import STEPS, compile_objects, compile_pipeline, content_digest
+
+ROOT = Path(__file__).parents[2]
+PROFILES = sorted((ROOT / "k8s" / "profiles").glob("*.yaml"))
+COMPILED = ROOT / "pipelines" / "compiled"
+BY_NAME = pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+
+Document = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _read(name: str) -> Document:
+    pipeline, platform = yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text())
+    return pipeline, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+def _tasks(pipeline: dict[str, Any], dag: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every task that runs a container, also those inside a condition, a loop or an exit handler."""
+    for name, task in dag["tasks"].items():
+        component = pipeline["components"][task["componentRef"]["name"]]
+        if "dag" in component:
+            yield from _tasks(pipeline, component["dag"])
+        else:
+            yield name, task
+
+
+def violations(document: Document) -> Iterator[str]:
+    """What a platform team would send back, in one compiled pipeline."""
+    pipeline, platform = document
+    executors = pipeline["deploymentSpec"]["executors"]
+    for name, task in _tasks(pipeline, pipeline["root"]["dag"]):
+        label = pipeline["components"][task["componentRef"]["name"]]["executorLabel"]
+        container, pod = executors[label]["container"], platform.get(label, {})
+        resources, retry = container.get("resources", {}), task.get("retryPolicy", {})
+        labels = pod.get("podMetadata", {}).get("labels", {})
+        demands = {
+            "image": re.search(r"(@sha256:[0-9a-f]{64}|:(?!latest)[\w.-]+)$", container["image"]),
+            "non-root": pod.get("securityContext", {}).get("runAsNonRoot") is True,
+            "user": int(pod.get("securityContext", {}).get("runAsUser", 0)) > 0,
+            "cpu": {"resourceCpuRequest", "resourceCpuLimit"} <= set(resources),
+            "memory": {"resourceMemoryRequest", "resourceMemoryLimit"} <= set(resources),
+            "timeout": int(pod.get("activeDeadlineSeconds", 0)) > 0,
+            "retry": retry.get("maxRetryCount", 0) > 0 and retry.get("backoffFactor", 0) > 1,
+            "backoff": {"backoffDuration", "backoffMaxDuration"} <= set(retry),
+            "labels": {"app.kubernetes.io/name", "app.kubernetes.io/component", "environment"} <= set(labels),
+            "scratch": any(mount["mountPath"] == "/scratch" for mount in pod.get("emptyDirMounts", [])),
+            "pull policy": pod.get("imagePullPolicy") == "IfNotPresent",
+            "credentials": {
+                key["envVar"] for secret in pod.get("secretAsEnv", []) for key in secret["keyToEnv"]
+            }.issuperset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}),
+            "no secret in sight": not re.search(
+                r"(?i)secret|password|token", " ".join(item["name"] for item in container.get("env", []))
+            ),
+        }
+        if name == "train":
+            demands |= {
+                "accelerator": int(resources.get("accelerator", {}).get("resourceCount", 0)) > 0,
+                "shared memory": any(
+                    mount["mountPath"] == "/dev/shm" and mount.get("medium") == "Memory" and mount.get("sizeLimit")
+                    for mount in pod.get("emptyDirMounts", [])
+                ),
+                "tolerations": pod.get("tolerations"),
+                "node selector": pod.get("nodeSelector", {}).get("labels"),
+            }
+        yield from (f"{name}: {demand}" for demand, met in demands.items() if not met)
+
+
+@BY_NAME
+def test_committed_pipelines_meet_every_demand(profile: Path) -> None:
+    document = _read(profile.stem)
+    assert {name for name, _ in _tasks(document[0], document[0]["root"]["dag"])} == set(STEPS)
+    assert list(violations(document)) == []
+
+
+_TAKEN_AWAY: dict[str, Callable[[dict, dict, dict], object]] = {
+    "image": lambda container, pod, task: container.update(image="minicpmv-finetune/trainer:latest"),
+    "non-root": lambda container, pod, task: pod["securityContext"].pop("runAsNonRoot"),
+    "user": lambda container, pod, task: pod["securityContext"].update(runAsUser="0"),
+    "cpu": lambda container, pod, task: container["resources"].pop("resourceCpuLimit"),
+    "memory": lambda container, pod, task: container["resources"].pop("resourceMemoryRequest"),
+    "timeout": lambda container, pod, task: pod.pop("activeDeadlineSeconds"),
+    "retry": lambda container, pod, task: task["retryPolicy"].pop("backoffFactor"),
+    "backoff": lambda container, pod, task: task["retryPolicy"].pop("backoffDuration"),
+    "labels": lambda container, pod, task: pod["podMetadata"]["labels"].pop("environment"),
+    "scratch": lambda container, pod, task: pod["emptyDirMounts"].pop(0),
+    "pull policy": lambda container, pod, task: pod.pop("imagePullPolicy"),
+    "credentials": lambda container, pod, task: pod["secretAsEnv"].pop(0),
+    "no secret in sight": lambda container, pod, task: container["env"].append({"name": "AWS_SECRET_ACCESS_KEY"}),
+    "accelerator": lambda container, pod, task: container["resources"].pop("accelerator"),
+    "shared memory": lambda container, pod, task: pod["emptyDirMounts"].pop(1),
+    "tolerations": lambda container, pod, task: pod.pop("tolerations"),
+    "node selector": lambda container, pod, task: pod.pop("nodeSelector"),
+}
+
+
+@pytest.mark.parametrize("demand", _TAKEN_AWAY)
+def test_a_missing_item_is_found(demand: str) -> None:
+    pipeline, platform = copy.deepcopy(_read("prod"))
+    container = pipeline["deploymentSpec"]["executors"]["exec-train"]["container"]
+    _TAKEN_AWAY[demand](container, platform["exec-train"], pipeline["root"]["dag"]["tasks"]["train"])
+    assert list(violations((pipeline, platform))) == [f"train: {demand}"]
+
+
+def test_the_shared_cluster_hands_out_gpus_by_its_queue() -> None:
+    _, platform = _read("prod")
+    queued = {label for label, pod in platform.items() if "kueue.x-k8s.io/queue-name" in pod["podMetadata"]["labels"]}
+    assert queued == {"exec-train", "exec-evaluate"}
+
+
+def test_the_train_step_knows_the_runtime_of_its_cluster() -> None:
+    executors = _read("prod")[0]["deploymentSpec"]["executors"]
+    named = {
+        label: variable["value"]
+        for label, executor in executors.items()
+        for variable in executor["container"].get("env", [])
+        if variable["name"] == RUNTIME_VARIABLE
+    }
+    assert named == {"exec-train": "minicpmv-finetune"}
+
+
+@BY_NAME
+def test_committed_files_are_what_is_compiled_now(profile: Path, tmp_path: Path) -> None:
+    settings = load_profile(profile)
+    compile_pipeline(tmp_path / f"{profile.stem}.yaml", profile=settings)
+    compile_objects(tmp_path / f"{profile.stem}.objects.yaml", settings)
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (COMPILED / path.name).read_text(), "run make compiled"
+
+
+def test_every_pod_of_a_shared_preprocess_gets_the_settings(tmp_path: Path) -> None:
+    settings = load_profile(PROFILES[0]).model_copy(update={"preprocess_partitions": 3})
+    pipeline, platform = yaml.safe_load_all(compile_pipeline(tmp_path / "p.yaml", profile=settings).read_text())
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(pods) == set(pipeline["deploymentSpec"]["executors"]) > {"exec-preprocess-part"}
+    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods.values())
+
+
+@BY_NAME
+def test_objects_hold_the_same_pipeline(profile: Path) -> None:
+    pipeline, version = yaml.safe_load_all((COMPILED / f"{profile.stem}.objects.yaml").read_text())
+    plain, platform = yaml.safe_load_all((COMPILED / f"{profile.stem}.yaml").read_text())
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]
+    assert version["spec"]["pipelineSpec"] == plain
+    assert version["spec"]["platformSpec"] == platform
+    assert version["metadata"]["name"].endswith(content_digest(with_profile(finetune, load_profile(profile))))
+
+
+def test_run_form_shows_names_and_sentences() -> None:
+    pipeline, _ = _read("dev")
+    about = pipeline["pipelineInfo"]
+    assert about["displayName"]
+    assert about["description"]
+    offered = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert set(offered) == set(inspect.signature(finetune.pipeline_func).parameters)
+    assert all(item["description"].endswith(".") for item in offered.values())
+
+
+def test_data_overwritten_in_place_is_read_again() -> None:
+    pipeline, _ = _read("dev")
+    assert "enableCache" not in pipeline["root"]["dag"]["tasks"]["validate-data"]["cachingOptions"]
+
+
+def test_the_pipeline_itself_is_left_alone() -> None:
+    before = content_digest(finetune)
+    with_profile(finetune, load_profile(PROFILES[0]))
+    assert content_digest(finetune) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"images": {"data": "x/data:latest", "trainer": "x/trainer:1"}}, "images.data"),
+        ({"images": {"data": "x/data", "trainer": "x/trainer:1"}}, "images.data"),
+        ({"identity": {"user": 0}}, "identity.user"),
+        ({"steps": {"train": {"cpu": ["4", "8"]}}}, "steps.train.memory"),
+        ({"labels": {"team": "x" * 64}}, "labels.team"),
+        ({"s3": {"secret": "s3", "password": "hunter2"}}, "s3.password"),
+    ],
+)
+def test_a_wrong_profile_is_told_by_its_place(change: dict, place: str, tmp_path: Path) -> None:
+    said = yaml.safe_load(PROFILES[0].read_text()) | change
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(said))
+    with pytest.raises(UserError, match=re.escape(place)) as caught:
+        load_profile(path)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "- 1"])
+def test_no_profile_at_all_is_one_sentence(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.yaml: .*;"):
+        load_profile(path)

@@ -1,0 +1,134 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import PreTrainedModel
+
+from minicpmv_finetune.data.samples import Picture, Sample, Turn, open_picture
+from minicpmv_finetune.minicpmv.answer import Answer, answer
+from minicpmv_finetune.minicpmv.batch import collate
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.slicing import cut
+
+
+@pytest.fixture
+def model(tiny_46: Path) -> PreTrainedModel:
+    return load_model(tiny_46, torch.float32)[0]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_46: Path) -> Encoder:
+    return Encoder.from_checkpoint(tiny_46)
+
+
+@pytest.fixture(scope="module")
+def samples(digits: Path) -> list[Sample]:
+    """Prompts of many lengths: with one picture, with a sliced one, with two, with none, with earlier turns."""
+    large = digits / "large.png"
+    Image.linear_gradient("L").resize((300, 200)).save(large)
+    pictures = [_picture(path) for path in (*sorted((digits / "pictures").glob("*.png"))[:3], large)]
+    shown: list[tuple[Picture, ...]] = [(pictures[0],), (), (pictures[3],), (pictures[1], pictures[2]), (pictures[2],)]
+    samples = []
+    for number, group in enumerate(shown):
+        parts = [*range(len(group)), f"Which digit is this?{' Look well.' * number}"]
+        turns = [Turn(role="user", parts=tuple(parts))]
+        if number == 4:
+            turns += [Turn(role="assistant", parts=("A 3.",)), Turn(role="user", parts=("Are you sure?",))]
+        turns.append(Turn(role="assistant", parts=("The expected answer.",)))
+        samples.append(Sample(id=str(number), pictures=group, turns=tuple(turns), source="test"))
+    return samples
+
+
+def _picture(path: Path) -> Picture:
+    width, height = Image.open(path).size
+    return Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=width, height=height)
+
+
+@torch.no_grad()
+def likeliest_tokens(model: PreTrainedModel, encoder: Encoder, sample: Sample, count: int) -> list[int]:
+    """Greedy decoding spelt out: no cache, no padding, no stopping, one forward pass over everything a token."""
+    plans = encoder.plan(sample)
+    slices = [
+        pixels
+        for picture, plan in zip(sample.pictures, plans, strict=True)
+        for pixels in cut(open_picture(picture), plan, encoder.slicing)
+    ]
+    ids = encoder.encode_prompt(sample)
+    start = len(ids)
+    for _ in range(count):
+        batch = collate([Row("", ids, [], slices)], encoder.pad_token_id, encoder.slicing.patch_size, "right")
+        ids = [*ids, int(model(**batch).logits[0, -1].argmax())]
+    return ids[start:]
+
+
+def texts(answers: Sequence[Answer]) -> list[str]:
+    return [one.text for one in answers]
+
+
+def test_batched_answers_are_the_single_ones_and_those_of_plain_greedy_decoding(
+    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
+) -> None:
+    done: list[int] = []
+    together = answer(model, encoder, samples, max_new_tokens=12, batch_size=3, on_done=done.append)
+    assert together == answer(model, encoder, samples, max_new_tokens=12, batch_size=1)
+    assert done == [3, 2]
+    for sample, given in zip(samples, together, strict=True):
+        tokens = likeliest_tokens(model, encoder, sample, 12)
+        end = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)
+        kept = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        expected = encoder.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        assert given == Answer(expected, len(kept), hit_limit=end not in tokens)
+
+
+def test_an_answer_stops_at_the_end_of_the_turn(
+    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
+) -> None:
+    tokens = likeliest_tokens(model, encoder, samples[0], 6)
+    last = next(place for place in range(1, 6) if tokens[place] not in tokens[:place])
+    ending = encoder.tokenizer.convert_ids_to_tokens(tokens[last])
+    stopping = replace(encoder, generation=replace(encoder.generation, end_of_turn=ending))
+    stopped = answer(model, stopping, samples[:1], max_new_tokens=12)[0]
+    assert (stopped.new_tokens, stopped.hit_limit) == (last + 1, False)
+
+
+def test_an_answer_stops_where_the_checkpoint_says(
+    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
+) -> None:
+    first = likeliest_tokens(model, encoder, samples[0], 1)[0]
+    model.generation_config.eos_token_id = [first]
+    stopped = answer(model, encoder, samples[:1], max_new_tokens=12)[0]
+    assert (stopped.new_tokens, stopped.hit_limit) == (1, False)
+
+
+def test_the_checkpoints_sampling_and_penalties_neither_warn_nor_count(
+    model: PreTrainedModel, encoder: Encoder, samples: list[Sample], capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = answer(model, encoder, samples, max_new_tokens=12)
+    capfd.readouterr()
+    for flag, value in {"do_sample": True, "temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.5}.items():
+        setattr(model.generation_config, flag, value)
+    own = model.generation_config
+    assert answer(model, encoder, samples, max_new_tokens=12) == plain
+    assert "flags" not in "".join(capfd.readouterr())
+    assert model.generation_config is own
+
+
+def test_an_adapter_on_top_is_asked_and_left_in_training(
+    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
+) -> None:
+    plain = answer(model, encoder, samples, max_new_tokens=8)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "in_proj_qkv", "down_proj"], lora_dropout=0.5))
+    adapted.train()
+    assert answer(adapted, encoder, samples, max_new_tokens=8) == plain
+    assert adapted.training
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert texts(answer(adapted, encoder, samples, max_new_tokens=8)) != texts(plain)

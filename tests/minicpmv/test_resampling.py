@@ -1,0 +1,71 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.minicpmv import resampling
+from minicpmv_finetune.minicpmv.resampling import resize_bicubic
+
+
+def picture(width: int, height: int, kind: str) -> Image.Image:
+    random = np.random.default_rng([width, height])
+    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == "edges":  # whose filtered values leave the range and are cut
+        pixels = pixels // 128 * 255
+    return Image.fromarray(pixels)
+
+
+SIZES = [
+    ((640, 480), (518, 392)),
+    ((640, 480), (1036, 378)),
+    ((640, 480), (378, 1036)),
+    ((300, 500), (448, 448)),
+    ((1344, 1344), (448, 448)),
+    ((200, 100), (200, 448)),
+    ((200, 100), (448, 100)),
+    ((1, 1), (14, 28)),
+    ((1, 300), (28, 14)),
+    ((3000, 7), (1400, 14)),
+    ((50, 40), (50, 40)),
+]
+
+
+@pytest.mark.parametrize("kind", ["noise", "edges"])
+@pytest.mark.parametrize(("size", "target"), SIZES)
+def test_every_pixel_is_pillows(size: tuple[int, int], target: tuple[int, int], kind: str) -> None:
+    image = picture(*size, kind)
+    expected = np.asarray(image.resize(target, Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resize_bicubic(image, *target), expected)
+
+
+def test_every_pixel_is_pillows_at_random_sizes() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        width, height, new_width, new_height = random.integers(1, 260, 4).tolist()
+        image = picture(width, height, "edges" if width % 2 else "noise")
+        expected = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
+        found = resize_bicubic(image, new_width, new_height)
+        assert np.array_equal(found, expected), (width, height, new_width, new_height)
+
+
+def test_the_fast_passes_are_used_here() -> None:
+    assert resampling._kernels_equal_to_pillow() is not None
+
+
+@pytest.mark.parametrize("reason", ["no numba", "another Pillow"])
+def test_otherwise_pillow_itself_scales(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason == "no numba":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        monkeypatch.setattr(resampling, "_BITS", 15)
+        resampling._coefficients.cache_clear()
+    resampling._kernels_equal_to_pillow.cache_clear()
+    try:
+        assert resampling._kernels_equal_to_pillow() is None
+        image = picture(60, 50, "noise")
+        expected = np.asarray(image.resize((33, 70), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(resize_bicubic(image, 33, 70), expected)
+    finally:
+        resampling._kernels_equal_to_pillow.cache_clear()
+        resampling._coefficients.cache_clear()

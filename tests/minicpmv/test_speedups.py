@@ -1,0 +1,261 @@
+"""What makes training faster leaves loss, gradients and logits as they are, in every generation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration as Transformers46
+
+from minicpmv_finetune.minicpmv import loss as loss_module
+from minicpmv_finetune.minicpmv.batch import collate, collate_packed
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.generations import GENERATIONS
+from minicpmv_finetune.minicpmv.loss import mask_that_hides, supervised_loss
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.packed import prepare_for_packing
+from minicpmv_finetune.shards.encoding import prepare
+from tests.minicpmv.test_generations import conversation, write_pictures
+
+VERSIONS = [generation.version for generation in GENERATIONS]
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def folder(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Encoder:
+    return Encoder.from_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """One with a sliced picture, one without any, one with two pictures."""
+    pictures = write_pictures(tmp_path_factory.mktemp("pictures"))
+    samples = [
+        conversation((0, "\nWhat is this?"), pictures[1:2], name="one"),
+        conversation(("Hello, which digit?",), [], name="none"),
+        conversation((0, "\n", 1, "\nCompare."), pictures[:2], name="two"),
+    ]
+    return [prepare(sample, encoder, 10**6) for sample in samples]
+
+
+@pytest.fixture
+def model(folder: Path) -> PreTrainedModel:
+    return load_model(folder, torch.float32)[0].train()
+
+
+def _padded(rows: list[Row], encoder: Encoder) -> dict[str, torch.Tensor]:
+    return collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, "right")
+
+
+def _packed(rows: list[Row], encoder: Encoder) -> dict[str, torch.Tensor]:
+    return collate_packed(rows, encoder.slicing.patch_size)
+
+
+def _learn(model: torch.nn.Module, batch: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+    """The loss, and every parameter's gradient by name."""
+    model.zero_grad()
+    loss = model(**batch, **options).loss
+    loss.backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def _assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    largest = max(float(value.abs().max()) for value in one.values())
+    for name in one:
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-4, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("count", [None, 7])
+@pytest.mark.parametrize("at_once", [None, 5 * 512])
+def test_logits_of_supervised_positions_give_the_plain_loss_and_gradients(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    rows: list[Row],
+    count: int | None,
+    at_once: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if at_once:
+        monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+    batch = _padded(rows, encoder)
+    options = {} if count is None else {"num_items_in_batch": torch.tensor(count)}
+    _assert_same(_learn(model, batch, **options), _learn(model, batch, **options, loss_only=True))
+
+
+@pytest.mark.parametrize("how", ["adapters", "whole"])
+def test_a_head_with_adapters_or_trained_whole_learns_the_same(
+    model: PreTrainedModel, encoder: Encoder, rows: list[Row], how: str
+) -> None:
+    targets = ["q_proj", "lm_head"] if how == "adapters" else ["q_proj"]
+    whole = None if how == "adapters" else ["lm_head"]
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=targets, modules_to_save=whole, init_lora_weights=False)
+    )
+    batch = _padded(rows, encoder)
+    plain = _learn(adapted, batch)
+    assert any("lm_head" in name for name in plain)
+    _assert_same(plain, _learn(adapted, batch, loss_only=True))
+
+
+@torch.no_grad()
+def test_evaluation_keeps_the_likeliest_tokens_and_no_logits(
+    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+) -> None:
+    batch = _padded(rows, encoder)
+    plain, short = model.eval()(**batch), model(**batch, loss_only=True)
+    supervised = batch["labels"][:, 1:] != IGNORED_LABEL
+    assert "logits" not in short
+    assert torch.equal(short.likeliest[:, :-1][supervised], plain.logits.argmax(-1)[:, :-1][supervised])
+    assert bool((short.likeliest[:, :-1][~supervised] == IGNORED_LABEL).all())
+
+
+def test_a_batch_that_teaches_nothing_reaches_the_head_all_the_same() -> None:
+    head = torch.nn.Linear(4, 8)
+    output = supervised_loss(head, torch.randn(2, 3, 4), torch.full((2, 3), IGNORED_LABEL), 8, 5)
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
+
+
+def test_no_chunk_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 16)
+    head, seen = torch.nn.Linear(4, 8), []
+    head.register_forward_hook(lambda _, given, made: seen.append(len(made)))
+    supervised_loss(head, torch.randn(2, 9, 4), torch.ones(2, 9, dtype=torch.long), 8).loss.backward()
+    assert max(seen) == 2
+    assert sum(seen) == 2 * 16  # forward, and again in the backward pass
+
+
+class _Exponentials(TorchDispatchMode):
+    """Notes the largest tensor that is exponentiated in place, as logits are."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.exp_.default:
+            self.largest = max(self.largest, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("allowed", "largest"), [(64, 64), (2**20, 16 * 5)])
+def test_no_tile_of_a_frozen_head_is_larger_than_allowed(
+    allowed: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", allowed)
+    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 5)
+    head = torch.nn.Linear(4, 12, bias=False).requires_grad_(False)
+    states, labels = torch.randn(2, 9, 4, requires_grad=True), torch.ones(2, 9, dtype=torch.long)
+    with _Exponentials() as seen:
+        supervised_loss(head, states, labels, 12)
+    assert seen.largest == largest
+
+
+def test_features_of_the_tower_give_the_loss_and_gradients_of_pixels(
+    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+) -> None:
+    model.get_submodule(encoder.generation.vision_tower).requires_grad_(False)
+    batch = _padded(rows, encoder)
+    plain = _learn(model, batch)
+    with torch.no_grad():
+        features = model.encode_patches(batch.pop("pixel_values"), batch["target_sizes"])
+    tower, runs = model.get_submodule(encoder.generation.vision_tower), []
+    tower.register_forward_hook(lambda *_: runs.append(1))
+    _assert_same(plain, _learn(model, {**batch, "patch_features": features}))
+    assert not runs
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
+    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+) -> None:
+    plain = _learn(model, _padded(rows, encoder))
+    prepare_for_packing(model, encoder.generation.language_model)
+    _assert_same(plain, _learn(model, _packed(rows, encoder)))
+    # Rows that are not packed go on as before.
+    _assert_same(plain, _learn(model, _padded(rows, encoder)))
+
+
+@torch.no_grad()
+def test_a_sample_in_a_pack_sees_nothing_of_its_neighbours(
+    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+) -> None:
+    prepare_for_packing(model, encoder.generation.language_model)
+    batch = _packed(rows, encoder)
+    before = model.eval()(**batch).logits[0]
+    first, last = len(rows[0].input_ids), len(rows[0].input_ids) + len(rows[1].input_ids)
+    word = encoder.tokenizer("digit")["input_ids"][-1]
+    batch["input_ids"][0, first - 3 : first] = word
+    batch["pixel_values"][..., :14] += 1
+    after = model(**batch).logits[0]
+    assert not torch.equal(before[:first], after[:first])
+    assert torch.equal(before[first:], after[first:])
+    # Nor of those behind it.
+    batch["input_ids"][0, last + 1] = word
+    assert torch.equal(after[:last], model(**batch).logits[0, :last])
+
+
+def test_vision_without_loops_is_that_of_transformers(tiny: Callable[[str], Path]) -> None:
+    ours, theirs = load_model(tiny("4.6"), torch.float32)[0], Transformers46.from_pretrained(tiny("4.6"))
+    sizes = torch.tensor([[8, 8], [4, 12], [12, 4], [8, 8]], dtype=torch.int32)
+    pixels = torch.randn(1, 3, 14, 14 * int(sizes.prod(1).sum()))
+    found = []
+    for model in (ours, theirs):
+        features = torch.cat(model.get_image_features(pixels, sizes).pooler_output)
+        features.square().sum().backward()
+        found.append(
+            {"loss": features.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        )
+    _assert_same(*found)
+    with pytest.raises(ValueError, match="cannot be merged by 2 × 2"):
+        ours.get_image_features(pixels[..., : 14 * 9], torch.tensor([[3, 3]]))
+
+
+def test_a_mask_goes_only_where_causal_attention_hides_the_padding_itself() -> None:
+    right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    assert mask_that_hides(right, "sdpa") is None
+    assert mask_that_hides(left, "sdpa") is left
+    assert mask_that_hides(right, "flash_attention_2") is right
+    drawn = torch.zeros(2, 1, 3, 3)
+    assert mask_that_hides(drawn, "sdpa") is drawn
+    assert mask_that_hides(None, "sdpa") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_heads_gradient_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 16)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(False)
+    labels = torch.randint(0, 50, (2, 9))
+    labels[0, :4] = IGNORED_LABEL
+    found, plain = (torch.randn(2, 9, 16, dtype=dtype, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    loss = supervised_loss(head, found.requires_grad_(), labels, 50, 7).loss
+    wanted = (
+        F.cross_entropy(
+            head(plain.requires_grad_())[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        / 7
+    )
+    assert loss is not None
+    (2 * loss).backward()
+    (2 * wanted).backward()
+    assert found.grad is not None
+    assert plain.grad is not None
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.grad, plain.grad, **close)

@@ -1,0 +1,43 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.conversation import Encoder
+from tests.minicpmv import zero3_worker
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
+def test_a_process_without_a_picture_keeps_step_with_one_that_has_one(
+    version: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny(version)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, zero3_worker.__file__, str(folder), str(tmp_path)], check=True, timeout=300, env=environment
+    )
+    losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    # The same by two processes' gradients averaged in one.
+    encoder, (model, _) = Encoder.from_checkpoint(folder), load_model(folder, torch.float32)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    expected: list[list[float]] = [[], []]
+    for _ in range(2):
+        for rank in range(2):
+            loss = model(**zero3_worker.batch(encoder, shows_picture=rank == 0)).loss
+            (loss / 2).backward()
+            expected[rank].append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), zero3_worker.SETTINGS["gradient_clipping"])
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in range(2):
+        with torch.no_grad():
+            expected[rank].append(model.eval()(**zero3_worker.batch(encoder, shows_picture=rank == 1)).loss.item())
+    assert losses == [pytest.approx(row, abs=1e-4) for row in expected]

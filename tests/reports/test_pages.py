@@ -1,0 +1,41 @@
+"""Reports share one design, escape what they show, and are there whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+from jinja2 import UndefinedError
+
+from minicpmv_finetune.reports.pages import write_page
+
+TEMPLATE = """{% extends "pages.html" %}
+{% block title %}{{ title }}{% endblock %}
+{% block page %}<p>{{ title }}</p>{% endblock %}
+"""
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    folder = tmp_path / "step"
+    folder.mkdir()
+    (folder / "report.html").write_text(TEMPLATE)
+    (folder / "report.css").write_text("p { color: var(--good); }")
+    return folder
+
+
+def test_page_escapes_values_and_holds_both_style_sheets(step: Path, tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", step, {"title": "<script>alert(1)</script>"})
+    page = (tmp_path / "page.html").read_text()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 2
+    assert page.index("--good: #0c9270") < page.index("p { color: var(--good); }")
+
+
+def test_half_a_surrogate_pair_is_replaced(step: Path, tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", step, {"title": "odd \ud800 name"})
+    assert "<p>odd ? name</p>" in (tmp_path / "page.html").read_text()
+
+
+def test_a_value_left_out_leaves_no_page(step: Path, tmp_path: Path) -> None:
+    with pytest.raises(UndefinedError):
+        write_page(tmp_path / "page.html", step, {})
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,65 @@
+"""Small shards, for the tests of what writes, copies and reads them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig
+from minicpmv_finetune.shards.codecs import Codec, store_slices
+from minicpmv_finetune.shards.format import MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
+
+ROWS = 40
+ROWS_PER_SHARD = 13
+
+
+def row(number: int, seed: int = 0) -> Row:
+    """A row like no other: no slice, one or several of different sizes."""
+    random = np.random.default_rng([seed, number])
+    slices = [random.integers(0, 256, (14 * side, 28, 3), dtype=np.uint8) for side in range(1, 1 + number % 4)]
+    ids = random.integers(0, 500, 5 + number).tolist()
+    return Row(f"row-{number}", ids, [-100, *ids[1:]], slices)
+
+
+def stored(found: Row, codec: Codec = "raw") -> StoredRow:
+    return StoredRow(found.id, found.input_ids, found.labels, store_slices(found.slices, codec))
+
+
+def write(folder: Path, seed: int = 0, rows: int = ROWS, codec: Codec = "raw") -> Path:
+    """A shards folder with many row groups in several files."""
+    folder.mkdir(exist_ok=True)
+    written = [row(number, seed) for number in range(rows)]
+    shards = [
+        write_shard(
+            folder / f"train-{number:05d}.parquet",
+            [stored(found, codec) for found in written[start : start + ROWS_PER_SHARD]],
+        )
+        for number, start in enumerate(range(0, rows, ROWS_PER_SHARD))
+    ]
+    manifest = Manifest(
+        generation="4.6",
+        tokenizer_sha256="",
+        max_slice_nums=9,
+        model_max_length=2048,
+        patch_size=14,
+        pad_token_id=0,
+        codec=codec,
+        slicing=slicing_fields(SlicingConfig()),
+        data_fingerprint="",
+        key=f"key-{seed}",
+        shards={"train": shards},
+        lengths={"train": [len(found.input_ids) for found in written]},
+        slices={"train": sum(len(found.slices) for found in written)},
+        bytes=sum(shard.bytes for shard in shards),
+    )
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    return folder
+
+
+def assert_equal(found: Row, expected: Row) -> None:
+    assert found.id == expected.id
+    assert list(found.input_ids) == list(expected.input_ids)
+    assert list(found.labels) == list(expected.labels)
+    assert len(found.slices) == len(expected.slices)
+    for ours, theirs in zip(found.slices, expected.slices, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,69 @@
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.data.samples import decode_picture
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
+from minicpmv_finetune.shards.codecs import (
+    CODECS,
+    Codec,
+    StoredPictures,
+    check_codec,
+    restore_slices,
+    store_slices,
+    store_sources,
+)
+
+ORIENTATION = 0x0112
+
+
+def picture(mode: str, form: str, orientation: int = 1) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 700, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB" if mode in ("CMYK", "P", "L") else mode).convert(mode).save(
+        file, form, exif=exif
+    )
+    return file.getvalue()
+
+
+FILES = [
+    picture("RGB", "JPEG"),
+    picture("CMYK", "JPEG"),
+    picture("L", "JPEG"),
+    picture("RGBA", "PNG"),
+    picture("P", "PNG"),
+    picture("RGB", "JPEG", orientation=6),
+]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("resampler", ["pillow", "torchvision"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_codec_gives_the_pixels_of_slicing_on_the_fly(codec: Codec, resampler: str, turned: bool) -> None:
+    slicing = SlicingConfig(scale_resolution=224, resampler=resampler, transparency="white")  # type: ignore[arg-type]
+    images = [decode_picture(file, turned) for file in FILES]
+    plans = [plan_slices(*image.size, slicing) for image in images]
+    slices = [pixels for image, plan in zip(images, plans, strict=True) for pixels in cut(image, plan, slicing)]
+    assert len({pixels.shape for pixels in slices}) > 1
+    stored = store_sources(FILES, plans, [turned] * len(FILES)) if codec == "source" else store_slices(slices, codec)
+    restored = restore_slices([memoryview(part) for part in stored.parts], stored.layout, codec, slicing)
+    assert [pixels.shape for pixels in restored] == [pixels.shape for pixels in slices]
+    digests = [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in slices]
+    assert [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in restored] == digests
+
+
+def test_a_row_without_pictures_has_none() -> None:
+    for codec in CODECS:
+        assert restore_slices([], StoredPictures([], []).layout, codec, SlicingConfig()) == []
+
+
+def test_an_unknown_codec_is_a_mistake() -> None:
+    assert check_codec("raw") == "raw"
+    with pytest.raises(UserError, match=r"picture codec 'jpeg': none of source, raw, webp-lossless, png"):
+        check_codec("jpeg")

@@ -1,0 +1,285 @@
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torch.utils.data import DataLoader
+
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.shards import format as module
+from minicpmv_finetune.shards.codecs import Codec, StoredPictures
+from minicpmv_finetune.shards.format import (
+    MANIFEST_FILE,
+    ShardReader,
+    StoredRow,
+    damaged_shards,
+    read_manifest,
+    verify_shards,
+    write_shard,
+)
+from tests.shards.made_shards import ROWS, assert_equal, row, write
+
+PLAIN_ROW_GROUP_BYTES = module.ROW_GROUP_BYTES
+
+
+@pytest.fixture(autouse=True)
+def _small_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", 8_000)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "shards")
+
+
+def test_rows_come_back_as_they_were_in_any_order(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert len({shard.file for shard in reader.manifest.shards["train"]}) > 1
+    assert len(reader) == sum(shard.rows for shard in reader.manifest.shards["train"]) == ROWS
+    for number in np.random.default_rng(0).permutation(ROWS):
+        assert_equal(reader[number], row(number))
+    assert [found.id for found in reader] == [f"row-{number}" for number in range(ROWS)]
+
+
+def test_reader_is_indexed_like_a_list(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[-1], row(ROWS - 1))
+    assert [found.id for found in reader[2:9:3]] == ["row-2", "row-5", "row-8"]
+    for outside in (ROWS, -ROWS - 1):
+        with pytest.raises(IndexError, match=f"^{outside}$"):
+            reader[outside]
+
+
+def test_without_pictures_rows_have_their_tokens_alone(folder: Path) -> None:
+    reader = pickle.loads(pickle.dumps(ShardReader(folder, "train", pictures=False)))
+    for number, found in enumerate(reader):
+        expected = row(number)
+        assert_equal(found, Row(expected.id, expected.input_ids, expected.labels, []))
+
+
+def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
+    assert pq.ParquetFile(folder / "train-00000.parquet").num_row_groups > 1
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(140, [1] * 7), (280, [2, 2, 2, 1]), (281, [3, 3, 1]), (10_000, [7])])
+def test_a_row_group_ends_where_its_rows_reach_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", limit)
+    pictures = StoredPictures([b"p" * 30, b"q" * 30], [])
+    rows = [StoredRow(f"row-{number}", range(10), range(10), pictures) for number in range(7)]
+    assert {found.bytes for found in rows} == {140}
+    shard = write_shard(tmp_path / "a.parquet", rows)
+    groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == expected
+    assert (shard.file, shard.rows, shard.bytes) == ("a.parquet", 7, (tmp_path / "a.parquet").stat().st_size)
+
+
+def test_a_row_group_is_a_mebibyte_so_that_a_random_read_decodes_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", PLAIN_ROW_GROUP_BYTES)
+    rows = [StoredRow(str(number), [], [], StoredPictures([bytes(2**18)], [])) for number in range(9)]
+    write_shard(tmp_path / "a.parquet", rows)
+    groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == [4, 4, 1]
+
+
+def test_a_shard_of_no_rows_is_a_file(tmp_path: Path) -> None:
+    assert write_shard(tmp_path / "a.parquet", []).rows == 0
+    assert pq.ParquetFile(tmp_path / "a.parquet").metadata.num_row_groups == 0
+
+
+def test_sizes_of_slices_are_told_in_patches_without_a_picture(folder: Path) -> None:
+    expected = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row(n).slices] for n in range(ROWS)]
+    assert ShardReader(folder, "train", pictures=False).slice_sizes() == expected
+
+
+def test_a_manifest_counts_a_splits_rows_and_lists_all_files(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert (manifest.rows("train"), manifest.rows("eval")) == (ROWS, 0)
+    both = manifest.model_copy(update={"shards": {"train": manifest.files[:1], "eval": manifest.files[1:]}})
+    assert both.files == manifest.files
+
+
+@pytest.mark.parametrize("codec", ["raw", "webp-lossless", "png"])
+def test_every_codec_of_slices_is_lossless(codec: Codec, tmp_path: Path) -> None:
+    for number, found in enumerate(ShardReader(write(tmp_path / "shards", codec=codec), "train")):
+        assert_equal(found, row(number))
+
+
+def test_a_split_without_rows_is_empty(folder: Path) -> None:
+    assert list(ShardReader(folder, "eval")) == []
+
+
+def test_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_a_new_reader_sees_a_rewritten_folder(folder: Path) -> None:
+    assert_equal(ShardReader(folder, "train")[3], row(3))
+    write(folder, seed=1)
+    assert_equal(ShardReader(folder, "train")[3], row(3, seed=1))
+
+
+def test_rows_share_memory_that_cannot_be_written_to(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    with pytest.raises(ValueError, match="read-only"):
+        reader[3].slices[0][:] = 0
+    reader[3].input_ids[:] = 0
+    assert_equal(reader[3], row(3))
+
+
+def identity(rows: Sequence[Row]) -> Sequence[Row]:
+    return rows
+
+
+def test_worker_processes_read_the_same_rows(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[0], row(0))  # something is open and cached when the workers start
+    loader = DataLoader(
+        reader,
+        batch_size=8,
+        num_workers=2,
+        collate_fn=identity,
+        multiprocessing_context="fork",
+    )
+    for number, found in enumerate(found for batch in loader for found in batch):
+        assert_equal(found, row(number))
+
+
+def test_a_pickled_reader_carries_no_data(folder: Path) -> None:
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[5], row(5))
+    assert len(pickle.dumps(reader)) < 1000
+    assert_equal(pickle.loads(pickle.dumps(reader))[5], row(5))
+
+
+def test_whole_shards_pass_verification(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    verify_shards(folder, manifest)
+    for shard in manifest.shards["train"]:
+        assert hashlib.sha256((folder / shard.file).read_bytes()).hexdigest() == shard.sha256
+
+
+def test_verification_finds_a_flipped_bit(folder: Path) -> None:
+    path = folder / read_manifest(folder).shards["train"][-1].file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}: its content differs"):
+        verify_shards(folder, read_manifest(folder))
+
+
+def test_only_what_was_damaged_is_named(folder: Path) -> None:
+    names = [shard.file for shard in read_manifest(folder).files]
+    (folder / names[0]).unlink()
+    with (folder / names[2]).open("ab") as file:
+        file.write(b"more")
+    (folder / names[3]).unlink()
+    (folder / names[3]).mkdir()
+    damaged = damaged_shards(folder, read_manifest(folder).files)
+    assert [shard.file for shard in damaged] == [names[0], names[2], names[3]]
+    # Another hash, though the size is right.
+    other = read_manifest(folder).files[1].model_copy(update={"sha256": "0" * 64})
+    assert damaged_shards(folder, [other]) == [other]
+
+
+def test_a_read_that_fails_once_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, failures = pq.ParquetFile.read_row_group, [OSError("on its way"), pa.ArrowInvalid("CRC")]
+
+    def flaky(self: pq.ParquetFile, *arguments: object, **options: object) -> pa.Table:
+        flaky.calls += 1  # type: ignore[attr-defined]
+        if flaky.calls % 2 and failures:  # type: ignore[attr-defined]
+            raise failures.pop()
+        return plain(self, *arguments, **options)
+
+    flaky.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", flaky)
+    reader = ShardReader(folder, "train")
+    assert_equal(reader[0], row(0))
+    assert_equal(reader[ROWS - 1], row(ROWS - 1))
+    assert not failures
+
+
+def test_neighbouring_rows_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, decoded = pq.ParquetFile.read_row_group, []
+
+    def counting(self: pq.ParquetFile, group: int, *arguments: object, **options: object) -> pa.Table:
+        decoded.append(group)
+        return plain(self, group, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    reader = ShardReader(folder, "train")
+    for number in (0, 1, 0, 1):
+        assert_equal(reader[number], row(number))
+    assert len(decoded) == len(set(decoded))
+
+
+def test_a_file_in_a_store_reads_like_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, asked = bytes(range(100)), []
+
+    def read_bytes(uri: str, span: tuple[int, int]) -> bytes:
+        asked.append((uri, *span))
+        return content[span[0] : span[0] + span[1]]
+
+    monkeypatch.setattr(module.storage, "read_bytes", read_bytes)
+    ours, plain = module._RemoteFile("s3://bucket/a", len(content)), io.BytesIO(content)
+    assert ours.read(3) == plain.read(3)
+    assert ours.readable()
+    assert ours.seekable()
+    steps = [(0, io.SEEK_SET, 4), (3, io.SEEK_CUR, 5), (-8, io.SEEK_END, 8), (0, io.SEEK_CUR, 4), (-9, io.SEEK_END, 99)]
+    steps += [
+        (50, io.SEEK_SET, 0),
+        (7, io.SEEK_SET, -1),
+        (99, io.SEEK_SET, 1),
+        (-3, io.SEEK_CUR, 2),
+        (98, io.SEEK_SET, -1),
+    ]
+    for offset, whence, size in steps:
+        assert ours.seek(offset, whence) == plain.seek(offset, whence) == ours.tell()
+        assert ours.read(size) == plain.read(size)
+        assert ours.tell() == plain.tell()
+    ours.seek(90)
+    assert ours.read() == content[90:]
+    # What lies beyond the end is not asked for, nor nothing at all.
+    assert all(uri == "s3://bucket/a" and length > 0 and start + length <= 100 for uri, start, length in asked)
+
+
+def test_a_missing_file_is_explained(folder: Path) -> None:
+    (folder / "train-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"train-00001.parquet: named in manifest.json but missing"):
+        verify_shards(folder, read_manifest(folder))
+    with pytest.raises(UserError, match=r"train-00001.parquet: named in manifest.json but missing"):
+        ShardReader(folder, "train")
+
+
+def test_a_truncated_file_is_explained(folder: Path) -> None:
+    path = folder / "train-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"train-00001.parquet: damaged"):
+        ShardReader(folder, "train")
+
+
+def test_without_a_manifest_there_are_no_shards(folder: Path) -> None:
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(UserError, match="preprocess has not finished"):
+        ShardReader(folder, "train")
+
+
+def test_a_newer_manifest_is_refused(folder: Path) -> None:
+    document = json.loads((folder / MANIFEST_FILE).read_text())
+    assert document["schema_version"] == 2
+    (folder / MANIFEST_FILE).write_text(json.dumps(document | {"schema_version": 3}))
+    with pytest.raises(UserError, match="upgrade minicpmv-finetune"):
+        read_manifest(folder)

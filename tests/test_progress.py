@@ -1,0 +1,60 @@
+import os
+import pty
+import re
+import threading
+
+import pytest
+
+from minicpmv_finetune.progress import INTERVAL_VARIABLE, progress
+
+
+def draw(total: int) -> None:
+    with progress("slicing", total, " pictures") as bar:
+        for _ in range(total):
+            bar.update()
+
+
+def test_a_log_gets_whole_lines_with_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
+    draw(3)
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    lines = text.splitlines()
+    assert [number for line in lines for number in re.findall(r"(\d)/3", line)] == ["0", "1", "2", "3", "3"]
+    assert re.fullmatch(r"slicing +67% \|█+\S? *\| 2/3 +[\d.]+ pictures/s +00:00 left", lines[2])
+
+
+def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(INTERVAL_VARIABLE, raising=False)
+    draw(5000)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "0/5000" in first
+    assert "100%" in last
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stderr, os.fdopen(reader, "rb", buffering=0) as screen:
+        monkeypatch.setattr("sys.stderr", stderr)
+        draw(3)
+        stderr.flush()
+        text = ""
+        # A terminal hands over what it has, which need not be all.
+        while "\n" not in text:
+            text += screen.read(65536).decode()
+    assert text.count("\r") >= 2
+    assert text.count("\n") == 1
+    assert "3/3" in text
+
+
+def test_nothing_to_do_is_drawn_too(capsys: pytest.CaptureFixture[str]) -> None:
+    draw(0)
+    assert "0/0" in capsys.readouterr().err
+
+
+def test_no_thread_stays_behind() -> None:
+    before = set(threading.enumerate())
+    draw(1)
+    assert set(threading.enumerate()) <= before

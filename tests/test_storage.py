@@ -1,0 +1,339 @@
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import RetryableError, UserError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("reference", "relative_to", "expected"),
+    [
+        ("a.png", "/data", "/data/a.png"),
+        ("/elsewhere/a.png", "/data", "/elsewhere/a.png"),
+        ("s3://bucket/a.png", "/data", "s3://bucket/a.png"),
+        ("a.png", "s3://bucket/set", "s3://bucket/set/a.png"),
+        ("../pictures/a.png", "s3://bucket/set", "s3://bucket/pictures/a.png"),
+        ("a.png", "s3://bucket", "s3://bucket/a.png"),
+        ("/elsewhere/a.png", "s3://bucket/set", "/elsewhere/a.png"),
+        ("a.png", "minio://bucket/set", "minio://bucket/set/a.png"),
+    ],
+)
+def test_a_reference_is_resolved_against_its_file(reference: str, relative_to: str, expected: str) -> None:
+    assert storage.resolve(reference, relative_to) == expected
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/set/train.json", "/data/set/train.json"])
+def test_parent_and_join_are_inverse(uri: str) -> None:
+    assert storage.join(storage.parent(uri), "train.json") == uri
+
+
+def test_local_bytes_round_trip_and_leave_nothing_else(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "new" / "file"), b"content")
+    assert storage.read_bytes(str(tmp_path / "new" / "file")) == b"content"
+    assert files(tmp_path) == {"new/file": b"content"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("missing.json", "nothing lies there"),
+        (".", "is a folder"),
+        ("file/below", "is a file, not a folder"),
+        ("x" * 5000, "no path can be like this"),
+        ("null\0character", "null character"),
+        ("https://example.org/a.png", "web addresses are refused"),
+        ("HTTP://example.org/a.png", "web addresses are refused"),
+        ("gs://bucket/a.png", "only local paths, s3://"),
+    ],
+)
+def test_a_local_mistake_is_explained(uri: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=sentence) as raised:
+        storage.read_bytes(uri)
+    assert len(str(raised.value)) < 400
+
+
+def test_a_missing_base_model_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing lies there"):
+        storage.fetch(str(tmp_path / "nowhere"))
+
+
+def test_a_name_that_is_no_path_is_looked_up_on_the_hub(tmp_path: Path) -> None:
+    # The tests have no network, as HF_HUB_OFFLINE says: of the two meanings the mistyped path is the likelier.
+    with pytest.raises(UserError, match="no such local path, and the hub cannot be asked"):
+        storage.fetch("build/modle", tmp_path)
+    with pytest.raises(RetryableError, match="hf://owner/name: the hub does not answer"):
+        storage.fetch("hf://owner/name", tmp_path)
+
+
+def test_staged_folder_appears_only_when_done(tmp_path: Path) -> None:
+    final = tmp_path / "out" / "result"
+    with storage.staged_folder(final) as staging:
+        (staging / "file").write_text("content")
+        assert not final.exists()
+    assert files(tmp_path) == {"out/result/file": b"content"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x: there is no such home directory"),
+        ("no\nfile", "'no.nfile': nothing lies there"),
+        ("s3://\n", "'s3://.n': no valid address of an object"),
+    ],
+)
+def test_odd_addresses_are_refused_in_one_line(uri: str, sentence: str, s3_uri: str) -> None:
+    with pytest.raises(UserError, match=sentence) as error:
+        storage.size(uri)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_library_wrote_for_its_owner_alone_can_be_read_by_the_next_pod(tmp_path: Path) -> None:
+    with storage.staged_folder(tmp_path / "adapter") as folder:
+        (folder / "inner").mkdir()
+        for place in (folder / "weights", folder / "inner" / "weights"):
+            place.touch(mode=0o600)
+    for place in ("weights", "inner/weights"):
+        assert (tmp_path / "adapter" / place).stat().st_mode & 0o777 == 0o644
+
+
+def test_staged_folder_leaves_what_stood_there_on_an_error(tmp_path: Path) -> None:
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "old").touch()
+    with pytest.raises(FileExistsError), storage.staged_folder(tmp_path / "result") as staging:
+        staging.mkdir()  # any error will do
+    assert files(tmp_path) == {"result/old": b""}
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_staged_folder_replaces_what_stood_there_as_a_whole(is_folder: bool, tmp_path: Path) -> None:
+    final = tmp_path / "result"
+    if is_folder:
+        final.mkdir()
+        (final / "old").touch()
+    else:
+        final.touch()
+    with storage.staged_folder(final) as staging:
+        (staging / "new").touch()
+    assert files(tmp_path) == {"result/new": b""}
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_staged_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="choose another folder"),
+        storage.staged_folder(tmp_path / "file" / "result"),
+    ):
+        pass
+
+
+def test_object_round_trip(s3_uri: str) -> None:
+    storage.write_bytes(f"{s3_uri}/set/train.json", b"[]")
+    assert storage.read_bytes(f"{s3_uri}/set/train.json") == b"[]"
+    assert storage.read_bytes(f"minio{s3_uri.removeprefix('s3')}/set/train.json") == b"[]"
+
+
+def test_fetch_of_an_object_keeps_its_name(s3_uri: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{s3_uri}/set/train.json", b"[]")
+    storage.write_bytes(f"{s3_uri}/set/train.json.old", b"other")
+    path = storage.fetch(f"{s3_uri}/set/train.json", tmp_path)
+    assert (path.name, path.read_bytes()) == ("train.json", b"[]")
+    assert len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("suffix", ["", "/"])
+def test_fetch_of_a_folder_takes_what_lies_below_it_alone(suffix: str, s3_uri: str, tmp_path: Path) -> None:
+    content = {"config.json": b"{}", "deep/er/weights": b"1"}
+    for name, value in content.items():
+        storage.write_bytes(f"{s3_uri}/models/a/{name}", value)
+    storage.write_bytes(f"{s3_uri}/models/a-2/config.json", b"other")
+    assert files(storage.fetch(f"{s3_uri}/models/a{suffix}", tmp_path)) == content
+
+
+def test_fetch_of_a_whole_bucket(s3_uri: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{s3_uri}/config.json", b"{}")
+    assert files(storage.fetch(s3_uri, tmp_path)) == {"config.json": b"{}"}
+
+
+def test_fetch_downloads_once_until_the_data_is_overwritten(s3_uri: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{s3_uri}/a/file", b"old")
+    first = storage.fetch(f"{s3_uri}/a", tmp_path)
+    written = (first / "file").stat().st_ino
+    assert (storage.fetch(f"{s3_uri}/a", tmp_path) / "file").stat().st_ino == written
+    storage.write_bytes(f"{s3_uri}/a/file", b"new")
+    assert files(storage.fetch(f"{s3_uri}/a", tmp_path)) == {"file": b"new"}
+
+
+def test_fetches_at_the_same_time_share_one_copy(s3_uri: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{s3_uri}/a/file", os.urandom(2**20))
+
+    def fetch(_: int) -> int:
+        return (storage.fetch(f"{s3_uri}/a", tmp_path) / "file").stat().st_ino
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(fetch, range(8)))) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_missing_bucket_and_key_are_mistakes(s3_uri: str, tmp_path: Path) -> None:
+    for uri in (f"{s3_uri}/no/key", "s3://no-such-bucket/key"):
+        with pytest.raises(UserError, match=f"{uri}: nothing lies there"):
+            storage.read_bytes(uri)
+        with pytest.raises(UserError, match=f"{uri}: nothing lies there"):
+            storage.fetch(uri, tmp_path)
+    with pytest.raises(UserError, match="nothing lies there"):
+        storage.write_bytes("s3://no-such-bucket/key", b"")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3://bucket", "s3:///key", "s3://no bucket/key"])
+def test_an_address_without_bucket_or_key_is_a_mistake(uri: str, s3_uri: str) -> None:
+    with pytest.raises(UserError, match=r"write s3://bucket/key"):
+        storage.read_bytes(uri)
+
+
+def test_wrong_credentials_are_a_mistake_also_after_right_ones(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{s3_uri}/file", b"content")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
+    with pytest.raises(UserError, match="access denied"):
+        storage.read_bytes(f"{s3_uri}/file")
+    with pytest.raises(UserError, match="access denied"):
+        storage.write_bytes(f"{s3_uri}/file", b"other")
+    with pytest.raises(UserError, match="access denied"):
+        storage.fetch(f"{s3_uri}/file")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "minioadmin123")
+    assert storage.read_bytes(f"{s3_uri}/file") == b"content"
+
+
+def test_missing_credentials_are_a_mistake(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(UserError, match="no S3 credentials"):
+        storage.read_bytes(f"{s3_uri}/file")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match="set AWS_ACCESS_KEY_ID"):
+        storage.read_bytes(f"{s3_uri}/file")
+
+
+def test_a_malformed_endpoint_is_a_mistake(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL"):
+        storage.read_bytes(f"{s3_uri}/file")
+
+
+def test_a_server_that_is_down_is_told_soon_and_worth_a_retry(
+    s3_uri: str, unreachable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
+    started = time.monotonic()
+    with pytest.raises(RetryableError, match="does not answer"):
+        storage.fetch(f"{s3_uri}/file", tmp_path)
+    assert time.monotonic() - started < 15
+
+
+def test_files_are_copied_to_and_from_a_store(s3_uri: str, tmp_path: Path) -> None:
+    content = os.urandom(3 * 2**20 + 1)
+    (tmp_path / "file").write_bytes(content)
+    storage.upload_file(tmp_path / "file", f"{s3_uri}/a/file")
+    storage.write_bytes(f"{s3_uri}/a/deeper/file", b"")
+    assert storage.list_files(f"{s3_uri}/a") == {"file": len(content)}
+    assert storage.download_file(f"{s3_uri}/a/file", tmp_path / "copy") == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "copy").read_bytes() == content
+    assert storage.read_bytes(f"{s3_uri}/a/file", (1000, 50)) == content[1000:1050], "uploaded with a checksum of all"
+
+
+def test_files_of_a_local_folder_are_listed_with_their_sizes(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"content")
+    assert storage.list_files(str(tmp_path)) == {"file": 7}
+    assert storage.list_files(str(tmp_path / "nowhere")) == {}
+
+
+def test_copies_of_what_is_missing_are_explained(s3_uri: str, tmp_path: Path) -> None:
+    assert storage.list_files(f"{s3_uri}/nowhere") == {}
+    with pytest.raises(UserError, match="nothing lies there"):
+        storage.download_file(f"{s3_uri}/nowhere", tmp_path / "copy")
+    with pytest.raises(UserError, match="nothing lies there"):
+        storage.list_files("s3://no-such-bucket/folder")
+
+
+def test_a_large_object_is_fetched_in_parts_whole(s3_uri: str, tmp_path: Path) -> None:
+    content = os.urandom(2**20) * 40
+    (tmp_path / "weights").write_bytes(content)
+    storage.upload_file(tmp_path / "weights", f"{s3_uri}/base/weights")
+    assert storage.fetch(f"{s3_uri}/base/weights", tmp_path / "cache").read_bytes() == content
+
+
+def test_threads_may_be_the_first_to_ask(s3_uri: str) -> None:
+    """In a process that has not imported the library yet."""
+    program = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor\n"
+        "from minicpmv_finetune import storage\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    list(pool.map(lambda n: storage.write_bytes(f'{sys.argv[1]}/{n}', b'content'), range(8)))\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program, s3_uri], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, s3_uri: str, s3_client: "S3Client") -> None:
+    folder = tmp_path / "model"
+    (folder / "below").mkdir(parents=True)
+    names = ("a.safetensors", "b.safetensors", "below/c.txt", "config.json")
+    for name in names:
+        (folder / name).write_text(name)
+    target = f"{s3_uri}/models/1"
+    bucket = s3_uri.removeprefix("s3://")
+    assert storage.upload_folder(folder, target, last="config.json") == 4
+    for name in ("b.safetensors", "config.json"):
+        s3_client.delete_object(Bucket=bucket, Key=f"models/1/{name}")
+    assert storage.upload_folder(folder, target, last="config.json") == 2
+    assert storage.upload_folder(folder, target, last="config.json") == 0
+    fetched = storage.fetch(target, tmp_path / "cache")
+    assert {name: (fetched / name).read_text() for name in names} == {name: name for name in names}
+
+
+def test_a_folder_that_changes_is_complete_or_absent(
+    tmp_path: Path, s3_uri: str, s3_client: "S3Client", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "weights"):
+        (folder / name).write_text("first")
+    target = f"{s3_uri}/model"
+    storage.upload_folder(folder, target, last="config.json")
+    s3_client.put_object(Bucket=s3_uri.removeprefix("s3://"), Key="model/old-weights", Body=b"of another model")
+    (folder / "weights").write_text("second")
+    (folder / "weights-2").write_text("cannot be sent")
+    seen = []
+
+    def end(path: Path, uri: str) -> None:
+        seen.append(sorted(storage.list_files(target)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload_file", end)
+        with pytest.raises(KeyboardInterrupt):
+            storage.upload_folder(folder, target, last="config.json")
+    assert all("config.json" not in names for names in seen)
+    assert "config.json" not in storage.list_files(target)
+    assert storage.upload_folder(folder, target, last="config.json") == 3
+    assert storage.read_bytes(f"{target}/weights") == b"second"
+    assert sorted(storage.list_files(target)) == ["config.json", "weights", "weights-2"]

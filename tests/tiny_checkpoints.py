@@ -1,0 +1,227 @@
+"""Tiny random checkpoints of every generation, laid out as published: config, weights, tokenizer, processor.
+
+They know nothing, but everything that a step reads from a checkpoint is there, under its published name.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.minicpmv4_7 import (
+    MiniCPMV4_7Config,
+    MiniCPMV4_7ForConditionalGeneration,
+    MiniCPMV4_7Processor,
+)
+
+from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
+from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
+from minicpmv_finetune.pipelines.demo import PICTURE_SIDE, QUESTION, write_tiny_checkpoint
+
+VERSIONS = ("2.6", "4.0", "4.5", "4.6", "4.7")
+_PICTURE_TOKENS = ["<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
+_CORPUS = [QUESTION, *(f"The digit is {digit}." for digit in range(10)), "system user assistant\n\n\n<think>"]
+
+# Where Qwen2's tokenizer parts words; two line breaks are one word, whatever follows.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CHATML_WITH_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + _CHATML
+)
+# What matters here of Qwen3's: the last answer has a think block, earlier ones lose theirs.
+_THINKING = (
+    "{% for message in messages %}"
+    "{% set words = message['content'] %}{% set thoughts = '' %}"
+    "{% if message['role'] == 'assistant' and '</think>' in words %}"
+    "{% set thoughts = words.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set words = words.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + words.lstrip('\n') }}"
+    "{% else %}{{ words }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is true %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+
+
+def write_tiny(folder: Path, version: str, seed: int = 0) -> Path:
+    """Write a checkpoint of about a million random parameters.
+
+    Args:
+        folder: receives it.
+        version: one of `VERSIONS`.
+        seed: of the weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if version in {"4.6", "4.7"}:
+        write_tiny_checkpoint(folder, seed)
+        return _turn_into_4_7(folder, seed) if version == "4.7" else folder
+    return _write_native(folder, version, seed)
+
+
+def _write_native(folder: Path, version: str, seed: int) -> Path:
+    pieces = _llama_tokenizer() if version == "4.0" else _qwen_tokenizer()
+    names = {
+        token: pieces.token_to_id(token)
+        for token in ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    }
+    template = {"2.6": _CHATML_WITH_SYSTEM, "4.0": _CHATML, "4.5": _THINKING}[version]
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "bos_token": "<s>" if version == "4.0" else "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<unk>",
+            **({"add_bos_token": True} if version == "4.0" else {"pad_token": "<|endoftext|>"}),
+            "chat_template": template,
+            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "MiniCPMVTokenizerFast",
+            "auto_map": {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},
+        },
+    )
+    pieces.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "MiniCPMVImageProcessor",
+            "max_slice_nums": 9,
+            "scale_resolution": PICTURE_SIDE,
+            "patch_size": 14,
+            "use_image_id": True,
+            "image_feature_size": 16,
+            "slice_mode": True,
+            "norm_mean": [0.5, 0.5, 0.5],
+            "norm_std": [0.5, 0.5, 0.5],
+            "version": 2.6,
+        },
+    )
+    config: dict[str, Any] = {
+        "version": float(version),
+        "architectures": ["MiniCPMV"],
+        "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "modeling_minicpmv.MiniCPMV"},
+        "bos_token_id": names["<s>"] if version == "4.0" else names["<|im_start|>"],
+        "eos_token_id": [names["</s>"], names["<|im_end|>"]] if version == "4.0" else names["<|im_end|>"],
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": -(-pieces.get_vocab_size() // 64) * 64,
+        "tie_word_embeddings": False,
+        "patch_size": 14,
+        "query_num": 16,
+        "slice_config": {"max_slice_nums": 9, "patch_size": 14, "model_type": "minicpmv"},
+        "torch_dtype": "float32",
+        "vision_config": {
+            "hidden_size": 64,
+            "image_size": 980,
+            "intermediate_size": 128,
+            "model_type": "siglip",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "patch_size": 14,
+        },
+        **({} if version == "2.6" else {"head_dim": 32}),
+    }
+    if version == "4.0":
+        factors = [1.0 + step / 4 for step in range(16)]
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "factor": 1.0,
+            "long_factor": factors,
+            "short_factor": factors,
+            "original_max_position_embeddings": 8192,
+        }
+    torch.manual_seed(seed)
+    model = MiniCPMVForConditionalGeneration(MiniCPMVConfig(**config))
+    # As in the demo's 4.6: LoRA leaves the head as it is, and the usual deviation would cap its logits.
+    torch.nn.init.normal_(model.llm.lm_head.weight, std=0.2)
+    model.save_pretrained(folder)
+    _write_json(folder / "config.json", {"model_type": "minicpmv", **config})
+    return folder
+
+
+def _turn_into_4_7(folder: Path, seed: int) -> Path:
+    from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor
+
+    fields = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    marks = ["image_start", "image_end", "slice_start", "slice_end"]
+    ids = {f"{mark}_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{mark}_token")) for mark in marks}
+    fields |= {"model_type": "minicpmv4_7", "newline_id": tokenizer("\n")["input_ids"][0], **ids}
+    fields["vision_config"]["model_type"] = "minicpmv4_7_vision"
+    # Canvas positions turn three channels by three frequencies' shares of a head.
+    fields["text_config"]["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    torch.manual_seed(seed)
+    model = MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**fields))
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    MiniCPMV4_7Processor(
+        image_processor=AutoImageProcessor.from_pretrained(folder),
+        video_processor=AutoVideoProcessor.from_pretrained(folder),
+        tokenizer=tokenizer,
+        chat_template=(folder / "chat_template.jinja").read_text(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _qwen_tokenizer() -> Tokenizer:
+    pieces = Tokenizer(models.BPE())
+    pieces.normalizer = normalizers.NFC()
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    pieces.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *_PICTURE_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces.train_from_iterator(_CORPUS, trainer)
+    pieces.add_tokens(["<think>", "</think>"])
+    return pieces
+
+
+def _llama_tokenizer() -> Tokenizer:
+    pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    pieces.normalizer = normalizers.Replace(" ", "▁")
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *_PICTURE_TOKENS, "<|im_end|>", "<|im_start|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special,
+        show_progress=False,
+        max_token_length=8,
+    )
+    pieces.train_from_iterator(_CORPUS, trainer)
+    document = json.loads(pieces.to_str())
+    vocabulary = document["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    pieces = Tokenizer.from_str(json.dumps(document))
+    begin = pieces.token_to_id("<s>")
+    pieces.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    return pieces
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from minicpmv_finetune.cli import main
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.tracking.promotion_record import Verdict
+from minicpmv_finetune.tracking.registry import open_registry
+
+
+def said(*arguments: str) -> str:
+    done = CliRunner().invoke(main.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output.strip()
+
+
+def register(uri: str) -> None:
+    open_registry("model").register(
+        Verdict(
+            promote=True,
+            reason="better than the base model",
+            model_uri=uri,
+            base_model="base",
+            generation="4.6",
+            data_fingerprint="0",
+            metric="exact_match",
+            metrics={},
+        )
+    )
+
+
+def test_a_champion_is_moved_by_hand_with_a_reason(database: Path) -> None:
+    register("s3://models/1")
+    register("s3://models/2")
+    promoted = said("promote", "1", "--model", "model", "--reason", "first")
+    assert promoted == "champion of model: version 1, the first one (the gate said: better than the base model)"
+    said("promote", "2", "--model", "model", "--reason", "newer")
+    back = said("rollback", "--model", "model", "--reason", "wrong dates")
+    assert back == "champion of model: version 1 again, before it was version 2"
+    assert [move.reason for move in open_registry("model").moves()] == [
+        "by hand: first",
+        "by hand: newer",
+        "by hand: wrong dates",
+    ]
+
+
+def test_what_cannot_be_moved(database: Path) -> None:
+    register("s3://models/1")
+    for arguments in (["promote", "7"], ["rollback"], ["promote", "first"]):
+        done = CliRunner().invoke(main.app, [*arguments, "--model", "model", "--reason", "why"])
+        assert isinstance(done.exception, UserError), done.exception
+
+
+def test_a_run_is_not_begun_while_the_registry_is_down(
+    tmp_path: Path, digits: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", unreachable)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    arguments = ["run", "--data", str(digits / "train.json"), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(main.app, arguments)
+    assert isinstance(done.exception, RetryableError), done.exception
+    assert not (tmp_path / "run" / "artifacts").exists()

@@ -1,0 +1,250 @@
+"""The registry against a real MLflow server, whose artifacts lie on a real S3 server."""
+
+import json
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from minicpmv_finetune import storage
+from minicpmv_finetune.components.register.register import register
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.tracking import step_runs
+from minicpmv_finetune.tracking.promotion_record import Verdict, write_verdict
+from minicpmv_finetune.tracking.registry import OvertakenError, Registry, champion_to_beat, open_registry
+from tests.servers import MlflowServer
+
+RACE = Path(__file__).with_name("promotion_race.py")
+
+
+def verdict_of(uri: str, champion: str = "", promote: bool = True) -> Verdict:
+    return Verdict(
+        promote=promote,
+        reason="12.0 points better than the base model",
+        champion=champion,
+        model_uri=uri,
+        adapter_uri=f"{uri}-adapter",
+        base_model="base",
+        generation="4.6",
+        data_fingerprint="0123abcd",
+        metric="exact_match",
+        metrics={"tuned_exact_match": 0.75},
+    )
+
+
+@pytest.fixture
+def name(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name under which nothing is registered yet."""
+    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, mlflow_server.uri)
+    monkeypatch.delenv(step_runs.KFP_PLUGIN_RUN_VARIABLE, raising=False)
+    monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, f"run-{uuid.uuid4().hex}")
+    return f"model-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def registry(name: str) -> Registry:
+    return open_registry(name)
+
+
+def aliased(registry: Registry, alias: str) -> str:
+    return str(MlflowClient().get_model_version_by_alias(registry.name, alias).version)
+
+
+def registered(registry: Registry, count: int) -> list[str]:
+    return [registry.register(verdict_of(f"s3://models/{number}")).number for number in range(count)]
+
+
+def test_a_model_is_registered_by_its_address_with_what_is_known_of_it(registry: Registry) -> None:
+    assert registry.champion() is None
+    version = registry.register(verdict_of("minio://models/a"))
+    assert (version.uri, version.adapter_uri) == ("s3://models/a", "s3://models/a-adapter")
+    entry = MlflowClient().get_model_version_by_alias(registry.name, "challenger")
+    assert entry.source == "s3://models/a"
+    tags = {key.removeprefix("minicpmv."): value for key, value in entry.tags.items()}
+    assert (tags["generation"], tags["base_model"], tags["data_fingerprint"]) == ("4.6", "base", "0123abcd")
+    assert json.loads(tags["metrics"]) == {"tuned_exact_match": 0.75}
+    assert registry.register(verdict_of("s3://models/a")) == version, "a retry finds it"
+    assert registry.register(verdict_of("s3://models/b")).number == "2"
+    assert aliased(registry, "challenger") == "2"
+
+
+def test_folders_of_this_machine_can_be_registered_too(registry: Registry, tmp_path: Path) -> None:
+    assert registry.register(verdict_of(str(tmp_path))).uri == str(tmp_path)
+
+
+def test_a_promotion_holds_only_over_the_champion_it_was_decided_on(registry: Registry) -> None:
+    first, second, third = registered(registry, 3)
+    registry.promote(first, "", "the first")
+    assert aliased(registry, "champion") == first
+    registry.promote(second, first, "better")
+    with pytest.raises(OvertakenError, match="the champion is version 2 now"):
+        registry.promote(third, first, "better than what was champion once")
+    champion = registry.champion()
+    assert champion is not None
+    assert champion.number == aliased(registry, "champion") == second
+    assert [(move.version, move.previous, move.reason) for move in registry.moves()] == [
+        (first, "", "the first"),
+        (second, first, "better"),
+    ]
+    tags = MlflowClient().get_model_version(registry.name, first).tags
+    assert tags["minicpmv.champion"] == "promotion: the first"
+    assert tags["minicpmv.replaced_by"] == "promotion of version 2: better"
+
+
+def test_a_retried_promotion_is_done_once(registry: Registry) -> None:
+    first, second = registered(registry, 2)
+    move = registry.promote(first, "", "the first", claim="run 1")
+    assert registry.promote(first, "", "the first", claim="run 1") == move
+    registry.promote(second, first, "better", claim="run 2")
+    assert registry.promote(first, "", "the first", claim="run 1") == move, "also when another has followed"
+    assert aliased(registry, "champion") == second
+    again = registry.promote(first, second, "better after all", claim="run 3")
+    assert aliased(registry, "champion") == first
+    assert registry.promote(first, first, "a tie", claim="run 4") == again, "there is nothing to move"
+
+
+def test_rollback_goes_back_one_champion_at_a_time(registry: Registry) -> None:
+    first, second, third = registered(registry, 3)
+    for number in (first, second, third):
+        registry.promote(number, None, "by hand")
+    assert registry.rollback("wrong answers").version == second
+    assert registry.rollback("wrong answers too").version == first
+    assert aliased(registry, "champion") == first
+    with pytest.raises(UserError, match="no champion came before"):
+        registry.rollback("one more")
+    assert registry.promote(third, None, "mended").previous == first
+    assert registry.rollback("not mended").version == first
+
+
+def test_a_champion_set_before_the_log_began_is_the_one_to_beat(registry: Registry) -> None:
+    first, second = registered(registry, 2)
+    MlflowClient().set_registered_model_alias(registry.name, "champion", first)
+    with pytest.raises(OvertakenError):
+        registry.promote(second, "", "better than the base model")
+    registry.promote(second, first, "better")
+    assert registry.rollback("back").version == first
+
+
+def test_an_alias_left_behind_is_mended(registry: Registry) -> None:
+    first, second = registered(registry, 2)
+    registry.promote(first, "", "the first")
+    registry.promote(second, first, "better")
+    MlflowClient().set_registered_model_alias(registry.name, "champion", first)
+    champion = registry.champion()
+    assert champion is not None
+    assert champion.number == aliased(registry, "champion") == second
+
+
+def test_of_twenty_that_race_one_promotes(registry: Registry, mlflow_server: MlflowServer) -> None:
+    first, *racing = registered(registry, 21)
+    registry.promote(first, "", "the first")
+    command = [sys.executable, str(RACE), mlflow_server.uri, registry.name, first, *racing]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    outcomes = dict(json.loads(done.stdout))
+    assert len(outcomes) == 20, done.stderr
+    winners = [number for number, outcome in outcomes.items() if outcome == "promoted"]
+    assert len(winners) == 1, outcomes
+    assert [move.version for move in registry.moves()] == [first, winners[0]]
+    assert aliased(registry, "champion") == winners[0]
+
+
+def test_the_step_registers_and_promotes_and_tells_its_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
+    assert register(tmp_path / "verdict", name) == (
+        f"version 1 of {name} is champion: 12.0 points better than the base model"
+    )
+    client = MlflowClient()
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("minicpmv-finetune").experiment_id],
+        f"tags.`minicpmv.pipeline_run` = '{step_runs.os.environ[step_runs.RUN_ID_VARIABLE]}' and "
+        "tags.`minicpmv.task` = 'register'",
+    )
+    assert run.data.tags["minicpmv.version"] == "1"
+    assert "is champion" in run.data.tags["minicpmv.promotion"]
+    assert client.get_model_version(name, "1").run_id == run.info.run_id
+    assert step_runs.read_outcome() == run.data.tags["minicpmv.promotion"]
+    write_verdict(tmp_path / "verdict", verdict_of("s3://models/b"))
+    monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, "a later run")
+    assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(
+        tmp_path / "verdict", name
+    )
+
+
+def test_what_the_gate_stopped_is_not_registered(name: str, tmp_path: Path) -> None:
+    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a", promote=False))
+    with pytest.raises(UserError, match="the gate stopped this model"):
+        register(tmp_path / "verdict", name)
+
+
+def test_the_champion_is_fetched_from_where_it_lies(registry: Registry, s3_uri: str) -> None:
+    storage.write_bytes(f"{s3_uri}/model/config.json", b"{}")
+    registry.promote(registry.register(verdict_of(f"{s3_uri}/model")).number, "", "the first")
+    champion = registry.champion()
+    assert champion is not None
+    assert (storage.fetch(champion.uri) / "config.json").read_bytes() == b"{}"
+
+
+def test_a_champion_that_is_gone_is_told(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    version = registry.register(verdict_of(str(tmp_path / "model")))
+    registry.promote(version.number, "", "the first")
+    assert champion_to_beat(registry.name) == version
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(UserError, match="its folder is gone"):
+        champion_to_beat(registry.name)
+    assert champion_to_beat("") is None
+
+
+def test_a_server_that_is_down_is_told_and_costs_nothing(
+    tmp_path: Path, s3_server: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), s3_server)
+    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(RetryableError, match="does not answer") as raised:
+        open_registry(name)
+    assert raised.value.exit_code == 75
+    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
+    with pytest.raises(RetryableError):
+        register(tmp_path / "verdict", name)
+    server.start()
+    try:
+        assert "is champion" in register(tmp_path / "verdict", name)
+        server.stop()
+        with pytest.raises(RetryableError):
+            register(tmp_path / "verdict", name)
+        server.start()
+        assert "version 1 " in register(tmp_path / "verdict", name)
+        assert len(open_registry(name).moves()) == 1
+    finally:
+        server.stop()
+
+
+def test_the_servers_password_is_not_told(unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, unreachable.replace("//", "//user:hidden@"))
+    with pytest.raises(RetryableError) as raised:
+        open_registry("model")
+    assert "hidden" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a'b"])
+def test_names_that_mlflow_cannot_keep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot name a model"):
+        open_registry(name)
+
+
+def test_without_a_server_there_is_no_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(step_runs.TRACKING_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
+        open_registry("model")
+    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
+    assert "registered nowhere" in register(tmp_path / "verdict", "model")

@@ -1,0 +1,214 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from minicpmv_finetune.tracking.step_runs import (
+    DEFAULT_EXPERIMENT,
+    KFP_PLUGIN_RUN_VARIABLE,
+    RUN_ID_VARIABLE,
+    TRACKING_VARIABLE,
+    StepRun,
+    finish_pipeline_run,
+    open_step_run,
+    step_run,
+)
+
+
+def runs(experiment: str = DEFAULT_EXPERIMENT) -> dict[str, list[Run]]:
+    """All runs of an experiment by name."""
+    client = MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    assert found
+    by_name: dict[str, list[Run]] = {}
+    for run in client.search_runs([found.experiment_id]):
+        by_name.setdefault(run.info.run_name, []).append(run)
+    return by_name
+
+
+def test_steps_are_nested_below_one_run(database: Path) -> None:
+    for task in ("validate", "train"):
+        with step_run(task) as run:
+            run.log_parameters({"task": task, "rank": 8})
+            run.log_metrics({"loss": 0.5}, step=3)
+    finish_pipeline_run("FINISHED")
+    found = runs()
+    assert sorted(found) == ["pipeline-run-1", "train", "validate"]
+    assert all(len(group) == 1 for group in found.values())
+    (parent,), (train,) = found["pipeline-run-1"], found["train"]
+    assert train.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert train.data.params == {"task": "train", "rank": "8"}
+    assert MlflowClient().get_metric_history(train.info.run_id, "loss")[0].step == 3
+    assert {run.info.status for group in found.values() for run in group} == {"FINISHED"}
+
+
+def test_a_retry_finds_its_run_again(database: Path) -> None:
+    with pytest.raises(ZeroDivisionError), step_run("train") as run:
+        run.log_metrics({"loss": 1 / 0})
+    (failed,) = runs()["train"]
+    assert failed.info.status == "FAILED"
+    with step_run("train"):
+        assert runs()["train"][0].info.status == "RUNNING"
+    (finished,) = runs()["train"]
+    assert finished.info.run_id == failed.info.run_id
+    assert finished.info.status == "FINISHED"
+    assert len(runs()["pipeline-run-1"]) == 1
+
+
+def test_another_pipeline_run_has_runs_of_its_own(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pipeline_run in ("pipeline-run-1", "pipeline-run-2"):
+        monkeypatch.setenv(RUN_ID_VARIABLE, pipeline_run)
+        with step_run("train"):
+            pass
+    assert len(runs()["train"]) == 2
+
+
+def test_a_step_by_itself_has_no_parent(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_ID_VARIABLE)
+    with step_run("train"):
+        pass
+    finish_pipeline_run("FINISHED")
+    assert list(runs()) == ["train"]
+
+
+def test_kubeflows_own_run_becomes_the_parent_untouched(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient()
+    plugin_run = client.create_run(client.create_experiment("of-kubeflow"), run_name="kubeflow")
+    monkeypatch.setenv(KFP_PLUGIN_RUN_VARIABLE, plugin_run.info.run_id)
+    with step_run("train") as run:
+        run.log_parameters({"rank": 8})
+    finish_pipeline_run("FAILED")
+    found = runs("of-kubeflow")
+    assert sorted(found) == ["kubeflow", "train"]
+    assert found["train"][0].data.tags["mlflow.parentRunId"] == plugin_run.info.run_id
+    assert found["kubeflow"][0].data.params == {}
+    assert found["kubeflow"][0].info.status == "RUNNING"
+
+
+def test_files_lie_beside_the_database(database: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("content")
+    with step_run("evaluate") as run:
+        run.log_file(str(report))
+    (kept,) = database.parent.rglob("report.html")
+    assert kept.read_text() == "content"
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_many_and_long_parameters_are_kept(database: Path) -> None:
+    with step_run("train") as run:
+        run.log_parameters({f"p{number}": "x" * 7000 for number in range(150)})
+    assert run.failure == ""
+    (train,) = runs()["train"]
+    assert len(train.data.params) == 150
+
+
+def test_without_an_address_nothing_is_tracked(
+    database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(TRACKING_VARIABLE)
+    with step_run("train") as run:
+        run.log_parameters({"rank": 8})
+        run.log_metrics({"loss": 0.5})
+        run.log_file("no such file")
+    finish_pipeline_run("FINISHED")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_failure_is_told_at_the_end_and_stops_nothing(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with step_run("train") as run:
+        run.log_parameters({"rank": 8})
+        run.log_parameters({"rank": 16})  # MLflow refuses to change a parameter
+        run.log_file("no such file")
+    message = capsys.readouterr().err
+    assert message.count("MLflow tracking is incomplete") == 1
+    assert "rank" in message
+    (train,) = runs()["train"]
+    assert (train.info.status, train.data.params) == ("FINISHED", {"rank": "8"})
+
+
+def test_a_server_that_is_down_holds_nothing_up(
+    database: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(TRACKING_VARIABLE, unreachable)
+    started = time.monotonic()
+    with step_run("train") as run:
+        for step in range(100):
+            run.log_metrics({"loss": 0.5}, step)
+    finish_pipeline_run("FINISHED")
+    assert time.monotonic() - started < 60
+    assert capsys.readouterr().err.count("MLflow tracking is incomplete") == 2
+
+
+def test_a_server_that_goes_down_later_holds_nothing_up(
+    unreachable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    run = StepRun(MlflowClient(unreachable), "run opened while it was up")
+    started = time.monotonic()
+    for step in range(100):
+        run.log_metrics({"loss": 0.5}, step)
+    run.finish("FINISHED")
+    assert time.monotonic() - started < 60
+    assert "Max retries exceeded" in capsys.readouterr().err
+
+
+def test_what_a_dead_server_did_not_take_is_sent_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run = open_step_run("train")
+    run.log_metrics({"loss": 3.0}, step=1)
+    client = run._client
+    run._client = MlflowClient("http://127.0.0.1:9")  # nobody listens there
+    run.log_metrics({"loss": 2.0}, step=2)
+    run.log_metrics({"loss": 1.0}, step=3)
+    assert run._sending
+    run._sending.result()
+    assert [point.step for point in run.unsent] == [2, 3]
+    run._client = client
+    run.finish("FINISHED")
+    assert run.run_id is not None
+    assert client is not None
+    assert [(point.step, point.value) for point in client.get_metric_history(run.run_id, "loss")] == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 1.0),
+    ]
+    assert run.unsent == []
+    assert run.last_step("loss") == 3
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """As a step that is killed while MLflow makes its tables would else leave the half of them to all later ones."""
+    place = tmp_path / "new" / "mlflow.db"
+    child = (
+        "import sqlite3, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from minicpmv_finetune.tracking.step_runs import mlflow_client\n"
+        "place, seen = Path(sys.argv[1]), []\n"
+        "def look():\n"
+        "    while not place.exists():\n"
+        "        time.sleep(0.001)\n"
+        "    tables = sqlite3.connect(place).execute('select name from sqlite_master').fetchall()\n"
+        "    seen.append(len(tables))\n"
+        "watching = threading.Thread(target=look)\n"
+        "watching.start()\n"
+        "client = mlflow_client()\n"
+        "watching.join()\n"
+        "client.search_experiments()\n"
+        "print(seen[0], len(sqlite3.connect(place).execute('select name from sqlite_master').fetchall()))\n"
+    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}"}
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(place)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, all_tables = done.stdout.split()
+    assert int(first) == int(all_tables) > 20
+    assert [path.name for path in place.parent.iterdir()] == ["mlflow.db"]
