@@ -3,7 +3,7 @@
     python benchmarks/data.py [--only codecs transfer …]
 
 What is compared alternates in one run, so that whatever else the machine does meets both. Single-threaded work is
-measured in processor time, which a busy neighbour takes nothing of; the rest by the clock. The pictures are the two
+measured in processor time, which a busy neighbour takes nothing of; the rest by the clock. The images are the two
 photographs of scikit-learn, scaled to the sizes named; enlarged, they are smoother than a camera's.
 """
 
@@ -37,10 +37,10 @@ from torchvision import transforms
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.data.samples import decode_picture, read_samples
+from minicpmv_finetune.data.samples import decode_image, read_samples
 from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
 from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
 from minicpmv_finetune.shards.cache import open_shards
@@ -60,7 +60,7 @@ RESULTS = Path("build/bench/data.jsonl")
 SIZES = {"1344": (1344, 1344), "640": (640, 480)}
 PATCH = 14
 JPEG_QUALITY = 90
-QUESTION = {"role": "user", "content": "<image>\nWhat is in the picture?"}
+QUESTION = {"role": "user", "content": "<image>\nWhat is in the image?"}
 ANSWER = {"role": "assistant", "content": "A building by the water, and trees behind it."}
 Result = dict[str, Any]
 
@@ -136,7 +136,7 @@ def measure_preprocessing(folder: Path) -> list[Result]:
                 f"preprocess_vs_published_{name}",
                 rate["floats"] / rate["published"],
                 2.0,
-                f"{rate['floats']:.0f} against {rate['published']:.0f} pictures/s a core from a JPEG of "
+                f"{rate['floats']:.0f} against {rate['published']:.0f} images/s a core from a JPEG of "
                 f"{size[0]}×{size[1]} to equal float tensors (torch.equal); up to uint8 slices {rate['slices']:.0f}, "
                 f"and written to a raw shard {rate['shard']:.0f}",
             )
@@ -145,7 +145,7 @@ def measure_preprocessing(folder: Path) -> list[Result]:
 
 
 def published(path: Path, config: SlicingConfig) -> list[torch.Tensor]:
-    """The way of the published dataset class: each slice is cropped, made a tensor and normalised by torchvision."""
+    """The way of the published dataset class: each slice is cropped, made a tensor and normalized by torchvision."""
     convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     image = Image.open(path).convert("RGB")
     plan = plan_slices(*image.size, config)
@@ -169,7 +169,7 @@ def lay_out(image: torch.Tensor) -> torch.Tensor:
 
 def sliced(path: Path, config: SlicingConfig) -> list[np.ndarray]:
     """Our way to uint8 slices."""
-    image = decode_picture(path.read_bytes())
+    image = decode_image(path.read_bytes())
     return cut(image, plan_slices(*image.size, config), config)
 
 
@@ -249,7 +249,7 @@ def measure_workers(folder: Path) -> list[Result]:
                 "preprocess_two_workers" if is_promise else f"preprocess_two_workers_{codec}",
                 one / two,
                 1.8 if is_promise else None,
-                f"800 pictures of 640×480 to {codec} shards, best of 2: {one:.1f} s by one process, {two:.1f} s by two",
+                f"800 images of 640×480 to {codec} shards, best of 2: {one:.1f} s by one process, {two:.1f} s by two",
             )
         )
     return results
@@ -412,7 +412,7 @@ def make_dataset(folder: Path, size: tuple[int, int], samples: int) -> Path:
 
 
 def small_samples(folder: Path, count: int) -> Path:
-    """Small pictures, no two alike."""
+    """Small images, no two alike."""
     folder.mkdir()
     rows = []
     noise = np.random.default_rng(0)
@@ -434,7 +434,7 @@ def checkpoint(folder: Path, scale: int = 448) -> Path:
     return folder
 
 
-def same_pixels(one: Row, other: Row) -> bool:
+def same_pixels(one: ModelInput, other: ModelInput) -> bool:
     """Whether two rows hold equal slices."""
     return len(one.slices) == len(other.slices) and all(map(np.array_equal, one.slices, other.slices))
 

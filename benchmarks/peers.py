@@ -3,7 +3,7 @@
     python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift [--trl build/peers/trl/bin/python] [--rounds 3]
 
 Same checkpoint, photographs, batch, precision and supervised tokens; LoRA r 16, alpha 32, on all linear layers of the
-language model and nothing else (with vision trained the tower too: whole here, by adapters there). Here pictures are
+language model and nothing else (with vision trained the tower too: whole here, by adapters there). Here images are
 sliced before (raw shards), and batches hold samples of like length. Each is one process of all threads; how long an
 epoch takes by a process a core, each with its part of the batch, is told beside it. All say themselves how long their
 training loop took, imports and loading apart. An epoch from the second on is what three epochs take more than one,

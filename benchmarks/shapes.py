@@ -20,7 +20,7 @@ from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
 from minicpmv_finetune.minicpmv.modeling_qwen3_5 import MiniCPMV4_6ForConditionalGeneration
 
-PICTURE_TOKEN = 3
+IMAGE_TOKEN = 3
 QUESTION = "describe the photograph"
 ANSWER = "describe the photograph in detail "
 
@@ -72,7 +72,7 @@ def make_model(version: str, shape: Shape, attention: str = "sdpa") -> PreTraine
         native = MiniCPMVConfig(
             version=2.6,
             query_num=64,
-            image_token_id=PICTURE_TOKEN,
+            image_token_id=IMAGE_TOKEN,
             vision_config={**vision, "image_size": 980, "model_type": "siglip"},
             rms_norm_eps=1e-6,
             rope_theta=10000.0,
@@ -84,8 +84,8 @@ def make_model(version: str, shape: Shape, attention: str = "sdpa") -> PreTraine
         image_size=448,
         insert_layer_id=1,
         tie_word_embeddings=False,
-        image_token_id=PICTURE_TOKEN,
-        video_token_id=PICTURE_TOKEN + 1,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=IMAGE_TOKEN + 1,
         text_config={
             **text,
             "model_type": "qwen3_5_text",
@@ -107,8 +107,8 @@ def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str,
 
     The folder also receives `photographs.json` and, for those who read chat messages, `photographs.jsonl`.
     """
-    pictures = folder / "photographs"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / "photographs"
+    images.mkdir(parents=True, exist_ok=True)
     sources = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     random = np.random.RandomState(seed)
     samples: list[dict[str, Any]] = []
@@ -131,7 +131,7 @@ def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str,
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Write a tiny 4.6 that slices pictures as the published one does, with tokenizer and processor."""
+    """Write a tiny 4.6 that slices images as the published one does, with tokenizer and processor."""
     from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor, MiniCPMV4_6Processor
 
     from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint

@@ -29,18 +29,18 @@ from PIL import Image
 from results import keep, result
 from rich.console import Console
 from rich.table import Table
-from shapes import LANGUAGE_HEAVY, PICTURE_TOKEN, VISION_HEAVY, Shape, make_model, prepare_digits, write_photographs
+from shapes import IMAGE_TOKEN, LANGUAGE_HEAVY, VISION_HEAVY, Shape, make_model, prepare_digits, write_photographs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import prepare_for_packing
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
 
-PROFILE = Path("docs/pictures/step.png")
+PROFILE = Path("docs/images/step.png")
 BATCH = 4
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
@@ -100,9 +100,9 @@ def main() -> None:
     load = os.getloadavg()[0]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        pictures = [Path(folder) / sample["image"] for sample in write_photographs(Path(folder), options.photographs)]
+        images = [Path(folder) / sample["image"] for sample in write_photographs(Path(folder), options.photographs)]
         for name in options.only:
-            rows += EXPERIMENTS[name](pictures, options.rounds)
+            rows += EXPERIMENTS[name](images, options.rounds)
     cores = os.cpu_count()
     facts = (
         f"{cores} cores, {platform.machine()}, torch {torch.__version__}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
@@ -112,7 +112,7 @@ def main() -> None:
     Console().print(facts)
 
 
-def switches(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+def switches(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     """Each switch alone and all together against the plain path, for two generations and two shapes."""
     lines: list[list[str]] = []
     gains: dict[str, float] = {}
@@ -123,7 +123,7 @@ def switches(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
             found: dict[str, list[Measured]] = {name: [] for name in cases}
             for _ in range(rounds):
                 for name, case in cases.items():
-                    found[name].append(_apart(_steps, version, shape, case, pictures))
+                    found[name].append(_apart(_steps, version, shape, case, images))
             plain = found["plain"]
             for name, runs in found.items():
                 gain, less = _ratio(plain, runs, "seconds"), _ratio(plain, runs, "memory")
@@ -140,7 +140,7 @@ def switches(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def evaluation(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+def evaluation(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     """Generated answers a second, in batches of sixteen against one at a time."""
     found: dict[int, list[float]] = {1: [], 16: []}
     for _ in range(rounds):
@@ -151,27 +151,27 @@ def evaluation(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     return [result("evaluate_batched_vs_single", single / batched, 5.0, detail)]
 
 
-def roof(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+def roof(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     """Floating-point operations a second of a step against those of plain matrix products of its widths."""
     lines, worst = [], 1.0
     for kind, shape in SHAPES.items():
-        reached = [_apart(_operations, shape, pictures) for _ in range(rounds)]
+        reached = [_apart(_operations, shape, images) for _ in range(rounds)]
         peak = [_apart(_product, shape) for _ in range(rounds)]
         share = statistics.median(reached) / statistics.median(peak)
         worst = min(worst, share)
         lines.append(f"{kind} {share:.0%} of {statistics.median(peak) / 1e9:.1f} GFLOP/s")
-    _draw({kind: _apart(_where_time_goes, shape, pictures) for kind, shape in SHAPES.items()})
+    _draw({kind: _apart(_where_time_goes, shape, images) for kind, shape in SHAPES.items()})
     return [result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
 
 
-def scaling(pictures: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+def scaling(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     """How time and memory of all switches together grow with samples, slices and length."""
     lines: list[list[str]] = []
     for times in (1, 2, 4, 8):
-        runs = [_apart(_steps, "4.6", VISION_HEAVY, ALL, [*pictures] * times) for _ in range(rounds)]
-        lines.append(["samples", str(times * len(pictures)), *_figures(runs)])
+        runs = [_apart(_steps, "4.6", VISION_HEAVY, ALL, [*images] * times) for _ in range(rounds)]
+        lines.append(["samples", str(times * len(images)), *_figures(runs)])
     for slices in (1, 3, 5, 7, 9):
-        runs = [_apart(_steps, "4.6", VISION_HEAVY, PLAIN, pictures, slices) for _ in range(rounds)]
+        runs = [_apart(_steps, "4.6", VISION_HEAVY, PLAIN, images, slices) for _ in range(rounds)]
         lines.append(["slices at most", str(slices), *_figures(runs)])
     for length in (512, 1024, 2048, 4096, 8192):
         runs = [_apart(_words, length) for _ in range(rounds)]
@@ -191,8 +191,8 @@ EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = 
 }
 
 
-def _steps(version: str, shape: Shape, case: Switches, pictures: Sequence[Path], slices: int = 9) -> Measured:
-    """Train once over the pictures, after a step that does not count."""
+def _steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], slices: int = 9) -> Measured:
+    """Train once over the images, after a step that does not count."""
     trained, base = _trainable(version, shape)
     language_model = next(g.language_model for g in GENERATIONS if g.version == version)
     if case.packing:
@@ -200,7 +200,7 @@ def _steps(version: str, shape: Shape, case: Switches, pictures: Sequence[Path],
     if case.fused:
         fuse_adapters(trained)
     slicing = replace(_slicing(version), max_slice_nums=slices)
-    ready = [_row(picture, number, version, shape, slicing) for number, picture in enumerate(pictures)]
+    ready = [_row(image, number, version, shape, slicing) for number, image in enumerate(images)]
     stored = [_features(base, row) for row in ready] if case.features else []
     if not case.sliced_before and not case.features:
         ready = []
@@ -210,7 +210,7 @@ def _steps(version: str, shape: Shape, case: Switches, pictures: Sequence[Path],
         if ready:
             rows = [ready[number] for number in numbers]
         else:
-            rows = [_row(pictures[number], number, version, shape, slicing) for number in numbers]
+            rows = [_row(images[number], number, version, shape, slicing) for number in numbers]
         if case.features:
             rows = [replace(row, slices=[]) for row in rows]
         batch: dict[str, Any] = collate_packed(rows, 14) if case.packing else collate(rows, 0, 14, "right")
@@ -224,8 +224,8 @@ def _steps(version: str, shape: Shape, case: Switches, pictures: Sequence[Path],
     step(range(BATCH))
     before = _reset_peak()
     started = time.process_time()
-    for start in range(0, len(pictures), BATCH):
-        step(range(start, min(start + BATCH, len(pictures))))
+    for start in range(0, len(images), BATCH):
+        step(range(start, min(start + BATCH, len(images))))
     return Measured(time.process_time() - started, _peak() - before)
 
 
@@ -259,10 +259,10 @@ def _answers(batch_size: int) -> Measured:
         return Measured(time.process_time() - started, 0)
 
 
-def _operations(shape: Shape, pictures: Sequence[Path]) -> float:
+def _operations(shape: Shape, images: Sequence[Path]) -> float:
     """Of a step of the plain path, a second."""
     trained, _ = _trainable("4.6", shape)
-    rows = [_row(picture, n, "4.6", shape, _slicing("4.6")) for n, picture in enumerate(pictures[:BATCH])]
+    rows = [_row(image, n, "4.6", shape, _slicing("4.6")) for n, image in enumerate(images[:BATCH])]
     batch = collate(rows, 0, 14, "right")
     with FlopCounterMode(display=False) as counter:
         trained(**batch, use_cache=False).loss.backward()
@@ -282,10 +282,10 @@ def _product(shape: Shape) -> float:
     return 2 * 4096 * width * 2 * width * count / (time.process_time() - started)
 
 
-def _where_time_goes(shape: Shape, pictures: Sequence[Path]) -> dict[str, float]:
+def _where_time_goes(shape: Shape, images: Sequence[Path]) -> dict[str, float]:
     """Shares of a plain training step's time, by kind of work."""
     trained, _ = _trainable("4.6", shape)
-    rows = [_row(picture, n, "4.6", shape, _slicing("4.6")) for n, picture in enumerate(pictures[:BATCH])]
+    rows = [_row(image, n, "4.6", shape, _slicing("4.6")) for n, image in enumerate(images[:BATCH])]
     batch = collate(rows, 0, 14, "right")
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
 
@@ -359,17 +359,17 @@ def _trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
     return get_peft_model(base, config).train(), base
 
 
-def _row(picture: Path, number: int, version: str, shape: Shape, slicing: SlicingConfig) -> Row:
+def _row(path: Path, number: int, version: str, shape: Shape, slicing: SlicingConfig) -> ModelInput:
     """Decode and slice a photograph, and put as many words behind it as its number says."""
-    image = Image.open(picture)
+    image = Image.open(path)
     plan = plan_slices(*image.size, slicing)
     tokens = [64 if version == "2.6" else rows * columns // 16 for rows, columns in plan.target_sizes]
     random = np.random.default_rng(number)
     question = random.integers(10, shape.vocabulary, 12).tolist()
     answer = random.integers(10, shape.vocabulary, int(random.integers(6, 180))).tolist()
-    ids = [*([PICTURE_TOKEN] * sum(tokens)), *question, *answer]
+    ids = [*([IMAGE_TOKEN] * sum(tokens)), *question, *answer]
     labels = [IGNORED_LABEL] * (len(ids) - len(answer)) + answer
-    return Row(str(number), ids, labels, cut(image, plan, slicing))
+    return ModelInput(str(number), ids, labels, cut(image, plan, slicing))
 
 
 def _slicing(version: str) -> SlicingConfig:
@@ -378,7 +378,7 @@ def _slicing(version: str) -> SlicingConfig:
     return SlicingConfig(size_multiple=56)
 
 
-def _features(model: PreTrainedModel, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+def _features(model: PreTrainedModel, row: ModelInput) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = collate([row], 0, 14, "right")
     encode: Any = model.encode_patches
     with torch.no_grad():

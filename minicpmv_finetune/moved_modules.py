@@ -27,6 +27,9 @@ MOVED = {
     "components.train.train": "components.train.launch",
     "components.training_record": "reports.training_record",
     "components.verdict": "tracking.promotion_record",
+    "pipelines.finetune": "pipelines.finetuning",
+    "pipelines.profile": "kubeflow.profile",
+    "pipelines.retrain": "pipelines.retraining",
 }
 """Old name to new name, both below `minicpmv_finetune`; only what 0.1.0 let others name."""
 

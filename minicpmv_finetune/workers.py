@@ -71,7 +71,7 @@ def map_in_order(
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise RetryableError(
-                f"{step}: the system ended a process that reads pictures, most likely for lack of memory; try again "
+                f"{step}: the system ended a process that reads images, most likely for lack of memory; try again "
                 "with more."
             ) from error
         finally:

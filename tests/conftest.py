@@ -60,7 +60,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `train.json`, `eval.json` and the pictures of handwritten digits."""
+    """A folder with `train.json`, `eval.json` and the images of handwritten digits."""
     from minicpmv_finetune.pipelines.demo import write_digits
 
     folder = tmp_path_factory.mktemp("digits")

@@ -4,15 +4,24 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from minicpmv_finetune import errors
+from minicpmv_finetune import errors, pipelines
 from minicpmv_finetune.moved_modules import MOVED
 
 COMPILED = sorted((Path(__file__).parent / "published").glob("*/pipelines/*.yaml"))
 _IMPORT = re.compile(r"from (minicpmv_finetune[\w.]*) import (\((?:[^)]*)\)|[^;\n]*)")
+
+
+@pytest.fixture(autouse=True)
+def _package_keeps_its_pipelines() -> Iterator[None]:
+    """`from minicpmv_finetune.pipelines import finetune` is the pipeline, which importing the old module hides."""
+    yield
+    for name in ("finetune", "retrain"):
+        vars(pipelines).pop(name, None)
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -9,7 +9,7 @@ from minicpmv_finetune.progress import INTERVAL_VARIABLE, progress
 
 
 def draw(total: int) -> None:
-    with progress("slicing", total, " pictures") as bar:
+    with progress("slicing", total, " images") as bar:
         for _ in range(total):
             bar.update()
 

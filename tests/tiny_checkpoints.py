@@ -17,10 +17,10 @@ from transformers.models.minicpmv4_7 import (
 
 from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
-from minicpmv_finetune.pipelines.demo import PICTURE_SIDE, QUESTION, write_tiny_checkpoint
+from minicpmv_finetune.pipelines.demo import IMAGE_SIDE, QUESTION, write_tiny_checkpoint
 
 VERSIONS = ("2.6", "4.0", "4.5", "4.6", "4.7")
-_PICTURE_TOKENS = ["<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
+_IMAGE_TOKENS = ["<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
 _CORPUS = [QUESTION, *(f"The digit is {digit}." for digit in range(10)), "system user assistant\n\n\n<think>"]
 
 # Where Qwen2's tokenizer parts words; two line breaks are one word, whatever follows.
@@ -95,7 +95,7 @@ def _write_native(folder: Path, version: str, seed: int) -> Path:
         {
             "image_processor_type": "MiniCPMVImageProcessor",
             "max_slice_nums": 9,
-            "scale_resolution": PICTURE_SIDE,
+            "scale_resolution": IMAGE_SIDE,
             "patch_size": 14,
             "use_image_id": True,
             "image_feature_size": 16,
@@ -190,7 +190,7 @@ def _qwen_tokenizer() -> Tokenizer:
         ]
     )
     pieces.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *_PICTURE_TOKENS]
+    special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *_IMAGE_TOKENS]
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=special,
@@ -206,7 +206,7 @@ def _llama_tokenizer() -> Tokenizer:
     pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     pieces.normalizer = normalizers.Replace(" ", "▁")
     pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<unk>", "<s>", "</s>", *_PICTURE_TOKENS, "<|im_end|>", "<|im_start|>"]
+    special = ["<unk>", "<s>", "</s>", *_IMAGE_TOKENS, "<|im_end|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=special,

@@ -50,20 +50,18 @@ class OutputChoice(StrEnum):
 Data = Annotated[str, typer.Option("--data", help="Training data in MiniCPM-V's JSON format; a path or s3:// URI.")]
 EvalData = Annotated[
     str,
-    typer.Option("--eval-data", help="Evaluation data; without it a part of the training data's pictures is held out."),
+    typer.Option("--eval-data", help="Evaluation data; without it a part of the training data's images is held out."),
 ]
 BaseModel = Annotated[str, typer.Option("--base-model", help="Base checkpoint; a path, s3:// URI or hub id.")]
-MaxSlices = Annotated[int, typer.Option(help="Most slices of a picture beside its overview.")]
+MaxSlices = Annotated[int, typer.Option(help="Most slices of an image beside its overview.")]
 MaxLength = Annotated[int, typer.Option(help="Longest sample in tokens; longer ones are rejected, never cut.")]
 MaxRejects = Annotated[float, typer.Option(help="Share of rejected samples above which a step fails.")]
-EvalFraction = Annotated[float, typer.Option(help="Share of the pictures held out when there is no evaluation data.")]
+EvalFraction = Annotated[float, typer.Option(help="Share of the images held out when there is no evaluation data.")]
 DataOptions = Annotated[
     str,
     typer.Option(help='Options of validate-data as JSON, such as \'{"eval_fraction": 0.2, "exif_transpose": true}\'.'),
 ]
-Seed = Annotated[
-    int, typer.Option(help="Decides the held-out pictures, the initial adapters and the order of samples.")
-]
+Seed = Annotated[int, typer.Option(help="Decides the held-out images, the initial adapters and the order of samples.")]
 Metric = Annotated[str, typer.Option(help="How answers are scored, such as exact_match or anls.")]
 NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
 EvalBatch = Annotated[int, typer.Option(help="Samples that are answered at once.")]
@@ -220,7 +218,7 @@ def plan(
     max_slice_nums: MaxSlices = 9,
     model_max_length: MaxLength = 2048,
     eval_fraction: EvalFraction = 0.1,
-    exif_transpose: Annotated[bool, typer.Option(help="Turn pictures as their EXIF orientation says.")] = False,
+    exif_transpose: Annotated[bool, typer.Option(help="Turn images as their EXIF orientation says.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="GPUs to train on.")] = 1,
     per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Samples a device sees at once.")] = 4,
     gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
@@ -264,12 +262,12 @@ def predict(
     ],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[
-        list[str] | None, typer.Option(help="Picture, a path or s3:// URI; may be given several times.")
+        list[str] | None, typer.Option(help="Image, a path or s3:// URI; may be given several times.")
     ] = None,
     adapter: Annotated[str, typer.Option(help="Adapter folder of the train step, put on top of --model.")] = "",
     max_new_tokens: NewTokens = 128,
 ) -> None:
-    """Ask a tuned model about a picture."""
+    """Ask a tuned model about an image."""
     from minicpmv_finetune.components.evaluate.predict import predict as answer
 
     print(answer(model, image or [], prompt, adapter, max_new_tokens))
@@ -335,15 +333,18 @@ def import_data(
             help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; pictures may go beside it.")],
-    pictures: Annotated[
-        str, typer.Option(help="Folder that pictures' paths are relative to; the source's own by default.")
+    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; images may go beside it.")],
+    images: Annotated[
+        str,
+        typer.Option(
+            "--images", "--pictures", help="Folder that images' paths are relative to; the source's own by default."
+        ),
     ] = "",
 ) -> None:
     """Before step 1: bring data of another program into this project's format."""
     from minicpmv_finetune.data.importers import import_data as convert
 
-    convert(source, out, pictures)
+    convert(source, out, images)
 
 
 @app.command(rich_help_panel=STEP)
@@ -355,7 +356,7 @@ def validate_data(
     eval_fraction: EvalFraction = 0.1,
     seed: Seed = 42,
     exif_transpose: Annotated[
-        bool, typer.Option(help="Turn pictures as EXIF says, for training and evaluation; serving must do the same.")
+        bool, typer.Option(help="Turn images as EXIF says, for training and evaluation; serving must do the same.")
     ] = False,
 ) -> None:
     """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT say what is wrong and what is there."""
@@ -375,14 +376,14 @@ def preprocess(
     model_max_length: MaxLength = 2048,
     max_reject_ratio: MaxRejects = 0.05,
     picture_codec: Annotated[
-        str, typer.Option(help="How pictures are stored: source, raw, webp-lossless or png; all with the same pixels.")
+        str, typer.Option(help="How images are stored: source, raw, webp-lossless or png; all with the same pixels.")
     ] = "source",
     cache: Annotated[
         str, typer.Option(help="Where finished shards are kept for later runs; a folder or s3:// URI, else beside OUT.")
     ] = "",
     num_workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores.")] = 0,
 ) -> None:
-    """Step 2: slice pictures and tokenise conversations once, into Parquet shards; a report lies beside OUT."""
+    """Step 2: slice images and tokenize conversations once, into Parquet shards; a report lies beside OUT."""
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
     from minicpmv_finetune.shards.codecs import check_codec

@@ -1,8 +1,8 @@
 """What one sample means, or why it cannot be used.
 
 A sample is either accepted whole or rejected with a stable reason code and a sentence; none is repaired by guessing,
-truncated or replaced by another. What an accepted sample means is decided here, once: which picture goes where in
-which turn. Every picture is decoded, because only that tells whether it can be.
+truncated or replaced by another. What an accepted sample means is decided here, once: which image goes where in
+which turn. Every image is decoded, because only that tells whether it can be.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from minicpmv_finetune.minicpmv.slicing import to_rgb
 
 from . import image_files
 from .reading import Record
-from .samples import Picture, Reject, Sample, SampleError, Turn, content_digest
+from .samples import ImageRef, Reject, Sample, SampleError, Turn, content_digest
 
 GRAY_SIDE = 16  # pixels
 _UNNAMED_MARK = "<image>"
 _MARK = re.compile(r"<image>|<image_\d+>")
-_CACHED_PICTURES = 4096
+_CACHED_IMAGES = 4096
 _REMOTE_READS = 16  # at once, by each process: a store answers many requests in the time of one
 
 
@@ -58,15 +58,15 @@ class _RawSample(BaseModel):
 
 @dataclass(frozen=True)
 class Look:
-    """A picture that can be decoded.
+    """An image that can be decoded.
 
     Attributes:
-        picture: its address and size.
+        image: its address and size.
         gray: 16 × 16 grey levels, row by row, by which copies of it are found.
         notes: codes of what is worth knowing of it.
     """
 
-    picture: Picture
+    image: ImageRef
     gray: bytes
     notes: tuple[str, ...]
 
@@ -79,8 +79,8 @@ class Accepted:
         line: the `Sample` as JSON.
         digest: of its content, 32 bytes.
         turns: number of turns.
-        looks: of its pictures.
-        notes: codes of what is worth knowing of it or its pictures.
+        looks: of its images.
+        notes: codes of what is worth knowing of it or its images.
     """
 
     line: str
@@ -100,7 +100,7 @@ def check_all(records: Sequence[Record], places: Places, exif_transpose: bool) -
     Args:
         records: the items.
         places: where the members of shards lie that they name, by address.
-        exif_transpose: whether pictures are turned as their EXIF orientation says.
+        exif_transpose: whether images are turned as their EXIF orientation says.
 
     Raises:
         RetryableError: the store does not answer.
@@ -110,7 +110,7 @@ def check_all(records: Sequence[Record], places: Places, exif_transpose: bool) -
         place = places.get(address)
         if isinstance(place, SampleError):
             return place
-        # A picture that many samples show is decoded once; one that stands in its sample is shown by that alone.
+        # An image that many samples show is decoded once; one that stands in its sample is shown by that alone.
         cached = _inspected.__wrapped__ if address[:5].lower() == "data:" else _inspected
         return cached(address, place, exif_transpose)
 
@@ -122,13 +122,13 @@ def check_all(records: Sequence[Record], places: Places, exif_transpose: bool) -
         return [check(record, inspect) for record in records]
 
 
-def forget_pictures() -> None:
-    """Look at every picture anew, as it may have changed since the last time."""
+def forget_images() -> None:
+    """Look at every image anew, as it may have changed since the last time."""
     _inspected.cache_clear()
 
 
 def addresses(record: Record) -> list[str]:
-    """The pictures that an item names, as far as it can be read."""
+    """The images that an item names, as far as it can be read."""
     image = record.content.get("image") if isinstance(record.content, dict) else None
     references = image.values() if isinstance(image, dict) else [image]
     found = []
@@ -141,11 +141,11 @@ def addresses(record: Record) -> list[str]:
     return found
 
 
-def inspect_picture(address: str, span: image_files.Span | None = None, exif_transpose: bool = False) -> Look:
-    """Read and decode a picture once, to know that training can.
+def inspect_image(address: str, span: image_files.Span | None = None, exif_transpose: bool = False) -> Look:
+    """Read and decode an image once, to know that training can.
 
     Args:
-        address: as `pictures.resolve` gives it.
+        address: as `image_files.resolve` gives it.
         span: for a member of a shard, its place there.
         exif_transpose: whether to turn it as its EXIF orientation says.
 
@@ -173,9 +173,9 @@ def inspect_picture(address: str, span: image_files.Span | None = None, exif_tra
     except Image.DecompressionBombError:
         too_large = True
     except Exception as error:
-        # Whatever a decoder raises over damaged bytes (struct.error, KeyError, …), it is about this picture.
+        # Whatever a decoder raises over damaged bytes (struct.error, KeyError, …), it is about this image.
         raise SampleError(
-            "image_unreadable", f"{shown}: not a readable picture ({type(error).__name__}: {error}); replace it."
+            "image_unreadable", f"{shown}: not a readable image ({type(error).__name__}: {error}); replace it."
         ) from error
     if too_large:
         raise SampleError(
@@ -189,7 +189,7 @@ def inspect_picture(address: str, span: image_files.Span | None = None, exif_tra
         raise SampleError(
             "image_depth", f"{shown}: has grey levels of more than 8 bits, which would be cut to white; scale them."
         )
-    picture = Picture(
+    image_ref = ImageRef(
         uri=address,
         sha256=hashlib.sha256(content).hexdigest(),
         width=image.width,
@@ -197,7 +197,7 @@ def inspect_picture(address: str, span: image_files.Span | None = None, exif_tra
         span=span,
         turned=exif_transpose and is_turned,
     )
-    return Look(picture, gray, notes)
+    return Look(image_ref, gray, notes)
 
 
 def _notes(image: Image.Image, is_turned: bool) -> tuple[str, ...]:
@@ -210,10 +210,10 @@ def _notes(image: Image.Image, is_turned: bool) -> tuple[str, ...]:
     return tuple(code for code, applies in noted.items() if applies)
 
 
-@lru_cache(maxsize=_CACHED_PICTURES)
+@lru_cache(maxsize=_CACHED_IMAGES)
 def _inspected(address: str, span: image_files.Span | None, exif_transpose: bool) -> Look | SampleError:
     try:
-        return inspect_picture(address, span, exif_transpose)
+        return inspect_image(address, span, exif_transpose)
     except SampleError as error:
         return error
 
@@ -223,7 +223,7 @@ def check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accep
 
     Args:
         record: the item.
-        inspect: what looks at a picture, given its address.
+        inspect: what looks at an image, given its address.
     """
     try:
         if record.problem:
@@ -235,7 +235,7 @@ def check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accep
             if isinstance(look, SampleError):
                 raise look
             looks.append(look)
-        sample, notes = _interpret(raw, [look.picture for look in looks], record)
+        sample, notes = _interpret(raw, [look.image for look in looks], record)
     except SampleError as error:
         content = record.content
         sample_id = str(content["id"]) if isinstance(content, dict) and "id" in content else None
@@ -272,7 +272,7 @@ def _why_unread(address: str) -> str:
 def _parse(content: Any) -> _RawSample:
     if isinstance(content, dict) and content.get("video"):
         raise SampleError(
-            "video", "the field `video` asks for a video, which is not supported; give frames as pictures instead."
+            "video", "the field `video` asks for a video, which is not supported; give frames as images instead."
         )
     try:
         raw = _RawSample.model_validate(content)
@@ -293,12 +293,12 @@ def _references(raw: _RawSample) -> list[str]:
     return [raw.image] if raw.image else []
 
 
-def _interpret(raw: _RawSample, shown: list[Picture], record: Record) -> tuple[Sample, frozenset[str]]:
-    """Decide which picture goes where, and refuse what is ambiguous.
+def _interpret(raw: _RawSample, shown: list[ImageRef], record: Record) -> tuple[Sample, frozenset[str]]:
+    """Decide which image goes where, and refuse what is ambiguous.
 
     Args:
         raw: the sample as written.
-        shown: its pictures, in the order in which `image` lists them.
+        shown: its images, in the order in which `image` lists them.
         record: where it stands.
     """
     _check_roles(raw.conversations)
@@ -310,19 +310,19 @@ def _interpret(raw: _RawSample, shown: list[Picture], record: Record) -> tuple[S
     turns = []
     for number, (raw_turn, text) in enumerate(zip(raw.conversations, texts, strict=True)):
         turn = Turn(role=_role(raw_turn.role), parts=tuple(_split_at_marks(text, marks)))
-        has_picture = any(isinstance(part, int) for part in turn.parts)
-        if has_picture and turn.role != "user":
+        has_image = any(isinstance(part, int) for part in turn.parts)
+        if has_image and turn.role != "user":
             raise SampleError(
                 "placeholder_in_answer",
-                f"turn {number} ({turn.role}) holds a picture's placeholder; move it into the user's words.",
+                f"turn {number} ({turn.role}) holds an image's placeholder; move it into the user's words.",
             )
-        if not turn.text and not has_picture:
+        if not turn.text and not has_image:
             reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
             raise SampleError(reason, f"turn {number} ({turn.role}) says nothing; give it words or leave it out.")
         turns.append(turn)
     sample = Sample(
         id=str(record.index) if raw.id is None else raw.id,
-        pictures=tuple(shown),
+        images=tuple(shown),
         turns=tuple(turns),
         source=record.file,
         index=record.index,
@@ -353,27 +353,25 @@ def _check_roles(turns: list[_RawTurn]) -> None:
 
 
 def _number_marks(raw: _RawSample) -> dict[str, int]:
-    """Which placeholder stands for which picture, each used exactly once."""
+    """Which placeholder stands for which image, each used exactly once."""
     used = Counter(mark for turn in raw.conversations for mark in _MARK.findall(turn.content))
     if isinstance(raw.image, dict):
         marks = {name: number for number, name in enumerate(raw.image)}
         for name in marks:
             if not _MARK.fullmatch(name):
                 raise SampleError(
-                    "placeholder_name", f"{name!r} is no placeholder; name pictures <image_00>, <image_01>."
+                    "placeholder_name", f"{name!r} is no placeholder; name images <image_00>, <image_01>."
                 )
             if name not in used:
-                raise SampleError(
-                    "placeholder_missing", f"no turn mentions {name}; write it where its picture belongs."
-                )
+                raise SampleError("placeholder_missing", f"no turn mentions {name}; write it where its image belongs.")
     else:
         marks = {_UNNAMED_MARK: 0} if raw.image else {}
     for mark, count in used.items():
         if mark not in marks:
-            raise SampleError("placeholder_without_image", f"the text says {mark}, but `image` names no such picture.")
+            raise SampleError("placeholder_without_image", f"the text says {mark}, but `image` names no such image.")
         if count > 1:
             raise SampleError(
-                "placeholder_doubled", f"{mark} stands {count} times in the text; a picture goes to one place."
+                "placeholder_doubled", f"{mark} stands {count} times in the text; an image goes to one place."
             )
     return marks
 

@@ -1,7 +1,7 @@
-"""Where a picture's bytes lie, and what may be decoded from them.
+"""Where an image's bytes lie, and what may be decoded from them.
 
 An address is a path, an `s3://` URI, a member of a tar shard (`shards/000.tar!cat.jpg`, the shard local or `s3://`) or
-a `data:` URI that holds the picture itself. A member is read at its place in the shard, in one request: nothing is
+a `data:` URI that holds the image itself. A member is read at its place in the shard, in one request: nothing is
 unpacked, so no name inside a shard can lead anywhere, and a shard is listed once, when the data is validated.
 """
 
@@ -41,7 +41,7 @@ Span = tuple[int, int]  # first byte and number of bytes
 
 
 def resolve(reference: str, folder: str) -> str:
-    """The address of a picture that a data file names, valid from everywhere.
+    """The address of an image that a data file names, valid from everywhere.
 
     Args:
         reference: what the file says.
@@ -65,7 +65,7 @@ def resolve(reference: str, folder: str) -> str:
 
 
 def shard_of(address: str) -> str | None:
-    """The tar shard that a picture is a member of, or None."""
+    """The tar shard that an image is a member of, or None."""
     if address[:5].lower() == "data:":
         return None
     member = _MEMBER.fullmatch(address)
@@ -92,7 +92,7 @@ def list_shard(shard: str) -> dict[str, Span]:
 
 
 def read(address: str, span: Span | None = None) -> bytes:
-    """A picture's bytes, still encoded.
+    """An image's bytes, still encoded.
 
     Args:
         address: as `resolve` gives it.
@@ -113,7 +113,7 @@ def read(address: str, span: Span | None = None) -> bytes:
 
 
 def open_header(content: bytes) -> Image.Image:
-    """What a picture's header says, no pixel decoded.
+    """What an image's header says, no pixel decoded.
 
     Raises:
         Exception: whatever a decoder raises over damaged bytes.
@@ -122,7 +122,7 @@ def open_header(content: bytes) -> Image.Image:
 
 
 def decode(content: bytes, turn: bool = False) -> Image.Image:
-    """The picture, unconverted, all of its pixels decoded.
+    """The image, unconverted, all of its pixels decoded.
 
     Args:
         content: the bytes of its file.
@@ -137,7 +137,7 @@ def decode(content: bytes, turn: bool = False) -> Image.Image:
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation says that the picture is to be turned or mirrored."""
+    """Whether the EXIF orientation says that the image is to be turned or mirrored."""
     try:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     except Exception:  # damaged EXIF data says nothing
@@ -145,15 +145,15 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def shown(address: str) -> str:
-    """The address as a message shows it: a `data:` URI is as long as its picture."""
+    """The address as a message shows it: a `data:` URI is as long as its image."""
     return address if len(address) <= _LONGEST_SHOWN or address[:5].lower() != "data:" else f"{address[:40]}…"
 
 
 def _decode_data_uri(address: str) -> bytes:
     header, comma, body = address.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise UserError(f"{shown(address)}: only data:image/…;base64,… is read; encode the picture so.")
+        raise UserError(f"{shown(address)}: only data:image/…;base64,… is read; encode the image so.")
     try:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
     except binascii.Error as error:
-        raise UserError(f"{shown(address)}: not valid Base64 ({error}); encode the picture again.") from error
+        raise UserError(f"{shown(address)}: not valid Base64 ({error}); encode the image again.") from error

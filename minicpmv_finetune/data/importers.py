@@ -1,8 +1,8 @@
 """Data of other programs in this project's format: LLaVA, OpenAI's chat messages, and folders of Hugging Face datasets.
 
-All three are conversations that name pictures, in a list beside the turns or within them, so one conversion serves
-them: pictures are named `<image_00>`, `<image_01>`, … in the order in which the turns show them. It judges nothing that
-validate-data judges; what cannot be converted at all, such as a video, is listed with its reason. Pictures that
+All three are conversations that name images, in a list beside the turns or within them, so one conversion serves
+them: images are named `<image_00>`, `<image_01>`, … in the order in which the turns show them. It judges nothing that
+validate-data judges; what cannot be converted at all, such as a video, is listed with its reason. Images that
 stand in a dataset's own files go to one tar shard beside the output.
 """
 
@@ -37,14 +37,14 @@ _MARK = "<image>"
 
 @dataclass
 class _Shard:
-    """The tar file that receives pictures, made when the first one comes; equal ones are stored once."""
+    """The tar file that receives images, made when the first one comes; equal ones are stored once."""
 
     path: Path
     names: set[str] = field(default_factory=set)
     archive: tarfile.TarFile | None = None
 
     def add(self, content: bytes, suffix: str) -> str:
-        """The reference of a picture."""
+        """The reference of an image."""
         if self.archive is None:
             self.archive = tarfile.open(self.path.with_name(f".{self.path.name}.{os.getpid()}"), "w")  # noqa: SIM115
         name = f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
@@ -66,14 +66,14 @@ class _Shard:
                 staging.unlink()
 
 
-def import_data(source: str, out: Path, picture_folder: str = "") -> None:
+def import_data(source: str, out: Path, image_folder: str = "") -> None:
     """Write data of another format as JSON Lines for validate-data.
 
     Args:
         source: a JSON array or JSON Lines (LLaVA's, or OpenAI's messages), a folder that `datasets` saved or that
             holds Parquet files, or a pattern of files; local or `s3://`.
-        out: file that receives the samples; rejects and pictures lie beside it.
-        picture_folder: what pictures' paths are relative to; empty for the folder of the source.
+        out: file that receives the samples; rejects and images lie beside it.
+        image_folder: what images' paths are relative to; empty for the folder of the source.
 
     Raises:
         UserError: nothing lies there, it is of no known format, or nothing of it can be used.
@@ -89,7 +89,7 @@ def import_data(source: str, out: Path, picture_folder: str = "") -> None:
                 try:
                     if problem:
                         raise problem
-                    folder = picture_folder or storage.parent(file)
+                    folder = image_folder or storage.parent(file)
                     sample = _converted(item, partial(_reference, folder=folder, out=out, shard=shard))
                 except SampleError as error:
                     name = item.get("id") if isinstance(item, dict) else None
@@ -194,7 +194,7 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _video_columns(schema: Any) -> set[str]:
-    """What `datasets` has noted of its columns, which for a video is stored as a picture is."""
+    """What `datasets` has noted of its columns, which for a video is stored as an image is."""
     noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = noted.get("info", {}).get("features", {})
     return {name for name, feature in features.items() if "'Video'" in str(feature)}
@@ -205,7 +205,7 @@ def _converted(item: Any, refer: Callable[[Any], str]) -> dict[str, Any]:
 
     Args:
         item: of another format.
-        refer: gives the reference of a picture.
+        refer: gives the reference of an image.
 
     Raises:
         SampleError: it cannot be converted.
@@ -214,14 +214,14 @@ def _converted(item: Any, refer: Callable[[Any], str]) -> dict[str, Any]:
         raise SampleError("schema", f"holds {type(item).__name__}, not an object; see docs/data-format.md.")
     if video := item.get("video") or item.get("videos"):
         name = video if isinstance(video, str) else "one"
-        raise SampleError("video", f"asks for a video ({name:.100}), which is not supported; give frames as pictures.")
+        raise SampleError("video", f"asks for a video ({name:.100}), which is not supported; give frames as images.")
     listed = item.get("image") or item.get("images") or []
     waiting = list(listed) if isinstance(listed, list) else [listed]
     shown: dict[str, str] = {}
 
-    def place(picture: Any) -> str:
+    def place(image: Any) -> str:
         mark = f"<image_{len(shown):02}>"
-        shown[mark] = refer(picture)
+        shown[mark] = refer(image)
         return mark
 
     turns = []
@@ -229,11 +229,11 @@ def _converted(item: Any, refer: Callable[[Any], str]) -> dict[str, Any]:
         text = _text(content, waiting, place)
         turns.append({"role": _ROLES.get(speaker, speaker), "content": text})
     if waiting and shown:
-        raise SampleError("placeholder_missing", f"the turns show {len(shown)} of its pictures and not the others.")
+        raise SampleError("placeholder_missing", f"the turns show {len(shown)} of its images and not the others.")
     if waiting:
         first = next((turn for turn in turns if turn["role"] == "user"), None)
         if first is None:
-            raise SampleError("roles", "no turn is the user's, to which its pictures would belong.")
+            raise SampleError("roles", "no turn is the user's, to which its images would belong.")
         first["content"] = "\n".join([*map(place, waiting), first["content"]])
     answers = item.get("answers")
     return {
@@ -268,7 +268,7 @@ def _turns(item: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _text(content: Any, waiting: list[Any], place: Callable[[Any], str]) -> str:
-    """What a turn says, with its pictures' marks."""
+    """What a turn says, with its images' marks."""
     if isinstance(content, str):
         before, *rest = content.split(_MARK)
         for words in rest:
@@ -285,31 +285,31 @@ def _text(content: Any, waiting: list[Any], place: Callable[[Any], str]) -> str:
                 raise SampleError("schema", f"a turn holds {type(said).__name__} where a text belongs; correct it.")
             parts.append(said)
         elif kind in ("image_url", "input_image") or (kind == "image" and not waiting):
-            picture = part.get("image_url") or part.get("image")
-            parts.append(place(picture["url"] if isinstance(picture, dict) and "url" in picture else picture))
+            image = part.get("image_url") or part.get("image")
+            parts.append(place(image["url"] if isinstance(image, dict) and "url" in image else image))
         elif kind == "image":
             parts.append(place(waiting.pop(0)))
         elif "video" in str(kind):
-            raise SampleError("video", "a turn shows a video, which is not supported; give frames as pictures.")
+            raise SampleError("video", "a turn shows a video, which is not supported; give frames as images.")
         else:
-            raise SampleError("schema", f"a turn holds {kind!r}, which is neither text nor a picture; leave it out.")
+            raise SampleError("schema", f"a turn holds {kind!r}, which is neither text nor an image; leave it out.")
     # As the published code joins what a turn consists of.
     return "\n".join(parts)
 
 
-def _reference(picture: Any, folder: str, out: Path, shard: _Shard) -> str:
-    """How the written file names a picture."""
-    if isinstance(picture, dict):  # of `datasets`: its bytes, or a path
-        name = picture.get("path") or ""
-        if picture.get("bytes"):
-            return shard.add(picture["bytes"], PurePosixPath(name).suffix.lower())
-        picture = name
-    if not isinstance(picture, str) or not picture:
-        raise SampleError("schema", f"a picture is {type(picture).__name__}, not a path or data: URI.")
-    if picture.startswith("file://"):
-        picture = unquote(urlsplit(picture).path)
+def _reference(image: Any, folder: str, out: Path, shard: _Shard) -> str:
+    """How the written file names an image."""
+    if isinstance(image, dict):  # of `datasets`: its bytes, or a path
+        name = image.get("path") or ""
+        if image.get("bytes"):
+            return shard.add(image["bytes"], PurePosixPath(name).suffix.lower())
+        image = name
+    if not isinstance(image, str) or not image:
+        raise SampleError("schema", f"an image is {type(image).__name__}, not a path or data: URI.")
+    if image.startswith("file://"):
+        image = unquote(urlsplit(image).path)
     try:
-        address = image_files.resolve(picture, folder)
+        address = image_files.resolve(image, folder)
     except UserError as error:
         raise SampleError("image_refused", str(error)) from error
     if address[:5].lower() == "data:":

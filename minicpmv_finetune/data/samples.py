@@ -1,8 +1,8 @@
 """The data contract between steps: what an accepted sample looks like, on disk and in memory.
 
 A dataset folder holds `train.jsonl`, `eval.jsonl` and `dataset.json`. Each line is a `Sample`
-whose turns are lists of parts: a string is text, an integer is the number of one of the sample's pictures. So
-"where does picture 2 go" is answered once, by validate_data, and no later step parses placeholders. Pictures stay
+whose turns are lists of parts: a string is text, an integer is the number of one of the sample's images. So
+"where does image 2 go" is answered once, by validate_data, and no later step parses placeholders. Images stay
 where they are; their sha256 makes a change under a run an error instead of a surprise.
 """
 
@@ -29,8 +29,8 @@ Split = Literal["train", "eval"]
 Document = TypeVar("Document", bound=BaseModel)
 
 
-class Picture(BaseModel):
-    """One picture of a sample, as its header describes it."""
+class ImageRef(BaseModel):
+    """One image of a sample, as its header describes it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,7 +43,7 @@ class Picture(BaseModel):
 
 
 class Turn(BaseModel):
-    """One message: text parts are strings, an integer part stands for the picture of that number."""
+    """One message: text parts are strings, an integer part stands for the image of that number."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,12 +57,13 @@ class Turn(BaseModel):
 
 
 class Sample(BaseModel):
-    """A conversation about zero or more pictures that every later step can rely on."""
+    """A conversation about zero or more images that every later step can rely on."""
 
-    model_config = ConfigDict(frozen=True)
+    # `pictures` is what files have called it since 0.1.0.
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     id: str
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageRef, ...] = Field(alias="pictures")
     turns: tuple[Turn, ...]
     source: str = Field(description="file it came from, for error messages")
     index: int | None = Field(default=None, description="position among that file's samples, from 0")
@@ -99,9 +100,7 @@ class DatasetInfo(BaseModel):
     rows: dict[Split, int]
     rejected: dict[str, int] = Field(description="number of rejected samples by reason")
     noted: dict[str, int] = Field(default={}, description="what is worth knowing of accepted samples, by code")
-    exif_transpose: bool = Field(
-        default=False, description="whether pictures are turned as EXIF says; serving must too"
-    )
+    exif_transpose: bool = Field(default=False, description="whether images are turned as EXIF says; serving must too")
 
 
 class SampleError(Exception):
@@ -159,36 +158,36 @@ def read_samples(dataset: Path, split: Split) -> Iterator[Sample]:
             yield Sample.model_validate_json(line)
 
 
-def read_picture(picture: Picture) -> bytes:
-    """A picture's bytes, still encoded.
+def read_image(image: ImageRef) -> bytes:
+    """An image's bytes, still encoded.
 
     Raises:
         UserError: they are not those that were validated.
     """
-    content = image_files.read(picture.uri, picture.span)
-    if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise UserError(f"{image_files.shown(picture.uri)}: changed since it was validated; run validate-data again.")
+    content = image_files.read(image.uri, image.span)
+    if hashlib.sha256(content).hexdigest() != image.sha256:
+        raise UserError(f"{image_files.shown(image.uri)}: changed since it was validated; run validate-data again.")
     return content
 
 
-def decode_picture(content: bytes, turned: bool = False) -> Image.Image:
-    """Decode a picture's bytes, unconverted; `turned` is what its `Picture` says."""
+def decode_image(content: bytes, turned: bool = False) -> Image.Image:
+    """Decode an image's bytes, unconverted; `turned` is what its `ImageRef` says."""
     return image_files.decode(content, turned)
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """Decode a picture, unconverted.
+def open_image(image: ImageRef) -> Image.Image:
+    """Decode an image, unconverted.
 
     Raises:
         UserError: its bytes are not those that were validated.
     """
-    return decode_picture(read_picture(picture), picture.turned)
+    return decode_image(read_image(image), image.turned)
 
 
 def content_digest(sample: Sample) -> str:
-    """A hash of what the sample says, shows and asks for, independent of ids, addresses and picture sizes."""
+    """A hash of what the sample says, shows and asks for, independent of ids, addresses and image sizes."""
     content: dict[str, Any] = {
-        "pictures": [picture.sha256 for picture in sample.pictures],
+        "pictures": [image.sha256 for image in sample.images],
         "turns": [[turn.role, *turn.parts] for turn in sample.turns],
         "evaluation": [sample.metric, sample.tags, sample.answers],
     }

@@ -20,7 +20,7 @@ from minicpmv_finetune.minicpmv.generations import Generation, generation_of
 _BF16 = 2
 _TRAINED = 16  # bytes of a trained parameter: weight 2, gradient 2, Adam in float32 12 (Rajbhandari et al. 2020, 3.1)
 _SHARED = 14  # of these, what ZeRO-2 splits between devices: gradient and optimizer
-_NF4 = 4.127 / 8  # bytes of a 4-bit parameter with its doubly quantised scales (Dettmers et al. 2023, 3)
+_NF4 = 4.127 / 8  # bytes of a 4-bit parameter with its doubly quantized scales (Dettmers et al. 2023, 3)
 _LAYER = 34  # bytes of activations a layer keeps per token and width (Korthikanti et al. 2022, eq. 2, no score matrix)
 _LOGIT = 10  # bytes of a logit: bf16, its float32 copy and that one's gradient
 _RUNTIME = 1.5e9  # CUDA context and library workspaces

@@ -1,8 +1,8 @@
-"""What a run will take, before any GPU is claimed: from the data's JSON, its pictures' headers and the base's config.
+"""What a run will take, before any GPU is claimed: from the data's JSON, its images' headers and the base's config.
 
-The samples are read and judged by validate_data's own code, with a picture's header in place of its pixels, and
-tokenised by preprocess's; so the token counts are preprocess's own. What only pixels tell (a truncated file, equal
-pictures) is left to validate_data.
+The samples are read and judged by validate_data's own code, with an image's header in place of its pixels, and
+tokenized by preprocess's; so the token counts are preprocess's own. What only pixels tell (a truncated file, equal
+images) is left to validate_data.
 """
 
 import math
@@ -16,7 +16,7 @@ from itertools import chain, islice
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
@@ -24,18 +24,18 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import Look, addresses, check
 from minicpmv_finetune.data.reading import Record, read_records
-from minicpmv_finetune.data.samples import Picture, Reject, Sample, SampleError
+from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.codecs import CODECS, Codec
-from minicpmv_finetune.shards.encoding import count_slices, shown, tokenise
+from minicpmv_finetune.shards.encoding import count_slices, shown, tokenize
 from minicpmv_finetune.workers import map_in_order
 
 from . import cost
 from .cost import Model, Recipe
 
-_HEADER_BYTES = 2**16  # of a picture; a header that is longer is read with the whole file
+_HEADER_BYTES = 2**16  # of an image; a header that is longer is read with the whole file
 _BATCH = 64  # samples a process handles at once
 _EXAMPLES = 5
 _MOST_TOKENS = 2**31  # nothing is too long while lengths are counted
@@ -58,11 +58,14 @@ class Longest(BaseModel):
 class Plan(BaseModel):
     """All that is known beforehand; what an estimate is has `estimated` in its name."""
 
+    # `pictures` is what the JSON output has called it since 0.1.0.
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
     generation: str
     samples: int = Field(description="accepted ones, as far as headers tell")
     eval_samples: int = Field(description="of them for evaluation; about, when they are to be held out")
     rejected: dict[str, int] = Field(description="by reason")
-    pictures: int
+    images: int = Field(alias="pictures")
     slices: int
     tokens: int
     token_percentiles: dict[int, int]
@@ -71,7 +74,7 @@ class Plan(BaseModel):
     too_long: int = Field(description="samples that model_max_length rejects")
     longest: list[Longest] = Field(description="the longest of them")
     too_long_at: dict[int, int] = Field(description="samples that other lengths would reject")
-    estimated_shard_bytes: dict[str, int] = Field(description="by picture codec")
+    estimated_shard_bytes: dict[str, int] = Field(description="by image codec")
     padding_waste: float = Field(description="share of a batch's tokens that are padding, in random order")
     packing_waste: float = Field(description="the same, samples packed into rows of model_max_length")
     parameters: int
@@ -90,8 +93,8 @@ class _Found:
     tokens: int
     slices: int
     patches: int
-    picture_bytes: int
-    pictures: int
+    image_bytes: int
+    images: int
     file: str
     index: int | None
     id: str
@@ -113,10 +116,10 @@ def plan(
         data_uri: as validate_data takes it.
         eval_data_uri: as validate_data takes it.
         base_model_uri: base checkpoint.
-        max_slice_nums: most slices of a picture beside its overview.
+        max_slice_nums: most slices of an image beside its overview.
         model_max_length: longest sample in tokens.
-        eval_fraction: share of the pictures that is held out when there is no evaluation data.
-        exif_transpose: whether pictures are turned as their EXIF orientation says.
+        eval_fraction: share of the images that is held out when there is no evaluation data.
+        exif_transpose: whether images are turned as their EXIF orientation says.
         recipe: how it will be trained.
 
     Raises:
@@ -153,7 +156,7 @@ def plan(
         samples=len(fitting),
         eval_samples=evaluated,
         rejected=dict(sorted({**rejected, **({"too_long": len(too_long)} if too_long else {})}.items())),
-        pictures=sum(sample.pictures for sample in fitting),
+        images=sum(sample.images for sample in fitting),
         slices=sum(sample.slices for sample in fitting),
         tokens=sum(lengths),
         token_percentiles=_percentiles(lengths),
@@ -195,7 +198,7 @@ def show(planned: Plan) -> None:
     rows = {
         "samples": f"{planned.samples:,}, of them {planned.eval_samples:,} to evaluate",
         "rejected": ", ".join(f"{reason} {count:,}" for reason, count in planned.rejected.items()) or "none",
-        "slices": f"{planned.slices:,} of {planned.pictures:,} pictures ({percentiles['slices']} a sample)",
+        "slices": f"{planned.slices:,} of {planned.images:,} images ({percentiles['slices']} a sample)",
         "tokens": f"{planned.tokens:,} ({percentiles['tokens']} a sample)",
         f"longer than {planned.model_max_length:,}": f"{planned.too_long:,} samples"
         + "".join(f"; than {length:,}: {count:,}" for length, count in planned.too_long_at.items()),
@@ -266,7 +269,7 @@ def _count(record: Record) -> _Found | str:
         return outcome.reason
     sample = Sample.model_validate_json(outcome.line)
     try:
-        tokens = len(tokenise(sample, _encoder, _MOST_TOKENS).input_ids)
+        tokens = len(tokenize(sample, _encoder, _MOST_TOKENS).input_ids)
     except SampleError as error:
         return error.reason
     plans = _encoder.plan(sample)
@@ -274,8 +277,8 @@ def _count(record: Record) -> _Found | str:
         tokens=tokens,
         slices=count_slices(sample, _encoder),
         patches=sum(rows * columns for number in shown(sample) for rows, columns in plans[number].target_sizes),
-        picture_bytes=sum(sizes.values()),
-        pictures=len(sample.pictures),
+        image_bytes=sum(sizes.values()),
+        images=len(sample.images),
         file=sample.source,
         index=sample.index,
         id=sample.id,
@@ -283,7 +286,7 @@ def _count(record: Record) -> _Found | str:
 
 
 def _look(address: str, sizes: dict[str, int]) -> Look | SampleError:
-    """A picture by its header alone."""
+    """An image by its header alone."""
     try:
         head, sizes[address], span = _head(address)
     except UserError as error:
@@ -307,11 +310,11 @@ def _look(address: str, sizes: dict[str, int]) -> Look | SampleError:
         return SampleError("image_depth", f"{image_files.shown(address)}: more than 8 bits.")
     if turned and image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations that lie on their side
         width, height = height, width
-    return Look(Picture(uri=address, sha256="", width=width, height=height, span=span, turned=turned), b"", ())
+    return Look(ImageRef(uri=address, sha256="", width=width, height=height, span=span, turned=turned), b"", ())
 
 
 def _head(address: str) -> tuple[bytes, int, image_files.Span | None]:
-    """The first bytes of a picture, how many it has, and where it lies in its shard."""
+    """The first bytes of an image, how many it has, and where it lies in its shard."""
     shard = image_files.shard_of(address)
     if shard:
         span = _listed(shard).get(address)
@@ -338,7 +341,7 @@ def _percentiles(values: Sequence[int]) -> dict[int, int]:
 def _shard_bytes(found: Sequence[_Found], patch_size: int) -> dict[str, int]:
     raw = 3 * patch_size**2 * sum(sample.patches for sample in found)
     text = _TOKEN_BYTES * sum(sample.tokens for sample in found)
-    sources = sum(sample.picture_bytes for sample in found)
+    sources = sum(sample.image_bytes for sample in found)
     return {codec: text + (sources if codec == "source" else int(raw * _SHARE_OF_RAW[codec])) for codec in CODECS}
 
 

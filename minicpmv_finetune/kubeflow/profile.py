@@ -166,7 +166,7 @@ class Profile(_Section):
     mlflow: MLflow
     base_models: ModelVolume | None = None
     allowed_uris: tuple[str, ...] = Field(
-        default=(), description="folders that data, and the pictures it names, may lie in; none allows every place"
+        default=(), description="folders that data, and the images it names, may lie in; none allows every place"
     )
     runtime: Name | None = Field(default=None, description="TrainingRuntime for training on several nodes")
     preprocess_partitions: int = Field(default=1, ge=1, description="pods that share the work of preprocess")

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel
 
-from minicpmv_finetune.data.samples import Sample, open_picture
+from minicpmv_finetune.data.samples import Sample, open_image
 
 from .batch import collate
 from .conversation import Encoder
-from .model_input import Row
+from .model_input import ModelInput
 from .slicing import cut
 
 
@@ -49,7 +49,7 @@ def answer(
 
     Args:
         model: with or without a PEFT adapter on top; left in the mode (training or not) in which it came.
-        encoder: of the model's checkpoint; its slicing decides how pictures are seen.
+        encoder: of the model's checkpoint; its slicing decides how images are seen.
         samples: a last assistant turn, if there is one, is the expected answer and not shown.
         max_new_tokens: of one answer.
         batch_size: samples asked at once; the answers do not depend on it.
@@ -60,7 +60,7 @@ def answer(
 
     Raises:
         SampleError: a text contains a special token.
-        UserError: a picture changed since it was validated.
+        UserError: an image changed since it was validated.
     """
     prompts = [encoder.encode_prompt(sample) for sample in samples]
     # Stable, so that the batches, and with them the last bits of every sum, are the same in every run.
@@ -70,7 +70,7 @@ def answer(
     with _answering(model, config):
         for start in range(0, len(samples), batch_size):
             numbers = longest_first[start : start + batch_size]
-            rows = [Row(samples[n].id, prompts[n], [], _slices(samples[n], encoder)) for n in numbers]
+            rows = [ModelInput(samples[n].id, prompts[n], [], _slices(samples[n], encoder)) for n in numbers]
             for number, generated in zip(numbers, _generate(model, encoder, rows), strict=True):
                 answers[number] = _read(generated, encoder, config)
             if on_done is not None:
@@ -120,17 +120,15 @@ def _answering(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
 
 
 def _slices(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
-    """The slices of a sample's pictures, in the order in which the turns show them."""
+    """The slices of a sample's images, in the order in which the turns show them."""
     plans = encoder.plan(sample)
     order = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
     return [
-        pixels
-        for number in order
-        for pixels in cut(open_picture(sample.pictures[number]), plans[number], encoder.slicing)
+        pixels for number in order for pixels in cut(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
 
 
-def _generate(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
+def _generate(model: PreTrainedModel, encoder: Encoder, rows: Sequence[ModelInput]) -> list[list[int]]:
     """The new tokens of each row, the padding after a finished answer included."""
     batch = collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""From tokenised rows to the tensors the model takes; one collator for training, evaluation and prediction.
+"""From tokenized rows to the tensors the model takes; one collator for training, evaluation and prediction.
 
 Pixels come as uint8 slices and leave as the packed layout of the vision tower: the patches of all slices of all
 rows, one after the other along the last dimension, so no slice is padded to the longest.
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .model_input import IGNORED_LABEL, Row
+from .model_input import IGNORED_LABEL, ModelInput
 from .packed import boundaries
 from .slicing import Resampler
 
 
 def collate(
-    rows: Sequence[Row],
+    rows: Sequence[ModelInput],
     pad_token_id: int,
     patch_size: int,
     padding_side: Literal["left", "right"],
@@ -33,7 +33,7 @@ def collate(
         resampler: of the generation, for `pack_patches`.
 
     Returns:
-        `input_ids` and `attention_mask` [B, T]; `labels` [B, T] when the rows have them; with pictures also
+        `input_ids` and `attention_mask` [B, T]; `labels` [B, T] when the rows have them; with images also
         `pixel_values` float32 [1, 3, patch_size, patch_size * patches] and `target_sizes` int32 [slices, 2], each a
         slice's (rows, columns) in patches.
     """
@@ -50,10 +50,10 @@ def collate(
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if any(len(row.labels) for row in rows):
         batch["labels"] = labels
-    return {**batch, **_pictures(rows, patch_size, resampler)}
+    return {**batch, **_images(rows, patch_size, resampler)}
 
 
-def collate_packed(rows: Sequence[Row], patch_size: int, resampler: Resampler = "torchvision") -> dict[str, Any]:
+def collate_packed(rows: Sequence[ModelInput], patch_size: int, resampler: Resampler = "torchvision") -> dict[str, Any]:
     """Put rows behind one another, without padding; see `packed`.
 
     Args:
@@ -62,7 +62,7 @@ def collate_packed(rows: Sequence[Row], patch_size: int, resampler: Resampler = 
         resampler: of the generation, for `pack_patches`.
 
     Returns:
-        `input_ids` and `labels` [1, tokens of all rows], where the rows lie, and pictures as `collate` has them.
+        `input_ids` and `labels` [1, tokens of all rows], where the rows lie, and images as `collate` has them.
     """
     labels = [torch.as_tensor(row.labels).clone() for row in rows]
     for row in labels:
@@ -72,11 +72,11 @@ def collate_packed(rows: Sequence[Row], patch_size: int, resampler: Resampler = 
         "input_ids": torch.cat([torch.as_tensor(row.input_ids) for row in rows]).long().unsqueeze(0),
         "labels": torch.cat(labels).long().unsqueeze(0),
         **boundaries([len(row.input_ids) for row in rows]),
-        **_pictures(rows, patch_size, resampler),
+        **_images(rows, patch_size, resampler),
     }
 
 
-def _pictures(rows: Sequence[Row], patch_size: int, resampler: Resampler) -> dict[str, torch.Tensor]:
+def _images(rows: Sequence[ModelInput], patch_size: int, resampler: Resampler) -> dict[str, torch.Tensor]:
     slices = [pixels for row in rows for pixels in row.slices]
     if not slices:
         return {}
@@ -90,7 +90,7 @@ def _pictures(rows: Sequence[Row], patch_size: int, resampler: Resampler) -> dic
 
 
 def pack_patches(pixels: NDArray[np.uint8], patch_size: int, resampler: Resampler = "torchvision") -> torch.Tensor:
-    """Normalise a slice and lay its patches side by side.
+    """Normalize a slice and lay its patches side by side.
 
     Args:
         pixels: uint8 [height, width, 3].
@@ -102,7 +102,7 @@ def pack_patches(pixels: NDArray[np.uint8], patch_size: int, resampler: Resample
     """
     height, width, channels = pixels.shape
     patches = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
-    # A row of the picture stays together, so laying out and converting are one pass.
+    # A row of the image stays together, so laying out and converting are one pass.
     packed = torch.empty(channels, patch_size, height // patch_size, width).copy_(patches.permute(3, 1, 0, 2))
     packed = packed.view(channels, patch_size, -1)
     if resampler == "pillow":

@@ -1,6 +1,6 @@
 """The configuration of MiniCPM-V 2.6, 4.0 and 4.5, read from and written to the published `config.json` as it is.
 
-The published file is flat: the language model's fields stand beside the picture's, and `version` says which language
+The published file is flat: the language model's fields stand beside the image's, and `version` says which language
 model is meant. Here they are sorted into the configurations of transformers' own classes, which is what the model is
 built from; on saving, the published fields go out again under their old names, so that the code that belongs to the
 checkpoint reads what this project wrote.
@@ -21,7 +21,7 @@ _LANGUAGE_MODELS: dict[str, type[PreTrainedConfig]] = {"2.6": Qwen2Config, "4.0"
 RESAMPLER_HEAD_DIM = 128
 """Width of a head of the resampler's attention, in every generation: heads = hidden_size // 128."""
 
-PICTURE_TOKEN = "<unk>"
+IMAGE_TOKEN = "<unk>"
 """The token of which `query_num` stand where a slice goes."""
 
 _FIELDS_OF_TRANSFORMERS = {"transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}

@@ -1,6 +1,6 @@
 """From a sample to token ids and labels, by the checkpoint's own chat template.
 
-The template is rendered as text, each picture's mark is replaced by its tokens, and the whole is tokenised once: the
+The template is rendered as text, each image's mark is replaced by its tokens, and the whole is tokenized once: the
 ids are those that the model's processor produces at serving time (tested per generation), so training sees what
 serving sends. An answer is found in the text, where it stands between the assistant's header and the end of the
 turn; because text that contains a special token is refused, no user can write such a mark, and the character
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised conversation; `labels` repeat the supervised ids and are -100 elsewhere (not shifted)."""
+    """A tokenized conversation; `labels` repeat the supervised ids and are -100 elsewhere (not shifted)."""
 
     input_ids: list[int]
     labels: list[int]
@@ -80,7 +80,7 @@ class Encoder:
 
     def check_special_tokens(self, checkpoint: Path) -> None:
         """Refuse a tokenizer that would split a mark into ordinary tokens."""
-        needed = ["<image>", "</image>", "<slice>", "</slice>", self.generation.picture_token]
+        needed = ["<image>", "</image>", "<slice>", "</slice>", self.generation.image_token]
         needed += [self.generation.end_of_turn]
         vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in needed if token not in vocabulary]
@@ -102,11 +102,11 @@ class Encoder:
         return int(self.tokenizer.pad_token_id or 0)
 
     def plan(self, sample: Sample) -> list[SlicePlan]:
-        """The slices of each of a sample's pictures."""
-        return [plan_slices(picture.width, picture.height, self.slicing) for picture in sample.pictures]
+        """The slices of each of a sample's images."""
+        return [plan_slices(image.width, image.height, self.slicing) for image in sample.images]
 
     def encode(self, sample: Sample) -> Encoded:
-        """Tokenise a whole conversation for training.
+        """Tokenize a whole conversation for training.
 
         Raises:
             SampleError: a text contains a special token.
@@ -114,7 +114,7 @@ class Encoder:
         return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False))
 
     def encode_text(self, text: str) -> Encoded:
-        """Tokenise a rendered conversation and find what is learnt in it: each answer up to the end of its turn."""
+        """Tokenize a rendered conversation and find what is learnt in it: each answer up to the end of its turn."""
         tokens = self.tokenizer(text, return_offsets_mapping=True)
         answers = [match.span(1) for match in self._answer_pattern.finditer(text)]
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
@@ -129,7 +129,7 @@ class Encoder:
         return Encoded(ids, labels)
 
     def encode_prompt(self, sample: Sample, enable_thinking: bool = False) -> list[int]:
-        """Tokenise everything before a sample's last answer, as a server would to have it answered.
+        """Tokenize everything before a sample's last answer, as a server would to have it answered.
 
         Args:
             sample: a last answer is left out.
@@ -165,23 +165,23 @@ class Encoder:
             options["enable_thinking"] = enable_thinking
         messages: list[Any] = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        # The order of the marks in the text decides, whatever the order in which pictures were listed.
+        # The order of the marks in the text decides, whatever the order in which images were listed.
         order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
-        pieces = text.split(self.generation.picture_mark)
+        pieces = text.split(self.generation.image_mark)
         if len(pieces) != len(order) + 1:
             raise UserError(
-                f"The chat template wrote {len(pieces) - 1} picture marks for {len(order)} pictures; it does not "
+                f"The chat template wrote {len(pieces) - 1} image marks for {len(order)} images; it does not "
                 f"belong to MiniCPM-V {self.generation.version}."
             )
         plans = self.plan(sample)
-        expanded = [self._picture_tokens(shown, plans[number]) for shown, number in enumerate(order)]
+        expanded = [self._image_tokens(shown, plans[number]) for shown, number in enumerate(order)]
         return "".join(piece for pair in zip(pieces, [*expanded, ""], strict=True) for piece in pair)
 
     def _content(self, turn: Turn) -> str | list[dict[str, Any]]:
         """A turn as the chat template wants it; between list items, the line break beside a mark is the template's."""
         parts = list(turn.parts)
-        if self.generation.picture_content == "text":
-            return "".join(self.generation.picture_mark if isinstance(part, int) else part for part in parts)
+        if self.generation.image_content == "text":
+            return "".join(self.generation.image_mark if isinstance(part, int) else part for part in parts)
         if all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
         items: list[dict[str, Any]] = []
@@ -197,15 +197,15 @@ class Encoder:
                 items.append({"type": "text", "text": part})
         return items
 
-    def _picture_tokens(self, shown: int, plan: SlicePlan) -> str:
-        """The tokens of the picture shown as number `shown`, overview first, slices row by row."""
+    def _image_tokens(self, shown: int, plan: SlicePlan) -> str:
+        """The tokens of the image shown as number `shown`, overview first, slices row by row."""
         counts = [
             self.tokens_per_slice or rows * columns // self.patches_per_token for rows, columns in plan.target_sizes
         ]
         text = f"<image_id>{shown}</image_id>" if self.use_image_id else ""
-        text += f"<image>{self.generation.picture_token * counts[0]}</image>"
+        text += f"<image>{self.generation.image_token * counts[0]}</image>"
         if plan.grid is not None:
-            slices = [f"<slice>{self.generation.picture_token * count}</slice>" for count in counts[1:]]
+            slices = [f"<slice>{self.generation.image_token * count}</slice>" for count in counts[1:]]
             columns = plan.grid[1]
             text += "\n".join("".join(slices[row : row + columns]) for row in range(0, len(slices), columns))
         return text

@@ -37,9 +37,9 @@ class Generation:
         interchangeable_layers: whether the language model's layers are of one kind, so that they can be stacked anew.
         fixed_tokens: whether a resampler turns every slice into the same number of tokens (`query_num` of config.json),
             or a merger joins neighbouring patches.
-        picture_token: token that stands for one feature vector.
-        picture_mark: what the chat template writes for a picture, replaced by its tokens.
-        picture_content: whether the template takes pictures as list items or as marks within the text.
+        image_token: token that stands for one feature vector.
+        image_mark: what the chat template writes for an image, replaced by its tokens.
+        image_content: whether the template takes images as list items or as marks within the text.
         assistant_header: what stands before an answer.
         end_of_turn: what ends an answer, and is learnt with it.
         stop_tokens: what ends generation.
@@ -57,9 +57,9 @@ class Generation:
     merger: str
     embed_tokens: str
     lora_target_modules: str
-    picture_token: str
-    picture_mark: str
-    picture_content: Literal["items", "text"]
+    image_token: str
+    image_mark: str
+    image_content: Literal["items", "text"]
     assistant_header: str
     end_of_turn: str
     stop_tokens: tuple[str, ...]
@@ -88,9 +88,9 @@ MINICPMV_4_6 = Generation(
     embed_tokens="model.language_model.embed_tokens",
     lora_target_modules=_QWEN3_5_LORA_TARGETS,
     interchangeable_layers=False,
-    picture_token="<|image_pad|>",
-    picture_mark="<|image_pad|>",
-    picture_content="items",
+    image_token="<|image_pad|>",
+    image_mark="<|image_pad|>",
+    image_content="items",
     assistant_header="<|im_start|>assistant\n",
     end_of_turn="<|im_end|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
@@ -112,10 +112,10 @@ MINICPMV_2_6 = Generation(
     embed_tokens="llm.model.embed_tokens",
     lora_target_modules=PUBLISHED_LORA_TARGETS,
     fixed_tokens=True,
-    picture_token="<unk>",
+    image_token="<unk>",
     # No text can hold it, since <image> is a special token.
-    picture_mark="(<image>./</image>)",
-    picture_content="text",
+    image_mark="(<image>./</image>)",
+    image_content="text",
     assistant_header="<|im_start|>assistant\n",
     end_of_turn="<|im_end|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
@@ -177,10 +177,10 @@ def _one_decimal(version: Any) -> str:
 
 
 def slicing_of(checkpoint: Path) -> SlicingConfig:
-    """How a checkpoint's own processor slices pictures.
+    """How a checkpoint's own processor slices images.
 
     Raises:
-        UserError: the processor normalises colours otherwise than every published MiniCPM-V, or cuts patches of
+        UserError: the processor normalizes colours otherwise than every published MiniCPM-V, or cuts patches of
             another size than the vision tower takes.
     """
     generation = generation_of(checkpoint)

@@ -1,6 +1,6 @@
 """Cross entropy where something is to be learnt, and logits nowhere else.
 
-Of a sample's positions few are supervised: pictures, questions and padding are most of it. The head is the widest layer
+Of a sample's positions few are supervised: images, questions and padding are most of it. The head is the widest layer
 of the model (150,000 words), so the logits of all positions are often more memory than all else of a step. Here the
 head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows; those of a head
 that is trained, or has adapters, are computed again in the backward pass where they are more than one chunk.

@@ -1,4 +1,4 @@
-"""What a sample has become once it is tokenised and sliced: the row that shards store and batches are made of."""
+"""What a sample has become once it is tokenized and sliced: the row that shards store and batches are made of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's default ignore_index
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelInput:
     """One sample, ready for the model.
 
     Attributes:

@@ -1,17 +1,17 @@
 """MiniCPM-V 2.6, 4.0 and 4.5: a vision tower, a resampler and a language model, in today's transformers.
 
-A picture arrives as slices of different sizes, each a grid of patches. All slices of a batch go through the tower in
+An image arrives as slices of different sizes, each a grid of patches. All slices of a batch go through the tower in
 one pass, the resampler turns each into `query_num` features of the language model's width, and these take the places
 that the tokenizer's `<unk>` holds for them among the embeddings of the text.
 
 Between the parts, patches travel *packed*: [patches of all slices, width], one slice after the other. Attention alone
 needs slices apart, and there they are padded to the longest of the batch: slices are all cut to about the same area, so
-little of it is padding (3.5 % for pictures from 300 × 200 to 1344 × 1344 together). Measured, one masked attention over
+little of it is padding (3.5 % for images from 300 × 200 to 1344 × 1344 together). Measured, one masked attention over
 the padded batch is five to eight times as fast as a block-diagonal mask over the packed whole, and within a tenth of
-a call for each slice, which would be a loop over pictures.
+a call for each slice, which would be a loop over images.
 
 Position tables are computed when they are needed. The published code keeps them in non-persistent buffers, which
-transformers 5 leaves uninitialised when it loads a model, and the model is then wrong without a word.
+transformers 5 leaves uninitialized when it loads a model, and the model is then wrong without a word.
 
 The names of the tensors (`llm.*`, `vpm.*`, `resampler.*`) are those of the published checkpoints.
 """
@@ -39,11 +39,11 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-from .configuration import PICTURE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
+from .configuration import IMAGE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
 from .loss import SupervisedOutput, mask_that_hides, supervised_loss
 
 UNTIMED = -1
-"""Frame number of a picture that belongs to no video."""
+"""Frame number of an image that belongs to no video."""
 
 
 class PatchGrid(NamedTuple):
@@ -211,7 +211,7 @@ class Resampler(nn.Module):
             patches: [patches of all slices, vision width], packed.
             target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
             temporal_ids: MiniCPM-V 4.5 joins the frames of a video into groups, each of which becomes one block of
-                features: the frame numbers of each group, in the order of the slices, -1 for a picture without a time.
+                features: the frame numbers of each group, in the order of the slices, -1 for an image without a time.
                 By default each slice is a group of its own and has no time.
 
         Returns:
@@ -264,7 +264,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         folder = Path(config.name_or_path or "")
         if config.image_token_id is None and config.name_or_path and folder.is_dir():
-            config.image_token_id = find_token_id(folder, PICTURE_TOKEN)
+            config.image_token_id = find_token_id(folder, IMAGE_TOKEN)
         vision = config.vision_config
         self.llm = AutoModelForCausalLM.from_config(config.text_config)
         self.vpm = VisionTower._from_config(vision)
@@ -328,10 +328,10 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             [groups, query_num, width].
         """
         if target_sizes is None:
-            raise ValueError("Pictures need target_sizes, each slice's rows and columns in patches.")
+            raise ValueError("Images need target_sizes, each slice's rows and columns in patches.")
         if patch_features is None:
             if pixel_values is None:
-                raise ValueError("Pictures need pixel_values, or patch_features instead.")
+                raise ValueError("Images need pixel_values, or patch_features instead.")
             patch_features = self.encode_patches(pixel_values, target_sizes)
         features: torch.Tensor = self.resampler(patch_features, target_sizes, temporal_ids)
         return features
@@ -393,7 +393,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             elif patch_features is None and past_key_values is None and (self.training or is_deepspeed_zero3_enabled()):
                 inputs_embeds = inputs_embeds + self._nothing_seen().to(inputs_embeds.dtype)
         elif any(given is not None for given in (pixel_values, vision_features, patch_features)):
-            raise ValueError("Pictures need input_ids, which say where they go; inputs_embeds were given.")
+            raise ValueError("Images need input_ids, which say where they go; inputs_embeds were given.")
         if loss_only and labels is not None:
             count = kwargs.pop("num_items_in_batch", None)
             hidden = self.get_decoder()(
@@ -425,13 +425,13 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Put features into their places, in their order."""
         if input_ids is None:
-            raise ValueError("Pictures need input_ids, which say where they go.")
+            raise ValueError("Images need input_ids, which say where they go.")
         places = self._places(input_ids, attention_mask)
         features = features.flatten(0, -2)
         wanted = int(places.sum())
         if wanted != len(features):
             raise ValueError(
-                f"The tokens have {wanted} places for picture features, but the pictures give {len(features)}."
+                f"The tokens have {wanted} places for image features, but the images give {len(features)}."
             )
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), features.to(inputs_embeds))
 
@@ -450,7 +450,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _nothing_seen(self, patch_features: torch.Tensor | None = None) -> torch.Tensor:
         """Zero, by way of the whole vision side, or of what comes behind the tower where its features are given.
 
-        A process whose batch has no picture must still run these parameters: under DDP their gradients are waited for,
+        A process whose batch has no image must still run these parameters: under DDP their gradients are waited for,
         and under ZeRO-3 and FSDP every process takes part in gathering them.
         """
         patch = self.config.vision_config.patch_size
@@ -471,7 +471,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Show the pictures once; later tokens find them in the cache."""
+        """Show the images once; later tokens find them in the cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
             inputs_embeds=inputs_embeds,

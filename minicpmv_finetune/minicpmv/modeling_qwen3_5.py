@@ -1,11 +1,11 @@
 """MiniCPM-V 4.6 and 4.7 are transformers' own classes; here they learn what no caller should have to know, and haste.
 
-4.7 lays pictures out on a canvas of positions and asks each caller which tokens belong to pictures; without that it
-refuses to train, and generates with plain positions without a word. The model knows its picture token, so it looks.
+4.7 lays images out on a canvas of positions and asks each caller which tokens belong to images; without that it
+refuses to train, and generates with plain positions without a word. The model knows its image token, so it looks.
 
-A batch without a picture skips the vision side. Where several processes train, the others then wait for its gradients
-(DDP) or for its part of the weights (ZeRO-3, FSDP) forever; so a blank picture is run and counted times zero. It runs
-where pictures would, inside the model between embeddings and language model: ZeRO-3 wants the same order everywhere.
+A batch without an image skips the vision side. Where several processes train, the others then wait for its gradients
+(DDP) or for its part of the weights (ZeRO-3, FSDP) forever; so a blank image is run and counted times zero. It runs
+where images would, inside the model between embeddings and language model: ZeRO-3 wants the same order everywhere.
 
 Without flash attention transformers' vision side attends in a loop over slices and, where patches merge, over windows
 of four patches, a quarter of a thousand a slice; and merges in another loop over slices. Here each is one computation.
@@ -36,7 +36,7 @@ from .modeling import PatchGrid
 from .packed import Samples, samples_in
 
 _SIDE = 4
-"""Of the blank picture in patches: the least that merges twice."""
+"""Of the blank image in patches: the least that merges twice."""
 
 _WINDOW = 2
 """Side of the squares of patches that are merged."""
@@ -62,7 +62,7 @@ def _window_order(target_sizes: torch.Tensor) -> torch.Tensor:
 class _VisionAttention(MiniCPMV4_6VisionAttention):
     """All slices, or all windows, of one size at once.
 
-    A picture's slices are of one size, the windows all are: sizes are few, and nothing is padded. (On a CPU one masked
+    An image's slices are of one size, the windows all are: sizes are few, and nothing is padded. (On a CPU one masked
     attention over slices padded to the longest took longer than transformers' loop.)
     """
 
@@ -151,7 +151,7 @@ def _merged(model: Any, features: torch.Tensor, target_sizes: torch.Tensor) -> l
 
 
 def _with_features(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs, with `patch_features` merged; those of no picture have their part in the embeddings."""
+    """A model's inputs, with `patch_features` merged; those of no image have their part in the embeddings."""
     features = inputs.pop("patch_features")
     if len(features):
         merged: Any = _merged(model, features, inputs["target_sizes"])
@@ -186,8 +186,8 @@ def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _with_blank_picture(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs; without a picture, as embeddings that the vision side had its part in."""
+def _with_blank_image(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model's inputs; without an image, as embeddings that the vision side had its part in."""
     saw = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
     if saw or inputs.get("past_key_values") is not None or not (model.training or is_deepspeed_zero3_enabled()):
         return inputs
@@ -201,7 +201,7 @@ def _with_blank_picture(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _seen(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A model's inputs, in which the vision side has its part, whatever it is given."""
-    see = _with_blank_picture if inputs.get("patch_features") is None else _with_features
+    see = _with_blank_image if inputs.get("patch_features") is None else _with_features
     return see(model, inputs)
 
 
@@ -220,7 +220,7 @@ class _Model47(MiniCPMV4_7Model):
             inputs["mm_token_type_ids"] = self.token_types(ids)
         told = _seen(self, inputs)
         if told is not inputs:
-            # Else the shift that an earlier batch's pictures left would count for this one.
+            # Else the shift that an earlier batch's images left would count for this one.
             self.rope_deltas = None
         return super().forward(**told)
 
@@ -232,7 +232,7 @@ class _Model47(MiniCPMV4_7Model):
         return torch.stack([samples.together(channel) for channel in positions])
 
     def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """1 on picture tokens, 0 on words."""
+        """1 on image tokens, 0 on words."""
         return torch.as_tensor(input_ids == self.config.image_token_id).int()
 
 

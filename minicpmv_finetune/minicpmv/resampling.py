@@ -1,12 +1,12 @@
 """Pillow's bicubic filter, several times as fast and equal to the last bit.
 
-Scaling is most of what preparing a picture costs, and Pillow adds up one pixel after the other. Here each pass runs
+Scaling is most of what preparing an image costs, and Pillow adds up one pixel after the other. Here each pass runs
 along rows, so that the compiler (numba) can take many pixels at once; the pass across columns works on a transposed
 copy. All sums are of integers, as Pillow's are: coefficients in fixed point with 22 bits behind the point, computed in
 double precision, and a result rounded to 8 bits after each pass. Which pass comes first changes some pixels by a grey
 level, and is Pillow 13's choice.
 
-Another release may choose otherwise, as those before 13 did; so the first use compares the two on small pictures, and
+Another release may choose otherwise, as those before 13 did; so the first use compares the two on small images, and
 where they differ, or without numba, Pillow itself scales.
 """
 
@@ -23,13 +23,13 @@ _BITS = 22  # behind the point of a coefficient: 32 less 8 of a pixel and 2 for 
 _SUPPORT = 2.0  # pixels to each side that a cubic reaches
 _A = -0.5  # of the cubic: Catmull-Rom
 _BLOCK = 32  # rows and columns transposed at once, which stay in the fastest cache
-_TRIED = ((23, 17), (9, 30), (31, 27), (18, 9), (14, 9))  # (width, height) that a picture of 20 × 20 is scaled to
+_TRIED = ((23, 17), (9, 30), (31, 27), (18, 9), (14, 9))  # (width, height) that an image of 20 × 20 is scaled to
 
 Pass = tuple[NDArray[np.int64], NDArray[np.int32]]  # first pixel [out], coefficients [out, taps], zero behind the last
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    """Scale a picture as `image.resize((width, height), BICUBIC)` does.
+    """Scale an image as `image.resize((width, height), BICUBIC)` does.
 
     Args:
         image: of mode RGB.

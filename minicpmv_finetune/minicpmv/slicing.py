@@ -1,8 +1,8 @@
-"""How a picture becomes slices: the plan from its size alone, and the pixels from the plan.
+"""How an image becomes slices: the plan from its size alone, and the pixels from the plan.
 
-MiniCPM-V looks at a picture once as a whole (the overview) and, when it is larger than the vision encoder's working
+MiniCPM-V looks at an image once as a whole (the overview) and, when it is larger than the vision encoder's working
 area, again in a grid of slices of about that area. The plan needs only width and height, so lengths, memory and
-token counts are known without decoding a pixel; the pixels are kept as uint8 and normalised by the trainer, a
+token counts are known without decoding a pixel; the pixels are kept as uint8 and normalized by the trainer, a
 quarter of the bytes of float32.
 
 The arithmetic follows the published image processors; every generation's pixels are tested equal to theirs.
@@ -25,14 +25,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class SlicingConfig:
-    """What decides the slices of a picture.
+    """What decides the slices of an image.
 
     Attributes:
         max_slice_nums: most slices beside the overview.
         scale_resolution: side in pixels of the square whose area a slice has at most, about.
         patch_size: side in pixels of a patch of the vision encoder.
         size_multiple: sides of a slice are multiples of this; the patch size times what is merged later.
-        slice_mode: False shows every picture as an overview only.
+        slice_mode: False shows every image as an overview only.
         resampler: whose bicubic filter resizes (they differ by a grey level here and there).
         transparency: whether an alpha channel is dropped or laid over white.
     """
@@ -52,11 +52,11 @@ class SlicingConfig:
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Where a picture's slices come from. Sizes are (width, height) in pixels.
+    """Where an image's slices come from. Sizes are (width, height) in pixels.
 
     Attributes:
-        overview: size of the whole picture as the model first sees it.
-        refined: size the picture is scaled to before it is cut, or None when it is not cut.
+        overview: size of the whole image as the model first sees it.
+        refined: size the image is scaled to before it is cut, or None when it is not cut.
         grid: (rows, columns) of the cut, or None.
         patch_size: side of a patch in pixels.
     """
@@ -84,7 +84,7 @@ class SlicePlan:
 
 
 def plan_slices(width: int, height: int, config: SlicingConfig) -> SlicePlan:
-    """Decide a picture's slices from its size in pixels."""
+    """Decide an image's slices from its size in pixels."""
     grid = _best_grid(width, height, config) if config.slice_mode else None
     overview = _fit(width, height, config, upscale=grid is None)
     if grid is None:
@@ -104,7 +104,7 @@ def cut(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[NDAr
     """The slices' pixels.
 
     Args:
-        image: the decoded picture, in any mode.
+        image: the decoded image, in any mode.
         plan: the result of `plan_slices` for its size.
         config: the same configuration that made the plan.
 
@@ -133,7 +133,7 @@ def to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
 
 
 def _best_grid(width: int, height: int, config: SlicingConfig) -> tuple[int, int] | None:
-    """The (rows, columns) whose shape is nearest the picture's, for as many slices as its area asks for."""
+    """The (rows, columns) whose shape is nearest the image's, for as many slices as its area asks for."""
     ratio = width * height / (config.scale_resolution * config.scale_resolution)
     wanted = min(math.ceil(ratio), config.max_slice_nums)
     if wanted <= 1:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 QUESTION = "Which digit is written in the picture?"
-PICTURE_SIDE = 112  # 8 patches a side, one for each of the scan's 8 × 8 cells
+IMAGE_SIDE = 112  # 8 patches a side, one for each of the scan's 8 × 8 cells
 
 # Peaks at 3e-3 after three of ten epochs: 1.5 million weights bear that, and learn in a minute.
 DEMO_INPUTS: dict[str, Any] = {
@@ -63,7 +63,7 @@ def run_demo(out: Path, seed: int) -> None:
         out: receives everything, and `summary.json`.
         seed: decides which digits are held out and how the training starts.
     """
-    from minicpmv_finetune.tracking.promotion_record import read_verdict
+    from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
     from .finetuning import compile_pipeline
     from .local import run_pipeline
@@ -90,17 +90,17 @@ def run_demo(out: Path, seed: int) -> None:
         "base": {"exact_match": scores["base_exact_match"]},
         "tuned": {"exact_match": scores["tuned_exact_match"]},
         "tuned_with_lora_b_zero": {"exact_match": without_lora},
-        "gate": read_verdict(run.output("evaluate", "verdict")).model_dump(include={"promote", "reason"}),
+        "gate": read_promotion_record(run.output("evaluate", "verdict")).model_dump(include={"promote", "reason"}),
         "seconds": dict(run.seconds),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    picture = json.loads(eval_data.read_text())[0]["image"]
+    image = json.loads(eval_data.read_text())[0]["image"]
     show_outcome(
         run,
         out,
         further={"tuned, lora_B set to zero": without_lora},
         compiled=compiled,
-        question={"image": shown(eval_data.parent / picture), "prompt": QUESTION},
+        question={"image": shown(eval_data.parent / image), "prompt": QUESTION},
     )
 
 
@@ -130,22 +130,22 @@ def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:
 
 
 def write_digits(folder: Path, seed: int, held_out: int = 300) -> tuple[Path, Path]:
-    """Write the digits as PNG pictures with questions and answers in MiniCPM-V's JSON format.
+    """Write the digits as PNG images with questions and answers in MiniCPM-V's JSON format.
 
     Args:
-        folder: receives `pictures/`, `train.json` and `eval.json`.
+        folder: receives `images/`, `train.json` and `eval.json`.
         seed: decides which digits are held out.
         held_out: number of digits in `eval.json`.
 
     Returns:
-        The two JSON files. No picture of the one is equal to any of the other.
+        The two JSON files. No image of the one is equal to any of the other.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, Any]]] = {"eval": [], "train": []}
     held_out_pixels = set()
     for number in order.tolist():
@@ -156,8 +156,8 @@ def write_digits(folder: Path, seed: int, held_out: int = 300) -> tuple[Path, Pa
             held_out_pixels.add(pixels)
         elif pixels in held_out_pixels:
             continue
-        name = f"pictures/{number:04d}.png"
-        Image.fromarray(cells).resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.NEAREST).save(folder / name)
+        name = f"images/{number:04d}.png"
+        Image.fromarray(cells).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.NEAREST).save(folder / name)
         rows[split].append(
             {
                 "id": f"digit-{number:04d}",
@@ -222,7 +222,7 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, corpus: tuple[str, ...] =
         },
     )
     config = MiniCPMV4_6Config(
-        image_size=PICTURE_SIDE,
+        image_size=IMAGE_SIDE,
         insert_layer_id=1,
         tie_word_embeddings=False,
         image_token_id=tokenizer.get_vocab()["<|image_pad|>"],
@@ -252,7 +252,7 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, corpus: tuple[str, ...] =
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "patch_size": 14,
-            "image_size": PICTURE_SIDE,
+            "image_size": IMAGE_SIDE,
             "insert_layer_id": 1,
         },
     )
@@ -264,8 +264,8 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, corpus: tuple[str, ...] =
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     MiniCPMV4_6Processor(
-        image_processor=MiniCPMV4_6ImageProcessor(scale_resolution=PICTURE_SIDE),
-        video_processor=MiniCPMV4_6VideoProcessor(scale_resolution=PICTURE_SIDE),
+        image_processor=MiniCPMV4_6ImageProcessor(scale_resolution=IMAGE_SIDE),
+        video_processor=MiniCPMV4_6VideoProcessor(scale_resolution=IMAGE_SIDE),
         tokenizer=tokenizer,
         chat_template=_CHAT_TEMPLATE,
     ).save_pretrained(folder)

@@ -42,7 +42,7 @@ def build(partitions: int = 1) -> Any:
     @dsl.pipeline(
         name=PIPELINE_NAME,
         display_name="Fine-tune MiniCPM-V",
-        description="From pictures with questions and answers to a merged model, compared with its base on new data.",
+        description="From images with questions and answers to a merged model, compared with its base on new data.",
     )
     def finetune(
         data_uri: str,
@@ -66,13 +66,13 @@ def build(partitions: int = 1) -> Any:
         evaluation_options: dict[str, Any] = {},  # noqa: B006 - kfp copies it into the compiled pipeline
         registered_model: str = DEFAULT_NAME,
     ) -> None:
-        """Fine-tune MiniCPM-V on pictures with questions and answers.
+        """Fine-tune MiniCPM-V on images with questions and answers.
 
         Args:
             data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI.
-            eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by picture.
+            eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by image.
             base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
-            max_slice_nums: Most slices of a picture beside its overview; more show finer detail and cost more tokens.
+            max_slice_nums: Most slices of an image beside its overview; more show finer detail and cost more tokens.
             model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
             max_reject_ratio: Share of rejected samples above which a step fails.
             data_options: Further options of the data by name, such as {"eval_fraction": 0.2, "exif_transpose": true}.

@@ -63,11 +63,11 @@ def build(partitions: int = 1) -> Any:
 
         Args:
             data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI.
-            eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by picture.
+            eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by image.
             base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
             registered_model: Name in MLflow's registry, whose champion is to be beaten.
             start_from: base, or champion to go on from the champion's adapter.
-            max_slice_nums: Most slices of a picture beside its overview; more show finer detail and cost more tokens.
+            max_slice_nums: Most slices of an image beside its overview; more show finer detail and cost more tokens.
             model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
             max_reject_ratio: Share of rejected samples above which a step fails.
             data_options: Further options of the data by name, such as {"eval_fraction": 0.2, "exif_transpose": true}.

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from minicpmv_finetune.components.evaluate.metrics import METRICS
-from minicpmv_finetune.tracking.promotion_record import read_verdict
+from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
 from .local import LocalRun
 
-_QUESTION = {"image": "PICTURE", "prompt": "QUESTION"}
+_QUESTION = {"image": "IMAGE", "prompt": "QUESTION"}
 
 
 def show_outcome(
@@ -48,7 +48,7 @@ def show_outcome(
     console.print()
     console.print(table)
     console.print()
-    verdict = read_verdict(run.output("evaluate", "verdict"))
+    verdict = read_promotion_record(run.output("evaluate", "verdict"))
     registered = run.output("register", "summary")
     passed = registered.read_text().strip() if registered.exists() else f"passed, {verdict.reason}"
     console.print(f"  {'gate':<19}{passed if verdict.promote else f'stopped, {verdict.reason}'}")

@@ -1,4 +1,4 @@
-"""How the pictures of a row are stored: as slices, plain or losslessly compressed, or as the original file.
+"""How the images of a row are stored: as slices, plain or losslessly compressed, or as the original file.
 
 Every codec gives back the pixels of slicing on the fly, bit for bit. They differ in what they cost: `raw` is read at
 the speed of memory and takes three bytes a pixel; `webp-lossless` and `png` take a third of that and must be
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from minicpmv_finetune.data.samples import decode_picture
+from minicpmv_finetune.data.samples import decode_image
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.slicing import SlicePlan, SlicingConfig, cut
 
@@ -28,13 +28,13 @@ _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "webp-lossless": ("WEBP", {"lossless": True, "quality": 0, "method": 0}),
     "png": ("PNG", {"compress_level": 1}),
 }
-_PLAN_NUMBERS = 7  # of a file of `source`: width and height of overview and refined picture, rows, columns, is turned
+_PLAN_NUMBERS = 7  # of a file of `source`: width and height of overview and refined image, rows, columns, is turned
 _SIZE_NUMBERS = 2  # of a slice of the other codecs: height, width
 
 
 @dataclass(frozen=True)
-class StoredPictures:
-    """The pictures of a row as a shard holds them.
+class StoredImages:
+    """The images of a row as a shard holds them.
 
     Attributes:
         parts: encoded slices, or with `source` whole files, in the order in which their tokens stand.
@@ -54,10 +54,10 @@ def check_codec(name: str) -> Codec:
     for codec in CODECS:
         if codec == name:
             return codec
-    raise UserError(f"picture codec {name!r}: none of {', '.join(CODECS)}; choose one of them.")
+    raise UserError(f"image codec {name!r}: none of {', '.join(CODECS)}; choose one of them.")
 
 
-def store_slices(slices: Sequence[NDArray[np.uint8]], codec: Codec) -> StoredPictures:
+def store_slices(slices: Sequence[NDArray[np.uint8]], codec: Codec) -> StoredImages:
     """Encode slices with any codec but `source`.
 
     Args:
@@ -65,15 +65,15 @@ def store_slices(slices: Sequence[NDArray[np.uint8]], codec: Codec) -> StoredPic
         codec: see the module.
     """
     layout = [side for pixels in slices for side in pixels.shape[:2]]
-    return StoredPictures([_encode(pixels, codec) for pixels in slices], layout)
+    return StoredImages([_encode(pixels, codec) for pixels in slices], layout)
 
 
-def store_sources(files: Sequence[bytes], plans: Sequence[SlicePlan], turned: Sequence[bool]) -> StoredPictures:
+def store_sources(files: Sequence[bytes], plans: Sequence[SlicePlan], turned: Sequence[bool]) -> StoredImages:
     """Keep whole files, the plans of their slices, and whether they are turned as EXIF says; what `source` does."""
     layout: list[int] = []
     for plan, is_turned in zip(plans, turned, strict=True):
         layout += [*plan.overview, *(plan.refined or (0, 0)), *(plan.grid or (0, 0)), int(is_turned)]
-    return StoredPictures(files, layout)
+    return StoredImages(files, layout)
 
 
 def restore_slices(
@@ -94,7 +94,7 @@ def restore_slices(
         return [
             pixels
             for content, (*numbers, turned) in zip(parts, _in_turn(layout, _PLAN_NUMBERS), strict=True)
-            for pixels in cut(decode_picture(content, bool(turned)), _plan(numbers, slicing), slicing)
+            for pixels in cut(decode_image(content, bool(turned)), _plan(numbers, slicing), slicing)
         ]
     sizes = _in_turn(layout, _SIZE_NUMBERS)
     return [
@@ -137,4 +137,4 @@ def _encode(pixels: NDArray[np.uint8], codec: Codec) -> bytes:
 def _decode(content: Any, codec: Codec) -> NDArray[np.uint8]:
     if codec == "raw":
         return np.frombuffer(content, dtype=np.uint8)
-    return np.array(decode_picture(content))
+    return np.array(decode_image(content))

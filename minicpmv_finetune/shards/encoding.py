@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from minicpmv_finetune.data.samples import Sample, SampleError, decode_picture, open_picture
+from minicpmv_finetune.data.samples import Sample, SampleError, decode_image, open_image
 from minicpmv_finetune.minicpmv.conversation import Encoded, Encoder
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.slicing import cut
 
 from .codecs import Codec, store_slices, store_sources
 from .format import StoredRow
 
 
-def tokenise(sample: Sample, encoder: Encoder, model_max_length: int) -> Encoded:
-    """The token ids and labels of a sample; its pictures' sizes are enough for that.
+def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> Encoded:
+    """The token ids and labels of a sample; its images' sizes are enough for that.
 
     Raises:
         SampleError: it would not fit, holds a special token, or nothing in it is learnt.
@@ -29,21 +29,21 @@ def tokenise(sample: Sample, encoder: Encoder, model_max_length: int) -> Encoded
     return encoded
 
 
-def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> Row:
-    """Tokenise and slice a sample on the fly, without a shard; what shards give back is tested equal to it.
+def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> ModelInput:
+    """Tokenize and slice a sample on the fly, without a shard; what shards give back is tested equal to it.
 
     Raises:
-        SampleError: as `tokenise`.
-        UserError: a picture changed since it was validated.
+        SampleError: as `tokenize`.
+        UserError: an image changed since it was validated.
     """
-    encoded = tokenise(sample, encoder, model_max_length)
+    encoded = tokenize(sample, encoder, model_max_length)
     plans = encoder.plan(sample)
     slices = [
         pixels
         for number in shown(sample)
-        for pixels in cut(open_picture(sample.pictures[number]), plans[number], encoder.slicing)
+        for pixels in cut(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
-    return Row(sample.id, encoded.input_ids, encoded.labels, slices)
+    return ModelInput(sample.id, encoded.input_ids, encoded.labels, slices)
 
 
 def store(sample: Sample, encoded: Encoded, files: Sequence[bytes], encoder: Encoder, codec: Codec) -> StoredRow:
@@ -52,34 +52,34 @@ def store(sample: Sample, encoded: Encoded, files: Sequence[bytes], encoder: Enc
     Args:
         sample: it.
         encoded: its tokens.
-        files: the bytes of its pictures, in the order in which the sample lists them.
+        files: the bytes of its images, in the order in which the sample lists them.
         encoder: of the base model.
-        codec: of the pictures.
+        codec: of the images.
     """
     plans, order = encoder.plan(sample), shown(sample)
     if codec == "source":
-        turned = [sample.pictures[number].turned for number in order]
-        pictures = store_sources([files[number] for number in order], [plans[number] for number in order], turned)
+        turned = [sample.images[number].turned for number in order]
+        images = store_sources([files[number] for number in order], [plans[number] for number in order], turned)
     else:
-        pictures = store_slices(
+        images = store_slices(
             [
                 pixels
                 for number in order
                 for pixels in cut(
-                    decode_picture(files[number], sample.pictures[number].turned), plans[number], encoder.slicing
+                    decode_image(files[number], sample.images[number].turned), plans[number], encoder.slicing
                 )
             ],
             codec,
         )
-    return StoredRow(sample.id, encoded.input_ids, encoded.labels, pictures)
+    return StoredRow(sample.id, encoded.input_ids, encoded.labels, images)
 
 
 def count_slices(sample: Sample, encoder: Encoder) -> int:
-    """How many slices a sample's pictures make."""
+    """How many slices a sample's images make."""
     plans = encoder.plan(sample)
     return sum(len(plans[number].target_sizes) for number in shown(sample))
 
 
 def shown(sample: Sample) -> list[int]:
-    """The numbers of a sample's pictures in the order in which its text shows them."""
+    """The numbers of a sample's images in the order in which its text shows them."""
     return [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]

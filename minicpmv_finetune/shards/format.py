@@ -1,6 +1,6 @@
-"""Shards: the tokenised, sliced samples of a run, in Parquet files with one manifest.
+"""Shards: the tokenized, sliced samples of a run, in Parquet files with one manifest.
 
-A row holds token ids, labels and pictures in one of the codecs of `picture_codec`; the trainer reads rows at random.
+A row holds token ids, labels and images in one of the codecs of `shards.codecs`; the trainer reads rows at random.
 Row groups are kept near `ROW_GROUP_BYTES`, so that a random read decodes little besides the row it wants, while a file
 is large enough for object storage. `manifest.json` is written last and is the commit point: without it the shards do
 not exist. The files lie beside it, or at the manifest's `location`; from there single rows are read by ranged requests,
@@ -24,10 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import Split, read_versioned
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig
 
-from .codecs import Codec, StoredPictures, restore_slices, stored_sizes
+from .codecs import Codec, StoredImages, restore_slices, stored_sizes
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -40,11 +40,11 @@ _SCHEMA = pa.schema(
         ("id", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
-        ("layout", pa.list_(pa.int32())),  # see picture_codec
+        ("layout", pa.list_(pa.int32())),  # see shards.codecs
         ("pictures", pa.list_(pa.large_binary())),
     ]
 )
-# Pictures are as small as their codec makes them; `raw` ones are read faster than any compression.
+# Images are as small as their codec makes them; `raw` ones are read faster than any compression.
 _COMPRESSION = {
     "id": "zstd",
     "input_ids.list.element": "zstd",
@@ -77,7 +77,7 @@ class Manifest(BaseModel):
     model_max_length: int
     patch_size: int
     pad_token_id: int
-    codec: Codec = Field(description="how pictures are stored")
+    codec: Codec = Field(description="how images are stored")
     slicing: dict[str, Any] = Field(description="the fields of SlicingConfig; `source` slices with them")
     data_fingerprint: str
     key: str = Field(description="of everything that decides the shards; equal keys, equal bytes")
@@ -104,12 +104,12 @@ class StoredRow:
     id: str
     input_ids: Sequence[int]
     labels: Sequence[int]
-    pictures: StoredPictures
+    images: StoredImages
 
     @property
     def bytes(self) -> int:
         """About what it takes in the file."""
-        return sum(len(part) for part in self.pictures.parts) + 8 * len(self.input_ids)
+        return sum(len(part) for part in self.images.parts) + 8 * len(self.input_ids)
 
 
 def slicing_fields(slicing: SlicingConfig) -> dict[str, Any]:
@@ -169,20 +169,20 @@ def damaged_shards(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
         return [shard for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True) if not whole]
 
 
-class ShardReader(Sequence[Row]):
+class ShardReader(Sequence[ModelInput]):
     """Random access to one split's rows; a copy sent to another process opens the files anew.
 
     Files that lie beside the manifest are memory-mapped. Others are read from its `location` row group by row group,
-    whose checksums are compared each time. Without pictures their bytes are not read, and rows come without slices.
+    whose checksums are compared each time. Without images their bytes are not read, and rows come without slices.
 
     Raises:
         UserError: the folder holds no finished shards, or a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, split: Split, pictures: bool = True) -> None:
+    def __init__(self, folder: Path, split: Split, images: bool = True) -> None:
         self.folder = folder
         self.split = split
-        self.pictures = pictures
+        self.images = images
         self.manifest = read_manifest(folder)
         self._slicing = SlicingConfig(**self.manifest.slicing)
         self._groups: list[tuple[pq.ParquetFile, int]] = []  # file and number within it of each row group
@@ -197,7 +197,7 @@ class ShardReader(Sequence[Row]):
         self._read_group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._decode_group)
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Path, Split, bool]]:
-        return type(self), (self.folder, self.split, self.pictures)
+        return type(self), (self.folder, self.split, self.images)
 
     def __len__(self) -> int:
         return self._length
@@ -212,7 +212,7 @@ class ShardReader(Sequence[Row]):
         return self._row(self._read_group(group), number - self._first_rows[group])
 
     def slice_sizes(self) -> list[list[tuple[int, int]]]:
-        """(rows, columns) in patches of each slice of each row, told without decoding a picture."""
+        """(rows, columns) in patches of each slice of each row, told without decoding an image."""
         return [
             stored_sizes(layout, self.manifest.codec, self._slicing)
             for file in dict.fromkeys(file for file, _ in self._groups)
@@ -221,7 +221,7 @@ class ShardReader(Sequence[Row]):
 
     def _decode_group(self, group: int) -> pa.Table:
         file, number = self._groups[group]
-        columns = None if self.pictures else ["id", "input_ids", "labels"]
+        columns = None if self.images else ["id", "input_ids", "labels"]
         try:
             return file.read_row_group(number, columns, use_threads=False)
         except (OSError, pa.ArrowInvalid):
@@ -232,19 +232,19 @@ class ShardReader(Sequence[Row]):
                 place = self.manifest.location or self.folder
                 raise UserError(f"{place}: damaged ({error}); delete it and run preprocess again.") from error
 
-    def _row(self, table: pa.Table, number: int) -> Row:
+    def _row(self, table: pa.Table, number: int) -> ModelInput:
         try:
             return self._restored(table, number)
         except (OSError, ValueError, SyntaxError, LookupError, TypeError, pa.ArrowException) as error:  # of decoders
             place = self.manifest.location or self.folder
-            raise UserError(f"{place}: a picture is damaged ({error}); delete it and run preprocess again.") from error
+            raise UserError(f"{place}: an image is damaged ({error}); delete it and run preprocess again.") from error
 
-    def _restored(self, table: pa.Table, number: int) -> Row:
+    def _restored(self, table: pa.Table, number: int) -> ModelInput:
         slices = []
-        if self.pictures:
-            parts = [memoryview(picture.as_buffer()) for picture in table["pictures"][number]]
+        if self.images:
+            parts = [memoryview(image.as_buffer()) for image in table["pictures"][number]]
             slices = restore_slices(parts, table["layout"][number].as_py(), self.manifest.codec, self._slicing)
-        return Row(
+        return ModelInput(
             id=table["id"][number].as_py(),
             input_ids=table["input_ids"][number].values.to_numpy(zero_copy_only=False).copy(),
             labels=table["labels"][number].values.to_numpy(zero_copy_only=False).copy(),
@@ -311,8 +311,8 @@ def _table(rows: Sequence[StoredRow]) -> pa.Table:
         [row.id for row in rows],
         [row.input_ids for row in rows],
         [row.labels for row in rows],
-        [row.pictures.layout for row in rows],
-        [row.pictures.parts for row in rows],
+        [row.images.layout for row in rows],
+        [row.images.parts for row in rows],
     ]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from minicpmv_finetune import storage
 
 
-class Verdict(BaseModel):
+class PromotionRecord(BaseModel):
     """The content of the verdict file."""
 
     model_config = ConfigDict(frozen=True)
@@ -24,15 +24,19 @@ class Verdict(BaseModel):
     metrics: dict[str, float] = Field(description="all figures of the evaluation")
 
 
-def write_verdict(path: Path, verdict: Verdict) -> None:
+def write_promotion_record(path: Path, verdict: PromotionRecord) -> None:
     """Write the file, whole or not at all."""
     storage.write_bytes(str(path), (verdict.model_dump_json(indent=1) + "\n").encode())
 
 
-def read_verdict(path: Path) -> Verdict:
+def read_promotion_record(path: Path) -> PromotionRecord:
     """Read what evaluate wrote.
 
     Raises:
         UserError: there is no such file.
     """
-    return Verdict.model_validate_json(storage.read_bytes(str(path)))
+    return PromotionRecord.model_validate_json(storage.read_bytes(str(path)))
+
+
+# The names in pipelines that 0.1.0 compiled.
+Verdict, write_verdict = PromotionRecord, write_promotion_record

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import RetryableError, UserError
 
-from .promotion_record import Verdict
+from .promotion_record import PromotionRecord
 from .step_runs import TRACKING_VARIABLE, mlflow_client, without_password
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Registry:
         with _explained(self.name):
             return _version(self._client.get_model_version(self.name, number))
 
-    def register(self, verdict: Verdict, run_id: str | None = None) -> Version:
+    def register(self, verdict: PromotionRecord, run_id: str | None = None) -> Version:
         """Register a model, or find it registered already; it becomes the challenger.
 
         Args:
@@ -305,7 +305,7 @@ class Registry:
                     return None
                 raise
 
-    def _keep(self, uri: str, verdict: Verdict, run_id: str | None) -> "ModelVersion":
+    def _keep(self, uri: str, verdict: PromotionRecord, run_id: str | None) -> "ModelVersion":
         facts = {
             "model_uri": uri,
             "adapter_uri": _address(verdict.adapter_uri),

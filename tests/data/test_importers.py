@@ -34,8 +34,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def imported(source: str | Path, out: Path, pictures: str = "") -> list[dict[str, Any]]:
-    import_data(str(source), out, pictures)
+def imported(source: str | Path, out: Path, images: str = "") -> list[dict[str, Any]]:
+    import_data(str(source), out, images)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -91,7 +91,7 @@ def test_llava(folder: Path) -> None:
     ]
 
 
-def test_pictures_may_have_a_folder_of_their_own_and_stay_relative_to_the_output(folder: Path) -> None:
+def test_images_may_have_a_folder_of_their_own_and_stay_relative_to_the_output(folder: Path) -> None:
     (folder / "texts").mkdir()
     (folder / "texts" / "llava.json").write_text(json.dumps(LLAVA[:1]))
     (sample,) = imported(folder / "texts" / "llava.json", folder / "train.jsonl", str(folder))
@@ -185,11 +185,11 @@ def test_hugging_face_datasets(kind: str, folder: Path) -> None:
     samples = imported(given, out)
     assert samples[0]["answers"] == ["Red.", "Crimson."]
     with tarfile.open(out.with_name("train.pictures.tar")) as archive:
-        assert len(archive.getmembers()) == 2, "equal pictures of one kind are stored once"
+        assert len(archive.getmembers()) == 2, "equal images of one kind are stored once"
     first, second = validated(out, folder)
     assert first.turns[0].parts == (0, "\nColour?")
-    assert first.pictures[0].span is not None
-    assert first.pictures[0].sha256 == second.pictures[0].sha256
+    assert first.images[0].span is not None
+    assert first.images[0].sha256 == second.images[0].sha256
 
 
 def test_chat_rows_of_datasets(folder: Path) -> None:

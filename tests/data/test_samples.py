@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from minicpmv_finetune.data.checking import inspect_picture
+from minicpmv_finetune.data.checking import inspect_image
 from minicpmv_finetune.data.samples import (
     DatasetInfo,
     Reject,
     Sample,
     content_digest,
-    open_picture,
+    open_image,
     read_info,
     refuse_too_many,
     write_rejects,
@@ -35,14 +35,14 @@ def rejects(number: int) -> list[Reject]:
     ]
 
 
-def test_a_picture_that_changed_after_validation_is_refused(tmp_path: Path) -> None:
+def test_a_image_that_changed_after_validation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 3), "red").save(path)
-    picture = inspect_picture(str(path)).picture
-    assert open_picture(picture).size == (4, 3)
+    image = inspect_image(str(path)).image
+    assert open_image(image).size == (4, 3)
     Image.new("RGB", (4, 3), "blue").save(path)
     with pytest.raises(UserError, match=r"a\.png: changed since it was validated"):
-        open_picture(picture)
+        open_image(image)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_info_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_content_digest_is_of_what_is_said_shown_and_asked_for() -> None:
-    picture = {"uri": "s3://elsewhere/b.png", "sha256": "0" * 64, "width": 3, "height": 2}
-    assert content_digest(sample()) == content_digest(sample(id="b", source="other.json", index=7, pictures=[picture]))
-    assert content_digest(sample()) != content_digest(sample(pictures=[{**picture, "sha256": "1" * 64}]))
+    image = {"uri": "s3://elsewhere/b.png", "sha256": "0" * 64, "width": 3, "height": 2}
+    assert content_digest(sample()) == content_digest(sample(id="b", source="other.json", index=7, pictures=[image]))
+    assert content_digest(sample()) != content_digest(sample(pictures=[{**image, "sha256": "1" * 64}]))
     turns = [{"role": "user", "parts": ["What?", 0]}, {"role": "assistant", "parts": ["That."]}]
     assert content_digest(sample()) != content_digest(sample(turns=turns))
     for change in ({"metric": "anls"}, {"tags": ("a",)}, {"answers": ("This.",)}):

@@ -92,7 +92,7 @@ def test_only_headers_are_read(data: Path, tiny_46: Path) -> None:
 
 def test_what_headers_tell_against_a_sample_is_counted(data: Path, tiny_46: Path) -> None:
     (data.parent / "0.jpg").unlink()
-    (data.parent / "1.jpg").write_bytes(b"no picture")
+    (data.parent / "1.jpg").write_bytes(b"no image")
     Image.new("I;16", (50, 50)).save(data.parent / "2.jpg", "PNG")
     frames = [Image.new("L", (50, 50), level) for level in (0, 255)]
     frames[0].save(data.parent / "3.jpg", "GIF", save_all=True, append_images=frames[1:])
@@ -102,7 +102,7 @@ def test_what_headers_tell_against_a_sample_is_counted(data: Path, tiny_46: Path
     assert found.rejected == codes
 
 
-def test_pictures_in_shards_and_in_a_store(s3_uri: str, data: Path, tiny_46: Path) -> None:
+def test_images_in_shards_and_in_a_store(s3_uri: str, data: Path, tiny_46: Path) -> None:
     local = planned(data, tiny_46)
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:

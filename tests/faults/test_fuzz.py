@@ -23,7 +23,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.components.merge.update import read_adapter
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.data.checking import inspect_picture
+from minicpmv_finetune.data.checking import inspect_image
 from minicpmv_finetune.data.samples import SampleError, read_info
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.kubeflow.profile import Profile, load_profile
@@ -99,8 +99,8 @@ def _refused_or_fine(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
-    """A small picture in each format that Pillow writes without help, and pictures that are two things at once."""
+def images() -> list[bytes]:
+    """A small image in each format that Pillow writes without help, and images that are two things at once."""
     Image.init()
     files: dict[str, bytes] = {}
     for name in sorted(set(Image.SAVE) & set(Image.OPEN)):
@@ -125,11 +125,11 @@ def _damaged(content: bytes, data: st.DataObject) -> bytes:
 
 @FUZZ
 @given(data=st.data())
-def test_pictures_that_were_damaged(data: st.DataObject, pictures: list[bytes], tmp_path: Path) -> None:
+def test_images_that_were_damaged(data: st.DataObject, images: list[bytes], tmp_path: Path) -> None:
     path = tmp_path / "picture"
-    path.write_bytes(_damaged(data.draw(st.sampled_from(pictures)), data))
+    path.write_bytes(_damaged(data.draw(st.sampled_from(images)), data))
     with _refused_in_one_sentence():
-        inspect_picture(str(path), None, False)
+        inspect_image(str(path), None, False)
 
 
 @FUZZ

@@ -14,7 +14,7 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.errors import UserError
 
 
-def _picture(path: Path) -> None:
+def _image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 32), (len(str(path)) % 256, 80, 90)).save(path)
 
@@ -24,7 +24,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that may be read, beside others that may not; the address of the one begins as that of another."""
     house = tmp_path / "house"
     for place in (house / "inside.png", tmp_path / "outside.png", tmp_path / "house-of-others" / "a.png"):
-        _picture(place)
+        _image(place)
     (house / "link.png").symlink_to(tmp_path / "outside.png")
     (house / "door").symlink_to(tmp_path)
     content = io.BytesIO()
@@ -63,7 +63,7 @@ def _rejects(house: Path, tmp_path: Path, images: list[str]) -> dict[str, str]:
     return {line["id"]: line["reason"] for line in map(json.loads, rejects.read_text().splitlines())}
 
 
-def test_no_picture_outside_is_read(house: Path, tmp_path: Path) -> None:
+def test_no_image_outside_is_read(house: Path, tmp_path: Path) -> None:
     outside = [
         "../outside.png",
         str(tmp_path / "outside.png"),

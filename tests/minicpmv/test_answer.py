@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.data.samples import Picture, Sample, Turn, open_picture
+from minicpmv_finetune.data.samples import ImageRef, Sample, Turn, open_image
 from minicpmv_finetune.minicpmv.answer import Answer, answer
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.minicpmv.slicing import cut
 
 
@@ -30,11 +30,11 @@ def encoder(tiny_46: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def samples(digits: Path) -> list[Sample]:
-    """Prompts of many lengths: with one picture, with a sliced one, with two, with none, with earlier turns."""
+    """Prompts of many lengths: with one image, with a sliced one, with two, with none, with earlier turns."""
     large = digits / "large.png"
     Image.linear_gradient("L").resize((300, 200)).save(large)
-    pictures = [_picture(path) for path in (*sorted((digits / "pictures").glob("*.png"))[:3], large)]
-    shown: list[tuple[Picture, ...]] = [(pictures[0],), (), (pictures[3],), (pictures[1], pictures[2]), (pictures[2],)]
+    images = [_image(path) for path in (*sorted((digits / "images").glob("*.png"))[:3], large)]
+    shown: list[tuple[ImageRef, ...]] = [(images[0],), (), (images[3],), (images[1], images[2]), (images[2],)]
     samples = []
     for number, group in enumerate(shown):
         parts = [*range(len(group)), f"Which digit is this?{' Look well.' * number}"]
@@ -42,13 +42,13 @@ def samples(digits: Path) -> list[Sample]:
         if number == 4:
             turns += [Turn(role="assistant", parts=("A 3.",)), Turn(role="user", parts=("Are you sure?",))]
         turns.append(Turn(role="assistant", parts=("The expected answer.",)))
-        samples.append(Sample(id=str(number), pictures=group, turns=tuple(turns), source="test"))
+        samples.append(Sample(id=str(number), images=group, turns=tuple(turns), source="test"))
     return samples
 
 
-def _picture(path: Path) -> Picture:
+def _image(path: Path) -> ImageRef:
     width, height = Image.open(path).size
-    return Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=width, height=height)
+    return ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=width, height=height)
 
 
 @torch.no_grad()
@@ -57,13 +57,13 @@ def likeliest_tokens(model: PreTrainedModel, encoder: Encoder, sample: Sample, c
     plans = encoder.plan(sample)
     slices = [
         pixels
-        for picture, plan in zip(sample.pictures, plans, strict=True)
-        for pixels in cut(open_picture(picture), plan, encoder.slicing)
+        for image, plan in zip(sample.images, plans, strict=True)
+        for pixels in cut(open_image(image), plan, encoder.slicing)
     ]
     ids = encoder.encode_prompt(sample)
     start = len(ids)
     for _ in range(count):
-        batch = collate([Row("", ids, [], slices)], encoder.pad_token_id, encoder.slicing.patch_size, "right")
+        batch = collate([ModelInput("", ids, [], slices)], encoder.pad_token_id, encoder.slicing.patch_size, "right")
         ids = [*ids, int(model(**batch).logits[0, -1].argmax())]
     return ids[start:]
 

@@ -1,4 +1,4 @@
-"""What is learnt and what stands for a picture, written out: on tiny tokenizers of every generation."""
+"""What is learnt and what stands for an image, written out: on tiny tokenizers of every generation."""
 
 import json
 import shutil
@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minicpmv_finetune.data.samples import Picture, Sample, SampleError, Turn
+from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 
 VERSIONS = [generation.version for generation in GENERATIONS]
-SMALL = Picture(uri="small.png", sha256="", width=100, height=60)
-WIDE = Picture(uri="wide.png", sha256="", width=300, height=200)  # two rows of three slices
+SMALL = ImageRef(uri="small.png", sha256="", width=100, height=60)
+WIDE = ImageRef(uri="wide.png", sha256="", width=300, height=200)  # two rows of three slices
 
 
 @pytest.fixture(params=VERSIONS)
@@ -28,14 +28,14 @@ def encoder(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Enco
     return Encoder.from_checkpoint(tiny(request.param))
 
 
-def sample(*turns: str | tuple[str | int, ...], pictures: tuple[Picture, ...] = (), system: str = "") -> Sample:
+def sample(*turns: str | tuple[str | int, ...], images: tuple[ImageRef, ...] = (), system: str = "") -> Sample:
     """The user begins."""
     said = [
         Turn(role="assistant" if number % 2 else "user", parts=(turn,) if isinstance(turn, str) else turn)
         for number, turn in enumerate(turns)
     ]
     opening = [Turn(role="system", parts=(system,))] if system else []
-    return Sample(id="s", pictures=pictures, turns=(*opening, *said), source="data.json")
+    return Sample(id="s", images=images, turns=(*opening, *said), source="data.json")
 
 
 def learnt(encoder: Encoder, found: Sample) -> list[str]:
@@ -58,16 +58,16 @@ def shown(encoder: Encoder, found: Sample) -> str:
     return text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
 
 
-def picture(encoder: Encoder, number: int, overview: int, grid: tuple[int, int] = (0, 0), each: int = 0) -> str:
-    """A picture's tokens as published: its number, the overview, and a line of slices for each row of the grid."""
-    token = encoder.generation.picture_token
+def image(encoder: Encoder, number: int, overview: int, grid: tuple[int, int] = (0, 0), each: int = 0) -> str:
+    """An image's tokens as published: its number, the overview, and a line of slices for each row of the grid."""
+    token = encoder.generation.image_token
     row = f"<slice>{token * each}</slice>" * grid[1]
     return f"<image_id>{number}</image_id><image>{token * overview}</image>" + "\n".join([row] * grid[0])
 
 
 def test_every_answer_is_learnt_up_to_the_end_of_its_turn_and_nothing_else(encoder: Encoder) -> None:
     talk = sample(
-        (0, "\nWhat is it?"), "A digit.", "Which\none?", "It is\n\n3 – or 8.", pictures=(WIDE,), system="Be brief."
+        (0, "\nWhat is it?"), "A digit.", "Which\none?", "It is\n\n3 – or 8.", images=(WIDE,), system="Be brief."
     )
     assert learnt(encoder, talk) == ["A digit.<|im_end|>", "It is\n\n3 – or 8.<|im_end|>"]
 
@@ -92,7 +92,7 @@ def test_what_is_learnt_belongs_to_the_assistants_turns_alone(
     encoder = _encoder(tiny(version))
     turns = [turn for pair in zip(questions, answers, strict=False) for turn in pair]
     end = encoder.generation.end_of_turn
-    runs = learnt(encoder, sample(*turns, pictures=()))
+    runs = learnt(encoder, sample(*turns, images=()))
     assert len(runs) == len(questions)
     for run, answer in zip(runs, answers, strict=False):
         # A template may trim what it is given, and a tokenizer compose characters; no word of anybody else is learnt.
@@ -127,52 +127,52 @@ def test_reasoning_is_learnt_but_not_the_empty_block_that_the_prompt_ends_with(t
     assert learnt(encoder, sample("Which?", thought)) == [f"{thought}<|im_end|>"]
 
 
-def test_a_picture_within_the_working_area_is_an_overview(encoder: Encoder) -> None:
+def test_a_image_within_the_working_area_is_an_overview(encoder: Encoder) -> None:
     # 168 × 112 pixels where 4 × 4 patches are merged into a token.
     overview = 16 if encoder.generation.fixed_tokens else 6
-    one = sample((0, "\nWhat?"), "3", pictures=(SMALL,))
-    assert shown(encoder, one) == picture(encoder, 0, overview) + "\nWhat?"
+    one = sample((0, "\nWhat?"), "3", images=(SMALL,))
+    assert shown(encoder, one) == image(encoder, 0, overview) + "\nWhat?"
 
 
-def test_a_large_picture_is_an_overview_and_rows_of_slices(encoder: Encoder) -> None:
+def test_a_large_image_is_an_overview_and_rows_of_slices(encoder: Encoder) -> None:
     count = 16 if encoder.generation.fixed_tokens else 4
-    one = sample((0, "\nWhat?"), "3", pictures=(WIDE,))
+    one = sample((0, "\nWhat?"), "3", images=(WIDE,))
     assert encoder.plan(one)[0].grid == (2, 3)
-    assert shown(encoder, one) == picture(encoder, 0, count, (2, 3), count) + "\nWhat?"
+    assert shown(encoder, one) == image(encoder, 0, count, (2, 3), count) + "\nWhat?"
 
 
-def test_pictures_are_numbered_as_they_are_shown_whatever_their_order_in_the_list(encoder: Encoder) -> None:
+def test_images_are_numbered_as_they_are_shown_whatever_their_order_in_the_list(encoder: Encoder) -> None:
     overview, count = (16, 16) if encoder.generation.fixed_tokens else (6, 4)
-    two = sample((1, "\n", 0, "\nCompare."), "3", pictures=(WIDE, SMALL))
-    small, wide = picture(encoder, 0, overview), picture(encoder, 1, count, (2, 3), count)
+    two = sample((1, "\n", 0, "\nCompare."), "3", images=(WIDE, SMALL))
+    small, wide = image(encoder, 0, overview), image(encoder, 1, count, (2, 3), count)
     assert shown(encoder, two) == f"{small}\n{wide}\nCompare."
 
 
-def test_pictures_stand_where_the_data_puts_them(encoder: Encoder) -> None:
-    talk = sample(("Look:\n", 0), "Yes.", ("And\n", 1, "\n\nhere?"), "No.", pictures=(WIDE, WIDE))
+def test_images_stand_where_the_data_puts_them(encoder: Encoder) -> None:
+    talk = sample(("Look:\n", 0), "Yes.", ("And\n", 1, "\n\nhere?"), "No.", images=(WIDE, WIDE))
     count = 16 if encoder.generation.fixed_tokens else 4
     text = encoder.tokenizer.decode(encoder.encode(talk).input_ids)
     turns = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>user\n")[1:]]
-    first, second = (picture(encoder, number, count, (2, 3), count) for number in (0, 1))
-    if encoder.generation.picture_content == "text":
+    first, second = (image(encoder, number, count, (2, 3), count) for number in (0, 1))
+    if encoder.generation.image_content == "text":
         assert turns == [f"Look:\n{first}", f"And\n{second}\n\nhere?"]
     else:
-        # This template writes a line break after a picture itself, and none before.
+        # This template writes a line break after an image itself, and none before.
         assert turns == [f"Look:{first}\n", f"And{second}\n\nhere?"]
 
 
 def test_line_breaks_at_the_ends_of_a_turn_stay(encoder: Encoder) -> None:
-    talk = sample(("\nLook:\n", 0, "\nWhat?\n"), "3", pictures=(SMALL,))
+    talk = sample(("\nLook:\n", 0, "\nWhat?\n"), "3", images=(SMALL,))
     before, after = shown(encoder, talk).split("<image_id>")[0], shown(encoder, talk).split("</image>")[1]
     assert before.startswith("\nLook:")
     assert after == "\nWhat?\n"
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.6"])
-def test_a_processor_shows_pictures_numbers_unless_it_says_otherwise(
+def test_a_processor_shows_images_numbers_unless_it_says_otherwise(
     version: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    one = sample((0, "\nWhat?"), "3", pictures=(WIDE,))
+    one = sample((0, "\nWhat?"), "3", images=(WIDE,))
     texts = {}
     for told in (None, True, False):
         folder = shutil.copytree(tiny(version), tmp_path / f"told {told}")
@@ -186,20 +186,20 @@ def test_a_slice_of_the_published_size_takes_64_tokens(tiny: Callable[[str], Pat
     folder = shutil.copytree(tiny("4.6"), tmp_path / "checkpoint")
     edit_image_settings(folder, scale_resolution=448)
     encoder = Encoder.from_checkpoint(folder)
-    large = Picture(uri="large.png", sha256="", width=896, height=896)
-    one = sample((0, "\nWhat?"), "3", pictures=(large,))
-    assert shown(encoder, one) == picture(encoder, 0, 64, (2, 2), 64) + "\nWhat?"
+    large = ImageRef(uri="large.png", sha256="", width=896, height=896)
+    one = sample((0, "\nWhat?"), "3", images=(large,))
+    assert shown(encoder, one) == image(encoder, 0, 64, (2, 2), 64) + "\nWhat?"
 
 
 def test_finer_merging_gives_a_slice_four_times_the_tokens(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny("4.6"), tmp_path / "checkpoint")
     edit_image_settings(folder, downsample_mode="4x")
     encoder = Encoder.from_checkpoint(folder)
-    one = sample((0, "\nWhat?"), "3", pictures=(WIDE,))
+    one = sample((0, "\nWhat?"), "3", images=(WIDE,))
     patches = [rows * columns for rows, columns in encoder.plan(one)[0].target_sizes]
     text = shown(encoder, one)
     slices = [part.split("</slice>")[0] for part in text.split("<slice>")[1:]]
-    token = encoder.generation.picture_token
+    token = encoder.generation.image_token
     assert [text.split("</image>")[0].count(token), *(part.count(token) for part in slices)] == [
         number // 4 for number in patches
     ]
@@ -207,13 +207,13 @@ def test_finer_merging_gives_a_slice_four_times_the_tokens(tiny: Callable[[str],
 
 def test_the_number_of_slices_can_be_lowered(encoder: Encoder, tiny: Callable[[str], Path]) -> None:
     folder = tiny(encoder.generation.version)
-    one = sample((0, "\nWhat?"), "3", pictures=(WIDE,))
+    one = sample((0, "\nWhat?"), "3", images=(WIDE,))
     assert encoder.slicing.max_slice_nums == 9
     assert "<slice>" not in shown(Encoder.from_checkpoint(folder, max_slice_nums=1), one)
 
 
 def test_a_prompt_ends_where_the_last_answer_begins(encoder: Encoder) -> None:
-    talk = sample("Hello", "Yes?", (0, "\nWhat?"), "A digit.", pictures=(SMALL,))
+    talk = sample("Hello", "Yes?", (0, "\nWhat?"), "A digit.", images=(SMALL,))
     prompt = encoder.encode_prompt(talk)
     assert encoder.encode(talk).input_ids[: len(prompt)] == prompt
     text = encoder.tokenizer.decode(prompt)
@@ -251,7 +251,7 @@ def test_no_text_can_hold_a_mark(encoder: Encoder, token: str) -> None:
 
 
 def test_each_missing_special_token_is_named(encoder: Encoder, tmp_path: Path) -> None:
-    marks = ["<image>", "</image>", "<slice>", "</slice>", encoder.generation.picture_token, "<|im_end|>"]
+    marks = ["<image>", "</image>", "<slice>", "</slice>", encoder.generation.image_token, "<|im_end|>"]
 
     class Poor:
         def get_vocab(self) -> dict[str, int]:
@@ -263,11 +263,11 @@ def test_each_missing_special_token_is_named(encoder: Encoder, tmp_path: Path) -
     assert f"MiniCPM-V {encoder.generation.version}." in str(caught.value)
 
 
-def test_a_template_that_loses_pictures_is_refused(tiny: Callable[[str], Path]) -> None:
+def test_a_template_that_loses_images_is_refused(tiny: Callable[[str], Path]) -> None:
     encoder = Encoder.from_checkpoint(tiny("2.6"))
     encoder.tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
-    with pytest.raises(UserError, match="wrote 0 picture marks for 2 pictures"):
-        encoder.encode(sample((0, "\n", 1, "\nWhat?"), "3", pictures=(SMALL, SMALL)))
+    with pytest.raises(UserError, match="wrote 0 image marks for 2 images"):
+        encoder.encode(sample((0, "\n", 1, "\nWhat?"), "3", images=(SMALL, SMALL)))
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.6"])

@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, PreTrainedModel
 
-from minicpmv_finetune.data.samples import Picture, Sample, SampleError, Turn
+from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import GENERATIONS, generation_of, write_max_slices
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.shards.encoding import prepare
 
 VERSIONS = [generation.version for generation in GENERATIONS]
@@ -29,15 +29,15 @@ SIZES = [(112, 112), (300, 200), (40, 230), (20, 20)]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint, its model and some rows: single pictures of many sizes, two at once, earlier turns, words alone."""
+    """A checkpoint, its model and some rows: single images of many sizes, two at once, earlier turns, words alone."""
 
     folder: Path
     model: PreTrainedModel
     encoder: Encoder
     samples: list[Sample]
-    rows: list[Row]
+    rows: list[ModelInput]
 
-    def collate(self, rows: list[Row], side: str = "right") -> dict[str, torch.Tensor]:
+    def collate(self, rows: list[ModelInput], side: str = "right") -> dict[str, torch.Tensor]:
         return collate(rows, self.encoder.pad_token_id, self.encoder.slicing.patch_size, side)
 
     @property
@@ -52,35 +52,35 @@ def loaded(
     folder = tiny(request.param)
     model = load_model(folder, torch.float32)[0].eval()
     encoder = Encoder.from_checkpoint(folder)
-    pictures = write_pictures(tmp_path_factory.mktemp("pictures"))
-    samples = [conversation((0, "\nWhat is this?"), [picture], name=str(n)) for n, picture in enumerate(pictures)]
-    samples.append(conversation((0, "\n", 1, "\nCompare."), pictures[:2], name="two"))
+    images = write_images(tmp_path_factory.mktemp("pictures"))
+    samples = [conversation((0, "\nWhat is this?"), [image], name=str(n)) for n, image in enumerate(images)]
+    samples.append(conversation((0, "\n", 1, "\nCompare."), images[:2], name="two"))
     samples.append(conversation(("Hello",), [], name="words"))
     earlier = (Turn(role="user", parts=(0, "\nWhat?")), Turn(role="assistant", parts=("A digit.",)))
-    samples.append(conversation(("And now?",), pictures[1:2], earlier, name="turns"))
+    samples.append(conversation(("And now?",), images[1:2], earlier, name="turns"))
     return Loaded(folder, model, encoder, samples, [prepare(sample, encoder, 10**6) for sample in samples])
 
 
-def write_pictures(folder: Path) -> list[Picture]:
-    pictures = []
+def write_images(folder: Path) -> list[ImageRef]:
+    images = []
     for width, height in SIZES:
         pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
         path = folder / f"{width}x{height}.png"
         Image.fromarray(pixels).save(path)
         digest = sha256(path.read_bytes()).hexdigest()
-        pictures.append(Picture(uri=str(path), sha256=digest, width=width, height=height))
-    return pictures
+        images.append(ImageRef(uri=str(path), sha256=digest, width=width, height=height))
+    return images
 
 
 def conversation(
-    question: tuple[str | int, ...], pictures: list[Picture], earlier: tuple[Turn, ...] = (), name: str = ""
+    question: tuple[str | int, ...], images: list[ImageRef], earlier: tuple[Turn, ...] = (), name: str = ""
 ) -> Sample:
     asked, answered = Turn(role="user", parts=question), Turn(role="assistant", parts=(f"The digit is {len(name)}.",))
-    return Sample(id=name, pictures=tuple(pictures), turns=(*earlier, asked, answered), source="test")
+    return Sample(id=name, images=tuple(images), turns=(*earlier, asked, answered), source="test")
 
 
 @torch.no_grad()
-def test_a_padded_batch_of_pictures_of_many_sizes_equals_the_singles(loaded: Loaded) -> None:
+def test_a_padded_batch_of_images_of_many_sizes_equals_the_singles(loaded: Loaded) -> None:
     together = loaded.model(**loaded.collate(loaded.rows)).logits
     for row, logits in zip(loaded.rows, together, strict=True):
         alone = loaded.model(**loaded.collate([row])).logits[0]
@@ -101,12 +101,12 @@ def test_the_loss_of_a_padded_batch_is_the_mean_over_its_supervised_tokens(loade
 @torch.no_grad()
 def test_left_padded_generation_equals_single_generation(loaded: Loaded) -> None:
     prompts = [
-        Row(row.id, loaded.encoder.encode_prompt(sample), [], row.slices)
+        ModelInput(row.id, loaded.encoder.encode_prompt(sample), [], row.slices)
         for sample, row in zip(loaded.samples, loaded.rows, strict=True)
     ]
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def new_tokens(rows: list[Row]) -> list[list[int]]:
+    def new_tokens(rows: list[ModelInput]) -> list[list[int]]:
         batch = loaded.collate(rows, "left")
         return loaded.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
 
@@ -116,16 +116,16 @@ def test_left_padded_generation_equals_single_generation(loaded: Loaded) -> None
 @torch.no_grad()
 def test_generation_with_a_cache_equals_plain_forward_passes(loaded: Loaded) -> None:
     ids, slices = loaded.encoder.encode_prompt(loaded.samples[1]), loaded.rows[1].slices
-    batch = loaded.collate([Row("", ids, [], slices)])
+    batch = loaded.collate([ModelInput("", ids, [], slices)])
     generated = loaded.model.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     for _ in range(4):
-        logits = loaded.model(**loaded.collate([Row("", ids, [], slices)])).logits
+        logits = loaded.model(**loaded.collate([ModelInput("", ids, [], slices)])).logits
         ids = [*ids, int(logits[0, -1].argmax())]
     assert generated[0].tolist() == ids
 
 
 def test_words_alone_train_the_vision_side_by_zero(loaded: Loaded) -> None:
-    # Else a process whose batch has no picture would leave the others waiting.
+    # Else a process whose batch has no image would leave the others waiting.
     words = next(row for row in loaded.rows if not row.slices)
     parts = [loaded.model.get_submodule(loaded.encoder.generation.vision_tower), loaded.merger]
     loaded.model.zero_grad(set_to_none=True)
@@ -170,9 +170,9 @@ def test_a_trained_row_begins_with_the_prompt_that_serving_sends(loaded: Loaded)
 
 
 def test_more_places_than_features_is_an_error_with_both_counts(loaded: Loaded) -> None:
-    place = loaded.encoder.tokenizer.convert_tokens_to_ids(loaded.encoder.generation.picture_token)
+    place = loaded.encoder.tokenizer.convert_tokens_to_ids(loaded.encoder.generation.image_token)
     count = sum(token == place for token in loaded.rows[0].input_ids)
-    row = Row("", [*loaded.rows[0].input_ids, place], [], loaded.rows[0].slices)
+    row = ModelInput("", [*loaded.rows[0].input_ids, place], [], loaded.rows[0].slices)
     with pytest.raises((ValueError, RuntimeError), match=rf"{count + 1}.*{count}"):
         loaded.model(**loaded.collate([row]))
 
@@ -215,19 +215,19 @@ def test_attention_can_be_chosen(loaded: Loaded, attention: str) -> None:
 def test_ids_are_the_processors_own(version: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny(version)
     processor, encoder = AutoProcessor.from_pretrained(folder), Encoder.from_checkpoint(folder)
-    pictures = write_pictures(tmp_path)
+    images = write_images(tmp_path)
     answered = Turn(role="assistant", parts=("A digit.",))
     questions = {
-        "one": [((0, "\nWhat?"), pictures[:1])],
-        "sliced": [((0, "\nWhat?"), pictures[1:2])],
-        "many": [((0, "\n", 1, "\n", 2, "\n", 3, "\nCompare."), pictures)],
-        "turns": [((0, "\nWhat?"), pictures[2:3]), (("And?",), [])],
+        "one": [((0, "\nWhat?"), images[:1])],
+        "sliced": [((0, "\nWhat?"), images[1:2])],
+        "many": [((0, "\n", 1, "\n", 2, "\n", 3, "\nCompare."), images)],
+        "turns": [((0, "\nWhat?"), images[2:3]), (("And?",), [])],
         "words": [(("Hello",), [])],
     }
     for case in questions.values():
         turns = [turn for parts, _ in case for turn in (Turn(role="user", parts=parts), answered)]
-        shown = tuple(picture for _, group in case for picture in group)
-        sample = Sample(id="", pictures=shown, turns=tuple(turns), source="test")
+        shown = tuple(image for _, group in case for image in group)
+        sample = Sample(id="", images=shown, turns=tuple(turns), source="test")
         messages = [
             {
                 "role": turn.role,
@@ -256,7 +256,7 @@ def test_ids_are_the_processors_own(version: str, tiny: Callable[[str], Path], t
 def test_canvas_positions_are_those_of_the_processors_token_types(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny("4.7")
     processor, model = AutoProcessor.from_pretrained(folder), load_model(folder, torch.float32)[0].eval()
-    image = Image.open(write_pictures(tmp_path)[1].uri)
+    image = Image.open(write_images(tmp_path)[1].uri)
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
     theirs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -388,7 +388,7 @@ def test_contradictions_are_named(
     assert_one_sentence(error)
 
 
-def test_text_with_a_picture_mark_is_refused(loaded: Loaded) -> None:
+def test_text_with_a_image_mark_is_refused(loaded: Loaded) -> None:
     sample = conversation(("Look at (<image>./</image>)!",), [])
     with pytest.raises(SampleError, match="<image>"):
         loaded.encoder.encode(sample)

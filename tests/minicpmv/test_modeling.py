@@ -34,11 +34,11 @@ def model(folder: Path) -> MiniCPMVForConditionalGeneration:
 
 @pytest.fixture
 def batch(model: MiniCPMVForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """Two rows with two pictures and one; 16 places each."""
+    """Two rows with two images and one; 16 places each."""
     torch.manual_seed(0)
     place = model.config.image_token_id
-    picture = [place] * QUERIES
-    rows = [[20, *picture, 21, *picture, 22, 23, 24], [30, 31, *picture, 32] + [33] * (QUERIES + 2)]
+    image = [place] * QUERIES
+    rows = [[20, *image, 21, *image, 22, 23, 24], [30, 31, *image, 32] + [33] * (QUERIES + 2)]
     patches = int(SIZES.prod(1).sum())
     return {
         "input_ids": torch.tensor(rows),
@@ -95,7 +95,7 @@ def test_places_and_features_that_do_not_match_raise_with_both_counts(
         model(**batch)
 
 
-def test_pictures_without_places_for_them_are_refused(
+def test_images_without_places_for_them_are_refused(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> None:
     embedded = model.get_input_embeddings()(batch["input_ids"])
@@ -111,10 +111,10 @@ def test_patches_and_sizes_that_do_not_match_raise_with_both_counts(
 
 
 @torch.no_grad()
-def test_padding_with_the_picture_token_is_no_place(
+def test_padding_with_the_image_token_is_no_place(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> None:
-    # MiniCPM-V 4.0 pads with the token that also stands for pictures.
+    # MiniCPM-V 4.0 pads with the token that also stands for images.
     plain = model(**batch).logits
     padding = torch.full((2, 3), model.config.image_token_id)
     padded = batch | {
@@ -147,7 +147,7 @@ def test_the_published_config_comes_back_field_by_field(folder: Path, tmp_path: 
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path))
     assert {name: after.get(name) for name in before} == before
     assert {*after} - {*before} <= {"image_token_id", "transformers_version", "use_cache", "drop_vision_last_layer"}
-    # Without a tokenizer beside it, the saved model still knows its picture token.
+    # Without a tokenizer beside it, the saved model still knows its image token.
     again = MiniCPMVForConditionalGeneration.from_pretrained(tmp_path)
     assert again.config.image_token_id == model.config.image_token_id
 

@@ -8,7 +8,7 @@ from minicpmv_finetune.minicpmv import resampling
 from minicpmv_finetune.minicpmv.resampling import resize_bicubic
 
 
-def picture(width: int, height: int, kind: str) -> Image.Image:
+def make_image(width: int, height: int, kind: str) -> Image.Image:
     random = np.random.default_rng([width, height])
     pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
     if kind == "edges":  # whose filtered values leave the range and are cut
@@ -34,7 +34,7 @@ SIZES = [
 @pytest.mark.parametrize("kind", ["noise", "edges"])
 @pytest.mark.parametrize(("size", "target"), SIZES)
 def test_every_pixel_is_pillows(size: tuple[int, int], target: tuple[int, int], kind: str) -> None:
-    image = picture(*size, kind)
+    image = make_image(*size, kind)
     expected = np.asarray(image.resize(target, Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(resize_bicubic(image, *target), expected)
 
@@ -43,7 +43,7 @@ def test_every_pixel_is_pillows_at_random_sizes() -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         width, height, new_width, new_height = random.integers(1, 260, 4).tolist()
-        image = picture(width, height, "edges" if width % 2 else "noise")
+        image = make_image(width, height, "edges" if width % 2 else "noise")
         expected = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
         found = resize_bicubic(image, new_width, new_height)
         assert np.array_equal(found, expected), (width, height, new_width, new_height)
@@ -63,7 +63,7 @@ def test_otherwise_pillow_itself_scales(reason: str, monkeypatch: pytest.MonkeyP
     resampling._kernels_equal_to_pillow.cache_clear()
     try:
         assert resampling._kernels_equal_to_pillow() is None
-        image = picture(60, 50, "noise")
+        image = make_image(60, 50, "noise")
         expected = np.asarray(image.resize((33, 70), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(resize_bicubic(image, 33, 70), expected)
     finally:

@@ -69,7 +69,7 @@ def test_plan_is_the_processors_for_any_size(
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 9), modes)
 @settings(max_examples=40, deadline=None)
 def test_pixels_are_the_processors_for_any_size(width: int, height: int, max_slice_nums: int, mode: str) -> None:
-    # A small working area cuts small pictures into many slices, as a large one does with large pictures.
+    # A small working area cuts small images into many slices, as a large one does with large images.
     config = configured(max_slice_nums, mode, scale_resolution=224)
     assert_equal_to_the_processor(noise(width, height), config, mode)
 
@@ -98,7 +98,7 @@ def test_palette_is_the_processors(transparency: int | None) -> None:
     assert_equal_to_the_processor(image, configured())
 
 
-def test_a_transparent_picture_stands_on_white() -> None:
+def test_a_transparent_image_stands_on_white() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
     (pixels,) = cut(clear, plan_slices(100, 100, configured()), configured())
     assert (pixels == 255).all()
@@ -125,7 +125,7 @@ def test_slices_of_the_native_generations_are_cut_from_pillows_pixels(
     np.testing.assert_array_equal(np.concatenate(rows), whole)
 
 
-def test_without_slice_mode_a_picture_of_any_size_is_an_overview() -> None:
+def test_without_slice_mode_a_image_of_any_size_is_an_overview() -> None:
     config = SlicingConfig(slice_mode=False)
     plan = plan_slices(4000, 3000, config)
     assert (plan.grid, plan.refined, plan.slice_size) == (None, None, None)
@@ -159,7 +159,7 @@ def test_exif_orientation_is_ignored_as_in_the_processor() -> None:
 
 @given(st.integers(1, 2500), st.integers(1, 2500), slice_numbers, st.sampled_from(["pillow", "torchvision"]))
 @settings(max_examples=40, deadline=None)
-def test_slices_tile_the_resized_picture(width: int, height: int, max_slice_nums: int, resampler: Resampler) -> None:
+def test_slices_tile_the_resized_image(width: int, height: int, max_slice_nums: int, resampler: Resampler) -> None:
     config = SlicingConfig(max_slice_nums=max_slice_nums, size_multiple=14, resampler=resampler)
     image = noise(width, height)
     plan = plan_slices(width, height, config)

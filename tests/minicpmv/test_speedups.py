@@ -19,10 +19,10 @@ from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.minicpmv.loss import mask_that_hides, supervised_loss
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import prepare_for_packing
 from minicpmv_finetune.shards.encoding import prepare
-from tests.minicpmv.test_generations import conversation, write_pictures
+from tests.minicpmv.test_generations import conversation, write_images
 
 VERSIONS = [generation.version for generation in GENERATIONS]
 
@@ -38,13 +38,13 @@ def encoder(folder: Path) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def rows(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """One with a sliced picture, one without any, one with two pictures."""
-    pictures = write_pictures(tmp_path_factory.mktemp("pictures"))
+def rows(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> list[ModelInput]:
+    """One with a sliced image, one without any, one with two images."""
+    images = write_images(tmp_path_factory.mktemp("pictures"))
     samples = [
-        conversation((0, "\nWhat is this?"), pictures[1:2], name="one"),
+        conversation((0, "\nWhat is this?"), images[1:2], name="one"),
         conversation(("Hello, which digit?",), [], name="none"),
-        conversation((0, "\n", 1, "\nCompare."), pictures[:2], name="two"),
+        conversation((0, "\n", 1, "\nCompare."), images[:2], name="two"),
     ]
     return [prepare(sample, encoder, 10**6) for sample in samples]
 
@@ -54,11 +54,11 @@ def model(folder: Path) -> PreTrainedModel:
     return load_model(folder, torch.float32)[0].train()
 
 
-def _padded(rows: list[Row], encoder: Encoder) -> dict[str, torch.Tensor]:
+def _padded(rows: list[ModelInput], encoder: Encoder) -> dict[str, torch.Tensor]:
     return collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, "right")
 
 
-def _packed(rows: list[Row], encoder: Encoder) -> dict[str, torch.Tensor]:
+def _packed(rows: list[ModelInput], encoder: Encoder) -> dict[str, torch.Tensor]:
     return collate_packed(rows, encoder.slicing.patch_size)
 
 
@@ -85,7 +85,7 @@ def _assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 def test_logits_of_supervised_positions_give_the_plain_loss_and_gradients(
     model: PreTrainedModel,
     encoder: Encoder,
-    rows: list[Row],
+    rows: list[ModelInput],
     count: int | None,
     at_once: int | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +99,7 @@ def test_logits_of_supervised_positions_give_the_plain_loss_and_gradients(
 
 @pytest.mark.parametrize("how", ["adapters", "whole"])
 def test_a_head_with_adapters_or_trained_whole_learns_the_same(
-    model: PreTrainedModel, encoder: Encoder, rows: list[Row], how: str
+    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput], how: str
 ) -> None:
     targets = ["q_proj", "lm_head"] if how == "adapters" else ["q_proj"]
     whole = None if how == "adapters" else ["lm_head"]
@@ -115,7 +115,7 @@ def test_a_head_with_adapters_or_trained_whole_learns_the_same(
 
 @torch.no_grad()
 def test_evaluation_keeps_the_likeliest_tokens_and_no_logits(
-    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
 ) -> None:
     batch = _padded(rows, encoder)
     plain, short = model.eval()(**batch), model(**batch, loss_only=True)
@@ -168,7 +168,7 @@ def test_no_tile_of_a_frozen_head_is_larger_than_allowed(
 
 
 def test_features_of_the_tower_give_the_loss_and_gradients_of_pixels(
-    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
 ) -> None:
     model.get_submodule(encoder.generation.vision_tower).requires_grad_(False)
     batch = _padded(rows, encoder)
@@ -182,7 +182,7 @@ def test_features_of_the_tower_give_the_loss_and_gradients_of_pixels(
 
 
 def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
-    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
 ) -> None:
     plain = _learn(model, _padded(rows, encoder))
     prepare_for_packing(model, encoder.generation.language_model)
@@ -193,7 +193,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
 
 @torch.no_grad()
 def test_a_sample_in_a_pack_sees_nothing_of_its_neighbours(
-    model: PreTrainedModel, encoder: Encoder, rows: list[Row]
+    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
 ) -> None:
     prepare_for_packing(model, encoder.generation.language_model)
     batch = _packed(rows, encoder)

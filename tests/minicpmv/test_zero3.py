@@ -14,7 +14,7 @@ from tests.minicpmv import zero3_worker
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
-def test_a_process_without_a_picture_keeps_step_with_one_that_has_one(
+def test_a_process_without_a_image_keeps_step_with_one_that_has_one(
     version: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tiny(version)
@@ -31,7 +31,7 @@ def test_a_process_without_a_picture_keeps_step_with_one_that_has_one(
     expected: list[list[float]] = [[], []]
     for _ in range(2):
         for rank in range(2):
-            loss = model(**zero3_worker.batch(encoder, shows_picture=rank == 0)).loss
+            loss = model(**zero3_worker.batch(encoder, shows_image=rank == 0)).loss
             (loss / 2).backward()
             expected[rank].append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), zero3_worker.SETTINGS["gradient_clipping"])
@@ -39,5 +39,5 @@ def test_a_process_without_a_picture_keeps_step_with_one_that_has_one(
         optimizer.zero_grad()
     for rank in range(2):
         with torch.no_grad():
-            expected[rank].append(model.eval()(**zero3_worker.batch(encoder, shows_picture=rank == 1)).loss.item())
+            expected[rank].append(model.eval()(**zero3_worker.batch(encoder, shows_image=rank == 1)).loss.item())
     assert losses == [pytest.approx(row, abs=1e-4) for row in expected]

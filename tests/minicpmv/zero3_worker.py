@@ -1,4 +1,4 @@
-"""One of two processes under ZeRO-3: only the first has a picture. Prints the losses of two steps and of an evaluation.
+"""One of two processes under ZeRO-3: only the first has an image. Prints the losses of two steps and of an evaluation.
 
 python -m torch.distributed.run --nproc_per_node 2 zero3_worker.py CHECKPOINT OUT
 """
@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 1,
@@ -26,18 +26,18 @@ SETTINGS = {
 }
 
 
-def batch(encoder: Encoder, shows_picture: bool) -> dict[str, torch.Tensor]:
-    """One row of the same words, with or without a picture of 8 × 8 patches."""
-    picture = encoder.generation.picture_token * (encoder.tokens_per_slice or 4)
-    question = f"<image>{picture}</image>\nWhat?" if shows_picture else "What?"
+def batch(encoder: Encoder, shows_image: bool) -> dict[str, torch.Tensor]:
+    """One row of the same words, with or without an image of 8 × 8 patches."""
+    image = encoder.generation.image_token * (encoder.tokens_per_slice or 4)
+    question = f"<image>{image}</image>\nWhat?" if shows_image else "What?"
     answer = "<|im_start|>assistant\nThe digit is 3.<|im_end|>\n"
     encoded = encoder.encode_text(f"<|im_start|>user\n{question}<|im_end|>\n{answer}")
-    slices = [np.full((112, 112, 3), 90, dtype=np.uint8)] if shows_picture else []
-    return collate([Row("", encoded.input_ids, encoded.labels, slices)], 0, 14, "right")
+    slices = [np.full((112, 112, 3), 90, dtype=np.uint8)] if shows_image else []
+    return collate([ModelInput("", encoded.input_ids, encoded.labels, slices)], 0, 14, "right")
 
 
 def main(checkpoint: Path, out: Path) -> None:
-    """Load in parts, train twice, evaluate with the picture at the other process."""
+    """Load in parts, train twice, evaluate with the image at the other process."""
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo")
     keep = HfDeepSpeedConfig(SETTINGS)  # transformers loads in parts while this lives
@@ -49,13 +49,13 @@ def main(checkpoint: Path, out: Path) -> None:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
     losses = []
     for _ in range(2):
-        loss = engine(**batch(encoder, shows_picture=rank == 0), use_cache=False).loss
+        loss = engine(**batch(encoder, shows_image=rank == 0), use_cache=False).loss
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
     engine.eval()
     with torch.no_grad():
-        losses.append(engine(**batch(encoder, shows_picture=rank == 1), use_cache=False).loss.item())
+        losses.append(engine(**batch(encoder, shows_image=rank == 1), use_cache=False).loss.item())
     (out / f"{rank}.json").write_text(json.dumps(losses))
 
 

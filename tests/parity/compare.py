@@ -2,7 +2,7 @@
 
     python tests/parity/compare.py DIR [--json]
 
-DIR holds a tiny checkpoint, pictures, an adapter and what the official code made of them (`expected.json`, `*.npz`; its
+DIR holds a tiny checkpoint, images, an adapter and what the official code made of them (`expected.json`, `*.npz`; its
 README explains the fields). Every case, name and size is read from there. For each case and recorded quantity one line
 says the largest difference and the tolerance, or by which name this project departs from the official code on purpose,
 and then whether the difference is just what that departure explains. Fields are taken out of the document as they are
@@ -35,12 +35,12 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.data.samples import Picture, Reject, Sample, SampleError, Turn, open_picture, read_samples
+from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError, Turn, open_image, read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.modeling import UNTIMED, sincos_table
 from minicpmv_finetune.minicpmv.slicing import SlicePlan, cut
 from minicpmv_finetune.shards.encoding import prepare
@@ -53,7 +53,7 @@ PIXELS = 1e-6  # of the mean over a slice
 TRAJECTORY = 1e-4  # five optimizer steps amplify the last bits of the first
 
 # What this project does otherwise than the official code, and why; docs/generations.md says more.
-IMAGE_ID = "image id: training numbers every picture, as the processor does, and not only sliced ones"
+IMAGE_ID = "image id: training numbers every image, as the processor does, and not only sliced ones"
 LINE_BREAKS = "line breaks: a mark named in a dict is replaced where it stands, without the extra line breaks"
 BEGIN = "begin token: training begins with <s>, as the processor does"
 TRAINED_AS_SERVED = "trained as served: rows are the processor's text, not the fine-tuning script's"
@@ -64,7 +64,7 @@ EMPTY_THINKING = "thinking found anywhere: the official rule skips four tokens w
 NO_TRUNCATION = "no truncation: a row that is too long is rejected, not cut"
 MASKED_ZERO = "token 0 masked: only padding is masked, not the real token 0"
 DROPPED_ZERO = "token 0 dropped: `chat` deletes token 0 from answers"
-TEXT_ORDER = "text order: pictures follow their marks in the text, not the order of the dict"
+TEXT_ORDER = "text order: images follow their marks in the text, not the order of the dict"
 STRICTER = "refused in validation"
 SYSTEM_TURN = "system turn: accepted as the first one, where the chat template has its place"
 GROUPED_FRAMES = "grouped frames: refused as data, so the recorded ids are used"
@@ -141,7 +141,7 @@ class Report:
 
 @dataclass
 class Case:
-    """A sample, its pictures and what was recorded of it."""
+    """A sample, its images and what was recorded of it."""
 
     name: str
     record: dict[str, Any]
@@ -157,23 +157,23 @@ class Case:
 
     @cached_property
     def plans(self) -> list[SlicePlan]:
-        """By picture, in the order of the dict."""
+        """By image, in the order of the dict."""
         return self.encoder.plan(self.sample)
 
     @cached_property
-    def cut_pictures(self) -> list[list[np.ndarray]]:
-        """The slices of each picture, in the order of the dict."""
-        pictures = map(open_picture, self.sample.pictures)
-        return [cut(image, plan, self.encoder.slicing) for image, plan in zip(pictures, self.plans, strict=True)]
+    def cut_images(self) -> list[list[np.ndarray]]:
+        """The slices of each image, in the order of the dict."""
+        images = map(open_image, self.sample.images)
+        return [cut(image, plan, self.encoder.slicing) for image, plan in zip(images, self.plans, strict=True)]
 
     @property
     def text_order(self) -> list[int]:
-        """Numbers of the pictures as their marks stand."""
+        """Numbers of the images as their marks stand."""
         return [part for turn in self.sample.turns for part in turn.parts if isinstance(part, int)]
 
     def slices(self, order: Sequence[int]) -> list[np.ndarray]:
-        """All slices of these pictures."""
-        return [pixels for number in order for pixels in self.cut_pictures[number]]
+        """All slices of these images."""
+        return [pixels for number in order for pixels in self.cut_images[number]]
 
     @property
     def official_slices(self) -> list[np.ndarray]:
@@ -236,7 +236,7 @@ class Comparison:
             rejected = rejects.get(name)
             read = accepted.get(name) or self._read_unvalidated(name, sample)
             encoder = Encoder.from_checkpoint(self.checkpoint, record.get("max_slice_nums"))
-            cases[name] = Case(name, record, read, encoder, list(range(len(read.pictures))), rejected)
+            cases[name] = Case(name, record, read, encoder, list(range(len(read.images))), rejected)
         return cases
 
     def _located(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -258,22 +258,22 @@ class Comparison:
                 parts += [turn["content"][end : found.start()], numbers[found.group()]]
                 end = found.end()
             turns.append(Turn(role=turn["role"], parts=tuple(p for p in (*parts, turn["content"][end:]) if p != "")))
-        pictures = tuple(self._picture(path) for path in paths.values())
+        images = tuple(self._image(path) for path in paths.values())
         if isinstance(image, str) and not any(isinstance(part, int) for turn in turns for part in turn.parts):
             turns[0] = Turn(role=turns[0].role, parts=(0, "\n", *turns[0].parts))
-        return Sample(id=name, pictures=pictures, turns=tuple(turns), source=name)
+        return Sample(id=name, images=images, turns=tuple(turns), source=name)
 
-    def _picture(self, path: str) -> Picture:
+    def _image(self, path: str) -> ImageRef:
         file = self.folder / path
         with Image.open(file) as image:
             width, height = image.size
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        return Picture(uri=str(file), sha256=digest, width=width, height=height)
+        return ImageRef(uri=str(file), sha256=digest, width=width, height=height)
 
     # Running
 
     def _inputs(self, ids: Sequence[int], slices: Sequence[np.ndarray], side: Any = "right") -> dict[str, torch.Tensor]:
-        return collate([Row("", list(ids), [], slices)], 0, self.patch_size, side)
+        return collate([ModelInput("", list(ids), [], slices)], 0, self.patch_size, side)
 
     @property
     def patch_size(self) -> int:
@@ -289,7 +289,9 @@ class Comparison:
     def _loss(self, model: nn.Module, cases: Sequence[Case], labels: str, rows: Any = None) -> torch.Tensor:
         """The loss of a batch, given the recorded ids and labels, which are shifted already."""
         rows = rows or [(case.finetune["input_ids"], case.finetune[labels], case.official_slices) for case in cases]
-        batch = collate([Row("", ids, given, slices) for ids, given, slices in rows], 0, self.patch_size, "right")
+        batch = collate(
+            [ModelInput("", ids, given, slices) for ids, given, slices in rows], 0, self.patch_size, "right"
+        )
         shifted = batch["labels"]
         return model(**batch, shift_labels=shifted).loss
 
@@ -302,7 +304,7 @@ class Comparison:
         self, ids: Sequence[Sequence[int]], slices: Sequence[np.ndarray], zeros: Sequence[Sequence[int]], **options: Any
     ) -> Any:
         """Generate from left-padded prompts, masking what was masked."""
-        batch = collate([Row("", list(row), [], []) for row in ids], 0, self.patch_size, "left")
+        batch = collate([ModelInput("", list(row), [], []) for row in ids], 0, self.patch_size, "left")
         for row, positions in zip(batch["attention_mask"], zeros, strict=True):
             row[list(positions)] = 0
         if slices:
@@ -367,7 +369,7 @@ class Comparison:
         say.equal(name, "ft.tgt_sizes", self._sizes(case.slices(case.by_dict)), left.pop("tgt_sizes"))
         if case.text_order != case.by_dict:
             say.departs(name, "ft.slices order", TEXT_ORDER)
-        # The recorded words, tokenised and labelled here.
+        # The recorded words, tokenized and labelled here.
         text = self._decode(ids)
         say.equal(name, "ft.decoded", self._abbreviated(text), left.pop("decoded"))
         encoded = encoder.encode_text(text)
@@ -489,9 +491,9 @@ class Comparison:
         explained = zeros == [at for at, token in enumerate(ids) if token == 0]
         say.equal_or(name, "proc.attention_mask_zero_positions", [], zeros, MASKED_ZERO, explained)
         say.equal(name, "proc.image_bound", self._bounds(found), left.pop("image_bound"))
-        pictures = [case.sample.pictures[number] for number in case.text_order]
-        sizes = [[picture.width, picture.height] for picture in pictures]
-        by_dict = [[picture.width, picture.height] for picture in case.sample.pictures]
+        images = [case.sample.images[number] for number in case.text_order]
+        sizes = [[image.width, image.height] for image in images]
+        by_dict = [[image.width, image.height] for image in case.sample.images]
         recorded_sizes = left.pop("image_sizes_wh")
         say.equal_or(name, "proc.image_sizes_wh", sizes, recorded_sizes, TEXT_ORDER, by_dict == recorded_sizes)
         order = case.text_order if sizes == recorded_sizes else case.by_dict
@@ -586,7 +588,7 @@ class Comparison:
         bounds = left.pop("image_bound")
         say.equal(name, "image_bound", self._bounds(ids), bounds)
         say.equal(name, "n_slices", len(case.slices(case.by_dict)), left.pop("n_slices"))
-        # Pictures whose tokens were cut off stay behind; the official model ignores them.
+        # Images whose tokens were cut off stay behind; the official model ignores them.
         slices = case.slices(case.by_dict)[: len(bounds)]
         with torch.no_grad():
             say.close(
@@ -597,8 +599,8 @@ class Comparison:
         name = left.pop("name")
         conversations = left.pop("conversations")
         text = json.dumps(conversations)
-        picture = next((path for path in sorted((self.folder / "images").iterdir())), None)
-        image = {"<image_00>": str(picture)} if "<image_0" in text else str(picture)
+        path = next((path for path in sorted((self.folder / "images").iterdir())), None)
+        image = {"<image_00>": str(path)} if "<image_0" in text else str(path)
         accepted, rejects = validated([{"id": name, "image": image, "conversations": conversations}])
         if accepted and conversations[0]["role"] == "system":
             self.report.departs(f"refusal {name}", "accepted", SYSTEM_TURN)
@@ -612,7 +614,10 @@ class Comparison:
         cases = [self.cases[name] for name in left.pop("cases")]
         name = "batch " + "+".join(case.name for case in cases)
         batch = collate(
-            [Row("", case.finetune["input_ids"], case.finetune["labels"], case.official_slices) for case in cases],
+            [
+                ModelInput("", case.finetune["input_ids"], case.finetune["labels"], case.official_slices)
+                for case in cases
+            ],
             0,
             self.patch_size,
             "right",
@@ -726,7 +731,7 @@ class Comparison:
             for case in cases
             for number in case.text_order
             for pixels in cut(
-                open_picture(case.sample.pictures[number]), encoder.plan(case.sample)[number], encoder.slicing
+                open_image(case.sample.images[number]), encoder.plan(case.sample)[number], encoder.slicing
             )
         ]
         longest = max(map(len, prompts))
@@ -759,8 +764,8 @@ class Comparison:
             encoder = self.default_encoder
             sample = case.sample.model_copy(update={"turns": turns})
             ids = encoder.encode_prompt(sample, enable_thinking=thinking)
-            pictures = zip(map(open_picture, sample.pictures), encoder.plan(sample), strict=True)
-            slices = [pixels for image, plan in pictures for pixels in cut(image, plan, encoder.slicing)]
+            images = zip(map(open_image, sample.images), encoder.plan(sample), strict=True)
+            slices = [pixels for image, plan in images for pixels in cut(image, plan, encoder.slicing)]
             found, length = self._generate([ids], slices, [self._zeros(ids)], **options)
             new = found.sequences[0, length:].tolist()
             while new and new[-1] in encoder.stop_token_ids:
@@ -862,12 +867,12 @@ class Comparison:
         say, name = self.report, "temporal"
         npz = dict(np.load(self.folder / left.pop("npz")))
         encoder = Encoder.from_checkpoint(self.checkpoint, left.pop("max_slice_nums"))
-        pictures = tuple(self._picture(path) for path in left.pop("frames"))
+        images = tuple(self._image(path) for path in left.pop("frames"))
         groups, ids = left.pop("temporal_ids"), left.pop("input_ids")
         sample = Sample(
-            id=name, pictures=pictures, turns=(Turn(role="user", parts=tuple(range(len(pictures)))),), source=name
+            id=name, images=images, turns=(Turn(role="user", parts=tuple(range(len(images)))),), source=name
         )
-        case = Case(name, {}, sample, encoder, list(range(len(pictures))), None)
+        case = Case(name, {}, sample, encoder, list(range(len(images))), None)
         slices = case.slices(case.by_dict)
         self._slices(case, "frames", slices, left.pop("slices"))
         say.equal(name, "tgt_sizes", self._sizes(slices), left.pop("tgt_sizes"))
@@ -922,7 +927,7 @@ class Comparison:
         return list(image) if isinstance(image, dict) else ["<image>"] if image else []
 
     def _bounds(self, ids: Sequence[int]) -> list[list[int]]:
-        """Where the model puts features: runs of places between a picture's or slice's marks."""
+        """Where the model puts features: runs of places between an image's or slice's marks."""
         places = [token == self.model.config.image_token_id for token in ids]
         starts = {self._id("<image>"), self._id("<slice>")}
         bounds: list[list[int]] = []
@@ -934,15 +939,15 @@ class Comparison:
         return bounds
 
     def _abbreviated(self, text: str) -> str:
-        token = re.escape(self.generation.picture_token)
+        token = re.escape(self.generation.image_token)
         return re.sub(f"(?:{token}){{2,}}", lambda found: f"<unk>*{found.group().count('<unk>')}", text)
 
     def _with_marks(self, ids: Sequence[int]) -> str:
-        """The prompt before pictures were put in."""
+        """The prompt before images were put in."""
         text = self._decode(ids).removeprefix(
             str(self.default_encoder.tokenizer.bos_token) if self._begins(ids) else ""
         )
-        return PICTURE.sub(self.generation.picture_mark, text)
+        return IMAGE.sub(self.generation.image_mark, text)
 
     def _begins(self, ids: Sequence[int]) -> bool:
         """Whether the tokenizer puts a begin token in front of any text."""
@@ -950,13 +955,13 @@ class Comparison:
         return bool(begin) and list(ids[: len(begin)]) == begin
 
 
-PICTURE = re.compile(r"(?:<image_id>\d+</image_id>)?<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*")
+IMAGE = re.compile(r"(?:<image_id>\d+</image_id>)?<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*")
 
 
 def _without_departures(text: str, begin: str) -> str:
     """Words without what training does otherwise than the fine-tuning script."""
     text = text.removeprefix(begin) if not text.startswith("<|im_start|>system") and begin != "<|im_start|>" else text
-    text = PICTURE.sub(lambda found: re.sub(r"<image_id>\d+</image_id>", "", found.group()), text)
+    text = IMAGE.sub(lambda found: re.sub(r"<image_id>\d+</image_id>", "", found.group()), text)
     return re.sub(r"\s*(<image>(?:<unk>)+</image>(?:\n?<slice>(?:<unk>)+</slice>)*)\s*", r"\1", text)
 
 

@@ -66,9 +66,9 @@ def test_tracking_holds_one_run_with_a_run_a_step(finished: tuple[LocalRun, Path
 
 def test_the_merged_model_answers(finished: tuple[LocalRun, Path], digits: Path) -> None:
     _, out = finished
-    picture = json.loads((digits / "eval.json").read_text())[0]["image"]
+    image = json.loads((digits / "eval.json").read_text())[0]["image"]
     command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "predict"]
-    asked = ["--model", str(out / "model"), "--image", str(digits / picture), "--prompt", "Which digit is written?"]
+    asked = ["--model", str(out / "model"), "--image", str(digits / image), "--prompt", "Which digit is written?"]
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
     assert done.stderr == ""
@@ -128,7 +128,7 @@ def test_the_merge_command_writes_into_a_store(
     assert json.loads(storage.read_bytes(f"{s3_uri}/models/merge-report.json"))["changed"]
 
 
-def test_photographs_several_pictures_several_turns_and_text_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_photographs_several_images_several_turns_and_text_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
         Image.fromarray(pixels).save(tmp_path / f"{name}.jpg")
     samples = [

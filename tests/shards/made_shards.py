@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig
 from minicpmv_finetune.shards.codecs import Codec, store_slices
 from minicpmv_finetune.shards.format import MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
@@ -13,15 +13,15 @@ ROWS = 40
 ROWS_PER_SHARD = 13
 
 
-def row(number: int, seed: int = 0) -> Row:
+def row(number: int, seed: int = 0) -> ModelInput:
     """A row like no other: no slice, one or several of different sizes."""
     random = np.random.default_rng([seed, number])
     slices = [random.integers(0, 256, (14 * side, 28, 3), dtype=np.uint8) for side in range(1, 1 + number % 4)]
     ids = random.integers(0, 500, 5 + number).tolist()
-    return Row(f"row-{number}", ids, [-100, *ids[1:]], slices)
+    return ModelInput(f"row-{number}", ids, [-100, *ids[1:]], slices)
 
 
-def stored(found: Row, codec: Codec = "raw") -> StoredRow:
+def stored(found: ModelInput, codec: Codec = "raw") -> StoredRow:
     return StoredRow(found.id, found.input_ids, found.labels, store_slices(found.slices, codec))
 
 
@@ -56,7 +56,7 @@ def write(folder: Path, seed: int = 0, rows: int = ROWS, codec: Codec = "raw") -
     return folder
 
 
-def assert_equal(found: Row, expected: Row) -> None:
+def assert_equal(found: ModelInput, expected: ModelInput) -> None:
     assert found.id == expected.id
     assert list(found.input_ids) == list(expected.input_ids)
     assert list(found.labels) == list(expected.labels)

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicpmv_finetune.data.samples import decode_picture
+from minicpmv_finetune.data.samples import decode_image
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
 from minicpmv_finetune.shards.codecs import (
     CODECS,
     Codec,
-    StoredPictures,
+    StoredImages,
     check_codec,
     restore_slices,
     store_slices,
@@ -21,7 +21,7 @@ from minicpmv_finetune.shards.codecs import (
 ORIENTATION = 0x0112
 
 
-def picture(mode: str, form: str, orientation: int = 1) -> bytes:
+def image(mode: str, form: str, orientation: int = 1) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (300, 700, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -33,12 +33,12 @@ def picture(mode: str, form: str, orientation: int = 1) -> bytes:
 
 
 FILES = [
-    picture("RGB", "JPEG"),
-    picture("CMYK", "JPEG"),
-    picture("L", "JPEG"),
-    picture("RGBA", "PNG"),
-    picture("P", "PNG"),
-    picture("RGB", "JPEG", orientation=6),
+    image("RGB", "JPEG"),
+    image("CMYK", "JPEG"),
+    image("L", "JPEG"),
+    image("RGBA", "PNG"),
+    image("P", "PNG"),
+    image("RGB", "JPEG", orientation=6),
 ]
 
 
@@ -47,7 +47,7 @@ FILES = [
 @pytest.mark.parametrize("turned", [False, True])
 def test_every_codec_gives_the_pixels_of_slicing_on_the_fly(codec: Codec, resampler: str, turned: bool) -> None:
     slicing = SlicingConfig(scale_resolution=224, resampler=resampler, transparency="white")  # type: ignore[arg-type]
-    images = [decode_picture(file, turned) for file in FILES]
+    images = [decode_image(file, turned) for file in FILES]
     plans = [plan_slices(*image.size, slicing) for image in images]
     slices = [pixels for image, plan in zip(images, plans, strict=True) for pixels in cut(image, plan, slicing)]
     assert len({pixels.shape for pixels in slices}) > 1
@@ -58,12 +58,12 @@ def test_every_codec_gives_the_pixels_of_slicing_on_the_fly(codec: Codec, resamp
     assert [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in restored] == digests
 
 
-def test_a_row_without_pictures_has_none() -> None:
+def test_a_row_without_images_has_none() -> None:
     for codec in CODECS:
-        assert restore_slices([], StoredPictures([], []).layout, codec, SlicingConfig()) == []
+        assert restore_slices([], StoredImages([], []).layout, codec, SlicingConfig()) == []
 
 
 def test_an_unknown_codec_is_a_mistake() -> None:
     assert check_codec("raw") == "raw"
-    with pytest.raises(UserError, match=r"picture codec 'jpeg': none of source, raw, webp-lossless, png"):
+    with pytest.raises(UserError, match=r"image codec 'jpeg': none of source, raw, webp-lossless, png"):
         check_codec("jpeg")

@@ -12,9 +12,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.shards import format as module
-from minicpmv_finetune.shards.codecs import Codec, StoredPictures
+from minicpmv_finetune.shards.codecs import Codec, StoredImages
 from minicpmv_finetune.shards.format import (
     MANIFEST_FILE,
     ShardReader,
@@ -57,11 +57,11 @@ def test_reader_is_indexed_like_a_list(folder: Path) -> None:
             reader[outside]
 
 
-def test_without_pictures_rows_have_their_tokens_alone(folder: Path) -> None:
-    reader = pickle.loads(pickle.dumps(ShardReader(folder, "train", pictures=False)))
+def test_without_images_rows_have_their_tokens_alone(folder: Path) -> None:
+    reader = pickle.loads(pickle.dumps(ShardReader(folder, "train", images=False)))
     for number, found in enumerate(reader):
         expected = row(number)
-        assert_equal(found, Row(expected.id, expected.input_ids, expected.labels, []))
+        assert_equal(found, ModelInput(expected.id, expected.input_ids, expected.labels, []))
 
 
 def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
@@ -73,8 +73,8 @@ def test_a_row_group_ends_where_its_rows_reach_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: list[int]
 ) -> None:
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", limit)
-    pictures = StoredPictures([b"p" * 30, b"q" * 30], [])
-    rows = [StoredRow(f"row-{number}", range(10), range(10), pictures) for number in range(7)]
+    images = StoredImages([b"p" * 30, b"q" * 30], [])
+    rows = [StoredRow(f"row-{number}", range(10), range(10), images) for number in range(7)]
     assert {found.bytes for found in rows} == {140}
     shard = write_shard(tmp_path / "a.parquet", rows)
     groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
@@ -86,7 +86,7 @@ def test_a_row_group_is_a_mebibyte_so_that_a_random_read_decodes_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", PLAIN_ROW_GROUP_BYTES)
-    rows = [StoredRow(str(number), [], [], StoredPictures([bytes(2**18)], [])) for number in range(9)]
+    rows = [StoredRow(str(number), [], [], StoredImages([bytes(2**18)], [])) for number in range(9)]
     write_shard(tmp_path / "a.parquet", rows)
     groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
     assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == [4, 4, 1]
@@ -97,9 +97,9 @@ def test_a_shard_of_no_rows_is_a_file(tmp_path: Path) -> None:
     assert pq.ParquetFile(tmp_path / "a.parquet").metadata.num_row_groups == 0
 
 
-def test_sizes_of_slices_are_told_in_patches_without_a_picture(folder: Path) -> None:
+def test_sizes_of_slices_are_told_in_patches_without_a_image(folder: Path) -> None:
     expected = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row(n).slices] for n in range(ROWS)]
-    assert ShardReader(folder, "train", pictures=False).slice_sizes() == expected
+    assert ShardReader(folder, "train", images=False).slice_sizes() == expected
 
 
 def test_a_manifest_counts_a_splits_rows_and_lists_all_files(folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_rows_share_memory_that_cannot_be_written_to(folder: Path) -> None:
     assert_equal(reader[3], row(3))
 
 
-def identity(rows: Sequence[Row]) -> Sequence[Row]:
+def identity(rows: Sequence[ModelInput]) -> Sequence[ModelInput]:
     return rows
 
 

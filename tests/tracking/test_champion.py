@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli import main
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.tracking.promotion_record import Verdict
+from minicpmv_finetune.tracking.promotion_record import PromotionRecord
 from minicpmv_finetune.tracking.registry import open_registry
 
 
@@ -17,7 +17,7 @@ def said(*arguments: str) -> str:
 
 def register(uri: str) -> None:
     open_registry("model").register(
-        Verdict(
+        PromotionRecord(
             promote=True,
             reason="better than the base model",
             model_uri=uri,

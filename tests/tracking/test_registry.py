@@ -14,15 +14,15 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.components.register.register import register
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.tracking import step_runs
-from minicpmv_finetune.tracking.promotion_record import Verdict, write_verdict
+from minicpmv_finetune.tracking.promotion_record import PromotionRecord, write_promotion_record
 from minicpmv_finetune.tracking.registry import OvertakenError, Registry, champion_to_beat, open_registry
 from tests.servers import MlflowServer
 
 RACE = Path(__file__).with_name("promotion_race.py")
 
 
-def verdict_of(uri: str, champion: str = "", promote: bool = True) -> Verdict:
-    return Verdict(
+def verdict_of(uri: str, champion: str = "", promote: bool = True) -> PromotionRecord:
+    return PromotionRecord(
         promote=promote,
         reason="12.0 points better than the base model",
         champion=champion,
@@ -155,7 +155,7 @@ def test_of_twenty_that_race_one_promotes(registry: Registry, mlflow_server: Mlf
 def test_the_step_registers_and_promotes_and_tells_its_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
+    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))
     assert register(tmp_path / "verdict", name) == (
         f"version 1 of {name} is champion: 12.0 points better than the base model"
     )
@@ -169,7 +169,7 @@ def test_the_step_registers_and_promotes_and_tells_its_run(
     assert "is champion" in run.data.tags["minicpmv.promotion"]
     assert client.get_model_version(name, "1").run_id == run.info.run_id
     assert step_runs.read_outcome() == run.data.tags["minicpmv.promotion"]
-    write_verdict(tmp_path / "verdict", verdict_of("s3://models/b"))
+    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/b"))
     monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, "a later run")
     assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(
         tmp_path / "verdict", name
@@ -177,7 +177,7 @@ def test_the_step_registers_and_promotes_and_tells_its_run(
 
 
 def test_what_the_gate_stopped_is_not_registered(name: str, tmp_path: Path) -> None:
-    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a", promote=False))
+    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a", promote=False))
     with pytest.raises(UserError, match="the gate stopped this model"):
         register(tmp_path / "verdict", name)
 
@@ -211,7 +211,7 @@ def test_a_server_that_is_down_is_told_and_costs_nothing(
     with pytest.raises(RetryableError, match="does not answer") as raised:
         open_registry(name)
     assert raised.value.exit_code == 75
-    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
+    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))
     with pytest.raises(RetryableError):
         register(tmp_path / "verdict", name)
     server.start()
@@ -246,5 +246,5 @@ def test_without_a_server_there_is_no_registry(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv(step_runs.TRACKING_VARIABLE, raising=False)
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
         open_registry("model")
-    write_verdict(tmp_path / "verdict", verdict_of("s3://models/a"))
+    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))
     assert "registered nowhere" in register(tmp_path / "verdict", "model")

@@ -38,7 +38,7 @@ def evaluate(
         metrics: Scores of all models.
         confusion: Expected against given answers, where few are expected.
         summary: The essentials as a table, and every rule of the gate.
-        report: Pictures, questions and answers side by side, with filters.
+        report: Images, questions and answers side by side, with filters.
 
     Returns:
         "promote" when the gate lets the model through and it has a name to be registered under, else "keep".
@@ -50,7 +50,7 @@ def evaluate(
     from minicpmv_finetune.components.evaluate.report import markdown
     from minicpmv_finetune.data.samples import read_info
     from minicpmv_finetune.permanent_errors import permanent_error_marked
-    from minicpmv_finetune.tracking.promotion_record import Verdict, write_verdict
+    from minicpmv_finetune.tracking.promotion_record import PromotionRecord, write_promotion_record
     from minicpmv_finetune.tracking.registry import champion_to_beat
     from minicpmv_finetune.tracking.step_runs import note_outcome
 
@@ -75,7 +75,7 @@ def evaluate(
             rows = [list(row) for row in result.confusion.counts]
             confusion.log_confusion_matrix(list(result.confusion.labels), rows)
         Path(summary.path).write_text(markdown(result))
-        found = Verdict(
+        found = PromotionRecord(
             promote=result.decision.promote,
             reason=result.decision.reason,
             champion=champion.number if champion else "",
@@ -87,6 +87,6 @@ def evaluate(
             metric=result.metric,
             metrics=result.metrics,
         )
-        write_verdict(Path(verdict.path), found)
+        write_promotion_record(Path(verdict.path), found)
         note_outcome(f"{'passed' if found.promote else 'stopped at'} the gate: {found.reason}")
     return "promote" if found.promote and registered_model else "keep"

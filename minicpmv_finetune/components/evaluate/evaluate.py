@@ -191,5 +191,5 @@ def _line(prediction: Prediction) -> dict[str, object]:
         "new_tokens": {name: one.answer.new_tokens for name, one in asked.items()},
         "hit_limit": {name: one.answer.hit_limit for name, one in asked.items()},
         "tags": list(sample.tags),
-        "pictures": [picture.uri for picture in sample.pictures],
+        "pictures": [image.uri for image in sample.images],
     }

@@ -1,6 +1,6 @@
 """How an answer is scored against the expected ones: each metric as it was published.
 
-A metric is a plain function of an answer and the sample's expected answers. Its docstring says which normalisation
+A metric is a plain function of an answer and the sample's expected answers. Its docstring says which normalization
 the publication prescribes; none is added, so a figure can be laid beside the literature's. The score of a data set
 is the mean of its samples' scores, weighted by the length of the reference where the publication pools errors (CER,
 WER).
@@ -87,7 +87,7 @@ def exact_match(answer: str, expected: Sequence[str]) -> float:
 
 
 def anls(answer: str, expected: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity, of one sample (Biten et al., ICCV 2019, eq. 1; threshold τ = 0.5).
+    """Average normalized Levenshtein similarity, of one sample (Biten et al., ICCV 2019, eq. 1; threshold τ = 0.5).
 
     The best over the expected answers of 1 - NL, where NL is the edit distance over the longer length; 0 where
     NL reaches τ. As in the DocVQA challenge, case and runs of white space do not count.
@@ -104,12 +104,12 @@ def vqa_accuracy(answer: str, expected: Sequence[str]) -> float:
     """VQA accuracy (Antol et al., ICCV 2015): the mean over annotators of min(1, agreeing others / 3).
 
     Leaving one annotator out needs several of them: with one expected answer the score would be 0 by definition, so
-    that is refused. Normalised as in the published evaluation: lower case, punctuation, articles, number
+    that is refused. Normalized as in the published evaluation: lower case, punctuation, articles, number
     words and missing apostrophes. (It skips this when all annotators agree word for word; here it always
     happens, so that "A cat." matches ten times "cat".)
     """
-    given = _vqa_normalised(answer)
-    people = [_vqa_normalised(text) for text in expected]
+    given = _vqa_normalized(answer)
+    people = [_vqa_normalized(text) for text in expected]
     agreeing = [
         sum(given == other for number, other in enumerate(people) if number != left_out)
         for left_out in range(len(people))
@@ -149,7 +149,7 @@ def contains(answer: str, expected: Sequence[str]) -> float:
 def token_f1(answer: str, expected: Sequence[str]) -> float:
     """Overlap of words as F1, the best over the expected answers; SQuAD (Rajpurkar et al. 2016).
 
-    Normalised as there: lower case, no punctuation, no articles. Where either side has no word left, 1 if both
+    Normalized as there: lower case, no punctuation, no articles. Where either side has no word left, 1 if both
     have none (SQuAD 2.0).
     """
 
@@ -164,7 +164,7 @@ def token_f1(answer: str, expected: Sequence[str]) -> float:
 def cer(answer: str, expected: Sequence[str]) -> float:
     """Character error rate: edits over the reference's characters; over 1 when the answer is far too long.
 
-    Outer white space aside nothing is normalised. The set's rate pools edits and lengths (weight: the length).
+    Outer white space aside nothing is normalized. The set's rate pools edits and lengths (weight: the length).
     """
     reference = expected[0].strip()
     return Levenshtein.distance(answer.strip(), reference) / len(reference)
@@ -256,7 +256,7 @@ _VQA_NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
-def _vqa_normalised(text: str) -> str:
+def _vqa_normalized(text: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     digits_with_comma = re.search(r"\d,\d", text) is not None
     before = text

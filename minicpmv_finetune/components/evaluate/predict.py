@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.data.samples import Picture, Sample, SampleError, Turn
+from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import answer, answering_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
@@ -17,7 +17,7 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 def predict(
     model_uri: str, images: Sequence[str], prompt: str, adapter_uri: str = "", max_new_tokens: int = 128
 ) -> str:
-    """Answer a question about pictures.
+    """Answer a question about images.
 
     Args:
         model_uri: a merged folder, or with an adapter its base model; local, `s3://` or a hub id.
@@ -27,17 +27,17 @@ def predict(
         max_new_tokens: longest answer in tokens.
 
     Raises:
-        UserError: a model, an adapter, a picture or the prompt is unusable.
+        UserError: a model, an adapter, an image or the prompt is unusable.
     """
     if not prompt.strip():
         raise UserError("prompt: says nothing; ask something.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} leaves no room for an answer; give at least 1.")
-    pictures = tuple(_picture(uri) for uri in images)
-    # As validate_data lays out a sample: pictures first, each on a line of its own.
-    shown: list[str | int] = [part for number in range(len(pictures)) for part in (number, "\n")]
+    image_refs = tuple(_image(uri) for uri in images)
+    # As validate_data lays out a sample: images first, each on a line of its own.
+    shown: list[str | int] = [part for number in range(len(image_refs)) for part in (number, "\n")]
     turn = Turn(role="user", parts=(*shown, prompt))
-    sample = Sample(id="prompt", pictures=pictures, turns=(turn,), source="prompt")
+    sample = Sample(id="prompt", images=image_refs, turns=(turn,), source="prompt")
     checkpoint = storage.fetch(model_uri)
     encoder = Encoder.from_checkpoint(checkpoint)
     try:
@@ -52,7 +52,7 @@ def predict(
     return answer(model, encoder, [sample], max_new_tokens)[0].text
 
 
-def _picture(uri: str) -> Picture:
+def _image(uri: str) -> ImageRef:
     content = storage.read_bytes(uri)
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -60,6 +60,6 @@ def _picture(uri: str) -> Picture:
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{uri}: not a readable picture ({type(error).__name__}); give a PNG, JPEG or another format Pillow reads."
+            f"{uri}: not a readable image ({type(error).__name__}); give a PNG, JPEG or another format Pillow reads."
         ) from error
-    return Picture(uri=uri, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)
+    return ImageRef(uri=uri, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)

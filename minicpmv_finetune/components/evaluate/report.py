@@ -1,7 +1,7 @@
 """The evaluation as a page one wants to read: one HTML file that needs nothing beside it, and a table in Markdown.
 
 The file stays below 25 MB at any number of samples: it shows a seeded choice of them, as many of each outcome as of
-the others, with small pictures, until a budget is spent; all answers are in the predictions file. Every text from
+the others, with small images, until a budget is spent; all answers are in the predictions file. Every text from
 the data or a model is escaped by the template, and a content security policy lets run no script but the page's own
 and load nothing from anywhere.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from minicpmv_finetune.data.samples import Picture, open_picture
+from minicpmv_finetune.data.samples import ImageRef, open_image
 from minicpmv_finetune.minicpmv.slicing import to_rgb
 from minicpmv_finetune.reports.curves import curves_of
 from minicpmv_finetune.reports.pages import write_page
@@ -29,10 +29,10 @@ from .assessment import MIXED, OTHER, Confusion, Evaluation, Prediction, improve
 from .comparison import Outcome
 
 _SHOWN = 300  # samples in the gallery
-_PICTURE_BUDGET = 14_000_000  # bytes of encoded pictures in the whole file
-_PICTURES_PER_SAMPLE = 4
+_IMAGE_BUDGET = 14_000_000  # bytes of encoded images in the whole file
+_IMAGES_PER_SAMPLE = 4
 _THUMBNAIL = 320  # longest side in pixels
-_PIXEL_ART = 160  # a picture not larger than this is shown with sharp pixels
+_PIXEL_ART = 160  # an image not larger than this is shown with sharp pixels
 _LONGEST_TEXT = 2000  # characters of one answer in the gallery
 _GROUPS_SHOWN = 200
 _SEED = 0
@@ -65,7 +65,7 @@ class _Card:
 
     prediction: Prediction
     thumbnails: tuple[str, ...]
-    pictures_left_out: int
+    images_left_out: int
     is_pixel_art: bool
 
 
@@ -178,10 +178,10 @@ def _counts(evaluation: Evaluation) -> dict[Outcome, int]:
 def _cards(predictions: Sequence[Prediction]) -> list[_Card]:
     cards, spent = [], 0
     for prediction in _chosen(predictions):
-        pictures = prediction.sample.pictures
+        images = prediction.sample.images
         thumbnails: list[str] = []
-        for picture in pictures[:_PICTURES_PER_SAMPLE]:
-            thumbnail = _thumbnail(picture) if spent < _PICTURE_BUDGET else None
+        for image in images[:_IMAGES_PER_SAMPLE]:
+            thumbnail = _thumbnail(image) if spent < _IMAGE_BUDGET else None
             if thumbnail:
                 spent += len(thumbnail)
                 thumbnails.append(thumbnail)
@@ -189,8 +189,8 @@ def _cards(predictions: Sequence[Prediction]) -> list[_Card]:
             _Card(
                 prediction,
                 tuple(thumbnails),
-                pictures_left_out=len(pictures) - len(thumbnails),
-                is_pixel_art=all(max(picture.width, picture.height) <= _PIXEL_ART for picture in pictures),
+                images_left_out=len(images) - len(thumbnails),
+                is_pixel_art=all(max(image.width, image.height) <= _PIXEL_ART for image in images),
             )
         )
     return cards
@@ -210,8 +210,8 @@ def _chosen(predictions: Sequence[Prediction]) -> list[Prediction]:
     return [predictions[number] for number in sorted(chosen)]
 
 
-def _thumbnail(picture: Picture) -> str:
-    image = to_rgb(open_picture(picture), "white")
+def _thumbnail(image_ref: ImageRef) -> str:
+    image = to_rgb(open_image(image_ref), "white")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=82)

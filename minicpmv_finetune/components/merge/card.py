@@ -16,7 +16,7 @@ CARD = "README.md"
 BASE_CARD = "README.base.md"
 
 _ASKING = """\
-    minicpmv-finetune predict --model PATH/TO/THIS/FOLDER --image PICTURE.png --prompt "What is shown?"
+    minicpmv-finetune predict --model PATH/TO/THIS/FOLDER --image IMAGE.png --prompt "What is shown?"
 """
 
 _LOADING = """\
@@ -59,7 +59,7 @@ def write_card(folder: Path, generation: Generation, report: MergeReport, record
         "training": "LoRA adapter, merged" if report.kind == "adapter" else "full fine-tune",
         "base fingerprint": report.base_fingerprint,
         "data fingerprint": report.data_fingerprint,
-        "most slices of a picture": record.max_slice_nums,
+        "most slices of an image": record.max_slice_nums,
         "training loss, first and last logged": f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "not logged",
     }
     lines = [

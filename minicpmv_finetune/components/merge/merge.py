@@ -23,7 +23,7 @@ from minicpmv_finetune.shards.format import read_manifest
 from minicpmv_finetune.tracking.step_runs import step_run
 
 from .card import write_card
-from .report import GateReport, MergeReport, markdown
+from .report import MergeReport, ParityReport, markdown
 from .streaming import stream
 from .tensor_layout import edit_config
 
@@ -130,14 +130,14 @@ def _write_report(path: Path, report: MergeReport) -> None:
     storage.write_bytes(str(path), (report.model_dump_json(indent=1) + "\n").encode())
 
 
-def _run_gate(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> GateReport:
+def _run_gate(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> ParityReport:
     """Let a fresh process judge the staged folder."""
     report = model.with_name(f"{model.name}.gate.json")
     arguments = [str(base), str(adapter), str(model), str(shards), str(report), str(rows)]
     try:
         done = subprocess.run([sys.executable, "-m", GATE, *arguments], check=False)  # noqa: S603
         if done.returncode == 0:
-            return GateReport.model_validate_json(report.read_text())
+            return ParityReport.model_validate_json(report.read_text())
         if done.returncode == USER_ERROR_EXIT and report.is_file():
             raise UserError(report.read_text())
     finally:

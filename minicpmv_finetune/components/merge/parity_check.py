@@ -25,12 +25,12 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.format import Manifest, ShardReader
 
 from .names import read_names
-from .report import GateReport, Generated, Parity
+from .report import Generated, Parity, ParityReport
 from .weights import cast, read_headers
 
 _Model = PreTrainedModel | PeftModel
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(error.exit_code)
 
 
-def judge(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> GateReport:
+def judge(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> ParityReport:
     """Load, ask and compare.
 
     Args:
@@ -99,7 +99,7 @@ def judge(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> Ga
             f"base and adapter, more than {TOLERANCE:.0e}, so it was not published; report it with adapter_config.json."
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return GateReport(parity=parity, generated=generated, peak_resident_bytes=peak, failure=failure)
+    return ParityReport(parity=parity, generated=generated, peak_resident_bytes=peak, failure=failure)
 
 
 def _place(model: _Model) -> _Model:
@@ -108,7 +108,7 @@ def _place(model: _Model) -> _Model:
     return model
 
 
-def _pick(shards: Path, count: int) -> tuple[list[Row], Manifest]:
+def _pick(shards: Path, count: int) -> tuple[list[ModelInput], Manifest]:
     """Samples from all over the split."""
     reader = ShardReader(shards, "eval")
     if not len(reader):
@@ -118,7 +118,7 @@ def _pick(shards: Path, count: int) -> tuple[list[Row], Manifest]:
 
 
 @torch.inference_mode()
-def _logits(model: _Model, samples: Sequence[Row], manifest: Manifest, bar: Any) -> list[torch.Tensor]:
+def _logits(model: _Model, samples: Sequence[ModelInput], manifest: Manifest, bar: Any) -> list[torch.Tensor]:
     """Of each sample, the logits that decide its answer's tokens, [tokens, vocabulary]."""
     model.eval()
     logits = []
@@ -133,7 +133,7 @@ def _logits(model: _Model, samples: Sequence[Row], manifest: Manifest, bar: Any)
 
 
 @torch.inference_mode()
-def _ask(model: _Model, encoder: Encoder, sample: Row, manifest: Manifest) -> Generated:
+def _ask(model: _Model, encoder: Encoder, sample: ModelInput, manifest: Manifest) -> Generated:
     """Have a sample's first question answered."""
     model.eval()
     supervised = np.flatnonzero(np.asarray(sample.labels) != IGNORED_LABEL)

@@ -51,7 +51,7 @@ class Memory(BaseModel):
     bound: int = Field(description="baseline + 4 × largest tensor + 200 MB")
 
 
-class GateReport(BaseModel):
+class ParityReport(BaseModel):
     """What the gate's own process found."""
 
     model_config = ConfigDict(frozen=True)
@@ -78,7 +78,7 @@ class MergeReport(BaseModel):
     untied: bool = Field(description="whether input and output embeddings, one in the base, are two now")
     memory: Memory | None = Field(description="none where the system does not tell")
     seconds: dict[str, float]
-    gate: GateReport | None = Field(default=None, description="none while it has not run")
+    gate: ParityReport | None = Field(default=None, description="none while it has not run")
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -168,7 +168,7 @@ def read_rows(tensor: Stored, start: int = 0, end: int | None = None) -> torch.T
     if tensor.dtype not in _DTYPES:
         raise UserError(
             f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}, which cannot be computed with; give the "
-            "unquantised model."
+            "unquantized model."
         )
     end = tensor.rows if end is None else end
     row_size = tensor.size // max(tensor.rows, 1)

@@ -1,1 +1,1 @@
-"""Step 2: slice pictures and tokenise conversations once, into Parquet shards."""
+"""Step 2: slice images and tokenize conversations once, into Parquet shards."""

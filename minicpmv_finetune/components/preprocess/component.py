@@ -22,12 +22,12 @@ def preprocess(
     num_workers: int = 0,
     parts: list = [],  # noqa: B006 - kfp copies it into the compiled pipeline
 ) -> None:
-    """Slice every picture and tokenise every conversation once, so that no epoch does it again.
+    """Slice every image and tokenize every conversation once, so that no epoch does it again.
 
     Args:
         dataset: The accepted samples of validate_data.
         base_model_uri: Base checkpoint whose template, tokenizer and slicing apply; a path, s3:// URI or hub id.
-        max_slice_nums: Most slices of a picture beside its overview.
+        max_slice_nums: Most slices of an image beside its overview.
         model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
         max_reject_ratio: Share of rejected samples above which the step fails.
         shards: A manifest, and the Parquet files beside it or in the cache in object storage.
@@ -35,7 +35,7 @@ def preprocess(
         metrics: Counts of samples, slices and tokens.
         summary: The same as a table.
         report: Histograms of tokens and slices, and slices of some samples with their tokens.
-        picture_codec: How pictures are stored; source, raw, webp-lossless or png, all with the same pixels.
+        picture_codec: How images are stored; source, raw, webp-lossless or png, all with the same pixels.
         cache_uri: Folder or s3:// URI where finished shards are kept for later runs; empty for beside the run's folder.
         num_workers: Processes; 0 for as many as there are cores.
         parts: What preprocess_part returned, when several pods shared the work; their shards are found in the cache.
@@ -106,12 +106,12 @@ def preprocess_part(
     Args:
         dataset: The accepted samples of validate_data.
         base_model_uri: Base checkpoint whose template, tokenizer and slicing apply; a path, s3:// URI or hub id.
-        max_slice_nums: Most slices of a picture beside its overview.
+        max_slice_nums: Most slices of an image beside its overview.
         model_max_length: Longest sample in tokens.
         part: Number of this part, from 0.
         num_parts: Number of parts.
         place: Names the cache.
-        picture_codec: How pictures are stored; source, raw, webp-lossless or png.
+        picture_codec: How images are stored; source, raw, webp-lossless or png.
         cache_uri: Folder or s3:// URI that all pods reach; empty for beside the run's folder.
         num_workers: Processes; 0 for as many as there are cores.
 

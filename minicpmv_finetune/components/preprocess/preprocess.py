@@ -1,4 +1,4 @@
-"""Slice every picture and tokenise every conversation once, so that no epoch does it again.
+"""Slice every image and tokenize every conversation once, so that no epoch does it again.
 
 The data is cut into shards that do not depend on who writes them (`work`). Processes write one each; a finished
 shard moves to the store of its key (`store`) while the next is written, and what is found there is not written again.
@@ -28,14 +28,14 @@ from minicpmv_finetune.data.samples import (
     Sample,
     SampleError,
     Split,
+    read_image,
     read_info,
-    read_picture,
 )
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.progress import conclude, progress
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
-from minicpmv_finetune.shards.encoding import count_slices, store, tokenise
+from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
 from minicpmv_finetune.shards.format import MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
 from minicpmv_finetune.workers import CONTEXT, cores, worker_pool
 
@@ -44,7 +44,7 @@ from .report import write_report
 from .shard_tasks import SPLITS, RejectedRow, ShardRecord, ShardTask, Work, plan_work, samples_of
 
 CACHE_NAME = "shards-cache"
-_READ_AHEAD = 8  # samples whose pictures are on their way
+_READ_AHEAD = 8  # samples whose images are on their way
 _READING_THREADS = 4
 _LOOKS_A_SECOND = 5
 
@@ -54,10 +54,10 @@ class PreprocessSettings:
     """What decides the shards, beside the data and the base model.
 
     Attributes:
-        max_slice_nums: most slices of a picture; None takes the base model's own.
+        max_slice_nums: most slices of an image; None takes the base model's own.
         model_max_length: longest sample in tokens; a longer one is rejected, never cut.
         max_reject_ratio: share of rejected samples above which the step fails.
-        codec: how pictures are stored.
+        codec: how images are stored.
     """
 
     max_slice_nums: int | None = 9
@@ -105,7 +105,7 @@ def preprocess(
         The manifest.
 
     Raises:
-        UserError: the base model is unusable, a picture changed, or too much was rejected.
+        UserError: the base model is unusable, an image changed, or too much was rejected.
         RetryableError: the store does not answer, or a process was killed.
     """
     job = _job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))
@@ -174,7 +174,7 @@ def markdown(manifest: Manifest) -> str:
         counts = (len(lengths), manifest.slices[split], sum(lengths), max(lengths, default=0))
         rows += f"| {split} | {' | '.join(f'{count:,}' for count in counts)} |\n"
     return (
-        f"MiniCPM-V {manifest.generation}, {manifest.bytes / 1e6:,.1f} MB of shards, pictures as {manifest.codec}\n\n"
+        f"MiniCPM-V {manifest.generation}, {manifest.bytes / 1e6:,.1f} MB of shards, images as {manifest.codec}\n\n"
         f"| Split | Samples | Slices | Tokens | Longest |\n|---|---:|---:|---:|---:|\n{rows}"
     )
 
@@ -196,16 +196,16 @@ def _write_missing(
     missing = [task for task in tasks if task.name not in found]
     if not missing:
         return written
-    pictures = any(task.pictures for task in tasks)
-    counts = {task.name: task.pictures if pictures else task.rows for task in tasks}
+    images = any(task.images for task in tasks)
+    counts = {task.name: task.images if images else task.rows for task in tasks}
     workers = min(num_workers or cores(), len(missing))
     done = CONTEXT.Value("q", 0)
     # What exists now stays shared: the collector of a process would else touch, and so copy, all of it.
     gc.freeze()
     with (
-        progress("preprocess", sum(counts.values()), " pictures" if pictures else " samples") as bar,
+        progress("preprocess", sum(counts.values()), " images" if images else " samples") as bar,
         job.store.scratch() as scratch,
-        worker_pool(workers, _start, (job, scratch, done, pictures)) as processes,
+        worker_pool(workers, _start, (job, scratch, done, images)) as processes,
         # Twice as many shards are on their way as there are processes: one is uploaded while the next is written.
         ThreadPoolExecutor(2 * workers) as threads,
     ):
@@ -246,15 +246,15 @@ class _Process:
     job: _Job
     scratch: Path
     done: Any  # shared counter
-    counts_pictures: bool
+    counts_images: bool
 
 
 _process: _Process
 
 
-def _start(job: _Job, scratch: Path, done: Any, counts_pictures: bool) -> None:
+def _start(job: _Job, scratch: Path, done: Any, counts_images: bool) -> None:
     global _process
-    _process = _Process(job, scratch, done, counts_pictures)
+    _process = _Process(job, scratch, done, counts_images)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if job.encoder.slicing.resampler == "torchvision":
         import torch
@@ -271,7 +271,7 @@ def _write(task: ShardTask) -> ShardRecord:
         job = _process.job
         for number, (sample, files) in enumerate(_read_ahead(samples_of(task, job.dataset))):
             try:
-                encoded = tokenise(sample, job.encoder, job.settings.model_max_length)
+                encoded = tokenize(sample, job.encoder, job.settings.model_max_length)
                 row = store(sample, encoded, [file.result() for file in files], job.encoder, job.settings.codec)
             except SampleError as error:
                 rejected.append(RejectedRow(row=number, reason=error.reason, message=str(error)))
@@ -280,19 +280,19 @@ def _write(task: ShardTask) -> ShardRecord:
                 slices.append(count_slices(sample, job.encoder))
                 yield row
             with _process.done.get_lock():
-                _process.done.value += len(files) if _process.counts_pictures else 1
+                _process.done.value += len(files) if _process.counts_images else 1
 
     shard = write_shard(_process.scratch / f"{task.name}.parquet", rows())
     return ShardRecord(shard=shard, lengths=lengths, slices=slices, rejected=rejected)
 
 
 def _read_ahead(samples: Iterator[Sample]) -> Iterator[tuple[Sample, list["Future[bytes]"]]]:
-    """Samples with their pictures' files, the next ones already being read."""
+    """Samples with their images' files, the next ones already being read."""
     with ThreadPoolExecutor(_READING_THREADS) as pool:
 
         def begun() -> Iterator[tuple[Sample, list[Future[bytes]]]]:
             for sample in samples:
-                yield sample, [pool.submit(read_picture, picture) for picture in sample.pictures]
+                yield sample, [pool.submit(read_image, image) for image in sample.images]
 
         source = begun()
         window = deque(islice(source, _READ_AHEAD))

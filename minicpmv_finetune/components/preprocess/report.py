@@ -18,7 +18,7 @@ from PIL import Image
 
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.shards.format import Manifest, ShardReader
 
@@ -52,7 +52,7 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A slice on the sheet; `grid` is (rows, columns) of tokens where each sees one place of the picture."""
+    """A slice on the sheet; `grid` is (rows, columns) of tokens where each sees one place of the image."""
 
     thumbnail: str
     width: int
@@ -65,7 +65,7 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Neighbouring tokens of one kind: `picture`, `learnt` or `read`."""
+    """Neighbouring tokens of one kind: `image`, `learnt` or `read`."""
 
     kind: str
     first: int
@@ -119,7 +119,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
         "generation": f"MiniCPM-V {manifest.generation}",
         "most slices beside the overview": manifest.max_slice_nums,
         "longest sample allowed": f"{manifest.model_max_length:,} tokens",
-        "pictures stored as": manifest.codec,
+        "images stored as": manifest.codec,
         "shards": len(manifest.files),
         "data": manifest.data_fingerprint[:16],
         "key": manifest.key,
@@ -145,10 +145,10 @@ def _histogram(values: Sequence[int]) -> _Histogram:
     return _Histogram(bars, float(np.mean(values)), dict(zip((50, 90, 99, 100), map(int, found), strict=True)))
 
 
-def _sheet(row: Row, split: Split, encoder: Encoder) -> _Sheet:
-    picture = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.picture_token)
+def _sheet(row: ModelInput, split: Split, encoder: Encoder) -> _Sheet:
+    image = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.image_token)
     kinds = [
-        "picture" if token == picture else "read" if label == IGNORED_LABEL else "learnt"
+        "image" if token == image else "read" if label == IGNORED_LABEL else "learnt"
         for token, label in zip(row.input_ids, row.labels, strict=True)
     ]
     stretches, start = [], 0
@@ -156,9 +156,9 @@ def _sheet(row: Row, split: Split, encoder: Encoder) -> _Sheet:
         length = len(list(group))
         stretches.append(_Stretch(kind, start, start + length - 1))
         start += length
-    seen = [stretch for stretch in stretches if stretch.kind == "picture"]
+    seen = [stretch for stretch in stretches if stretch.kind == "image"]
     pairs = list(zip(row.slices, seen, strict=True))[:_SLICES_SHOWN]
-    words = [token for token, kind in zip(row.input_ids, kinds, strict=True) if kind != "picture"]
+    words = [token for token, kind in zip(row.input_ids, kinds, strict=True) if kind != "image"]
     text = str(encoder.tokenizer.decode(words, skip_special_tokens=True)).strip()
     return _Sheet(
         split=split,

@@ -50,14 +50,14 @@ class ShardTask:
         number: of the shard within its split.
         offset: first byte of its samples in the split's file.
         rows: number of its samples, before any is rejected.
-        pictures: number of their pictures.
+        images: number of their images.
     """
 
     split: Split
     number: int
     offset: int
     rows: int
-    pictures: int
+    images: int
 
     @property
     def name(self) -> str:
@@ -114,13 +114,13 @@ def plan_work(
                 sample = Sample.model_validate_json(line)
                 digest.update(_content(sample))
                 size += sum(
-                    _bytes(plan(picture.width, picture.height), picture.width * picture.height, codec)
-                    for picture in sample.pictures
+                    _bytes(plan(image.width, image.height), image.width * image.height, codec)
+                    for image in sample.images
                 )
                 size += _BYTES_PER_CHARACTER * sum(len(turn.text) for turn in sample.turns)
                 offset += len(line)
                 count += 1
-                shown += len(sample.pictures)
+                shown += len(sample.images)
                 if size >= SHARD_BYTES or count == SHARD_ROWS:
                     tasks.append(ShardTask(split, number, start, count, shown))
                     number, start, count, shown, size = number + 1, offset, 0, 0, 0.0
@@ -158,11 +158,11 @@ def _bytes(plan: SlicePlan, pixels: int, codec: Codec) -> float:
 
 
 def _content(sample: Sample) -> bytes:
-    """What of a sample decides its row: all but where it and its pictures lie."""
+    """What of a sample decides its row: all but where it and its images lie."""
     return json.dumps(
         [
             sample.id,
-            [[picture.sha256, picture.width, picture.height, picture.turned] for picture in sample.pictures],
+            [[image.sha256, image.width, image.height, image.turned] for image in sample.images],
             [[turn.role, *turn.parts] for turn in sample.turns],
         ]
     ).encode()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import conclude
-from minicpmv_finetune.tracking.promotion_record import read_verdict
+from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import OvertakenError, is_configured, open_registry
 from minicpmv_finetune.tracking.step_runs import RUN_ID_VARIABLE, note_outcome, step_run
 
@@ -24,7 +24,7 @@ def register(verdict_file: Path, name: str) -> str:
         UserError: the gate has not let the model through, or MLflow refuses.
         RetryableError: MLflow does not answer; nothing is lost, and trying again finds what was done already.
     """
-    verdict = read_verdict(verdict_file)
+    verdict = read_promotion_record(verdict_file)
     if not verdict.promote:
         raise UserError(f"{verdict_file}: the gate stopped this model ({verdict.reason}); register one that passed it.")
     if not is_configured():

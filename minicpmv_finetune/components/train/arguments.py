@@ -63,7 +63,7 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on the language model."})
-    max_slice_nums: int = field(default=9, metadata={"help": "Most slices of a picture."})
+    max_slice_nums: int = field(default=9, metadata={"help": "Most slices of an image."})
     # The collator needs every column.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; always false."})
 
@@ -120,7 +120,7 @@ class TrainingArguments(transformers.TrainingArguments):
         # Said outright, since without a GPU transformers takes a DeepSpeed run for a single process.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.ddp_find_unused_parameters is None:
-            # All take part in every step: where a batch has no picture the models run a blank one.
+            # All take part in every step: where a batch has no image the models run a blank one.
             self.ddp_find_unused_parameters = False
         # Starting them anew each epoch took a fifth of the training from stored features of a small model.
         self.dataloader_persistent_workers = (

@@ -1,12 +1,12 @@
 """What a frozen vision tower sees, computed once and kept.
 
-Where nothing upstream of the merger (or resampler) is trained, the tower says the same of a picture in every epoch. So
+Where nothing upstream of the merger (or resampler) is trained, the tower says the same of an image in every epoch. So
 its output, the merger's input, is computed once before training, by all processes together and in batches of many
-pictures, and lies in one memory-mapped file on each machine; training then neither decodes a picture nor runs the
+images, and lies in one memory-mapped file on each machine; training then neither decodes an image nor runs the
 tower. The price is disk: about as much as the slices' plain pixels for 4.6 in bfloat16, four times that for 2.6. The
 size is known, and said, before anything is computed.
 
-A store's name is a digest of all that decides its content: the tower's weights, type and code, the rows' pictures and
+A store's name is a digest of all that decides its content: the tower's weights, type and code, the rows' images and
 the libraries that cut them. So a stale feature cannot be read: another tower looks elsewhere. Where the disk has no
 room for a new store, those that nobody has open go, the one not used for longest first.
 """
@@ -38,7 +38,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.minicpmv import batch, modeling, modeling_qwen3_5
 from minicpmv_finetune.minicpmv.generations import Generation
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.format import ShardReader
 
@@ -50,7 +50,7 @@ PATCHES_AT_ONCE = 2**14
 _PATCHES, _INDEX = "patches.bin", "index.safetensors"
 _SPARE_BYTES = 2**30  # of the disk, left to others
 _JUST_FOUND = 3600  # seconds after which a store that somebody found is surely open
-_BLANK = 4  # patches a side of the picture that tells how many vectors come of a slice
+_BLANK = 4  # patches a side of the image that tells how many vectors come of a slice
 _CODE = (batch, modeling, modeling_qwen3_5)
 _LIBRARIES = ("pillow", "torch", "torchvision", "transformers")
 
@@ -127,7 +127,7 @@ class FeatureStore:
 
 
 def is_reusable(model: nn.Module, tower: nn.Module) -> bool:
-    """Whether the tower, a part of the model, says the same of a picture at every time."""
+    """Whether the tower, a part of the model, says the same of an image at every time."""
     config = getattr(model, "config", None)
     vision = getattr(config, "vision_config", None)
     drops = bool(getattr(vision, "attention_dropout", 0.0))
@@ -202,12 +202,12 @@ def _plan(model: PreTrainedModel, device: torch.device, reader: ShardReader, cac
     pixels = torch.zeros(1, 3, reader.manifest.patch_size, reader.manifest.patch_size * _BLANK**2)
     of_blank = _encode(model, device, pixels, torch.full((1, 2), _BLANK, dtype=torch.int32))
     merged = _BLANK**2 // len(of_blank)
-    pictures = {
+    images = {
         "shards": [shard.sha256 for shard in reader.manifest.shards.get(reader.split, [])],
         "codec": reader.manifest.codec,
         "slicing": reader.manifest.slicing,
     }
-    name = hashlib.sha256(json.dumps([key, pictures], sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([key, images], sort_keys=True).encode()).hexdigest()[:32]
     sizes = torch.tensor([size for row in rows for size in row], dtype=torch.int32).view(-1, 2)
     first_slice = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     first_patch = torch.cat([torch.zeros(1, dtype=torch.long), (sizes.long().prod(1) // merged).cumsum(0)])[first_slice]
@@ -271,7 +271,7 @@ def _fill(
     share = np.array_split(np.arange(len(reader)), processes)[training.local_process_index]
     manifest = reader.manifest
     loader = DataLoader(
-        _Pictures(reader),
+        _Images(reader),
         batch_sampler=_batches(share.tolist(), plan.first_patch),
         collate_fn=partial(
             batch.collate,
@@ -287,17 +287,17 @@ def _fill(
     file = torch.from_file(str(path), True, total, dtype=plan.dtype).view(-1, plan.width)
     place = int(plan.first_patch[share[0]]) if len(share) else 0
     with progress("vision features", len(plan.sizes), " slices") as bar:
-        for pictures in loader:
-            if "pixel_values" not in pictures:
+        for images in loader:
+            if "pixel_values" not in images:
                 continue
-            features = _encode(model, training.device, pictures["pixel_values"], pictures["target_sizes"])
+            features = _encode(model, training.device, images["pixel_values"], images["target_sizes"])
             file[place : place + len(features)] = features.cpu()
             place += len(features)
-            bar.update(len(pictures["target_sizes"]) * processes)
+            bar.update(len(images["target_sizes"]) * processes)
 
 
-class _Pictures(Dataset[Row]):
-    """The rows with their pictures; workers open the files anew."""
+class _Images(Dataset[ModelInput]):
+    """The rows with their images; workers open the files anew."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
@@ -305,8 +305,8 @@ class _Pictures(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, position: int) -> Row:
-        row: Row = self.reader[position]
+    def __getitem__(self, position: int) -> ModelInput:
+        row: ModelInput = self.reader[position]
         return row
 
 

@@ -31,7 +31,7 @@ from minicpmv_finetune.errors import RetryableError, UserError, disk_faults_told
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.checkpoint import copy_other_files, fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, generation_of, write_max_slices
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, Row
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import prepare_for_packing
 from minicpmv_finetune.progress import conclude
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
@@ -46,7 +46,7 @@ from .feature_store import FeatureStore, PatchFeatures, is_reusable, join, make_
 from .fused_lora import fuse_adapters
 from .liger import use_liger
 from .packing import plan_packs
-from .quantised import four_bit_options, prepare_four_bit
+from .quantized import four_bit_options, prepare_four_bit
 from .report import write_report
 from .trainable import count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
@@ -145,7 +145,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
         callbacks=[watcher, watchdog, Sealer(checkpoints), stopper],
         watcher=watcher,
         watchdog=watchdog,
-        name_rows=lambda rows: [ShardReader(shards, "train", pictures=False)[row].id for row in rows],
+        name_rows=lambda rows: [ShardReader(shards, "train", images=False)[row].id for row in rows],
         lengths=manifest.lengths["train"],
     )
     if training.early_stopping_patience:
@@ -311,7 +311,7 @@ class _Example:
     """A row with its number, and what the vision tower saw where that is stored."""
 
     number: int
-    row: Row
+    row: ModelInput
     features: PatchFeatures | None
 
 
@@ -320,7 +320,7 @@ class _Rows(Dataset[_Example]):
 
     def __init__(self, shards: Path, split: Split, features: Path | None) -> None:
         self.features = FeatureStore(features) if features else None
-        self.reader = ShardReader(shards, split, pictures=self.features is None)
+        self.reader = ShardReader(shards, split, images=self.features is None)
 
     def __len__(self) -> int:
         return len(self.reader)

@@ -4,7 +4,7 @@ PEFT computes the same in six, and keeps the dropped-out input of every layer fo
 sums happen within the products, and on a CPU dropout draws sixteen bits for an element instead of a float, whose share
 of a training step there was a tenth. (A rate of 0.05 is then 3,277 / 65,536, and the scale is that of the rate in
 fact.) `make bench` tells what it gains. What PEFT does beside plain LoRA (DoRA, several adapters at once, adapters that
-are merged or turned off) and weights that are quantised, or parted between devices, go PEFT's own way.
+are merged or turned off) and weights that are quantized, or parted between devices, go PEFT's own way.
 """
 
 from typing import Any

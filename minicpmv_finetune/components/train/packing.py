@@ -49,7 +49,7 @@ def plan_packs(lengths: Sequence[int], capacity: int, seed: int) -> list[list[in
     return packs
 
 
-class LikeLengths(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Random order in which neighbours are of like length; another in each epoch, the same in every process.
 
     Lengths are sorted as if each were a few hundredths longer or shorter than it is, so that a sample's neighbours

@@ -40,7 +40,7 @@ def _facts(record: TrainingRecord) -> dict[str, str]:
         "Base model": record.base_model,
         "Generation": f"MiniCPM-V {record.generation}",
         "Trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
-        "Most slices of a picture": str(record.max_slice_nums),
+        "Most slices of an image": str(record.max_slice_nums),
         "Data fingerprint": record.data_fingerprint,
         **{name: f"{value:,.4g}" for name, value in record.metrics.items()},
         "Device": f"{device} ({platform.machine()})",

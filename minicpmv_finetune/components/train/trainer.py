@@ -13,7 +13,7 @@ from minicpmv_finetune.errors import UserError
 
 from .arguments import TrainingArguments
 from .callbacks import Watcher, leave_stopping_to_trainer
-from .packing import LikeLengths
+from .packing import LengthGroupedSampler
 from .watchdog import Watchdog
 
 
@@ -94,7 +94,7 @@ class MiniCPMVTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LikeLengths(self._lengths, together, self.args.data_seed or self.args.seed)
+        return LengthGroupedSampler(self._lengths, together, self.args.data_seed or self.args.seed)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """Evaluate a batch."""

@@ -25,17 +25,17 @@ def validate_data(
 
     Args:
         data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI, or a pattern.
-        eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by picture.
+        eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by image.
         max_reject_ratio: Share of rejected samples above which the step fails.
-        seed: Decides which pictures are split off.
-        data_options: eval_fraction (0.1), the share of the pictures split off for evaluation when eval_data_uri is
-            empty; exif_transpose (false), whether pictures are turned as their EXIF orientation says.
+        seed: Decides which images are split off.
+        data_options: eval_fraction (0.1), the share of the images split off for evaluation when eval_data_uri is
+            empty; exif_transpose (false), whether images are turned as their EXIF orientation says.
         registered_model: Name in MLflow's model registry; that its champion can be asked is seen before any work.
         dataset: The accepted samples.
         rejects: JSON Lines naming each rejected sample, with a reason code and a sentence.
         metrics: Counts of accepted and rejected samples, and of what is worth knowing.
         summary: The same as a table.
-        report: Counts, histograms, duplicates, and samples with their slices drawn over the pictures.
+        report: Counts, histograms, duplicates, and samples with their slices drawn over the images.
     """
     from pathlib import Path
 

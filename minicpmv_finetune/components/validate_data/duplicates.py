@@ -1,9 +1,9 @@
-"""Pictures that occur more than once: the same bytes at several addresses, or a copy scaled or compressed anew.
+"""Images that occur more than once: the same bytes at several addresses, or a copy scaled or compressed anew.
 
 Copies are found by a hash of 128 bits: whether each cell of an 8 × 8 grid is brighter than its right and its lower
-neighbour. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only pictures that
-agree in a part are compared, and time grows with the number of pictures, not of pairs. A pair is near-equal when its
-16 × 16 grey levels also correlate almost perfectly. Pictures with no structure, such as blank ones, look like each
+neighbour. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only images that
+agree in a part are compared, and time grows with the number of images, not of pairs. A pair is near-equal when its
+16 × 16 grey levels also correlate almost perfectly. Images with no structure, such as blank ones, look like each
 other by nature, and are left out.
 """
 
@@ -26,13 +26,13 @@ _MAX_DISTANCE = 128 // _BAND - 1  # bits; what the bands find without exception
 _MIN_CORRELATION = 0.99
 _MIN_CONTRAST = 4.0  # standard deviation of grey levels
 _BRIGHTER_BY = 4  # grey levels; less is noise of compression
-_WINDOW = 64  # neighbours in a band's order that are compared with a picture, however many agree in the band
-_CHUNK = 4096  # pictures
+_WINDOW = 64  # neighbours in a band's order that are compared with an image, however many agree in the band
+_CHUNK = 4096  # images
 _LISTED_ROWS = 10
 
 
 class Appearance(BaseModel):
-    """One address of a repeated picture."""
+    """One address of a repeated image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,7 +42,7 @@ class Appearance(BaseModel):
 
 
 class Repetition(BaseModel):
-    """A line of `duplicates.jsonl`: a picture that occurs more than once."""
+    """A line of `duplicates.jsonl`: an image that occurs more than once."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,7 +54,7 @@ class Repetition(BaseModel):
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that are equal or near-equal.
+    """Images that are equal or near-equal.
 
     Attributes:
         kind: which.
@@ -70,7 +70,7 @@ class Group:
 
 
 def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[list[Group], Counter[str]]:
-    """Find pictures that occur more than once.
+    """Find images that occur more than once.
 
     Args:
         inventory: the accepted samples.
@@ -79,23 +79,23 @@ def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[lis
     Returns:
         The groups, those that leak from training to evaluation first; and counts by code: `equal_pictures` and
         `near_equal_pictures` (that have a double), `leaked_equal` and `leaked_near` (evaluation samples with a
-        picture that training shows too), `duplicate_samples` (equal to an earlier one of their split).
+        image that training shows too), `duplicate_samples` (equal to an earlier one of their split).
     """
     shown = inventory.shown()
-    first, picture = numbered(shown["sha256"])
+    first, image = numbered(shown["sha256"])
     in_eval = is_eval[shown["sample"]]
     pairs = _near_pairs(inventory, first)
     groups = [
-        *_groups("equal", picture, shown["address"], in_eval),
-        *_groups("near", _joined(len(first), pairs)[picture], shown["address"], in_eval, picture),
+        *_groups("equal", image, shown["address"], in_eval),
+        *_groups("near", _joined(len(first), pairs)[image], shown["address"], in_eval, image),
     ]
     counts: Counter[str] = Counter()
-    has_train = np.bincount(picture[~in_eval], minlength=len(first)) > 0
+    has_train = np.bincount(image[~in_eval], minlength=len(first)) > 0
     near_train = np.zeros(len(first), bool)
     for one, other in (pairs.T, pairs.T[::-1]):
         near_train[one[has_train[other]]] = True
-    leaked = np.unique(shown["sample"][in_eval & has_train[picture]])
-    looks_leaked = np.unique(shown["sample"][in_eval & near_train[picture]])
+    leaked = np.unique(shown["sample"][in_eval & has_train[image]])
+    looks_leaked = np.unique(shown["sample"][in_eval & near_train[image]])
     counts["leaked_equal"] = len(leaked)
     counts["leaked_near"] = len(np.setdiff1d(looks_leaked, leaked))
     counts["equal_pictures"] = sum(group.kind == "equal" for group in groups)
@@ -111,9 +111,9 @@ def _groups(
     group: NDArray[np.intp],
     address: NDArray[np.uint64],
     in_eval: NDArray[np.bool_],
-    picture: NDArray[np.intp] | None = None,
+    image: NDArray[np.intp] | None = None,
 ) -> Iterator[Group]:
-    """The groups with more than one address or split; of near ones, those with more than one picture."""
+    """The groups with more than one address or split; of near ones, those with more than one image."""
     order = np.lexsort((address, in_eval, group))
     keys = np.stack([group[order], in_eval[order], address[order].astype(np.int64)])
     is_new = np.ones(len(order), bool)
@@ -124,7 +124,7 @@ def _groups(
         if end - start < 2:
             continue
         members = rows[start:end]
-        if picture is not None and len(np.unique(picture[members])) < 2:
+        if image is not None and len(np.unique(image[members])) < 2:
             continue
         sides = [np.sort(members[in_eval[members] == side]) for side in (False, True)]
         some = np.concatenate([side[:_LISTED_ROWS] for side in sides])
@@ -141,7 +141,7 @@ def _joined(number: int, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
 
 
 def _near_pairs(inventory: Inventory, first: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Pairs of different pictures that look the same, [pairs, 2], by number; `first` is a row of each."""
+    """Pairs of different images that look the same, [pairs, 2], by number; `first` is a row of each."""
     hashes = np.zeros((len(first), 2), np.uint64)
     has_structure = np.zeros(len(first), bool)
     for start in range(0, len(first), _CHUNK):
@@ -159,7 +159,7 @@ def _near_pairs(inventory: Inventory, first: NDArray[np.intp]) -> NDArray[np.int
 
 
 def _hashes(grays: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """128 bits for each picture, [pictures, 2]."""
+    """128 bits for each image, [images, 2]."""
     cells = grays.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
     bits = np.stack([cells - np.roll(cells, -1, axis) > _BRIGHTER_BY for axis in (2, 1)], axis=1)
     return np.packbits(bits.reshape(len(grays), -1), axis=1).view(np.uint64).reshape(-1, 2)
@@ -189,7 +189,7 @@ def _candidates(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
 
 
 def _correlation(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Pearson's correlation of each pair of pictures, whatever their brightness and contrast."""
+    """Pearson's correlation of each pair of images, whatever their brightness and contrast."""
     left, right = (grays.reshape(len(grays), -1).astype(np.float64) for grays in (one, other))
     left -= left.mean(axis=1, keepdims=True)
     right -= right.mean(axis=1, keepdims=True)

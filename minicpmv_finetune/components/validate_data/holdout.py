@@ -1,8 +1,8 @@
 """Which samples are held out for evaluation when no evaluation data is given.
 
-Samples that share a picture, also by way of others, are one group and stay on one side. A group's smallest picture
+Samples that share an image, also by way of others, are one group and stay on one side. A group's smallest image
 hash, together with the seed, decides its side. So the split depends on neither order nor addresses, and appended
-samples move no other: unless one of them shows an old picture beside a new one with a smaller hash, or joins two
+samples move no other: unless one of them shows an old image beside a new one with a smaller hash, or joins two
 groups; then a group may change sides as a whole, because leaking it would be worse.
 """
 
@@ -33,28 +33,26 @@ def hold_out(inventory: Inventory, fraction: float, seed: int) -> NDArray[np.boo
     samples, shown = len(inventory), inventory.shown()
     if fraction <= 0:
         return np.zeros(samples, bool)
-    first, picture = numbered(shown["sha256"])
-    # A graph of samples and, behind them, pictures.
+    first, image = numbered(shown["sha256"])
+    # A graph of samples and, behind them, images.
     nodes = samples + len(first)
-    links = coo_array(
-        (np.ones(len(shown), bool), (shown["sample"].astype(np.int64), samples + picture)), (nodes, nodes)
-    )
+    links = coo_array((np.ones(len(shown), bool), (shown["sample"].astype(np.int64), samples + image)), (nodes, nodes))
     groups, group = connected_components(links, directed=False)
     subject = np.full(groups, len(first))
-    np.minimum.at(subject, group[samples:], np.arange(len(first)))  # pictures are numbered in their hashes' order
+    np.minimum.at(subject, group[samples:], np.arange(len(first)))  # images are numbered in their hashes' order
     _, example = np.unique(group[:samples], return_index=True)  # a sample of each group
     sizes = np.bincount(group[:samples], minlength=groups)
     hashes, digests = shown["sha256"], inventory.digests()
     goes = np.zeros(groups, bool)
     for number in range(groups):
-        has_picture = subject[number] < len(first)
-        decisive = hashes[first[subject[number]]] if has_picture else digests[example[number]]
+        has_image = subject[number] < len(first)
+        decisive = hashes[first[subject[number]]] if has_image else digests[example[number]]
         # A group of most samples is what there is to learn, whatever its draw.
         goes[number] = sizes[number] <= samples / 2 and _draw(seed, decisive.tobytes()) < fraction
     is_held_out = goes[group[:samples]]
     if is_held_out.all() or not is_held_out.any():
         largest = int(sizes.max())
-        shared = f" ({largest:,} of them share pictures, and stay together)" if largest > 1 else ""
+        shared = f" ({largest:,} of them share images, and stay together)" if largest > 1 else ""
         raise UserError(
             f"{samples:,} samples are too few to split off {fraction:.0%} for evaluation{shared}; give evaluation "
             "data of its own."

@@ -1,6 +1,6 @@
 """What is remembered of every accepted sample while the samples themselves pass by: a few bytes each.
 
-Whole samples go to a file as they come, so memory hardly grows with their number: 32 bytes a sample and 52 a picture,
+Whole samples go to a file as they come, so memory hardly grows with their number: 32 bytes a sample and 52 an image,
 100,000 of each in 9 MB. The 16 × 16 grey levels by which copies are found wait in a file too.
 """
 
@@ -27,17 +27,17 @@ class Inventory:
 
     Attributes:
         lines: file of the samples, a line each.
-        grays: file of each shown picture's grey levels.
+        grays: file of each shown image's grey levels.
         notes: number of samples by code.
         turns: number of samples by their number of turns.
-        pictures: number of samples by their number of pictures.
+        images: number of samples by their number of images.
     """
 
     lines: Path
     grays: Path
     notes: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
-    pictures: Counter[int] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)
     _digests: bytearray = field(default_factory=bytearray)
     _shown: bytearray = field(default_factory=bytearray)
 
@@ -58,28 +58,26 @@ class Inventory:
     def add(self, accepted: Accepted) -> None:
         """Remember a sample."""
         for look in accepted.looks:
-            picture = look.picture
-            address = hashlib.blake2b(picture.uri.encode(errors="replace"), digest_size=8).digest()
-            self._shown += _SHOWN_ROW.pack(
-                len(self), bytes.fromhex(picture.sha256), address, picture.width, picture.height
-            )
+            image = look.image
+            address = hashlib.blake2b(image.uri.encode(errors="replace"), digest_size=8).digest()
+            self._shown += _SHOWN_ROW.pack(len(self), bytes.fromhex(image.sha256), address, image.width, image.height)
             self._grays_file.write(look.gray)
         self._digests += accepted.digest
         self._lines_file.write(f"{accepted.line}\n")
         self.notes.update(accepted.notes)
         self.turns[accepted.turns] += 1
-        self.pictures[len(accepted.looks)] += 1
+        self.images[len(accepted.looks)] += 1
 
     def digests(self) -> NDArray[np.void]:
         """The contents' hashes, one of 32 bytes for each sample."""
         return np.frombuffer(self._digests, dtype=f"V{_DIGEST}")
 
     def shown(self) -> NDArray[np.void]:
-        """A record for each picture of each sample: `sample`, `sha256`, `address` (hashed), `width` and `height`."""
+        """A record for each image of each sample: `sample`, `sha256`, `address` (hashed), `width` and `height`."""
         return np.frombuffer(self._shown, dtype=_SHOWN)
 
     def read_grays(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
-        """Grey levels of some of the shown pictures, [rows, 16, 16]."""
+        """Grey levels of some of the shown images, [rows, 16, 16]."""
         size = GRAY_SIDE * GRAY_SIDE
         grays = np.empty((len(rows), size), np.uint8)
         # Not mapped: a page of the file for every row would count as memory.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicpmv_finetune.data.samples import DatasetInfo, Picture, Reject, Sample, Split, open_picture
+from minicpmv_finetune.data.samples import DatasetInfo, ImageRef, Reject, Sample, Split, open_image
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, plan_slices, to_rgb
 from minicpmv_finetune.reports.pages import write_page
 
@@ -23,25 +23,25 @@ from .duplicates import Repetition
 
 SHOWN_SAMPLES = 60
 _SHOWN_REPETITIONS = 40
-_PICTURES_PER_SAMPLE = 4
-_PICTURES_PER_REPETITION = 6
+_IMAGES_PER_SAMPLE = 4
+_IMAGES_PER_REPETITION = 6
 _THUMBNAIL = 360  # longest side in pixels
-_PIXEL_ART = 160  # a picture not larger than this is shown with sharp pixels
+_PIXEL_ART = 160  # an image not larger than this is shown with sharp pixels
 _LONGEST_TEXT = 600  # characters
-_MANY = 10  # turns or pictures; more are one bar
+_MANY = 10  # turns or images; more are one bar
 _SIDES = (0, 112, 224, 448, 896, 1344, 1792, 2688, 4032)  # pixels
 _SHAPES = {"1:4": 1 / 4, "1:2": 1 / 2, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "2:1": 2.0, "4:1": 4.0}
 _NOTES = {
-    "exif_rotated": "samples with a picture that EXIF says to turn",
-    "cmyk": "samples with a picture in CMYK, converted as Pillow does",
-    "palette": "samples with a picture of palette colours",
-    "transparent": "samples with a picture that is transparent somewhere, or could be",
-    "order_by_text": "samples whose text names the pictures in another order than their list; the text decides",
+    "exif_rotated": "samples with an image that EXIF says to turn",
+    "cmyk": "samples with an image in CMYK, converted as Pillow does",
+    "palette": "samples with an image of palette colours",
+    "transparent": "samples with an image that is transparent somewhere, or could be",
+    "order_by_text": "samples whose text names the images in another order than their list; the text decides",
     "duplicate_samples": "samples equal to an earlier one of their split",
-    "equal_pictures": "pictures that lie at several addresses, or in both splits",
-    "near_equal_pictures": "pictures that look like another",
-    "leaked_equal": "evaluation samples with a picture that training shows too",
-    "leaked_near": "evaluation samples with a picture that looks like one of training",
+    "equal_pictures": "images that lie at several addresses, or in both splits",
+    "near_equal_pictures": "images that look like another",
+    "leaked_equal": "evaluation samples with an image that training shows too",
+    "leaked_near": "evaluation samples with an image that looks like one of training",
 }
 
 
@@ -53,11 +53,11 @@ class Findings:
         info: counts and fingerprint.
         data_uri: where the data came from.
         eval_data_uri: where the evaluation data came from; empty if it was held out.
-        sizes: (width, height) of each picture of each sample.
+        sizes: (width, height) of each image of each sample.
         turns: number of samples by their number of turns.
-        pictures: number of samples by their number of pictures.
+        images: number of samples by their number of images.
         rejects: the first few of each reason.
-        repetitions: pictures that occur more than once, and some of them.
+        repetitions: images that occur more than once, and some of them.
         samples: a choice of samples, each with its split.
     """
 
@@ -66,9 +66,9 @@ class Findings:
     eval_data_uri: str
     sizes: NDArray[np.uint32]
     turns: Mapping[int, int]
-    pictures: Mapping[int, int]
+    images: Mapping[int, int]
     rejects: Mapping[str, Sequence[Reject]]
-    repetitions: Sequence[tuple[Repetition, Sequence[Picture]]]
+    repetitions: Sequence[tuple[Repetition, Sequence[ImageRef]]]
     samples: Sequence[tuple[Split, Sample]]
 
 
@@ -84,7 +84,7 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class _Thumbnail:
-    """A small picture; `grid` is the (rows, columns) it is sliced into, `aspect` its width over its height."""
+    """A small image; `grid` is the (rows, columns) it is sliced into, `aspect` its width over its height."""
 
     source: str
     aspect: float
@@ -97,15 +97,15 @@ def write_report(path: Path, findings: Findings) -> None:
     """Write the page, whole or not at all.
 
     Raises:
-        UserError: a picture changed meanwhile.
+        UserError: an image changed meanwhile.
         RetryableError: the store does not answer.
     """
     repetitions = [
-        (repetition, [_thumbnail(picture) for picture in shown[:_PICTURES_PER_REPETITION]])
+        (repetition, [_thumbnail(image) for image in shown[:_IMAGES_PER_REPETITION]])
         for repetition, shown in findings.repetitions[:_SHOWN_REPETITIONS]
     ]
     samples = [
-        (split, sample, [_thumbnail(picture) for picture in sample.pictures[:_PICTURES_PER_SAMPLE]])
+        (split, sample, [_thumbnail(image) for image in sample.images[:_IMAGES_PER_SAMPLE]])
         for split, sample in findings.samples
     ]
     values = {
@@ -147,17 +147,17 @@ def warnings_about(info: DatasetInfo) -> list[str]:
     }.items():
         if count := noted.get(code):
             warnings.append(
-                f"{count:,} of {held_out:,} evaluation samples show a picture {what}, so their score says less about "
-                "new pictures; duplicates.jsonl in the dataset names them."
+                f"{count:,} of {held_out:,} evaluation samples show an image {what}, so their score says less about "
+                "new images; duplicates.jsonl in the dataset names them."
             )
     if info.exif_transpose:
         warnings.append(
-            "exif_transpose turns pictures as EXIF says, in training and evaluation; whatever serves the model must "
+            "exif_transpose turns images as EXIF says, in training and evaluation; whatever serves the model must "
             "turn them too."
         )
     elif count := noted.get("exif_rotated"):
         warnings.append(
-            f"{count:,} samples show pictures that EXIF says to turn, and the model sees them unturned, as with the "
+            f"{count:,} samples show images that EXIF says to turn, and the model sees them unturned, as with the "
             "published code; exif_transpose turns them, and then whatever serves the model must too."
         )
     return warnings
@@ -180,8 +180,8 @@ def _histograms(findings: Findings) -> list[_Histogram]:
     return [
         _Histogram("Longer side in pixels", _bars(labels, longest)),
         _Histogram("Shape, width to height", _bars(list(_SHAPES), shape_counts)),
-        _Histogram("Slices of a picture", _bars([str(n) for n in range(1, len(slice_counts))], slice_counts[1:])),
-        _Histogram("Pictures of a sample", _counted(findings.pictures, 0)),
+        _Histogram("Slices of an image", _bars([str(n) for n in range(1, len(slice_counts))], slice_counts[1:])),
+        _Histogram("Images of a sample", _counted(findings.images, 0)),
         _Histogram("Turns of a sample", _counted(findings.turns, 2)),
     ]
 
@@ -197,18 +197,18 @@ def _counted(counts: Mapping[int, int], least: int) -> tuple[tuple[str, int], ..
     return (*bars, (f"{_MANY + 1}+", more)) if more else tuple(bars)
 
 
-def _thumbnail(picture: Picture) -> _Thumbnail:
-    image = to_rgb(open_picture(picture), "white")
+def _thumbnail(image_ref: ImageRef) -> _Thumbnail:
+    image = to_rgb(open_image(image_ref), "white")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=82)
-    plan = plan_slices(picture.width, picture.height, SlicingConfig())
+    plan = plan_slices(image_ref.width, image_ref.height, SlicingConfig())
     grid = plan.grid or (1, 1)
     slices = f", {grid[0]} × {grid[1]} slices" if plan.grid else ""
     return _Thumbnail(
         source=f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}",
         aspect=image.width / image.height,
         grid=grid,
-        is_pixel_art=max(picture.width, picture.height) <= _PIXEL_ART,
-        caption=f"{picture.width} × {picture.height}{slices}",
+        is_pixel_art=max(image_ref.width, image_ref.height) <= _PIXEL_ART,
+        caption=f"{image_ref.width} × {image_ref.height}{slices}",
     )

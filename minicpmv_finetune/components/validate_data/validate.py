@@ -23,12 +23,12 @@ from pydantic import ConfigDict, Field
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
-from minicpmv_finetune.data.checking import Accepted, addresses, check_all, forget_pictures
+from minicpmv_finetune.data.checking import Accepted, addresses, check_all, forget_images
 from minicpmv_finetune.data.reading import Record, read_records
 from minicpmv_finetune.data.samples import (
     DATASET_FILE,
     DatasetInfo,
-    Picture,
+    ImageRef,
     Reject,
     RejectLog,
     Sample,
@@ -47,7 +47,7 @@ from .report import SHOWN_SAMPLES, Findings, warnings_about, write_report
 
 DUPLICATES_FILE = "duplicates.jsonl"
 _BATCH = 16  # samples that a process checks at once
-_BATCH_LENGTH = 1 << 20  # characters of them, about: a sample may hold its pictures itself
+_BATCH_LENGTH = 1 << 20  # characters of them, about: a sample may hold its images itself
 _LISTED_SHARDS = 8  # whose members' places are remembered
 _LISTED_REPETITIONS = 10_000
 
@@ -58,9 +58,9 @@ class ValidationSettings:
 
     Attributes:
         max_reject_ratio: share of rejected samples above which the step fails.
-        eval_fraction: share of pictures split off for evaluation when no evaluation data is given; 0 for none.
+        eval_fraction: share of images split off for evaluation when no evaluation data is given; 0 for none.
         seed: of that split.
-        exif_transpose: whether pictures are turned as their EXIF orientation says, in training and evaluation. The
+        exif_transpose: whether images are turned as their EXIF orientation says, in training and evaluation. The
             published code ignores it, so whatever serves the model must then turn them too.
     """
 
@@ -94,7 +94,7 @@ def validate_data(
 
     Args:
         data_uri: JSON arrays or JSON Lines in MiniCPM-V's format; local or `s3://`, one file or a pattern of names.
-        eval_data_uri: the same for evaluation; empty splits it off `data_uri`, by picture.
+        eval_data_uri: the same for evaluation; empty splits it off `data_uri`, by image.
         dataset: folder that receives `train.jsonl`, `eval.jsonl`, `duplicates.jsonl` and, last, `dataset.json`.
         rejects_file: receives what was left out and why, also when the step fails over it.
         settings: see there.
@@ -114,7 +114,7 @@ def validate_data(
     for _, uri in sources:
         storage.require_allowed(uri)
     rows: Counter[Split] = Counter()
-    forget_pictures()
+    forget_images()
     _listed.cache_clear()
     with (
         tempfile.TemporaryDirectory(prefix="validate-data-") as scratch,
@@ -159,7 +159,7 @@ def validate_data(
                 eval_data_uri=eval_data_uri,
                 sizes=np.stack([shown["width"], shown["height"]], axis=1),
                 turns=inventory.turns,
-                pictures=inventory.pictures,
+                images=inventory.images,
                 rejects=rejects.examples,
                 repetitions=repetitions,
                 samples=[("eval" if is_eval[number] else "train", kept[number]) for number in chosen],
@@ -203,7 +203,7 @@ def _checked(pattern: str, exif_transpose: bool) -> Iterator[Accepted | Reject]:
 
 
 def _local_copy(uri: str) -> Path:
-    """A file of the data on this machine, since no store keeps a stream open while pictures are checked for hours."""
+    """A file of the data on this machine, since no store keeps a stream open while images are checked for hours."""
     if storage.is_object_uri(uri):
         return storage.fetch(uri)
     with storage.open_stream(uri):  # or say why not
@@ -291,15 +291,15 @@ def _distribute(inventory: Inventory, is_eval: NDArray[np.bool_], folder: Path, 
 
 def _described(
     group: Group, shown: NDArray[np.void], is_eval: NDArray[np.bool_], kept: Mapping[int, Sample]
-) -> tuple[Repetition, tuple[Picture, ...]]:
-    """A group as it is listed, and the pictures of its appearances."""
+) -> tuple[Repetition, tuple[ImageRef, ...]]:
+    """A group as it is listed, and the images of its appearances."""
     appearances, found = [], []
     for row in group.rows:
         number = int(shown["sample"][row])
         sample = kept[number]
-        picture = sample.pictures[row - int(np.searchsorted(shown["sample"], number))]
+        image = sample.images[row - int(np.searchsorted(shown["sample"], number))]
         split: Split = "eval" if is_eval[number] else "train"
-        appearances.append(Appearance(uri=image_files.shown(picture.uri), split=split, sample=sample.id))
-        found.append(picture)
+        appearances.append(Appearance(uri=image_files.shown(image.uri), split=split, sample=sample.id))
+        found.append(image)
     repetition = Repetition(kind=group.kind, leaks=group.leaks, count=group.count, appearances=tuple(appearances))
     return repetition, tuple(found)

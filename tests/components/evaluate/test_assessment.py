@@ -12,7 +12,7 @@ from minicpmv_finetune.minicpmv.answer import Answer
 
 def sample(number: int, expected: str, metric: str | None = None, tags: tuple[str, ...] = ()) -> Sample:
     turns = (Turn(role="user", parts=("Which?",)), Turn(role="assistant", parts=(expected,)))
-    return Sample(id=str(number), pictures=(), turns=turns, source="data.json", metric=metric, tags=tags)
+    return Sample(id=str(number), images=(), turns=turns, source="data.json", metric=metric, tags=tags)
 
 
 def said(texts: Sequence[str]) -> list[Answer]:

@@ -10,11 +10,11 @@ from PIL import Image
 from minicpmv_finetune.components.evaluate.component import evaluate as component
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate, settings_from
 from minicpmv_finetune.components.evaluate.gate import Gate
-from minicpmv_finetune.data.samples import Picture, Sample, Turn, read_info, read_samples
+from minicpmv_finetune.data.samples import ImageRef, Sample, Turn, read_info, read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import write_max_slices
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
-from minicpmv_finetune.tracking.promotion_record import read_verdict
+from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
 SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
 
@@ -26,12 +26,12 @@ def write_eval(dataset: Path, folder: Path, samples: list[Sample]) -> Path:
     return copy
 
 
-def asked(question: str, name: str = "s", pictures: tuple[Picture, ...] = (), expected: str = "yes") -> Sample:
+def asked(question: str, name: str = "s", images: tuple[ImageRef, ...] = (), expected: str = "yes") -> Sample:
     turns = (
-        Turn(role="user", parts=(*range(len(pictures)), question)),
+        Turn(role="user", parts=(*range(len(images)), question)),
         Turn(role="assistant", parts=(expected,)),
     )
-    return Sample(id=name, pictures=pictures, turns=turns, source="test")
+    return Sample(id=name, images=images, turns=turns, source="test")
 
 
 def test_both_models_answer_every_sample(
@@ -46,7 +46,7 @@ def test_both_models_answer_every_sample(
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert [line["expected"] for line in lines] == [[sample.turns[-1].text] for sample in samples]
     assert lines[0]["question"] == "Which digit is written in the picture?"
-    assert lines[0]["pictures"] == [samples[0].pictures[0].uri]
+    assert lines[0]["pictures"] == [samples[0].images[0].uri]
     assert all(set(line["scores"]) == set(line["hit_limit"]) == {"base", "tuned"} for line in lines)
     assert [line["base"] for line in lines] == [line["tuned"] for line in lines], "the same model answers the same"
     assert found.metrics["samples"] == 12
@@ -70,11 +70,11 @@ def test_an_evaluation_is_deterministic(tiny_46: Path, dataset: Path, tmp_path: 
     assert "base" not in json.loads(files[0].read_text().splitlines()[0])
 
 
-def test_the_base_sees_pictures_as_the_merged_model_does(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+def test_the_base_sees_images_as_the_merged_model_does(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.linear_gradient("L").resize((400, 250)).save(path)
-    picture = Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=400, height=250)
-    data = write_eval(dataset, tmp_path, [asked("What is it?", pictures=(picture,))])
+    image = ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=400, height=250)
+    data = write_eval(dataset, tmp_path, [asked("What is it?", images=(image,))])
     merged = shutil.copytree(tiny_46, tmp_path / "merged")
     write_max_slices(merged, 1)
 
@@ -175,6 +175,6 @@ def test_kubeflow_is_given_matrix_table_and_decision(
     assert [label["displayName"] for label in matrix["annotationSpecs"]] == ["n", "y", "(other)"]
     assert sum(sum(row["row"]) for row in matrix["rows"]) == 4
     assert "| as good as the base model | kept |" in Path(outputs["summary"]).read_text()
-    verdict = read_verdict(Path(outputs["verdict"]))
+    verdict = read_promotion_record(Path(outputs["verdict"]))
     assert (verdict.promote, verdict.champion, verdict.adapter_uri) == (True, "", "s3://adapters/1")
     assert verdict.data_fingerprint == read_info(data).fingerprint

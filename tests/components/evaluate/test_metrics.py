@@ -182,7 +182,7 @@ def test_vqa_accuracy_leaves_each_annotator_out(answer: str, people: list[str]) 
         ("the\nlarge dog", "large dog"),
     ],
 )
-def test_vqa_accuracy_normalises_as_published(answer: str, person: str) -> None:
+def test_vqa_accuracy_normalizes_as_published(answer: str, person: str) -> None:
     assert vqa_accuracy(answer, [person] * 10) == 1
 
 

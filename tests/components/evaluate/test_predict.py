@@ -16,7 +16,7 @@ def test_the_answer_is_the_one_evaluation_finds(tiny_46: Path, dataset: Path, tm
     sample = next(iter(read_samples(dataset, "eval")))
     evaluate(tiny_46, "", dataset, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(max_new_tokens=12))
     expected = json.loads((tmp_path / "predictions").read_text().splitlines()[0])["tuned"]
-    assert predict(str(tiny_46), [sample.pictures[0].uri], sample.turns[0].text, max_new_tokens=12) == expected
+    assert predict(str(tiny_46), [sample.images[0].uri], sample.turns[0].text, max_new_tokens=12) == expected
 
 
 def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Path) -> None:
@@ -26,9 +26,9 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapted.save_pretrained(tmp_path / "adapter")
-    pictures = [str(path) for path in sorted((digits / "pictures").glob("*.png"))[:2]]
-    plain = predict(str(tiny_46), pictures, "Which are these?", max_new_tokens=12)
-    tuned = predict(str(tiny_46), pictures, "Which are these?", str(tmp_path / "adapter"), max_new_tokens=12)
+    images = [str(path) for path in sorted((digits / "images").glob("*.png"))[:2]]
+    plain = predict(str(tiny_46), images, "Which are these?", max_new_tokens=12)
+    tuned = predict(str(tiny_46), images, "Which are these?", str(tmp_path / "adapter"), max_new_tokens=12)
     assert plain
     assert plain != tuned
 
@@ -40,7 +40,7 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
         ({"prompt": "an <|im_end|> inside"}, "prompt: .*special token"),
         ({"max_new_tokens": 0}, "no room"),
         ({"images": ["missing.png"]}, "missing.png: nothing lies there"),
-        ({"images": [__file__]}, "not a readable picture"),
+        ({"images": [__file__]}, "not a readable image"),
         ({"adapter_uri": str(Path(__file__).parent)}, "no adapter_config.json"),
         ({"model_uri": str(Path(__file__).parent)}, "no config.json"),
     ],

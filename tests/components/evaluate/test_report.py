@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
 from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.evaluate.report import headline, markdown, percent, write_report
-from minicpmv_finetune.data.samples import Picture, Sample, Turn
+from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
 from minicpmv_finetune.minicpmv.answer import Answer
 from minicpmv_finetune.reports.training_record import TrainingRecord
 
@@ -19,13 +19,13 @@ FACTS = {"metric": "exact_match", "generation": "4.6", "base_model": HOSTILE, "s
 
 
 def evaluation_of(
-    said: list[tuple[str, str, str]], picture: Picture | None = None, base: bool = True, tag: str = "all"
+    said: list[tuple[str, str, str]], image: ImageRef | None = None, base: bool = True, tag: str = "all"
 ) -> Evaluation:
     """An evaluation from (expected, base's answer, tuned model's answer)."""
     samples = [
         Sample(
             id=f"sample-{number}",
-            pictures=(picture,) if picture else (),
+            images=(image,) if image else (),
             turns=(Turn(role="user", parts=(f"Question {number}?",)), Turn(role="assistant", parts=(expected,))),
             source="test",
             tags=(tag,),
@@ -41,10 +41,10 @@ FOUR = [("cat", "dog", "cat"), ("cat", "cat", "cat"), ("dog", "dog", "cow"), ("d
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Picture:
+def image(tmp_path: Path) -> ImageRef:
     path = tmp_path / "picture.png"
     Image.radial_gradient("L").save(path)
-    return Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=256, height=256)
+    return ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=256, height=256)
 
 
 def opened(page: Page, evaluation: Evaluation, folder: Path) -> int:
@@ -59,8 +59,8 @@ def visible_ids(page: Page) -> list[str]:
     return [text.split()[0] for text in page.locator(".card:visible .id").all_text_contents()]
 
 
-def test_filters_and_search(page: Page, tmp_path: Path, picture: Picture) -> None:
-    opened(page, evaluation_of(FOUR, picture), tmp_path)
+def test_filters_and_search(page: Page, tmp_path: Path, image: ImageRef) -> None:
+    opened(page, evaluation_of(FOUR, image), tmp_path)
     everything = [f"sample-{number}" for number in range(4)]
     assert visible_ids(page) == everything
     filters = page.get_by_role("group", name="Filter by outcome")
@@ -86,8 +86,8 @@ def test_filters_and_search(page: Page, tmp_path: Path, picture: Picture) -> Non
     assert visible_ids(page) == ["sample-2"]
 
 
-def test_figures_and_pictures_are_shown(page: Page, tmp_path: Path, picture: Picture) -> None:
-    opened(page, evaluation_of(FOUR, picture), tmp_path)
+def test_figures_and_images_are_shown(page: Page, tmp_path: Path, image: ImageRef) -> None:
+    opened(page, evaluation_of(FOUR, image), tmp_path)
     assert page.locator("h1").inner_text().split("\n")[0].startswith("50.0%")
     assert "+0.0 points over the base model’s 50.0%" in page.locator(".gain").inner_text()
     assert page.locator(".matrix").get_by_role("rowheader").all_inner_texts() == ["cat", "dog"]
@@ -126,10 +126,10 @@ def test_without_a_base_there_are_right_and_wrong(page: Page, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_fits_its_window(browser: Browser, tmp_path: Path, picture: Picture, width: int) -> None:
+def test_the_page_fits_its_window(browser: Browser, tmp_path: Path, image: ImageRef, width: int) -> None:
     path = tmp_path / "report.html"
     long = [("w" * 500, "x" * 500, "w" * 500), *FOUR]
-    write_report(path, evaluation_of(long, picture, tag="t" * 300), FACTS)
+    write_report(path, evaluation_of(long, image, tag="t" * 300), FACTS)
     page = browser.new_page(viewport={"width": width, "height": 700})
     page.goto(path.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -140,7 +140,7 @@ def test_ten_thousand_samples_with_long_answers(page: Page, tmp_path: Path) -> N
     path = tmp_path / "noise.png"
     # Noise is what compresses worst.
     Image.effect_noise((640, 640), 90).convert("RGB").save(path)
-    noise = Picture(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=640, height=640)
+    noise = ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=640, height=640)
     rare = [("a", "a", "<b>" * 5000)] * 3
     size = opened(page, evaluation_of([("a", "<b>" * 5000, "a")] * 9997 + rare, noise), tmp_path)
     assert size < 25_000_000

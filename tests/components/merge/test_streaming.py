@@ -275,15 +275,15 @@ def test_adapter_of_another_base_is_refused(tiny_46: Path, train: Train, tmp_pat
         streamed(tiny_46, adapter, tmp_path / "merged")
 
 
-def test_a_quantised_base_is_refused_where_it_would_change(
+def test_a_quantized_base_is_refused_where_it_would_change(
     tiny_46: Path, train: Train, copy_base: CopyBase, tmp_path: Path
 ) -> None:
     adapter = train(tiny_46).folder
 
-    def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def quantize(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: t.to(torch.int8) if "q_proj" in name else t for name, t in tensors.items()}
 
-    base = copy_base(tiny_46, tmp_path / "quantised", quantise)
+    base = copy_base(tiny_46, tmp_path / "quantized", quantize)
     with pytest.raises(UserError, match=r"q_proj\.weight is stored as I8"):
         streamed(base, adapter, tmp_path / "merged")
 

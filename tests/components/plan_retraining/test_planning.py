@@ -6,7 +6,7 @@ from minicpmv_finetune.components.plan_retraining.planning import plan_retrainin
 from minicpmv_finetune.data.samples import DATASET_FILE, DatasetInfo
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.tracking import step_runs
-from minicpmv_finetune.tracking.promotion_record import Verdict
+from minicpmv_finetune.tracking.promotion_record import PromotionRecord
 from minicpmv_finetune.tracking.registry import open_registry
 
 FLAGS = {"lora_r": 4}
@@ -23,7 +23,7 @@ def dataset(tmp_path: Path) -> Path:
 
 def promote(fingerprint: str, adapter_uri: str = "s3://adapters/1") -> None:
     registry = open_registry("model")
-    verdict = Verdict(
+    verdict = PromotionRecord(
         promote=True,
         reason="better",
         model_uri="s3://models/1",

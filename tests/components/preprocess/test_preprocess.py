@@ -12,11 +12,11 @@ from transformers.models.minicpmv4_6 import MiniCPMV4_6Processor
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.data.samples import Reject, open_picture, read_samples
+from minicpmv_finetune.data.samples import Reject, open_image, read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.model_input import Row
+from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.minicpmv.slicing import cut
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 from minicpmv_finetune.shards.encoding import prepare
@@ -90,7 +90,7 @@ def workshop(tmp_path: Path, tiny_46: Path) -> Workshop:
     return Workshop(tmp_path, tiny_46)
 
 
-def assert_equal(found: Row, expected: Row) -> None:
+def assert_equal(found: ModelInput, expected: ModelInput) -> None:
     assert found.id == expected.id
     assert list(found.input_ids) == list(expected.input_ids)
     assert list(found.labels) == list(expected.labels)
@@ -110,15 +110,15 @@ def test_shards_hold_what_slicing_on_the_fly_gives(codec: Codec, workshop: Works
         assert_equal(row, prepare(sample, encoder, 2048))
     of_row = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row.slices] for row in reader]
     assert reader.slice_sizes() == of_row
-    (whole,) = samples[1].pictures
-    cut_now = cut(open_picture(whole), encoder.plan(samples[1])[0], encoder.slicing)
+    (whole,) = samples[1].images
+    cut_now = cut(open_image(whole), encoder.plan(samples[1])[0], encoder.slicing)
     digest = hashlib.sha256(b"".join(pixels.tobytes() for pixels in cut_now)).hexdigest()
     assert hashlib.sha256(b"".join(pixels.tobytes() for pixels in reader[1].slices)).hexdigest() == digest
     assert len(reader[1].slices) > 1
 
 
 def test_shards_hold_what_the_models_own_processor_gives(workshop: Workshop) -> None:
-    """Token ids and pixels of all samples, pictures in the order in which the text shows them."""
+    """Token ids and pixels of all samples, images in the order in which the text shows them."""
     workshop.run()
     processor = MiniCPMV4_6Processor.from_pretrained(workshop.base_model)
     folder = workshop.data.parent
@@ -173,7 +173,7 @@ def test_the_manifest_says_what_was_prepared_and_how(workshop: Workshop) -> None
 
 def test_fewer_slices_when_asked(workshop: Workshop) -> None:
     slices = [workshop.run(max_slice_nums=number).slices["train"] for number in (1, 4, 9)]
-    assert slices[0] == 5, "an overview for each picture"
+    assert slices[0] == 5, "an overview for each image"
     assert slices[0] < slices[1] <= slices[2]
 
 
@@ -263,7 +263,7 @@ def test_nothing_left_ends_the_step_whatever_the_ratio(split: str, workshop: Wor
 # What ends the step
 
 
-def test_a_picture_that_changed_since_ends_the_step(workshop: Workshop) -> None:
+def test_a_image_that_changed_since_ends_the_step(workshop: Workshop) -> None:
     Image.new("RGB", (40, 56)).save(workshop.data.parent / "small.png")
     with pytest.raises(UserError, match=r"small\.png: changed since it was validated"):
         workshop.run(max_reject_ratio=1.0)
@@ -287,7 +287,7 @@ def test_a_wrong_base_model_ends_the_step(workshop: Workshop, tmp_path: Path) ->
     assert not workshop.shards.exists()
 
 
-def test_the_base_model_and_the_pictures_may_lie_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
+def test_the_base_model_and_the_images_may_lie_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
     local = workshop.run()
     expected = list(ShardReader(workshop.shards, "train"))
     for path in workshop.base_model.iterdir():

@@ -48,7 +48,7 @@ def report(tmp_path: Path, tiny_46: Path) -> tuple[str, Path]:
 
 def test_it_shows_each_slice_with_the_borders_of_its_tokens(report: tuple[str, Path], tiny_46: Path) -> None:
     page, shards = report
-    picture = json.loads((tiny_46 / "config.json").read_text())["image_token_id"]
+    image = json.loads((tiny_46 / "config.json").read_text())["image_token_id"]
     shown = [(int(first), int(last)) for first, last in re.findall(r"<figcaption>(\d+)–(\d+)<small>", page)]
     expected = []
     slices = 0
@@ -57,7 +57,7 @@ def test_it_shows_each_slice_with_the_borders_of_its_tokens(report: tuple[str, P
             ids = list(row.input_ids)
             slices += len(row.slices)
             if row.slices:
-                runs = re.finditer("1+", "".join(str(int(token == picture)) for token in ids))
+                runs = re.finditer("1+", "".join(str(int(token == image)) for token in ids))
                 expected += [(run.start(), run.end() - 1) for run in runs]
     assert shown == expected
     assert len(shown) == slices

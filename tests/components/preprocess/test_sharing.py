@@ -65,7 +65,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, tiny_46: Path, digits: Path) -> Bench:
     data = tmp_path / "data"
-    (data / "pictures").mkdir(parents=True)
+    (data / "images").mkdir(parents=True)
     for split, count in (("train", 100), ("eval", 30)):
         samples = json.loads((digits / f"{split}.json").read_text())[:count]
         # One too long to fit: it too is the same whoever finds it.
@@ -122,7 +122,7 @@ def test_a_part_may_be_empty(bench: Bench) -> None:
 
 def test_a_second_run_finds_what_the_first_prepared(bench: Bench) -> None:
     first = bench.run("first")
-    shutil.rmtree(bench.data / "pictures")  # it reads none again
+    shutil.rmtree(bench.data / "images")  # it reads none again
     second = bench.run("second")
     assert content(second) == content(first)
     assert inodes(second) == inodes(first)
@@ -137,9 +137,9 @@ def test_the_same_data_at_another_address_is_found(bench: Bench) -> None:
     assert str(bench.data / "train.json") in (bench.folder / "second.jsonl").read_text(), "rejects are named anew"
 
 
-def changed_picture(bench: Bench) -> None:
-    picture = next((bench.data / "pictures").iterdir())
-    Image.open(picture).rotate(180).save(picture)
+def changed_image(bench: Bench) -> None:
+    image = next((bench.data / "images").iterdir())
+    Image.open(image).rotate(180).save(image)
     bench.validate()
 
 
@@ -159,7 +159,7 @@ def changed_slicing(bench: Bench) -> None:
         path.write_text(re.sub(r'"scale_resolution": \d+', '"scale_resolution": 224', path.read_text()))
 
 
-@pytest.mark.parametrize("change", [changed_picture, changed_order, changed_template, changed_slicing])
+@pytest.mark.parametrize("change", [changed_image, changed_order, changed_template, changed_slicing])
 def test_whatever_decides_the_shards_is_part_of_their_key(change: Callable[[Bench], None], bench: Bench) -> None:
     first = read_manifest(bench.run("first"))
     change(bench)
@@ -244,7 +244,7 @@ def test_finished_shards_lie_in_the_store_and_are_found_there(s3_uri: str, bench
     }
     assert open_shards(manifest.location, tmp_path / "copies") == copy, "the cache is a shards folder itself"
     assert len(ShardReader(remote, "train")) == manifest.rows("train")
-    shutil.rmtree(bench.data / "pictures")
+    shutil.rmtree(bench.data / "images")
     assert content(bench.run("again", cache=cache)) == content(remote)
 
 

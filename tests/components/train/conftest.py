@@ -31,7 +31,7 @@ def shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uneven_shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty samples of different lengths, every other one without a picture."""
+    """Forty samples of different lengths, every other one without an image."""
     folder = tmp_path_factory.mktemp("uneven")
     train, evaluation = write_digits(folder / "digits", seed=0, held_out=16)
     samples = json.loads(train.read_text())[:40]

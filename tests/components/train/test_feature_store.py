@@ -126,11 +126,11 @@ def test_a_tower_that_learns_or_drops_is_not_stored(model: PreTrainedModel) -> N
     assert not is_reusable(model, tower)
 
 
-def test_a_batch_without_any_picture_trains_the_merger_by_zero(
+def test_a_batch_without_any_image_trains_the_merger_by_zero(
     model: PreTrainedModel, make: Make, uneven_shards: Path
 ) -> None:
     folder, _ = make(model)
-    reader, store = ShardReader(uneven_shards, "train", pictures=False), FeatureStore(folder)
+    reader, store = ShardReader(uneven_shards, "train", images=False), FeatureStore(folder)
     number = next(number for number in range(len(reader)) if not len(store[number].sizes))
     batch = collate([reader[number]], 0, 14, "right")
     plain = model.train()(**batch).loss

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minicpmv_finetune.components.train.arguments import parse
-from minicpmv_finetune.components.train.packing import LikeLengths, plan_packs
+from minicpmv_finetune.components.train.packing import LengthGroupedSampler, plan_packs
 from minicpmv_finetune.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_none_and_too_long_ones(lengths: list[int], packs: list[list[int]]) -> N
 
 def test_batches_of_like_length_change_with_the_epoch_alone() -> None:
     lengths = _lengths(404)
-    sampler, other = LikeLengths(lengths, 8, seed=0), LikeLengths(lengths, 8, seed=0)
+    sampler, other = LengthGroupedSampler(lengths, 8, seed=0), LengthGroupedSampler(lengths, 8, seed=0)
     first = list(sampler)
     assert first == list(other)
     sampler.set_epoch(1)
@@ -82,7 +82,7 @@ def test_batches_of_like_length_change_with_the_epoch_alone() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_fewer_samples_than_a_batch_are_all_there(count: int) -> None:
-    assert sorted(LikeLengths([5] * count, 8, seed=0)) == list(range(count))
+    assert sorted(LengthGroupedSampler([5] * count, 8, seed=0)) == list(range(count))
 
 
 def test_packing_and_like_lengths_together_are_refused() -> None:

@@ -13,7 +13,7 @@ STEPS = "--max_steps 10 --warmup_steps 2"
 def test_two_processes_train_adapters_as_one_does(
     uneven_shards: Path, losses: Callable[..., list[float]], tmp_path: Path, strategy: str
 ) -> None:
-    # Every other sample has no picture and the lengths differ: each rank counts its tokens into the global mean, and
+    # Every other sample has no image and the lengths differ: each rank counts its tokens into the global mean, and
     # one that sees text alone must not let the other wait.
     one = losses(uneven_shards, f"{LORA} {STEPS} --per_device_train_batch_size 4", out="one")
     two = losses(uneven_shards, f"{LORA} {STEPS} --per_device_train_batch_size 2 --strategy {strategy}", 2, out="two")
@@ -44,8 +44,8 @@ def test_accumulation_counts_tokens_over_the_whole_batch(
     assert accumulated == pytest.approx(at_once, rel=1e-4)
 
 
-def test_one_rank_without_any_picture(uneven_shards: Path, losses: Callable[..., list[float]]) -> None:
-    # Batches of one: rank 0 and rank 1 often differ in whether they see a picture.
+def test_one_rank_without_any_image(uneven_shards: Path, losses: Callable[..., list[float]]) -> None:
+    # Batches of one: rank 0 and rank 1 often differ in whether they see an image.
     flags = f"{LORA} --max_steps 6 --per_device_train_batch_size 1"
     assert losses(uneven_shards, f"{flags} --strategy zero3", 2, out="three") == pytest.approx(
         losses(uneven_shards, f"{flags} --strategy ddp", 2, out="ddp"), rel=1e-4

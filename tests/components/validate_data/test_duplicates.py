@@ -1,4 +1,4 @@
-"""Copies are found, different pictures are not, and time does not grow with the number of pairs."""
+"""Copies are found, different images are not, and time does not grow with the number of pairs."""
 
 import io
 import json
@@ -16,11 +16,11 @@ from minicpmv_finetune.components.validate_data.inventory import Inventory
 from minicpmv_finetune.components.validate_data.report import warnings_about
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.checking import Accepted, Look
-from minicpmv_finetune.data.samples import DatasetInfo, Picture
+from minicpmv_finetune.data.samples import DatasetInfo, ImageRef
 
 
 def scene(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
-    """A picture with soft shapes, as photographs have, and no two alike."""
+    """An image with soft shapes, as photographs have, and no two alike."""
     noise = np.random.default_rng(seed).normal(size=(size[1], size[0], 3))
     smooth = gaussian_filter(noise, (size[1] / 8, size[0] / 8, 0))
     return Image.fromarray(((smooth / np.abs(smooth).max() + 1) * 127).astype(np.uint8))
@@ -35,11 +35,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: int) -> bytes:
 def checked(
     folder: Path, train: dict[str, bytes], evaluation: dict[str, bytes]
 ) -> tuple[DatasetInfo, list[Repetition]]:
-    """Validate a sample for each picture."""
+    """Validate a sample for each image."""
     uris = []
-    for split, pictures in (("train", train), ("eval", evaluation)):
+    for split, images in (("train", train), ("eval", evaluation)):
         samples = []
-        for name, content in pictures.items():
+        for name, content in images.items():
             (folder / name).write_bytes(content)
             turns = [{"role": "user", "content": f"<image>\n{name}?"}, {"role": "assistant", "content": "Yes."}]
             samples.append({"id": f"{split}-{name}", "image": name, "conversations": turns})
@@ -55,7 +55,7 @@ def places(repetition: Repetition) -> list[tuple[str, str]]:
     return [(appearance.split, Path(appearance.uri).name) for appearance in repetition.appearances]
 
 
-def test_equal_and_near_equal_pictures_are_listed_and_leaks_are_told(tmp_path: Path) -> None:
+def test_equal_and_near_equal_images_are_listed_and_leaks_are_told(tmp_path: Path) -> None:
     train = {f"{seed}.png": encoded(scene(seed)) for seed in range(40)}
     train["same.png"] = train["1.png"]
     train["again.jpg"] = encoded(scene(2), "JPEG", quality=40)
@@ -78,7 +78,7 @@ def test_equal_and_near_equal_pictures_are_listed_and_leaks_are_told(tmp_path: P
     assert [warning.split(" evaluation")[0] for warning in warnings_about(info)] == ["1 of 4", "2 of 4"]
 
 
-def test_a_picture_that_several_questions_share_is_no_duplicate(tmp_path: Path) -> None:
+def test_a_image_that_several_questions_share_is_no_duplicate(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(scene(1)))
     turns = [{"role": "user", "content": "<image>\nA?"}, {"role": "assistant", "content": "Yes."}]
     samples = [{"image": "a.png", "conversations": turns}] * 2
@@ -94,18 +94,18 @@ def test_a_picture_that_several_questions_share_is_no_duplicate(tmp_path: Path) 
     assert (tmp_path / "set" / "duplicates.jsonl").read_text() == ""
 
 
-def test_blank_pictures_look_like_nothing(tmp_path: Path) -> None:
+def test_blank_images_look_like_nothing(tmp_path: Path) -> None:
     train = {f"{level}.png": encoded(Image.new("RGB", (64, 64), (level, level, level))) for level in range(250, 256)}
     info, _ = checked(tmp_path, train, {"page.png": encoded(scene(1))})
     assert info.noted == {}
 
 
 def found(grays: np.ndarray, folder: Path) -> tuple[list[Group], Counter[str]]:
-    """What is repeated among pictures of which only the grey levels are known."""
+    """What is repeated among images of which only the grey levels are known."""
     with Inventory(folder / "samples.jsonl", folder / "grays") as inventory:
         for number, gray in enumerate(grays):
-            picture = Picture(uri=str(number), sha256=f"{number:064x}", width=16, height=16)
-            look = Look(picture, gray.tobytes(), ())
+            image = ImageRef(uri=str(number), sha256=f"{number:064x}", width=16, height=16)
+            look = Look(image, gray.tobytes(), ())
             inventory.add(Accepted("{}", number.to_bytes(32), 2, (look,), frozenset()))
     return find_repeated(inventory, np.zeros(len(grays), bool))
 
@@ -124,7 +124,7 @@ def test_the_hash_finds_every_pair_that_all_comparisons_find(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["all different", "all alike"])
-def test_time_is_linear_in_pictures(kind: str, tmp_path: Path) -> None:
+def test_time_is_linear_in_images(kind: str, tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     base = chance.integers(0, 256, (16, 16))
     seconds = []

@@ -34,7 +34,7 @@ def opened(page: Page, folder: Path, train: list[dict[str, Any]], evaluation: li
     return info
 
 
-def write_picture(path: Path, size: tuple[int, int], seed: int = 0) -> None:
+def write_image(path: Path, size: tuple[int, int], seed: int = 0) -> None:
     file = io.BytesIO()
     noise = Image.frombytes("L", (8, 8), random.Random(seed).randbytes(64))
     noise.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG")
@@ -43,12 +43,12 @@ def write_picture(path: Path, size: tuple[int, int], seed: int = 0) -> None:
 
 def test_the_page_shows_what_was_found(page: Page, tmp_path: Path) -> None:
     for seed, size in enumerate([(1344, 448), (200, 100), (448, 896)]):
-        write_picture(tmp_path / f"{seed}.png", size, seed)
+        write_image(tmp_path / f"{seed}.png", size, seed)
     train = [*(sample(f"s{seed}", f"{seed}.png") for seed in range(3)), sample("words", None), sample("no", "no.png")]
     info = opened(page, tmp_path, train, [sample("leak", "1.png")])
     assert page.locator("h1").inner_text().replace("\n", " ") == "5 samples can be trained on, 1 cannot"
     assert page.locator(".legend li").all_text_contents() == ["4 to train on", "1 to evaluate", "1 rejected"]
-    assert "1 of 1 evaluation samples show a picture that training shows too" in page.locator(".warnings").inner_text()
+    assert "1 of 1 evaluation samples show an image that training shows too" in page.locator(".warnings").inner_text()
     (row,) = page.locator("#rejected tbody tr").all_inner_texts()
     assert row.startswith("image_missing\t1\t")
     assert "train.json, sample 4 no" in row
@@ -62,15 +62,15 @@ def test_the_page_shows_what_was_found(page: Page, tmp_path: Path) -> None:
         *["200 × 100"] * 4,
         "448 × 896, 2 × 1 slices",
     ]
-    # A line at each cut, and none over a picture that is not cut.
+    # A line at each cut, and none over an image that is not cut.
     assert sorted(page.locator("path.over").evaluate_all("lines => lines.map((line) => line.getAttribute('d'))")) == [
         "M0 1H1",
         "M1 0V1M2 0V1",
     ]
     box, grid = (page.locator(kind).first.bounding_box() for kind in (".frame:has(svg) img", ".frame svg"))
-    assert box == grid, "the grid lies over its picture"
-    slices = page.get_by_role("img", name="Slices of a picture")
-    assert slices.get_attribute("aria-label").startswith("Slices of a picture: 1: 2. 2: 0. 3: 1. 4: 1.")
+    assert box == grid, "the grid lies over its image"
+    slices = page.get_by_role("img", name="Slices of an image")
+    assert slices.get_attribute("aria-label").startswith("Slices of an image: 1: 2. 2: 0. 3: 1. 4: 1.")
     assert info.fingerprint in page.locator("footer").inner_text()
     (duplicate,) = page.locator("#duplicates .card").all_inner_texts()
     assert "in training and evaluation" in duplicate
@@ -78,7 +78,7 @@ def test_the_page_shows_what_was_found(page: Page, tmp_path: Path) -> None:
 
 def test_texts_from_the_data_are_inert(page: Page, tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(1)>.png"
-    write_picture(tmp_path / name, (64, 64))
+    write_image(tmp_path / name, (64, 64))
     bad = {**sample(HOSTILE, None), "image": HOSTILE}
     opened(page, tmp_path, [sample(HOSTILE, name, HOSTILE, HOSTILE), bad], [sample(HOSTILE, name)])
     assert page.title() == "Training data · validation"
@@ -87,7 +87,7 @@ def test_texts_from_the_data_are_inert(page: Page, tmp_path: Path) -> None:
 
 
 def test_the_page_is_bounded_and_its_choice_depends_on_contents_alone(page: Page, tmp_path: Path) -> None:
-    write_picture(tmp_path / "a.png", (900, 900))
+    write_image(tmp_path / "a.png", (900, 900))
     samples = [sample(str(number), "a.png", f"Question {number}?") for number in range(200)]
     chosen = []
     for order in (samples, samples[::-1]):
@@ -105,4 +105,4 @@ def test_the_table_names_counts_and_warnings() -> None:
     text = markdown(info)
     assert "| train | 3,000 |" in text
     assert "| roles | 2 |" in text
-    assert "**Warning:** 4 of 20 evaluation samples show a picture that looks like one of training" in text
+    assert "**Warning:** 4 of 20 evaluation samples show an image that looks like one of training" in text

@@ -18,9 +18,9 @@ from minicpmv_finetune.data.samples import (
     DatasetInfo,
     Reject,
     Sample,
-    open_picture,
+    open_image,
+    read_image,
     read_info,
-    read_picture,
     read_samples,
 )
 from minicpmv_finetune.errors import RetryableError, UserError
@@ -46,14 +46,14 @@ def truncated_jpeg() -> bytes:
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A picture of a few bytes whose header promises many pixels, as a decompression bomb does."""
+    """An image of a few bytes whose header promises many pixels, as a decompression bomb does."""
     file = io.BytesIO()
     Image.new("1", (width, height)).save(file, "PNG")
     return file.getvalue()
 
 
 class Workshop:
-    """A folder with pictures `a.png` and `b.png` in which data is written and checked."""
+    """A folder with images `a.png` and `b.png` in which data is written and checked."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,17 +109,17 @@ def workshop(tmp_path: Path) -> Workshop:
 # What is accepted, and what it means
 
 
-def test_a_picture_stands_where_its_placeholder_is(workshop: Workshop) -> None:
+def test_a_image_stands_where_its_placeholder_is(workshop: Workshop) -> None:
     turn = {"role": "user", "content": "Look: <image> What is it?"}
     sample = workshop.accepted({"id": "x", "image": "a.png", "conversations": [turn, ANSWER]})
     assert sample.turns[0].parts == ("Look: ", 0, " What is it?")
     assert sample.turns[1].parts == ("A square.",)
-    (picture,) = sample.pictures
-    assert (picture.uri, picture.width, picture.height) == (str(workshop.folder / "a.png"), 12, 8)
+    (image,) = sample.images
+    assert (image.uri, image.width, image.height) == (str(workshop.folder / "a.png"), 12, 8)
     assert (sample.id, sample.source, sample.index) == ("x", str(workshop.folder / "train.json"), 0)
 
 
-def test_one_unnamed_picture_without_a_placeholder_goes_first(workshop: Workshop) -> None:
+def test_one_unnamed_image_without_a_placeholder_goes_first(workshop: Workshop) -> None:
     implicit = workshop.accepted({"image": "a.png", "conversations": [ASK_WORDS, ANSWER, ASK_WORDS, ANSWER]})
     explicit = workshop.accepted({"image": "a.png", "conversations": [ASK, ANSWER, ASK_WORDS, ANSWER]})
     assert implicit.turns == explicit.turns
@@ -132,7 +132,7 @@ def test_it_goes_behind_a_system_turn(workshop: Workshop) -> None:
     assert [turn.parts[0] for turn in sample.turns] == ["Be brief.", 0, "A square."]
 
 
-def test_the_text_orders_several_pictures_over_several_turns(workshop: Workshop) -> None:
+def test_the_text_orders_several_images_over_several_turns(workshop: Workshop) -> None:
     sample = workshop.accepted(
         {
             "image": {"<image_00>": "a.png", "<image_01>": "b.png", "<image_02>": "a.png"},
@@ -144,7 +144,7 @@ def test_the_text_orders_several_pictures_over_several_turns(workshop: Workshop)
             ],
         }
     )
-    assert [Path(picture.uri).name for picture in sample.pictures] == ["a.png", "b.png", "a.png"]
+    assert [Path(image.uri).name for image in sample.images] == ["a.png", "b.png", "a.png"]
     assert sample.turns[0].parts == (1, "\n", 0, "\nWhich is red?")
     assert sample.turns[2].parts == ("And this? ", 2)
 
@@ -152,10 +152,10 @@ def test_the_text_orders_several_pictures_over_several_turns(workshop: Workshop)
 def test_text_alone_is_fine(workshop: Workshop) -> None:
     for without in ({}, {"image": None}, {"image": ""}, {"image": {}}, {"video": None}):
         sample = workshop.accepted({**without, "conversations": [ASK_WORDS, ANSWER]})
-        assert sample.pictures == ()
+        assert sample.images == ()
 
 
-def test_a_picture_alone_is_a_question(workshop: Workshop) -> None:
+def test_a_image_alone_is_a_question(workshop: Workshop) -> None:
     assert workshop.accepted({"image": "a.png", "conversations": [{"role": "user", "content": ""}, ANSWER]})
     assert workshop.samples[0].turns[0].parts == (0, "\n")
 
@@ -167,10 +167,10 @@ def test_ids_may_be_numbers_or_missing(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
-def test_pictures_of_every_mode_are_accepted(mode: str, workshop: Workshop) -> None:
+def test_images_of_every_mode_are_accepted(mode: str, workshop: Workshop) -> None:
     Image.new(mode, (5, 7)).save(workshop.folder / "odd.tiff")
     sample = workshop.accepted({"image": "odd.tiff", "conversations": [ASK, ANSWER]})
-    assert (sample.pictures[0].width, sample.pictures[0].height) == (5, 7)
+    assert (sample.images[0].width, sample.images[0].height) == (5, 7)
 
 
 def animated(kind: str) -> bytes:
@@ -181,7 +181,7 @@ def animated(kind: str) -> bytes:
 
 
 def turned_jpeg(size: tuple[int, int] = (12, 8)) -> bytes:
-    """A picture that is red on the left as stored, and red at the top once turned as EXIF says."""
+    """An image that is red on the left as stored, and red at the top once turned as EXIF says."""
     image = Image.new("RGB", size, "blue")
     image.paste("red", (0, 0, size[0] // 2, size[1]))
     exif = Image.Exif()
@@ -191,9 +191,9 @@ def turned_jpeg(size: tuple[int, int] = (12, 8)) -> bytes:
     return file.getvalue()
 
 
-def test_a_jpeg_with_a_second_view_behind_it_is_one_picture(workshop: Workshop) -> None:
+def test_a_jpeg_with_a_second_view_behind_it_is_one_image(workshop: Workshop) -> None:
     (workshop.folder / "phone.jpg").write_bytes(animated("MPO"))
-    assert workshop.accepted({"image": "phone.jpg", TURNS: [ASK, ANSWER]}).pictures
+    assert workshop.accepted({"image": "phone.jpg", TURNS: [ASK, ANSWER]}).images
 
 
 def test_what_is_worth_knowing_of_accepted_samples_is_counted(workshop: Workshop) -> None:
@@ -210,17 +210,17 @@ def test_what_is_worth_knowing_of_accepted_samples_is_counted(workshop: Workshop
     assert read_info(workshop.dataset) == info
 
 
-def test_pictures_are_turned_as_exif_says_only_when_asked_for(workshop: Workshop) -> None:
+def test_images_are_turned_as_exif_says_only_when_asked_for(workshop: Workshop) -> None:
     (workshop.folder / "turned.jpg").write_bytes(turned_jpeg())
     samples = [{"image": "turned.jpg", TURNS: [ASK, ANSWER]}]
     plain = workshop.check(samples)
-    (picture,) = workshop.samples[0].pictures
-    assert (picture.width, picture.height, picture.turned) == (12, 8, False)
-    assert open_picture(picture).getpixel((0, 7))[0] > 200
+    (image_ref,) = workshop.samples[0].images
+    assert (image_ref.width, image_ref.height, image_ref.turned) == (12, 8, False)
+    assert open_image(image_ref).getpixel((0, 7))[0] > 200
     turned = workshop.check(samples, exif_transpose=True)
-    (picture,) = workshop.samples[0].pictures
-    assert (picture.width, picture.height, picture.turned) == (8, 12, True)
-    image = open_picture(picture)
+    (image_ref,) = workshop.samples[0].images
+    assert (image_ref.width, image_ref.height, image_ref.turned) == (8, 12, True)
+    image = open_image(image_ref)
     assert image.size == (8, 12)
     assert image.getpixel((7, 0))[0] > 200
     assert image.getpixel((7, 11))[0] < 50
@@ -236,7 +236,7 @@ def test_options_of_the_form_are_checked() -> None:
             settings_from(options)
 
 
-# Where pictures may lie
+# Where images may lie
 
 
 def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
@@ -250,16 +250,16 @@ def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
         archive.addfile(link)
 
 
-def test_pictures_may_be_members_of_tar_shards(workshop: Workshop) -> None:
+def test_images_may_be_members_of_tar_shards(workshop: Workshop) -> None:
     write_shard(workshop.folder / "0.tar", {"./x/a.png": png(1), f"{'long/' * 60}b.png": png(2)})
     samples = [{"image": f"0.tar!{name}", TURNS: [ASK, ANSWER]} for name in ("x/a.png", f"./{'long/' * 60}b.png")]
     workshop.check(samples)
     assert workshop.rejects == []
     for sample, seed in zip(workshop.samples, (1, 2), strict=True):
-        assert read_picture(sample.pictures[0]) == png(seed)
+        assert read_image(sample.images[0]) == png(seed)
     write_shard(workshop.folder / "0.tar", {"x/a.png": png(3)})
     with pytest.raises(UserError, match=r"0\.tar!x/a\.png: changed since it was validated"):
-        open_picture(workshop.samples[0].pictures[0])
+        open_image(workshop.samples[0].images[0])
 
 
 @pytest.mark.parametrize(
@@ -276,16 +276,16 @@ def test_pictures_may_be_members_of_tar_shards(workshop: Workshop) -> None:
         ("https://e.org/0.tar!a.png", "image_refused", "web addresses are refused"),
         ("data:image/png,%00", "image_unreadable", "only data:image/…;base64"),
         ("data:image/png;base64,!!!!", "image_unreadable", "not valid Base64"),
-        ("data:image/png;base64,AAAA", "image_unreadable", "not a readable picture"),
+        ("data:image/png;base64,AAAA", "image_unreadable", "not a readable image"),
         ("moving.gif", "image_animated", "several frames"),
         ("moving.png", "image_animated", "several frames"),
         ("moving.tiff", "image_animated", "several frames"),
         ("deep.png", "image_depth", "more than 8 bits"),
         ("deep.tiff", "image_depth", "more than 8 bits"),
-        ("page.eps", "image_unreadable", "not a readable picture"),
+        ("page.eps", "image_unreadable", "not a readable image"),
     ],
 )
-def test_a_picture_that_cannot_be_used_has_its_code(
+def test_a_image_that_cannot_be_used_has_its_code(
     reference: str, reason: str, sentence: str, workshop: Workshop
 ) -> None:
     write_shard(workshop.folder / "0.tar", {"a.png": png(1)})
@@ -300,13 +300,13 @@ def test_a_picture_that_cannot_be_used_has_its_code(
     assert sentence in reject.message
 
 
-def test_a_picture_may_stand_in_the_sample(workshop: Workshop) -> None:
+def test_a_image_may_stand_in_the_sample(workshop: Workshop) -> None:
     uri = f"data:image/png;base64,{base64.b64encode(png(1)).decode()}"
     sample = workshop.accepted({"image": uri, TURNS: [ASK, ANSWER]})
-    assert read_picture(sample.pictures[0]) == png(1)
-    assert open_picture(sample.pictures[0]).size == (12, 8)
+    assert read_image(sample.images[0]) == png(1)
+    assert open_image(sample.images[0]).size == (12, 8)
     broken = workshop.rejected({"image": f"{uri[:-400]}{'A' * 4000}", TURNS: [ASK, ANSWER]})
-    assert len(broken.message) < 300, "the message must not repeat the picture"
+    assert len(broken.message) < 300, "the message must not repeat the image"
 
 
 def test_patterns_name_many_files_here_and_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
@@ -383,12 +383,12 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
     "folder as image": ({"image": ".", TURNS: [ASK, ANSWER]}, "image_missing", "is a folder"),
     "endless name": ({"image": "a" * 9999, TURNS: [ASK, ANSWER]}, "image_missing", "no path can be like this"),
     "null in a name": ({"image": "a\0.png", TURNS: [ASK, ANSWER]}, "image_missing", "null character"),
-    "image is no picture": (
+    "image is no image": (
         {"image": "text.png", TURNS: [ASK, ANSWER]},
         "image_unreadable",
         "text.png: not a readable",
     ),
-    "empty picture": ({"image": "empty.png", TURNS: [ASK, ANSWER]}, "image_unreadable", "empty.png: not a readable"),
+    "empty image": ({"image": "empty.png", TURNS: [ASK, ANSWER]}, "image_unreadable", "empty.png: not a readable"),
     "truncated JPEG": ({"image": "half.jpg", TURNS: [ASK, ANSWER]}, "image_unreadable", "half.jpg: not a .*truncated"),
     "decompression bomb": ({"image": "bomb.png", TURNS: [ASK, ANSWER]}, "decompression_bomb", "bomb.png: more than"),
     "larger bomb": ({"image": "bomb2.png", TURNS: [ASK, ANSWER]}, "decompression_bomb", "bomb2.png: more than"),
@@ -398,7 +398,7 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
         "https://example.org/a.png: .*web addresses are refused",
     ),
     "other scheme": ({"image": "ftp://host/a.png", TURNS: [ASK, ANSWER]}, "image_refused", "only local paths, s3://"),
-    "second picture missing": (
+    "second image missing": (
         {
             "image": {"<image_00>": "a.png", "<image_01>": "no.png"},
             TURNS: [{"role": "user", "content": "<image_00><image_01>"}, ANSWER],
@@ -510,8 +510,8 @@ def test_a_reject_keeps_the_samples_id(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("damage", ["header", "middle", "noise"])
-def test_no_damage_to_a_picture_stops_the_step(damage: str, workshop: Workshop) -> None:
-    """Decoders raise many kinds of error over bad bytes; all of them are about that picture."""
+def test_no_damage_to_a_image_stops_the_step(damage: str, workshop: Workshop) -> None:
+    """Decoders raise many kinds of error over bad bytes; all of them are about that image."""
     chance = random.Random(0)
     samples = []
     for number, kind in enumerate(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"] * 10):
@@ -616,9 +616,9 @@ def test_nothing_left_ends_the_step_whatever_the_ratio(split: str, workshop: Wor
 
 
 def many(workshop: Workshop, number: int) -> list[Json]:
-    """Samples of which each two neighbours show the same picture."""
-    for picture in range(number // 2):
-        (workshop.folder / f"{picture}.png").write_bytes(png(picture + 10))
+    """Samples of which each two neighbours show the same image."""
+    for image in range(number // 2):
+        (workshop.folder / f"{image}.png").write_bytes(png(image + 10))
     return [{"id": str(n), "image": f"{n // 2}.png", TURNS: [ASK, ANSWER]} for n in range(number)]
 
 
@@ -630,7 +630,7 @@ def split(workshop: Workshop, samples: list[Json], **settings: Any) -> tuple[set
     return {sample.id for sample in train}, {sample.id for sample in evaluation}
 
 
-def test_evaluation_data_is_split_off_by_picture(workshop: Workshop) -> None:
+def test_evaluation_data_is_split_off_by_image(workshop: Workshop) -> None:
     samples = many(workshop, 200)
     train, evaluation = split(workshop, samples, eval_fraction=0.2)
     assert train | evaluation == {sample["id"] for sample in samples}
@@ -642,7 +642,7 @@ def test_evaluation_data_is_split_off_by_picture(workshop: Workshop) -> None:
     assert split(workshop, many(workshop, 240), eval_fraction=0.2)[1] >= evaluation
 
 
-def test_samples_that_share_pictures_stay_on_one_side(workshop: Workshop) -> None:
+def test_samples_that_share_images_stay_on_one_side(workshop: Workshop) -> None:
     for number in range(60):
         (workshop.folder / f"{number}.png").write_bytes(png(number + 10))
     pair: Json = {TURNS: [{"role": "user", "content": "<image_00><image_01>"}, ANSWER]}
@@ -665,7 +665,7 @@ def test_what_most_samples_share_is_trained_on(workshop: Workshop) -> None:
         train, evaluation = split(workshop, [*common, *many(workshop, 28)], eval_fraction=0.5, seed=seed)
         assert train >= {sample["id"] for sample in common}
         assert evaluation
-    with pytest.raises(UserError, match=r"30 of them share pictures"):
+    with pytest.raises(UserError, match=r"30 of them share images"):
         split(workshop, common)
 
 
@@ -706,7 +706,7 @@ def test_same_input_gives_the_same_bytes(workshop: Workshop) -> None:
     assert written() == written()
 
 
-def test_data_and_pictures_may_lie_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
+def test_data_and_images_may_lie_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
     conversation = {TURNS: [ASK, ANSWER]}
     storage.write_bytes(f"{s3_uri}/set/pictures/a.png", png(1))
     storage.write_bytes(f"{s3_uri}/other/b.png", png(2))
@@ -721,7 +721,7 @@ def test_data_and_pictures_may_lie_in_object_storage(s3_uri: str, workshop: Work
     uri = f"{s3_uri}/set/train.json"
     settings = ValidationSettings(max_reject_ratio=0.5)
     validate_data(uri, uri, workshop.dataset, workshop.rejects_file, settings)
-    assert [sample.pictures[0].uri for sample in workshop.samples] == [
+    assert [sample.images[0].uri for sample in workshop.samples] == [
         f"{s3_uri}/set/pictures/a.png",
         f"{s3_uri}/other/b.png",
         f"{s3_uri}/other/b.png",
@@ -738,16 +738,14 @@ def test_a_store_that_is_down_is_no_reason_to_reject(
         workshop.check([TEXT_ONLY, {"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]}])
 
 
-def test_a_picture_that_may_not_be_read_says_so(
-    s3_uri: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_image_that_may_not_be_read_says_so(s3_uri: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(f"{s3_uri}/a.png", png(1))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
     reject = workshop.rejected({"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]})
     assert "access denied" in reject.message
 
 
-def test_many_pictures_of_a_store_come_through_the_pool(
+def test_many_images_of_a_store_come_through_the_pool(
     s3_uri: str, unreachable: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shard(workshop.folder / "0.tar", {f"{number}.png": png(number) for number in range(30)})
@@ -758,7 +756,7 @@ def test_many_pictures_of_a_store_come_through_the_pool(
     samples = [{"image": f"{s3_uri}/set/{name}", TURNS: [ASK, ANSWER]} for name in names]
     workshop.check(samples)
     assert workshop.rejects == []
-    assert [read_picture(sample.pictures[0]) for sample in workshop.samples] == [png(number) for number in range(60)]
+    assert [read_image(sample.images[0]) for sample in workshop.samples] == [png(number) for number in range(60)]
     monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
     with pytest.raises(RetryableError, match="does not answer"):
         workshop.check(samples[30:] * 2)

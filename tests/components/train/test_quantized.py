@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from minicpmv_finetune.components.merge.merge import MergeSettings, merge
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.launch import launch
-from minicpmv_finetune.components.train.quantised import four_bit_options
+from minicpmv_finetune.components.train.quantized import four_bit_options
 from minicpmv_finetune.components.train.trainable import count_parameters
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
@@ -23,9 +23,9 @@ def test_language_model_is_in_four_bits_and_what_sees_is_not(tiny_46: Path) -> N
     generation = generation_of(tiny_46)
     training = parse(["--output_dir", "out", "--data_path", "data", *QLORA.split()]).training
     model, _ = load_model(tiny_46, torch.float32, **four_bit_options(generation, training))
-    quantised = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    assert any(name.startswith(f"{generation.language_model}.layers.") for name in quantised)
-    assert not any(name.startswith((generation.vision_tower, generation.merger, "lm_head")) for name in quantised)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert any(name.startswith(f"{generation.language_model}.layers.") for name in quantized)
+    assert not any(name.startswith((generation.vision_tower, generation.merger, "lm_head")) for name in quantized)
     (first, *_) = (module for module in model.modules() if isinstance(module, Linear4bit))
     assert first.weight.quant_type == "nf4"
     assert first.weight.quant_state.nested

@@ -1,4 +1,4 @@
-"""QLoRA: the language model's frozen weights in 4 bits (NF4, double quantisation), everything seen stays as it is."""
+"""QLoRA: the language model's frozen weights in 4 bits (NF4, double quantization), everything seen stays as it is."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ from minicpmv_finetune.minicpmv.generations import Generation
 def four_bit_options(generation: Generation, training: TransformersArguments) -> dict[str, Any]:
     """Arguments of `from_pretrained` that load the language model in 4 bits, onto this process's own device.
 
-    Vision tower and merger stay unquantised: they are small, and what they lose every picture loses. So does the head,
+    Vision tower and merger stay unquantized: they are small, and what they lose every image loses. So does the head,
     which decides between tokens.
     """
     compute = torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else torch.float32
@@ -29,7 +29,7 @@ def four_bit_options(generation: Generation, training: TransformersArguments) ->
 
 
 def prepare_four_bit(model: PreTrainedModel, training: TransformersArguments) -> None:
-    """Freeze what is quantised, and keep norms in float32, as PEFT recommends."""
+    """Freeze what is quantized, and keep norms in float32, as PEFT recommends."""
     from peft import prepare_model_for_kbit_training
 
     prepare_model_for_kbit_training(
