@@ -1,19 +1,19 @@
 """Progress that a person can watch: a bar on a terminal, a line now and then in a pod's log.
 
 A carriage return that redraws a bar on a terminal makes one endless line in a log. So without a terminal each redraw
-is a line of its own, at most one every `MINICPMV_PROGRESS_SECONDS` (default 10); `minicpmv-finetune run` sets a
-shorter interval and draws the lines of its steps as one live bar.
+is a line of its own, at most one every `MINICPMV_FINETUNE_PROGRESS_SECONDS` (default 10); `minicpmv-finetune run` sets
+a shorter interval and draws the lines of its steps as one live bar.
 """
 
 import io
-import os
 import shutil
 import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-INTERVAL_VARIABLE = "MINICPMV_PROGRESS_SECONDS"
+from minicpmv_finetune import environment
+
 OUTCOME_MARK = "→ "
 _WIDTH = 110
 _FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
@@ -54,7 +54,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         desc=description,
         unit=unit,
         file=sys.stderr if terminal else _LineStream(sys.stderr),
-        mininterval=0.1 if terminal else float(os.environ.get(INTERVAL_VARIABLE, "10")),
+        mininterval=0.1 if terminal else float(environment.PROGRESS_SECONDS.read()),
         miniters=1,
         # tqdm itself draws nothing on a terminal that does not tell its size, as those of containers often do not.
         ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,

@@ -28,6 +28,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn, cast
 
+from minicpmv_finetune import environment
+
 from .errors import RetryableError, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ _PIECE_BYTES = 2**20  # read from a connection at a time
 _WAITS = (0.2, 1.0)  # seconds between attempts to read an answer that broke off
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _LOADING = threading.Lock()
-ALLOWED_VARIABLE = "MINICPMV_ALLOWED_URIS"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -96,7 +97,8 @@ def require_allowed(uri: str) -> str:
     """Refuse an address that data names outside of the places this step may read for it.
 
     A step reads with its own credentials, so without this whoever writes a data file could have it read anything that
-    the step can. `MINICPMV_ALLOWED_URIS` lists folders, separated by spaces; without it every place is allowed.
+    the step can. `MINICPMV_FINETUNE_ALLOWED_URIS` lists folders, separated by spaces; without it every place is
+    allowed.
 
     Args:
         uri: absolute; links of a local path are followed first.
@@ -107,7 +109,7 @@ def require_allowed(uri: str) -> str:
     Raises:
         UserError: the address lies below none of the folders.
     """
-    allowed = os.environ.get(ALLOWED_VARIABLE, "").split()
+    allowed = environment.ALLOWED_URIS.read().split()
     if not allowed or "\0" in uri:  # which no file's name holds: whoever reads it says so
         return uri
     place = uri if is_object_uri(uri) else str(Path(uri).resolve())

@@ -138,7 +138,7 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
     server = Webhook()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setenv("MINICPMV_WEBHOOK_URL", server.url)
+    monkeypatch.setenv("MINICPMV_FINETUNE_WEBHOOK_URL", server.url)
     yield server
     server.shutdown()
     thread.join()

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from minicpmv_finetune.progress import INTERVAL_VARIABLE, progress
+from minicpmv_finetune import environment
+from minicpmv_finetune.progress import progress
 
 
 def draw(total: int) -> None:
@@ -17,7 +18,7 @@ def draw(total: int) -> None:
 def test_a_log_gets_whole_lines_with_rate_and_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
+    monkeypatch.setenv(environment.PROGRESS_SECONDS.name, "0")
     draw(3)
     text = capsys.readouterr().err
     assert "\r" not in text
@@ -27,7 +28,7 @@ def test_a_log_gets_whole_lines_with_rate_and_time_left(
 
 
 def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(INTERVAL_VARIABLE, raising=False)
+    monkeypatch.delenv(environment.PROGRESS_SECONDS.name, raising=False)
     draw(5000)
     first, last = capsys.readouterr().err.splitlines()
     assert "0/5000" in first

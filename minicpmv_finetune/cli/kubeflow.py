@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from minicpmv_finetune.kubeflow.profile import Profile
 
 PANEL = "Kubeflow"
-PROFILE_VARIABLE = "MINICPMV_FINETUNE_PROFILE"
 
 app = typer.Typer()
 schedule_app = typer.Typer(help="Recurring runs as code: apply, list, pause, resume, delete.", no_args_is_help=True)
@@ -36,7 +36,10 @@ class Output(StrEnum):
 
 
 ProfilePath = Annotated[
-    Path, typer.Option("--profile", envvar=PROFILE_VARIABLE, help="Cluster's settings, such as k8s/profiles/dev.yaml.")
+    Path,
+    typer.Option(
+        "--profile", envvar=environment.PROFILE.name, help="Cluster's settings, such as k8s/profiles/dev.yaml."
+    ),
 ]
 As = Annotated[Output, typer.Option("--output", help="For a person, or one JSON document for a program.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
@@ -53,7 +56,8 @@ File = Annotated[Path, typer.Option("--file", "-f", help="YAML file of schedules
 @app.command(rich_help_panel=PANEL)
 def preflight(
     profile: Annotated[
-        Path | None, typer.Option(envvar=PROFILE_VARIABLE, help="Cluster's settings, such as k8s/profiles/dev.yaml.")
+        Path | None,
+        typer.Option(envvar=environment.PROFILE.name, help="Cluster's settings, such as k8s/profiles/dev.yaml."),
     ] = None,
     data: Annotated[str, typer.Option(help="Training data that a run would read.")] = "",
     base_model: Annotated[str, typer.Option(help="Base checkpoint that a run would read.")] = "",

@@ -20,8 +20,8 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.data.image_files import to_rgb
 from minicpmv_finetune.errors import UserError, first_complaint
-from minicpmv_finetune.minicpmv.slicing import to_rgb
 
 from . import image_files
 from .reading import Record

@@ -11,6 +11,7 @@ import io
 import posixpath
 import re
 import tarfile
+from typing import Literal
 from urllib.parse import unquote
 
 from PIL import Image, ImageOps
@@ -38,6 +39,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 _LONGEST_SHOWN = 120
 
 Span = tuple[int, int]  # first byte and number of bytes
+Transparency = Literal["drop", "white"]
 
 
 def resolve(reference: str, folder: str) -> str:
@@ -157,3 +159,11 @@ def _decode_data_uri(address: str) -> bytes:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
     except binascii.Error as error:
         raise UserError(f"{shown(address)}: not valid Base64 ({error}); encode the image again.") from error
+
+
+def to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
+    """Three 8-bit channels, from any mode Pillow can read."""
+    if transparency == "white" and ("A" in image.getbands() or "transparency" in image.info):
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,14 +23,11 @@ import kfp_server_api
 import urllib3
 from kfp.client import Client, set_volume_credentials
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 
 from .profile import Profile
 
-ENDPOINT_VARIABLE = "KF_PIPELINES_ENDPOINT"
-UI_VARIABLE = "KF_PIPELINES_UI_ENDPOINT"
-TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
-TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
 TOKEN_FILE = "/var/run/secrets/kubeflow/pipelines/token"
 SECONDS_A_CALL = (5, 30)  # to connect, and for each wait for an answer
 _PAGE = 100
@@ -85,7 +81,7 @@ class Cluster:
 
     def link(self, path: str) -> str:
         """Where a person sees it, such as `runs/details/…`."""
-        base = os.environ.get(UI_VARIABLE) or self.profile.kubeflow_pipelines.ui_endpoint or self.endpoint
+        base = environment.KFP_UI_ENDPOINT.read() or self.profile.kubeflow_pipelines.ui_endpoint or self.endpoint
         return f"{base.rstrip('/')}/#/{path}"
 
     def pipeline_id(self, name: str) -> str | None:
@@ -142,12 +138,12 @@ def connect(profile: Profile) -> Cluster:
         UserError: no address, or the server lets nobody in with these credentials.
         RetryableError: the server does not answer.
     """
-    endpoint = os.environ.get(ENDPOINT_VARIABLE) or profile.kubeflow_pipelines.endpoint
+    endpoint = environment.KFP_ENDPOINT.read() or profile.kubeflow_pipelines.endpoint
     if not endpoint:
-        raise UserError(f"Kubeflow Pipelines: no address; set {ENDPOINT_VARIABLE} or the profile's endpoint.")
-    token = os.environ.get(TOKEN_VARIABLE)
+        raise UserError(f"Kubeflow Pipelines: no address; set {environment.KFP_ENDPOINT} or the profile's endpoint.")
+    token = environment.KFP_TOKEN.read()
     credentials = None
-    if not token and Path(os.environ.get(TOKEN_FILE_VARIABLE, TOKEN_FILE)).is_file():
+    if not token and Path(environment.KFP_TOKEN_FILE.read()).is_file():
         credentials = set_volume_credentials.ServiceAccountTokenVolumeCredentials()
     with explained(endpoint), _quiet():
         client = Client(host=endpoint, namespace=profile.namespace, existing_token=token, credentials=credentials)
@@ -169,7 +165,7 @@ def explained(endpoint: str) -> Iterator[None]:
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise RetryableError(
             f"{endpoint}: Kubeflow Pipelines does not answer ({type(error).__name__}); check the address, the network "
-            f"and {ENDPOINT_VARIABLE}, and try again."
+            f"and {environment.KFP_ENDPOINT}, and try again."
         ) from error
     except (AttributeError, TypeError) as error:
         # The generated client takes a web page for an answer, and stumbles over it only if a field's name is in it.
@@ -186,7 +182,7 @@ def _is_json(service: Callable[..., Any]) -> bool:
 def _not_an_api(endpoint: str) -> UserError:
     return UserError(
         f"{endpoint}: answers with something else than the API of Kubeflow Pipelines, probably a login page; set "
-        f"{TOKEN_VARIABLE}, or give the API server's own address."
+        f"{environment.KFP_TOKEN}, or give the API server's own address."
     )
 
 
@@ -196,7 +192,9 @@ def _explain(endpoint: str, error: kfp_server_api.ApiException) -> UserError | R
     if status == 0:
         return UserError(f"{endpoint}: no trusted connection ({error.reason}); check the server's certificate.")
     if status == 401:
-        return UserError(f"{endpoint}: the token is missing or has expired (401); set {TOKEN_VARIABLE} to a new one.")
+        return UserError(
+            f"{endpoint}: the token is missing or has expired (401); set {environment.KFP_TOKEN} to a new one."
+        )
     if status == 403:
         return UserError(f"{endpoint}: not allowed ({said or 403}); ask for the role minicpmv-finetune-submit.")
     if status == 404:

@@ -17,12 +17,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from minicpmv_finetune import storage
-from minicpmv_finetune.components.preprocess.preprocess import CACHE_NAME
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.pipelines.finetuning import PIPELINE_NAME
-from minicpmv_finetune.shards.format import MANIFEST_FILE
-from minicpmv_finetune.tracking.step_runs import TRACKING_VARIABLE
+from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE
 
 from .client import Cluster
 from .profile import use_storage
@@ -118,7 +116,7 @@ def _location(manifest_uri: str) -> str:
 
 def _registered_models(cluster: Cluster) -> list[str]:
     """Where the versions of registered models lie."""
-    os.environ.setdefault(TRACKING_VARIABLE, cluster.profile.mlflow.tracking_uri)
+    os.environ.setdefault(environment.TRACKING_URI.name, cluster.profile.mlflow.tracking_uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient
@@ -134,6 +132,6 @@ def _registered_models(cluster: Cluster) -> list[str]:
                 return places
     except MlflowException as error:
         raise RetryableError(
-            f"{os.environ[TRACKING_VARIABLE]}: MLflow does not answer, so which models are registered is not known; "
+            f"{environment.TRACKING_URI.read()}: MLflow does not answer, so which models are registered is not known; "
             "try again."
         ) from error

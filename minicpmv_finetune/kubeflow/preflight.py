@@ -23,9 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError
-from minicpmv_finetune.tracking.step_runs import TRACKING_VARIABLE
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -154,7 +153,7 @@ def _object_storage(profile: "Profile") -> str:
 
 
 def _mlflow(profile: "Profile") -> str:
-    uri = os.environ.get(TRACKING_VARIABLE) or profile.mlflow.tracking_uri
+    uri = environment.TRACKING_URI.read() or profile.mlflow.tracking_uri
     if not uri.startswith(("http://", "https://")):
         raise _SkippedError(f"{uri} is no server")
     try:
@@ -169,7 +168,7 @@ def _mlflow(profile: "Profile") -> str:
         raise RetryableError(f"{uri}: answered {error.code}; try again.") from error
     except (OSError, ValueError) as error:
         raise RetryableError(
-            f"{uri}: MLflow does not answer ({error}); set {TRACKING_VARIABLE} to reach it."
+            f"{uri}: MLflow does not answer ({error}); set {environment.TRACKING_URI} to reach it."
         ) from error
 
 
@@ -194,10 +193,10 @@ def _kubernetes(profile: "Profile") -> Iterator[Check]:
     import kubernetes
 
     try:
-        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+        if environment.KUBERNETES_HOST.read():
             kubernetes.config.load_incluster_config()
         else:
-            kubernetes.config.load_kube_config(os.environ.get("KUBECONFIG") or None)
+            kubernetes.config.load_kube_config(environment.KUBECONFIG.read() or None)
     except kubernetes.config.ConfigException:
         yield Check("Kubernetes", "skipped", "no kubeconfig here; Secrets, GPUs, queues and the runtime are not seen")
         return
@@ -313,7 +312,7 @@ def _imported(name: str) -> str:
 
 
 def _compiler() -> str:
-    found = shutil.which(os.environ.get("CC", "cc"))
+    found = shutil.which(environment.C_COMPILER.read())
     if not found:
         raise UserError("none, and DeepSpeed, Triton and inductor compile at run time; install gcc.")
     return found

@@ -19,11 +19,9 @@ from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from minicpmv_finetune.components.train.trainjob import RUNTIME_VARIABLE
+from minicpmv_finetune import environment
 from minicpmv_finetune.container_images import DATA_IMAGE
 from minicpmv_finetune.errors import UserError, first_complaint
-from minicpmv_finetune.storage import ALLOWED_VARIABLE
-from minicpmv_finetune.tracking.step_runs import EXPERIMENT_VARIABLE, TRACKING_VARIABLE
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
@@ -240,7 +238,7 @@ def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     _mount(profile, settings, task)
     _connect(profile, task)
     if step == "train" and profile.runtime:
-        task.set_env_variable(RUNTIME_VARIABLE, profile.runtime)
+        task.set_env_variable(environment.TRAINING_RUNTIME.name, profile.runtime)
 
 
 def _label(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
@@ -295,9 +293,9 @@ def _connect(profile: Profile, task: dsl.PipelineTask) -> None:
     variables = {
         "AWS_ENDPOINT_URL": profile.s3.endpoint,
         "AWS_DEFAULT_REGION": profile.s3.region,
-        TRACKING_VARIABLE: profile.mlflow.tracking_uri,
-        EXPERIMENT_VARIABLE: profile.mlflow.experiment,
-        ALLOWED_VARIABLE: " ".join(profile.allowed_uris),
+        environment.TRACKING_URI.name: profile.mlflow.tracking_uri,
+        environment.EXPERIMENT.name: profile.mlflow.experiment,
+        environment.ALLOWED_URIS.name: " ".join(profile.allowed_uris),
     }
     for name, value in variables.items():
         if value:

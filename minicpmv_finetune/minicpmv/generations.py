@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from minicpmv_finetune.data.image_files import Transparency
 from minicpmv_finetune.errors import UserError, first_complaint
 
-from .slicing import Resampler, SlicingConfig, Transparency
+from .slicing import Resampler, SlicingConfig
 
 PUBLISHED_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)"
 """Default of `--lora_target_modules` in the published finetune.py; it names the language model `llm`."""

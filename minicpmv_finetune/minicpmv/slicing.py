@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from minicpmv_finetune.data.image_files import Transparency, to_rgb
+
 from .resampling import resize_bicubic
 
 Resampler = Literal["pillow", "torchvision"]
-Transparency = Literal["drop", "white"]
 Size = tuple[int, int]
 
 
@@ -122,14 +123,6 @@ def cut(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[NDAr
             for column in range(columns)
         ]
     return slices
-
-
-def to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
-    """Three 8-bit channels, from any mode Pillow can read."""
-    if transparency == "white" and ("A" in image.getbands() or "transparency" in image.info):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def _best_grid(width: int, height: int, config: SlicingConfig) -> tuple[int, int] | None:

@@ -6,13 +6,13 @@ The flags are the published ones, raw JSON included: the first process of a mach
 others wait. `minicpmv-finetune train` does the same and starts torchrun itself.
 """
 
-import os
 import sys
 from datetime import timedelta
 from typing import cast
 
 from torch import distributed
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.train.arguments import Arguments
 from minicpmv_finetune.components.train.finetune import main
 from minicpmv_finetune.errors import RetryableError, UserError, end_process
@@ -31,7 +31,7 @@ def run(flags: list[str]) -> None:
 
 
 def _prepare_once_a_machine(arguments: Arguments) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if environment.LOCAL_RANK.read() == "0":
         prepare_data(arguments)
     if distributed.is_initialized():
         # A group of its own, because NCCL's ends after a timeout that preparing a large dataset outlasts.

@@ -16,6 +16,7 @@ from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 from kfp.dsl.graph_component import GraphComponent
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.evaluate.component import evaluate
 from minicpmv_finetune.components.merge.component import merge
 from minicpmv_finetune.components.preprocess.component import preprocess, preprocess_part
@@ -23,7 +24,6 @@ from minicpmv_finetune.components.register.component import register
 from minicpmv_finetune.components.train.component import train
 from minicpmv_finetune.components.validate_data.component import validate_data
 from minicpmv_finetune.kubeflow.profile import Profile, with_profile
-from minicpmv_finetune.tracking.step_runs import RUN_ID_VARIABLE
 
 PIPELINE_NAME = "minicpmv-finetune"
 STEPS = ("validate-data", "preprocess", "train", "merge", "evaluate", "register")
@@ -188,7 +188,7 @@ def tune(
 def identify(*tasks: dsl.PipelineTask) -> None:
     """Give tasks the run's id, which ties a step's MLflow run to its pipeline run, also on a retry."""
     for task in tasks:
-        kubernetes.use_field_path_as_env(task, RUN_ID_VARIABLE, "metadata.labels['pipeline/runid']")
+        kubernetes.use_field_path_as_env(task, environment.PIPELINE_RUN_ID.name, "metadata.labels['pipeline/runid']")
 
 
 finetune = build()

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.permanent_errors import MARKER_NAME
-from minicpmv_finetune.progress import INTERVAL_VARIABLE, OUTCOME_MARK
+from minicpmv_finetune.progress import OUTCOME_MARK
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.registry import champion_of
 
@@ -82,20 +83,19 @@ def run_pipeline(
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     name = f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
-    environment = {
-        step_runs.TRACKING_VARIABLE: os.environ.get(step_runs.TRACKING_VARIABLE)
-        or f"sqlite:///{out.absolute()}/mlflow.db",
-        step_runs.RUN_ID_VARIABLE: name,
-        INTERVAL_VARIABLE: "0.5",
+    variables = {
+        environment.TRACKING_URI.name: environment.TRACKING_URI.read() or f"sqlite:///{out.absolute()}/mlflow.db",
+        environment.PIPELINE_RUN_ID.name: name,
+        environment.PROGRESS_SECONDS.name: "0.5",
     }
     artifacts = out / "artifacts"
     known = set(artifacts.glob("*"))
-    with _environment(environment):
+    with _environment(variables):
         # A server may be down; a database file is not.
-        if environment[step_runs.TRACKING_VARIABLE].startswith("http"):
+        if variables[environment.TRACKING_URI.name].startswith("http"):
             champion_of(inputs.get("registered_model", ""))
-    with (out / "run.log").open("w") as log, _environment(environment), _Narrator(log) as narrator:
-        local.init(_kfp_runner(runner, environment, out.absolute()), pipeline_root=str(artifacts))
+    with (out / "run.log").open("w") as log, _environment(variables), _Narrator(log) as narrator:
+        local.init(_kfp_runner(runner, variables, out.absolute()), pipeline_root=str(artifacts))
         status = "FAILED"
         try:
             # In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
@@ -135,21 +135,19 @@ def _point(link: Path, target: Path) -> None:
     beside.replace(link)
 
 
-def _kfp_runner(
-    runner: Runner, environment: Mapping[str, str], out: Path
-) -> local.SubprocessRunner | local.DockerRunner:
+def _kfp_runner(runner: Runner, variables: Mapping[str, str], out: Path) -> local.SubprocessRunner | local.DockerRunner:
     if runner == "subprocess":
         return local.SubprocessRunner(use_venv=False)
     from docker.types import Mount
 
-    from minicpmv_finetune.components.preprocess.preprocess import CACHE_NAME
+    from minicpmv_finetune.shards.format import CACHE_NAME
 
     passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
     # Of this machine's files a container sees the pipeline root; shards are kept beside it, for later runs.
     cache = out / CACHE_NAME
     cache.mkdir(exist_ok=True)
     mounts = [Mount(str(cache), str(cache), "bind")]
-    return local.DockerRunner(environment={**passed, **environment}, network_mode="host", mounts=mounts)
+    return local.DockerRunner(environment={**passed, **variables}, network_mode="host", mounts=mounts)
 
 
 @contextlib.contextmanager

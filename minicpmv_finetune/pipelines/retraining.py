@@ -12,8 +12,8 @@ from typing import Any
 
 from kfp import compiler, dsl, kubernetes
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.notify.component import notify
-from minicpmv_finetune.components.notify.notify import WEBHOOK_VARIABLE
 from minicpmv_finetune.components.plan_retraining.component import plan_retraining
 from minicpmv_finetune.components.validate_data.component import validate_data
 from minicpmv_finetune.kubeflow.profile import Profile, with_profile
@@ -78,7 +78,7 @@ def build(partitions: int = 1) -> Any:
         """
         told = notify(pipeline=PIPELINE_NAME)
         told.set_caching_options(False)
-        kubernetes.use_secret_as_env(told, WEBHOOK_SECRET, {"url": WEBHOOK_VARIABLE}, optional=True)
+        kubernetes.use_secret_as_env(told, WEBHOOK_SECRET, {"url": environment.WEBHOOK_URL}, optional=True)
         with dsl.ExitHandler(told, name="tell-the-outcome"):
             validated = validate_data(
                 data_uri=data_uri,

@@ -31,6 +31,7 @@ from .codecs import Codec, StoredImages, restore_slices, stored_sizes
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+CACHE_NAME = "shards-cache"  # folder beside the runs' folders, where finished shards are kept for later runs
 ROW_GROUP_BYTES = 2**20
 _CACHED_ROW_GROUPS = 16
 _HASHING_THREADS = 8

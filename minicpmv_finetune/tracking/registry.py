@@ -17,7 +17,6 @@ Hence `champion` is moved by `minicpmv-finetune promote` and `rollback`, not by 
 """
 
 import json
-import os
 import random
 import time
 import uuid
@@ -26,11 +25,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError
 
 from .promotion_record import PromotionRecord
-from .step_runs import TRACKING_VARIABLE, mlflow_client, without_password
+from .step_runs import mlflow_client, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -98,7 +97,7 @@ class OvertakenError(Exception):
 
 def is_configured() -> bool:
     """Whether there is a registry to ask."""
-    return bool(os.environ.get(TRACKING_VARIABLE))
+    return bool(environment.TRACKING_URI.read())
 
 
 def open_registry(name: str) -> "Registry":
@@ -109,7 +108,9 @@ def open_registry(name: str) -> "Registry":
         RetryableError: the server does not answer.
     """
     if not is_configured():
-        raise UserError(f"{TRACKING_VARIABLE} is not set, so there is no model registry; set it to MLflow's address.")
+        raise UserError(
+            f"{environment.TRACKING_URI} is not set, so there is no model registry; set it to MLflow's address."
+        )
     if not name.strip() or any(mark in name for mark in "'/:"):
         raise UserError(f"registered_model: {name!r} cannot name a model in MLflow; use letters, digits and dashes.")
     registry = Registry(name, mlflow_client())
@@ -328,7 +329,7 @@ class Registry:
 
     def _source(self, uri: str) -> str:
         # A server refuses paths, which it takes for its own; where the folder lies for us is in the tags.
-        is_remote = os.environ[TRACKING_VARIABLE].startswith("http")
+        is_remote = environment.TRACKING_URI.read().startswith("http")
         return uri if storage.is_object_uri(uri) or not is_remote else f"folder:{uri}"
 
     def _create(self, name: str, about: str, **version: Any) -> "ModelVersion":
@@ -407,4 +408,4 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _server() -> str:
-    return without_password(os.environ.get(TRACKING_VARIABLE, ""))
+    return without_password(environment.TRACKING_URI.read())

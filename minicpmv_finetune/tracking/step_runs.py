@@ -21,14 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minicpmv_finetune import environment
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
-EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
-RUN_ID_VARIABLE = "KFP_RUN_ID"
-KFP_PLUGIN_RUN_VARIABLE = "MLFLOW_RUN_ID"
 DEFAULT_EXPERIMENT = "minicpmv-finetune"
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
@@ -162,13 +160,13 @@ def step_run(task: str) -> Iterator[StepRun]:
 
 def open_step_run(task: str) -> StepRun:
     """Find or create a step's run below its pipeline's run."""
-    if not os.environ.get(TRACKING_VARIABLE):
+    if not environment.TRACKING_URI.read():
         return StepRun()
     try:
         client = mlflow_client()
-        pipeline_run = os.environ.get(RUN_ID_VARIABLE)
+        pipeline_run = environment.PIPELINE_RUN_ID.read()
         tags = {_TASK_TAG: task, "mlflow.runName": task}
-        if plugin_run := os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
+        if plugin_run := environment.PLUGIN_RUN_ID.read():
             experiment = client.get_run(plugin_run).info.experiment_id
             tags["mlflow.parentRunId"] = plugin_run
         else:
@@ -201,7 +199,7 @@ def read_outcome() -> str:
 
 def finish_pipeline_run(status: str) -> None:
     """Close the run that holds a pipeline run's steps; where Kubeflow's plugin opened it, it also closes it."""
-    if not os.environ.get(KFP_PLUGIN_RUN_VARIABLE):
+    if not environment.PLUGIN_RUN_ID.read():
         _on_pipeline_run(lambda run: run.finish(status))
 
 
@@ -218,8 +216,8 @@ def _on_pipeline_run(act: Callable[[StepRun], None]) -> None:
 
 def _open_pipeline_run() -> "tuple[MlflowClient, str] | None":
     """The run that holds a pipeline run's steps; none where nothing is tracked or no pipeline runs."""
-    pipeline_run, plugin_run = os.environ.get(RUN_ID_VARIABLE), os.environ.get(KFP_PLUGIN_RUN_VARIABLE)
-    if not os.environ.get(TRACKING_VARIABLE) or not (pipeline_run or plugin_run):
+    pipeline_run, plugin_run = environment.PIPELINE_RUN_ID.read(), environment.PLUGIN_RUN_ID.read()
+    if not environment.TRACKING_URI.read() or not (pipeline_run or plugin_run):
         return None
     client = mlflow_client()
     return client, plugin_run or _pipeline_run(client, _experiment(client), str(pipeline_run))
@@ -234,7 +232,7 @@ def mlflow_client() -> "MlflowClient":
     # A new sqlite file is migrated through every schema version, and each is announced.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = os.environ.get(TRACKING_VARIABLE, "")
+    uri = environment.TRACKING_URI.read()
     if uri.startswith(_SQLITE):
         _make_database(Path(uri.removeprefix(_SQLITE)))
     return MlflowClient()
@@ -261,10 +259,10 @@ def _make_database(path: Path) -> None:
 
 
 def _experiment(client: "MlflowClient") -> str:
-    name = os.environ.get(EXPERIMENT_VARIABLE, DEFAULT_EXPERIMENT)
+    name = environment.EXPERIMENT.read()
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
-    uri = os.environ[TRACKING_VARIABLE]
+    uri = environment.TRACKING_URI.read()
     # With a database file alone MLflow would put files into a folder below the current one.
     beside = Path(uri.removeprefix(_SQLITE)).absolute().with_name("mlflow-artifacts").as_uri()
     try:

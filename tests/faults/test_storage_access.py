@@ -1,4 +1,4 @@
-"""What data may name: with `MINICPMV_ALLOWED_URIS` nothing outside is read, whichever way it is written."""
+"""What data may name: with `MINICPMV_FINETUNE_ALLOWED_URIS` nothing outside is read, whichever way it is written."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.errors import UserError
 
@@ -35,7 +35,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             member.size = len(content.getvalue())
             tar.addfile(member, io.BytesIO(content.getvalue()))
     (house / "link.tar").symlink_to(tmp_path / "1.tar")
-    monkeypatch.setenv(storage.ALLOWED_VARIABLE, f"{house} s3://ours/data/")
+    monkeypatch.setenv(environment.ALLOWED_URIS.name, f"{house} s3://ours/data/")
     return house
 
 
@@ -89,5 +89,5 @@ def test_data_itself_must_lie_inside(house: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_variable_every_place_is_allowed(house: Path, tmp_path: Path) -> None:
-    del os.environ[storage.ALLOWED_VARIABLE]
+    del os.environ[environment.ALLOWED_URIS.name]
     assert _rejects(house, tmp_path, ["inside.png", "../outside.png", "link.png"]) == {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from minicpmv_finetune.tracking import step_runs
+from minicpmv_finetune import environment
 from minicpmv_finetune.tracking.step_runs import open_step_run
 from tests.faults.network_relay import relay
 from tests.servers import MlflowServer
@@ -18,7 +18,7 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlfl
     """A server that only one test takes down."""
     server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), {})
     server.start()
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, server.uri)
+    monkeypatch.setenv(environment.TRACKING_URI.name, server.uri)
     yield server
     server.stop()
 
@@ -30,7 +30,7 @@ def _history(uri: str, run_id: str | None) -> list[int]:
 
 def test_a_slow_server_holds_no_step_up(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with relay(mlflow_server.uri) as wire:
-        monkeypatch.setenv(step_runs.TRACKING_VARIABLE, wire.address)
+        monkeypatch.setenv(environment.TRACKING_URI.name, wire.address)
         wire.rule = lambda number: "late"
         run = open_step_run("train")
         started = time.monotonic()
@@ -64,7 +64,7 @@ def test_a_server_that_dies_and_comes_back_has_every_step_once(
 def test_a_run_deleted_underneath_keeps_the_figures_for_the_adapter(
     mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, mlflow_server.uri)
+    monkeypatch.setenv(environment.TRACKING_URI.name, mlflow_server.uri)
     run = open_step_run("train")
     assert run.run_id
     MlflowClient(mlflow_server.uri).delete_run(run.run_id)
@@ -77,7 +77,7 @@ def test_a_run_deleted_underneath_keeps_the_figures_for_the_adapter(
 def test_a_batch_that_is_refused_holds_up_none_behind_it(
     mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, mlflow_server.uri)
+    monkeypatch.setenv(environment.TRACKING_URI.name, mlflow_server.uri)
     run = open_step_run("train")
     run.log_metrics({"no/such?name": 1.0}, 1)
     assert run._sending

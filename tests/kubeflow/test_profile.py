@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from minicpmv_finetune.components.train.trainjob import RUNTIME_VARIABLE
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.kubeflow.profile import load_profile, with_profile
 from minicpmv_finetune.pipelines import finetune
@@ -128,7 +128,7 @@ def test_the_train_step_knows_the_runtime_of_its_cluster() -> None:
         label: variable["value"]
         for label, executor in executors.items()
         for variable in executor["container"].get("env", [])
-        if variable["name"] == RUNTIME_VARIABLE
+        if variable["name"] == environment.TRAINING_RUNTIME.name
     }
     assert named == {"exec-train": "minicpmv-finetune"}
 

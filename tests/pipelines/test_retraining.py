@@ -31,7 +31,7 @@ def test_the_webhook_comes_from_a_secret_that_need_not_be_there(compiled: tuple[
     executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-notify"]
     (secret,) = executor["secretAsEnv"]
     assert secret["optional"] is True
-    assert secret["keyToEnv"] == [{"envVar": "MINICPMV_WEBHOOK_URL", "secretKey": "url"}]
+    assert secret["keyToEnv"] == [{"envVar": "MINICPMV_FINETUNE_WEBHOOK_URL", "secretKey": "url"}]
     assert not any("webhook" in name for name in pipeline["root"]["inputDefinitions"]["parameters"])
     assert pipeline["root"]["dag"]["tasks"]["notify"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
 

@@ -1,6 +1,7 @@
 """The registry against a real MLflow server, whose artifacts lie on a real S3 server."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.register.register import register
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.tracking import step_runs
@@ -39,9 +40,9 @@ def verdict_of(uri: str, champion: str = "", promote: bool = True) -> PromotionR
 @pytest.fixture
 def name(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """A name under which nothing is registered yet."""
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, mlflow_server.uri)
-    monkeypatch.delenv(step_runs.KFP_PLUGIN_RUN_VARIABLE, raising=False)
-    monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, f"run-{uuid.uuid4().hex}")
+    monkeypatch.setenv(environment.TRACKING_URI.name, mlflow_server.uri)
+    monkeypatch.delenv(environment.PLUGIN_RUN_ID.name, raising=False)
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, f"run-{uuid.uuid4().hex}")
     return f"model-{uuid.uuid4().hex}"
 
 
@@ -162,7 +163,7 @@ def test_the_step_registers_and_promotes_and_tells_its_run(
     client = MlflowClient()
     (run,) = client.search_runs(
         [client.get_experiment_by_name("minicpmv-finetune").experiment_id],
-        f"tags.`minicpmv.pipeline_run` = '{step_runs.os.environ[step_runs.RUN_ID_VARIABLE]}' and "
+        f"tags.`minicpmv.pipeline_run` = '{os.environ[environment.PIPELINE_RUN_ID.name]}' and "
         "tags.`minicpmv.task` = 'register'",
     )
     assert run.data.tags["minicpmv.version"] == "1"
@@ -170,7 +171,7 @@ def test_the_step_registers_and_promotes_and_tells_its_run(
     assert client.get_model_version(name, "1").run_id == run.info.run_id
     assert step_runs.read_outcome() == run.data.tags["minicpmv.promotion"]
     write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/b"))
-    monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, "a later run")
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "a later run")
     assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(
         tmp_path / "verdict", name
     )
@@ -206,7 +207,7 @@ def test_a_server_that_is_down_is_told_and_costs_nothing(
     tmp_path: Path, s3_server: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), s3_server)
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, server.uri)
+    monkeypatch.setenv(environment.TRACKING_URI.name, server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(RetryableError, match="does not answer") as raised:
         open_registry(name)
@@ -229,7 +230,7 @@ def test_a_server_that_is_down_is_told_and_costs_nothing(
 
 def test_the_servers_password_is_not_told(unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, unreachable.replace("//", "//user:hidden@"))
+    monkeypatch.setenv(environment.TRACKING_URI.name, unreachable.replace("//", "//user:hidden@"))
     with pytest.raises(RetryableError) as raised:
         open_registry("model")
     assert "hidden" not in str(raised.value)
@@ -237,13 +238,13 @@ def test_the_servers_password_is_not_told(unreachable: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["", "a/b", "a'b"])
 def test_names_that_mlflow_cannot_keep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, "http://127.0.0.1:9")
+    monkeypatch.setenv(environment.TRACKING_URI.name, "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot name a model"):
         open_registry(name)
 
 
 def test_without_a_server_there_is_no_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(step_runs.TRACKING_VARIABLE, raising=False)
+    monkeypatch.delenv(environment.TRACKING_URI.name, raising=False)
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
         open_registry("model")
     write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))

@@ -8,11 +8,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.tracking.step_runs import (
     DEFAULT_EXPERIMENT,
-    KFP_PLUGIN_RUN_VARIABLE,
-    RUN_ID_VARIABLE,
-    TRACKING_VARIABLE,
     StepRun,
     finish_pipeline_run,
     open_step_run,
@@ -62,14 +60,14 @@ def test_a_retry_finds_its_run_again(database: Path) -> None:
 
 def test_another_pipeline_run_has_runs_of_its_own(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for pipeline_run in ("pipeline-run-1", "pipeline-run-2"):
-        monkeypatch.setenv(RUN_ID_VARIABLE, pipeline_run)
+        monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, pipeline_run)
         with step_run("train"):
             pass
     assert len(runs()["train"]) == 2
 
 
 def test_a_step_by_itself_has_no_parent(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(RUN_ID_VARIABLE)
+    monkeypatch.delenv(environment.PIPELINE_RUN_ID.name)
     with step_run("train"):
         pass
     finish_pipeline_run("FINISHED")
@@ -79,7 +77,7 @@ def test_a_step_by_itself_has_no_parent(database: Path, monkeypatch: pytest.Monk
 def test_kubeflows_own_run_becomes_the_parent_untouched(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = MlflowClient()
     plugin_run = client.create_run(client.create_experiment("of-kubeflow"), run_name="kubeflow")
-    monkeypatch.setenv(KFP_PLUGIN_RUN_VARIABLE, plugin_run.info.run_id)
+    monkeypatch.setenv(environment.PLUGIN_RUN_ID.name, plugin_run.info.run_id)
     with step_run("train") as run:
         run.log_parameters({"rank": 8})
     finish_pipeline_run("FAILED")
@@ -111,7 +109,7 @@ def test_many_and_long_parameters_are_kept(database: Path) -> None:
 def test_without_an_address_nothing_is_tracked(
     database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(TRACKING_VARIABLE)
+    monkeypatch.delenv(environment.TRACKING_URI.name)
     with step_run("train") as run:
         run.log_parameters({"rank": 8})
         run.log_metrics({"loss": 0.5})
@@ -135,7 +133,7 @@ def test_a_failure_is_told_at_the_end_and_stops_nothing(database: Path, capsys: 
 def test_a_server_that_is_down_holds_nothing_up(
     database: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(TRACKING_VARIABLE, unreachable)
+    monkeypatch.setenv(environment.TRACKING_URI.name, unreachable)
     started = time.monotonic()
     with step_run("train") as run:
         for step in range(100):

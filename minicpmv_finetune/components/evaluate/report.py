@@ -19,8 +19,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from minicpmv_finetune.data.image_files import to_rgb
 from minicpmv_finetune.data.samples import ImageRef, open_image
-from minicpmv_finetune.minicpmv.slicing import to_rgb
 from minicpmv_finetune.reports.curves import curves_of
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.reports.training_record import TrainingRecord

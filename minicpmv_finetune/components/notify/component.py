@@ -7,7 +7,7 @@ from minicpmv_finetune.container_images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str) -> None:
-    """Post how a run went to the webhook that the environment variable MINICPMV_WEBHOOK_URL names, if it is set.
+    """Post how a run went to the webhook that MINICPMV_FINETUNE_WEBHOOK_URL in the environment names, if it is set.
 
     Args:
         status: Kubeflow's word on the run.

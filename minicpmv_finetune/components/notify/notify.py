@@ -5,16 +5,15 @@ nor in any message. The body's `text` is what Slack, Mattermost and their like s
 """
 
 import json
-import os
 import time
 import urllib.error
 import urllib.request
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.progress import conclude
-from minicpmv_finetune.tracking.step_runs import RUN_ID_VARIABLE, read_outcome
+from minicpmv_finetune.tracking.step_runs import read_outcome
 
-WEBHOOK_VARIABLE = "MINICPMV_WEBHOOK_URL"
 _ATTEMPTS = 3
 _SECONDS = 10  # to wait for an answer
 
@@ -34,13 +33,13 @@ def notify(pipeline: str, state: str, failure: str = "") -> bool:
         UserError: the address is none, or is refused.
         RetryableError: nobody answers there.
     """
-    address = os.environ.get(WEBHOOK_VARIABLE, "")
+    address = environment.WEBHOOK_URL.read()
     if not address:
-        conclude(f"{state.lower()}; nobody is told, since {WEBHOOK_VARIABLE} is not set")
+        conclude(f"{state.lower()}; nobody is told, since {environment.WEBHOOK_URL} is not set")
         return False
     if not address.startswith(("https://", "http://")):
-        raise UserError(f"{WEBHOOK_VARIABLE}: not a web address; set it to one that begins with https://.")
-    run = os.environ.get(RUN_ID_VARIABLE, "")
+        raise UserError(f"{environment.WEBHOOK_URL}: not a web address; set it to one that begins with https://.")
+    run = environment.PIPELINE_RUN_ID.read()
     outcome = read_outcome() if state == "SUCCEEDED" else failure
     text = f"{pipeline}: {state.lower()}" + (f", {outcome}" if outcome else "") + (f" (run {run})" if run else "")
     message = {"text": text, "pipeline": pipeline, "run": run, "state": state, "outcome": outcome}
@@ -54,11 +53,13 @@ def notify(pipeline: str, state: str, failure: str = "") -> bool:
                 return True
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"{WEBHOOK_VARIABLE}: the webhook answered {error.code}; check its address.") from None
+                raise UserError(
+                    f"{environment.WEBHOOK_URL}: the webhook answered {error.code}; check its address."
+                ) from None
             reason = str(error.code)
         except (OSError, ValueError) as error:
             # Not the error's own words, which may quote the address.
             reason = type(error).__name__
         if attempt < _ATTEMPTS - 1:
             time.sleep(2**attempt)
-    raise RetryableError(f"{WEBHOOK_VARIABLE}: the webhook does not answer ({reason}); try again.")
+    raise RetryableError(f"{environment.WEBHOOK_URL}: the webhook does not answer ({reason}); try again.")

@@ -36,14 +36,13 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.progress import conclude, progress
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
-from minicpmv_finetune.shards.format import MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
+from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
 from minicpmv_finetune.workers import CONTEXT, cores, worker_pool
 
 from .finished_shards import ShardStore
 from .report import write_report
 from .shard_tasks import SPLITS, RejectedRow, ShardRecord, ShardTask, Work, plan_work, samples_of
 
-CACHE_NAME = "shards-cache"
 _READ_AHEAD = 8  # samples whose images are on their way
 _READING_THREADS = 4
 _LOOKS_A_SECOND = 5

@@ -1,13 +1,13 @@
 """Register a model that passed the gate, and make it champion if the champion is still the one it has beaten."""
 
-import os
 from pathlib import Path
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import conclude
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import OvertakenError, is_configured, open_registry
-from minicpmv_finetune.tracking.step_runs import RUN_ID_VARIABLE, note_outcome, step_run
+from minicpmv_finetune.tracking.step_runs import note_outcome, step_run
 
 
 def register(verdict_file: Path, name: str) -> str:
@@ -36,7 +36,7 @@ def register(verdict_file: Path, name: str) -> str:
         version = registry.register(verdict, run.run_id)
         try:
             # A run whose earlier steps were cached registers the model of an older run: the run counts, not the model.
-            registry.promote(version.number, verdict.champion, verdict.reason, os.environ.get(RUN_ID_VARIABLE, ""))
+            registry.promote(version.number, verdict.champion, verdict.reason, environment.PIPELINE_RUN_ID.read())
             sentence = f"version {version.number} of {name} is champion: {verdict.reason}"
         except OvertakenError as error:
             compared = f"version {verdict.champion}" if verdict.champion else "no champion"

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from transformers import TrainingArguments as TransformersArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.minicpmv import batch, modeling, modeling_qwen3_5
 from minicpmv_finetune.minicpmv.generations import Generation
@@ -238,7 +239,7 @@ def _make(
 ) -> None:
     """Write a store into a folder beside its own, each process its share, and rename it."""
     first = training.local_process_index == 0
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}-{os.environ.get('GROUP_RANK', 0)}"
+    launch = f"{environment.TORCHELASTIC_RUN_ID.read() or os.getpid()}-{environment.GROUP_RANK.read()}"
     staging = plan.folder.with_name(f".{plan.folder.name}.{launch}")
     try:
         if first and not is_there:
@@ -267,7 +268,7 @@ def _fill(
     path: Path, model: PreTrainedModel, plan: StorePlan, reader: ShardReader, training: TransformersArguments
 ) -> None:
     """Compute this process's share of the rows into the file."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(environment.LOCAL_WORLD_SIZE.read() or 1)
     share = np.array_split(np.arange(len(reader)), processes)[training.local_process_index]
     manifest = reader.manifest
     loader = DataLoader(

@@ -10,7 +10,6 @@ what was trained, on what, and how the loss went. A run that was cut off goes on
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RetryableError, UserError, disk_faults_told, end_process
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
@@ -194,7 +193,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
 
 def _join_processes(training: TransformersArguments) -> None:
     _ = training.device
-    several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", training.world_size)) < training.world_size
+    several_nodes = int(environment.LOCAL_WORLD_SIZE.read() or training.world_size) < training.world_size
     if several_nodes and training.deepspeed and training.load_best_model_at_end:
         # Each process would look for its part of that checkpoint on its own disk.
         raise UserError(
@@ -402,7 +401,7 @@ def _surroundings(manifest: Manifest) -> dict[str, str]:
     packages = ("minicpmv-finetune", "torch", "transformers", "peft", "accelerate", "deepspeed")
     return {
         "data_fingerprint": manifest.data_fingerprint,
-        "git_commit": os.environ.get("MINICPMV_GIT_COMMIT", "unknown"),
+        "git_commit": environment.GIT_COMMIT.read(),
         **{f"version/{name}": version(name) for name in packages},
     }
 
@@ -420,7 +419,7 @@ def _path(text: str | None) -> Path | None:
 
 
 def _say(sentence: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if environment.RANK.read() == "0":
         print(sentence, file=sys.stderr, flush=True)
 
 

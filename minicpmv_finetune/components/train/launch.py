@@ -12,15 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 
-from .worker_exit import FOLDER_VARIABLE, Place, read_places
+from .worker_exit import Place, read_places
 
 WORKER = "minicpmv_finetune.components.train.finetune"
-NODES_VARIABLE = "PET_NNODES"
-"""Kubeflow Trainer sets it, and others that torchrun reads by itself: this machine is one of several nodes."""
-RESTARTS_VARIABLE = "PET_MAX_RESTARTS"
-"""torchrun reads it by itself: how often processes are started again after one of them was killed."""
 
 
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
@@ -39,7 +36,7 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    wanted = os.environ.get("PET_NPROC_PER_NODE", "")
+    wanted = environment.PROCESSES_A_NODE.read()
     processes = processes or (int(wanted) if wanted.isdigit() else max(torch.cuda.device_count(), 1))
     # Each process computes with its share of the cores; torchrun alone would give each a single one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
@@ -58,13 +55,13 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
 
     # The worker's own traceback or sentence is what a reader needs; torchrun's report of it would bury that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    alone = [] if NODES_VARIABLE in os.environ else ["--standalone"]
-    if not {NODES_VARIABLE, RESTARTS_VARIABLE} & set(os.environ):
+    alone = [] if environment.NODES.name in os.environ else ["--standalone"]
+    if not {environment.NODES.name, environment.MAX_RESTARTS.name} & set(os.environ):
         alone.append("--max-restarts=3")
     options = [*alone, f"--nproc-per-node={processes}", "-m", WORKER, *flags]
     with tempfile.TemporaryDirectory() as folder:
         sentence = Path(folder) / "sentence"
-        os.environ[FOLDER_VARIABLE] = folder
+        os.environ[environment.WORKER_EXIT_FOLDER.name] = folder
         try:
             run(parse_args(options))
         except SignalException as stopped:
@@ -81,7 +78,7 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
             print(f"error: {_how_it_ended(rank, failure.exitcode, read_places(Path(folder)))}", file=sys.stderr)
             raise SystemExit(code) from None
         finally:
-            del os.environ[FOLDER_VARIABLE]
+            del os.environ[environment.WORKER_EXIT_FOLDER.name]
 
 
 def _how_it_ended(rank: int, code: int, places: Sequence[Place]) -> str:

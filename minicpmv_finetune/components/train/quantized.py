@@ -1,12 +1,12 @@
 """QLoRA: the language model's frozen weights in 4 bits (NF4, double quantization), everything seen stays as it is."""
 
-import os
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import TrainingArguments as TransformersArguments
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.minicpmv.generations import Generation
 
 
@@ -17,7 +17,7 @@ def four_bit_options(generation: Generation, training: TransformersArguments) ->
     which decides between tokens.
     """
     compute = torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else torch.float32
-    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    device = int(environment.LOCAL_RANK.read()) if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

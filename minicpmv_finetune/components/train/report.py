@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.reports.curves import curves_of
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.reports.training_record import TrainingRecord
@@ -44,6 +45,6 @@ def _facts(record: TrainingRecord) -> dict[str, str]:
         "Data fingerprint": record.data_fingerprint,
         **{name: f"{value:,.4g}" for name, value in record.metrics.items()},
         "Device": f"{device} ({platform.machine()})",
-        "Processes": os.environ.get("WORLD_SIZE", "1"),
+        "Processes": environment.WORLD_SIZE.read(),
         "torch": torch.__version__,
     }

@@ -25,19 +25,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.reports.training_record import read_record
-from minicpmv_finetune.tracking.step_runs import RUN_ID_VARIABLE
 
 if TYPE_CHECKING:
     from kubernetes.client import V1ContainerStatus, V1Pod
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-RUNTIME_VARIABLE = "MINICPMV_TRAINING_RUNTIME"
-"""Names the TrainingRuntime of this namespace."""
 DEFAULT_RUNTIME = "minicpmv-finetune"
-POD_NAME_VARIABLE = "KFP_POD_NAME"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PIPELINE_RUN_LABEL = "pipeline/runid"  # as Kubeflow Pipelines labels the pods of a run
 _COMMAND = ["python", "-m", "minicpmv_finetune.components.train.trainjob_pod"]
@@ -46,7 +42,7 @@ _JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_FORWARDED = ("AWS_", "MLFLOW_", RUN_ID_VARIABLE)
+_FORWARDED = ("AWS_", "MLFLOW_", environment.PIPELINE_RUN_ID.name)
 _CREDENTIAL = re.compile("KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL|USERNAME|AUTHORIZATION")
 _URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
 _PATIENCE = 600  # seconds that Kubernetes may be out of reach, as while it is upgraded
@@ -81,7 +77,7 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
             f"in {output_uri}; run the pipeline on a cluster, or leave num_nodes out."
         )
     cluster = _Cluster()
-    name = job_name(os.environ.get(RUN_ID_VARIABLE, ""), output_uri)
+    name = job_name(environment.PIPELINE_RUN_ID.read(), output_uri)
     job = build_job(name, nodes, output_uri, flags, cluster.own_pod(), os.environ)
     with _sigterm_raises():
         try:
@@ -117,7 +113,7 @@ def job_name(pipeline_run: str, output_uri: str) -> str:
 
 
 def build_job(
-    name: str, nodes: int, output_uri: str, flags: Sequence[str], pod: Mapping[str, Any], environment: Mapping[str, str]
+    name: str, nodes: int, output_uri: str, flags: Sequence[str], pod: Mapping[str, Any], variables: Mapping[str, str]
 ) -> dict[str, Any]:
     """The TrainJob as Kubernetes takes it.
 
@@ -127,11 +123,11 @@ def build_job(
         output_uri: where the first node puts the result.
         flags: of the training script.
         pod: this pod as Kubernetes shows it; its image and its references to Secrets are handed on.
-        environment: of this process.
+        variables: environment variables of this process.
     """
     main = _main_container(pod)
     labels = {"app.kubernetes.io/name": "minicpmv-finetune"}
-    if run := environment.get(RUN_ID_VARIABLE):
+    if run := environment.PIPELINE_RUN_ID.read(variables):
         labels[PIPELINE_RUN_LABEL] = run
     if queue := pod["metadata"].get("labels", {}).get(QUEUE_LABEL):
         labels[QUEUE_LABEL] = queue
@@ -151,20 +147,20 @@ def build_job(
             "runtimeRef": {
                 "apiGroup": GROUP,
                 "kind": "TrainingRuntime",
-                "name": environment.get(RUNTIME_VARIABLE, DEFAULT_RUNTIME),
+                "name": environment.TRAINING_RUNTIME.read(variables),
             },
             "trainer": {
                 "image": main["image"],
                 "command": _COMMAND,
                 "args": [_literal(word) for word in (output_uri, *flags)],
-                "env": _forwarded(main.get("env", []), environment),
+                "env": _forwarded(main.get("env", []), variables),
                 "numNodes": nodes,
             },
         },
     }
 
 
-def _forwarded(entries: Sequence[Mapping[str, Any]], environment: Mapping[str, str]) -> list[dict[str, Any]]:
+def _forwarded(entries: Sequence[Mapping[str, Any]], variables: Mapping[str, str]) -> list[dict[str, Any]]:
     """What storage and tracking need: by reference where this pod has it from a Secret, by value if it is none."""
     references = {
         entry["name"]: entry["valueFrom"]
@@ -172,8 +168,8 @@ def _forwarded(entries: Sequence[Mapping[str, Any]], environment: Mapping[str, s
         if {"secretKeyRef", "configMapKeyRef"} & set(entry.get("valueFrom", {}))
     }
     forwarded: list[dict[str, Any]] = []
-    for name in sorted({*references, *environment}):
-        value = environment.get(name, "")
+    for name in sorted({*references, *variables}):
+        value = variables.get(name, "")
         if not name.startswith(_FORWARDED):
             continue
         if name in references:
@@ -375,7 +371,7 @@ class _Cluster:
 
         settings = client.Configuration()
         try:
-            if kubeconfig := os.environ.get("KUBECONFIG"):
+            if kubeconfig := environment.KUBECONFIG.read():
                 config.load_kube_config(kubeconfig, client_configuration=settings)
                 context = config.list_kube_config_contexts(kubeconfig)[1]["context"]
                 self.namespace = str(context.get("namespace", "default"))
@@ -394,7 +390,7 @@ class _Cluster:
 
     def own_pod(self) -> dict[str, Any]:
         """The pod that this process runs in."""
-        name = os.environ.get(POD_NAME_VARIABLE) or socket.gethostname()
+        name = environment.POD_NAME.read() or socket.gethostname()
         pod = self._ask("get pods", lambda: self._core.read_namespaced_pod(name, self.namespace, **_PATIENTLY))
         if pod is None:
             raise UserError(f"num_nodes: no pod {name} in {self.namespace}; run the pipeline on a cluster.")

@@ -6,7 +6,6 @@ Kubeflow Trainer says in PET_* variables how many nodes there are and where they
 exit code, and the sentence in its termination message, where the step that follows the TrainJob reads it.
 """
 
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError, end_process
 from minicpmv_finetune.reports.training_record import RECORD_FILE
 
 from .launch import launch
 
-NODE_RANK_VARIABLE = "PET_NODE_RANK"
 TERMINATION_MESSAGE = Path("/dev/termination-log")
 """Where Kubernetes looks for a container's last words, unless its manifest says otherwise."""
 
@@ -40,7 +38,7 @@ def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = 
         with tempfile.TemporaryDirectory() as folder:
             trained = Path(folder) / "trained"
             launch([*flags, "--output_dir", str(trained)])
-            if os.environ.get(NODE_RANK_VARIABLE, "0") == "0":
+            if environment.NODE_RANK.read() == "0":
                 _upload(trained, output_uri)
     except (UserError, RetryableError) as error:
         # Outside of a pod there is no such file.

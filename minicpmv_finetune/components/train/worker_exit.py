@@ -5,18 +5,17 @@ code of a process that knew why it ended, so that torchrun's restart of it, whic
 `place-N` says where process N is. One that was killed leaves no verdict, and its restart goes on from a checkpoint.
 """
 
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER_VARIABLE = "MINICPMV_ENDING_FOLDER"
+from minicpmv_finetune import environment
 
 
 def ending_folder() -> Path | None:
     """The folder, or None where torchrun was started by someone else."""
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = environment.WORKER_EXIT_FOLDER.read()
     return Path(named) if named else None
 
 
@@ -31,7 +30,7 @@ def end_again() -> None:
         return
     if (folder / "verdict").exists():
         sys.exit(int((folder / "verdict").read_text() or "1"))
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if environment.LOCAL_RANK.read() == "0":
         (folder / "sentence").unlink(missing_ok=True)
 
 

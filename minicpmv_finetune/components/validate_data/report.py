@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minicpmv_finetune.data.image_files import to_rgb
 from minicpmv_finetune.data.samples import DatasetInfo, ImageRef, Reject, Sample, Split, open_image
-from minicpmv_finetune.minicpmv.slicing import SlicingConfig, plan_slices, to_rgb
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, plan_slices
 from minicpmv_finetune.reports.pages import write_page
 
 from .duplicates import Repetition

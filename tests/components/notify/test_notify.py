@@ -2,17 +2,17 @@
 
 import pytest
 
-from minicpmv_finetune.components.notify.notify import WEBHOOK_VARIABLE, notify
+from minicpmv_finetune import environment
+from minicpmv_finetune.components.notify.notify import notify
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.tracking import step_runs
 from tests.servers import Webhook
 
 
 @pytest.fixture(autouse=True)
 def at_once(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one run, tracked nowhere, without waits between attempts."""
-    monkeypatch.setenv(step_runs.RUN_ID_VARIABLE, "run-7")
-    monkeypatch.delenv(step_runs.TRACKING_VARIABLE, raising=False)
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
+    monkeypatch.delenv(environment.TRACKING_URI.name, raising=False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
@@ -47,18 +47,18 @@ def test_what_cannot_be_told_is_an_error_without_the_address(
 
 
 def test_nobody_listens(webhook: Webhook, unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(WEBHOOK_VARIABLE, f"{unreachable}/secret-path")
+    monkeypatch.setenv(environment.WEBHOOK_URL.name, f"{unreachable}/secret-path")
     with pytest.raises(RetryableError) as raised:
         notify("minicpmv-retrain", "SUCCEEDED")
     assert "secret-path" not in str(raised.value)
 
 
 def test_without_a_webhook_nobody_is_told(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(WEBHOOK_VARIABLE)
+    monkeypatch.delenv(environment.WEBHOOK_URL.name)
     assert not notify("minicpmv-retrain", "SUCCEEDED")
 
 
 def test_only_web_addresses_are_asked(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(WEBHOOK_VARIABLE, "file:///etc/hostname")
+    monkeypatch.setenv(environment.WEBHOOK_URL.name, "file:///etc/hostname")
     with pytest.raises(UserError, match="not a web address"):
         notify("minicpmv-retrain", "SUCCEEDED")

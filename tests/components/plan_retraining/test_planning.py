@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.plan_retraining.planning import plan_retraining
 from minicpmv_finetune.data.samples import DATASET_FILE, DatasetInfo
 from minicpmv_finetune.errors import RetryableError, UserError
@@ -73,7 +74,7 @@ def test_arguments_that_say_nothing(database: Path, dataset: Path, name: str, st
 def test_a_server_that_is_down_is_told_before_any_training(
     dataset: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(step_runs.TRACKING_VARIABLE, unreachable)
+    monkeypatch.setenv(environment.TRACKING_URI.name, unreachable)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RetryableError):
         plan_retraining(dataset, "base", "model", "base", FLAGS)

@@ -37,7 +37,7 @@ def undisturbed(tiny_46: Path, shards: Path, tmp_path_factory: pytest.TempPathFa
 
 def _start(flags: list[str]) -> "subprocess.Popen[str]":
     code = f"from minicpmv_finetune.cli.main import main; import sys; sys.argv[1:] = ['train', *{flags!r}]; main()"
-    environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "0"}
+    environment = {**os.environ, "MINICPMV_FINETUNE_PROGRESS_SECONDS": "0"}
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 
 

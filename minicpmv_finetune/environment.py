@@ -1,0 +1,100 @@
+"""Every environment variable that this project reads, in one table.
+
+Our own begin with `MINICPMV_FINETUNE_`; the others belong to MLflow, Kubeflow, Kubernetes and torchrun, and keep their
+names. A variable is read when its value is needed, never while a module is imported, and an empty one counts as unset.
+`AWS_*` and `HF_*` are not here: boto3 and huggingface_hub read them.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PREFIX = "MINICPMV_FINETUNE_"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes:
+        name: of the variable.
+        help: what it decides.
+        default: value where it is unset or empty.
+        former: its name in 0.1.0, which is still read: pipelines that were compiled then set it.
+    """
+
+    name: str
+    help: str
+    default: str = ""
+    former: str = ""
+
+    def read(self, environment: Mapping[str, str] | None = None) -> str:
+        """The value now, in this process's environment or another."""
+        values = os.environ if environment is None else environment
+        return values.get(self.name) or values.get(self.former) or self.default
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# Ours.
+REGISTRY = Variable(f"{PREFIX}REGISTRY", "registry of the container images of a compiled pipeline", "minicpmv-finetune")
+TAG = Variable(f"{PREFIX}TAG", "tag of these container images; this version's number without it")
+PROFILE = Variable(f"{PREFIX}PROFILE", "profile of the commands that talk to a cluster, where --profile is not given")
+ALLOWED_URIS = Variable(
+    f"{PREFIX}ALLOWED_URIS",
+    "folders that data and its images may be read from, separated by spaces; without it every place may be",
+    former="MINICPMV_ALLOWED_URIS",
+)
+PROGRESS_SECONDS = Variable(
+    f"{PREFIX}PROGRESS_SECONDS", "seconds between two lines of progress in a log", "10", "MINICPMV_PROGRESS_SECONDS"
+)
+WEBHOOK_URL = Variable(
+    f"{PREFIX}WEBHOOK_URL", "address that notify posts to; from a Secret on a cluster", former="MINICPMV_WEBHOOK_URL"
+)
+TRAINING_RUNTIME = Variable(
+    f"{PREFIX}TRAINING_RUNTIME",
+    "Kubeflow Trainer's TrainingRuntime for training on several nodes",
+    "minicpmv-finetune",
+    "MINICPMV_TRAINING_RUNTIME",
+)
+GIT_COMMIT = Variable(f"{PREFIX}GIT_COMMIT", "commit that the code was built from; container images set it", "unknown")
+WORKER_EXIT_FOLDER = Variable(
+    f"{PREFIX}WORKER_EXIT_FOLDER", "set by the launcher for its training processes: where they say how they ended"
+)
+
+# MLflow's.
+TRACKING_URI = Variable("MLFLOW_TRACKING_URI", "address of MLflow; without it nothing is tracked")
+EXPERIMENT = Variable("MLFLOW_EXPERIMENT_NAME", "experiment of the runs", "minicpmv-finetune")
+PLUGIN_RUN_ID = Variable("MLFLOW_RUN_ID", "run that Kubeflow's MLflow plugin has opened; steps nest below it")
+
+# Kubeflow's and Kubernetes'.
+PIPELINE_RUN_ID = Variable("KFP_RUN_ID", "id of the pipeline run; the pipeline sets it from a label of the pod")
+POD_NAME = Variable("KFP_POD_NAME", "name of this pod; its host name without it")
+KFP_ENDPOINT = Variable("KF_PIPELINES_ENDPOINT", "address of the Kubeflow Pipelines API; the profile's without it")
+KFP_UI_ENDPOINT = Variable("KF_PIPELINES_UI_ENDPOINT", "address that links begin with; the profile's without it")
+KFP_TOKEN = Variable("KF_PIPELINES_TOKEN", "token for the Kubeflow Pipelines API")
+KFP_TOKEN_FILE = Variable(
+    "KF_PIPELINES_SA_TOKEN_PATH",
+    "file with a service account's token for it",
+    "/var/run/secrets/kubeflow/pipelines/token",
+)
+KUBECONFIG = Variable("KUBECONFIG", "how to reach Kubernetes from outside a cluster")
+KUBERNETES_HOST = Variable("KUBERNETES_SERVICE_HOST", "set by Kubernetes in every pod")
+
+# torchrun's and Kubeflow Trainer's.
+RANK = Variable("RANK", "number of this training process among all", "0")
+LOCAL_RANK = Variable("LOCAL_RANK", "number of this training process on its machine", "0")
+WORLD_SIZE = Variable("WORLD_SIZE", "number of training processes", "1")
+LOCAL_WORLD_SIZE = Variable("LOCAL_WORLD_SIZE", "number of training processes on this machine")
+GROUP_RANK = Variable("GROUP_RANK", "number of this machine among all", "0")
+TORCHELASTIC_RUN_ID = Variable("TORCHELASTIC_RUN_ID", "id that torchrun gives a launch")
+NODES = Variable("PET_NNODES", "number of nodes, set by Kubeflow Trainer")
+NODE_RANK = Variable("PET_NODE_RANK", "number of this node, set by Kubeflow Trainer", "0")
+PROCESSES_A_NODE = Variable("PET_NPROC_PER_NODE", "training processes a node; a number, or cpu, gpu or auto")
+MAX_RESTARTS = Variable("PET_MAX_RESTARTS", "how often torchrun starts its processes again")
+
+# The machine's.
+C_COMPILER = Variable("CC", "C compiler that Triton and DeepSpeed use", "cc")
+
+VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
