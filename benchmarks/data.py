@@ -42,7 +42,8 @@ from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
-from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.codecs import CODECS, Codec, store_slices
 from minicpmv_finetune.shards.encoding import prepare
@@ -428,7 +429,7 @@ def small_samples(folder: Path, count: int) -> Path:
 def checkpoint(folder: Path, scale: int = 448) -> Path:
     """A tiny MiniCPM-V 4.6 that slices as the published one does."""
     shutil.rmtree(folder, ignore_errors=True)
-    write_tiny_checkpoint(folder)
+    write_tiny_checkpoint(folder, corpus=DEMO_CORPUS)
     for path in folder.glob("*processor_config.json"):
         path.write_text(path.read_text().replace('"scale_resolution": 112', f'"scale_resolution": {scale}'))
     return folder

@@ -134,9 +134,10 @@ def write_checkpoint(folder: Path) -> Path:
     """Write a tiny 4.6 that slices images as the published one does, with tokenizer and processor."""
     from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor, MiniCPMV4_6Processor
 
-    from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+    from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
-    write_tiny_checkpoint(folder, corpus=(ANSWER,))
+    write_tiny_checkpoint(folder, corpus=(*DEMO_CORPUS, ANSWER))
     config = MiniCPMV4_6Config.from_pretrained(folder)
     config.image_size = config.vision_config.image_size = 448
     torch.manual_seed(0)
@@ -155,9 +156,11 @@ def prepare_digits(folder: Path, count: int | None = None) -> tuple[Path, Path]:
     """
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+    from minicpmv_finetune.pipelines.demo import DEMO_CORPUS, write_digits
 
-    base, shards, rejects = write_tiny_checkpoint(folder / "base"), folder / "shards", folder / "rejects.jsonl"
+    base = write_tiny_checkpoint(folder / "base", corpus=DEMO_CORPUS)
+    shards, rejects = folder / "shards", folder / "rejects.jsonl"
     data, _ = write_digits(folder / "digits", seed=0)
     data.write_text(json.dumps(json.loads(data.read_text())[:count]))
     validate_data(str(data), "", folder / "dataset", rejects, ValidationSettings(eval_fraction=0))

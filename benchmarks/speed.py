@@ -244,11 +244,12 @@ def _answers(batch_size: int) -> Measured:
     from minicpmv_finetune.minicpmv.answer import answer
     from minicpmv_finetune.minicpmv.checkpoint import load_model
     from minicpmv_finetune.minicpmv.conversation import Encoder
-    from minicpmv_finetune.pipelines.demo import write_digits, write_tiny_checkpoint
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+    from minicpmv_finetune.pipelines.demo import DEMO_CORPUS, write_digits
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base = write_tiny_checkpoint(folder / "base")
+        base = write_tiny_checkpoint(folder / "base", corpus=DEMO_CORPUS)
         train, held_out = write_digits(folder / "digits", seed=0, held_out=32)
         validate_data(str(train), str(held_out), folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
         model, encoder = load_model(base)[0], Encoder.from_checkpoint(base)

@@ -50,12 +50,13 @@ def _run(out: Path) -> None:
     import boto3
 
     from minicpmv_finetune import storage
-    from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, write_digits, write_tiny_checkpoint
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+    from minicpmv_finetune.pipelines.demo import DEMO_CORPUS, DEMO_INPUTS, write_digits
     from minicpmv_finetune.pipelines.local import run_pipeline
 
     boto3.client("s3").create_bucket(Bucket=BUCKET)
     write_digits(out / "digits", seed=42)
-    write_tiny_checkpoint(out / "base")
+    write_tiny_checkpoint(out / "base", corpus=DEMO_CORPUS)
     for folder in ("digits", "base"):
         for path in (path for path in (out / folder).rglob("*") if path.is_file()):
             storage.upload_file(path, f"s3://{BUCKET}/{path.relative_to(out).as_posix()}")

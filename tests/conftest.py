@@ -45,9 +45,10 @@ def quick_stack() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_46(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MiniCPM-V 4.6 checkpoint of a million random parameters."""
-    from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+    from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny_46"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny_46"), corpus=DEMO_CORPUS)
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,12 @@ from transformers.models.minicpmv4_7 import (
 
 from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
-from minicpmv_finetune.pipelines.demo import IMAGE_SIDE, QUESTION, write_tiny_checkpoint
+from minicpmv_finetune.minicpmv.tiny_checkpoint import IMAGE_SIDE, write_tiny_checkpoint
+from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
 VERSIONS = ("2.6", "4.0", "4.5", "4.6", "4.7")
 _IMAGE_TOKENS = ["<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
-_CORPUS = [QUESTION, *(f"The digit is {digit}." for digit in range(10)), "system user assistant\n\n\n<think>"]
+_CORPUS = [*DEMO_CORPUS, "system user assistant\n\n\n<think>"]
 
 # Where Qwen2's tokenizer parts words; two line breaks are one word, whatever follows.
 _QWEN_WORDS = (
@@ -64,7 +65,7 @@ def write_tiny(folder: Path, version: str, seed: int = 0) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if version in {"4.6", "4.7"}:
-        write_tiny_checkpoint(folder, seed)
+        write_tiny_checkpoint(folder, seed, DEMO_CORPUS)
         return _turn_into_4_7(folder, seed) if version == "4.7" else folder
     return _write_native(folder, version, seed)
 

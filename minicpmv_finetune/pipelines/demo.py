@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from minicpmv_finetune.minicpmv.tiny_checkpoint import IMAGE_SIDE, write_tiny_checkpoint
+
 QUESTION = "Which digit is written in the picture?"
-IMAGE_SIDE = 112  # 8 patches a side, one for each of the scan's 8 × 8 cells
+DEMO_CORPUS = (QUESTION, *(f"The digit is {digit}." for digit in range(10)))
+"""Every text of the demonstration's data, for the tokenizer of its checkpoint."""
 
 # Peaks at 3e-3 after three of ten epochs: 1.5 million weights bear that, and learn in a minute.
 DEMO_INPUTS: dict[str, Any] = {
@@ -27,33 +30,6 @@ DEMO_INPUTS: dict[str, Any] = {
     "evaluation_options": {"max_new_tokens": 16, "batch_size": 32},
     "registered_model": "digits",
 }
-
-_SPECIAL_TOKENS = [
-    *("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    *("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-]
-
-_CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for item in message.content %}
-            {%- if item.type == 'image' %}
-                {{- '<|image_pad|>\\n' }}
-            {%- elif item.type == 'text' %}
-                {{- item.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 
 
 def run_demo(out: Path, seed: int) -> None:
@@ -70,7 +46,7 @@ def run_demo(out: Path, seed: int) -> None:
     from .summary import show_outcome, shown
 
     train_data, eval_data = write_digits(out / "digits", seed)
-    base = write_tiny_checkpoint(out / "base")
+    base = write_tiny_checkpoint(out / "base", corpus=DEMO_CORPUS)
     compiled = compile_pipeline(out / "minicpmv-finetune.yaml")
     print("Handwritten digits, a tiny MiniCPM-V 4.6 that knows nothing, and the whole pipeline:\n")
     inputs = {
@@ -157,6 +133,7 @@ def write_digits(folder: Path, seed: int, held_out: int = 300) -> tuple[Path, Pa
         elif pixels in held_out_pixels:
             continue
         name = f"images/{number:04d}.png"
+        # IMAGE_SIDE is 8 patches, one for each of the scan's 8 × 8 cells.
         Image.fromarray(cells).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.NEAREST).save(folder / name)
         rows[split].append(
             {
@@ -171,102 +148,3 @@ def write_digits(folder: Path, seed: int, held_out: int = 300) -> tuple[Path, Pa
     for split, samples in rows.items():
         (folder / f"{split}.json").write_text(json.dumps(samples, indent=1))
     return folder / "train.json", folder / "eval.json"
-
-
-def write_tiny_checkpoint(folder: Path, seed: int = 0, corpus: tuple[str, ...] = ()) -> Path:
-    """Write a MiniCPM-V 4.6 checkpoint of about a million random parameters.
-
-    Args:
-        folder: receives config, safetensors, tokenizer and processor, in the layout of the published model.
-        seed: of the weights.
-        corpus: further words the tokenizer should know; any text can be written byte by byte.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.minicpmv4_6 import (
-        MiniCPMV4_6Config,
-        MiniCPMV4_6ForConditionalGeneration,
-        MiniCPMV4_6ImageProcessor,
-        MiniCPMV4_6Processor,
-    )
-    from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
-
-    pieces = Tokenizer(models.BPE())
-    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces.decoder = decoders.ByteLevel()
-    pieces.train_from_iterator(
-        [QUESTION, *(f"The digit is {digit}." for digit in range(10)), "system user assistant", *corpus],
-        trainers.BpeTrainer(
-            vocab_size=500,
-            special_tokens=_SPECIAL_TOKENS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pieces,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "image_start_token": "<image>",
-            "image_end_token": "</image>",
-            "slice_start_token": "<slice>",
-            "slice_end_token": "</slice>",
-            "image_id_start_token": "<image_id>",
-            "image_id_end_token": "</image_id>",
-        },
-    )
-    config = MiniCPMV4_6Config(
-        image_size=IMAGE_SIDE,
-        insert_layer_id=1,
-        tie_word_embeddings=False,
-        image_token_id=tokenizer.get_vocab()["<|image_pad|>"],
-        video_token_id=tokenizer.get_vocab()["<|video_pad|>"],
-        text_config={
-            "model_type": "qwen3_5_text",
-            "vocab_size": 512,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_num_key_heads": 4,
-            "linear_num_value_heads": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "max_position_embeddings": 8192,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": False,
-        },
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "patch_size": 14,
-            "image_size": IMAGE_SIDE,
-            "insert_layer_id": 1,
-        },
-    )
-    torch.manual_seed(seed)
-    model = MiniCPMV4_6ForConditionalGeneration(config)
-    # LoRA leaves the head as it is, and the usual 0.02 would cap its logits near 2.5: too flat to be sure of an answer.
-    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    MiniCPMV4_6Processor(
-        image_processor=MiniCPMV4_6ImageProcessor(scale_resolution=IMAGE_SIDE),
-        video_processor=MiniCPMV4_6VideoProcessor(scale_resolution=IMAGE_SIDE),
-        tokenizer=tokenizer,
-        chat_template=_CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    return folder

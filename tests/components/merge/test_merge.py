@@ -23,7 +23,8 @@ from minicpmv_finetune.components.merge.report import Generated
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import slicing_of
-from minicpmv_finetune.pipelines.demo import write_tiny_checkpoint
+from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
 Train = Callable[..., Any]
 CopyBase = Callable[..., Path]
@@ -90,7 +91,7 @@ def test_what_was_made_for_another_generation_is_refused(
 def test_another_base_of_the_same_shape_is_refused(
     tiny_46: Path, train: Train, write_record: Callable[..., None], shards: Path, tmp_path: Path
 ) -> None:
-    other = write_tiny_checkpoint(tmp_path / "other", seed=1)
+    other = write_tiny_checkpoint(tmp_path / "other", seed=1, corpus=DEMO_CORPUS)
     adapter = train(tiny_46).folder
     write_record(adapter, base_fingerprint=fingerprint(tiny_46))
     with pytest.raises(UserError, match=r"other: not the weights that .* was trained on"):
