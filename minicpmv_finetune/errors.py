@@ -1,11 +1,12 @@
-"""Which failures are the user's to mend and which are worth another try.
+"""The two kinds of failure that end a command: the user's mistakes, and temporary faults that are worth a retry.
 
-A user's mistake ends a command with one sentence and exit code 2, a fault worth retrying with 75, and a bug
-keeps its traceback.
+A user's mistake ends a command with one sentence and exit code 2, a temporary fault with one sentence and exit code
+75. A bug keeps its traceback.
 """
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,69 +18,84 @@ if TYPE_CHECKING:
 USER_ERROR_EXIT = 2
 RETRY_EXIT = 75  # EX_TEMPFAIL of sysexits.h
 
+# A password without a slash, or one with slashes where no port stands. In hf://NAME@REVISION nothing is secret.
+_USER_AND_PASSWORD = re.compile(r"(?<=:)(?<!\bhf:)//(?:[^/\s]*@|[^/\s:@]*:(?!\d+/)[^\s@]*@)")
 
-class _Told(Exception):  # noqa: N818 - what it is called by are the two below
-    """One line, whatever was quoted in it: a line break in a name must not look like another message."""
+
+def without_password(text: str) -> str:
+    """The text with the user and password removed from each address in it; every address is shown this way.
+
+    The two errors below do it by themselves; only what is printed or logged otherwise needs the call.
+    """
+    return _USER_AND_PASSWORD.sub("//", text)
+
+
+class _OneLineError(Exception):
+    """An error whose message is one line: a line break in a quoted name must not look like another message."""
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(" ".join(sentence.splitlines()))
+        super().__init__(" ".join(without_password(sentence).splitlines()))
 
 
-class UserError(_Told):
-    """A mistake only the user can mend; the message is one sentence with place, cause and remedy."""
+class UserError(_OneLineError):
+    """A mistake that only the user can fix; the message is one sentence with place, cause and remedy."""
 
     exit_code = USER_ERROR_EXIT
 
 
-class RetryableError(_Told):
-    """A fault of the surroundings (storage, tracking server, preemption) that may be gone next time."""
+class RetryableError(_OneLineError):
+    """A fault outside the program (storage, tracking server, preemption) that may be gone at the next attempt."""
 
     exit_code = RETRY_EXIT
 
 
-def first_complaint(error: "ValidationError", whole: str = "") -> str:
-    """What pydantic finds wrong first, as `place: reason`; the place is `whole` where it is no single field."""
+def describe_validation_error(error: "ValidationError", whole: str = "") -> str:
+    """The first problem that pydantic found, as `place: reason`; the place is `whole` if it is no single field."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
 
 
 def end_process(error: UserError | RetryableError) -> NoReturn:
-    """Print the one sentence and end the process with the error's exit code."""
+    """Print the error's sentence and end the process with the error's exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 
 @contextmanager
-def disk_faults_told() -> Iterator[None]:
-    """Turn whatever a library raises when the disk is full, or cannot be written to, into a sentence.
+def explain_disk_errors() -> Iterator[None]:
+    """Turn any library's exception about a full or unwritable disk into one of the two errors with a sentence.
 
     Raises:
-        RetryableError: the disk is full; another attempt may find room.
-        UserError: the place can never be written to.
+        RetryableError: The disk is full; another attempt may find room.
+        UserError: The place can never be written to.
     """
     try:
         yield
     except (UserError, RetryableError):
         raise
     except Exception as error:
-        for cause in _chain(error):
+        for cause in _causes(error):
             number = cause.errno if isinstance(cause, OSError) else None
             where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
-            if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(cause) for sign in _FULL):
+            if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(cause) for sign in _DISK_FULL_SIGNS):
                 raise RetryableError(
                     f"{where}no space is left on the disk; give the step a larger volume, or point --out, --cache_dir "
-                    "and TMPDIR to one; nothing half-written was left under its final name."
+                    "and TMPDIR to one; no incomplete file was left under its final name."
                 ) from error
             if number in (errno.EROFS, errno.EACCES):
-                raise UserError(f"{where}{os.strerror(number)}; mend the rights, or write elsewhere.") from error
+                raise UserError(
+                    f"{where}{os.strerror(number)}; fix the permissions, or write to another folder."
+                ) from error
         raise
 
 
-# Rust's libraries, SQLite, and torch.save, which finds its file shorter than what it wrote, have no errno.
-_FULL = ("No space left on device", "database or disk is full", ". unexpected pos ")
+# These exceptions have no errno: those of Rust libraries, of SQLite, and of torch.save, which finds its file shorter
+# than what it wrote.
+_DISK_FULL_SIGNS = ("No space left on device", "database or disk is full", ". unexpected pos ")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, the error that caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

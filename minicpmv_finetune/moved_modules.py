@@ -1,8 +1,9 @@
-"""Names that 0.1.0 gave to modules, for what was compiled or written down then.
+"""Names that modules had in 0.1.0, for pipelines and scripts that were written for that version.
 
-A compiled pipeline holds the source of its steps, and with it the names of the modules that they import; a launch
-script or a TrainJob names modules on its command line. Both keep working: an old name is the new module itself, not a
-second copy of it, so that an error raised in one is caught in the other. Nothing in this project uses an old name.
+A compiled pipeline contains the source of its steps, and with it the names of the modules that they import; a launch
+script or a TrainJob names modules on its command line. Both keep working: the old name leads to the new module itself,
+not to a second copy of it, so that an error raised under one name is caught under the other. Nothing in this project
+uses an old name.
 """
 
 import sys
@@ -31,11 +32,11 @@ MOVED = {
     "pipelines.profile": "kubeflow.profile",
     "pipelines.retrain": "pipelines.retraining",
 }
-"""Old name to new name, both below `minicpmv_finetune`; only what 0.1.0 let others name."""
+"""Old name to new name, both below `minicpmv_finetune`; only modules that others could name in 0.1.0."""
 
 
 class _Alias(Loader):
-    """Loads the module of the new name under the old one."""
+    """Loads the module of the new name under the old name."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -46,17 +47,19 @@ class _Alias(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module back its own specification; it was executed under its own name."""
+        """Restore the module's own specification; the module was executed under its new name."""
         module.__spec__ = self._own_spec
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """What `python -m` runs."""
+        """The code that `python -m` runs."""
         spec = find_spec(self.target)
         code: CodeType | None = spec.loader.get_code(self.target) if spec and spec.loader else None  # type: ignore[attr-defined]
         return code
 
 
 class _Finder(MetaPathFinder):
+    """Finds a module by its old name."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -65,6 +68,6 @@ class _Finder(MetaPathFinder):
 
 
 def follow_old_names() -> None:
-    """Let the import system find modules under the names of 0.1.0, after everything that has a file."""
+    """Let the import system find modules under their names of 0.1.0, if no file has such a name."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

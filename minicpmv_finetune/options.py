@@ -1,28 +1,28 @@
-"""A step's options as one JSON object: what a run form can hold in a single field."""
+"""A step's options as one JSON object, which fits in a single field of a run form."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import UserError, first_complaint
+from .errors import UserError, describe_validation_error
 
 Settings = TypeVar("Settings")
 
 
 def settings_from_options(kind: type[Settings], options: Mapping[str, Any], name: str, known: str) -> Settings:
-    """The settings that a JSON object names; what it does not name has its default.
+    """The settings that a JSON object names; every other setting has its default.
 
     Args:
-        kind: dataclass of the settings, which forbids what it does not have.
-        options: the object.
-        name: of the input that holds it.
-        known: what may stand there, for the sentence.
+        kind: Dataclass of the settings, which forbids unknown fields.
+        options: The JSON object.
+        name: Name of the input that holds the object, for the error message.
+        known: Names of the settings and their values, for the error message.
 
     Raises:
-        UserError: a name is unknown, or its value of another type.
+        UserError: A name is unknown, or its value has another type.
     """
     try:
         return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
-        raise UserError(f"{name}: {first_complaint(error)}; known are {known}.") from error
+        raise UserError(f"{name}: {describe_validation_error(error)}; known are {known}.") from error

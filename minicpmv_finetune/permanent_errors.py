@@ -1,7 +1,7 @@
-"""How a retried task learns that trying again is useless.
+"""Markers of permanent errors, so that Kubeflow's retries of a task that cannot succeed end at once.
 
-Kubeflow Pipelines sees no exit code: its launcher swallows it and a retry policy has no condition on one. So a
-permanent error leaves a marker beside the task's outputs; an attempt that finds the marker of the same inputs
+Kubeflow Pipelines sees no exit code: its launcher swallows it, and a retry policy has no condition on one. So a task
+that ends with a permanent error writes a marker beside its outputs. An attempt that finds the marker of the same inputs
 ends at once with the same sentence, and `minicpmv-finetune run` recovers exit code 2 from it.
 """
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 from minicpmv_finetune import storage
 
-from .errors import RetryableError, UserError, disk_faults_told, end_process
+from .errors import RetryableError, UserError, end_process, explain_disk_errors
 
 MARKER_NAME = "permanent_error.json"
 
@@ -21,14 +21,14 @@ MARKER_NAME = "permanent_error.json"
 def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Iterator[None]:
     """Run a component's body so that a user's mistake is remembered across Kubeflow's retries.
 
-    The marker only saves time: where it cannot be read or written, the step goes on without.
+    The marker only saves time: if it cannot be read or written, the step continues without it.
 
     Args:
-        output_uri: URI of any of the task's output artifacts; the marker lies beside it.
-        inputs: what the task was given; a marker left by other inputs is ignored.
+        output_uri: URI of any of the task's output artifacts; the marker is stored beside it.
+        inputs: Inputs of the task; a marker that was written for other inputs is ignored.
 
     Raises:
-        SystemExit: with the exit code of a user's mistake or of a fault worth retrying, its sentence printed.
+        SystemExit: The body raised one of the two errors; its sentence is printed and its exit code is used.
     """
     marker_uri = storage.join(storage.parent(output_uri), MARKER_NAME)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
@@ -36,7 +36,7 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     if message is not None:
         end_process(UserError(message))
     try:
-        with disk_faults_told():
+        with explain_disk_errors():
             yield
     except UserError as error:
         with suppress(UserError, RetryableError):
@@ -47,7 +47,7 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
 
 
 def _read_marker(marker_uri: str, inputs: str) -> str | None:
-    """The sentence that an earlier attempt with the same inputs ended with."""
+    """The error message of an earlier attempt with the same inputs; None if there was none."""
     with suppress(UserError, RetryableError, ValueError):
         marker = json.loads(storage.read_bytes(marker_uri))
         if marker.get("inputs") == inputs:

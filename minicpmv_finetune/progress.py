@@ -1,7 +1,7 @@
-"""Progress that a person can watch: a bar on a terminal, a line now and then in a pod's log.
+"""Progress of a step: a bar on a terminal, a line from time to time in a pod's log.
 
-A carriage return that redraws a bar on a terminal makes one endless line in a log. So without a terminal each redraw
-is a line of its own, at most one every `MINICPMV_FINETUNE_PROGRESS_SECONDS` (default 10); `minicpmv-finetune run` sets
+The carriage returns that redraw a bar on a terminal make one endless line in a log. So without a terminal each redraw
+is a line of its own, at most one every `MINICPMV_FINETUNE_PROGRESS_SECONDS` (default 10). `minicpmv-finetune run` sets
 a shorter interval and draws the lines of its steps as one live bar.
 """
 
@@ -20,7 +20,7 @@ _FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}
 
 
 class _LineStream(io.TextIOBase):
-    """Writes what tqdm redraws in place as lines."""
+    """Writes each redraw of a tqdm bar as a line of its own."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -36,17 +36,17 @@ class _LineStream(io.TextIOBase):
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # a thread that would watch for stalled bars; each update looks at the clock instead
+    monitor_interval = 0  # starts no thread that watches for stalled bars; each update reads the clock instead
 
 
 def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[Any]":
-    """A bar with rate and time left.
+    """A progress bar with rate and remaining time.
 
     Args:
-        description: what is being done, one or two words.
-        total: number of units.
-        unit: plural name of what is counted, such as " samples".
-        **options: further arguments of tqdm.
+        description: Name of the work, one or two words.
+        total: Number of units.
+        unit: Plural name of the unit, such as " samples".
+        **options: Further arguments of tqdm.
     """
     terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
     return _Bar(
@@ -56,7 +56,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         file=sys.stderr if terminal else _LineStream(sys.stderr),
         mininterval=0.1 if terminal else float(environment.PROGRESS_SECONDS.read()),
         miniters=1,
-        # tqdm itself draws nothing on a terminal that does not tell its size, as those of containers often do not.
+        # tqdm itself draws nothing on a terminal that reports no size, which is common in containers.
         ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,
         nrows=size.lines,
         bar_format=_FORMAT,
@@ -65,6 +65,6 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
     )
 
 
-def conclude(sentence: str) -> None:
-    """Tell a step's outcome in one line, which `minicpmv-finetune run` shows beside the step's name."""
+def report_outcome(sentence: str) -> None:
+    """Print a step's outcome in one line, which `minicpmv-finetune run` shows beside the step's name."""
     print(f"{OUTCOME_MARK}{sentence}", file=sys.stderr, flush=True)

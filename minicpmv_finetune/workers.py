@@ -1,8 +1,8 @@
-"""Processes that work beside a step's own.
+"""Worker processes of a step.
 
-Forked, a worker starts in milliseconds and shares the memory of what is imported and loaded. What forking costs: it
-must happen before there are threads, so a pool's workers all start with its first task. A worker ends when its parent
-does, however that died; else it would wait for tasks for ever.
+A forked worker starts in milliseconds and shares the memory of everything that is imported and loaded. The price:
+forking must happen before the process has threads, so all workers of a pool start with its first task. A worker ends
+when its parent ends, even if the parent was killed; otherwise it would wait for tasks forever.
 """
 
 import multiprocessing
@@ -22,18 +22,18 @@ Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-"""Makes what processes share, such as a counter."""
+"""Creates objects that processes share, such as a counter."""
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def worker_pool(
     workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
-    """A pool whose processes do not outlive this one."""
+    """A process pool whose workers do not outlive this process."""
     return ProcessPoolExecutor(workers, CONTEXT, _start, (initializer, initargs))
 
 
@@ -44,20 +44,20 @@ def map_in_order(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """Work in as many processes as there are cores; only a window of arguments and results is in memory.
+    """Call a function in one process per core; only a window of arguments and results is in memory.
 
     Args:
-        step: whose work it is, for the message.
-        work: a function of a module.
-        calls: the arguments of each call, read as the work goes on.
-        initializer: called first in each process.
-        initargs: its arguments.
+        step: Name of the step, for the error message.
+        work: Function to call, defined at the top level of a module.
+        calls: Arguments of each call, read while the calls run.
+        initializer: Function that each process calls first.
+        initargs: Arguments of the initializer.
 
     Yields:
-        what each call returns, in their order.
+        The result of each call, in the order of the calls.
 
     Raises:
-        RetryableError: the system killed a process.
+        RetryableError: The operating system killed a process.
     """
     workers = cores()
     waiting: deque[Future[Result]] = deque()
@@ -71,8 +71,8 @@ def map_in_order(
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise RetryableError(
-                f"{step}: the system ended a process that reads images, most likely for lack of memory; try again "
-                "with more."
+                f"{step}: the operating system killed a worker process, most likely for lack of memory; try again with "
+                "more memory."
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

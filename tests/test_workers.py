@@ -54,7 +54,9 @@ def test_an_error_of_the_work_is_the_caller_s() -> None:
 
 
 def test_a_killed_process_is_told_as_lack_of_memory() -> None:
-    with pytest.raises(RetryableError, match=r"^step: the system ended a process .* lack of memory; try again"):
+    with pytest.raises(
+        RetryableError, match=r"^step: the operating system killed a worker process, .* lack of memory; try again"
+    ):
         list(map_in_order("step", die, ((number,) for number in range(20))))
 
 

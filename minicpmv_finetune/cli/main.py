@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minicpmv_finetune.errors import RetryableError, UserError, disk_faults_told, end_process
+from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
 
 from . import kubeflow
 
@@ -86,7 +86,7 @@ def main() -> None:
     # Told to stop, a step puts away what it began, as on an error; by default it would end where it stands.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        with disk_faults_told():
+        with explain_disk_errors():
             app()
     except (UserError, RetryableError) as error:
         end_process(error)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.image_files import to_rgb
-from minicpmv_finetune.errors import UserError, first_complaint
+from minicpmv_finetune.errors import UserError, describe_validation_error
 
 from . import image_files
 from .reading import Record
@@ -278,7 +278,9 @@ def _parse(content: Any) -> _RawSample:
         raw = _RawSample.model_validate(content)
         json.dumps(content, ensure_ascii=False).encode()
     except ValidationError as error:
-        raise SampleError("schema", f"{first_complaint(error, 'the sample')}; see docs/data-format.md.") from error
+        raise SampleError(
+            "schema", f"{describe_validation_error(error, 'the sample')}; see docs/data-format.md."
+        ) from error
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise SampleError(

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.progress import conclude, progress
+from minicpmv_finetune.progress import progress, report_outcome
 
 from . import image_files
 from .reading import read_records
@@ -113,7 +113,7 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
         staging.replace(out)
     refused = rejects.counts.total()
     listed = f", {refused:,} refused, listed in {rejects.path}" if refused else ""
-    conclude(f"{imported:,} samples in {out}{listed}")
+    report_outcome(f"{imported:,} samples in {out}{listed}")
 
 
 def _items(source: str) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:

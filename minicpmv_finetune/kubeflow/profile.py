@@ -7,6 +7,7 @@ an ordinary pipeline, so the Kubeflow UI, the SDK and schedules need to know not
 Secrets are named here, never held: their keys become environment variables of the containers.
 """
 
+import difflib
 import os
 import re
 from functools import wraps
@@ -17,11 +18,11 @@ import yaml
 from kfp import dsl, kubernetes
 from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.container_images import DATA_IMAGE
-from minicpmv_finetune.errors import UserError, first_complaint
+from minicpmv_finetune import container_images
+from minicpmv_finetune.errors import UserError, describe_validation_error
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
@@ -171,6 +172,17 @@ class Profile(_Section):
     default: Task = Field(description="what a step without an entry of its own under `steps` may use")
     steps: dict[str, Task] = {}
 
+    @field_validator("steps")
+    @classmethod
+    def _known_steps(cls, steps: dict[str, Task]) -> dict[str, Task]:
+        known = {*FINETUNE.steps, *RETRAIN.steps}
+        for name in steps:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f"did you mean {close[0]}? " if close else ""
+                raise ValueError(f"no pipeline has a step {name!r}; {meant}the steps are {', '.join(sorted(known))}")
+        return steps
+
     def task(self, step: str) -> Task:
         """The settings of a step."""
         return self.steps.get(step, self.default)
@@ -205,7 +217,7 @@ def load_profile(path: Path) -> Profile:
         reason = str(error).replace("\n", " ")
         raise UserError(f"{path}: not a YAML mapping ({reason:.200}); see k8s/README.md.") from error
     except ValidationError as error:
-        raise UserError(f"{path}: {first_complaint(error, 'profile')}; see k8s/README.md.") from error
+        raise UserError(f"{path}: {describe_validation_error(error, 'profile')}; see k8s/README.md.") from error
 
 
 def with_profile(pipeline: GraphComponent, profile: Profile) -> GraphComponent:
@@ -226,8 +238,8 @@ def with_profile(pipeline: GraphComponent, profile: Profile) -> GraphComponent:
 
 def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     settings = profile.task(step)
-    image = profile.images.data if task.container_spec.image == DATA_IMAGE else profile.images.trainer
-    task.set_container_image(image)
+    variant = container_images.variant(task.container_spec.image)
+    task.set_container_image(profile.images.data if variant == "data" else profile.images.trainer)
     kubernetes.set_image_pull_policy(task, "IfNotPresent")
     if profile.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.images.pull_secrets))

@@ -24,11 +24,20 @@ import yaml
 from cron_descriptor import ExpressionDescriptor, Options
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from minicpmv_finetune.errors import RetryableError, UserError, first_complaint
-from minicpmv_finetune.pipelines.finetuning import PIPELINE_NAME, content_digest, pipeline_for
+from minicpmv_finetune.errors import RetryableError, UserError, describe_validation_error
+from minicpmv_finetune.pipelines import PipelineChoice, pipeline_of
 
 from .client import Cluster, equals
-from .submit import check_parameters, ensure_version, find_version, pin_base_model, plugins_input, runtime_config
+from .compiling import content_digest, pipeline_for
+from .submit import (
+    DEFAULT_EXPERIMENT,
+    check_parameters,
+    ensure_version,
+    find_version,
+    pin_base_model,
+    plugins_input,
+    runtime_config,
+)
 
 LATEST = "latest"
 _DIGEST = re.compile(r"\[definition ([0-9a-f]{12})\]")
@@ -80,6 +89,7 @@ class Schedule(BaseModel):
 
     name: str = Field(min_length=1, max_length=128)
     cron: Annotated[str, AfterValidator(six_fields)]
+    pipeline: PipelineChoice = Field(default="retrain", description="which pipeline runs")
     parameters: dict[str, Any]
     description: str = ""
     version: str = Field(
@@ -88,7 +98,7 @@ class Schedule(BaseModel):
     paused: bool | None = Field(default=None, description="none leaves on or off what somebody switched")
     no_catchup: bool = Field(default=True, description="runs missed while paused are not made up for")
     max_concurrency: int = Field(default=1, ge=1, le=10)
-    experiment: str = PIPELINE_NAME
+    experiment: str = DEFAULT_EXPERIMENT
     mlflow_experiment: str = ""
 
 
@@ -128,7 +138,7 @@ def load_schedules(path: Path) -> list[Schedule]:
     except (yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a YAML file with a list `schedules`; see docs/kubeflow-schedule.md.") from error
     except ValidationError as error:
-        what = first_complaint(error, "schedule")
+        what = describe_validation_error(error, "schedule")
         raise UserError(f"{path}: {what}; see docs/kubeflow-schedule.md.") from error
     names = [schedule.name for schedule in schedules]
     for name in names:
@@ -146,7 +156,11 @@ def apply(cluster: Cluster, schedules: Sequence[Schedule], dry_run: bool) -> lis
     """
     checked = [
         schedule.model_copy(
-            update={"parameters": pin_base_model(check_parameters(schedule.parameters, cluster.profile))}
+            update={
+                "parameters": pin_base_model(
+                    check_parameters(pipeline_of(schedule.pipeline), schedule.parameters, cluster.profile)
+                )
+            }
         )
         for schedule in schedules
     ]
@@ -252,17 +266,18 @@ def _replace(
 
 def _reference(cluster: Cluster, schedule: Schedule, dry_run: bool) -> kfp_server_api.V2beta1PipelineVersionReference:
     """Which pipeline, and which version of it unless the newest at every tick; uploaded if there is none yet."""
-    pipeline_id = cluster.pipeline_id(PIPELINE_NAME)
+    pipeline = pipeline_of(schedule.pipeline)
+    pipeline_id = cluster.pipeline_id(pipeline.name)
     version_id = None
     if schedule.version not in (LATEST, "current"):
         version_id = find_version(cluster, pipeline_id, schedule.version)
         if version_id is None:
-            raise UserError(f"{schedule.name}: no version {schedule.version} of {PIPELINE_NAME}; submit it once first.")
+            raise UserError(f"{schedule.name}: no version {schedule.version} of {pipeline.name}; submit it once first.")
     elif not dry_run and (pipeline_id is None or schedule.version == "current"):
-        pipeline_id, current = ensure_version(cluster, pipeline_for(cluster.profile))
+        pipeline_id, current = ensure_version(cluster, pipeline)
         version_id = current if schedule.version == "current" else None
     elif schedule.version == "current":
-        version_id = find_version(cluster, pipeline_id, content_digest(pipeline_for(cluster.profile)))
+        version_id = find_version(cluster, pipeline_id, content_digest(pipeline_for(pipeline, cluster.profile)))
     return kfp_server_api.V2beta1PipelineVersionReference(pipeline_id=pipeline_id, pipeline_version_id=version_id)
 
 

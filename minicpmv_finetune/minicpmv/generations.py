@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from minicpmv_finetune.data.image_files import Transparency
-from minicpmv_finetune.errors import UserError, first_complaint
+from minicpmv_finetune.errors import UserError, describe_validation_error
 
 from .slicing import Resampler, SlicingConfig
 
@@ -240,7 +240,7 @@ def read_image_settings(checkpoint: Path) -> dict[str, Any]:
     try:
         _ImageSettings.model_validate(settings)
     except ValidationError as error:
-        what = first_complaint(error, "its content")
+        what = describe_validation_error(error, "its content")
         raise UserError(f"{path}: {what}; the checkpoint is damaged, fetch it again.") from error
     return dict(settings)
 

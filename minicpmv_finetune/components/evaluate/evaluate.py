@@ -26,7 +26,7 @@ from minicpmv_finetune.minicpmv.answer import Answer, answer, answering_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.options import settings_from_options
-from minicpmv_finetune.progress import conclude, progress
+from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 from minicpmv_finetune.tracking.step_runs import step_run
 
@@ -139,7 +139,7 @@ def evaluate(
             run.log_file(str(shutil.copyfile(report_file, Path(folder) / "evaluation.html")))
     before = f"{percent(evaluation.comparison.base.value)} → " if evaluation.comparison else ""
     now = percent(evaluation.tuned.value)
-    conclude(f"{metric_title(evaluation.metric)} {before}{now} on {len(samples):,} held-out samples")
+    report_outcome(f"{metric_title(evaluation.metric)} {before}{now} on {len(samples):,} held-out samples")
     return evaluation
 
 

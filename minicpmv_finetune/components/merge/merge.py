@@ -17,7 +17,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_other_files, fingerprint
 from minicpmv_finetune.minicpmv.generations import generation_of, write_max_slices
-from minicpmv_finetune.progress import conclude
+from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 from minicpmv_finetune.shards.format import read_manifest
 from minicpmv_finetune.tracking.step_runs import step_run
@@ -119,7 +119,7 @@ def merge(
         if gate.failure is not None:
             raise UserError(gate.failure)
     tensors = sum(part.tensors for part in report.moved.values())
-    conclude(
+    report_outcome(
         f"{len(report.changed)} of {tensors} tensors changed; logits within {gate.parity.largest_difference:.0e} of "
         "base + adapter"
     )

@@ -21,7 +21,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, PositiveInt, ValidationError
 
-from minicpmv_finetune.errors import UserError, first_complaint
+from minicpmv_finetune.errors import UserError, describe_validation_error
 from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG
 
 from .weights import Stored, cast, read_headers, read_rows, row_blocks
@@ -263,7 +263,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         _Fields.model_validate(config)
     except ValidationError as error:
-        raise UserError(f"{path}: {first_complaint(error)}; the adapter is damaged.") from error
+        raise UserError(f"{path}: {describe_validation_error(error)}; the adapter is damaged.") from error
     if config["peft_type"] != "LORA":
         raise UserError(f"{path}: peft_type {config['peft_type']!r} cannot be merged, only LORA can.")
     for name, value in config.items():

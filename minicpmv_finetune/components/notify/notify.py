@@ -11,7 +11,7 @@ import urllib.request
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.progress import conclude
+from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.tracking.step_runs import read_outcome
 
 _ATTEMPTS = 3
@@ -35,7 +35,7 @@ def notify(pipeline: str, state: str, failure: str = "") -> bool:
     """
     address = environment.WEBHOOK_URL.read()
     if not address:
-        conclude(f"{state.lower()}; nobody is told, since {environment.WEBHOOK_URL} is not set")
+        report_outcome(f"{state.lower()}; nobody is told, since {environment.WEBHOOK_URL} is not set")
         return False
     if not address.startswith(("https://", "http://")):
         raise UserError(f"{environment.WEBHOOK_URL}: not a web address; set it to one that begins with https://.")
@@ -49,7 +49,7 @@ def notify(pipeline: str, state: str, failure: str = "") -> bool:
     for attempt in range(_ATTEMPTS):
         try:
             with urllib.request.urlopen(request, timeout=_SECONDS):  # noqa: S310
-                conclude(f"told: {text}")
+                report_outcome(f"told: {text}")
                 return True
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):

@@ -6,7 +6,7 @@ from typing import Any
 
 from minicpmv_finetune.data.samples import read_info
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.progress import conclude
+from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.tracking.registry import Version, champion_of
 from minicpmv_finetune.tracking.step_runs import note_outcome
 
@@ -41,14 +41,14 @@ def plan_retraining(
     if champion is not None and champion.data_fingerprint == fingerprint:
         sentence = f"nothing new: version {champion.number} of {registered_model} was tuned on this data"
         note_outcome(sentence)
-        conclude(sentence)
+        report_outcome(sentence)
         return False, dict(training_flags)
     flags = dict(training_flags)
     start = "the base model"
     if champion is not None and start_from == "champion":
         flags["lora_weight_path"] = _adapter(champion, base_model_uri)
         start = f"the adapter of version {champion.number}"
-    conclude(f"the data is new, training starts from {start}")
+    report_outcome(f"the data is new, training starts from {start}")
     return True, flags
 
 

@@ -33,7 +33,7 @@ from minicpmv_finetune.data.samples import (
 )
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.progress import conclude, progress
+from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
@@ -129,7 +129,7 @@ def preprocess(
     if report:
         write_report(report, shards, job.encoder, [count for record in records for count in record.slices])
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
-    conclude(
+    report_outcome(
         f"{sum(manifest.slices.values()):,} slices and {tokens:,} tokens in {manifest.bytes / 1e6:,.1f} MB of shards"
         f"{', found from before' if was_ready else ''}"
     )
@@ -162,7 +162,7 @@ def preprocess_partition(
     job = _job(dataset, base_model_uri, settings, cache_uri)
     tasks = job.work.tasks[partition::num_partitions]
     _write_missing(job, tasks, job.store.finished(tasks), num_workers)
-    conclude(f"{len(tasks):,} of {len(job.work.tasks):,} shards, part {partition + 1} of {num_partitions}")
+    report_outcome(f"{len(tasks):,} of {len(job.work.tasks):,} shards, part {partition + 1} of {num_partitions}")
     return job.work.key
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.progress import conclude
+from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import OvertakenError, is_configured, open_registry
 from minicpmv_finetune.tracking.step_runs import note_outcome, step_run
@@ -29,7 +29,7 @@ def register(verdict_file: Path, name: str) -> str:
         raise UserError(f"{verdict_file}: the gate stopped this model ({verdict.reason}); register one that passed it.")
     if not is_configured():
         sentence = "passed the gate, but MLFLOW_TRACKING_URI is not set, so it is registered nowhere"
-        conclude(sentence)
+        report_outcome(sentence)
         return sentence
     registry = open_registry(name)
     with step_run("register") as run:
@@ -45,5 +45,5 @@ def register(verdict_file: Path, name: str) -> str:
             )
         run.log_tags({"minicpmv.version": version.number, "minicpmv.promotion": sentence})
     note_outcome(sentence)
-    conclude(sentence)
+    report_outcome(sentence)
     return sentence

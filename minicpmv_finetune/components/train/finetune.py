@@ -26,13 +26,13 @@ from transformers.trainer_utils import EvalPrediction
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
-from minicpmv_finetune.errors import RetryableError, UserError, disk_faults_told, end_process
+from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.checkpoint import copy_other_files, fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, generation_of, write_max_slices
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import prepare_for_packing
-from minicpmv_finetune.progress import conclude
+from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     """Train as the flags say; exits 2 with one sentence on a user's mistake, 75 when a retry goes on."""
     end_again()
     try:
-        with disk_faults_told():
+        with explain_disk_errors():
             finetune(parse(argv, announce=_say), argv)
     except (UserError, RetryableError) as error:
         if leave(error.exit_code, str(error)):
@@ -188,7 +188,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
             points = [{"name": one.key, "value": one.value, "step": one.step} for one in run.unsent]
             (out / UNSENT_FILE).write_text("".join(f"{json.dumps(point)}\n" for point in points))
     if is_first:
-        conclude(f"loss {watcher.loss:.4f}, {share} trained")
+        report_outcome(f"loss {watcher.loss:.4f}, {share} trained")
 
 
 def _join_processes(training: TransformersArguments) -> None:

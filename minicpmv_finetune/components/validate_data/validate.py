@@ -37,7 +37,7 @@ from minicpmv_finetune.data.samples import (
 )
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.options import settings_from_options
-from minicpmv_finetune.progress import conclude, progress
+from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.workers import map_in_order
 
 from .duplicates import Appearance, Group, Repetition, find_repeated
@@ -168,7 +168,7 @@ def validate_data(
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
     for warning in warnings_about(info):
         print(f"warning: {warning}", file=sys.stderr)
-    conclude(
+    report_outcome(
         f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
         f"{sum(info.rejected.values()):,} rejected"
     )
