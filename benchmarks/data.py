@@ -41,7 +41,7 @@ from minicpmv_finetune.data.samples import decode_image, read_samples
 from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import ModelInput
-from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut_slices, plan_slices
 from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
 from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 from minicpmv_finetune.shards.cache import open_shards
@@ -171,7 +171,7 @@ def lay_out(image: torch.Tensor) -> torch.Tensor:
 def sliced(path: Path, config: SlicingConfig) -> list[np.ndarray]:
     """Our way to uint8 slices."""
     image = decode_image(path.read_bytes())
-    return cut(image, plan_slices(*image.size, config), config)
+    return cut_slices(image, plan_slices(*image.size, config), config)
 
 
 def prepared(path: Path, config: SlicingConfig) -> list[torch.Tensor]:

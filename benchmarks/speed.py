@@ -37,8 +37,8 @@ from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
-from minicpmv_finetune.minicpmv.packed import prepare_for_packing
-from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
+from minicpmv_finetune.minicpmv.packed import enable_packing
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut_slices, plan_slices
 
 PROFILE = Path("docs/images/step.png")
 BATCH = 4
@@ -196,7 +196,7 @@ def _steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], s
     trained, base = _trainable(version, shape)
     language_model = next(g.language_model for g in GENERATIONS if g.version == version)
     if case.packing:
-        prepare_for_packing(base, language_model)
+        enable_packing(base, language_model)
     if case.fused:
         fuse_adapters(trained)
     slicing = replace(_slicing(version), max_slice_nums=slices)
@@ -370,7 +370,7 @@ def _row(path: Path, number: int, version: str, shape: Shape, slicing: SlicingCo
     answer = random.integers(10, shape.vocabulary, int(random.integers(6, 180))).tolist()
     ids = [*([IMAGE_TOKEN] * sum(tokens)), *question, *answer]
     labels = [IGNORED_LABEL] * (len(ids) - len(answer)) + answer
-    return ModelInput(str(number), ids, labels, cut(image, plan, slicing))
+    return ModelInput(str(number), ids, labels, cut_slices(image, plan, slicing))
 
 
 def _slicing(version: str) -> SlicingConfig:

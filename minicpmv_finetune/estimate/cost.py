@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.generations import Generation, generation_of
+from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
 
 _BF16 = 2
 _TRAINED = 16  # bytes of a trained parameter: weight 2, gradient 2, Adam in float32 12 (Rajbhandari et al. 2020, 3.1)
@@ -96,7 +96,7 @@ def read_model(checkpoint: Path) -> Model:
     Raises:
         UserError: there are none, or the configuration lacks a width.
     """
-    generation = generation_of(checkpoint)
+    generation = detect_generation(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)

@@ -19,7 +19,7 @@ from minicpmv_finetune.data.samples import Sample, open_image
 from .batch import collate
 from .conversation import Encoder
 from .model_input import ModelInput
-from .slicing import cut
+from .slicing import cut_slices
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def answer(
     return [answers[number] for number in range(len(samples))]
 
 
-def answering_device() -> torch.device:
+def inference_device() -> torch.device:
     """Where a model that answers belongs: the first GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -124,7 +124,9 @@ def _slices(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
     plans = encoder.plan(sample)
     order = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
     return [
-        pixels for number in order for pixels in cut(open_image(sample.images[number]), plans[number], encoder.slicing)
+        pixels
+        for number in order
+        for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from minicpmv_finetune.errors import UserError
 
-from .generations import Generation, generation_of
+from .generations import Generation, detect_generation
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,7 +34,7 @@ def load_model(
     """
     from . import modeling, modeling_qwen3_5  # noqa: F401 - tell transformers which classes to load
 
-    generation = generation_of(checkpoint)
+    generation = detect_generation(checkpoint)
     model: PreTrainedModel
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
@@ -97,12 +97,12 @@ def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = Non
             f"{adapter}: does not fit the base model {base} ({str(error).strip().splitlines()[0]}); give the base it "
             "was trained on."
         ) from error
-    describe_replicated_layers(model)
+    update_layer_types(model)
     wrapped: PreTrainedModel = adapted
     return wrapped
 
 
-def describe_replicated_layers(model: PreTrainedModel) -> None:
+def update_layer_types(model: PreTrainedModel) -> None:
     """Tell the configuration of layers that PEFT has replicated.
 
     PEFT raises the number of layers and leaves the list of their kinds as short as it was. Only models with layers of
@@ -132,7 +132,7 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def copy_other_files(source: Path, destination: Path) -> None:
+def copy_non_weight_files(source: Path, destination: Path) -> None:
     """Copy every file of a checkpoint folder but its weights, so that the copy is a drop-in for it."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)

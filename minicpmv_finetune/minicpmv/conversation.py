@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from minicpmv_finetune.data.samples import Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
 
-from .generations import Generation, generation_of, read_image_settings, slicing_of, tokens_per_slice_of
+from .generations import Generation, detect_generation, read_image_settings, read_slicing_config, read_tokens_per_slice
 from .model_input import IGNORED_LABEL
 from .slicing import SlicePlan, SlicingConfig, plan_slices
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedConversation:
     """A tokenized conversation; `labels` repeat the supervised ids and are -100 elsewhere (not shifted)."""
 
     input_ids: list[int]
@@ -58,7 +58,7 @@ class Encoder:
 
         from . import configuration  # noqa: F401 - tells transformers of the native generations
 
-        generation = generation_of(checkpoint)
+        generation = detect_generation(checkpoint)
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -70,9 +70,9 @@ class Encoder:
         encoder = cls(
             generation=generation,
             tokenizer=tokenizer,
-            slicing=slicing_of(checkpoint).with_max_slices(max_slice_nums),
+            slicing=read_slicing_config(checkpoint).with_max_slices(max_slice_nums),
             use_image_id=settings.get("use_image_id", True),
-            tokens_per_slice=tokens_per_slice_of(checkpoint),
+            tokens_per_slice=read_tokens_per_slice(checkpoint),
             patches_per_token=4 if settings.get("downsample_mode", "16x") == "4x" else 16,
         )
         encoder.check_special_tokens(checkpoint)
@@ -105,7 +105,7 @@ class Encoder:
         """The slices of each of a sample's images."""
         return [plan_slices(image.width, image.height, self.slicing) for image in sample.images]
 
-    def encode(self, sample: Sample) -> Encoded:
+    def encode(self, sample: Sample) -> EncodedConversation:
         """Tokenize a whole conversation for training.
 
         Raises:
@@ -113,7 +113,7 @@ class Encoder:
         """
         return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False))
 
-    def encode_text(self, text: str) -> Encoded:
+    def encode_text(self, text: str) -> EncodedConversation:
         """Tokenize a rendered conversation and find what is learnt in it: each answer up to the end of its turn."""
         tokens = self.tokenizer(text, return_offsets_mapping=True)
         answers = [match.span(1) for match in self._answer_pattern.finditer(text)]

@@ -149,7 +149,7 @@ class _ImageSettings(BaseModel):
     image_feature_size: PositiveInt | None = None
 
 
-def generation_of(checkpoint: Path) -> Generation:
+def detect_generation(checkpoint: Path) -> Generation:
     """Which generation a checkpoint folder holds.
 
     Raises:
@@ -177,14 +177,14 @@ def _one_decimal(version: Any) -> str:
         return str(version)
 
 
-def slicing_of(checkpoint: Path) -> SlicingConfig:
+def read_slicing_config(checkpoint: Path) -> SlicingConfig:
     """How a checkpoint's own processor slices images.
 
     Raises:
         UserError: the processor normalizes colours otherwise than every published MiniCPM-V, or cuts patches of
             another size than the vision tower takes.
     """
-    generation = generation_of(checkpoint)
+    generation = detect_generation(checkpoint)
     settings = read_image_settings(checkpoint)
     patch_size = settings.get("patch_size", 14)
     for name in ("norm_mean", "norm_std", "image_mean", "image_std"):
@@ -212,13 +212,13 @@ def slicing_of(checkpoint: Path) -> SlicingConfig:
     )
 
 
-def tokens_per_slice_of(checkpoint: Path) -> int | None:
+def read_tokens_per_slice(checkpoint: Path) -> int | None:
     """How many tokens stand for a slice, whatever its size; None where that depends on the size.
 
     Raises:
         UserError: the model and its processor disagree.
     """
-    if not generation_of(checkpoint).fixed_tokens:
+    if not detect_generation(checkpoint).fixed_tokens:
         return None
     queries = int(read_json(checkpoint / "config.json").get("query_num", 64))
     told = int(read_image_settings(checkpoint).get("image_feature_size", queries))

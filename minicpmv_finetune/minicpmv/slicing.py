@@ -101,7 +101,7 @@ def plan_slices(width: int, height: int, config: SlicingConfig) -> SlicePlan:
     return SlicePlan(overview, (cell[0] * columns, cell[1] * rows), grid, config.patch_size)
 
 
-def cut(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[NDArray[np.uint8]]:
+def cut_slices(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[NDArray[np.uint8]]:
     """The slices' pixels.
 
     Args:

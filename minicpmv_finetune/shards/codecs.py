@@ -17,7 +17,7 @@ from PIL import Image
 
 from minicpmv_finetune.data.samples import decode_image
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.slicing import SlicePlan, SlicingConfig, cut
+from minicpmv_finetune.minicpmv.slicing import SlicePlan, SlicingConfig, cut_slices
 
 Codec = Literal["source", "raw", "webp-lossless", "png"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -94,7 +94,7 @@ def restore_slices(
         return [
             pixels
             for content, (*numbers, turned) in zip(parts, _in_turn(layout, _PLAN_NUMBERS), strict=True)
-            for pixels in cut(decode_image(content, bool(turned)), _plan(numbers, slicing), slicing)
+            for pixels in cut_slices(decode_image(content, bool(turned)), _plan(numbers, slicing), slicing)
         ]
     sizes = _in_turn(layout, _SIZE_NUMBERS)
     return [

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from minicpmv_finetune.data.samples import Sample, SampleError, decode_image, open_image
-from minicpmv_finetune.minicpmv.conversation import Encoded, Encoder
+from minicpmv_finetune.minicpmv.conversation import EncodedConversation, Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
-from minicpmv_finetune.minicpmv.slicing import cut
+from minicpmv_finetune.minicpmv.slicing import cut_slices
 
 from .codecs import Codec, store_slices, store_sources
 from .format import StoredRow
 
 
-def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> Encoded:
+def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> EncodedConversation:
     """The token ids and labels of a sample; its images' sizes are enough for that.
 
     Raises:
@@ -41,12 +41,14 @@ def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> ModelInp
     slices = [
         pixels
         for number in shown(sample)
-        for pixels in cut(open_image(sample.images[number]), plans[number], encoder.slicing)
+        for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
     return ModelInput(sample.id, encoded.input_ids, encoded.labels, slices)
 
 
-def store(sample: Sample, encoded: Encoded, files: Sequence[bytes], encoder: Encoder, codec: Codec) -> StoredRow:
+def store(
+    sample: Sample, encoded: EncodedConversation, files: Sequence[bytes], encoder: Encoder, codec: Codec
+) -> StoredRow:
     """What a shard holds of a sample.
 
     Args:
@@ -65,7 +67,7 @@ def store(sample: Sample, encoded: Encoded, files: Sequence[bytes], encoder: Enc
             [
                 pixels
                 for number in order
-                for pixels in cut(
+                for pixels in cut_slices(
                     decode_image(files[number], sample.images[number].turned), plans[number], encoder.slicing
                 )
             ],

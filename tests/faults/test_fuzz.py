@@ -27,7 +27,7 @@ from minicpmv_finetune.data.checking import inspect_image
 from minicpmv_finetune.data.samples import SampleError, read_info
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.kubeflow.profile import Profile, load_profile
-from minicpmv_finetune.minicpmv.generations import generation_of, slicing_of
+from minicpmv_finetune.minicpmv.generations import detect_generation, read_slicing_config
 from minicpmv_finetune.reports.training_record import read_record
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import ShardReader, read_manifest
@@ -201,7 +201,7 @@ def test_documents_of_ours(name: str, document: object, tmp_path: Path) -> None:
         "manifest.json": read_manifest,
         "dataset.json": read_info,
         "training.json": read_record,
-        "config.json": generation_of,
+        "config.json": detect_generation,
     }[name]
     with _refused_in_one_sentence():
         reader(tmp_path)
@@ -213,7 +213,7 @@ def test_processor_settings(settings_: object, tiny_46: Path, tmp_path: Path) ->
     (tmp_path / "config.json").write_text((tiny_46 / "config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings_))
     with _refused_in_one_sentence():
-        slicing_of(tmp_path)
+        read_slicing_config(tmp_path)
 
 
 @FUZZ

@@ -15,7 +15,7 @@ from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import ModelInput
-from minicpmv_finetune.minicpmv.slicing import cut
+from minicpmv_finetune.minicpmv.slicing import cut_slices
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def likeliest_tokens(model: PreTrainedModel, encoder: Encoder, sample: Sample, c
     slices = [
         pixels
         for image, plan in zip(sample.images, plans, strict=True)
-        for pixels in cut(open_image(image), plan, encoder.slicing)
+        for pixels in cut_slices(open_image(image), plan, encoder.slicing)
     ]
     ids = encoder.encode_prompt(sample)
     start = len(ids)

@@ -19,7 +19,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.generations import GENERATIONS, generation_of, write_max_slices
+from minicpmv_finetune.minicpmv.generations import GENERATIONS, detect_generation, write_max_slices
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.shards.encoding import prepare
 
@@ -342,7 +342,7 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(copied: Path) -> None
 def test_other_generations_are_refused(tiny: Callable[[str], Path], tmp_path: Path, fields: dict, named: str) -> None:
     folder = shutil.copytree(tiny("2.6"), tmp_path / "checkpoint")
     edit(folder / "config.json", **fields)
-    for read in (generation_of, load_model, Encoder.from_checkpoint):
+    for read in (detect_generation, load_model, Encoder.from_checkpoint):
         with pytest.raises(UserError, match=named) as error:
             read(folder)
         assert_one_sentence(error)

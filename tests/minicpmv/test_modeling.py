@@ -15,7 +15,7 @@ from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import make_trainable
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
-from minicpmv_finetune.minicpmv.generations import generation_of
+from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration, PatchGrid, pad, sincos_table
 
 SIZES = torch.tensor([[4, 6], [7, 3], [1, 1]])
@@ -181,7 +181,7 @@ def test_replicated_layers_train_are_saved_and_load(
         "false",
     ]
     arguments = parse([*flags, "--lora_r", "2", "--lora_layer_replication", "0:2,1:3"], announce=lambda _: None)
-    trained = make_trainable(load_model(folder, torch.float32)[0], generation_of(folder), arguments)
+    trained = make_trainable(load_model(folder, torch.float32)[0], detect_generation(folder), arguments)
     assert isinstance(trained, PeftModel)
     assert len(trained.base_model.model.llm.model.layers) == 4
     for name, parameter in trained.named_parameters():
@@ -211,7 +211,7 @@ def test_ranges_that_are_none_get_a_sentence(tiny: Callable[[str], Path], ranges
     ]
     arguments = parse([*flags, "--lora_layer_replication", ranges], announce=lambda _: None)
     with pytest.raises(UserError, match=r"give ranges of the 3 layers.*\.$"):
-        make_trainable(load_model(tiny("2.6"))[0], generation_of(tiny("2.6")), arguments)
+        make_trainable(load_model(tiny("2.6"))[0], detect_generation(tiny("2.6")), arguments)
 
 
 @pytest.mark.parametrize("llm_type", ["minicpm", "llama3"])
@@ -221,13 +221,13 @@ def test_another_llm_type_gets_a_sentence(folder: Path, llm_type: str) -> None:
         announce=lambda _: None,
     )
     with pytest.raises(UserError, match=f"--llm_type {llm_type} contradicts the checkpoint.*qwen"):
-        make_trainable(load_model(folder)[0], generation_of(folder), arguments)
+        make_trainable(load_model(folder)[0], detect_generation(folder), arguments)
 
 
 def test_the_older_name_of_the_same_llm_type_is_taken(tiny: Callable[[str], Path]) -> None:
     flags = ["--data_path", "data", "--output_dir", "out", "--use_cpu", "true", "--llm_type", "qwen2"]
     arguments = parse(flags, announce=lambda _: None)
-    make_trainable(load_model(tiny("2.6"))[0], generation_of(tiny("2.6")), arguments)
+    make_trainable(load_model(tiny("2.6"))[0], detect_generation(tiny("2.6")), arguments)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
 from minicpmv_finetune.minicpmv.batch import pack_patches
-from minicpmv_finetune.minicpmv.slicing import Resampler, SlicePlan, SlicingConfig, cut, plan_slices
+from minicpmv_finetune.minicpmv.slicing import Resampler, SlicePlan, SlicingConfig, cut_slices, plan_slices
 
 sides = st.integers(1, 12_000)
 slice_numbers = st.integers(1, 16)
@@ -17,7 +17,7 @@ modes = st.sampled_from(["16x", "4x"])
 
 
 def configured(max_slice_nums: int = 9, downsample_mode: str = "16x", scale_resolution: int = 448) -> SlicingConfig:
-    """What `slicing_of` reads from a 4.6 checkpoint with these settings."""
+    """What `read_slicing_config` reads from a 4.6 checkpoint with these settings."""
     return SlicingConfig(
         max_slice_nums=max_slice_nums,
         scale_resolution=scale_resolution,
@@ -41,7 +41,7 @@ def assert_equal_to_the_processor(image: Image.Image, config: SlicingConfig, dow
     )
     theirs = processor(images=[image], return_tensors="pt")
     plan = plan_slices(*image.size, config)
-    ours = [pack_patches(pixels, config.patch_size) for pixels in cut(image, plan, config)]
+    ours = [pack_patches(pixels, config.patch_size) for pixels in cut_slices(image, plan, config)]
     assert [list(size) for size in plan.target_sizes] == theirs["target_sizes"].tolist()
     assert list(plan.grid or (0, 0)) == list(theirs["grids"][0])
     assert torch.equal(torch.cat(ours, dim=-1).unsqueeze(0), theirs["pixel_values"])
@@ -100,13 +100,13 @@ def test_palette_is_the_processors(transparency: int | None) -> None:
 
 def test_a_transparent_image_stands_on_white() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
-    (pixels,) = cut(clear, plan_slices(100, 100, configured()), configured())
+    (pixels,) = cut_slices(clear, plan_slices(100, 100, configured()), configured())
     assert (pixels == 255).all()
 
 
 def test_where_the_processor_drops_the_alpha_channel_colours_stay() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
-    (pixels,) = cut(clear, plan_slices(100, 100, SlicingConfig()), SlicingConfig())
+    (pixels,) = cut_slices(clear, plan_slices(100, 100, SlicingConfig()), SlicingConfig())
     assert (pixels == (200, 0, 0)).all()
 
 
@@ -116,7 +116,7 @@ def test_slices_of_the_native_generations_are_cut_from_pillows_pixels(
 ) -> None:
     image, config = noise(width, height), SlicingConfig()
     plan = plan_slices(width, height, config)
-    overview, *slices = cut(image, plan, config)
+    overview, *slices = cut_slices(image, plan, config)
     assert plan.grid == grid
     assert plan.refined is not None
     np.testing.assert_array_equal(overview, np.asarray(image.resize(plan.overview, Image.Resampling.BICUBIC)))
@@ -130,7 +130,9 @@ def test_without_slice_mode_a_image_of_any_size_is_an_overview() -> None:
     plan = plan_slices(4000, 3000, config)
     assert (plan.grid, plan.refined, plan.slice_size) == (None, None, None)
     assert plan.target_sizes == [(28, 37)]
-    assert [pixels.shape for pixels in cut(noise(400, 300), plan_slices(400, 300, config), config)] == [(392, 518, 3)]
+    assert [pixels.shape for pixels in cut_slices(noise(400, 300), plan_slices(400, 300, config), config)] == [
+        (392, 518, 3)
+    ]
 
 
 def test_settings_that_a_processor_leaves_out_are_the_published_ones() -> None:
@@ -163,7 +165,7 @@ def test_slices_tile_the_resized_image(width: int, height: int, max_slice_nums: 
     config = SlicingConfig(max_slice_nums=max_slice_nums, size_multiple=14, resampler=resampler)
     image = noise(width, height)
     plan = plan_slices(width, height, config)
-    overview, *slices = cut(image, plan, config)
+    overview, *slices = cut_slices(image, plan, config)
     assert overview.shape == (plan.overview[1], plan.overview[0], 3)
     if plan.grid is None:
         assert not slices
@@ -171,5 +173,5 @@ def test_slices_tile_the_resized_image(width: int, height: int, max_slice_nums: 
     rows, columns = plan.grid
     assert 1 < rows * columns == len(slices) <= max_slice_nums
     whole = np.block([[[part] for part in slices[row * columns : (row + 1) * columns]] for row in range(rows)])
-    alone = cut(image, SlicePlan(plan.refined, None, None, config.patch_size), config)
+    alone = cut_slices(image, SlicePlan(plan.refined, None, None, config.patch_size), config)
     assert np.array_equal(whole, alone[0])

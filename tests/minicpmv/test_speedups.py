@@ -20,7 +20,7 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.minicpmv.loss import mask_that_hides, supervised_loss
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
-from minicpmv_finetune.minicpmv.packed import prepare_for_packing
+from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.shards.encoding import prepare
 from tests.minicpmv.test_generations import conversation, write_images
 
@@ -185,7 +185,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
     model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
 ) -> None:
     plain = _learn(model, _padded(rows, encoder))
-    prepare_for_packing(model, encoder.generation.language_model)
+    enable_packing(model, encoder.generation.language_model)
     _assert_same(plain, _learn(model, _packed(rows, encoder)))
     # Rows that are not packed go on as before.
     _assert_same(plain, _learn(model, _padded(rows, encoder)))
@@ -195,7 +195,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
 def test_a_sample_in_a_pack_sees_nothing_of_its_neighbours(
     model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
 ) -> None:
-    prepare_for_packing(model, encoder.generation.language_model)
+    enable_packing(model, encoder.generation.language_model)
     batch = _packed(rows, encoder)
     before = model.eval()(**batch).logits[0]
     first, last = len(rows[0].input_ids), len(rows[0].input_ids) + len(rows[1].input_ids)

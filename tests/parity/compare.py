@@ -42,7 +42,7 @@ from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.modeling import UNTIMED, sincos_table
-from minicpmv_finetune.minicpmv.slicing import SlicePlan, cut
+from minicpmv_finetune.minicpmv.slicing import SlicePlan, cut_slices
 from minicpmv_finetune.shards.encoding import prepare
 
 LOGITS = 1e-4  # also vision and resampler outputs; absolute
@@ -164,7 +164,7 @@ class Case:
     def cut_images(self) -> list[list[np.ndarray]]:
         """The slices of each image, in the order of the dict."""
         images = map(open_image, self.sample.images)
-        return [cut(image, plan, self.encoder.slicing) for image, plan in zip(images, self.plans, strict=True)]
+        return [cut_slices(image, plan, self.encoder.slicing) for image, plan in zip(images, self.plans, strict=True)]
 
     @property
     def text_order(self) -> list[int]:
@@ -730,7 +730,7 @@ class Comparison:
             pixels
             for case in cases
             for number in case.text_order
-            for pixels in cut(
+            for pixels in cut_slices(
                 open_image(case.sample.images[number]), encoder.plan(case.sample)[number], encoder.slicing
             )
         ]
@@ -765,7 +765,7 @@ class Comparison:
             sample = case.sample.model_copy(update={"turns": turns})
             ids = encoder.encode_prompt(sample, enable_thinking=thinking)
             images = zip(map(open_image, sample.images), encoder.plan(sample), strict=True)
-            slices = [pixels for image, plan in images for pixels in cut(image, plan, encoder.slicing)]
+            slices = [pixels for image, plan in images for pixels in cut_slices(image, plan, encoder.slicing)]
             found, length = self._generate([ids], slices, [self._zeros(ids)], **options)
             new = found.sequences[0, length:].tolist()
             while new and new[-1] in encoder.stop_token_ids:

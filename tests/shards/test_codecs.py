@@ -7,7 +7,7 @@ from PIL import Image
 
 from minicpmv_finetune.data.samples import decode_image
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut, plan_slices
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut_slices, plan_slices
 from minicpmv_finetune.shards.codecs import (
     CODECS,
     Codec,
@@ -49,7 +49,7 @@ def test_every_codec_gives_the_pixels_of_slicing_on_the_fly(codec: Codec, resamp
     slicing = SlicingConfig(scale_resolution=224, resampler=resampler, transparency="white")  # type: ignore[arg-type]
     images = [decode_image(file, turned) for file in FILES]
     plans = [plan_slices(*image.size, slicing) for image in images]
-    slices = [pixels for image, plan in zip(images, plans, strict=True) for pixels in cut(image, plan, slicing)]
+    slices = [pixels for image, plan in zip(images, plans, strict=True) for pixels in cut_slices(image, plan, slicing)]
     assert len({pixels.shape for pixels in slices}) > 1
     stored = store_sources(FILES, plans, [turned] * len(FILES)) if codec == "source" else store_slices(slices, codec)
     restored = restore_slices([memoryview(part) for part in stored.parts], stored.layout, codec, slicing)

@@ -22,7 +22,7 @@ from pydantic import ConfigDict
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import Sample, SampleError, read_info, read_samples
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.answer import Answer, answer, answering_device
+from minicpmv_finetune.minicpmv.answer import Answer, answer, inference_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.options import settings_from_options
@@ -164,7 +164,7 @@ def _ask(
     name: str, checkpoint: Path, encoder: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
 ) -> list[Answer]:
     """One model's answers; it is gone from memory afterwards, so that only one model at a time need fit."""
-    model, _ = load_model(checkpoint, device_map=answering_device())
+    model, _ = load_model(checkpoint, device_map=inference_device())
     with progress(name, len(samples), " answers") as bar:
         answers = answer(model, encoder, samples, settings.max_new_tokens, settings.batch_size, on_done=bar.update)
     del model

@@ -9,7 +9,7 @@ from PIL import Image
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.answer import answer, answering_device
+from minicpmv_finetune.minicpmv.answer import answer, inference_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.conversation import Encoder
 
@@ -44,7 +44,7 @@ def predict(
         encoder.encode_prompt(sample)
     except SampleError as error:
         raise UserError(f"prompt: {error}") from error
-    device = answering_device()
+    device = inference_device()
     if adapter_uri:
         model = load_with_adapter(checkpoint, storage.fetch(adapter_uri), device_map=device)
     else:

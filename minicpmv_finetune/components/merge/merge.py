@@ -15,8 +15,8 @@ from pathlib import Path
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
-from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_other_files, fingerprint
-from minicpmv_finetune.minicpmv.generations import generation_of, write_max_slices
+from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_non_weight_files, fingerprint
+from minicpmv_finetune.minicpmv.generations import detect_generation, write_max_slices
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 from minicpmv_finetune.shards.format import read_manifest
@@ -66,7 +66,7 @@ def merge(
     """
     record = read_record(adapter)
     base = storage.fetch(base_model_uri)
-    generation = generation_of(base)
+    generation = detect_generation(base)
     manifest = read_manifest(shards)
     for what, version in ((adapter, record.generation), (shards, manifest.generation)):
         if version != generation.version:
@@ -104,7 +104,7 @@ def merge(
                 f"{adapter}: the merged model would equal the base model in every tensor, so nothing was learnt that "
                 "the weights' type can hold; raise the learning rate or the number of steps."
             )
-        copy_other_files(base, staging)
+        copy_non_weight_files(base, staging)
         edit_config(staging, streamed.plan)
         write_max_slices(staging, record.max_slice_nums)
         write_card(staging, generation, report, record)

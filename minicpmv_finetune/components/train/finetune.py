@@ -28,10 +28,10 @@ from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
-from minicpmv_finetune.minicpmv.checkpoint import copy_other_files, fingerprint, load_model
-from minicpmv_finetune.minicpmv.generations import Generation, generation_of, write_max_slices
+from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files, fingerprint, load_model
+from minicpmv_finetune.minicpmv.generations import Generation, detect_generation, write_max_slices
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
-from minicpmv_finetune.minicpmv.packed import prepare_for_packing
+from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
 from minicpmv_finetune.shards.cache import open_shards
@@ -122,7 +122,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     resumed = _resume_from(training, checkpoints)
     stores = _vision_features(model, generation, shards, manifest, arguments)
     if training.packing:
-        prepare_for_packing(model, generation.language_model)
+        enable_packing(model, generation.language_model)
     train_rows: Dataset[Any] = _Rows(shards, "train", stores.get("train"))
     if training.packing:
         packs = plan_packs(manifest.lengths["train"], training.model_max_length, training.seed)
@@ -212,7 +212,7 @@ def _load(base: Path, arguments: Arguments) -> tuple[PreTrainedModel, Generation
     if not arguments.lora.q_lora:
         model, generation = load_model(base, _compute_dtype(training))
     else:
-        generation = generation_of(base)
+        generation = detect_generation(base)
         model, generation = load_model(base, _compute_dtype(training), **four_bit_options(generation, training))
         prepare_four_bit(model, training)
     if training.use_liger_kernel:
@@ -267,7 +267,7 @@ def _save(
                 config.base_model_name_or_path = record.base_model
             model.save_pretrained(folder, state_dict=weights)
         else:
-            copy_other_files(base, folder)
+            copy_non_weight_files(base, folder)
             if is_deepspeed_zero3_enabled():
                 # Loading under ZeRO-3 notes every renaming there is for the architecture, used or not; saving would
                 # undo them all.

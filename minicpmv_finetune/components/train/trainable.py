@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, describe_replicated_layers
+from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, update_layer_types
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
 
 from .arguments import Arguments, LoraArguments
@@ -51,13 +51,13 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         if not (adapter / ADAPTER_CONFIG).is_file():
             raise UserError(f"--lora_weight_path {adapter}: no {ADAPTER_CONFIG} here; give an adapter folder.")
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-        describe_replicated_layers(model)
+        update_layer_types(model)
         return adapted
     with warnings.catch_warnings():
         # PEFT asks for it by the name it had before.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         adapted = get_peft_model(model, lora_config(model, generation, arguments))
-    describe_replicated_layers(model)
+    update_layer_types(model)
     if not training.tune_vision:
         # lora_bias "all" would train the biases of the vision tower too.
         model.get_submodule(generation.vision_tower).requires_grad_(False)

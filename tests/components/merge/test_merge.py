@@ -22,7 +22,7 @@ from minicpmv_finetune.components.merge.parity_check import judge
 from minicpmv_finetune.components.merge.report import Generated
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
-from minicpmv_finetune.minicpmv.generations import slicing_of
+from minicpmv_finetune.minicpmv.generations import read_slicing_config
 from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
 from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
@@ -54,7 +54,7 @@ def test_merged_folder_is_a_proven_drop_in(
     assert {path.name for path in model.iterdir()} == names | {"README.base.md", "training.json"}
     for name in names - {"model.safetensors", "README.md", "processor_config.json"}:
         assert (model / name).read_bytes() == (base / name).read_bytes(), name
-    assert slicing_of(model).max_slice_nums == 4
+    assert read_slicing_config(model).max_slice_nums == 4
     AutoProcessor.from_pretrained(model)
     AutoModelForImageTextToText.from_pretrained(model)
     load_model(model)

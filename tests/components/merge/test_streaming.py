@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from minicpmv_finetune.components.merge.streaming import stream
 from minicpmv_finetune.components.merge.tensor_layout import edit_config
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import copy_other_files, load_model
+from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files, load_model
 
 Train = Callable[..., Any]
 CopyBase = Callable[..., Path]
@@ -106,7 +106,7 @@ def test_tied_embeddings_trained_apart_become_two(
     trained = train(tied_46, **settings)
     (tmp_path / "merged").mkdir()
     plan = stream(tied_46, trained.folder, tmp_path / "merged").plan
-    copy_other_files(tied_46, tmp_path / "merged")
+    copy_non_weight_files(tied_46, tmp_path / "merged")
     edit_config(tmp_path / "merged", plan)
     merged, _ = load_model(tmp_path / "merged")
     ids = torch.arange(40).unsqueeze(0)
@@ -129,7 +129,7 @@ def test_tied_embeddings_trained_as_one_stay_one(
     plan = stream(tied_46, trained.folder, tmp_path / "merged").plan
     assert not plan.untied
     assert load_file(tmp_path / "merged" / "model.safetensors").keys().isdisjoint({"lm_head.weight"})
-    copy_other_files(tied_46, tmp_path / "merged")
+    copy_non_weight_files(tied_46, tmp_path / "merged")
     merged, _ = load_model(tmp_path / "merged")
     ids = torch.arange(40).unsqueeze(0)
     with torch.inference_mode():
@@ -170,7 +170,7 @@ def test_replicated_layers_are_written_out(tiny_46: Path, train: Train, copy_bas
             if hasattr(module, "base_layer"):
                 module.base_layer.weight = torch.nn.Parameter(module.base_layer.weight.clone())
     assert_equal(found, merged_by_peft(adapted))
-    copy_other_files(base, tmp_path / "merged")
+    copy_non_weight_files(base, tmp_path / "merged")
     edit_config(tmp_path / "merged", plan)
     assert load_model(tmp_path / "merged")[0].config.text_config.num_hidden_layers == 4
 

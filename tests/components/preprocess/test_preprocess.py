@@ -17,7 +17,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import ModelInput
-from minicpmv_finetune.minicpmv.slicing import cut
+from minicpmv_finetune.minicpmv.slicing import cut_slices
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 from minicpmv_finetune.shards.encoding import prepare
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest, verify_shards
@@ -111,7 +111,7 @@ def test_shards_hold_what_slicing_on_the_fly_gives(codec: Codec, workshop: Works
     of_row = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row.slices] for row in reader]
     assert reader.slice_sizes() == of_row
     (whole,) = samples[1].images
-    cut_now = cut(open_image(whole), encoder.plan(samples[1])[0], encoder.slicing)
+    cut_now = cut_slices(open_image(whole), encoder.plan(samples[1])[0], encoder.slicing)
     digest = hashlib.sha256(b"".join(pixels.tobytes() for pixels in cut_now)).hexdigest()
     assert hashlib.sha256(b"".join(pixels.tobytes() for pixels in reader[1].slices)).hexdigest() == digest
     assert len(reader[1].slices) > 1

@@ -14,14 +14,14 @@ from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.feature_store import FeatureStore, is_reusable, join, make_stores
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
-from minicpmv_finetune.minicpmv.generations import generation_of
+from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.shards.format import ShardReader
 
 
 @pytest.fixture
 def model(tiny_46: Path) -> PreTrainedModel:
     model = load_model(tiny_46, torch.float32)[0]
-    model.get_submodule(generation_of(tiny_46).vision_tower).requires_grad_(False)
+    model.get_submodule(detect_generation(tiny_46).vision_tower).requires_grad_(False)
     return model
 
 
@@ -32,7 +32,7 @@ def make(tiny_46: Path, uneven_shards: Path, tmp_path: Path) -> Callable[[PreTra
     def made(model: PreTrainedModel) -> tuple[Path, list[str]]:
         said: list[str] = []
         stores = make_stores(
-            model, generation_of(tiny_46), uneven_shards, ["train"], tmp_path / "cache", training, said.append
+            model, detect_generation(tiny_46), uneven_shards, ["train"], tmp_path / "cache", training, said.append
         )
         return stores.get("train", Path()), said
 

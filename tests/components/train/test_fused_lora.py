@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from minicpmv_finetune.components.train import fused_lora
 from minicpmv_finetune.components.train.fused_lora import FusedLoraLinear, fuse_adapters
 from minicpmv_finetune.minicpmv.checkpoint import load_model
-from minicpmv_finetune.minicpmv.generations import GENERATIONS, generation_of
+from minicpmv_finetune.minicpmv.generations import GENERATIONS, detect_generation
 
 
 def _adapted(
@@ -68,7 +68,7 @@ def test_whole_models_learn_the_same(generation: Any, tiny: Callable[[str], Path
     folder = tiny(generation.version)
     model = load_model(folder, torch.float32)[0]
     torch.manual_seed(0)
-    targets = rf".*{generation_of(folder).language_model.replace('.', '[.]')}.*proj.*"
+    targets = rf".*{detect_generation(folder).language_model.replace('.', '[.]')}.*proj.*"
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).train()
     ids = torch.randint(20, 60, (2, 17))
 

@@ -13,14 +13,14 @@ from minicpmv_finetune.components.train.quantized import four_bit_options
 from minicpmv_finetune.components.train.trainable import count_parameters
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
-from minicpmv_finetune.minicpmv.generations import generation_of
+from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.reports.training_record import read_record
 
 QLORA = "--use_lora true --tune_llm false --q_lora true --lora_r 4 --learning_rate 3e-3 --save_strategy no"
 
 
 def test_language_model_is_in_four_bits_and_what_sees_is_not(tiny_46: Path) -> None:
-    generation = generation_of(tiny_46)
+    generation = detect_generation(tiny_46)
     training = parse(["--output_dir", "out", "--data_path", "data", *QLORA.split()]).training
     model, _ = load_model(tiny_46, torch.float32, **four_bit_options(generation, training))
     quantized = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -57,5 +57,5 @@ def test_strategies_that_cut_weights_say_what_to_use_instead(strategy: str) -> N
 def test_each_rank_loads_onto_its_own_device(tiny_46: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     training = parse(["--output_dir", "out", "--data_path", "data", *QLORA.split()]).training
-    model, _ = load_model(tiny_46, torch.bfloat16, **four_bit_options(generation_of(tiny_46), training))
+    model, _ = load_model(tiny_46, torch.bfloat16, **four_bit_options(detect_generation(tiny_46), training))
     assert {parameter.device.index for parameter in model.parameters()} == {0}
