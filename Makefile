@@ -4,7 +4,7 @@ SEED ?= 42
 BIN := .venv/bin
 
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
-	mutation coverage browser lock readmes compiled base-image images demo-containers clean
+	mutation coverage browser lock readmes docs compiled dist base-image images demo-containers clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -24,7 +24,7 @@ test-faults-long: install browser  ## the same with twenty moments and 12,500 in
 check: install  ## lint and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy minicpmv_finetune tests benchmarks images
+	$(BIN)/mypy minicpmv_finetune tests benchmarks images docs examples
 
 install: .venv/installed  ## install the locked packages and this project into .venv
 
@@ -86,8 +86,19 @@ lock:  ## resolve the newest versions anew and write requirements.lock
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras \
 		--output-file requirements.lock pyproject.toml
 
-readmes: install  ## write each step's README from its component
-	$(BIN)/python -m minicpmv_finetune.cli.component_readmes
+readmes: install  ## write the README of each step from its component, and the table of environment variables
+	$(BIN)/python docs/component_readmes.py
+	$(BIN)/python docs/environment_table.py
+
+# The site needs no torch: the reference is read from the source, not imported.
+docs: build/docs-venv/installed  ## build the documentation site into build/site; a warning ends the build
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet --strict
+
+build/docs-venv/installed: Makefile
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install -q --disable-pip-version-check mkdocs==1.6.1 mkdocs-material==9.8.2 \
+		mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1
+	touch $@
 
 PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
 
@@ -97,6 +108,12 @@ compiled: install  ## compile the pipeline for every profile of k8s/profiles int
 		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.objects.yaml --objects \
 			--profile k8s/profiles/$$profile.yaml || exit 1; \
 	done
+
+dist:  ## build the source distribution and the wheel into dist
+	rm -rf dist
+	test -x build/dist-venv/bin/pyproject-build || \
+		{ $(PYTHON) -m venv build/dist-venv && build/dist-venv/bin/python -m pip install -qq build==1.6.1; }
+	build/dist-venv/bin/python -m build --outdir dist .
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)

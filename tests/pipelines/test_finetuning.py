@@ -8,7 +8,6 @@ import typer
 import yaml
 
 from minicpmv_finetune.cli import main
-from minicpmv_finetune.cli.component_readmes import COMPONENTS, readme, readme_path
 from minicpmv_finetune.pipelines.finetuning import STEPS, compile_pipeline, finetune
 
 
@@ -78,11 +77,6 @@ def test_run_offers_every_pipeline_input_with_its_default() -> None:
         name: parameter.default for name, parameter in inspect.signature(finetune.pipeline_func).parameters.items()
     }
     assert offered == wanted
-
-
-@pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.name)
-def test_readmes_are_what_the_components_say(component: object) -> None:
-    assert readme_path(component).read_text() == readme(component), "run make readmes"
 
 
 def test_every_command_has_help_worth_reading() -> None:

@@ -1,6 +1,6 @@
-"""Each step's README, written from its component's signature and docstring, so that it cannot go stale.
+"""Write the README of each step from its component's signature and docstring, so that the two cannot differ.
 
-`python -m minicpmv_finetune.cli.component_readmes` writes them; a test compares.
+`make readmes` runs this file; `tests/docs/test_component_readmes.py` compares the result with the committed files.
 """
 
 import inspect
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import docstring_parser
+import typer
 from kfp import dsl
+from typer.core import TyperGroup
 
+from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.components.evaluate.component import evaluate
 from minicpmv_finetune.components.merge.component import merge
 from minicpmv_finetune.components.notify.component import notify
@@ -19,14 +22,12 @@ from minicpmv_finetune.components.register.component import register
 from minicpmv_finetune.components.train.component import train
 from minicpmv_finetune.components.validate_data.component import validate_data
 
-from .main import app
-
 COMPONENTS = (validate_data, preprocess, train, merge, evaluate, register, plan_retraining, notify)
-_FOLDER = Path(__file__).parents[1] / "components"
+_FOLDER = Path(__file__).parents[1] / "minicpmv_finetune" / "components"
 
 
 def readme(component: Any) -> str:
-    """The Markdown text for one component."""
+    """Return the Markdown text for one component."""
     function = component.python_func
     documented = docstring_parser.parse(inspect.getdoc(function) or "")
     described = {item.arg_name: (item.description or "").replace("\n", " ") for item in documented.params}
@@ -54,22 +55,22 @@ def readme(component: Any) -> str:
             "",
             *([f"Returns: {' '.join((returned or '').split())}", ""] if returned else []),
             *([f"Without Kubeflow: `minicpmv-finetune {command} --help`.", ""] if command in _commands() else []),
-            "A mistake only you can mend ends the step with one sentence that says where it is and what to do, and",
-            "exit code 2; it is remembered, so that Kubeflow's retries end at once. A fault of storage or network ends",
-            "it with exit code 75, and a retry makes sense.",
+            "A mistake in the inputs or the data ends the step with exit code 2 and one sentence that names the place,",
+            "the cause and the remedy. The step records it as a permanent error, so that Kubeflow's retries end at",
+            "once. A fault of storage or network ends the step with exit code 75; a retry may succeed.",
             "",
         ]
     )
 
 
 def _commands() -> set[str]:
-    """Names of the command line's commands."""
-    functions = [command.callback for command in app.registered_commands if command.callback]
-    return {function.__name__.replace("_", "-") for function in functions}
+    """Return the names of the command line's commands."""
+    group = typer.main.get_command(app)
+    return set(group.commands) if isinstance(group, TyperGroup) else set()
 
 
 def readme_path(component: Any) -> Path:
-    """Where a component's README lies."""
+    """Path of a component's README."""
     return _FOLDER / component.name.replace("-", "_") / "README.md"
 
 

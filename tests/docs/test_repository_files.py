@@ -1,0 +1,83 @@
+"""The configuration of GitHub and pre-commit: it parses, and it runs what the Makefile runs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.docs.pages import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def commands(workflow: Any) -> list[str]:
+    return [step["run"] for job in workflow["jobs"].values() for step in job.get("steps", []) if "run" in step]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_have_triggers_rights_and_commands_that_exist(path: Path) -> None:
+    workflow = load(path)
+    assert workflow[True]  # YAML 1.1 reads the key `on` as true
+    assert workflow["permissions"] == {"contents": "read"}
+    for command in commands(workflow):
+        program, *words = command.split()
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", MAKEFILE, re.MULTILINE), command
+        elif program == "python":
+            assert (ROOT / words[0]).is_file(), command
+        else:
+            assert program == "gh" or (ROOT / program).is_file(), command
+    for job in workflow["jobs"].values():
+        if "uses" in job:
+            assert (ROOT / job["uses"]).is_file()
+
+
+def test_ci_runs_what_developers_run() -> None:
+    assert ".ci/run" in commands(load(ROOT / ".github" / "workflows" / "ci.yml"))
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
+
+
+def test_a_release_is_tested_checked_built_and_then_published() -> None:
+    workflow = load(ROOT / ".github" / "workflows" / "release.yml")
+    assert workflow[True] == {"push": {"tags": ["v*"]}}
+    assert workflow["jobs"]["release"]["needs"] == "test"
+    programs = [" ".join(command.split()[:2]) for command in commands(workflow)]
+    assert programs == ["python docs/release_notes.py", "make dist", "gh release"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_issue_forms_have_what_github_requires(path: Path) -> None:
+    form = load(path)
+    assert form["name"]
+    assert form["description"]
+    identifiers = [field["id"] for field in form["body"]]
+    assert len(set(identifiers)) == len(identifiers)
+    for field in form["body"]:
+        assert field["type"] in {"textarea", "input", "dropdown"}
+        assert field["attributes"]["label"]
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    (repository,) = load(ROOT / ".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert recipe
+    checks = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in recipe.group(1).splitlines()]
+    assert [hook["entry"] for hook in repository["hooks"]] == checks
+
+
+def test_every_target_is_phony_or_a_file() -> None:
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)
+    assert phony
+    named = set(phony.group(1).replace("\\\n", " ").split())
+    targets = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
+    assert targets == named
