@@ -33,10 +33,10 @@ def output_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_mistake_ends_at_once_when_tried_again(output_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(output_uri, UserError("train.json: nothing lies there.")) == 2
-    assert capsys.readouterr().err == "error: train.json: nothing lies there.\n"
+    assert ended(output_uri, UserError("train.json: not found.")) == 2
+    assert capsys.readouterr().err == "error: train.json: not found.\n"
     assert ended(output_uri, None) == 2, "the body ran"
-    assert capsys.readouterr().err == "error: train.json: nothing lies there.\n"
+    assert capsys.readouterr().err == "error: train.json: not found.\n"
 
 
 def test_the_marker_lies_beside_the_output(output_uri: str) -> None:

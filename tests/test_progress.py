@@ -24,7 +24,7 @@ def test_a_log_gets_whole_lines_with_rate_and_time_left(
     assert "\r" not in text
     lines = text.splitlines()
     assert [number for line in lines for number in re.findall(r"(\d)/3", line)] == ["0", "1", "2", "3", "3"]
-    assert re.fullmatch(r"slicing +67% \|█+\S? *\| 2/3 +[\d.]+ pictures/s +00:00 left", lines[2])
+    assert re.fullmatch(r"slicing +67% \|█+\S? *\| 2/3 +[\d.]+ images/s +00:00 left", lines[2])
 
 
 def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,10 +51,10 @@ def test_local_bytes_round_trip_and_leave_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "sentence"),
     [
-        ("missing.json", "nothing lies there"),
+        ("missing.json", "not found"),
         (".", "is a folder"),
         ("file/below", "is a file, not a folder"),
-        ("x" * 5000, "no path can be like this"),
+        ("x" * 5000, "invalid path"),
         ("null\0character", "null character"),
         ("https://example.org/a.png", "web addresses are refused"),
         ("HTTP://example.org/a.png", "web addresses are refused"),
@@ -70,13 +70,13 @@ def test_a_local_mistake_is_explained(uri: str, sentence: str, tmp_path: Path, m
 
 
 def test_a_missing_base_model_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing lies there"):
+    with pytest.raises(UserError, match="not found"):
         storage.fetch(str(tmp_path / "nowhere"))
 
 
 def test_a_name_that_is_no_path_is_looked_up_on_the_hub(tmp_path: Path) -> None:
-    # The tests have no network, as HF_HUB_OFFLINE says: of the two meanings the mistyped path is the likelier.
-    with pytest.raises(UserError, match="no such local path, and the hub cannot be asked"):
+    # The tests have no network (HF_HUB_OFFLINE is set). Of the two meanings, a mistyped path is the more likely one.
+    with pytest.raises(UserError, match="no such local path, and the hub cannot be reached"):
         storage.fetch("build/modle", tmp_path)
     with pytest.raises(RetryableError, match="hf://owner/name: the hub does not answer"):
         storage.fetch("hf://owner/name", tmp_path)
@@ -94,8 +94,8 @@ def test_staged_folder_appears_only_when_done(tmp_path: Path) -> None:
     ("uri", "sentence"),
     [
         ("~nobody-of-this-name/x", "~nobody-of-this-name/x: there is no such home directory"),
-        ("no\nfile", "'no.nfile': nothing lies there"),
-        ("s3://\n", "'s3://.n': no valid address of an object"),
+        ("no\nfile", "'no.nfile': not found"),
+        ("s3://\n", "'s3://.n': not a valid address of an object"),
     ],
 )
 def test_odd_addresses_are_refused_in_one_line(uri: str, sentence: str, s3_uri: str) -> None:
@@ -104,25 +104,25 @@ def test_odd_addresses_are_refused_in_one_line(uri: str, sentence: str, s3_uri: 
     assert "\n" not in str(error.value)
 
 
-def test_what_a_library_wrote_for_its_owner_alone_can_be_read_by_the_next_pod(tmp_path: Path) -> None:
+def test_files_that_a_library_made_readable_by_their_owner_only_become_readable_for_all(tmp_path: Path) -> None:
     with storage.staged_folder(tmp_path / "adapter") as folder:
         (folder / "inner").mkdir()
-        for place in (folder / "weights", folder / "inner" / "weights"):
-            place.touch(mode=0o600)
-    for place in ("weights", "inner/weights"):
-        assert (tmp_path / "adapter" / place).stat().st_mode & 0o777 == 0o644
+        for path in (folder / "weights", folder / "inner" / "weights"):
+            path.touch(mode=0o600)
+    for name in ("weights", "inner/weights"):
+        assert (tmp_path / "adapter" / name).stat().st_mode & 0o777 == 0o644
 
 
-def test_staged_folder_leaves_what_stood_there_on_an_error(tmp_path: Path) -> None:
+def test_staged_folder_keeps_the_existing_folder_on_an_error(tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "old").touch()
     with pytest.raises(FileExistsError), storage.staged_folder(tmp_path / "result") as staging:
-        staging.mkdir()  # any error will do
+        staging.mkdir()  # raises FileExistsError, as an example of an error
     assert files(tmp_path) == {"result/old": b""}
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
-def test_staged_folder_replaces_what_stood_there_as_a_whole(is_folder: bool, tmp_path: Path) -> None:
+def test_staged_folder_replaces_an_existing_file_or_folder_as_a_whole(is_folder: bool, tmp_path: Path) -> None:
     final = tmp_path / "result"
     if is_folder:
         final.mkdir()
@@ -159,7 +159,7 @@ def test_fetch_of_an_object_keeps_its_name(s3_uri: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "/"])
-def test_fetch_of_a_folder_takes_what_lies_below_it_alone(suffix: str, s3_uri: str, tmp_path: Path) -> None:
+def test_fetch_of_a_folder_takes_only_the_objects_below_it(suffix: str, s3_uri: str, tmp_path: Path) -> None:
     content = {"config.json": b"{}", "deep/er/weights": b"1"}
     for name, value in content.items():
         storage.write_bytes(f"{s3_uri}/models/a/{name}", value)
@@ -194,11 +194,11 @@ def test_fetches_at_the_same_time_share_one_copy(s3_uri: str, tmp_path: Path) ->
 
 def test_missing_bucket_and_key_are_mistakes(s3_uri: str, tmp_path: Path) -> None:
     for uri in (f"{s3_uri}/no/key", "s3://no-such-bucket/key"):
-        with pytest.raises(UserError, match=f"{uri}: nothing lies there"):
+        with pytest.raises(UserError, match=f"{uri}: not found"):
             storage.read_bytes(uri)
-        with pytest.raises(UserError, match=f"{uri}: nothing lies there"):
+        with pytest.raises(UserError, match=f"{uri}: not found"):
             storage.fetch(uri, tmp_path)
-    with pytest.raises(UserError, match="nothing lies there"):
+    with pytest.raises(UserError, match="not found"):
         storage.write_bytes("s3://no-such-bucket/key", b"")
     assert not list(tmp_path.iterdir())
 
@@ -209,7 +209,7 @@ def test_an_address_without_bucket_or_key_is_a_mistake(uri: str, s3_uri: str) ->
         storage.read_bytes(uri)
 
 
-def test_wrong_credentials_are_a_mistake_also_after_right_ones(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_are_a_mistake_even_after_right_ones(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(f"{s3_uri}/file", b"content")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
     with pytest.raises(UserError, match="access denied"):
@@ -237,7 +237,7 @@ def test_a_malformed_endpoint_is_a_mistake(s3_uri: str, monkeypatch: pytest.Monk
         storage.read_bytes(f"{s3_uri}/file")
 
 
-def test_a_server_that_is_down_is_told_soon_and_worth_a_retry(
+def test_a_server_that_is_down_is_reported_soon_and_worth_a_retry(
     s3_uri: str, unreachable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
@@ -255,7 +255,9 @@ def test_files_are_copied_to_and_from_a_store(s3_uri: str, tmp_path: Path) -> No
     assert storage.list_files(f"{s3_uri}/a") == {"file": len(content)}
     assert storage.download_file(f"{s3_uri}/a/file", tmp_path / "copy") == hashlib.sha256(content).hexdigest()
     assert (tmp_path / "copy").read_bytes() == content
-    assert storage.read_bytes(f"{s3_uri}/a/file", (1000, 50)) == content[1000:1050], "uploaded with a checksum of all"
+    assert storage.read_bytes(f"{s3_uri}/a/file", (1000, 50)) == content[1000:1050], (
+        "the object was uploaded with a checksum of its whole content"
+    )
 
 
 def test_files_of_a_local_folder_are_listed_with_their_sizes(tmp_path: Path) -> None:
@@ -265,23 +267,23 @@ def test_files_of_a_local_folder_are_listed_with_their_sizes(tmp_path: Path) -> 
     assert storage.list_files(str(tmp_path / "nowhere")) == {}
 
 
-def test_copies_of_what_is_missing_are_explained(s3_uri: str, tmp_path: Path) -> None:
+def test_copying_from_a_missing_object_or_bucket_is_explained(s3_uri: str, tmp_path: Path) -> None:
     assert storage.list_files(f"{s3_uri}/nowhere") == {}
-    with pytest.raises(UserError, match="nothing lies there"):
+    with pytest.raises(UserError, match="not found"):
         storage.download_file(f"{s3_uri}/nowhere", tmp_path / "copy")
-    with pytest.raises(UserError, match="nothing lies there"):
+    with pytest.raises(UserError, match="not found"):
         storage.list_files("s3://no-such-bucket/folder")
 
 
-def test_a_large_object_is_fetched_in_parts_whole(s3_uri: str, tmp_path: Path) -> None:
+def test_a_large_object_that_is_fetched_in_parts_arrives_whole(s3_uri: str, tmp_path: Path) -> None:
     content = os.urandom(2**20) * 40
     (tmp_path / "weights").write_bytes(content)
     storage.upload_file(tmp_path / "weights", f"{s3_uri}/base/weights")
     assert storage.fetch(f"{s3_uri}/base/weights", tmp_path / "cache").read_bytes() == content
 
 
-def test_threads_may_be_the_first_to_ask(s3_uri: str) -> None:
-    """In a process that has not imported the library yet."""
+def test_threads_may_send_the_first_requests(s3_uri: str) -> None:
+    """The process has not imported boto3 yet; its import is not safe with threads."""
     program = (
         "import sys; from concurrent.futures import ThreadPoolExecutor\n"
         "from minicpmv_finetune import storage\n"
@@ -293,7 +295,7 @@ def test_threads_may_be_the_first_to_ask(s3_uri: str) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, s3_uri: str, s3_client: "S3Client") -> None:
+def test_an_interrupted_upload_continues(tmp_path: Path, s3_uri: str, s3_client: "S3Client") -> None:
     folder = tmp_path / "model"
     (folder / "below").mkdir(parents=True)
     names = ("a.safetensors", "b.safetensors", "below/c.txt", "config.json")
@@ -329,7 +331,7 @@ def test_a_folder_that_changes_is_complete_or_absent(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "upload_file", end)
+        patch.setattr("minicpmv_finetune.storage.transfers.upload_file", end)
         with pytest.raises(KeyboardInterrupt):
             storage.upload_folder(folder, target, last="config.json")
     assert all("config.json" not in names for names in seen)

@@ -53,9 +53,9 @@ def test_an_error_of_the_work_is_the_caller_s() -> None:
         list(map_in_order("step", half, [(1, 2), (0, 2)]))
 
 
-def test_a_killed_process_is_told_as_lack_of_memory() -> None:
+def test_a_killed_process_is_reported_as_lack_of_memory() -> None:
     with pytest.raises(
-        RetryableError, match=r"^step: the operating system killed a worker process, .* lack of memory; try again"
+        RetryableError, match=r"^step: the operating system killed a worker .* lack of memory; try again"
     ):
         list(map_in_order("step", die, ((number,) for number in range(20))))
 

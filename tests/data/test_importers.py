@@ -239,8 +239,8 @@ def test_one_split_at_a_time(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("no.json", None, "nothing lies there"),
-        ("no.parquet", None, "nothing lies there"),
+        ("no.json", None, "not found"),
+        ("no.parquet", None, "not found"),
         ("empty", "", "without Parquet or Arrow"),
         ("broken.json", '[{"a": 1}, {"b" 2}]', "line 1: invalid JSON"),
         ("broken.parquet", "words", "not a readable table"),

@@ -151,7 +151,7 @@ def test_a_copy_stands_for_the_shards_it_was_made_of(uri: str, tmp_path: Path) -
 def test_no_shards_and_no_store_are_told(
     s3_uri: str, unreachable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="nothing lies there"):
+    with pytest.raises(UserError, match="not found"):
         open_shards(f"{s3_uri}/nowhere", tmp_path)
     with pytest.raises(UserError, match="preprocess has not finished"):
         open_shards(str(tmp_path), tmp_path / "cache")

@@ -39,7 +39,7 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
         ({"prompt": " "}, "prompt: says nothing"),
         ({"prompt": "an <|im_end|> inside"}, "prompt: .*special token"),
         ({"max_new_tokens": 0}, "no room"),
-        ({"images": ["missing.png"]}, "missing.png: nothing lies there"),
+        ({"images": ["missing.png"]}, "missing.png: not found"),
         ({"images": [__file__]}, "not a readable image"),
         ({"adapter_uri": str(Path(__file__).parent)}, "no adapter_config.json"),
         ({"model_uri": str(Path(__file__).parent)}, "no config.json"),

@@ -269,7 +269,7 @@ def test_a_image_that_changed_since_ends_the_step(workshop: Workshop) -> None:
         workshop.run(max_reject_ratio=1.0)
     assert not workshop.shards.exists()
     (workshop.data.parent / "small.png").unlink()
-    with pytest.raises(UserError, match=r"small\.png: nothing lies there"):
+    with pytest.raises(UserError, match=r"small\.png: not found"):
         workshop.run(max_reject_ratio=1.0)
 
 
@@ -280,7 +280,7 @@ def test_an_unfinished_dataset_ends_the_step(workshop: Workshop) -> None:
 
 
 def test_a_wrong_base_model_ends_the_step(workshop: Workshop, tmp_path: Path) -> None:
-    for base_model, sentence in ((tmp_path / "nowhere", "nothing lies there"), (tmp_path, "this is no checkpoint")):
+    for base_model, sentence in ((tmp_path / "nowhere", "not found"), (tmp_path, "this is no checkpoint")):
         workshop.base_model = base_model
         with pytest.raises(UserError, match=sentence):
             workshop.run()

@@ -267,7 +267,7 @@ def test_images_may_be_members_of_tar_shards(workshop: Workshop) -> None:
     [
         ("0.tar!no.png", "image_missing", "0.tar!no.png: the shard holds no such file"),
         ("0.tar!link.png", "image_missing", "holds no such file"),
-        ("none.tar!a.png", "image_missing", "none.tar: nothing lies there"),
+        ("none.tar!a.png", "image_missing", "none.tar: not found"),
         ("bad.tar!a.png", "image_missing", "bad.tar: not a readable tar file"),
         ("0.tar!../a.png", "image_refused", "leads out of the shard"),
         ("0.tar!/etc/passwd", "image_refused", "leads out of the shard"),
@@ -378,10 +378,10 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
     "missing image": (
         {"image": "no.png", TURNS: [ASK, ANSWER]},
         "image_missing",
-        r"no\.png: nothing lies there",
+        r"no\.png: not found",
     ),
     "folder as image": ({"image": ".", TURNS: [ASK, ANSWER]}, "image_missing", "is a folder"),
-    "endless name": ({"image": "a" * 9999, TURNS: [ASK, ANSWER]}, "image_missing", "no path can be like this"),
+    "endless name": ({"image": "a" * 9999, TURNS: [ASK, ANSWER]}, "image_missing", "invalid path"),
     "null in a name": ({"image": "a\0.png", TURNS: [ASK, ANSWER]}, "image_missing", "null character"),
     "image is no image": (
         {"image": "text.png", TURNS: [ASK, ANSWER]},
@@ -583,7 +583,7 @@ def test_a_file_of_another_kind_is_refused(content: bytes, sentence: str, worksh
 
 def test_a_missing_file_is_refused(workshop: Workshop) -> None:
     uri = str(workshop.folder / "no.json")
-    with pytest.raises(UserError, match=r"no\.json: nothing lies there"):
+    with pytest.raises(UserError, match=r"no\.json: not found"):
         validate_data(uri, "", workshop.dataset, workshop.rejects_file, ValidationSettings())
     with pytest.raises(UserError, match="web addresses are refused"):
         validate_data("https://e.org/t.json", "", workshop.dataset, workshop.rejects_file, ValidationSettings())

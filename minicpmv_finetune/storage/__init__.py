@@ -1,0 +1,41 @@
+"""Files and folders by URI: local paths, `s3://` (any S3-compatible server) and `hf://` for base models.
+
+Two guarantees hold everywhere: no incomplete file or folder is visible under its final name (`staged_folder`,
+`write_bytes`), and an error message contains the URI, the cause and the remedy. Credentials and the endpoint come from
+the environment as boto3 reads it (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, a pod's role).
+Kubeflow Pipelines writes `minio://` for its built-in object store; it means the same as `s3://`.
+
+Other packages use only the names below: `storage.read_bytes(uri)`.
+"""
+
+from .fetching import cache_folder, fetch
+from .files import StoredFile, expand, list_files, open_stream, read_bytes, remove_file, size, walk, write_bytes
+from .staging import staged_folder
+from .transfers import FILES_AT_ONCE, download_file, file_sha256, upload_file, upload_folder
+from .uris import is_object_uri, is_supported, join, parent, require_allowed, resolve
+
+__all__ = [
+    "FILES_AT_ONCE",
+    "StoredFile",
+    "cache_folder",
+    "download_file",
+    "expand",
+    "fetch",
+    "file_sha256",
+    "is_object_uri",
+    "is_supported",
+    "join",
+    "list_files",
+    "open_stream",
+    "parent",
+    "read_bytes",
+    "remove_file",
+    "require_allowed",
+    "resolve",
+    "size",
+    "staged_folder",
+    "upload_file",
+    "upload_folder",
+    "walk",
+    "write_bytes",
+]

@@ -1,0 +1,190 @@
+"""Reading, writing and listing files, local ones and objects alike."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from minicpmv_finetune.errors import UserError
+
+from . import s3
+from .failures import explain_failures
+from .uris import is_object_uri, local_path, shorten, split_object_uri
+
+
+class StoredFile(NamedTuple):
+    """A file's size and age.
+
+    Attributes:
+        bytes: Size of the file.
+        written: When the file was last written.
+    """
+
+    bytes: int
+    written: datetime
+
+
+def read_bytes(uri: str, span: tuple[int, int] | None = None) -> bytes:
+    """The whole content of a small file, or a part of a large one.
+
+    Args:
+        uri: Local path or object.
+        span: First byte and number of bytes of the part.
+
+    Raises:
+        UserError: The file does not exist, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    if span is not None and span[1] == 0:
+        return b""  # HTTP has no empty range
+    with explain_failures(uri):
+        if is_object_uri(uri):
+            return s3.read_object(uri, span)
+        with local_path(uri).open("rb") as file:
+            if span is None:
+                return file.read()
+            file.seek(span[0])
+            return file.read(span[1])
+
+
+@contextmanager
+def open_stream(uri: str) -> Iterator[BinaryIO]:
+    """A file to read once, from start to end, without storing it in memory or on disk.
+
+    Raises:
+        UserError: The file does not exist, or access is denied.
+        RetryableError: The store does not answer, also later while the stream is read.
+    """
+    with explain_failures(uri):
+        if is_object_uri(uri):
+            bucket, key = split_object_uri(uri)
+            with closing(s3.client().get_object(Bucket=bucket, Key=key)["Body"]) as body:
+                yield cast("BinaryIO", body)
+        else:
+            with local_path(uri).open("rb") as file:
+                yield file
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that match a pattern with `*`, `?` or `[…]`, sorted; a URI without these stands for itself.
+
+    Raises:
+        UserError: No file matches, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    if not glob.has_magic(pattern) or (not is_object_uri(pattern) and os.path.lexists(pattern)):
+        return [pattern]
+    with explain_failures(pattern):
+        if is_object_uri(pattern):
+            bucket, key = split_object_uri(pattern)
+            parts = key.split("/")
+            fixed = re.split(r"[*?[]", key, maxsplit=1)[0]
+            names = [item["Key"].split("/") for item in s3.list_objects(bucket, fixed)]
+            found = [
+                f"{pattern.partition('://')[0]}://{bucket}/{'/'.join(name)}"
+                for name in names
+                if len(name) == len(parts) and name[-1] and all(map(fnmatchcase, name, parts))
+            ]
+        else:
+            matches = glob.glob(str(local_path(pattern)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+            found = [name for name in matches if Path(name).is_file()]
+    if not found:
+        raise UserError(f"{shorten(pattern)}: no file matches this pattern; check it.")
+    return sorted(found)
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a small file so that a reader sees all of it or none.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if is_object_uri(uri):
+            bucket, key = split_object_uri(uri)
+            s3.client().put_object(Bucket=bucket, Key=key, Body=content)
+            return
+        path = local_path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def size(uri: str) -> int:
+    """Number of bytes of a file.
+
+    Raises:
+        UserError: The file does not exist, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if not is_object_uri(uri):
+            return local_path(uri).stat().st_size
+        bucket, key = split_object_uri(uri)
+        return int(s3.client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+
+def list_files(uri: str) -> dict[str, int]:
+    """Names and sizes in bytes of the files directly in a folder; empty if there is no such folder.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if not is_object_uri(uri):
+            folder = local_path(uri)
+            if not folder.is_dir():
+                return {}
+            return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        bucket, key = split_object_uri(uri)
+        prefix = f"{key.rstrip('/')}/"
+        objects = s3.list_objects(bucket, prefix, delimiter="/")
+        return {item["Key"].removeprefix(prefix): item["Size"] for item in objects}
+
+
+def remove_file(uri: str) -> None:
+    """Delete a file or an object, if it exists.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if is_object_uri(uri):
+            bucket, key = split_object_uri(uri)
+            s3.client().delete_object(Bucket=bucket, Key=key)
+        else:
+            local_path(uri).unlink(missing_ok=True)
+
+
+def walk(uri: str) -> dict[str, StoredFile]:
+    """All files below a folder by their path in it; empty if there is no such folder.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if not is_object_uri(uri):
+            folder = local_path(uri)
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            states = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
+            return {
+                name: StoredFile(state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
+                for name, state in states.items()
+            }
+        bucket, key = split_object_uri(uri)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        objects = s3.list_objects(bucket, prefix)
+        return {item["Key"].removeprefix(prefix): StoredFile(item["Size"], item["LastModified"]) for item in objects}

@@ -1,0 +1,128 @@
+"""Copying files and folders to a store, and single files back."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from pathlib import Path
+
+from minicpmv_finetune.errors import UserError
+
+from . import s3
+from .failures import explain_failures
+from .files import read_bytes, write_bytes
+from .uris import split_object_uri
+
+FILES_AT_ONCE = 8  # one connection to a distant store does not use the whole bandwidth
+_PIECE_BYTES = 2**20  # read from a connection at a time
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """Copy a file to a store, with checksums, so that a reader sees all of it or none.
+
+    The file is sent in one request by one thread: sending several files at once is faster than sending several parts of
+    one file.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    bucket, key = split_object_uri(uri)
+    with explain_failures(uri):
+        s3.client().upload_file(str(path), bucket, key, Config=s3.transfer_config(is_parallel=False))
+
+
+def upload_folder(folder: Path, uri: str, last: str) -> int:
+    """Copy a folder to a store; repeated after an interruption, it sends only the missing files.
+
+    The digests of the sent files are recorded beside the folder, in `NAME.sent.json`, since not every store keeps
+    checksums. One file is sent after all others, and is removed first from a folder that is about to change: a reader
+    that finds this file finds a complete folder.
+
+    Args:
+        folder: Folder to copy, with everything below it; it replaces whatever is stored at `uri`.
+        uri: URI of the folder in the store.
+        last: Name of the file that completes the folder, directly in it.
+
+    Returns:
+        Number of files sent.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    record = f"{uri.rstrip('/')}.sent.json"
+    bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    digests = {name: file_sha256(path) for name, path in files.items()}
+    with explain_failures(uri):
+        stored = {item["Key"].removeprefix(prefix): item["Size"] for item in s3.list_objects(bucket, prefix)}
+        sent = _read_record(record)
+        missing = [
+            name
+            for name, path in files.items()
+            if stored.get(name) != path.stat().st_size or sent.get(name) != digests[name]
+        ]
+        foreign = set(stored) - set(files)
+        if missing or foreign:
+            # Other files are about to change, so the folder is incomplete until this one is sent again.
+            s3.client().delete_object(Bucket=bucket, Key=prefix + last)
+            missing = [*(name for name in missing if name != last), last]
+        for name in foreign:
+            s3.client().delete_object(Bucket=bucket, Key=prefix + name)
+        _upload_at_once({name: files[name] for name in missing[:-1]}, uri, digests, sent, record)
+        for name in missing[-1:]:
+            upload_file(files[name], f"{uri.rstrip('/')}/{name}")
+            write_bytes(record, json.dumps(digests).encode())
+    return len(missing)
+
+
+def _read_record(uri: str) -> dict[str, str]:
+    """The digests of the files that earlier attempts have sent; empty if there is no readable record."""
+    try:
+        sent: dict[str, str] = json.loads(read_bytes(uri))
+    except (UserError, ValueError):
+        return {}
+    return sent
+
+
+def _upload_at_once(
+    files: Mapping[str, Path], uri: str, digests: Mapping[str, str], sent: dict[str, str], record: str
+) -> None:
+    """Send several files at once, and record the digest of each file when it is sent."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        sending = {pool.submit(upload_file, path, f"{uri.rstrip('/')}/{name}"): name for name, path in files.items()}
+        for done in as_completed(sending):
+            done.result()
+            sent[sending[done]] = digests[sending[done]]
+            write_bytes(record, json.dumps(sent).encode())
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download_file(uri: str, path: Path) -> str:
+    """Copy an object to a local file, by one thread.
+
+    Returns:
+        The sha256 of the received bytes, for the caller to compare.
+
+    Raises:
+        UserError: The object does not exist, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    digest = hashlib.sha256()
+    bucket, key = split_object_uri(uri)
+    with (
+        explain_failures(uri),
+        closing(s3.client(validates_checksums=False).get_object(Bucket=bucket, Key=key)["Body"]) as body,
+        path.open("wb", buffering=0) as file,
+    ):
+        for piece in body.iter_chunks(_PIECE_BYTES):
+            digest.update(piece)
+            file.write(piece)
+    return digest.hexdigest()
