@@ -1,1 +1,1 @@
-"""The models every step works on: generations, slicing, conversation template, loading and saving."""
+"""MiniCPM-V itself: generations, slicing, conversation template, batches, the models, loading and saving."""

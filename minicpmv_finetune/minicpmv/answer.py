@@ -1,8 +1,8 @@
-"""Free generation: what a model answers to samples' questions, greedily and in batches.
+"""Free generation: the answers of a model to the questions of samples, greedily and in batches.
 
-Evaluation, prediction and the merge's gate all ask through this one function, so a figure in a report is what a user
-would see. Batches hold prompts of like length, longest first: little padding, and a batch that does not fit the
-device's memory is met at the start and not after an hour.
+Evaluation, prediction and the parity check of the merge step all use this one function, so a figure in a report is
+what a user would see. A batch contains prompts of similar length, and the longest prompts come first: there is little
+padding, and a batch that exceeds the device's memory fails at the start and not after an hour.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +24,12 @@ from .slicing import cut_slices
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """The answer of a model to one sample.
 
     Attributes:
-        text: without special tokens and outer white space.
-        new_tokens: number of generated tokens, the one that ends the turn included.
-        hit_limit: whether `max_new_tokens` ended it, so that the text may be cut off.
+        text: Generated text without special tokens and without white space at its ends.
+        new_tokens: Number of generated tokens, including the one that ends the turn.
+        hit_limit: Whether generation ended because of `max_new_tokens`, so that the text may be cut off.
     """
 
     text: str
@@ -45,46 +45,47 @@ def answer(
     batch_size: int = 16,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Ask a model each sample's last question.
+    """Generate the answer to each sample's last question.
 
     Args:
-        model: with or without a PEFT adapter on top; left in the mode (training or not) in which it came.
-        encoder: of the model's checkpoint; its slicing decides how images are seen.
-        samples: a last assistant turn, if there is one, is the expected answer and not shown.
-        max_new_tokens: of one answer.
-        batch_size: samples asked at once; the answers do not depend on it.
-        on_done: told the number of answers after each batch, for a progress bar.
+        model: Model with or without a PEFT adapter. Its mode (training or evaluation) is restored at the end.
+        encoder: Encoder of the model's checkpoint. Its slicing configuration decides how images are sliced.
+        samples: Samples to answer. If the last turn is the assistant's, it is the expected answer and is not part of
+            the prompt.
+        max_new_tokens: Largest number of tokens of one answer.
+        batch_size: Number of samples in a batch. The answers do not depend on it.
+        on_done: Function called after each batch with the number of its samples, for a progress bar.
 
     Returns:
         The answers in the order of the samples.
 
     Raises:
-        SampleError: a text contains a special token.
-        UserError: an image changed since it was validated.
+        SampleError: A text contains a special token.
+        UserError: An image changed since it was validated.
     """
     prompts = [encoder.encode_prompt(sample) for sample in samples]
-    # Stable, so that the batches, and with them the last bits of every sum, are the same in every run.
+    # The sort is stable, so that the batches, and with them the rounding of every sum, are the same in every run.
     longest_first = sorted(range(len(samples)), key=lambda number: -len(prompts[number]))
-    config = _greedy(model, encoder, max_new_tokens)
+    config = _greedy_config(model, encoder, max_new_tokens)
     answers: dict[int, Answer] = {}
-    with _answering(model, config):
+    with _inference_mode(model, config):
         for start in range(0, len(samples), batch_size):
             numbers = longest_first[start : start + batch_size]
-            rows = [ModelInput(samples[n].id, prompts[n], [], _slices(samples[n], encoder)) for n in numbers]
-            for number, generated in zip(numbers, _generate(model, encoder, rows), strict=True):
-                answers[number] = _read(generated, encoder, config)
+            inputs = [ModelInput(samples[n].id, prompts[n], [], _cut_images(samples[n], encoder)) for n in numbers]
+            for number, generated in zip(numbers, _generate(model, encoder, inputs), strict=True):
+                answers[number] = _decode_answer(generated, encoder, config)
             if on_done is not None:
                 on_done(len(numbers))
     return [answers[number] for number in range(len(samples))]
 
 
 def inference_device() -> torch.device:
-    """Where a model that answers belongs: the first GPU, if there is one."""
+    """Return the device for a model that generates: the first GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _greedy(model: PreTrainedModel, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that stops where the checkpoint's own serving would, and at the generation's end of turn."""
+def _greedy_config(model: PreTrainedModel, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
+    """Settings of greedy decoding that stops at the checkpoint's own stop tokens and at the end of the turn."""
     stop = {encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)}
     published = model.generation_config.eos_token_id if model.generation_config is not None else None
     if published is not None:
@@ -99,14 +100,14 @@ def _greedy(model: PreTrainedModel, encoder: Encoder, max_new_tokens: int) -> Ge
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put the model into inference with these generation settings alone, and back as it was.
+def _inference_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Switch the model to evaluation with these generation settings alone, and restore its state at the end.
 
-    `generate` fills what a given configuration leaves unset from the checkpoint's generation_config.json: its
-    penalties would make the answer another than the likeliest one, its sampling flags be warned about. So the
-    checkpoint's settings stand aside meanwhile.
+    `generate` fills the unset fields of a given configuration from the checkpoint's generation_config.json: the
+    checkpoint's penalties would change the answer, and its sampling flags would cause warnings. Therefore the
+    checkpoint's settings are replaced while the model generates.
     """
-    # An adapter's wrapper reads the settings of the model it wraps.
+    # An adapter's wrapper reads the settings of the model that it wraps.
     wrapped = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     was_training, own_config = model.training, wrapped.generation_config
     model.eval()
@@ -119,8 +120,8 @@ def _answering(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
         model.train(was_training)
 
 
-def _slices(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
-    """The slices of a sample's images, in the order in which the turns show them."""
+def _cut_images(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
+    """Return the slices of a sample's images, in the order in which the images appear in the turns."""
     plans = encoder.plan(sample)
     order = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
     return [
@@ -130,17 +131,17 @@ def _slices(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
     ]
 
 
-def _generate(model: PreTrainedModel, encoder: Encoder, rows: Sequence[ModelInput]) -> list[list[int]]:
-    """The new tokens of each row, the padding after a finished answer included."""
-    batch = collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)
+def _generate(model: PreTrainedModel, encoder: Encoder, inputs: Sequence[ModelInput]) -> list[list[int]]:
+    """Return the new tokens of each prompt, including the padding after a finished answer."""
+    batch = collate(inputs, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     generated = model.generate(**batch)  # type: ignore[operator]  # comes with GenerationMixin
     new: list[list[int]] = generated[:, batch["input_ids"].shape[1] :].tolist()
     return new
 
 
-def _read(generated: Sequence[int], encoder: Encoder, config: GenerationConfig) -> Answer:
-    """Cut the padding behind the first stop token and turn ids into words."""
+def _decode_answer(generated: Sequence[int], encoder: Encoder, config: GenerationConfig) -> Answer:
+    """Remove the padding after the first stop token and decode the tokens."""
     end = next((place for place, token in enumerate(generated) if token in config.eos_token_id), None)
     kept = list(generated if end is None else generated[: end + 1])
     text = str(encoder.tokenizer.decode(kept, skip_special_tokens=True)).strip()

@@ -1,7 +1,7 @@
-"""From tokenized rows to the tensors the model takes; one collator for training, evaluation and prediction.
+"""From tokenized and sliced samples to the tensors of a batch; one collator for training, evaluation and prediction.
 
-Pixels come as uint8 slices and leave as the packed layout of the vision tower: the patches of all slices of all
-rows, one after the other along the last dimension, so no slice is padded to the longest.
+Slices come as uint8 pixels and leave in the packed layout of the vision tower: the patches of all slices of all
+samples, one after the other along the last dimension. So no slice is padded to the longest one.
 """
 
 from collections.abc import Sequence
@@ -12,72 +12,78 @@ import torch
 from numpy.typing import NDArray
 
 from .model_input import IGNORED_LABEL, ModelInput
-from .packed import boundaries
-from .slicing import Resampler
+from .packed import packing_arguments
+from .slicing import ResizingLibrary
 
 
 def collate(
-    rows: Sequence[ModelInput],
+    inputs: Sequence[ModelInput],
     pad_token_id: int,
     patch_size: int,
     padding_side: Literal["left", "right"],
-    resampler: Resampler = "torchvision",
+    resampler: ResizingLibrary = "torchvision",
 ) -> dict[str, torch.Tensor]:
-    """Pad and stack rows.
+    """Pad samples to the longest one and stack them.
 
     Args:
-        rows: at least one.
-        pad_token_id: fills the padding, which the attention mask hides.
-        patch_size: side of a patch in pixels.
-        padding_side: right in training, left in generation.
-        resampler: of the generation, for `pack_patches`.
+        inputs: At least one sample.
+        pad_token_id: Token of the padding, which the attention mask hides.
+        patch_size: Side of a patch in pixels.
+        padding_side: Side of the padding: right in training, left in generation.
+        resampler: Library whose arithmetic the generation's image processor uses; see `pack_patches`.
 
     Returns:
-        `input_ids` and `attention_mask` [B, T]; `labels` [B, T] when the rows have them; with images also
-        `pixel_values` float32 [1, 3, patch_size, patch_size * patches] and `target_sizes` int32 [slices, 2], each a
-        slice's (rows, columns) in patches.
+        `input_ids` and `attention_mask` [B, T]; `labels` [B, T] if the samples have labels. With images also
+        `pixel_values`, float32 [1, 3, patch_size, patch_size * patches], and `target_sizes`, int32 [slices, 2]: the
+        (rows, columns) of each slice in patches.
     """
-    length = max(len(row.input_ids) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
+    length = max(len(sample.input_ids) for sample in inputs)
+    input_ids = torch.full((len(inputs), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED_LABEL)
-    for number, row in enumerate(rows):
-        place = slice(0, len(row.input_ids)) if padding_side == "right" else slice(length - len(row.input_ids), length)
-        input_ids[number, place] = torch.as_tensor(row.input_ids)
-        attention_mask[number, place] = 1
-        if len(row.labels):
-            labels[number, place] = torch.as_tensor(row.labels)
+    for row, sample in enumerate(inputs):
+        padding = length - len(sample.input_ids)
+        place = slice(0, length - padding) if padding_side == "right" else slice(padding, length)
+        input_ids[row, place] = torch.as_tensor(sample.input_ids)
+        attention_mask[row, place] = 1
+        if len(sample.labels):
+            labels[row, place] = torch.as_tensor(sample.labels)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if any(len(row.labels) for row in rows):
+    if any(len(sample.labels) for sample in inputs):
         batch["labels"] = labels
-    return {**batch, **_images(rows, patch_size, resampler)}
+    return {**batch, **_collate_slices(inputs, patch_size, resampler)}
 
 
-def collate_packed(rows: Sequence[ModelInput], patch_size: int, resampler: Resampler = "torchvision") -> dict[str, Any]:
-    """Put rows behind one another, without padding; see `packed`.
+def collate_packed(
+    inputs: Sequence[ModelInput], patch_size: int, resampler: ResizingLibrary = "torchvision"
+) -> dict[str, Any]:
+    """Concatenate samples into one row without padding; see `packed`.
 
     Args:
-        rows: at least one.
-        patch_size: side of a patch in pixels.
-        resampler: of the generation, for `pack_patches`.
+        inputs: At least one sample.
+        patch_size: Side of a patch in pixels.
+        resampler: Library whose arithmetic the generation's image processor uses; see `pack_patches`.
 
     Returns:
-        `input_ids` and `labels` [1, tokens of all rows], where the rows lie, and images as `collate` has them.
+        `input_ids` and `labels` [1, tokens of all samples], the arguments of `packing_arguments`, and images as from
+        `collate`.
     """
-    labels = [torch.as_tensor(row.labels).clone() for row in rows]
-    for row in labels:
-        # What stands before it belongs to another sample.
-        row[0] = IGNORED_LABEL
+    labels = [torch.as_tensor(sample.labels).clone() for sample in inputs]
+    for sample_labels in labels:
+        # The token before a sample's first one belongs to another sample and must not predict it.
+        sample_labels[0] = IGNORED_LABEL
     return {
-        "input_ids": torch.cat([torch.as_tensor(row.input_ids) for row in rows]).long().unsqueeze(0),
+        "input_ids": torch.cat([torch.as_tensor(sample.input_ids) for sample in inputs]).long().unsqueeze(0),
         "labels": torch.cat(labels).long().unsqueeze(0),
-        **boundaries([len(row.input_ids) for row in rows]),
-        **_images(rows, patch_size, resampler),
+        **packing_arguments([len(sample.input_ids) for sample in inputs]),
+        **_collate_slices(inputs, patch_size, resampler),
     }
 
 
-def _images(rows: Sequence[ModelInput], patch_size: int, resampler: Resampler) -> dict[str, torch.Tensor]:
-    slices = [pixels for row in rows for pixels in row.slices]
+def _collate_slices(
+    inputs: Sequence[ModelInput], patch_size: int, resampler: ResizingLibrary
+) -> dict[str, torch.Tensor]:
+    slices = [pixels for sample in inputs for pixels in sample.slices]
     if not slices:
         return {}
     packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
@@ -89,24 +95,27 @@ def _images(rows: Sequence[ModelInput], patch_size: int, resampler: Resampler) -
     }
 
 
-def pack_patches(pixels: NDArray[np.uint8], patch_size: int, resampler: Resampler = "torchvision") -> torch.Tensor:
-    """Normalize a slice and lay its patches side by side.
+def pack_patches(
+    pixels: NDArray[np.uint8], patch_size: int, resampler: ResizingLibrary = "torchvision"
+) -> torch.Tensor:
+    """Normalize a slice and place its patches side by side.
 
     Args:
         pixels: uint8 [height, width, 3].
-        patch_size: side of a patch in pixels, a divisor of both sides.
-        resampler: of the generation, whose image processor's arithmetic this follows to the last bit.
+        patch_size: Side of a patch in pixels; divides both sides of the slice.
+        resampler: Library that the generation's image processor uses. The normalization follows that processor's
+            arithmetic to the last bit.
 
     Returns:
         float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
     """
     height, width, channels = pixels.shape
     patches = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
-    # A row of the image stays together, so laying out and converting are one pass.
+    # A pixel row of the slice stays contiguous, so one pass both reorders and converts the pixels.
     packed = torch.empty(channels, patch_size, height // patch_size, width).copy_(patches.permute(3, 1, 0, 2))
     packed = packed.view(channels, patch_size, -1)
     if resampler == "pillow":
-        # To the unit range first, then mean and deviation 0.5.
+        # That processor scales to [0, 1] first and then normalizes with mean 0.5 and standard deviation 0.5.
         return packed.div_(255).sub_(0.5).div_(0.5)
-    # Mean and deviation 0.5 of the unit range, scaled to grey levels.
+    # That processor normalizes in one step: mean 0.5 and standard deviation 0.5, multiplied by 255.
     return packed.sub_(127.5).div_(127.5)

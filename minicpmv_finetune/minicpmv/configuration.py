@@ -1,9 +1,9 @@
-"""The configuration of MiniCPM-V 2.6, 4.0 and 4.5, read from and written to the published `config.json` as it is.
+"""The configuration of MiniCPM-V 2.6, 4.0 and 4.5, read from and written to `config.json` in the published layout.
 
-The published file is flat: the language model's fields stand beside the image's, and `version` says which language
-model is meant. Here they are sorted into the configurations of transformers' own classes, which is what the model is
-built from; on saving, the published fields go out again under their old names, so that the code that belongs to the
-checkpoint reads what this project wrote.
+The published file is flat: it contains the language model's fields and the fields about images at the same level, and
+`version` decides which language model it describes. Here the fields are sorted into the configurations of transformers'
+own classes, from which the model is built. Saving writes the published fields under their published names, so that the
+checkpoint's own code can read what this project wrote.
 """
 
 import copy
@@ -15,14 +15,14 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig
 
-# Which of transformers' language models a published `version` is; see docs/generations.md for where each is from.
+# Configuration class of the language model for each published `version`; docs/generations.md names the sources.
 _LANGUAGE_MODELS: dict[str, type[PreTrainedConfig]] = {"2.6": Qwen2Config, "4.0": LlamaConfig, "4.5": Qwen3Config}
 
 RESAMPLER_HEAD_DIM = 128
-"""Width of a head of the resampler's attention, in every generation: heads = hidden_size // 128."""
+"""Width of each head of the resampler's attention in every generation: heads = hidden_size // 128."""
 
 IMAGE_TOKEN = "<unk>"
-"""The token of which `query_num` stand where a slice goes."""
+"""The placeholder token of image features: each slice has `query_num` of these tokens."""
 
 _FIELDS_OF_TRANSFORMERS = {"transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 
@@ -31,18 +31,19 @@ class MiniCPMVConfig(PreTrainedConfig):
     """Configuration of `MiniCPMVForConditionalGeneration`.
 
     Args:
-        version: 2.6, 4.0 or 4.5 as published; decides the language model.
-        query_num: tokens that the resampler makes of a slice.
-        drop_vision_last_layer: whether the vision tower goes without its last layer.
-        image_token_id: the token that stands for one of a slice's `query_num` features. Published files leave it to the
-            tokenizer's `<unk>`; the model looks it up beside its weights when it is None.
-        use_cache: whether generation keeps keys and values.
-        text_config: of the language model; made from the flat fields of a published file when None.
-        vision_config: of the vision tower.
-        **kwargs: the flat fields of a published file, kept and written back.
+        version: Published version, 2.6, 4.0 or 4.5, which decides the language model.
+        query_num: Number of features, and so of tokens, that the resampler computes from a slice.
+        drop_vision_last_layer: Whether the last layer of the vision tower is removed.
+        image_token_id: Id of the placeholder token, one for each of a slice's `query_num` features. Published files do
+            not contain it, because it is the tokenizer's `<unk>`; if it is None, the model reads it from the tokenizer
+            files in the folder of its weights.
+        use_cache: Whether generation caches keys and values.
+        text_config: Configuration of the language model; if None, it is built from the flat fields of a published file.
+        vision_config: Configuration of the vision tower.
+        **kwargs: The flat fields of a published file, which are kept and written back.
 
     Raises:
-        ValueError: the version is unknown, or fields contradict each other.
+        ValueError: The version is unknown, or fields contradict each other.
     """
 
     model_type = "minicpmv"
@@ -63,14 +64,14 @@ class MiniCPMVConfig(PreTrainedConfig):
             for name, value in kwargs.items()
             if name not in {"name_or_path", "attn_implementation", "experts_implementation"}
         }
-        handed_on = {
+        base_fields = {
             name: kwargs[name]
             for name in ("name_or_path", "attn_implementation", "torch_dtype", "output_attentions")
             if name in kwargs
         }
         if isinstance(self.vision_config, dict):
             self._published["vision_config"] = copy.deepcopy(self.vision_config)
-            # The published file calls the type "siglip", which in transformers also has a text side.
+            # The published model_type "siglip" is, in transformers, a model with vision and text.
             self.vision_config = SiglipVisionConfig(
                 **{name: value for name, value in self.vision_config.items() if name != "model_type"}
             )
@@ -78,14 +79,14 @@ class MiniCPMVConfig(PreTrainedConfig):
             self.vision_config = SiglipVisionConfig(patch_size=14, image_size=980)
         if self.text_config is None:
             language_model = self._language_model_class()
-            # As older transformers wrote them; today's class turns them into `rope_parameters`.
+            # Published files have `rope_theta` and `rope_scaling`; transformers 5 converts them to `rope_parameters`.
             names = {field.name for field in dataclasses.fields(language_model)} | {"rope_theta", "rope_scaling"}
             fields = {name: copy.deepcopy(value) for name, value in self._published.items() if name in names}
             self.text_config = language_model(**fields)
         elif isinstance(self.text_config, dict):
             self.text_config = self._language_model_class()(**self.text_config)
-        self._text_as_read = self.text_config.to_dict()
-        super().__post_init__(**handed_on)
+        self._original_text_config = self.text_config.to_dict()
+        super().__post_init__(**base_fields)
         self._check()
 
     def _language_model_class(self) -> type[PreTrainedConfig]:
@@ -98,7 +99,7 @@ class MiniCPMVConfig(PreTrainedConfig):
         hidden_size, patch_size = self.text_config.hidden_size, self._published.get("patch_size")
         if hidden_size % RESAMPLER_HEAD_DIM:
             raise ValueError(
-                f"hidden_size {hidden_size} is no multiple of {RESAMPLER_HEAD_DIM}, the resampler's head width"
+                f"hidden_size {hidden_size} is not a multiple of {RESAMPLER_HEAD_DIM}, the resampler's head width"
             )
         if patch_size is not None and patch_size != self.vision_config.patch_size:
             raise ValueError(
@@ -106,17 +107,17 @@ class MiniCPMVConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The published fields with what has changed since, such as the number of layers or of tokens."""
+        """Return the published fields, with the values that changed since, such as the number of layers or tokens."""
         text = self.text_config.to_dict()
         changed = {
             name: value
             for name, value in text.items()
-            if value != self._text_as_read.get(name) and name not in _FIELDS_OF_TRANSFORMERS
+            if value != self._original_text_config.get(name) and name not in _FIELDS_OF_TRANSFORMERS
         }
         fields = {
             **copy.deepcopy(self._published),
             **changed,
-            # What the checkpoint's own code and servers look for, whatever class of ours saved it.
+            # The checkpoint's own code and inference servers read these names, whichever class here saved them.
             "architectures": ["MiniCPMV"],
             "model_type": self.model_type,
             "transformers_version": transformers.__version__,
@@ -130,7 +131,7 @@ class MiniCPMVConfig(PreTrainedConfig):
         if self.image_token_id is not None:
             fields["image_token_id"] = self.image_token_id
         if self.dtype is not None:
-            # The published code reads this name.
+            # The published code reads the type under this name.
             fields["torch_dtype"] = str(self.dtype).removeprefix("torch.") if self.dtype else None
         quantization = getattr(self, "quantization_config", None)
         if quantization is not None:
@@ -138,12 +139,12 @@ class MiniCPMVConfig(PreTrainedConfig):
         return fields
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same: what was in the file is written again, default or not."""
+        """Return the same as `to_dict`, because published fields are written back even if they equal a default."""
         return self.to_dict()
 
 
 def find_token_id(checkpoint: Path, token: str) -> int | None:
-    """The id of a token, from a checkpoint's tokenizer files; None when they do not tell."""
+    """Read the id of a token from a checkpoint's tokenizer files; None if the files do not contain it."""
     path = checkpoint / "tokenizer.json"
     if path.is_file():
         document = json.loads(path.read_text())

@@ -1,10 +1,12 @@
 """From a sample to token ids and labels, by the checkpoint's own chat template.
 
-The template is rendered as text, each image's mark is replaced by its tokens, and the whole is tokenized once: the
-ids are those that the model's processor produces at serving time (tested per generation), so training sees what
-serving sends. An answer is found in the text, where it stands between the assistant's header and the end of the
-turn; because text that contains a special token is refused, no user can write such a mark, and the character
-offsets the tokenizer reports turn it into supervised tokens.
+The chat template renders the conversation as text, each image mark is replaced by the image's tokens, and the whole
+text is tokenized once. The ids equal those of the model's processor at serving time (tested for each generation), so
+training sees what serving sends.
+
+Answers are found in the rendered text: each is between the assistant's header and the end of the turn. Text that
+contains a special token is refused, so no user can write such a header. The character offsets of the tokenizer then
+give the supervised tokens.
 """
 
 import re
@@ -26,7 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A tokenized conversation; `labels` repeat the supervised ids and are -100 elsewhere (not shifted)."""
+    """A tokenized conversation.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: Ids of the supervised tokens, -100 at all other positions, not shifted.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -34,13 +41,22 @@ class EncodedConversation:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Everything needed to turn samples of one checkpoint into ids: template, tokenizer, slicing."""
+    """Converts samples to token ids for one checkpoint.
+
+    Attributes:
+        generation: Generation of the checkpoint.
+        tokenizer: Tokenizer of the checkpoint, with its chat template.
+        slicing: Settings that decide how images are sliced.
+        use_image_id: Whether the number of each image is written before the image's tokens.
+        tokens_per_slice: Number of tokens of each slice; None if it depends on the slice's size.
+        patches_per_token: Number of patches of each token, if the number of tokens depends on the slice's size.
+    """
 
     generation: Generation
     tokenizer: "PreTrainedTokenizerBase"
     slicing: SlicingConfig
     use_image_id: bool
-    tokens_per_slice: int | None  # None: one for each `patches_per_token`
+    tokens_per_slice: int | None
     patches_per_token: int
 
     @classmethod
@@ -48,22 +64,22 @@ class Encoder:
         """Read a checkpoint folder's tokenizer and processor settings.
 
         Args:
-            checkpoint: a local folder.
-            max_slice_nums: overrides the processor's own.
+            checkpoint: Local folder of the checkpoint.
+            max_slice_nums: Largest number of slices; None keeps the processor's number.
 
         Raises:
-            UserError: a file is missing or damaged, or the tokenizer lacks the generation's special tokens.
+            UserError: A file is missing or damaged, or the tokenizer lacks special tokens of the generation.
         """
         from transformers import AutoTokenizer
 
-        from . import configuration  # noqa: F401 - tells transformers of the native generations
+        from . import configuration  # noqa: F401 - registers this project's configuration in transformers
 
         generation = detect_generation(checkpoint)
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{checkpoint}: its tokenizer cannot be loaded ({_first_line(error)}); the folder needs the base "
+                f"{checkpoint}: the tokenizer cannot be loaded ({_first_line(error)}); the folder needs the base "
                 "model's tokenizer files."
             ) from error
         settings = read_image_settings(checkpoint)
@@ -79,7 +95,14 @@ class Encoder:
         return encoder
 
     def check_special_tokens(self, checkpoint: Path) -> None:
-        """Refuse a tokenizer that would split a mark into ordinary tokens."""
+        """Raise an error if the tokenizer would split a special token into ordinary tokens.
+
+        Args:
+            checkpoint: Folder of the checkpoint, for the message.
+
+        Raises:
+            UserError: The tokenizer lacks special tokens of the generation.
+        """
         needed = ["<image>", "</image>", "<slice>", "</slice>", self.generation.image_token]
         needed += [self.generation.end_of_turn]
         vocabulary = self.tokenizer.get_vocab()
@@ -92,29 +115,29 @@ class Encoder:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends generation: the end of the turn, and of the text."""
+        """Ids of the tokens that end generation: the end of the turn and the end of the text."""
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[token] for token in self.generation.stop_tokens if token in vocabulary]
 
     @property
     def pad_token_id(self) -> int:
-        """Fills padding; any id will do, since the attention mask hides it."""
+        """Id of the padding token, or 0 if there is none; any id is correct, because the attention mask hides it."""
         return int(self.tokenizer.pad_token_id or 0)
 
     def plan(self, sample: Sample) -> list[SlicePlan]:
-        """The slices of each of a sample's images."""
+        """Decide how each image of a sample is sliced."""
         return [plan_slices(image.width, image.height, self.slicing) for image in sample.images]
 
     def encode(self, sample: Sample) -> EncodedConversation:
-        """Tokenize a whole conversation for training.
+        """Tokenize a complete conversation for training.
 
         Raises:
-            SampleError: a text contains a special token.
+            SampleError: A text contains a special token.
         """
         return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False))
 
     def encode_text(self, text: str) -> EncodedConversation:
-        """Tokenize a rendered conversation and find what is learnt in it: each answer up to the end of its turn."""
+        """Tokenize a rendered conversation; the supervised tokens are each answer and the end of its turn."""
         tokens = self.tokenizer(text, return_offsets_mapping=True)
         answers = [match.span(1) for match in self._answer_pattern.finditer(text)]
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
@@ -126,14 +149,17 @@ class Encoder:
             while position < len(ids) and offsets[position][1] <= end:
                 labels[position] = ids[position]
                 position += 1
-        return Encoded(ids, labels)
+        return EncodedConversation(ids, labels)
 
     def encode_prompt(self, sample: Sample, enable_thinking: bool = False) -> list[int]:
-        """Tokenize everything before a sample's last answer, as a server would to have it answered.
+        """Tokenize the prompt that a server would send to get a sample's last answer.
 
         Args:
-            sample: a last answer is left out.
-            enable_thinking: ask for reasoning first, where the generation can.
+            sample: Sample to answer. If the last turn is the assistant's, it is left out.
+            enable_thinking: Whether the prompt requests reasoning before the answer, in generations that support it.
+
+        Raises:
+            SampleError: A text contains a special token.
         """
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         text = self._render(sample, turns, add_generation_prompt=True, enable_thinking=enable_thinking)
@@ -142,8 +168,8 @@ class Encoder:
     @cached_property
     def _answer_pattern(self) -> re.Pattern[str]:
         header, end = re.escape(self.generation.assistant_header), re.escape(self.generation.end_of_turn)
-        unlearnt = f"(?:{re.escape(self.generation.empty_thinking)})?"
-        return re.compile(f"{header}{unlearnt}(.*?{end})", re.DOTALL)
+        unsupervised = f"(?:{re.escape(self.generation.empty_thinking)})?"
+        return re.compile(f"{header}{unsupervised}(.*?{end})", re.DOTALL)
 
     @cached_property
     def _special_token_pattern(self) -> re.Pattern[str]:
@@ -165,20 +191,24 @@ class Encoder:
             options["enable_thinking"] = enable_thinking
         messages: list[Any] = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        # The order of the marks in the text decides, whatever the order in which images were listed.
+        # Images are inserted in the order of their marks in the text, not in the order of the sample's image list.
         order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
         pieces = text.split(self.generation.image_mark)
         if len(pieces) != len(order) + 1:
             raise UserError(
-                f"The chat template wrote {len(pieces) - 1} image marks for {len(order)} images; it does not "
-                f"belong to MiniCPM-V {self.generation.version}."
+                f"The chat template wrote {len(pieces) - 1} image marks for {len(order)} images; use the chat template "
+                f"of MiniCPM-V {self.generation.version}."
             )
         plans = self.plan(sample)
-        expanded = [self._image_tokens(shown, plans[number]) for shown, number in enumerate(order)]
+        expanded = [self._image_tokens(image_id, plans[number]) for image_id, number in enumerate(order)]
         return "".join(piece for pair in zip(pieces, [*expanded, ""], strict=True) for piece in pair)
 
     def _content(self, turn: Turn) -> str | list[dict[str, Any]]:
-        """A turn as the chat template wants it; between list items, the line break beside a mark is the template's."""
+        """Return a turn's content in the form that the chat template expects.
+
+        A template that receives images as list items writes the line break next to an image mark itself, so that line
+        break is removed from the text.
+        """
         parts = list(turn.parts)
         if self.generation.image_content == "text":
             return "".join(self.generation.image_mark if isinstance(part, int) else part for part in parts)
@@ -197,12 +227,12 @@ class Encoder:
                 items.append({"type": "text", "text": part})
         return items
 
-    def _image_tokens(self, shown: int, plan: SlicePlan) -> str:
-        """The tokens of the image shown as number `shown`, overview first, slices row by row."""
+    def _image_tokens(self, image_id: int, plan: SlicePlan) -> str:
+        """Return the tokens of an image as text: its number, the overview, then the slices row by row."""
         counts = [
             self.tokens_per_slice or rows * columns // self.patches_per_token for rows, columns in plan.target_sizes
         ]
-        text = f"<image_id>{shown}</image_id>" if self.use_image_id else ""
+        text = f"<image_id>{image_id}</image_id>" if self.use_image_id else ""
         text += f"<image>{self.generation.image_token * counts[0]}</image>"
         if plan.grid is not None:
             slices = [f"<slice>{self.generation.image_token * count}</slice>" for count in counts[1:]]

@@ -1,7 +1,7 @@
-"""One description per model generation: everything that differs between them, in one place.
+"""One description for each model generation, with everything that differs between generations, in one place.
 
-The steps ask this description and hold no `if version == …`. It is read from a checkpoint's JSON files alone, so a
-wrong base model is refused in a tenth of a second, before torch is imported or a weight is read.
+The steps read this description and contain no `if version == …`. The generation is detected from a checkpoint's JSON
+files alone, so a wrong base model is refused in a tenth of a second, before torch is imported or weights are read.
 """
 
 import json
@@ -14,40 +14,41 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from minicpmv_finetune.data.image_files import Transparency
 from minicpmv_finetune.errors import UserError, describe_validation_error
 
-from .slicing import Resampler, SlicingConfig
+from .slicing import ResizingLibrary, SlicingConfig
 
 PUBLISHED_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)"
-"""Default of `--lora_target_modules` in the published finetune.py; it names the language model `llm`."""
+"""Default of `--lora_target_modules` in the published finetune.py, where the language model is called `llm`."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation of MiniCPM-V is made of.
+    """The properties of one generation of MiniCPM-V.
 
     Attributes:
-        version: as published, such as "4.6".
-        model_type: of config.json.
-        llm_type: the published script's name for the chat format; an explicit `--llm_type` must equal it.
-        older_llm_types: names that earlier published scripts had for it.
-        published_version: of config.json, where several generations share a model_type.
-        language_model: module path of the language model without its head.
-        vision_tower: module path of the vision encoder.
-        merger: module path of what turns patch features into the language model's tokens.
-        embed_tokens: module path of the input embeddings.
-        lora_target_modules: regular expression that replaces the published default.
-        interchangeable_layers: whether the language model's layers are of one kind, so that they can be stacked anew.
-        fixed_tokens: whether a resampler turns every slice into the same number of tokens (`query_num` of config.json),
-            or a merger joins neighbouring patches.
-        image_token: token that stands for one feature vector.
-        image_mark: what the chat template writes for an image, replaced by its tokens.
-        image_content: whether the template takes images as list items or as marks within the text.
-        assistant_header: what stands before an answer.
-        end_of_turn: what ends an answer, and is learnt with it.
-        stop_tokens: what ends generation.
-        empty_thinking: what the template puts before an answer given without reasoning; not learnt, since the prompt
-            that asks for such an answer already ends with it.
-        resampler: whose bicubic filter the processor uses.
-        transparency: what the processor does with an alpha channel.
+        version: Published version, such as "4.6".
+        model_type: Value of `model_type` in config.json.
+        llm_type: Name of the chat format in the published script; an explicit `--llm_type` must equal it.
+        older_llm_types: Names of the same chat format in earlier published scripts.
+        published_version: Value of `version` in config.json, if several generations have the same `model_type`.
+        language_model: Module path of the language model without its head.
+        vision_tower: Module path of the vision encoder.
+        merger: Module path of the module that converts patch features to input tokens of the language model.
+        embed_tokens: Module path of the input embeddings.
+        lora_target_modules: Regular expression that replaces the published default of `--lora_target_modules`.
+        interchangeable_layers: Whether all layers of the language model are of one type, so that layers can be
+            replicated.
+        fixed_tokens: Whether every slice has the same number of tokens (`query_num` of config.json), computed by a
+            resampler; otherwise a merger joins neighboring patches, and the number depends on the slice's size.
+        image_token: Placeholder token of one image feature vector.
+        image_mark: Text that the chat template writes for an image; it is replaced by the image's tokens.
+        image_content: Whether the chat template receives images as list items or as marks within the text.
+        assistant_header: Text before an answer.
+        end_of_turn: Token that ends an answer; it is supervised with the answer.
+        stop_tokens: Tokens that end generation.
+        empty_thinking: Text that the template writes before an answer without reasoning. It is not supervised, because
+            a prompt for such an answer already ends with it.
+        resampler: Library whose bicubic filter the image processor uses.
+        transparency: How the image processor removes an alpha channel.
     """
 
     version: str
@@ -64,7 +65,7 @@ class Generation:
     assistant_header: str
     end_of_turn: str
     stop_tokens: tuple[str, ...]
-    resampler: Resampler
+    resampler: ResizingLibrary
     transparency: Transparency
     interchangeable_layers: bool = True
     fixed_tokens: bool = False
@@ -75,7 +76,7 @@ class Generation:
 
 _QWEN3_5_LORA_TARGETS = (
     r"model\.language_model\..*layers\.\d+\."
-    # Three of four layers are linear attention, whose queries, keys and values are one projection.
+    # Three of four layers are linear attention, where one projection computes queries, keys and values.
     r"(self_attn\.(q_proj|k_proj|v_proj)|linear_attn\.in_proj_qkv)"
 )
 
@@ -114,7 +115,7 @@ MINICPMV_2_6 = Generation(
     lora_target_modules=PUBLISHED_LORA_TARGETS,
     fixed_tokens=True,
     image_token="<unk>",
-    # No text can hold it, since <image> is a special token.
+    # No text can contain this mark, because <image> is a special token and such text is refused.
     image_mark="(<image>./</image>)",
     image_content="text",
     assistant_header="<|im_start|>assistant\n",
@@ -136,7 +137,7 @@ GENERATIONS = (MINICPMV_2_6, MINICPMV_4_0, MINICPMV_4_5, MINICPMV_4_6, MINICPMV_
 
 
 class _ImageSettings(BaseModel):
-    """What the image processor's file says, as far as it is used here."""
+    """The fields of the image processor's file that are used here."""
 
     model_config = ConfigDict(strict=True)
 
@@ -150,10 +151,10 @@ class _ImageSettings(BaseModel):
 
 
 def detect_generation(checkpoint: Path) -> Generation:
-    """Which generation a checkpoint folder holds.
+    """Detect the generation of a checkpoint from its config.json.
 
     Raises:
-        UserError: it is no checkpoint, or of a model this project does not train.
+        UserError: The folder is not a checkpoint, or a checkpoint of a model that this project does not support.
     """
     config = read_json(checkpoint / "config.json")
     version = config.get("version")
@@ -170,7 +171,7 @@ def detect_generation(checkpoint: Path) -> Generation:
 
 
 def _one_decimal(version: Any) -> str:
-    """Published files write 4 for 4.0, and some write text."""
+    """Format a version, because published files contain 4 for 4.0, and some contain text."""
     try:
         return f"{float(version):.1f}"
     except (TypeError, ValueError):
@@ -178,11 +179,11 @@ def _one_decimal(version: Any) -> str:
 
 
 def read_slicing_config(checkpoint: Path) -> SlicingConfig:
-    """How a checkpoint's own processor slices images.
+    """Read how a checkpoint's own processor slices images.
 
     Raises:
-        UserError: the processor normalizes colours otherwise than every published MiniCPM-V, or cuts patches of
-            another size than the vision tower takes.
+        UserError: The processor's color normalization differs from every published MiniCPM-V, or its patch size differs
+            from the vision tower's.
     """
     generation = detect_generation(checkpoint)
     settings = read_image_settings(checkpoint)
@@ -190,16 +191,16 @@ def read_slicing_config(checkpoint: Path) -> SlicingConfig:
     for name in ("norm_mean", "norm_std", "image_mean", "image_std"):
         if any(value != 0.5 for value in _as_list(settings.get(name, 0.5))):
             raise UserError(
-                f"{checkpoint}: the image processor's {name} is {settings[name]}, where every MiniCPM-V has 0.5; "
+                f"{checkpoint}: the image processor's {name} is {settings[name]}, but every MiniCPM-V has 0.5; "
                 "the processor's file belongs to another model, fetch the checkpoint again."
             )
     expected = (read_json(checkpoint / "config.json").get("vision_config") or {}).get("patch_size", patch_size)
     if expected != patch_size:
         raise UserError(
-            f"{checkpoint}: the image processor cuts patches of {patch_size} pixels, but the vision tower takes "
+            f"{checkpoint}: the image processor's patches have {patch_size} pixels, but the vision tower expects "
             f"{expected}; the files belong to different models, fetch the checkpoint again."
         )
-    # "4x" merges 2 × 2 patches into a token, "16x" twice so: slices must divide evenly.
+    # "4x" merges 2 × 2 patches into a token, "16x" merges 4 × 4; the sides of a slice must be multiples of that.
     merged = 1 if generation.fixed_tokens else 2 if settings.get("downsample_mode", "16x") == "4x" else 4
     return SlicingConfig(
         max_slice_nums=settings.get("max_slice_nums", 9),
@@ -213,25 +214,30 @@ def read_slicing_config(checkpoint: Path) -> SlicingConfig:
 
 
 def read_tokens_per_slice(checkpoint: Path) -> int | None:
-    """How many tokens stand for a slice, whatever its size; None where that depends on the size.
+    """Read the number of tokens of a slice; None if it depends on the slice's size.
 
     Raises:
-        UserError: the model and its processor disagree.
+        UserError: The model's and the processor's files contain different numbers.
     """
     if not detect_generation(checkpoint).fixed_tokens:
         return None
     queries = int(read_json(checkpoint / "config.json").get("query_num", 64))
-    told = int(read_image_settings(checkpoint).get("image_feature_size", queries))
-    if told != queries:
+    features = int(read_image_settings(checkpoint).get("image_feature_size", queries))
+    if features != queries:
         raise UserError(
-            f"{checkpoint}: config.json gives a slice {queries} tokens (query_num), preprocessor_config.json {told} "
-            "(image_feature_size); the files belong to different models, fetch the checkpoint again."
+            f"{checkpoint}: a slice has {queries} tokens in config.json (query_num) but {features} in "
+            "preprocessor_config.json (image_feature_size); the files belong to different models, fetch the checkpoint "
+            "again."
         )
     return queries
 
 
 def read_image_settings(checkpoint: Path) -> dict[str, Any]:
-    """The image processor's settings, from whichever of its two files the checkpoint has."""
+    """Read the image processor's settings, from processor_config.json or else from preprocessor_config.json.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
     path = checkpoint / "processor_config.json"
     settings = read_json(path).get("image_processor") if path.is_file() else None
     if settings is None:
@@ -240,13 +246,18 @@ def read_image_settings(checkpoint: Path) -> dict[str, Any]:
     try:
         _ImageSettings.model_validate(settings)
     except ValidationError as error:
-        what = describe_validation_error(error, "its content")
-        raise UserError(f"{path}: {what}; the checkpoint is damaged, fetch it again.") from error
+        problem = describe_validation_error(error, "its content")
+        raise UserError(f"{path}: {problem}; the checkpoint is damaged, fetch it again.") from error
     return dict(settings)
 
 
 def write_max_slices(checkpoint: Path, max_slice_nums: int) -> None:
-    """Make a saved checkpoint's processor slice as its training did; and its config say so, where that has a word."""
+    """Write the number of slices used in training into a saved checkpoint's processor, and config.json if it has one.
+
+    Args:
+        checkpoint: Folder of the saved checkpoint.
+        max_slice_nums: Largest number of slices of an image.
+    """
     for name, part in (
         ("processor_config.json", "image_processor"),
         ("preprocessor_config.json", "image_processor"),
@@ -267,17 +278,19 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A checkpoint's JSON file.
+    """Read a JSON file of a checkpoint.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: The file is missing or damaged.
     """
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} here, so this is no checkpoint; give its folder.") from None
+        raise UserError(
+            f"{path.parent}: there is no {path.name}, so this is not a checkpoint; give its folder."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, fetch it again.") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: holds no JSON object; the checkpoint is damaged, fetch it again.")
+        raise UserError(f"{path}: not a JSON object; the checkpoint is damaged, fetch it again.")
     return document

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, apply_mask_to_padding_states, l2norm
 from transformers.utils.import_utils import is_flash_linear_attention_available
 
-from .packed import samples_in
+from .packed import packed_samples
 
 _LEAST, _MOST = 16, 64
 """Tokens of a chunk; between these as many as a head is wide."""
@@ -40,13 +40,13 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         **options: Any,
     ) -> torch.Tensor:
         """As the class above, [rows, length, width] of each; what no sample of a packed row may see is kept from it."""
-        samples = samples_in(options)
+        samples = packed_samples(options)
         if cache_params is not None or is_flash_linear_attention_available():
             for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
                 options.pop(name, None)
-            rows = hidden_states if samples is None else samples.apart(hidden_states)
+            rows = hidden_states if samples is None else samples.unpack(hidden_states)
             output: torch.Tensor = super().forward(rows, cache_params, attention_mask, **options)
-            return output if samples is None else samples.together(output)
+            return output if samples is None else samples.pack(output)
 
         hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
         mixed, share, step = (project(hidden_states) for project in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
@@ -54,7 +54,7 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         decay = -self.A_log.float().exp() * F.softplus(step.float() + self.dt_bias)
         share = share.sigmoid()
         if samples is not None:
-            mixed, share, decay = (samples.apart(states) for states in (mixed, share, decay))
+            mixed, share, decay = (samples.unpack(states) for states in (mixed, share, decay))
         length = mixed.shape[1]
         mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
         keys, values = mixed.split([2 * self.key_dim, self.value_dim], dim=-1)
@@ -64,7 +64,7 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         read = gated_delta_rule(queries, keys, values.unflatten(-1, (self.num_v_heads, -1)), decay, share)
         read = read.to(mixed.dtype)
         if samples is not None:
-            read = samples.together(read)
+            read = samples.pack(read)
         gate = self.in_proj_z(hidden_states).view(-1, self.head_v_dim)
         normed = self.norm(read.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
         return torch.as_tensor(self.out_proj(normed))

@@ -1,4 +1,4 @@
-"""What a sample has become once it is tokenized and sliced: the row that shards store and batches are made of."""
+"""A tokenized and sliced sample: what a shard stores and what batches are built from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class ModelInput:
     """One sample, ready for the model.
 
     Attributes:
-        id: of the sample.
-        input_ids: token ids.
-        labels: the supervised ids, -100 elsewhere, not shifted; empty for a prompt.
-        slices: uint8 [height, width, 3] each, in the order in which their tokens stand.
+        id: Identifier of the sample.
+        input_ids: Token ids.
+        labels: Ids of the supervised tokens, -100 at all other positions, not shifted; empty for a prompt.
+        slices: Pixels of each slice, uint8 [height, width, 3], in the order of their tokens.
     """
 
     id: str

@@ -33,7 +33,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .linear_attention import LinearAttention
 from .loss import mask_that_hides, supervised_loss
 from .modeling import PatchGrid
-from .packed import Samples, samples_in
+from .packed import PackedSamples, packed_samples
 
 _SIDE = 4
 """Of the blank image in patches: the least that merges twice."""
@@ -213,7 +213,7 @@ class _Model46(MiniCPMV4_6Model):
 class _Model47(MiniCPMV4_7Model):
     def forward(self, **inputs: Any) -> Any:
         ids = inputs.get("input_ids")
-        samples = samples_in(inputs)
+        samples = packed_samples(inputs)
         if samples is not None and ids is not None and inputs.get("target_sizes") is not None:
             inputs["position_ids"] = self._positions_apart(ids, inputs["target_sizes"], samples)
         elif ids is not None and inputs.get("target_sizes") is not None and inputs.get("mm_token_type_ids") is None:
@@ -224,12 +224,12 @@ class _Model47(MiniCPMV4_7Model):
             self.rope_deltas = None
         return super().forward(**told)
 
-    def _positions_apart(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: Samples) -> torch.Tensor:
+    def _positions_apart(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
         """Canvas positions of a packed row, int [3, 1, tokens], each sample's as if it stood alone."""
-        rows = samples.apart(ids)
+        rows = samples.unpack(ids)
         lay_out: Any = self.get_rope_index
-        positions, _ = lay_out(rows, self.token_types(rows), target_sizes, attention_mask=samples.present.long())
-        return torch.stack([samples.together(channel) for channel in positions])
+        positions, _ = lay_out(rows, self.token_types(rows), target_sizes, attention_mask=samples.attention_mask.long())
+        return torch.stack([samples.pack(channel) for channel in positions])
 
     def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
         """1 on image tokens, 0 on words."""

@@ -1,12 +1,14 @@
-"""Several samples in one row, none of which sees another.
+"""Several samples packed into one row, so that no computation is spent on padding; no sample sees another.
 
-A packed row has no padding: what works token by token (embeddings, projections, feed-forward layers, norms, the
-head) computes real tokens alone. What looks from token to token gets the samples apart: laid out one a row, padded at
-the end, where nothing looks back from. So no mask has to say who belongs to whom, none can be wrong, and attention
-costs the square of a sample's length; a block-diagonal mask over the pack would cost that of the pack's.
-Flash attention takes the packed row as it is, by the same arguments.
+Operations on single tokens (embeddings, projections, feed-forward layers, norms, the head) take the packed row as it
+is and compute real tokens alone. Operations between tokens (attention, linear attention) get the samples unpacked: one
+sample in each row, padded at the end. Causal attention never looks at what follows, so the padding changes no result.
+Therefore no mask has to separate the samples, and no mask can be wrong. The cost of attention is the square of each
+sample's length; a block-diagonal mask over the packed row would cost the square of the row's length. Flash attention
+takes the packed row itself, by the same arguments.
 
-A model is told of the samples as transformers has it: `cu_seq_lens_q` and `max_length_q` (and the same for `k`).
+A model receives the boundaries of the samples by the arguments that transformers uses for this: `cu_seq_lens_q` and
+`max_length_q` (and the same for `k`).
 """
 
 from collections.abc import Sequence
@@ -19,76 +21,90 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
-APART = "sdpa_apart"
-"""Name of the attention below among transformers' own."""
+PACKED_ATTENTION = "sdpa_packed"
+"""Name under which the attention below is registered in transformers."""
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Where each token of a packed row belongs.
+class PackedSamples:
+    """The samples of a packed row: which sample each token belongs to, and where in the sample it is.
 
     Attributes:
-        number: int [tokens], of its sample.
-        offset: int [tokens], within its sample.
-        count: of the samples.
-        longest: tokens of the longest.
+        sample_ids: int [tokens], number of the sample that the token belongs to.
+        offsets: int [tokens], position of the token within its sample.
+        count: Number of samples in the row.
+        longest: Number of tokens of the longest sample.
     """
 
-    number: torch.Tensor
-    offset: torch.Tensor
+    sample_ids: torch.Tensor
+    offsets: torch.Tensor
     count: int
     longest: int
 
     @classmethod
-    def of(cls, boundaries: torch.Tensor, longest: int) -> "Samples":
-        """From where the samples start, and where the last one ends: int [samples + 1]."""
-        starts = boundaries.long()
-        number = torch.repeat_interleave(starts.diff())
-        return cls(number, torch.arange(len(number), device=starts.device) - starts[number], len(starts) - 1, longest)
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int) -> "PackedSamples":
+        """Build from the cumulative lengths of the samples, int [samples + 1], beginning with 0."""
+        cu_seqlens = cu_seqlens.long()
+        sample_ids = torch.repeat_interleave(cu_seqlens.diff())
+        offsets = torch.arange(len(sample_ids), device=cu_seqlens.device) - cu_seqlens[sample_ids]
+        return cls(sample_ids, offsets, len(cu_seqlens) - 1, longest)
 
     @property
-    def present(self) -> torch.Tensor:
-        """Bool [samples, longest]: whether there is a token."""
-        there = torch.zeros(self.count, self.longest, dtype=torch.bool, device=self.number.device)
-        return there.index_put((self.number, self.offset), there.new_ones(()))
+    def attention_mask(self) -> torch.Tensor:
+        """Mask of the unpacked rows, bool [samples, longest]: true on tokens, false on padding."""
+        mask = torch.zeros(self.count, self.longest, dtype=torch.bool, device=self.sample_ids.device)
+        return mask.index_put((self.sample_ids, self.offsets), mask.new_ones(()))
 
-    def apart(self, packed: torch.Tensor) -> torch.Tensor:
-        """From [1, tokens, …] to [samples, longest, …], zero behind each."""
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """From [1, tokens, …] to [samples, longest, …], with zeros as padding at the end of each row."""
         rows = packed.new_zeros(self.count, self.longest, *packed.shape[2:])
-        return rows.index_put((self.number, self.offset), packed[0])
+        return rows.index_put((self.sample_ids, self.offsets), packed[0])
 
-    def together(self, rows: torch.Tensor) -> torch.Tensor:
-        """From [samples, longest, …] to [1, tokens, …]."""
-        return rows[self.number, self.offset].unsqueeze(0)
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """From [samples, longest, …] to [1, tokens, …], without the padding."""
+        return rows[self.sample_ids, self.offsets].unsqueeze(0)
 
 
-def boundaries(lengths: Sequence[int]) -> dict[str, Any]:
-    """The arguments that tell a model where the samples of a row lie."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def packing_arguments(lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments by which a model receives the boundaries of a row's samples.
+
+    Args:
+        lengths: Number of tokens of each sample.
+
+    Returns:
+        `position_ids` int [1, tokens], which begin at 0 in each sample; `cu_seq_lens_q` and `cu_seq_lens_k` int32
+        [samples + 1]; `max_length_q` and `max_length_k`.
+    """
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return {
         "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-        **{f"cu_seq_lens_{side}": ends for side in "qk"},
+        **{f"cu_seq_lens_{side}": cu_seqlens for side in "qk"},
         **{f"max_length_{side}": max(lengths) for side in "qk"},
     }
 
 
-def samples_in(inputs: dict[str, Any]) -> Samples | None:
-    """Those that a model's arguments tell of; None where the rows are not packed."""
-    ends = inputs.get("cu_seq_lens_q")
-    return None if ends is None else Samples.of(ends, int(inputs["max_length_q"]))
+def packed_samples(arguments: dict[str, Any]) -> PackedSamples | None:
+    """Read the samples of a packed row from a model's arguments; None if the rows are not packed."""
+    cu_seqlens = arguments.get("cu_seq_lens_q")
+    return None if cu_seqlens is None else PackedSamples.from_cu_seqlens(cu_seqlens, int(arguments["max_length_q"]))
 
 
-def prepare_for_packing(model: PreTrainedModel, language_model: str) -> None:
-    """Make the language model, a part of the model, take packed rows; others go on as they did.
+def enable_packing(model: PreTrainedModel, language_model: str) -> None:
+    """Make a model's language model accept packed rows; rows that are not packed are computed as before.
 
-    Linear attention is one of the model's layers already (see `linear_attention`); here the other attention learns it.
+    The layers of linear attention accept packed rows already (see `linear_attention`). This function replaces the
+    softmax attention of the other layers, unless flash attention is used, which accepts packed rows itself.
+
+    Args:
+        model: Any supported model.
+        language_model: Module path of the language model within the model.
     """
     part: Any = model.get_submodule(language_model)
     if not is_flash_attention_requested(part.config):
-        part.set_attn_implementation(APART)
+        part.set_attn_implementation(PACKED_ATTENTION)
 
 
-def _attention(
+def _packed_sdpa_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -96,20 +112,20 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA of [batch, heads, length, width], and of a packed row's samples each by itself."""
-    samples = samples_in(options)
+    """Compute SDPA of [batch, heads, length, width]; each sample of a packed row by itself."""
+    samples = packed_samples(options)
     if samples is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query, key, value = (samples.apart(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
-    # What fills a row up stands behind its sample, which therefore never sees it.
-    attended, _ = sdpa_attention_forward(module, query, key, value, None, **options)
-    return samples.together(attended), None
+    query, key, value = (samples.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
+    # The padding follows the sample's tokens, so causal attention hides it without a mask.
+    output, _ = sdpa_attention_forward(module, query, key, value, None, **options)
+    return samples.pack(output), None
 
 
-def _mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
-    mask: Any = sdpa_mask
-    return None if attention_mask is None else mask(*sizes, attention_mask=attention_mask, **options)
+def _packed_sdpa_mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    make_mask: Any = sdpa_mask
+    return None if attention_mask is None else make_mask(*sizes, attention_mask=attention_mask, **options)
 
 
-AttentionInterface.register(APART, _attention)
-AttentionMaskInterface.register(APART, _mask)
+AttentionInterface.register(PACKED_ATTENTION, _packed_sdpa_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, _packed_sdpa_mask)

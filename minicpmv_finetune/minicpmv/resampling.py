@@ -1,13 +1,13 @@
 """Pillow's bicubic filter, several times as fast and equal to the last bit.
 
-Scaling is most of what preparing an image costs, and Pillow adds up one pixel after the other. Here each pass runs
-along rows, so that the compiler (numba) can take many pixels at once; the pass across columns works on a transposed
-copy. All sums are of integers, as Pillow's are: coefficients in fixed point with 22 bits behind the point, computed in
-double precision, and a result rounded to 8 bits after each pass. Which pass comes first changes some pixels by a grey
-level, and is Pillow 13's choice.
+Resizing is most of the cost of preparing an image, and Pillow computes one pixel after the other. Here the inner loop
+of each pass runs along a row, so that the compiler (numba) can compute many pixels with one instruction; the horizontal
+pass works on a transposed copy. All sums are sums of integers, as in Pillow: the coefficients are fixed-point numbers
+with 22 fractional bits, computed in double precision, and the result is rounded to 8 bits after each pass. The order of
+the two passes changes some pixels by one grey level; it is the order of Pillow 13.
 
-Another release may choose otherwise, as those before 13 did; so the first use compares the two on small images, and
-where they differ, or without numba, Pillow itself scales.
+Another release of Pillow may choose another order, as releases before 13 did. Therefore the first use compares both
+implementations on small images; where they differ, or where numba is not installed, Pillow itself resizes.
 """
 
 import math
@@ -19,22 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_BITS = 22  # behind the point of a coefficient: 32 less 8 of a pixel and 2 for sums outside of 0 to 1
-_SUPPORT = 2.0  # pixels to each side that a cubic reaches
-_A = -0.5  # of the cubic: Catmull-Rom
-_BLOCK = 32  # rows and columns transposed at once, which stay in the fastest cache
-_TRIED = ((23, 17), (9, 30), (31, 27), (18, 9), (14, 9))  # (width, height) that an image of 20 × 20 is scaled to
+_FRACTION_BITS = 22  # of a coefficient: 32 bits less 8 of a pixel and 2 for sums outside of 0 to 1
+_SUPPORT = 2.0  # radius of the cubic kernel in pixels
+_A = -0.5  # parameter of the cubic kernel: Catmull-Rom
+_BLOCK = 32  # rows and columns that are transposed at a time, so that they stay in the fastest cache
+_COMPARED_SIZES = ((23, 17), (9, 30), (31, 27), (18, 9), (14, 9))  # (width, height), each from an image of 20 × 20
 
-Pass = tuple[NDArray[np.int64], NDArray[np.int32]]  # first pixel [out], coefficients [out, taps], zero behind the last
+# For each output pixel the first input pixel [out] and the coefficients [out, taps], with zeros after the last one.
+Coefficients = tuple[NDArray[np.int64], NDArray[np.int32]]
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    """Scale an image as `image.resize((width, height), BICUBIC)` does.
+    """Resize an image with the result of `image.resize((width, height), BICUBIC)`.
 
     Args:
-        image: of mode RGB.
-        width: in pixels.
-        height: in pixels.
+        image: Image of mode RGB.
+        width: New width in pixels.
+        height: New height in pixels.
 
     Returns:
         uint8 [height, width, 3].
@@ -43,48 +44,49 @@ def resize_bicubic(image: Image.Image, width: int, height: int) -> NDArray[np.ui
         return np.asarray(image)
     kernels = _kernels_equal_to_pillow()
     if kernels is None:
-        return _by_pillow(image, width, height)
-    return _scale(np.asarray(image), width, height, *kernels)
+        return _resize_with_pillow(image, width, height)
+    return _resize_with_kernels(np.asarray(image), width, height, *kernels)
 
 
-def _by_pillow(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
+def _resize_with_pillow(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _scale(
-    pixels: NDArray[np.uint8], width: int, height: int, add_up: Callable[..., None], transpose: Callable[..., None]
+def _resize_with_kernels(
+    pixels: NDArray[np.uint8], width: int, height: int, filter_rows: Callable[..., None], transpose: Callable[..., None]
 ) -> NDArray[np.uint8]:
-    def across() -> None:
+    def resize_horizontally() -> None:
         nonlocal pixels
         rows, columns = pixels.shape[:2]
         if columns == width:
             return
-        turned = np.empty((columns, rows * 3), np.uint8)
-        transpose(pixels, turned)
-        scaled = np.empty((width, rows * 3), np.uint8)
-        add_up(turned, *_coefficients(columns, width), scaled)
+        transposed = np.empty((columns, rows * 3), np.uint8)
+        transpose(pixels, transposed)
+        filtered = np.empty((width, rows * 3), np.uint8)
+        filter_rows(transposed, *_coefficients(columns, width), filtered)
         pixels = np.empty((rows, width, 3), np.uint8)
-        transpose(scaled.reshape(width, rows, 3), pixels.reshape(rows, width * 3))
+        transpose(filtered.reshape(width, rows, 3), pixels.reshape(rows, width * 3))
 
-    def along() -> None:
+    def resize_vertically() -> None:
         nonlocal pixels
         rows, columns = pixels.shape[:2]
         if rows == height:
             return
-        scaled = np.empty((height, columns, 3), np.uint8)
-        add_up(pixels.reshape(rows, -1), *_coefficients(rows, height), scaled.reshape(height, -1))
-        pixels = scaled
+        filtered = np.empty((height, columns, 3), np.uint8)
+        filter_rows(pixels.reshape(rows, -1), *_coefficients(rows, height), filtered.reshape(height, -1))
+        pixels = filtered
 
     fewer_rows, fewer_columns = pixels.shape[0] - height, pixels.shape[1] - width
     vertical_first = fewer_rows > 0 and fewer_rows > 2 * fewer_columns
-    for one_pass in (along, across) if vertical_first else (across, along):
-        one_pass()
+    passes = (resize_vertically, resize_horizontally) if vertical_first else (resize_horizontally, resize_vertically)
+    for resize in passes:
+        resize()
     return pixels
 
 
 @lru_cache(maxsize=256)
-def _coefficients(old: int, new: int) -> Pass:
-    """What each new pixel is made of, in fixed point."""
+def _coefficients(old: int, new: int) -> Coefficients:
+    """Compute the fixed-point coefficients that resize a line of `old` pixels to `new` pixels."""
     scale = old / new
     stretch = max(scale, 1.0)
     support = _SUPPORT * stretch
@@ -95,17 +97,17 @@ def _coefficients(old: int, new: int) -> Pass:
         start, end = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), old)
         values = [_cubic((pixel - center + 0.5) * (1.0 / stretch)) for pixel in range(start, end)]
         total = 0.0
-        for value in values:  # one after the other, as rounding depends on it
+        for value in values:  # added in Pillow's order, because the rounding depends on the order
             total += value
         first[place] = start
         weights[place, : len(values)] = [
-            math.trunc(value / total * (1 << _BITS) + math.copysign(0.5, value)) for value in values
+            math.trunc(value / total * (1 << _FRACTION_BITS) + math.copysign(0.5, value)) for value in values
         ]
     return first, weights
 
 
 def _cubic(distance: float) -> float:
-    """The bicubic kernel of Keys 1981 with a = -0.5."""
+    """Compute the bicubic kernel of Keys 1981 with a = -0.5."""
     x = abs(distance)
     if x < 1.0:
         return ((_A + 2.0) * x - (_A + 3.0)) * x * x + 1.0
@@ -116,7 +118,7 @@ def _cubic(distance: float) -> float:
 
 @lru_cache(maxsize=1)
 def _kernels_equal_to_pillow() -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The compiled passes, or None where they are not to be had or not equal."""
+    """Return the compiled `filter_rows` and `transpose`; None without numba or where the result is not Pillow's."""
     try:
         import numba
     except ImportError:
@@ -125,27 +127,28 @@ def _kernels_equal_to_pillow() -> tuple[Callable[..., None], Callable[..., None]
     def compiled(function: Callable[..., None]) -> Any:
         try:
             return numba.njit(cache=True, nogil=True)(function)
-        except RuntimeError:  # no folder where compiled code could be kept
+        except RuntimeError:  # there is no writable folder for compiled code
             return numba.njit(nogil=True)(function)
 
-    kernels = compiled(_add_up), compiled(_transpose)
+    kernels = compiled(_filter_rows), compiled(_transpose)
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    noise[:10] = noise[:10] // 128 * 255  # overshoots
+    noise[:10] = noise[:10] // 128 * 255  # strong edges, whose filtered values are below 0 or above 255
     image = Image.fromarray(noise)
-    for width, height in _TRIED:
-        if not np.array_equal(_scale(noise, width, height, *kernels), _by_pillow(image, width, height)):
+    for width, height in _COMPARED_SIZES:
+        resized = _resize_with_kernels(noise, width, height, *kernels)
+        if not np.array_equal(resized, _resize_with_pillow(image, width, height)):
             return None
     return kernels
 
 
-def _add_up(
-    rows: NDArray[np.uint8], first: NDArray[np.int64], weights: NDArray[np.int32], scaled: NDArray[np.uint8]
+def _filter_rows(
+    rows: NDArray[np.uint8], first: NDArray[np.int64], weights: NDArray[np.int32], filtered: NDArray[np.uint8]
 ) -> None:
-    """Make each new row of some of the old ones."""
+    """Compute each row of `filtered` as a weighted sum of neighboring `rows`."""
     width = rows.shape[1]
-    half = np.int32(1 << (_BITS - 1))
+    half = np.int32(1 << (_FRACTION_BITS - 1))
     sums = np.empty(width, np.int32)
-    for place in range(scaled.shape[0]):
+    for place in range(filtered.shape[0]):
         sums[:] = half
         for tap in range(weights.shape[1]):
             weight = weights[place, tap]
@@ -153,18 +156,18 @@ def _add_up(
                 row = rows[first[place] + tap]
                 for pixel in range(width):
                     sums[pixel] += np.int32(row[pixel]) * weight
-        new = scaled[place]
+        new = filtered[place]
         for pixel in range(width):
-            new[pixel] = np.uint8(min(max(sums[pixel] >> _BITS, np.int32(0)), np.int32(255)))
+            new[pixel] = np.uint8(min(max(sums[pixel] >> _FRACTION_BITS, np.int32(0)), np.int32(255)))
 
 
-def _transpose(pixels: NDArray[np.uint8], turned: NDArray[np.uint8]) -> None:
-    """Columns become rows: [height, width, 3] to [width, height * 3]."""
+def _transpose(pixels: NDArray[np.uint8], transposed: NDArray[np.uint8]) -> None:
+    """Turn columns into rows: from [height, width, 3] to [width, height * 3]."""
     height, width = pixels.shape[0], pixels.shape[1]
     for top in range(0, height, _BLOCK):
         for left in range(0, width, _BLOCK):
             for x in range(left, min(left + _BLOCK, width)):
-                row = turned[x]
+                row = transposed[x]
                 for y in range(top, min(top + _BLOCK, height)):
                     row[3 * y] = pixels[y, x, 0]
                     row[3 * y + 1] = pixels[y, x, 1]

@@ -1,11 +1,11 @@
-"""How an image becomes slices: the plan from its size alone, and the pixels from the plan.
+"""How an image is cut into slices: first the plan, from the image's size alone, then the pixels, from the plan.
 
-MiniCPM-V looks at an image once as a whole (the overview) and, when it is larger than the vision encoder's working
-area, again in a grid of slices of about that area. The plan needs only width and height, so lengths, memory and
-token counts are known without decoding a pixel; the pixels are kept as uint8 and normalized by the trainer, a
-quarter of the bytes of float32.
+MiniCPM-V sees an image once as a whole (the overview) and, if the image is larger than the working area of the vision
+encoder, a second time as a grid of slices of about that area. The plan needs only width and height, so sequence
+lengths, memory and token counts are known before any pixel is decoded. Pixels stay uint8 until the trainer normalizes
+them, which is a quarter of the bytes of float32.
 
-The arithmetic follows the published image processors; every generation's pixels are tested equal to theirs.
+The arithmetic follows the published image processors; tests compare the pixels of every generation with theirs.
 """
 
 import math
@@ -20,22 +20,23 @@ from minicpmv_finetune.data.image_files import Transparency, to_rgb
 
 from .resampling import resize_bicubic
 
-Resampler = Literal["pillow", "torchvision"]
+ResizingLibrary = Literal["pillow", "torchvision"]
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class SlicingConfig:
-    """What decides the slices of an image.
+    """The settings that decide how an image is sliced.
 
     Attributes:
-        max_slice_nums: most slices beside the overview.
-        scale_resolution: side in pixels of the square whose area a slice has at most, about.
-        patch_size: side in pixels of a patch of the vision encoder.
-        size_multiple: sides of a slice are multiples of this; the patch size times what is merged later.
-        slice_mode: False shows every image as an overview only.
-        resampler: whose bicubic filter resizes (they differ by a grey level here and there).
-        transparency: whether an alpha channel is dropped or laid over white.
+        max_slice_nums: Largest number of slices besides the overview.
+        scale_resolution: Side in pixels of the working area: a slice has at most about the area of this square.
+        patch_size: Side in pixels of a patch of the vision encoder.
+        size_multiple: The sides of a slice are multiples of this number of pixels: the patch size times the number of
+            patches on each side of a square that is merged into one token.
+        slice_mode: Whether large images are sliced; if false, the model sees the overview only.
+        resampler: Library whose bicubic filter resizes images. Their results differ by one grey level in some pixels.
+        transparency: Whether an alpha channel is dropped or the image is placed on white.
     """
 
     max_slice_nums: int = 9
@@ -43,23 +44,23 @@ class SlicingConfig:
     patch_size: int = 14
     size_multiple: int = 14
     slice_mode: bool = True
-    resampler: Resampler = "pillow"
+    resampler: ResizingLibrary = "pillow"
     transparency: Transparency = "drop"
 
     def with_max_slices(self, max_slice_nums: int | None) -> "SlicingConfig":
-        """The same with another number of slices; None keeps the checkpoint's."""
+        """Return a copy with another largest number of slices; None keeps the checkpoint's number."""
         return self if max_slice_nums is None else replace(self, max_slice_nums=max_slice_nums)
 
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Where an image's slices come from. Sizes are (width, height) in pixels.
+    """The sizes and the grid by which an image is cut. Sizes are (width, height) in pixels.
 
     Attributes:
-        overview: size of the whole image as the model first sees it.
-        refined: size the image is scaled to before it is cut, or None when it is not cut.
-        grid: (rows, columns) of the cut, or None.
-        patch_size: side of a patch in pixels.
+        overview: Size to which the whole image is resized for the overview.
+        refined: Size to which the image is resized before it is cut into slices; None if it is not cut.
+        grid: (rows, columns) of the slices; None if the image is not cut.
+        patch_size: Side of a patch in pixels.
     """
 
     overview: Size
@@ -76,7 +77,7 @@ class SlicePlan:
 
     @property
     def target_sizes(self) -> list[Size]:
-        """(rows, columns) in patches of the overview and then of each slice, row by row."""
+        """Size in patches, (rows, columns), of the overview and then of each slice, row by row."""
         patches = [(self.overview[1] // self.patch_size, self.overview[0] // self.patch_size)]
         if self.grid is not None and self.slice_size is not None:
             width, height = self.slice_size
@@ -85,16 +86,16 @@ class SlicePlan:
 
 
 def plan_slices(width: int, height: int, config: SlicingConfig) -> SlicePlan:
-    """Decide an image's slices from its size in pixels."""
+    """Decide how an image is sliced, from its size in pixels."""
     grid = _best_grid(width, height, config) if config.slice_mode else None
-    overview = _fit(width, height, config, upscale=grid is None)
+    overview = _fit_working_area(width, height, config, upscale=grid is None)
     if grid is None:
         return SlicePlan(overview, None, None, config.patch_size)
     rows, columns = grid
-    # Each cell is fitted on its own, then the whole is scaled to the cells' sum, so that no slice is cut off.
-    cell = _fit(
-        _round_to(width, columns) / columns,
-        _round_to(height, rows) / rows,
+    # The size of one slice is decided first, and the image is resized to a whole number of slices in each direction.
+    cell = _fit_working_area(
+        _round_to_multiple(width, columns) / columns,
+        _round_to_multiple(height, rows) / rows,
         config,
         upscale=True,
     )
@@ -102,12 +103,12 @@ def plan_slices(width: int, height: int, config: SlicingConfig) -> SlicePlan:
 
 
 def cut_slices(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[NDArray[np.uint8]]:
-    """The slices' pixels.
+    """Return the pixels of the overview and of the slices.
 
     Args:
-        image: the decoded image, in any mode.
-        plan: the result of `plan_slices` for its size.
-        config: the same configuration that made the plan.
+        image: The decoded image, in any mode.
+        plan: The result of `plan_slices` for the image's size.
+        config: The configuration that `plan_slices` was called with.
 
     Returns:
         The overview and then each slice, row by row, each uint8 [height, width, 3].
@@ -126,7 +127,11 @@ def cut_slices(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> li
 
 
 def _best_grid(width: int, height: int, config: SlicingConfig) -> tuple[int, int] | None:
-    """The (rows, columns) whose shape is nearest the image's, for as many slices as its area asks for."""
+    """Return the grid (rows, columns) whose aspect ratio is nearest to the image's.
+
+    The number of slices is the image's area divided by the working area, rounded up, or one more or one less. None
+    means that the image is not cut.
+    """
     ratio = width * height / (config.scale_resolution * config.scale_resolution)
     wanted = min(math.ceil(ratio), config.max_slice_nums)
     if wanted <= 1:
@@ -136,7 +141,7 @@ def _best_grid(width: int, height: int, config: SlicingConfig) -> tuple[int, int
     for number in (wanted - 1, wanted, wanted + 1):
         if number == 1 or number > config.max_slice_nums:
             continue
-        # From many rows to few: of two shapes equally near, the published code takes the one with more rows.
+        # Grids with more rows come first: of two equally near grids the published code takes the one with more rows.
         for rows in range(number, 0, -1):
             if number % rows == 0:
                 error = abs(log_ratio - math.log(number // rows / rows))
@@ -145,21 +150,24 @@ def _best_grid(width: int, height: int, config: SlicingConfig) -> tuple[int, int
     return best
 
 
-def _fit(width: float, height: float, config: SlicingConfig, upscale: bool) -> Size:
-    """The size near the working area that keeps the shape and is a multiple of `size_multiple`."""
+def _fit_working_area(width: float, height: float, config: SlicingConfig, upscale: bool) -> Size:
+    """Return a size of about the working area with the same aspect ratio, in multiples of `size_multiple`.
+
+    A size below the working area is enlarged only if `upscale` is true.
+    """
     if upscale or width * height > config.scale_resolution * config.scale_resolution:
         aspect = width / height
         height = int(config.scale_resolution / math.sqrt(aspect))
         width = int(height * aspect)
-    return _round_to(width, config.size_multiple), _round_to(height, config.size_multiple)
+    return _round_to_multiple(width, config.size_multiple), _round_to_multiple(height, config.size_multiple)
 
 
-def _round_to(length: float, multiple: int) -> int:
-    # Python's round goes to the even neighbour at .5; the published code rounds so, and equality hangs on it.
+def _round_to_multiple(length: float, multiple: int) -> int:
+    # Python's round takes the even neighbor at .5. The published code uses it too, and equality depends on it.
     return max(round(length / multiple) * multiple, multiple)
 
 
-def _resize(image: Image.Image, size: Size, resampler: Resampler) -> NDArray[np.uint8]:
+def _resize(image: Image.Image, size: Size, resampler: ResizingLibrary) -> NDArray[np.uint8]:
     if resampler == "pillow":
         return resize_bicubic(image, *size)
     import torch

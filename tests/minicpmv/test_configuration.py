@@ -40,7 +40,7 @@ def test_an_unknown_version_is_named(version: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"hidden_size": 200}, "hidden_size 200 is no multiple of 128"),
+        ({"hidden_size": 200}, "hidden_size 200 is not a multiple of 128"),
         ({"patch_size": 16}, "patch_size 16 contradicts vision_config.patch_size 14"),
     ],
 )

@@ -290,7 +290,7 @@ def test_a_tokenizer_that_cannot_be_read_is_explained_in_a_line(
         raise error
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
-    with pytest.raises(UserError, match=rf"its tokenizer cannot be loaded \({told}\); the folder needs"):
+    with pytest.raises(UserError, match=rf"the tokenizer cannot be loaded \({told}\); the folder needs"):
         Encoder.from_checkpoint(tiny("2.6"))
 
 

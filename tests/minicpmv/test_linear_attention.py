@@ -7,7 +7,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from minicpmv_finetune.minicpmv.linear_attention import LinearAttention, gated_delta_rule
-from minicpmv_finetune.minicpmv.packed import boundaries
+from minicpmv_finetune.minicpmv.packed import packing_arguments
 
 
 def _token_by_token(
@@ -99,7 +99,7 @@ def test_samples_of_a_packed_row_read_what_they_would_alone(
 ) -> None:
     lengths = [5, 40, 1, 17]
     packed = torch.randn(1, sum(lengths), 32)
-    told = boundaries(lengths)
+    told = packing_arguments(lengths)
     del told["position_ids"]
     alone = torch.cat([layers[1](row) for row in packed.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(layers[0](packed, **told), alone, rtol=1e-4, atol=1e-6)

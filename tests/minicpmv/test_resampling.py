@@ -58,7 +58,7 @@ def test_otherwise_pillow_itself_scales(reason: str, monkeypatch: pytest.MonkeyP
     if reason == "no numba":
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
-        monkeypatch.setattr(resampling, "_BITS", 15)
+        monkeypatch.setattr(resampling, "_FRACTION_BITS", 15)
         resampling._coefficients.cache_clear()
     resampling._kernels_equal_to_pillow.cache_clear()
     try:

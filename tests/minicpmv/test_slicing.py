@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
 from minicpmv_finetune.minicpmv.batch import pack_patches
-from minicpmv_finetune.minicpmv.slicing import Resampler, SlicePlan, SlicingConfig, cut_slices, plan_slices
+from minicpmv_finetune.minicpmv.slicing import ResizingLibrary, SlicePlan, SlicingConfig, cut_slices, plan_slices
 
 sides = st.integers(1, 12_000)
 slice_numbers = st.integers(1, 16)
@@ -161,7 +161,9 @@ def test_exif_orientation_is_ignored_as_in_the_processor() -> None:
 
 @given(st.integers(1, 2500), st.integers(1, 2500), slice_numbers, st.sampled_from(["pillow", "torchvision"]))
 @settings(max_examples=40, deadline=None)
-def test_slices_tile_the_resized_image(width: int, height: int, max_slice_nums: int, resampler: Resampler) -> None:
+def test_slices_tile_the_resized_image(
+    width: int, height: int, max_slice_nums: int, resampler: ResizingLibrary
+) -> None:
     config = SlicingConfig(max_slice_nums=max_slice_nums, size_multiple=14, resampler=resampler)
     image = noise(width, height)
     plan = plan_slices(width, height, config)

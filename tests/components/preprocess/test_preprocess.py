@@ -280,7 +280,7 @@ def test_an_unfinished_dataset_ends_the_step(workshop: Workshop) -> None:
 
 
 def test_a_wrong_base_model_ends_the_step(workshop: Workshop, tmp_path: Path) -> None:
-    for base_model, sentence in ((tmp_path / "nowhere", "not found"), (tmp_path, "this is no checkpoint")):
+    for base_model, sentence in ((tmp_path / "nowhere", "not found"), (tmp_path, "this is not a checkpoint")):
         workshop.base_model = base_model
         with pytest.raises(UserError, match=sentence):
             workshop.run()
