@@ -25,7 +25,7 @@ def check_tag(tag: str, pyproject: str) -> str:
     """
     version = str(tomllib.loads(pyproject)["project"]["version"])
     if tag != f"v{version}":
-        raise ValueError(f"tag {tag}: pyproject.toml has version {version}; tag v{version}, or change the version first.")
+        raise ValueError(f"tag {tag}: pyproject.toml has version {version}; tag v{version}, or change that version.")
     return version
 
 
