@@ -88,11 +88,11 @@ def train(folder: Path, steps: int) -> tuple[Held, Held]:
 
 def compile_often(folder: Path, count: int) -> tuple[Held, Held]:
     """Compile the pipeline so many times, in this process."""
-    from minicpmv_finetune.pipelines.finetuning import compile_pipeline
+    from minicpmv_finetune.pipelines.finetuning import FINETUNE
 
     seen = []
     for _ in range(count):
-        compile_pipeline(folder / "pipeline.yaml")
+        FINETUNE.write(folder / "pipeline.yaml")
         gc.collect()
         seen.append(held(psutil.Process()))
     return seen[count // TENTH - 1], seen[-1]

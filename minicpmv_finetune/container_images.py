@@ -1,13 +1,23 @@
 """Which container images the components run in.
 
-`MINICPMV_FINETUNE_REGISTRY` and `MINICPMV_FINETUNE_TAG` choose others when the pipeline is compiled.
+A component names an image of this version. Where a pipeline is built, `MINICPMV_FINETUNE_REGISTRY` and
+`MINICPMV_FINETUNE_TAG` choose another registry or tag, and a profile's own images win over both.
 """
 
-import os
 from importlib.metadata import version
 
-_REGISTRY = os.environ.get("MINICPMV_FINETUNE_REGISTRY", "minicpmv-finetune")
-_TAG = os.environ.get("MINICPMV_FINETUNE_TAG", version("minicpmv-finetune"))
+from minicpmv_finetune import environment
 
-DATA_IMAGE = f"{_REGISTRY}/data:{_TAG}"
-TRAINER_IMAGE = f"{_REGISTRY}/trainer:{_TAG}"
+_VERSION = version("minicpmv-finetune")
+DATA_IMAGE = f"{environment.REGISTRY.default}/data:{_VERSION}"
+TRAINER_IMAGE = f"{environment.REGISTRY.default}/trainer:{_VERSION}"
+
+
+def chosen(image: str) -> str:
+    """The image that is used in place of a component's, as the environment decides now."""
+    return f"{environment.REGISTRY.read()}/{variant(image)}:{environment.TAG.read() or _VERSION}"
+
+
+def variant(image: str) -> str:
+    """Which of the two images it is: `data` or `trainer`."""
+    return image.rpartition("/")[2].partition(":")[0]

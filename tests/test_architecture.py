@@ -1,39 +1,107 @@
-"""The arrows of docs/architecture.md: which module may import which."""
+"""The layers of docs/architecture.md: which room may import which, and which libraries are imported where."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-MODULES = sorted([*ROOT.glob("components/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
-STEPS = {"validate_data", "preprocess", "train", "merge", "evaluate", "register", "plan_retraining", "notify"}
+PACKAGE = Path(__file__).parents[1] / "minicpmv_finetune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+STEPS = ("validate_data", "preprocess", "train", "merge", "evaluate", "register", "plan_retraining", "notify")
+# From the lowest to the highest; a room imports only from layers below its own.
+LAYERS = (
+    ("moved_modules",),
+    ("errors", "environment"),
+    ("container_images", "storage", "progress", "workers", "options"),
+    ("permanent_errors", "data"),
+    ("minicpmv",),
+    ("shards", "tracking"),
+    ("reports",),
+    ("estimate", *(f"components/{step}" for step in STEPS)),
+    ("pipelines",),
+    ("kubeflow",),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+MAY_IMPORT_KFP = ("component.py", "pipelines", "kubeflow")
+# Where tensors are; and preflight looks whether a container image sees a GPU.
+MAY_IMPORT_TORCH = (
+    "minicpmv",
+    *(f"components/{step}" for step in ("preprocess", "train", "merge", "evaluate")),
+    "kubeflow",
+)
 
 
-def _imports(module: Path) -> list[str]:
-    """Dotted names from the repository's root, relative imports resolved, wherever they stand in the file."""
-    package = module.relative_to(ROOT).with_suffix("").parts[:-1]
+def _room(parts: tuple[str, ...]) -> str:
+    """The room of a module or package, by its path below the package."""
+    return "/".join(parts[:2]) if parts[0] == "components" and len(parts) > 1 else parts[0]
+
+
+def _imports(module: Path) -> list[tuple[str, ...]]:
+    """What a module imports, wherever the import stands in it, as parts of absolute names."""
+    package = ("minicpmv_finetune", *module.relative_to(PACKAGE).parts[:-1])
     found = []
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found += [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found += [f"{base}.{alias.name}" for alias in node.names]
-    return [name.removeprefix("minicpmv_finetune.") for name in found]
+            base = (*above, *(node.module.split(".") if node.module else ()))
+            found += [(*base, alias.name) for alias in node.names]
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(ROOT)))
-def test_arrows_point_one_way(module: Path) -> None:
-    parts = module.relative_to(ROOT).parts
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_layers_below_its_own(module: Path) -> None:
+    parts = module.relative_to(PACKAGE).with_suffix("").parts
+    if parts == ("__init__",) or parts == ("components", "__init__"):
+        return
+    room = _room(parts)
     for name in _imports(module):
-        target = name.split(".")
-        if parts[0] == "components":
-            assert target[0] != "pipelines", f"imports {name}"
-            if target[0] == "kfp":
-                assert parts[-1] == "component.py", f"imports {name}"
-            if target[0] == "components" and target[1] in STEPS:
-                assert parts[1] == target[1], f"imports {name}"
-        if parts[:2] == ("components", "minicpmv") and target[0] == "components":
-            assert target[1] not in STEPS, f"imports {name}"
+        if name[0] == "minicpmv_finetune":
+            target = _room(name[1:])
+            assert target == room or LEVEL[target] < LEVEL[room], f"{room} imports {'.'.join(name)}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_libraries_are_imported_where_the_picture_says(module: Path) -> None:
+    path = module.relative_to(PACKAGE)
+    libraries = {name[0] for name in _imports(module)}
+    if "kfp" in libraries:
+        assert path.name in MAY_IMPORT_KFP or path.parts[0] in MAY_IMPORT_KFP
+    if "torch" in libraries:
+        assert _room(path.with_suffix("").parts) in (*MAY_IMPORT_TORCH, "pipelines")
+
+
+def test_every_room_has_its_place_in_the_picture() -> None:
+    rooms = {_room(module.relative_to(PACKAGE).with_suffix("").parts) for module in MODULES}
+    assert rooms - {"__init__", "components", "components/__init__"} == set(LEVEL)
+
+
+def test_rooms_and_steps_are_told_apart() -> None:
+    assert {path.name for path in (PACKAGE / "components").iterdir() if (path / "component.py").exists()} == set(STEPS)
+    assert {path.stem for path in (PACKAGE / "components").glob("*.py")} == {"__init__"}
+
+
+def test_links_at_the_top_level_lead_to_the_rooms() -> None:
+    for name in ("components", "pipelines"):
+        link = PACKAGE.parent / name
+        assert not link.exists() or link.resolve() == PACKAGE / name
+
+
+def test_environment_variables_are_read_in_one_place() -> None:
+    for module in MODULES:
+        if module.name == "environment.py":
+            continue
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
+                pytest.fail(f"{module.relative_to(PACKAGE)}:{node.lineno} reads {ast.unparse(node.args[0])}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_importing_a_component_takes_no_torch(step: str) -> None:
+    code = f"import sys, minicpmv_finetune.components.{step}.component; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

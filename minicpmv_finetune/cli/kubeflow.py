@@ -17,6 +17,8 @@ import typer
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 
+from .options import Output
+
 if TYPE_CHECKING:
     from minicpmv_finetune.kubeflow.client import Cluster
     from minicpmv_finetune.kubeflow.profile import Profile
@@ -28,11 +30,11 @@ schedule_app = typer.Typer(help="Recurring runs as code: apply, list, pause, res
 app.add_typer(schedule_app, name="schedule", rich_help_panel=PANEL)
 
 
-class Output(StrEnum):
-    """For a person or for a program."""
+class PipelineName(StrEnum):
+    """Which pipeline."""
 
-    TEXT = "text"
-    JSON = "json"
+    FINETUNE = "finetune"
+    RETRAIN = "retrain"
 
 
 ProfilePath = Annotated[
@@ -47,10 +49,41 @@ Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="Input of the pipeline as name=value; may be repeated.")
 ]
 ParametersFile = Annotated[Path | None, typer.Option("--parameters", help="YAML file of inputs; -p wins over it.")]
+WhichPipeline = Annotated[PipelineName, typer.Option("--pipeline", help="Which pipeline.")]
 Experiment = Annotated[str, typer.Option(help="Experiment of Kubeflow Pipelines.")]
 RunWord = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its name.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
 File = Annotated[Path, typer.Option("--file", "-f", help="YAML file of schedules; see docs/kubeflow-schedule.md.")]
+
+
+@app.command(rich_help_panel=PANEL)
+def compile(
+    output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
+    partitions: Annotated[
+        int, typer.Option(min=1, help="Pods that share the work of preprocess; a profile has its own count.")
+    ] = 1,
+    profile: Annotated[
+        Path | None, typer.Option(help="Cluster's settings to put on every task, such as k8s/profiles/dev.yaml.")
+    ] = None,
+    objects: Annotated[
+        bool, typer.Option("--objects", help="Write Pipeline and PipelineVersion objects for kubectl apply.")
+    ] = False,
+    pipeline: WhichPipeline = PipelineName.FINETUNE,
+    retrain: Annotated[bool, typer.Option("--retrain", hidden=True, help="As --pipeline retrain.")] = False,
+) -> None:
+    """Write a pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
+    from minicpmv_finetune.kubeflow.compiling import write_objects, write_pipeline
+    from minicpmv_finetune.pipelines import pipeline_of
+
+    chosen = pipeline_of("retrain" if retrain else pipeline.value)
+    if profile is None:
+        if objects:
+            raise UserError("--objects: the namespace of the objects is not known; give a --profile too.")
+        print(chosen.write(output, partitions))
+        return
+    if partitions > 1:
+        raise UserError(f"--partitions: {profile} decides this; set preprocess_partitions there.")
+    print((write_objects if objects else write_pipeline)(chosen, _load(profile), output))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -65,7 +98,7 @@ def preflight(
     output: As = Output.TEXT,
 ) -> None:
     """Check everything a run needs, a line each: ok, or what to do. Exits 0 only if all is well."""
-    from minicpmv_finetune.kubeflow.preflight import check_cluster, check_image, verdict
+    from minicpmv_finetune.kubeflow.preflight import check_cluster, check_image, exit_code
 
     if image:
         checks = check_image()
@@ -74,7 +107,7 @@ def preflight(
     else:
         raise UserError("preflight: nothing to check; give --profile, or --image inside a container.")
     _print([asdict(check) for check in checks], output, lambda: "\n".join(check.line() for check in checks))
-    sys.exit(verdict(checks))
+    sys.exit(exit_code(checks))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -86,6 +119,7 @@ def submit(
         str, typer.Option(help="Name of the run; the same name with the same inputs is not run twice.")
     ] = "",
     experiment: Experiment = "minicpmv-finetune",
+    pipeline: WhichPipeline = PipelineName.FINETUNE,
     mlflow_experiment: Annotated[str, typer.Option(help="Experiment for Kubeflow's own MLflow plugin.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run, and exit 1 if it fails.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait at most; the run goes on.")] = 7 * 86400,
@@ -97,11 +131,13 @@ def submit(
     from minicpmv_finetune.kubeflow.runs import outcome, watch
     from minicpmv_finetune.kubeflow.submit import Request, pin_base_model, read_parameters
     from minicpmv_finetune.kubeflow.submit import submit as start
+    from minicpmv_finetune.pipelines import pipeline_of
 
     settings = _load(profile)
-    inputs = pin_base_model(read_parameters(parameter or [], parameters, settings))
+    chosen = pipeline_of(pipeline.value)
+    inputs = pin_base_model(read_parameters(chosen, parameter or [], parameters, settings))
     cluster = _connect(settings)
-    done = start(cluster, Request(inputs, name, experiment, mlflow_experiment), dry_run)
+    done = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
     answer: dict[str, Any] = {**asdict(done), "dry_run": dry_run, "state": None}
     would = "would be " if dry_run else ""
 
@@ -187,7 +223,7 @@ def gc(
     min_age_days: Annotated[int, typer.Option(min=0, help="Leave alone what was written to within these days.")] = 7,
     output: As = Output.TEXT,
 ) -> None:
-    """List shards, features and checkpoints that no run or registered model refers to; delete them with --delete."""
+    """List run folders, shards and checkpoints that no run or registered model refers to; delete them with --delete."""
     from minicpmv_finetune.kubeflow.gc import find_unused, remove
 
     settings = _load(profile)

@@ -24,7 +24,7 @@ import urllib3
 from kfp.client import Client, set_volume_credentials
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.errors import RetryableError, UserError, without_password
 
 from .profile import Profile
 
@@ -82,7 +82,7 @@ class Cluster:
     def link(self, path: str) -> str:
         """Where a person sees it, such as `runs/details/…`."""
         base = environment.KFP_UI_ENDPOINT.read() or self.profile.kubeflow_pipelines.ui_endpoint or self.endpoint
-        return f"{base.rstrip('/')}/#/{path}"
+        return f"{without_password(base).rstrip('/')}/#/{path}"
 
     def pipeline_id(self, name: str) -> str | None:
         """The id of the pipeline of that name, if there is one."""

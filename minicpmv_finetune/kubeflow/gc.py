@@ -13,14 +13,16 @@ server or MLflow cannot be asked, nothing is unused.
 import json
 import os
 import re
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.pipelines.finetuning import PIPELINE_NAME
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE
+from minicpmv_finetune.tracking.registry import list_versions
+from minicpmv_finetune.tracking.step_runs import mlflow_client
 
 from .client import Cluster
 from .profile import use_storage
@@ -40,6 +42,19 @@ class Unused:
     why: str
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A folder that may be removed if nothing refers to it."""
+
+    why: str
+    files: list[storage.StoredFile] = field(default_factory=list)
+
+    @property
+    def written(self) -> datetime:
+        """When a file in it was last written."""
+        return max(file.written for file in self.files)
+
+
 def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[Unused]:
     """Folders below the pipeline root that nothing refers to.
 
@@ -56,29 +71,23 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[Unused]:
     if not root:
         raise UserError("gc: where artifacts lie is not known; give --root, the pipeline root of kfp-launcher.")
     use_storage(cluster.profile)
-    base = storage.join(root, PIPELINE_NAME)
     states = {str(run.run_id): str(run.state) for run in cluster.runs()}
-    models = _registered_models(cluster)
-    folders: dict[str, dict[str, storage.StoredFile]] = defaultdict(dict)
-    locations = set()
-    for name, file in storage.walk(base).items():
-        folder, why = _candidate(name, states)
-        if not why:
-            if name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
-                locations.add(_location(storage.join(base, name)))
-            continue
-        folders[folder][name] = file
-    found = []
+    kept = _registered_models(cluster)
+    candidates: dict[str, _Candidate] = {}
+    for pipeline in (FINETUNE, RETRAIN):
+        base = storage.join(root, pipeline.name)
+        for name, file in storage.walk(base).items():
+            folder, why = _candidate_of(name, states)
+            if why:
+                candidates.setdefault(storage.join(base, folder), _Candidate(why)).files.append(file)
+            elif name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
+                kept.append(_location(storage.join(base, name)))
     newest = datetime.now(UTC) - timedelta(days=min_age_days)
-    for folder, files in sorted(folders.items()):
-        uri = storage.join(base, folder)
-        written = max(file.written for file in files.values())
-        is_kept = any(place.startswith((f"{uri}/", uri)) for place in [*models, *locations])
-        if not is_kept and written <= newest:
-            size = sum(file.bytes for file in files.values())
-            _, why = _candidate(next(iter(files)), states)
-            found.append(Unused(uri, size, f"{written:%Y-%m-%d}", why))
-    return found
+    return [
+        Unused(uri, sum(file.bytes for file in candidate.files), f"{candidate.written:%Y-%m-%d}", candidate.why)
+        for uri, candidate in sorted(candidates.items())
+        if candidate.written <= newest and not any(f"{place}/".startswith(f"{uri}/") for place in kept)
+    ]
 
 
 def remove(item: Unused) -> None:
@@ -93,7 +102,7 @@ def remove(item: Unused) -> None:
         storage.remove_file(storage.join(item.uri, name))
 
 
-def _candidate(name: str, states: dict[str, str]) -> tuple[str, str]:
+def _candidate_of(name: str, states: dict[str, str]) -> tuple[str, str]:
     """The folder that a file would go with, and why it might; no reason if it stays in any case."""
     parts = name.split("/")
     if parts[0] == CACHE_NAME and len(parts) > 2:
@@ -117,21 +126,4 @@ def _location(manifest_uri: str) -> str:
 def _registered_models(cluster: Cluster) -> list[str]:
     """Where the versions of registered models lie."""
     os.environ.setdefault(environment.TRACKING_URI.name, cluster.profile.mlflow.tracking_uri)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client, token, places = MlflowClient(), None, []
-    try:
-        while True:
-            page = client.search_model_versions(max_results=1000, page_token=token)
-            places += [str(version.source) for version in page if version.source]
-            token = page.token
-            if not token:
-                return places
-    except MlflowException as error:
-        raise RetryableError(
-            f"{environment.TRACKING_URI.read()}: MLflow does not answer, so which models are registered is not known; "
-            "try again."
-        ) from error
+    return [str(version.source) for version in list_versions(mlflow_client()) if version.source]

@@ -4,6 +4,8 @@ The checks run where the command runs, with its credentials. What cannot be seen
 access to Kubernetes, is said to be skipped, and is no failure.
 """
 
+import base64
+import http.client
 import importlib
 import importlib.util
 import json
@@ -14,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError
+from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError, without_password
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -57,7 +60,7 @@ class _SkippedError(Exception):
     """This cannot be seen from here."""
 
 
-def verdict(checks: list[Check]) -> int:
+def exit_code(checks: list[Check]) -> int:
     """The exit code: 0 if nothing failed, 2 if something is to be mended, 75 if something did not answer."""
     states = {check.state for check in checks}
     if "failed" in states:
@@ -113,9 +116,9 @@ def check_image() -> list[Check]:
 
 def _check(name: str, look: Callable[..., str], *arguments: Any) -> Check:
     try:
-        return Check(name, "ok", look(*arguments))
+        return Check(name, "ok", without_password(look(*arguments)))
     except _SkippedError as error:
-        return Check(name, "skipped", str(error))
+        return Check(name, "skipped", without_password(str(error)))
     except UserError as error:
         return Check(name, "failed", str(error))
     except RetryableError as error:
@@ -123,7 +126,7 @@ def _check(name: str, look: Callable[..., str], *arguments: Any) -> Check:
 
 
 def _kubeflow(profile: "Profile") -> str:
-    from minicpmv_finetune.pipelines.finetuning import PIPELINE_NAME
+    from minicpmv_finetune.pipelines.finetuning import FINETUNE
 
     from .client import connect
 
@@ -133,7 +136,7 @@ def _kubeflow(profile: "Profile") -> str:
     release = str(said.get("tag_name") or "unknown")
     if (match := re.match(r"v?(\d+)\.(\d+)", release)) and (int(match[1]), int(match[2])) < _OLDEST_KUBEFLOW:
         raise UserError(f"{cluster.endpoint} is version {release}; 2.17 or newer is needed, so upgrade it.")
-    is_there = cluster.pipeline_id(PIPELINE_NAME) is not None
+    is_there = cluster.pipeline_id(FINETUNE.name) is not None
     users = "several users" if cluster.namespace else "one user"
     return f"{cluster.endpoint}, version {release}, {users}, pipeline {'there' if is_there else 'not uploaded yet'}"
 
@@ -157,7 +160,7 @@ def _mlflow(profile: "Profile") -> str:
     if not uri.startswith(("http://", "https://")):
         raise _SkippedError(f"{uri} is no server")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:  # noqa: S310 - checked above
+        with urllib.request.urlopen(_request(f"{uri.rstrip('/')}/version"), timeout=10) as answer:  # noqa: S310
             return f"{uri}, version {answer.read(100).decode(errors='replace').strip()}"
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -166,10 +169,20 @@ def _mlflow(profile: "Profile") -> str:
                 "MLFLOW_SERVER_ALLOWED_HOSTS of the server."
             ) from error
         raise RetryableError(f"{uri}: answered {error.code}; try again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise RetryableError(
             f"{uri}: MLflow does not answer ({error}); set {environment.TRACKING_URI} to reach it."
         ) from error
+
+
+def _request(address: str) -> urllib.request.Request:
+    """A request to an http(s) address; urllib cannot connect to an address that contains a user and password."""
+    parts = urllib.parse.urlsplit(address)
+    request = urllib.request.Request(without_password(address))  # noqa: S310 - the caller has checked the scheme
+    if parts.username is not None:
+        credentials = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        request.add_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
+    return request
 
 
 def _shared_memory(profile: "Profile", step: str) -> str:

@@ -20,9 +20,10 @@ from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from minicpmv_finetune import environment
-from minicpmv_finetune import container_images
+from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import UserError, describe_validation_error
+from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
@@ -175,7 +176,8 @@ class Profile(_Section):
     @field_validator("steps")
     @classmethod
     def _known_steps(cls, steps: dict[str, Task]) -> dict[str, Task]:
-        known = {*FINETUNE.steps, *RETRAIN.steps}
+        # Where several pods share preprocess, each part is a task of its own.
+        known = {*FINETUNE.steps, *RETRAIN.steps, "preprocess-part"}
         for name in steps:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)

@@ -4,8 +4,6 @@ A pipeline version is named after its content, so whether it changed is a look-u
 again by it, so that a command that was cut off can be given again and starts nothing twice.
 """
 
-import difflib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,31 +13,18 @@ from typing import Any
 
 import kfp_server_api
 import yaml
-from google.protobuf.json_format import MessageToDict
-from kfp.dsl.graph_component import GraphComponent
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.pipelines.finetuning import (
-    PIPELINE_NAME,
-    compile_pipeline,
-    content_digest,
-    finetune,
-    pipeline_for,
-)
+from minicpmv_finetune.pipelines.inputs import INPUTS, check_inputs
+from minicpmv_finetune.pipelines.pipeline import Pipeline
 
 from .client import Cluster, equals
+from .compiling import content_digest, pipeline_for, write_pipeline
 from .profile import Profile
 
+DEFAULT_EXPERIMENT = "minicpmv-finetune"
 _PLACES = ("data_uri", "eval_data_uri", "base_model_uri")
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "NUMBER_INTEGER": (int,),
-    "NUMBER_DOUBLE": (int, float),
-    "BOOLEAN": (bool,),
-    "STRING": (str,),
-    "LIST": (list,),
-    "STRUCT": (dict,),
-}
 
 
 @dataclass(frozen=True)
@@ -47,15 +32,17 @@ class Request:
     """What somebody wants to run.
 
     Attributes:
+        pipeline: which pipeline.
         parameters: inputs of the pipeline, checked.
         name: shown in the UI; the same name with the same content is the same run. Empty makes one up.
         experiment: of Kubeflow Pipelines; made if need be.
         mlflow_experiment: passed to Kubeflow's MLflow plugin; empty leaves it to the server.
     """
 
+    pipeline: Pipeline
     parameters: Mapping[str, Any]
     name: str = ""
-    experiment: str = PIPELINE_NAME
+    experiment: str = DEFAULT_EXPERIMENT
     mlflow_experiment: str = ""
 
 
@@ -73,19 +60,19 @@ class Submission:
 
 
 def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submission:
-    """Start a run of the pipeline as it is now.
+    """Start a run of a pipeline as it is now.
 
     Raises:
         UserError: the server refuses, or a run of that name does something else.
         RetryableError: the server does not answer; give the command again, with the same name.
     """
-    pipeline = pipeline_for(cluster.profile)
-    version = content_digest(pipeline)
-    pipeline_id = cluster.pipeline_id(PIPELINE_NAME)
+    pipeline = request.pipeline
+    version = content_digest(pipeline_for(pipeline, cluster.profile))
+    pipeline_id = cluster.pipeline_id(pipeline.name)
     version_id = find_version(cluster, pipeline_id, version)
     uploaded = version_id is None
     experiment_id = cluster.experiment_id(request.experiment)
-    name = request.name or f"{PIPELINE_NAME}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    name = request.name or f"{pipeline.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     known = _same_run(cluster, experiment_id, version_id, request) if request.name and experiment_id else None
     if known or dry_run:
         run_id = known.run_id if known else ""
@@ -107,27 +94,26 @@ def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submiss
     return Submission(version, uploaded, name, True, run.run_id, link, request.parameters)
 
 
-def ensure_version(cluster: Cluster, pipeline: GraphComponent) -> tuple[str, str]:
-    """Ids of the pipeline and of the version with this content, uploaded if the server has not got it."""
-    version = content_digest(pipeline)
-    pipeline_id = cluster.pipeline_id(PIPELINE_NAME)
+def ensure_version(cluster: Cluster, pipeline: Pipeline) -> tuple[str, str]:
+    """Ids of the pipeline and of the version with its present content, uploaded if the server does not have it."""
+    version = content_digest(pipeline_for(pipeline, cluster.profile))
+    pipeline_id = cluster.pipeline_id(pipeline.name)
     if pipeline_id is None:
-        info = pipeline.pipeline_spec.pipeline_info
         body = kfp_server_api.V2beta1Pipeline(
-            display_name=PIPELINE_NAME, description=info.description, namespace=cluster.namespace
+            display_name=pipeline.name, description=pipeline.description, namespace=cluster.namespace
         )
         try:
             made = cluster.call(cluster.client.pipelines.pipeline_service_create_pipeline, body)
             pipeline_id = str(made.pipeline_id)
         except UserError:
             # Somebody else was faster.
-            pipeline_id = cluster.pipeline_id(PIPELINE_NAME)
+            pipeline_id = cluster.pipeline_id(pipeline.name)
             if pipeline_id is None:
                 raise
     found = find_version(cluster, pipeline_id, version)
     if found is None:
         with tempfile.TemporaryDirectory() as folder:
-            path = compile_pipeline(Path(folder) / "pipeline.yaml", profile=cluster.profile)
+            path = write_pipeline(pipeline, cluster.profile, Path(folder) / "pipeline.yaml")
             try:
                 uploaded = cluster.call(
                     cluster.client.pipeline_uploads.upload_pipeline_version,
@@ -182,7 +168,9 @@ def _same_run(
     return None
 
 
-def read_parameters(assignments: Sequence[str], file: Path | None, profile: Profile) -> dict[str, Any]:
+def read_parameters(
+    pipeline: Pipeline, assignments: Sequence[str], file: Path | None, profile: Profile
+) -> dict[str, Any]:
     """Inputs of the pipeline from a YAML file and `name=value` words, which win; checked against what it takes.
 
     Raises:
@@ -202,39 +190,19 @@ def read_parameters(assignments: Sequence[str], file: Path | None, profile: Prof
         if not mark:
             raise UserError(f"{assignment}: no value; write it as name=value.")
         given[name] = value
-    return check_parameters(given, profile)
+    return check_parameters(pipeline, given, profile)
 
 
-def check_parameters(given: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+def check_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
     """The same inputs as values of the pipeline's types.
 
     Raises:
         UserError: see `read_parameters`.
     """
-    taken = MessageToDict(finetune.pipeline_spec.root.input_definitions)["parameters"]
-    checked = {}
-    for name, value in given.items():
-        if name not in taken:
-            close = difflib.get_close_matches(name, taken, 1)
-            raise UserError(f"{name}: the pipeline has no such input; did you mean {close[0] if close else 'another'}?")
-        checked[name] = _typed(name, value, taken[name]["parameterType"])
-    for name, about in taken.items():
-        if name not in checked and "defaultValue" not in about and not about.get("isOptional"):
-            raise UserError(f"{name}: missing; give it as {name}=value ({about['description']})")
+    checked = check_inputs(pipeline.inputs, given)
     for name in _PLACES:
         _check_reachable(name, str(checked.get(name, "")), profile)
     return checked
-
-
-def _typed(name: str, value: Any, kind: str) -> Any:
-    if isinstance(value, str) and kind != "STRING":
-        try:
-            value = json.loads(value.lower() if kind == "BOOLEAN" else value)
-        except ValueError as error:
-            raise UserError(f"{name}: {value!r} is no {kind.lower().replace('_', ' ')}; correct it.") from error
-    if not isinstance(value, _JSON_TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
-        raise UserError(f"{name}: {value!r} is no {kind.lower().replace('_', ' ')}; correct it.")
-    return value
 
 
 def _check_reachable(name: str, place: str, profile: Profile) -> None:
@@ -255,8 +223,7 @@ def pin_base_model(parameters: Mapping[str, Any]) -> dict[str, Any]:
         UserError: the hub has no such model.
         RetryableError: the hub does not answer.
     """
-    taken = MessageToDict(finetune.pipeline_spec.root.input_definitions)["parameters"]
-    place = str(parameters.get("base_model_uri") or taken["base_model_uri"]["defaultValue"])
+    place = str(parameters.get("base_model_uri") or INPUTS["base_model_uri"].default)
     name, _, revision = place.removeprefix("hf://").partition("@")
     if revision or storage.is_object_uri(place) or place.startswith("/"):
         return {**parameters, "base_model_uri": place}

@@ -1,23 +1,34 @@
 """How the steps are chained: the pipelines, the run on this machine, and the demonstration.
 
 `from minicpmv_finetune.pipelines import finetune, retrain` gives the pipelines, as users of the kfp SDK expect; kfp is
-imported only then, so that the command line starts at once.
+imported and the pipeline built only then, so that the command line starts at once.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from .finetuning import finetune as finetune
-    from .retraining import retrain as retrain
+    from kfp.dsl.graph_component import GraphComponent
+
+    from .pipeline import Pipeline
+
+    finetune: GraphComponent
+    retrain: GraphComponent
+
+
+PipelineChoice = Literal["finetune", "retrain"]
+
+
+def pipeline_of(choice: PipelineChoice) -> "Pipeline":
+    """The pipeline that a person chooses by a short name."""
+    from .finetuning import FINETUNE
+    from .retraining import RETRAIN
+
+    return {"finetune": FINETUNE, "retrain": RETRAIN}[choice]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "finetune":
-        from .finetuning import finetune
-
-        return finetune
-    if name == "retrain":
-        from .retraining import retrain
-
-        return retrain
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in ("finetune", "retrain"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    component = pipeline_of(name).build()  # type: ignore[arg-type]
+    globals()[name] = component
+    return component

@@ -41,13 +41,13 @@ def run_demo(out: Path, seed: int) -> None:
     """
     from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
-    from .finetuning import compile_pipeline
+    from .finetuning import FINETUNE
     from .local import run_pipeline
     from .summary import show_outcome, shown
 
     train_data, eval_data = write_digits(out / "digits", seed)
     base = write_tiny_checkpoint(out / "base", corpus=DEMO_CORPUS)
-    compiled = compile_pipeline(out / "minicpmv-finetune.yaml")
+    compiled = FINETUNE.write(out / "minicpmv-finetune.yaml")
     print("Handwritten digits, a tiny MiniCPM-V 4.6 that knows nothing, and the whole pipeline:\n")
     inputs = {
         "data_uri": str(train_data.absolute()),

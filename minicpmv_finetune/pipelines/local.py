@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from kfp import local
-from kfp.dsl.graph_component import GraphComponent
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -30,7 +29,8 @@ from minicpmv_finetune.progress import OUTCOME_MARK
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.registry import champion_of
 
-from .finetuning import finetune
+from .finetuning import FINETUNE
+from .pipeline import Pipeline
 
 Runner = Literal["subprocess", "docker"]
 
@@ -63,7 +63,7 @@ class LocalRun:
 
 
 def run_pipeline(
-    out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess", pipeline: GraphComponent = finetune
+    out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess", pipeline: Pipeline = FINETUNE
 ) -> LocalRun:
     """Run a whole pipeline on this machine.
 
@@ -101,7 +101,7 @@ def run_pipeline(
             # In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
             with warnings.catch_warnings(), contextlib.redirect_stdout(narrator.stream):
                 warnings.filterwarnings("ignore", message="You may be attemping to run a task")
-                pipeline(**inputs)
+                pipeline.build()(**inputs)
             status = "FINISHED"
         except (RuntimeError, ValueError) as error:
             # A container that has failed may be gone before kfp.local asks how it ended; that counts as a success, and

@@ -15,7 +15,13 @@ def _first(path: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("options", "name"), [([], "minicpmv-finetune"), (["--retrain"], "minicpmv-retrain")], ids=["finetune", "retrain"]
+    ("options", "name"),
+    [
+        ([], "minicpmv-finetune"),
+        (["--retrain"], "minicpmv-retrain"),
+        (["--pipeline", "retrain"], "minicpmv-retrain"),
+    ],
+    ids=["finetune", "retrain-as-before", "retrain"],
 )
 @pytest.mark.parametrize("settings", [[], ["--profile", PROFILE]], ids=["plain", "profile"])
 def test_each_pipeline_is_written_with_or_without_a_profile(
@@ -29,11 +35,13 @@ def test_each_pipeline_is_written_with_or_without_a_profile(
     assert ("secretName: minicpmv-s3" in path.read_text()) == bool(settings)
 
 
-def test_objects_are_written_for_the_profiles_namespace(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["finetune", "retrain"])
+def test_objects_are_written_for_the_profiles_namespace(name: str, command: Command, tmp_path: Path) -> None:
     path = tmp_path / "objects.yaml"
-    assert command("compile", path, "--objects", "--profile", PROFILE).code == 0
+    assert command("compile", path, "--objects", "--pipeline", name, "--profile", PROFILE).code == 0
     kinds = {document["kind"]: document for document in yaml.safe_load_all(path.read_text())}
     assert set(kinds) == {"Pipeline", "PipelineVersion"}
+    assert kinds["Pipeline"]["metadata"]["name"] == f"minicpmv-{name}"
     assert {document["metadata"]["namespace"] for document in kinds.values()} == {_first(PROFILE)["namespace"]}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.commands import ROOT, Command
+from tests.cluster.commands import INPUTS, ROOT, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 
 SPACE = "/api/v1/namespaces/minicpmv-finetune"
@@ -148,6 +148,38 @@ def test_a_server_that_is_not_there(
         monkeypatch.setenv(name, unreachable)
     found = _states(command, "--profile", production())
     assert {found[name][0] for name in ("Kubeflow Pipelines", "object storage", "MLflow")} == {"unreachable"}
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_addresses_are_printed_without_their_password(
+    production: Callable[..., Path],
+    kubeflow: FakeKubeflow,
+    command: Command,
+    unreachable: str,
+    monkeypatch: pytest.MonkeyPatch,
+    is_reachable: bool,
+) -> None:
+    address = kubeflow.url if is_reachable else unreachable
+    for name in ("KF_PIPELINES_ENDPOINT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, address.replace("//", "//user:hidden@"))
+    printed = command("preflight", "--profile", production())
+    assert "hidden" not in printed.out + printed.err
+    lines = [line for line in printed.out.splitlines() if "Kubeflow Pipelines:" in line or "MLflow:" in line]
+    assert len(lines) == 2
+    assert all(address in line and line.startswith("ok") == is_reachable for line in lines), lines
+    if is_reachable:
+        printed = command("submit", *INPUTS)
+        assert f"{address}/#/runs/" in printed.out
+        assert "hidden" not in printed.out + printed.err
+
+
+def test_a_tracking_address_that_is_no_server_is_printed_without_its_password(
+    production: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:hidden@database/mlflow")
+    state, detail = _states(command, "--profile", production())["MLflow"]
+    assert state == "skipped"
+    assert "postgresql://database/mlflow" in detail
 
 
 def test_storage_that_lets_nobody_in(

@@ -62,6 +62,7 @@ def test_apply_creates_then_leaves_alone(kubeflow: FakeKubeflow, command: Comman
         {"max_concurrency": 2},
         {"description": "for the demo"},
         {"mlflow_experiment": "receipts"},
+        {"pipeline": "finetune"},
     ],
 )
 def test_what_differs_is_replaced(
@@ -80,7 +81,7 @@ def test_what_differs_is_replaced(
 def test_the_latest_version_is_taken_at_every_tick(
     kubeflow: FakeKubeflow, command: Command, schedules: Write, profile: Callable[..., Path]
 ) -> None:
-    _verbs(command, schedules())
+    _verbs(command, schedules(pipeline="finetune"))
     (schedule,) = kubeflow.recurring_runs
     first = kubeflow.tick(schedule)
     command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
@@ -88,13 +89,37 @@ def test_the_latest_version_is_taken_at_every_tick(
     assert first
     assert second
     assert first["pipeline_version_reference"] != second["pipeline_version_reference"]
-    assert _verbs(command, schedules()) == ["keep"]
+    assert _verbs(command, schedules(pipeline="finetune")) == ["keep"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        ({}, "minicpmv-retrain"),
+        ({"pipeline": "retrain"}, "minicpmv-retrain"),
+        ({"pipeline": "finetune"}, "minicpmv-finetune"),
+    ],
+)
+def test_a_schedule_runs_the_pipeline_for_schedules_unless_told_otherwise(
+    choice: dict[str, Any], name: str, kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
+    _verbs(command, schedules(**choice))
+    (made,) = kubeflow.recurring_runs.values()
+    (pipeline,) = kubeflow.pipelines.values()
+    assert pipeline["display_name"] == name
+    assert made["pipeline_version_reference"]["pipeline_id"] == pipeline["pipeline_id"]
+
+
+def test_inputs_are_those_of_the_schedules_pipeline(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    parameters = {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL, "num_train_epochs": 1}
+    assert command("schedule", "apply", "-f", schedules(parameters=parameters)).code == 2
+    assert _verbs(command, schedules(parameters=parameters, pipeline="finetune")) == ["create"]
 
 
 def test_a_version_can_be_held(
     kubeflow: FakeKubeflow, command: Command, schedules: Write, profile: Callable[..., Path]
 ) -> None:
-    _verbs(command, schedules(version="current"))
+    _verbs(command, schedules(version="current", pipeline="finetune"))
     (schedule,) = kubeflow.recurring_runs
     first = kubeflow.tick(schedule)
     command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
@@ -219,6 +244,7 @@ def test_several_users_are_kept_apart(
         ({"parameters": {"data_urri": "s3://b/x"}}, "did you mean data_uri"),
         ({"max_concurrency": 11}, "less than or equal to 10"),
         ({"no_catch_up": True}, "no_catch_up"),
+        ({"pipeline": "retrian"}, "pipeline"),
     ],
 )
 def test_mistakes_are_told_by_their_place(

@@ -91,11 +91,11 @@ def test_wait_follows_to_the_end(kubeflow: FakeKubeflow, command: Command) -> No
 def test_wait_tells_what_the_step_that_failed_said(kubeflow: FakeKubeflow, command: Command) -> None:
     kubeflow.outcomes["validate-data"] = "FAILED"
     kubeflow.logs["pod-validate-data"] = (
-        "some\nerror: s3://bucket/train.json: nothing lies there; check it.\nI0101 launcher\n"
+        "some\nerror: s3://bucket/train.json: not found; check it.\nI0101 launcher\n"
     )
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 1
-    assert "failed in validate-data: s3://bucket/train.json: nothing lies there; check it.;" in done.out
+    assert "failed in validate-data: s3://bucket/train.json: not found; check it.;" in done.out
 
 
 def test_wait_shows_a_table_on_a_terminal(
@@ -157,9 +157,9 @@ def test_mlflow_experiment_reaches_the_servers_plugin(kubeflow: FakeKubeflow, co
     [
         (["-p", "data_urri=s3://b/x"], "did you mean data_uri"),
         (["-p", "seed=1"], "data_uri: missing"),
-        (["-p", "data_uri=s3://b/x", "-p", "seed=one"], "seed: 'one' is no number integer"),
-        (["-p", "data_uri=s3://b/x", "-p", "seed=1.5"], "seed: 1.5 is no number integer"),
-        (["-p", "data_uri=s3://b/x", "-p", "use_lora=maybe"], "use_lora: 'maybe' is no boolean"),
+        (["-p", "data_uri=s3://b/x", "-p", "seed=one"], "seed: 'one' is not a whole number"),
+        (["-p", "data_uri=s3://b/x", "-p", "seed=1.5"], "seed: 1.5 is not a whole number"),
+        (["-p", "data_uri=s3://b/x", "-p", "use_lora=maybe"], "use_lora: 'maybe' is not true or false"),
         (["-p", "data_uri=train.json"], "train.json lies on this machine"),
         (["-p", "data_uri=s3://b/x", "-p", "base_model_uri=/home/me/model"], "lies on this machine"),
         (["-p", "data_uri"], "write it as name=value"),

@@ -12,9 +12,10 @@ import yaml
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.kubeflow.compiling import content_digest, write_objects, write_pipeline
 from minicpmv_finetune.kubeflow.profile import load_profile, with_profile
 from minicpmv_finetune.pipelines import finetune
-from minicpmv_finetune.pipelines.finetuning import STEPS, compile_objects, compile_pipeline, content_digest
+from minicpmv_finetune.pipelines.finetuning import FINETUNE
 
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted((ROOT / "k8s" / "profiles").glob("*.yaml"))
@@ -83,7 +84,7 @@ def violations(document: Document) -> Iterator[str]:
 @BY_NAME
 def test_committed_pipelines_meet_every_demand(profile: Path) -> None:
     document = _read(profile.stem)
-    assert {name for name, _ in _tasks(document[0], document[0]["root"]["dag"])} == set(STEPS)
+    assert {name for name, _ in _tasks(document[0], document[0]["root"]["dag"])} == set(FINETUNE.steps)
     assert list(violations(document)) == []
 
 
@@ -136,15 +137,15 @@ def test_the_train_step_knows_the_runtime_of_its_cluster() -> None:
 @BY_NAME
 def test_committed_files_are_what_is_compiled_now(profile: Path, tmp_path: Path) -> None:
     settings = load_profile(profile)
-    compile_pipeline(tmp_path / f"{profile.stem}.yaml", profile=settings)
-    compile_objects(tmp_path / f"{profile.stem}.objects.yaml", settings)
+    write_pipeline(FINETUNE, settings, tmp_path / f"{profile.stem}.yaml")
+    write_objects(FINETUNE, settings, tmp_path / f"{profile.stem}.objects.yaml")
     for path in tmp_path.iterdir():
         assert path.read_text() == (COMPILED / path.name).read_text(), "run make compiled"
 
 
 def test_every_pod_of_a_shared_preprocess_gets_the_settings(tmp_path: Path) -> None:
     settings = load_profile(PROFILES[0]).model_copy(update={"preprocess_partitions": 3})
-    pipeline, platform = yaml.safe_load_all(compile_pipeline(tmp_path / "p.yaml", profile=settings).read_text())
+    pipeline, platform = yaml.safe_load_all(write_pipeline(FINETUNE, settings, tmp_path / "p.yaml").read_text())
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert set(pods) == set(pipeline["deploymentSpec"]["executors"]) > {"exec-preprocess-part"}
     assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods.values())
@@ -189,6 +190,7 @@ def test_the_pipeline_itself_is_left_alone() -> None:
         ({"images": {"data": "x/data", "trainer": "x/trainer:1"}}, "images.data"),
         ({"identity": {"user": 0}}, "identity.user"),
         ({"steps": {"train": {"cpu": ["4", "8"]}}}, "steps.train.memory"),
+        ({"steps": {"trian": {}}}, "steps.trian"),
         ({"labels": {"team": "x" * 64}}, "labels.team"),
         ({"s3": {"secret": "s3", "password": "hunter2"}}, "s3.password"),
     ],

@@ -1,32 +1,37 @@
 """The pipeline for schedules: as it is compiled, and as it runs here."""
 
-import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from minicpmv_finetune.cli import main
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.pipelines.local import run_pipeline
-from minicpmv_finetune.pipelines.retraining import STEPS, compile_retraining, retrain
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 from minicpmv_finetune.tracking.registry import open_registry
 from tests.servers import Webhook
 
+Documents = tuple[dict[str, Any], dict[str, Any]]
+
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
-    path = compile_retraining(tmp_path_factory.mktemp("compiled") / "retrain.yaml")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Documents:
+    path = RETRAIN.write(tmp_path_factory.mktemp("compiled") / "retrain.yaml")
     pipeline, platform = yaml.safe_load_all(path.read_text())
     return pipeline, platform
 
 
-def test_every_step_is_a_task(compiled: tuple[dict, dict]) -> None:
-    assert set(compiled[0]["deploymentSpec"]["executors"]) == {f"exec-{step}" for step in STEPS}
+def test_every_step_is_a_task(compiled: Documents) -> None:
+    assert set(compiled[0]["deploymentSpec"]["executors"]) == {
+        f"exec-{step}" for step in RETRAIN.steps if step != "preprocess-part"
+    }
 
 
-def test_the_webhook_comes_from_a_secret_that_need_not_be_there(compiled: tuple[dict, dict]) -> None:
+def test_the_webhook_comes_from_a_secret_that_need_not_be_there(
+    compiled: Documents,
+) -> None:
     pipeline, platform = compiled
     executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-notify"]
     (secret,) = executor["secretAsEnv"]
@@ -34,22 +39,6 @@ def test_the_webhook_comes_from_a_secret_that_need_not_be_there(compiled: tuple[
     assert secret["keyToEnv"] == [{"envVar": "MINICPMV_FINETUNE_WEBHOOK_URL", "secretKey": "url"}]
     assert not any("webhook" in name for name in pipeline["root"]["inputDefinitions"]["parameters"])
     assert pipeline["root"]["dag"]["tasks"]["notify"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
-
-
-def test_inputs_are_few_documented_and_offered_here(compiled: tuple[dict, dict]) -> None:
-    inputs = compiled[0]["root"]["inputDefinitions"]["parameters"]
-    assert len(inputs) <= 20
-    assert all(len(item["description"]) > 15 for item in inputs.values())
-    renamed = {"data": "data_uri", "eval_data": "eval_data_uri", "base_model": "base_model_uri"}
-    offered = {
-        renamed.get(name, name): option.default
-        for name, option in inspect.signature(main.retrain).parameters.items()
-        if name not in {"out", "runner"}
-    }
-    for name in ("training_flags", "data_options", "evaluation_options"):
-        offered[name] = main.read_flags(offered[name])
-    wanted = inspect.signature(retrain.pipeline_func).parameters
-    assert offered == {name: parameter.default for name, parameter in wanted.items()}
 
 
 @pytest.fixture
@@ -79,8 +68,8 @@ def inputs(tiny_46: Path, digits: Path, tmp_path: Path, database: Path) -> dict[
 def test_new_data_makes_a_champion_and_the_same_again_does_nothing(
     inputs: dict[str, object], tmp_path: Path, webhook: Webhook
 ) -> None:
-    first = run_pipeline(tmp_path / "run", inputs, pipeline=retrain)
-    assert list(first.seconds) == list(STEPS)
+    first = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
+    assert list(first.seconds) == list(RETRAIN.steps)
     champion = open_registry("digits").champion()
     assert champion is not None
     assert Path(champion.uri) == first.output("merge", "model")
@@ -88,7 +77,7 @@ def test_new_data_makes_a_champion_and_the_same_again_does_nothing(
     assert champion.base_model == inputs["base_model_uri"]
     assert "Training loss over the steps" in first.output("evaluate", "report").read_text()
 
-    again = run_pipeline(tmp_path / "run", inputs, pipeline=retrain)
+    again = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     assert list(again.seconds) == ["validate-data", "plan-retraining", "notify"]
     promoted, nothing_new = webhook.received
     assert promoted["state"] == nothing_new["state"] == "SUCCEEDED"
@@ -99,7 +88,7 @@ def test_new_data_makes_a_champion_and_the_same_again_does_nothing(
 def test_a_failed_run_is_told(inputs: dict[str, object], tmp_path: Path, webhook: Webhook) -> None:
     Path(str(inputs["data_uri"])).write_text("[")
     with pytest.raises(UserError):
-        run_pipeline(tmp_path / "run", inputs, pipeline=retrain)
+        run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     (message,) = webhook.received
     assert message["state"] == "FAILED"
     assert message["run"].startswith("minicpmv-retrain-")

@@ -1,0 +1,112 @@
+"""Options that several commands share; those of a pipeline's inputs come from the table of inputs."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.pipelines.inputs import INPUTS, REQUIRED, Input, check_inputs
+
+
+class Output(StrEnum):
+    """For a person or for a program."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Inputs = Mapping[str, Any]
+"""The parameter of a command that `with_inputs` turns into options."""
+Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
+NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
+Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
+
+
+def with_inputs(
+    inputs: Iterable[Input], required: Iterable[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of these inputs in place of its parameter `inputs`.
+
+    The command receives their values by name, parsed and checked.
+
+    Args:
+        inputs: Rows of the table.
+        required: Names of inputs whose default does not apply to this command.
+    """
+    rows = tuple(inputs)
+    needed = set(required)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def checked(**options: Any) -> None:
+            given = {row.name: options.pop(row.name) for row in rows}
+            command(inputs={**given, **check_inputs(rows, _from_json(rows, given))}, **options)
+
+        parameters = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == "inputs":
+                parameters += [_parameter(row, row.name in needed) for row in rows]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        # Typer reads both.
+        checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        checked.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return checked
+
+    return decorate
+
+
+def rows(names: str) -> tuple[Input, ...]:
+    """Rows of the table of inputs by their names, separated by spaces."""
+    return tuple(INPUTS[name] for name in names.split())
+
+
+def _parameter(row: Input, is_required: bool) -> inspect.Parameter:
+    is_json = row.type is dict
+    named = [row.option] if row.option else []
+    text = f"As JSON: {row.help[0].lower()}{row.help[1:]}" if is_json else row.help
+    info = typer.Option(*named, help=text, rich_help_panel=row.group.capitalize())
+    default: Any = json.dumps(row.default) if is_json else row.default
+    if is_required or row.default is REQUIRED:
+        default = inspect.Parameter.empty
+    return inspect.Parameter(
+        row.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[str if is_json else row.type, info],
+    )
+
+
+def _from_json(inputs: Iterable[Input], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with every JSON object read, so that a mistake in one names its option."""
+    objects = {row.name for row in inputs if row.type is dict}
+    return {
+        name: read_json_object(value, f"--{name.replace('_', '-')}") if name in objects else value
+        for name, value in given.items()
+    }
+
+
+def read_json_object(text: str, option: str) -> dict[str, Any]:
+    """The JSON object that an option holds.
+
+    Raises:
+        UserError: The text is something else.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option}: invalid JSON ({error}); write it like '{{\"name\": 1}}'.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{option}: must be a JSON object; write it like '{{\"name\": 1}}'.")
+    return value
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, since steps may run elsewhere; URIs and hub ids stay as they are."""
+    return str(Path(uri).absolute()) if uri and "://" not in uri and Path(uri).exists() else uri

@@ -1,0 +1,177 @@
+"""Every step as a command of its own, so that it can be run and debugged without Kubeflow."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Inputs, Model, NewTokens, Out, read_json_object, rows, with_inputs
+
+PANEL = "One step"
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def import_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; images may go beside it.")],
+    images: Annotated[
+        str,
+        typer.Option(
+            "--images", "--pictures", help="Folder that images' paths are relative to; the source's own by default."
+        ),
+    ] = "",
+) -> None:
+    """Before step 1: convert another program's data into this project's format."""
+    from minicpmv_finetune.data.importers import import_data as convert
+
+    convert(source, out, images)
+
+
+@app.command(rich_help_panel=PANEL)
+@with_inputs(rows("data_uri eval_data_uri max_reject_ratio seed"))
+def validate_data(
+    inputs: Inputs,
+    out: Out,
+    eval_fraction: Annotated[
+        float, typer.Option(help="Share of the images held out when there is no evaluation data.")
+    ] = 0.1,
+    exif_transpose: Annotated[
+        bool, typer.Option(help="Rotate images as EXIF says, for training and evaluation; serving must do the same.")
+    ] = False,
+) -> None:
+    """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT show what was found."""
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings
+    from minicpmv_finetune.components.validate_data.validate import validate_data as step
+
+    settings = ValidationSettings(inputs["max_reject_ratio"], eval_fraction, inputs["seed"], exif_transpose)
+    rejects, report = out.parent / "rejects.jsonl", out.parent / "data-report.html"
+    step(inputs["data_uri"], inputs["eval_data_uri"], out, rejects, settings, report)
+
+
+@app.command(rich_help_panel=PANEL)
+@with_inputs(rows("base_model_uri max_slice_nums model_max_length max_reject_ratio"), required=["base_model_uri"])
+def preprocess(
+    inputs: Inputs,
+    dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
+    out: Out,
+    picture_codec: Annotated[
+        str, typer.Option(help="How images are stored: source, raw, webp-lossless or png; all with the same pixels.")
+    ] = "source",
+    cache: Annotated[
+        str, typer.Option(help="Where finished shards are kept for later runs; a folder or s3:// URI, else beside OUT.")
+    ] = "",
+    num_workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores.")] = 0,
+) -> None:
+    """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
+    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
+    from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
+    from minicpmv_finetune.shards.codecs import check_codec
+
+    settings = PreprocessSettings(
+        inputs["max_slice_nums"], inputs["model_max_length"], inputs["max_reject_ratio"], check_codec(picture_codec)
+    )
+    rejects, report = (out.parent / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
+    step(dataset, inputs["base_model_uri"], out, rejects, settings, cache, num_workers, report)
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def train(context: typer.Context) -> None:
+    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`).
+
+    A YAML file of flags may come first. `--print-plan` only says what would be trained, frozen and saved.
+    """
+    if "--help" in context.args:
+        from minicpmv_finetune.components.train.arguments import parser
+
+        print(parser().format_help())
+        return
+    if "--print-plan" in context.args or "--print_plan" in context.args:
+        from .training_plan import show_plan
+
+        show_plan([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
+        return
+    from minicpmv_finetune.components.train.launch import launch
+    from minicpmv_finetune.pipelines.raw_data import with_prepared_data
+
+    launch(with_prepared_data(context.args))
+
+
+@app.command(rich_help_panel=PANEL)
+@with_inputs(rows("base_model_uri"), required=["base_model_uri"])
+def merge(
+    inputs: Inputs,
+    adapter: Annotated[Path, typer.Option(help="Folder that train wrote.")],
+    shards: Annotated[
+        Path, typer.Option(help="Folder that preprocess wrote; the parity check runs on some of its samples.")
+    ],
+    out: Annotated[
+        str, typer.Option(help="Folder or s3:// URI that receives the result; an upload continues if interrupted.")
+    ],
+) -> None:
+    """Step 4: merge the adapter into the base model, and prove on real samples that nothing was lost."""
+    import tempfile
+
+    from minicpmv_finetune import storage
+    from minicpmv_finetune.components.merge.merge import MergeSettings
+    from minicpmv_finetune.components.merge.merge import merge as step
+
+    base = inputs["base_model_uri"]
+    if not storage.is_object_uri(out):
+        step(base, adapter, shards, Path(out), Path(out).parent / "merge-report.json", MergeSettings())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
+        step(base, adapter, shards, model, report, MergeSettings())
+        storage.write_bytes(storage.join(storage.parent(out), report.name), report.read_bytes())
+        print(f"{storage.upload_folder(model, out, last='config.json')} files uploaded to {out}")
+
+
+@app.command(rich_help_panel=PANEL)
+@with_inputs(rows("metric"))
+def evaluate(
+    inputs: Inputs,
+    model: Annotated[Path, typer.Option(help="Folder that merge wrote.")],
+    dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
+    out: Out,
+    base_model: Annotated[
+        str, typer.Option("--base-model", help="Model to compare with; empty evaluates the merged one alone.")
+    ] = "",
+    champion: Annotated[str, typer.Option(help="Model to be beaten; a path or s3:// URI.")] = "",
+    max_new_tokens: NewTokens = 128,
+    batch_size: Annotated[int, typer.Option(help="Samples that are answered at once.")] = 16,
+    gate: Annotated[
+        str, typer.Option(help="What the model must reach, as JSON such as '{\"min_improvement\": 0.01}'.")
+    ] = "{}",
+) -> None:
+    """Step 5: let base, champion and merged model answer the held-out samples; predictions and report go into OUT."""
+    from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
+    from minicpmv_finetune.components.evaluate.evaluate import settings_from
+
+    options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
+    found = step(model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings, champion)
+    print(f"{'passes' if found.decision.promote else 'is stopped at'} the gate: {found.decision.reason}")
+
+
+@app.command(rich_help_panel=PANEL)
+def register(
+    promotion_record: Annotated[
+        Path,
+        typer.Option("--promotion-record", "--verdict", help="Promotion record that evaluate wrote in a pipeline."),
+    ],
+    model: Model = "minicpmv-finetune",
+) -> None:
+    """Step 6: register a model that passed the gate in MLflow, and make it champion if it beat the champion."""
+    from minicpmv_finetune.components.register.register import register as step
+
+    step(promotion_record, model)

@@ -1,0 +1,52 @@
+"""A pipeline with a cluster's settings on its tasks, and the files that Kubeflow Pipelines takes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToDict
+from kfp import compiler
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
+from kfp.dsl.graph_component import GraphComponent
+
+from minicpmv_finetune.pipelines.pipeline import Pipeline
+
+from .profile import Profile, with_profile
+
+
+def pipeline_for(pipeline: Pipeline, profile: Profile) -> GraphComponent:
+    """The pipeline with a cluster's settings on its tasks."""
+    return with_profile(pipeline.build(profile.preprocess_partitions), profile)
+
+
+def write_pipeline(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
+    """Write the pipeline with a cluster's settings as the YAML file that Kubeflow Pipelines takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(pipeline_for(pipeline, profile), str(path))
+    return path
+
+
+def write_objects(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
+    """Write the pipeline as `Pipeline` and `PipelineVersion` objects, for clusters that keep pipelines in Kubernetes.
+
+    A version cannot be changed once it is applied, so its name holds a digest of its content.
+    """
+    component = pipeline_for(pipeline, profile)
+    options = KubernetesManifestOptions(
+        pipeline_name=pipeline.name,
+        pipeline_display_name=pipeline.display_name,
+        pipeline_version_name=f"{pipeline.name}-{content_digest(component)}",
+        namespace=profile.namespace,
+        include_pipeline_manifest=True,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(
+        component, str(path), kubernetes_manifest_format=True, kubernetes_manifest_options=options
+    )
+    return path
+
+
+def content_digest(component: GraphComponent) -> str:
+    """Twelve hexadecimal digits that change when the pipeline or its cluster's settings do."""
+    content = [MessageToDict(component.pipeline_spec), MessageToDict(component.platform_spec)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,67 @@
+"""The options of the commands, and their help."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from minicpmv_finetune.cli.main import app
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, REQUIRED, RETRAIN_INPUTS, Input
+
+
+def _commands(group: Any, before: str = "") -> dict[str, Any]:
+    """Every command by its words; a group has commands of its own."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        is_group = hasattr(command, "commands")
+        found |= _commands(command, f"{name} ") if is_group else {f"{before}{name}": command}
+    return found
+
+
+COMMANDS = _commands(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize(("command", "inputs"), [("run", FINETUNE_INPUTS), ("retrain", RETRAIN_INPUTS)])
+def test_a_pipeline_here_offers_every_input_with_its_default(command: str, inputs: tuple[Input, ...]) -> None:
+    offered = {option.name: option for option in COMMANDS[command].params}
+    assert set(offered) == {item.name for item in inputs} | {"out", "runner"}
+    for item in inputs:
+        option = offered[item.name]
+        assert (item.option or f"--{item.name.replace('_', '-')}") in option.opts
+        assert option.required == (item.default is REQUIRED)
+        if item.default is not REQUIRED:
+            default = json.loads(str(option.default)) if item.type is dict else option.default
+            assert default == item.default
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_worth_reading(name: str) -> None:
+    command = COMMANDS[name]
+    assert len(command.help or "") > 30
+    for option in command.params:
+        assert option.param_type_name == "argument" or option.help, option.name
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "--data", "d.json", "--lora-r", "0", "--seed", "-1"], "2 inputs are wrong. lora_r: 0"),
+        (["retrain", "--data", "d.json", "--start-from", "bse"], "did you mean base"),
+        (["plan", "--data", "d.json", "--num-train-epochs", "-3"], "num_train_epochs: -3.0 is not accepted"),
+        (["validate-data", "--data", "d.json", "--out", "o", "--max-reject-ratio", "5"], "give at most 1"),
+        (["run", "--data", "d.json", "--training-flags", "[]"], "--training-flags: must be a JSON object"),
+        (["run", "--data", "d.json", "--data-options", "{"], "--data-options: invalid JSON"),
+    ],
+)
+def test_a_mistake_is_refused_before_any_work(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, UserError)
+    assert sentence in str(done.exception)
+    assert not list(tmp_path.iterdir())

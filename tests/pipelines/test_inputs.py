@@ -1,0 +1,137 @@
+"""The table of inputs, and that everything which comes from it agrees with it."""
+
+import inspect
+from typing import Any
+
+import docstring_parser
+import pytest
+
+from minicpmv_finetune.components.evaluate.component import evaluate
+from minicpmv_finetune.components.merge.component import merge
+from minicpmv_finetune.components.plan_retraining.component import plan_retraining
+from minicpmv_finetune.components.preprocess.component import preprocess, preprocess_part
+from minicpmv_finetune.components.register.component import register
+from minicpmv_finetune.components.train.component import train
+from minicpmv_finetune.components.validate_data.component import validate_data
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.pipelines import pipeline_of
+from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines.inputs import (
+    FINETUNE_INPUTS,
+    INPUTS,
+    REQUIRED,
+    RETRAIN_INPUTS,
+    Input,
+    check_inputs,
+    defaults,
+)
+from minicpmv_finetune.pipelines.pipeline import Pipeline
+from minicpmv_finetune.pipelines.retraining import RETRAIN
+
+COMPONENTS = (validate_data, preprocess, preprocess_part, train, merge, evaluate, register, plan_retraining)
+GIVEN = {"data_uri": "s3://bucket/train.json"}
+KFP_TYPES = {str: "String", int: "Integer", float: "Float", bool: "Boolean", dict: "Dict"}
+
+
+@pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.name)
+def test_a_component_declares_an_input_as_the_table_does(component: Any) -> None:
+    declared = component.component_spec.inputs
+    shared = [name for name in declared if name in INPUTS]
+    assert shared
+    documented = docstring_parser.parse(inspect.getdoc(component.python_func) or "")
+    described = {item.arg_name for item in documented.params}
+    for name in shared:
+        assert declared[name].type.partition("[")[0] == KFP_TYPES[INPUTS[name].type], name
+        assert name in described
+        assert declared[name].default is None, "the pipeline's default is the table's"
+
+
+@pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=lambda pipeline: pipeline.name)
+def test_a_pipeline_offers_its_rows_with_their_defaults_and_help(pipeline: Pipeline) -> None:
+    offered = pipeline.build().component_spec.inputs
+    assert list(offered) == [item.name for item in pipeline.inputs]
+    for item in pipeline.inputs:
+        assert offered[item.name].type == KFP_TYPES[item.type]
+        assert offered[item.name].description == item.help
+        assert offered[item.name].default == (None if item.default is REQUIRED else item.default)
+
+
+@pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=lambda pipeline: pipeline.name)
+def test_every_input_reaches_a_step(pipeline: Pipeline) -> None:
+    taken = {name for component in COMPONENTS for name in component.component_spec.inputs}
+    assert {item.name for item in pipeline.inputs} <= taken
+
+
+def test_rows_are_few_and_help_in_a_sentence() -> None:
+    for inputs in (FINETUNE_INPUTS, RETRAIN_INPUTS):
+        assert len(inputs) <= 20
+        assert [item.name for item in inputs if item.default is REQUIRED] == ["data_uri"]
+        assert all(len(item.help) > 15 and item.help.endswith(".") for item in inputs)
+
+
+@pytest.mark.parametrize("item", [item for item in INPUTS.values() if item.default is not REQUIRED], ids=str)
+def test_a_default_is_accepted(item: Input) -> None:
+    assert item.parse(item.default) == item.default
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("lora_r", 0, "lora_r: 0 is not accepted; give at least 1."),
+        ("lora_r", "many", "lora_r: 'many' is not a whole number; correct it."),
+        ("lora_r", True, "lora_r: True is not a whole number; correct it."),
+        ("lora_alpha", 0, "give at least 1"),
+        ("per_device_train_batch_size", 0, "give at least 1"),
+        ("max_slice_nums", 0, "give at least 1"),
+        ("model_max_length", -5, "give at least 1"),
+        ("seed", -1, "give at least 0"),
+        ("seed", 2**32, "give at most"),
+        ("learning_rate", 0, "give more than 0"),
+        ("learning_rate", float("nan"), "give more than 0"),
+        ("num_train_epochs", -3, "give more than 0"),
+        ("max_reject_ratio", 5, "give at most 1"),
+        ("use_lora", 1, "use_lora: 1 is not true or false"),
+        ("training_flags", "[1]", "training_flags: [1] is not a JSON object"),
+        ("metric", 3, "metric: 3 is not a text"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(name: str, value: object, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_inputs(FINETUNE_INPUTS, {**GIVEN, name: value})
+    assert sentence in str(caught.value)
+
+
+def test_a_choice_names_the_nearest_one() -> None:
+    with pytest.raises(UserError, match="did you mean champion"):
+        check_inputs(RETRAIN_INPUTS, {**GIVEN, "start_from": "champoin"})
+
+
+def test_an_unknown_name_gets_the_nearest_known_one() -> None:
+    with pytest.raises(UserError, match="lora_rr: the pipeline has no such input; did you mean lora_r"):
+        check_inputs(FINETUNE_INPUTS, {**GIVEN, "lora_rr": 8})
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"3 inputs are wrong\. lora_r: .* seed: .* data_uri: missing"):
+        check_inputs(FINETUNE_INPUTS, {"lora_r": 0, "seed": -1})
+
+
+def test_text_is_read_in_the_inputs_type() -> None:
+    given = {**GIVEN, "lora_r": "8", "learning_rate": "1e-3", "use_lora": "False", "training_flags": '{"a": 1}'}
+    assert check_inputs(FINETUNE_INPUTS, given) == {
+        **GIVEN,
+        "lora_r": 8,
+        "learning_rate": 1e-3,
+        "use_lora": False,
+        "training_flags": {"a": 1},
+    }
+
+
+def test_what_is_not_given_keeps_its_default() -> None:
+    assert check_inputs(FINETUNE_INPUTS, GIVEN) == GIVEN
+    assert set(defaults(FINETUNE_INPUTS)) == {item.name for item in FINETUNE_INPUTS} - {"data_uri"}
+
+
+def test_a_pipeline_is_chosen_by_its_short_name() -> None:
+    assert pipeline_of("finetune") is FINETUNE
+    assert pipeline_of("retrain") is RETRAIN
