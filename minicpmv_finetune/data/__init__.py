@@ -1,1 +1,1 @@
-"""What comes in: samples, image files, the readers and importers of data files, and the checks of a sample."""
+"""Input data: the format of samples, reading of images and data files, importers, and the checks of each sample."""

@@ -1,8 +1,8 @@
-"""What one sample means, or why it cannot be used.
+"""Checks of one sample: what it means, or why it cannot be used.
 
 A sample is either accepted whole or rejected with a stable reason code and a sentence; none is repaired by guessing,
-truncated or replaced by another. What an accepted sample means is decided here, once: which image goes where in
-which turn. Every image is decoded, because only that tells whether it can be.
+truncated or replaced by another. This module is the only place that decides which image goes where in which turn.
+Every image is decoded, because only decoding shows whether an image is readable.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.data.image_files import to_rgb
 from minicpmv_finetune.errors import UserError, describe_validation_error
 
 from . import image_files
@@ -28,10 +27,10 @@ from .reading import Record
 from .samples import ImageRef, Reject, Sample, SampleError, Turn, content_digest
 
 GRAY_SIDE = 16  # pixels
-_UNNAMED_MARK = "<image>"
-_MARK = re.compile(r"<image>|<image_\d+>")
+_UNNAMED_PLACEHOLDER = "<image>"
+_PLACEHOLDER = re.compile(r"<image>|<image_\d+>")
 _CACHED_IMAGES = 4096
-_REMOTE_READS = 16  # at once, by each process: a store answers many requests in the time of one
+_REMOTE_READS = 16  # parallel reads of each process: a store answers many requests in the time of one
 
 
 class _RawTurn(BaseModel):
@@ -57,78 +56,78 @@ class _RawSample(BaseModel):
 
 
 @dataclass(frozen=True)
-class Look:
-    """An image that can be decoded.
+class InspectedImage:
+    """An image that can be used.
 
     Attributes:
-        image: its address and size.
-        gray: 16 × 16 grey levels, row by row, by which copies of it are found.
-        notes: codes of what is worth knowing of it.
+        ref: Address, hash and size of the image.
+        gray: 16 × 16 grey levels of the image, row by row, by which copies of it are found.
+        notes: Codes of the image's noteworthy properties.
     """
 
-    image: ImageRef
+    ref: ImageRef
     gray: bytes
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Accepted:
+class AcceptedSample:
     """A sample that later steps can rely on, ready to be written.
 
     Attributes:
-        line: the `Sample` as JSON.
-        digest: of its content, 32 bytes.
-        turns: number of turns.
-        looks: of its images.
-        notes: codes of what is worth knowing of it or its images.
+        line: The `Sample` as JSON.
+        digest: Hash of the sample's content, 32 bytes.
+        turns: Number of turns.
+        images: The inspected images of the sample.
+        notes: Codes of noteworthy properties of the sample or its images.
     """
 
     line: str
     digest: bytes
     turns: int
-    looks: tuple[Look, ...]
+    images: tuple[InspectedImage, ...]
     notes: frozenset[str]
 
 
-# Of the members of shards: their places, or why there is none.
-Places = Mapping[str, image_files.Span | SampleError]
+# The byte range of each archive member by its address, or why the archive cannot be listed.
+MemberSpans = Mapping[str, image_files.Span | SampleError]
 
 
-def check_all(records: Sequence[Record], places: Places, exif_transpose: bool) -> list[Accepted | Reject]:
-    """Check some items of a file, in order.
+def check_records(records: Sequence[Record], spans: MemberSpans, exif_transpose: bool) -> list[AcceptedSample | Reject]:
+    """Check some items of a data file, in order.
 
     Args:
-        records: the items.
-        places: where the members of shards lie that they name, by address.
-        exif_transpose: whether images are turned as their EXIF orientation says.
+        records: The items.
+        spans: The byte ranges of the archive members that the items name.
+        exif_transpose: Whether images are rotated as their EXIF orientation says.
 
     Raises:
-        RetryableError: the store does not answer.
+        RetryableError: The store does not answer.
     """
 
-    def inspect(address: str) -> Look | SampleError:
-        place = places.get(address)
-        if isinstance(place, SampleError):
-            return place
-        # An image that many samples show is decoded once; one that stands in its sample is shown by that alone.
-        cached = _inspected.__wrapped__ if address[:5].lower() == "data:" else _inspected
-        return cached(address, place, exif_transpose)
+    def inspect(address: str) -> InspectedImage | SampleError:
+        span = spans.get(address)
+        if isinstance(span, SampleError):
+            return span
+        # An image that many samples show is decoded once; a data: URI is used by one sample only.
+        inspect_once = _inspect_cached.__wrapped__ if image_files.is_data_uri(address) else _inspect_cached
+        return inspect_once(address, span, exif_transpose)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong is told per sample
-        if any(storage.is_object_uri(address) for record in records for address in addresses(record)):
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # each sample's reject reports its problems instead
+        if any(storage.is_object_uri(address) for record in records for address in image_addresses(record)):
             with ThreadPoolExecutor(_REMOTE_READS) as pool:
-                return list(pool.map(lambda record: check(record, inspect), records))
-        return [check(record, inspect) for record in records]
+                return list(pool.map(lambda record: check_record(record, inspect), records))
+        return [check_record(record, inspect) for record in records]
 
 
-def forget_images() -> None:
-    """Look at every image anew, as it may have changed since the last time."""
-    _inspected.cache_clear()
+def clear_image_cache() -> None:
+    """Forget all inspected images, because their files may have changed."""
+    _inspect_cached.cache_clear()
 
 
-def addresses(record: Record) -> list[str]:
-    """The images that an item names, as far as it can be read."""
+def image_addresses(record: Record) -> list[str]:
+    """The addresses of the images that an item names, as far as the item can be parsed."""
     image = record.content.get("image") if isinstance(record.content, dict) else None
     references = image.values() if isinstance(image, dict) else [image]
     found = []
@@ -137,72 +136,94 @@ def addresses(record: Record) -> list[str]:
             if reference and isinstance(reference, str):
                 found.append(image_files.resolve(reference, storage.parent(record.file)))
         except UserError:
-            pass  # told when the item is checked
+            pass  # reported by `check_record`
     return found
 
 
-def inspect_image(address: str, span: image_files.Span | None = None, exif_transpose: bool = False) -> Look:
-    """Read and decode an image once, to know that training can.
+def inspect_image(address: str, span: image_files.Span | None = None, exif_transpose: bool = False) -> InspectedImage:
+    """Read and decode an image once, to make sure that training can.
 
     Args:
-        address: as `image_files.resolve` gives it.
-        span: for a member of a shard, its place there.
-        exif_transpose: whether to turn it as its EXIF orientation says.
+        address: An address as `image_files.resolve` returns it.
+        span: The byte range in the archive, for a member of one.
+        exif_transpose: Whether to rotate the image as its EXIF orientation says.
 
     Raises:
-        SampleError: it is refused, missing, unreadable, animated, of 16 bits, or larger than Pillow's limit.
-        RetryableError: the store does not answer.
+        SampleError: The image is refused, missing, unreadable, animated, of 16 bits, or larger than Pillow's limit.
+        RetryableError: The store does not answer.
     """
-    shown = image_files.shown(address)
     try:
         content = image_files.read(address, span)
     except UserError as error:
-        raise SampleError(_why_unread(address), str(error)) from error
+        raise SampleError(_read_failure_reason(address), str(error)) from error
     try:
         image = image_files.open_header(content)
-        width, height = image.size
-        too_large = Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
-        # What several cameras store as MPO is a JPEG with a second view behind it.
-        frames = getattr(image, "is_animated", False) and image.format != "MPO"
-        if not too_large and not frames:
-            is_turned = image_files.is_turned(image)
-            notes = _notes(image, is_turned)
-            mode = image.mode
-            image = image_files.decode(content, turn=exif_transpose and is_turned)
-            gray = to_rgb(image, "white").convert("L").resize((GRAY_SIDE, GRAY_SIDE), Image.Resampling.BOX).tobytes()
+        problem = image_problem(image, address)
+        # An image that is too deep is decoded all the same: if its bytes are damaged, that is the reason to give.
+        if problem is None or problem.reason == "image_depth":
+            has_rotation = image_files.has_exif_rotation(image)
+            notes = _notes(image, has_rotation)
+            image = image_files.decode(content, rotate=exif_transpose and has_rotation)
+            gray = _gray_levels(image)
     except Image.DecompressionBombError:
-        too_large = True
+        problem = _too_large(address)
     except Exception as error:
-        # Whatever a decoder raises over damaged bytes (struct.error, KeyError, …), it is about this image.
+        # Decoders raise many kinds of error for damaged bytes (struct.error, KeyError, …); all are about this image.
         raise SampleError(
-            "image_unreadable", f"{shown}: not a readable image ({type(error).__name__}: {error}); replace it."
+            "image_unreadable",
+            f"{image_files.shortened(address)}: not a readable image ({type(error).__name__}: {error}); replace it.",
         ) from error
-    if too_large:
-        raise SampleError(
-            "decompression_bomb", f"{shown}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels allowed; scale it down."
-        )
-    if frames:
-        raise SampleError(
-            "image_animated", f"{shown}: holds several frames, of which only one would be seen; store that one."
-        )
-    if mode.startswith("I") or mode == "F":
-        raise SampleError(
-            "image_depth", f"{shown}: has grey levels of more than 8 bits, which would be cut to white; scale them."
-        )
-    image_ref = ImageRef(
+    if problem:
+        raise problem
+    ref = ImageRef(
         uri=address,
         sha256=hashlib.sha256(content).hexdigest(),
         width=image.width,
         height=image.height,
         span=span,
-        turned=exif_transpose and is_turned,
+        rotated=exif_transpose and has_rotation,
     )
-    return Look(image_ref, gray, notes)
+    return InspectedImage(ref, gray, notes)
 
 
-def _notes(image: Image.Image, is_turned: bool) -> tuple[str, ...]:
+def image_problem(image: Image.Image, address: str) -> SampleError | None:
+    """Why an image cannot be used although its header is readable, or None; no pixel is decoded.
+
+    Args:
+        image: The image, opened by `image_files.open_header`.
+        address: The image's address, for the message.
+    """
+    name = image_files.shortened(address)
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        return _too_large(address)
+    # Several cameras store MPO files: a JPEG, followed by a second view of the same scene.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return SampleError(
+            "image_animated", f"{name}: has several frames, of which only one would be used; store that one."
+        )
+    if image.mode.startswith("I") or image.mode == "F":
+        return SampleError(
+            "image_depth", f"{name}: has grey levels of more than 8 bits, which would be cut to white; scale them."
+        )
+    return None
+
+
+def _too_large(address: str) -> SampleError:
+    return SampleError(
+        "decompression_bomb",
+        f"{image_files.shortened(address)}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels allowed; scale it down.",
+    )
+
+
+def _gray_levels(image: Image.Image) -> bytes:
+    gray = image_files.to_rgb(image, "white").convert("L")
+    return gray.resize((GRAY_SIDE, GRAY_SIDE), Image.Resampling.BOX).tobytes()
+
+
+def _notes(image: Image.Image, has_rotation: bool) -> tuple[str, ...]:
     noted = {
-        "exif_rotated": is_turned,
+        "exif_rotated": has_rotation,
         "cmyk": image.mode == "CMYK",
         "palette": image.mode in ("P", "PA"),
         "transparent": "A" in image.getbands() or "transparency" in image.info,
@@ -211,31 +232,31 @@ def _notes(image: Image.Image, is_turned: bool) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=_CACHED_IMAGES)
-def _inspected(address: str, span: image_files.Span | None, exif_transpose: bool) -> Look | SampleError:
+def _inspect_cached(address: str, span: image_files.Span | None, exif_transpose: bool) -> InspectedImage | SampleError:
     try:
         return inspect_image(address, span, exif_transpose)
     except SampleError as error:
         return error
 
 
-def check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accepted | Reject:
-    """Check an item of a file.
+def check_record(record: Record, inspect: Callable[[str], InspectedImage | SampleError]) -> AcceptedSample | Reject:
+    """Check one item of a data file.
 
     Args:
-        record: the item.
-        inspect: what looks at an image, given its address.
+        record: The item.
+        inspect: Inspects the image at an address, or returns why it cannot be used.
     """
     try:
         if record.problem:
             raise record.problem
         raw = _parse(record.content)
-        looks = []
+        images = []
         for reference in _references(raw):
-            look = inspect(_resolve(reference, record))
-            if isinstance(look, SampleError):
-                raise look
-            looks.append(look)
-        sample, notes = _interpret(raw, [look.image for look in looks], record)
+            image = inspect(_resolve(reference, record))
+            if isinstance(image, SampleError):
+                raise image
+            images.append(image)
+        sample, notes = _interpret(raw, [image.ref for image in images], record)
     except SampleError as error:
         content = record.content
         sample_id = str(content["id"]) if isinstance(content, dict) and "id" in content else None
@@ -247,12 +268,12 @@ def check(record: Record, inspect: Callable[[str], Look | SampleError]) -> Accep
             reason=error.reason,
             message=str(error),
         )
-    return Accepted(
+    return AcceptedSample(
         line=sample.model_dump_json(exclude_defaults=True),
         digest=bytes.fromhex(content_digest(sample)),
         turns=len(sample.turns),
-        looks=tuple(looks),
-        notes=notes.union(*(look.notes for look in looks)),
+        images=tuple(images),
+        notes=notes.union(*(image.notes for image in images)),
     )
 
 
@@ -263,8 +284,8 @@ def _resolve(reference: str, record: Record) -> str:
         raise SampleError("image_refused", str(error)) from error
 
 
-def _why_unread(address: str) -> str:
-    if address[:5].lower() == "data:":
+def _read_failure_reason(address: str) -> str:
+    if image_files.is_data_uri(address):
         return "image_unreadable"
     return "image_missing" if storage.is_supported(address) else "image_refused"
 
@@ -272,7 +293,7 @@ def _why_unread(address: str) -> str:
 def _parse(content: Any) -> _RawSample:
     if isinstance(content, dict) and content.get("video"):
         raise SampleError(
-            "video", "the field `video` asks for a video, which is not supported; give frames as images instead."
+            "video", "the field `video` names a video, which is not supported; give frames as images instead."
         )
     try:
         raw = _RawSample.model_validate(content)
@@ -284,7 +305,8 @@ def _parse(content: Any) -> _RawSample:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise SampleError(
-            "invalid_unicode", f"holds {half!r}, half of a surrogate pair, which is no character; correct the text."
+            "invalid_unicode",
+            f"contains {half!r}, half of a surrogate pair, which is not a character; correct the text.",
         ) from error
     return raw
 
@@ -295,36 +317,30 @@ def _references(raw: _RawSample) -> list[str]:
     return [raw.image] if raw.image else []
 
 
-def _interpret(raw: _RawSample, shown: list[ImageRef], record: Record) -> tuple[Sample, frozenset[str]]:
+def _interpret(raw: _RawSample, images: list[ImageRef], record: Record) -> tuple[Sample, frozenset[str]]:
     """Decide which image goes where, and refuse what is ambiguous.
 
     Args:
-        raw: the sample as written.
-        shown: its images, in the order in which `image` lists them.
-        record: where it stands.
+        raw: The sample as written in the data file.
+        images: The sample's images, in the order in which the field `image` lists them.
+        record: The item of the data file that contains the sample.
+
+    Returns:
+        The sample, and the codes of its noteworthy properties.
     """
     _check_roles(raw.conversations)
-    marks = _number_marks(raw)
+    placeholders = _number_placeholders(raw)
     texts = [turn.content for turn in raw.conversations]
-    if isinstance(raw.image, str) and marks and not any(_MARK.search(text) for text in texts):
+    if isinstance(raw.image, str) and placeholders and not any(_PLACEHOLDER.search(text) for text in texts):
         first = 1 if raw.conversations[0].role == "system" else 0
-        texts[first] = f"{_UNNAMED_MARK}\n{texts[first]}"
-    turns = []
-    for number, (raw_turn, text) in enumerate(zip(raw.conversations, texts, strict=True)):
-        turn = Turn(role=_role(raw_turn.role), parts=tuple(_split_at_marks(text, marks)))
-        has_image = any(isinstance(part, int) for part in turn.parts)
-        if has_image and turn.role != "user":
-            raise SampleError(
-                "placeholder_in_answer",
-                f"turn {number} ({turn.role}) holds an image's placeholder; move it into the user's words.",
-            )
-        if not turn.text and not has_image:
-            reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
-            raise SampleError(reason, f"turn {number} ({turn.role}) says nothing; give it words or leave it out.")
-        turns.append(turn)
+        texts[first] = f"{_UNNAMED_PLACEHOLDER}\n{texts[first]}"
+    turns = [
+        _turn(number, raw_turn.role, text, placeholders)
+        for number, (raw_turn, text) in enumerate(zip(raw.conversations, texts, strict=True))
+    ]
     sample = Sample(
         id=str(record.index) if raw.id is None else raw.id,
-        images=tuple(shown),
+        images=tuple(images),
         turns=tuple(turns),
         source=record.file,
         index=record.index,
@@ -336,53 +352,71 @@ def _interpret(raw: _RawSample, shown: list[ImageRef], record: Record) -> tuple[
     return sample, frozenset({"order_by_text"} if order != sorted(order) else ())
 
 
+def _turn(number: int, role: str, text: str, placeholders: dict[str, int]) -> Turn:
+    turn = Turn(role=_role(role), parts=tuple(_split_at_placeholders(text, placeholders)))
+    has_image = any(isinstance(part, int) for part in turn.parts)
+    if has_image and turn.role != "user":
+        raise SampleError(
+            "placeholder_in_answer",
+            f"turn {number} ({turn.role}) contains an image's placeholder; move it into the user's text.",
+        )
+    if not turn.text and not has_image:
+        reason = "empty_answer" if turn.role == "assistant" else "empty_turn"
+        raise SampleError(reason, f"turn {number} ({turn.role}) has no text; give it one or remove the turn.")
+    return turn
+
+
 def _check_roles(turns: list[_RawTurn]) -> None:
     if sum(turn.role == "system" for turn in turns) > 1:
         raise SampleError("two_system_turns", "there is more than one system turn; join them into the first.")
-    spoken = turns[1:] if turns and turns[0].role == "system" else turns
-    if not spoken:
+    dialog = turns[1:] if turns and turns[0].role == "system" else turns
+    if not dialog:
         raise SampleError("roles", "the conversation has no turn; it needs a user's and an assistant's.")
-    for number, turn in enumerate(spoken):
+    for number, turn in enumerate(dialog):
         expected = "user" if number % 2 == 0 else "assistant"
         if turn.role != expected:
             raise SampleError(
                 "roles",
-                f"turn {number + len(turns) - len(spoken)} has the role {turn.role!r} where {expected!r} is expected; "
+                f"turn {number + len(turns) - len(dialog)} has the role {turn.role!r} where {expected!r} is expected; "
                 "user and assistant alternate, after at most one system turn.",
             )
-    if spoken[-1].role != "assistant":
+    if dialog[-1].role != "assistant":
         raise SampleError("roles", "the last turn is the user's; training needs the assistant's answer to it.")
 
 
-def _number_marks(raw: _RawSample) -> dict[str, int]:
-    """Which placeholder stands for which image, each used exactly once."""
-    used = Counter(mark for turn in raw.conversations for mark in _MARK.findall(turn.content))
+def _number_placeholders(raw: _RawSample) -> dict[str, int]:
+    """The number of the image that each placeholder stands for; each placeholder is used exactly once."""
+    used = Counter(name for turn in raw.conversations for name in _PLACEHOLDER.findall(turn.content))
     if isinstance(raw.image, dict):
-        marks = {name: number for number, name in enumerate(raw.image)}
-        for name in marks:
-            if not _MARK.fullmatch(name):
+        placeholders = {name: number for number, name in enumerate(raw.image)}
+        for name in placeholders:
+            if not _PLACEHOLDER.fullmatch(name):
                 raise SampleError(
                     "placeholder_name", f"{name!r} is no placeholder; name images <image_00>, <image_01>."
                 )
             if name not in used:
                 raise SampleError("placeholder_missing", f"no turn mentions {name}; write it where its image belongs.")
     else:
-        marks = {_UNNAMED_MARK: 0} if raw.image else {}
-    for mark, count in used.items():
-        if mark not in marks:
-            raise SampleError("placeholder_without_image", f"the text says {mark}, but `image` names no such image.")
+        placeholders = {_UNNAMED_PLACEHOLDER: 0} if raw.image else {}
+    for name, count in used.items():
+        if name not in placeholders:
+            raise SampleError(
+                "placeholder_without_image",
+                f"the text contains {name}, but `image` names no such image; add the image or remove the placeholder.",
+            )
         if count > 1:
             raise SampleError(
-                "placeholder_doubled", f"{mark} stands {count} times in the text; an image goes to one place."
+                "placeholder_doubled",
+                f"{name} occurs {count} times in the text, but an image goes to one place; keep one.",
             )
-    return marks
+    return placeholders
 
 
-def _split_at_marks(text: str, marks: dict[str, int]) -> list[str | int]:
+def _split_at_placeholders(text: str, placeholders: dict[str, int]) -> list[str | int]:
     parts: list[str | int] = []
     end = 0
-    for match in _MARK.finditer(text):
-        parts += [text[end : match.start()], marks[match.group()]]
+    for match in _PLACEHOLDER.finditer(text):
+        parts += [text[end : match.start()], placeholders[match.group()]]
         end = match.end()
     return [part for part in (*parts, text[end:]) if part != ""]
 

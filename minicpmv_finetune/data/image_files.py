@@ -1,8 +1,9 @@
-"""Where an image's bytes lie, and what may be decoded from them.
+"""Addresses of images, and how the bytes at an address are read and decoded.
 
-An address is a path, an `s3://` URI, a member of a tar shard (`shards/000.tar!cat.jpg`, the shard local or `s3://`) or
-a `data:` URI that holds the image itself. A member is read at its place in the shard, in one request: nothing is
-unpacked, so no name inside a shard can lead anywhere, and a shard is listed once, when the data is validated.
+An address is a path, an `s3://` URI, a member of a tar archive (`archives/000.tar!cat.jpg`, the archive local or
+`s3://`) or a `data:` URI that contains the image itself. A member is read by its byte range in the archive, in one
+request: nothing is unpacked, so no member's name can lead to another place, and an archive is listed once, when the
+data is validated.
 """
 
 import base64
@@ -33,10 +34,10 @@ FORMATS = (
     "TIFF",
     "WEBP",
 )
-_MEMBER = re.compile(r"(?P<shard>.*?\.tar)!(?P<name>.*)", re.DOTALL | re.IGNORECASE)
-_PACKED_SHARD = re.compile(r"\.(tar\.\w+|tgz|zip)!", re.IGNORECASE)
+_MEMBER = re.compile(r"(?P<archive>.*?\.tar)!(?P<name>.*)", re.DOTALL | re.IGNORECASE)
+_COMPRESSED_ARCHIVE = re.compile(r"\.(tar\.\w+|tgz|zip)!", re.IGNORECASE)
 _ORIENTATION = 0x0112  # EXIF tag
-_LONGEST_SHOWN = 120
+_LONGEST_IN_MESSAGES = 120  # characters of a data: URI
 
 Span = tuple[int, int]  # first byte and number of bytes
 Transparency = Literal["drop", "white"]
@@ -46,123 +47,136 @@ def resolve(reference: str, folder: str) -> str:
     """The address of an image that a data file names, valid from everywhere.
 
     Args:
-        reference: what the file says.
-        folder: URI of the folder that holds the file.
+        reference: The name as written in the data file.
+        folder: URI of the folder that contains the data file.
 
     Raises:
-        UserError: the name of a shard's member leads out of the shard, the shard is compressed, or it lies where
-            `storage.require_allowed` lets nobody read.
+        UserError: The name leads out of its archive, the archive is compressed, or the image is at a place that
+            `storage.require_allowed` does not allow.
     """
-    if reference[:5].lower() == "data:":
+    if is_data_uri(reference):
         return reference
-    if _PACKED_SHARD.search(reference):
-        raise UserError(f"{shown(reference)}: a compressed archive cannot be read at any place; store a plain .tar.")
+    if _COMPRESSED_ARCHIVE.search(reference):
+        raise UserError(
+            f"{shortened(reference)}: a member of a compressed archive cannot be read without unpacking it; store a "
+            "plain .tar."
+        )
     member = _MEMBER.fullmatch(reference)
     if not member:
         return storage.require_allowed(storage.resolve(reference, folder))
     name = posixpath.normpath(member["name"])
     if name.startswith(("/", "..")) or name == ".":
-        raise UserError(f"{shown(reference)}: leads out of the shard; name a member as the shard lists it.")
-    return f"{storage.require_allowed(storage.resolve(member['shard'], folder))}!{name}"
+        raise UserError(f"{shortened(reference)}: leads out of the archive; name a member as the archive lists it.")
+    return f"{storage.require_allowed(storage.resolve(member['archive'], folder))}!{name}"
 
 
-def shard_of(address: str) -> str | None:
-    """The tar shard that an image is a member of, or None."""
-    if address[:5].lower() == "data:":
+def is_data_uri(address: str) -> bool:
+    """Whether the address is a `data:` URI, which contains the image itself."""
+    return address[:5].lower() == "data:"
+
+
+def archive_of(address: str) -> str | None:
+    """The tar archive that contains the image, or None."""
+    if is_data_uri(address):
         return None
     member = _MEMBER.fullmatch(address)
-    return member["shard"] if member else None
+    return member["archive"] if member else None
 
 
-def list_shard(shard: str) -> dict[str, Span]:
-    """Where each file of a tar shard lies in it, by address.
+def list_archive(archive: str) -> dict[str, Span]:
+    """The byte range of each file in a tar archive, by the file's address.
 
     Raises:
-        UserError: nothing lies there, or it is no tar file.
-        RetryableError: the store does not answer.
+        UserError: There is no file at the address, or it is not a tar file.
+        RetryableError: The store does not answer.
     """
     spans: dict[str, Span] = {}
     try:
         # Read from front to end, which a store answers with one stream.
-        with storage.open_stream(shard) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in archive:
+        with storage.open_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as members:
+            for member in members:
                 if member.isreg() and not member.issparse():
-                    spans[f"{shard}!{posixpath.normpath(member.name)}"] = (member.offset_data, member.size)
+                    spans[f"{archive}!{posixpath.normpath(member.name)}"] = (member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise UserError(f"{shown(shard)}: not a readable tar file ({error}); write it again.") from error
+        raise UserError(f"{shortened(archive)}: not a readable tar file ({error}); write it again.") from error
     return spans
 
 
 def read(address: str, span: Span | None = None) -> bytes:
-    """An image's bytes, still encoded.
+    """The bytes of an image file, still encoded.
 
     Args:
-        address: as `resolve` gives it.
-        span: for a member of a shard, its place there.
+        address: An address as `resolve` returns it.
+        span: The byte range in the archive, for a member of one.
 
     Raises:
-        UserError: nothing lies there, or it may not be read.
-        RetryableError: the store does not answer.
+        UserError: There is no file at the address, or access is denied.
+        RetryableError: The store does not answer.
     """
-    if address[:5].lower() == "data:":
+    if is_data_uri(address):
         return _decode_data_uri(address)
-    shard = shard_of(address)
-    if shard is None:
+    archive = archive_of(address)
+    if archive is None:
         return storage.read_bytes(address)
     if span is None:
-        raise UserError(f"{shown(address)}: the shard holds no such file; list its members with tar -tf.")
-    return storage.read_bytes(shard, span)
+        raise UserError(f"{shortened(address)}: the archive holds no such file; list its members with tar -tf.")
+    return storage.read_bytes(archive, span)
 
 
 def open_header(content: bytes) -> Image.Image:
-    """What an image's header says, no pixel decoded.
+    """Parse the header of an image file without decoding a pixel.
 
     Raises:
-        Exception: whatever a decoder raises over damaged bytes.
+        Exception: Any error that a decoder raises for damaged bytes.
     """
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
-def decode(content: bytes, turn: bool = False) -> Image.Image:
-    """The image, unconverted, all of its pixels decoded.
+def decode(content: bytes, rotate: bool = False) -> Image.Image:
+    """Decode all pixels of an image file, without converting its mode.
 
     Args:
-        content: the bytes of its file.
-        turn: whether to turn and mirror it as its EXIF orientation says.
+        content: The bytes of the file.
+        rotate: Whether to rotate and mirror the image as its EXIF orientation says.
 
     Raises:
-        Exception: whatever a decoder raises over damaged bytes.
+        Exception: Any error that a decoder raises for damaged bytes.
     """
     image = open_header(content)
     image.load()
-    return ImageOps.exif_transpose(image) if turn else image
+    return ImageOps.exif_transpose(image) if rotate else image
 
 
-def is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation says that the image is to be turned or mirrored."""
+def has_exif_rotation(image: Image.Image) -> bool:
+    """Whether the EXIF orientation says that the image is to be rotated or mirrored."""
     try:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    except Exception:  # damaged EXIF data says nothing
+    except Exception:  # damaged EXIF data gives no orientation
         return False
 
 
-def shown(address: str) -> str:
-    """The address as a message shows it: a `data:` URI is as long as its image."""
-    return address if len(address) <= _LONGEST_SHOWN or address[:5].lower() != "data:" else f"{address[:40]}…"
+def shortened(address: str) -> str:
+    """The address as messages print it; a `data:` URI is cut because it is as long as its image."""
+    return address if len(address) <= _LONGEST_IN_MESSAGES or not is_data_uri(address) else f"{address[:40]}…"
 
 
 def _decode_data_uri(address: str) -> bytes:
     header, comma, body = address.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise UserError(f"{shown(address)}: only data:image/…;base64,… is read; encode the image so.")
+        raise UserError(f"{shortened(address)}: only data:image/…;base64,… can be read; encode the image this way.")
     try:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
     except binascii.Error as error:
-        raise UserError(f"{shown(address)}: not valid Base64 ({error}); encode the image again.") from error
+        raise UserError(f"{shortened(address)}: not valid Base64 ({error}); encode the image again.") from error
 
 
 def to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
-    """Three 8-bit channels, from any mode Pillow can read."""
+    """Convert an image of any mode that Pillow can read to three 8-bit channels.
+
+    Args:
+        image: The decoded image.
+        transparency: `drop` ignores the alpha channel; `white` lays the image over white.
+    """
     if transparency == "white" and ("A" in image.getbands() or "transparency" in image.info):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")

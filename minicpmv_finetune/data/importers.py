@@ -1,9 +1,9 @@
-"""Data of other programs in this project's format: LLaVA, OpenAI's chat messages, and folders of Hugging Face datasets.
+"""Convert data of other formats: LLaVA, OpenAI's chat messages, and folders of Hugging Face datasets.
 
-All three are conversations that name images, in a list beside the turns or within them, so one conversion serves
-them: images are named `<image_00>`, `<image_01>`, … in the order in which the turns show them. It judges nothing that
-validate-data judges; what cannot be converted at all, such as a video, is listed with its reason. Images that
-stand in a dataset's own files go to one tar shard beside the output.
+All three are conversations that name images, in a list beside the turns or within them, so one conversion is enough:
+images are named `<image_00>`, `<image_01>`, … in the order in which the turns show them. The conversion repeats no
+check of validate-data; items that cannot be converted at all, such as videos, are listed with the reason. Images that
+are stored in a dataset's own files are written to one tar archive beside the output.
 """
 
 import hashlib
@@ -24,42 +24,42 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import progress, report_outcome
 
 from . import image_files
-from .reading import read_records
+from .reading import local_copy, read_records
 from .samples import Reject, RejectLog, SampleError
 
 _TABLES = (".parquet", ".arrow")
-_BATCH = 16  # rows of a table that are in memory at once
+_BATCH = 16  # rows of a table in memory at once
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "model": "assistant"}
 _QUESTIONS = ("question", "query", "prompt", "instruction")
 _ANSWERS = ("answer", "answers", "response", "output")
-_MARK = "<image>"
+_PLACEHOLDER = "<image>"
 
 
 @dataclass
-class _Shard:
-    """The tar file that receives images, made when the first one comes; equal ones are stored once."""
+class _ImageArchive:
+    """The tar file that receives images, created for the first one; equal images are stored once."""
 
     path: Path
     names: set[str] = field(default_factory=set)
-    archive: tarfile.TarFile | None = None
+    file: tarfile.TarFile | None = None
 
     def add(self, content: bytes, suffix: str) -> str:
-        """The reference of an image."""
-        if self.archive is None:
-            self.archive = tarfile.open(self.path.with_name(f".{self.path.name}.{os.getpid()}"), "w")  # noqa: SIM115
+        """Store an image and return its reference."""
+        if self.file is None:
+            self.file = tarfile.open(self.path.with_name(f".{self.path.name}.{os.getpid()}"), "w")  # noqa: SIM115
         name = f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
         if name not in self.names:
             self.names.add(name)
             header = tarfile.TarInfo(name)
             header.size = len(content)
-            self.archive.addfile(header, io.BytesIO(content))
+            self.file.addfile(header, io.BytesIO(content))
         return f"{self.path.name}!{name}"
 
     def close(self, keep: bool) -> None:
-        """Give the file its name, or remove it."""
-        if self.archive is not None:
-            self.archive.close()
-            staging = Path(os.fsdecode(self.archive.name or ""))
+        """Give the file its final name, or remove it."""
+        if self.file is not None:
+            self.file.close()
+            staging = Path(os.fsdecode(self.file.name or ""))
             if keep:
                 staging.replace(self.path)
             else:
@@ -70,27 +70,27 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
     """Write data of another format as JSON Lines for validate-data.
 
     Args:
-        source: a JSON array or JSON Lines (LLaVA's, or OpenAI's messages), a folder that `datasets` saved or that
-            holds Parquet files, or a pattern of files; local or `s3://`.
-        out: file that receives the samples; rejects and images lie beside it.
-        image_folder: what images' paths are relative to; empty for the folder of the source.
+        source: A JSON array or JSON Lines (LLaVA's, or OpenAI's messages), a folder that `datasets` saved or that
+            contains Parquet files, or a pattern of files; local or `s3://`.
+        out: File that receives the samples; rejects and images are written beside it.
+        image_folder: Folder that relative image paths start at; empty for the folder of the source.
 
     Raises:
-        UserError: nothing lies there, it is of no known format, or nothing of it can be used.
+        UserError: There is no file at the source, its format is unknown, or no item of it can be used.
     """
     imported = 0
-    shard = _Shard(out.with_name(f"{out.stem}.pictures.tar"))
+    archive = _ImageArchive(out.with_name(f"{out.stem}.pictures.tar"))
     staging = out.with_name(f".{out.name}.{os.getpid()}")
-    with RejectLog(out.with_name(f"{out.stem}.rejects.jsonl")) as rejects, ExitStack() as undone:
-        undone.callback(shard.close, keep=False)
-        undone.callback(staging.unlink, missing_ok=True)
+    with RejectLog(out.with_name(f"{out.stem}.rejects.jsonl")) as rejects, ExitStack() as cleanup:
+        cleanup.callback(archive.close, keep=False)
+        cleanup.callback(staging.unlink, missing_ok=True)
         with staging.open("w", encoding="utf-8") as lines:
-            for file, index, item, problem in _items(source):
+            for file, index, item, problem in _read_items(source):
                 try:
                     if problem:
                         raise problem
                     folder = image_folder or storage.parent(file)
-                    sample = _converted(item, partial(_reference, folder=folder, out=out, shard=shard))
+                    sample = _convert(item, partial(_reference_of, folder=folder, out=out, archive=archive))
                 except SampleError as error:
                     name = item.get("id") if isinstance(item, dict) else None
                     rejects.append(
@@ -108,22 +108,22 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
                     imported += 1
         if not imported:
             rejects.refuse_nothing_left("train")
-        undone.pop_all()
-        shard.close(keep=True)
+        cleanup.pop_all()
+        archive.close(keep=True)
         staging.replace(out)
-    refused = rejects.counts.total()
-    listed = f", {refused:,} refused, listed in {rejects.path}" if refused else ""
+    rejected = rejects.counts.total()
+    listed = f", {rejected:,} rejected, listed in {rejects.path}" if rejected else ""
     report_outcome(f"{imported:,} samples in {out}{listed}")
 
 
-def _items(source: str) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:
-    """File, index and content of each item, or why it has none."""
-    tables = _tables(source)
+def _read_items(source: str) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:
+    """File, index and content of each item, or the reason why the item could not be read."""
+    tables = _find_tables(source)
     if tables:
-        yield from _rows(tables)
+        yield from _read_tables(tables)
         return
     for uri in storage.expand(source):
-        path = _fetched(uri)
+        path = local_copy(uri)
         with progress("import", path.stat().st_size, "B", unit_scale=True) as bar:
             for record in read_records(uri, path, bar.update):
                 if record.is_last:
@@ -131,17 +131,10 @@ def _items(source: str) -> Iterator[tuple[str, int | None, Any, SampleError | No
                 yield uri, record.index, record.content, record.problem
 
 
-def _fetched(uri: str) -> Path:
-    if storage.is_object_uri(uri):
-        return storage.fetch(uri)
-    with storage.open_stream(uri):  # or say why not
-        return Path(uri).expanduser()
-
-
-def _tables(source: str) -> list[Path]:
+def _find_tables(source: str) -> list[Path]:
     """The Parquet or Arrow files of a folder or pattern; none if the source is something else."""
     if source.endswith(_TABLES):
-        return [_fetched(uri) for uri in storage.expand(source)]
+        return [local_copy(uri) for uri in storage.expand(source)]
     if source.endswith((".json", ".jsonl")):
         return []
     path = storage.fetch(source) if storage.is_object_uri(source) else Path(source).expanduser()
@@ -149,21 +142,25 @@ def _tables(source: str) -> list[Path]:
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
             raise UserError(
-                f"{source}: holds the splits {', '.join(splits)}; give one of them, such as "
+                f"{source}: contains the splits {', '.join(splits)}; give one of them, such as "
                 f"{storage.join(source, splits[0])}."
             )
         found = sorted(file for file in path.rglob("*") if file.suffix in _TABLES and file.is_file())
         if not found:
-            raise UserError(f"{source}: a folder without Parquet or Arrow files; give one of those, or a JSON file.")
+            raise UserError(
+                f"{source}: a folder without Parquet or Arrow files; give a folder with some, or a JSON file."
+            )
         splits = sorted({file.name.split("-")[0] for file in found if "-" in file.name} - {"data"})
         if len(splits) > 1:
             example = found[0].with_name(f"{splits[0]}-*{found[0].suffix}")
-            raise UserError(f"{source}: holds the splits {', '.join(splits)}; give one of them, such as '{example}'.")
+            raise UserError(
+                f"{source}: contains the splits {', '.join(splits)}; give one of them, such as '{example}'."
+            )
         return found
     return []
 
 
-def _rows(tables: list[Path]) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:
+def _read_tables(tables: list[Path]) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -176,7 +173,7 @@ def _rows(tables: list[Path]) -> Iterator[tuple[str, int | None, Any, SampleErro
                     schema, batches = file.schema_arrow, file.iter_batches(batch_size=_BATCH)
                 else:
                     stream = pa.ipc.open_stream(pa.memory_map(str(path)))
-                    schema, batches = stream.schema, (part for batch in stream for part in _parts(batch))
+                    schema, batches = stream.schema, (part for batch in stream for part in _split_batch(batch))
                 videos = _video_columns(schema)
                 for batch in batches:
                     for row in batch.to_pylist():
@@ -188,72 +185,74 @@ def _rows(tables: list[Path]) -> Iterator[tuple[str, int | None, Any, SampleErro
             bar.update()
 
 
-def _parts(batch: Any) -> Iterator[Any]:
+def _split_batch(batch: Any) -> Iterator[Any]:
     for start in range(0, batch.num_rows, _BATCH):
         yield batch.slice(start, _BATCH)
 
 
 def _video_columns(schema: Any) -> set[str]:
-    """What `datasets` has noted of its columns, which for a video is stored as an image is."""
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = noted.get("info", {}).get("features", {})
+    """The columns of videos: videos and images are stored alike, only the metadata of `datasets` tells them apart."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
     return {name for name, feature in features.items() if "'Video'" in str(feature)}
 
 
-def _converted(item: Any, refer: Callable[[Any], str]) -> dict[str, Any]:
-    """A sample of this project's format.
+def _convert(item: Any, refer: Callable[[Any], str]) -> dict[str, Any]:
+    """Convert an item to a sample of this project's format.
 
     Args:
-        item: of another format.
-        refer: gives the reference of an image.
+        item: A sample of another format.
+        refer: Returns the reference of an image.
 
     Raises:
-        SampleError: it cannot be converted.
+        SampleError: The item cannot be converted.
     """
     if not isinstance(item, dict):
-        raise SampleError("schema", f"holds {type(item).__name__}, not an object; see docs/data-format.md.")
+        raise SampleError("schema", f"the sample is {type(item).__name__}, not an object; see docs/data-format.md.")
     if video := item.get("video") or item.get("videos"):
         name = video if isinstance(video, str) else "one"
-        raise SampleError("video", f"asks for a video ({name:.100}), which is not supported; give frames as images.")
+        raise SampleError("video", f"contains a video ({name:.100}), which is not supported; give frames as images.")
     listed = item.get("image") or item.get("images") or []
-    waiting = list(listed) if isinstance(listed, list) else [listed]
-    shown: dict[str, str] = {}
+    unplaced = list(listed) if isinstance(listed, list) else [listed]
+    placed: dict[str, str] = {}
 
     def place(image: Any) -> str:
-        mark = f"<image_{len(shown):02}>"
-        shown[mark] = refer(image)
-        return mark
+        placeholder = f"<image_{len(placed):02}>"
+        placed[placeholder] = refer(image)
+        return placeholder
 
     turns = []
-    for speaker, content in _turns(item):
-        text = _text(content, waiting, place)
-        turns.append({"role": _ROLES.get(speaker, speaker), "content": text})
-    if waiting and shown:
-        raise SampleError("placeholder_missing", f"the turns show {len(shown)} of its images and not the others.")
-    if waiting:
+    for role, content in _read_turns(item):
+        text = _turn_text(content, unplaced, place)
+        turns.append({"role": _ROLES.get(role, role), "content": text})
+    if unplaced and placed:
+        raise SampleError(
+            "placeholder_missing", f"the turns show {len(placed)} of its images and not the others; mark all of them."
+        )
+    if unplaced:
         first = next((turn for turn in turns if turn["role"] == "user"), None)
         if first is None:
-            raise SampleError("roles", "no turn is the user's, to which its images would belong.")
-        first["content"] = "\n".join([*map(place, waiting), first["content"]])
+            raise SampleError("roles", "there is no user turn that its images could belong to; add one.")
+        first["content"] = "\n".join([*map(place, unplaced), first["content"]])
     answers = item.get("answers")
     return {
         **({"id": item["id"]} if isinstance(item.get("id"), str | int) else {}),
-        **({"image": shown} if shown else {}),
+        **({"image": placed} if placed else {}),
         "conversations": turns,
         **({"answers": answers} if isinstance(answers, list) and all(isinstance(a, str) for a in answers) else {}),
     }
 
 
-def _turns(item: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Who says what."""
+def _read_turns(item: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The role and content of each turn."""
     turns = item.get("messages") or item.get("conversations") or item.get("conversation")
     if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        said = [
+        pairs = [
             (turn.get("role") or turn.get("from"), turn["content"] if "content" in turn else turn.get("value"))
             for turn in turns
         ]
-        if all(isinstance(speaker, str) for speaker, _ in said):
-            return said
+        if all(isinstance(role, str) for role, _ in pairs):
+            return pairs
     question = next((item[name] for name in _QUESTIONS if isinstance(item.get(name), str)), None)
     answer = next((item[name] for name in _ANSWERS if item.get(name)), None)
     if isinstance(answer, list):
@@ -261,63 +260,63 @@ def _turns(item: dict[str, Any]) -> list[tuple[str, Any]]:
     if question is None or not isinstance(answer, str):
         raise SampleError(
             "schema",
-            f"of its fields {', '.join(map(str, item))[:200]} none are messages, conversations, or a question with an "
+            f"none of its fields {', '.join(map(str, item))[:200]} is messages, conversations, or a question with an "
             "answer; rename them.",
         )
     return [("user", question), ("assistant", answer)]
 
 
-def _text(content: Any, waiting: list[Any], place: Callable[[Any], str]) -> str:
-    """What a turn says, with its images' marks."""
+def _turn_text(content: Any, unplaced: list[Any], place: Callable[[Any], str]) -> str:
+    """The text of a turn, with a placeholder for each image."""
     if isinstance(content, str):
-        before, *rest = content.split(_MARK)
-        for words in rest:
-            before += (place(waiting.pop(0)) if waiting else _MARK) + words
-        return before
+        text, *rest = content.split(_PLACEHOLDER)
+        for piece in rest:
+            text += (place(unplaced.pop(0)) if unplaced else _PLACEHOLDER) + piece
+        return text
     if not isinstance(content, list):
         raise SampleError("schema", f"a turn's content is {type(content).__name__}, not text; see docs/data-format.md.")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else "text"
         if kind in ("text", "input_text", "output_text"):
-            said = part.get("text") if isinstance(part, dict) else part
-            if not isinstance(said, str):
-                raise SampleError("schema", f"a turn holds {type(said).__name__} where a text belongs; correct it.")
-            parts.append(said)
-        elif kind in ("image_url", "input_image") or (kind == "image" and not waiting):
+            text = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(text, str):
+                raise SampleError("schema", f"a turn has {type(text).__name__} in place of a text; correct it.")
+            parts.append(text)
+        elif kind in ("image_url", "input_image") or (kind == "image" and not unplaced):
             image = part.get("image_url") or part.get("image")
             parts.append(place(image["url"] if isinstance(image, dict) and "url" in image else image))
         elif kind == "image":
-            parts.append(place(waiting.pop(0)))
+            parts.append(place(unplaced.pop(0)))
         elif "video" in str(kind):
-            raise SampleError("video", "a turn shows a video, which is not supported; give frames as images.")
+            raise SampleError("video", "a turn contains a video, which is not supported; give frames as images.")
         else:
-            raise SampleError("schema", f"a turn holds {kind!r}, which is neither text nor an image; leave it out.")
-    # As the published code joins what a turn consists of.
+            raise SampleError("schema", f"a turn contains {kind!r}, which is neither text nor an image; remove it.")
+    # The published code joins the parts of a turn in the same way.
     return "\n".join(parts)
 
 
-def _reference(image: Any, folder: str, out: Path, shard: _Shard) -> str:
-    """How the written file names an image."""
-    if isinstance(image, dict):  # of `datasets`: its bytes, or a path
+def _reference_of(image: Any, folder: str, out: Path, archive: _ImageArchive) -> str:
+    """The name of an image in the written file."""
+    if isinstance(image, dict):  # from `datasets`: bytes, or a path
         name = image.get("path") or ""
         if image.get("bytes"):
-            return shard.add(image["bytes"], PurePosixPath(name).suffix.lower())
+            return archive.add(image["bytes"], PurePosixPath(name).suffix.lower())
         image = name
     if not isinstance(image, str) or not image:
-        raise SampleError("schema", f"an image is {type(image).__name__}, not a path or data: URI.")
+        raise SampleError("schema", f"an image is {type(image).__name__}, not a path or data: URI; correct it.")
     if image.startswith("file://"):
         image = unquote(urlsplit(image).path)
     try:
         address = image_files.resolve(image, folder)
     except UserError as error:
         raise SampleError("image_refused", str(error)) from error
-    if address[:5].lower() == "data:":
+    if image_files.is_data_uri(address):
         return address
     if not storage.is_supported(address):
         raise SampleError(
             "image_refused",
-            f"{image_files.shown(address)}: only local paths, s3:// and data: URIs are supported; copy it.",
+            f"{image_files.shortened(address)}: only local paths, s3:// and data: URIs are supported; copy the image.",
         )
     here = out.absolute().parent
     inside = not storage.is_object_uri(address) and Path(address).is_relative_to(here)

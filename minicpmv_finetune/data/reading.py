@@ -1,9 +1,9 @@
-"""The items of a data file, one after the other, however large the file is.
+"""Stream the items of a data file of any size.
 
-Python's own JSON decoder parses each item where it stands in a window onto the text, which is read on only when an
-item is not all there. So memory is bounded by the longest sample, every error has its line and column, and what is
-accepted is what `json.loads` accepts. (Of the streaming parsers, ijson turns half of a surrogate pair into a question
-mark without a word, and names no line.)
+Python's own JSON decoder parses each item inside a window of the text; more text is read only when the item is not
+complete in the window. So memory is bounded by the longest sample, every error has its line and column, and the
+accepted syntax is that of `json.loads`. (The streaming parser ijson silently turns half of a surrogate pair into a
+question mark, and its errors have no line.)
 """
 
 import codecs
@@ -13,29 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 
 from .samples import SampleError
 
 _CHUNK = 1 << 18  # bytes read at once, at least
-LONGEST_SAMPLE = 1 << 27  # characters; a file whose quotes do not close would else be read whole
-_LONGEST_TOKEN = 16  # characters; the longest token of JSON that a window's end may cut, but for numbers and strings
+LONGEST_SAMPLE = 1 << 27  # characters; otherwise a file with an unclosed quote would be read completely
+_LONGEST_TOKEN = 16  # characters; no JSON token that a window's end may cut is longer, except numbers and strings
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\n\r"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One item of a data file: parsed JSON, or why it could not be parsed.
+    """One item of a data file: parsed JSON, or the reason why it could not be parsed.
 
     Attributes:
         file: URI of the file.
-        index: position among its items, from 0.
-        line: line from 1, where it could not be parsed.
-        content: the parsed JSON.
-        problem: why there is none.
-        is_last: whether the problem keeps the rest of the file from being read.
-        length: characters of the item in the file.
+        index: Position among the items of the file, from 0.
+        line: Line of the file, from 1, that could not be parsed.
+        content: The parsed JSON.
+        problem: The reason why the item could not be parsed.
+        is_last: Whether the rest of the file cannot be read because of the problem.
+        length: Number of characters of the item in the file.
     """
 
     file: str
@@ -47,19 +48,32 @@ class Record:
     length: int = 0
 
 
-def read_records(uri: str, path: Path, read: Callable[[int], object] = lambda count: None) -> Iterator[Record]:
+def local_copy(uri: str) -> Path:
+    """A data file on this machine, because no store keeps a stream open while images are checked for hours.
+
+    Raises:
+        UserError: There is no file at the URI, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    if storage.is_object_uri(uri):
+        return storage.fetch(uri)
+    with storage.open_stream(uri):  # raises if the file cannot be read
+        return Path(uri).expanduser()
+
+
+def read_records(uri: str, path: Path, report_bytes: Callable[[int], object] = lambda count: None) -> Iterator[Record]:
     """The items of a JSON array, of JSON Lines or of `{"data": […]}`.
 
     Args:
-        uri: how messages name the file.
-        path: where it lies.
-        read: told the number of bytes whenever some were read.
+        uri: URI of the file, for messages.
+        path: Path of the file on this machine.
+        report_bytes: Called with the number of bytes after each read.
 
     Raises:
-        UserError: it is not UTF-8, or holds something else.
+        UserError: The file is not UTF-8, or contains neither of these formats.
     """
     with path.open("rb") as file:
-        window = _Window(uri, file, read)
+        window = _Window(uri, file, report_bytes)
         first = window.peek()
         if not first:
             yield _empty(uri, "the file is empty; write samples into it.")
@@ -72,15 +86,15 @@ def read_records(uri: str, path: Path, read: Callable[[int], object] = lambda co
             try:
                 kind = type(window.value()).__name__
                 _expect_end(window)
-            except _BrokenError:
+            except _InvalidJsonError:
                 window.rewind()
                 yield from _lines(window)
             else:
-                raise UserError(f"{uri}: holds {kind}, not an array of samples; see docs/data-format.md.")
+                raise UserError(f"{uri}: contains {kind}, not an array of samples; see docs/data-format.md.")
 
 
-class _BrokenError(Exception):
-    """The text is no JSON at a place."""
+class _InvalidJsonError(Exception):
+    """The text is not valid JSON at some position."""
 
     def __init__(self, message: str, line: int, column: int | None) -> None:
         super().__init__(message, line, column)
@@ -93,162 +107,164 @@ class _Window:
     """The part of a file's text that is being parsed.
 
     Attributes:
-        text: that part; read on by `more`, which drops what lies before `place`, or from `hold` on nothing.
-        place: how far it is parsed.
-        dropped: characters of the file before the text.
-        has_ended: whether the text reaches to the end of the file.
+        uri: URI of the file, for messages.
+        text: The part of the text. `extend` reads more of the file and drops the text before `position`; after a call
+            of `hold`, it drops nothing behind the held position.
+        position: Index in `text` up to which it is parsed.
+        dropped: Number of characters of the file before `text`.
+        has_ended: Whether `text` reaches the end of the file.
     """
 
-    def __init__(self, uri: str, file: BinaryIO, read: Callable[[int], object]) -> None:
+    def __init__(self, uri: str, file: BinaryIO, report_bytes: Callable[[int], object]) -> None:
         self.uri = uri
         self.text = ""
-        self.place = 0
+        self.position = 0
         self.dropped = 0
         self.has_ended = False
         self._held: int | None = None
-        self._file, self._read = file, read
+        self._file, self._report_bytes = file, report_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._bytes = 0
-        self._lines = 0  # line ends before the text
-        self._columns = 0  # characters of the text's first line before it
+        self._bytes = 0  # read from the file so far
+        self._lines = 0  # number of line ends before `text`
+        self._columns = 0  # number of characters before `text` in its first line
 
     def hold(self) -> None:
-        """Keep the text from here on, until `rewind` or `release`."""
-        self._held = self.place
+        """Keep the text from the current position until `rewind` or `release`."""
+        self._held = self.position
 
     def release(self) -> None:
-        """Keep it no longer."""
+        """Allow the held text to be dropped."""
         self._held = None
 
     def rewind(self) -> None:
-        """Go back to where it was held, and keep it no longer."""
+        """Go back to the held position, and allow the text to be dropped."""
         if self._held is not None:
-            self.place, self._held = self._held, None
+            self.position, self._held = self._held, None
 
-    def more(self) -> None:
-        """Read on: at least as much again as there is, so that retrying costs a constant factor."""
-        keep = self.place if self._held is None else self._held
+    def extend(self) -> None:
+        """Read more text: at least as much as is kept, so that parsing again costs only a constant factor."""
+        keep = self.position if self._held is None else self._held
         if len(self.text) - keep > LONGEST_SAMPLE:
-            raise self.broken(f"a sample of more than {LONGEST_SAMPLE:,} characters", keep)
+            raise self.error(f"a sample of more than {LONGEST_SAMPLE:,} characters", keep)
         dropped = self.text[:keep]
         if newlines := dropped.count("\n"):
             self._lines += newlines
             self._columns = 0
         self._columns += len(dropped) - (dropped.rfind("\n") + 1)
         content = self._file.read(max(_CHUNK, len(self.text) - keep))
-        self._read(len(content))
+        self._report_bytes(len(content))
         self.has_ended = not content
         pending = len(self._decoder.getstate()[0])
         try:
             text = self._decoder.decode(content, final=self.has_ended)
         except UnicodeDecodeError as error:
-            place = self._bytes - pending + error.start
-            raise UserError(f"{self.uri}: not UTF-8 text (byte {place}); save it as UTF-8 JSON.") from error
+            byte = self._bytes - pending + error.start
+            raise UserError(f"{self.uri}: not UTF-8 text (byte {byte}); save it as UTF-8 JSON.") from error
         if not self._bytes:
             text = text.removeprefix("\ufeff")
         self._bytes += len(content)
         self.text = self.text[keep:] + text
         self.dropped += keep
-        self.place -= keep
+        self.position -= keep
         if self._held is not None:
             self._held = 0
 
     def peek(self) -> str:
-        """The next character that is no white space, left where it is; empty at the end of the file."""
+        """The next character that is not white space, without stepping over it; empty at the end of the file."""
         while True:
-            while self.place < len(self.text):
-                if self.text[self.place] not in _SPACE:
-                    return self.text[self.place]
-                self.place += 1
+            while self.position < len(self.text):
+                if self.text[self.position] not in _SPACE:
+                    return self.text[self.position]
+                self.position += 1
             if self.has_ended:
                 return ""
-            self.more()
+            self.extend()
 
     def take(self, wanted: str, message: str) -> None:
-        """Step over a character that must come next."""
+        """Step over the character `wanted`, which must come next; `message` is the error otherwise."""
         if self.peek() != wanted:
-            raise self.broken(message, self.place)
-        self.place += 1
+            raise self.error(message, self.position)
+        self.position += 1
 
     def value(self) -> Any:
-        """The next value, and step over it."""
+        """Parse the next JSON value and step over it."""
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.place)
+                value, end = _DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                # Behind the end of the window it might go on as it should; the place of an open string is its start.
+                # The value may continue behind the window's end. The position of an unclosed string is its start.
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _LONGEST_TOKEN
                 if self.has_ended or not is_cut:
-                    raise self.broken(error.msg, error.pos) from error
+                    raise self.error(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:
-                raise self.broken(str(error), self.place) from error
+                raise self.error(str(error), self.position) from error
             else:
-                if end + 2 < len(self.text) or self.has_ended:  # before that, a number might go on, as `1e-` does
-                    self.place = end
+                if end + 2 < len(self.text) or self.has_ended:  # nearer to the end, a number may be cut, as in `1e-`
+                    self.position = end
                     return value
-            self.more()
+            self.extend()
 
     def line(self) -> str | None:
-        """The rest of the line, and step over it; None at the end of the file."""
-        start = self.place
+        """Return the rest of the line and step over it; None at the end of the file."""
+        start = self.position
         while (end := self.text.find("\n", start)) < 0 and not self.has_ended:
-            start = len(self.text) - self.place
-            self.more()
+            start = len(self.text) - self.position
+            self.extend()
         if end < 0:
             end = len(self.text)
-            if self.place == end:
+            if self.position == end:
                 return None
-        # Not str.splitlines: it also splits at characters that JSON allows within a string, such as U+2028.
-        line = self.text[self.place : end]
-        self.place = end + 1 if end < len(self.text) else end
+        # Not str.splitlines, which also splits at characters that JSON allows within a string, such as U+2028.
+        line = self.text[self.position : end]
+        self.position = end + 1 if end < len(self.text) else end
         return line
 
-    def line_number(self, place: int) -> int:
-        """The line, from 1, that a place in the text is on."""
-        return self._lines + self.text.count("\n", 0, place) + 1
+    def line_number(self, position: int) -> int:
+        """The line of the file, from 1, that contains a position of the text."""
+        return self._lines + self.text.count("\n", 0, position) + 1
 
-    def broken(self, message: str, place: int) -> _BrokenError:
-        """What to raise over the text at a place."""
-        before = self.text.rfind("\n", 0, place)
-        column = place - before if before >= 0 else self._columns + place + 1
-        return _BrokenError(message, self.line_number(place), column)
+    def error(self, message: str, position: int) -> _InvalidJsonError:
+        """The error for invalid JSON at a position of the text."""
+        before = self.text.rfind("\n", 0, position)
+        column = position - before if before >= 0 else self._columns + position + 1
+        return _InvalidJsonError(message, self.line_number(position), column)
 
 
 def _items(window: _Window, then: Callable[[_Window], None]) -> Iterator[Record]:
-    """The items of the array that begins here; `then` parses what follows it."""
+    """The items of the array at the current position; `then` parses the text after the array."""
     index = 0
     try:
         window.take("[", "Expecting value")
         if window.peek() == "]":
-            window.place += 1
+            window.position += 1
             then(window)
             yield _empty(window.uri, "the array is empty; write samples into it.")
             return
         while True:
             window.peek()
-            before = window.dropped + window.place
+            before = window.dropped + window.position
             item = window.value()
-            yield Record(window.uri, index, None, item, length=window.dropped + window.place - before)
+            yield Record(window.uri, index, None, item, length=window.dropped + window.position - before)
             index += 1
             if window.peek() == "]":
                 break
             window.take(",", "Expecting ',' delimiter")
-        window.place += 1
+        window.position += 1
         then(window)
-    except _BrokenError as error:
+    except _InvalidJsonError as error:
         yield Record(window.uri, None, error.line, None, error.problem, is_last=True)
 
 
 def _expect_end(window: _Window) -> None:
     if window.peek():
-        raise window.broken("Extra data", window.place)
+        raise window.error("Extra data", window.position)
 
 
 def _finish_object(window: _Window) -> None:
     """Parse the members that follow the samples in `{"data": […], …}`."""
     while window.peek() == ",":
-        window.place += 1
+        window.position += 1
         _key(window)
         window.value()
     window.take("}", "Expecting ',' delimiter")
@@ -256,7 +272,7 @@ def _finish_object(window: _Window) -> None:
 
 
 def _document_or_lines(window: _Window) -> Iterator[Record]:
-    """The items of `{"data": […]}`, one sample, or JSON Lines: the first object tells, and is kept until it does."""
+    """The items of `{"data": […]}`, one sample, or JSON Lines, which the first object decides."""
     window.hold()
     try:
         if _enter_data(window):
@@ -264,7 +280,7 @@ def _document_or_lines(window: _Window) -> Iterator[Record]:
             yield from _items(window, then=_finish_object)
             return
         is_whole = not window.peek()
-    except _BrokenError as error:
+    except _InvalidJsonError as error:
         if _is_one_document(window):
             yield Record(window.uri, None, error.line, None, error.problem, is_last=True)
             return
@@ -277,33 +293,33 @@ def _document_or_lines(window: _Window) -> Iterator[Record]:
 
 
 def _enter_data(window: _Window) -> bool:
-    """Step up to the samples of `{"data": […]}`; False behind the end of an object without them."""
+    """Step to the samples of `{"data": […]}`; for an object without them, step over it and return False."""
     window.take("{", "Expecting value")
     if window.peek() == "}":
-        window.place += 1
+        window.position += 1
         return False
     while True:
         if _key(window) == "data" and window.peek() == "[":
             return True
         window.value()
         if window.peek() == "}":
-            window.place += 1
+            window.position += 1
             return False
         window.take(",", "Expecting ',' delimiter")
 
 
 def _key(window: _Window) -> str:
     if window.peek() != '"':
-        raise window.broken("Expecting property name enclosed in double quotes", window.place)
+        raise window.error("Expecting property name enclosed in double quotes", window.position)
     key = window.value()
     window.take(":", "Expecting ':' delimiter")
     return str(key)
 
 
 def _is_one_document(window: _Window) -> bool:
-    """Whether broken JSON was meant as a whole, not as a line for each sample.
+    """Whether invalid JSON was meant as one document, not as JSON Lines.
 
-    Then its first line is unfinished, and the next is no sample by itself.
+    In one document, the first line is incomplete, and the second line alone is not a sample.
     """
     window.rewind()
     window.hold()
@@ -325,11 +341,11 @@ def _is_one_document(window: _Window) -> bool:
 
 def _lines(window: _Window) -> Iterator[Record]:
     index = 0
-    number = window.line_number(window.place)
+    number = window.line_number(window.position)
     while True:
         try:
             line = window.line()
-        except _BrokenError as error:
+        except _InvalidJsonError as error:
             yield Record(window.uri, index, number, None, error.problem, is_last=True)
             return
         if line is None:
@@ -338,10 +354,10 @@ def _lines(window: _Window) -> Iterator[Record]:
             try:
                 yield Record(window.uri, index, number, json.loads(line), length=len(line))
             except json.JSONDecodeError as error:
-                problem = _BrokenError(error.msg, number, error.colno).problem
+                problem = _InvalidJsonError(error.msg, number, error.colno).problem
                 yield Record(window.uri, index, number, None, problem)
             except (ValueError, RecursionError) as error:
-                yield Record(window.uri, index, number, None, _BrokenError(str(error), number, None).problem)
+                yield Record(window.uri, index, number, None, _InvalidJsonError(str(error), number, None).problem)
             index += 1
         number += 1
 

@@ -1,30 +1,29 @@
-"""The data contract between steps: what an accepted sample looks like, on disk and in memory.
+"""The data contract between steps: the format of accepted samples, on disk and in memory.
 
-A dataset folder holds `train.jsonl`, `eval.jsonl` and `dataset.json`. Each line is a `Sample`
-whose turns are lists of parts: a string is text, an integer is the number of one of the sample's images. So
-"where does image 2 go" is answered once, by validate_data, and no later step parses placeholders. Images stay
-where they are; their sha256 makes a change under a run an error instead of a surprise.
+A dataset folder contains `train.jsonl`, `eval.jsonl` and `dataset.json`. Each line is a `Sample` whose turns are lists
+of parts: a string is text, an integer is the number of one of the sample's images. So only validate_data decides where
+each image goes, and no later step parses placeholders. Images stay where they are; their sha256 makes a change
+during a run an error instead of a silent difference.
 """
 
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 
 from . import image_files
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
-_EXAMPLES = 3  # rejects of a reason that are kept at hand
+_EXAMPLES = 3  # rejects of each reason that are kept in memory
 Split = Literal["train", "eval"]
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -32,14 +31,17 @@ Document = TypeVar("Document", bound=BaseModel)
 class ImageRef(BaseModel):
     """One image of a sample, as its header describes it."""
 
-    model_config = ConfigDict(frozen=True)
+    # Files since 0.1.0 have the key `turned`.
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     uri: str
-    sha256: str = Field(description="of the file's bytes")
-    width: int
-    height: int
-    span: tuple[int, int] | None = Field(default=None, description="first byte and number of bytes in a tar shard")
-    turned: bool = Field(default=False, description="to be turned as its EXIF orientation says; the size is after that")
+    sha256: str = Field(description="Hash of the file's bytes.")
+    width: int = Field(description="Width in pixels, after rotation.")
+    height: int = Field(description="Height in pixels, after rotation.")
+    span: tuple[int, int] | None = Field(default=None, description="First byte and number of bytes in a tar archive.")
+    rotated: bool = Field(
+        default=False, alias="turned", description="Whether to rotate the image as its EXIF orientation says."
+    )
 
 
 class Turn(BaseModel):
@@ -52,24 +54,24 @@ class Turn(BaseModel):
 
     @property
     def text(self) -> str:
-        """The words alone."""
+        """The text of the turn without its images."""
         return "".join(part for part in self.parts if isinstance(part, str)).strip()
 
 
 class Sample(BaseModel):
     """A conversation about zero or more images that every later step can rely on."""
 
-    # `pictures` is what files have called it since 0.1.0.
+    # Files since 0.1.0 have the key `pictures`.
     model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     id: str
     images: tuple[ImageRef, ...] = Field(alias="pictures")
     turns: tuple[Turn, ...]
-    source: str = Field(description="file it came from, for error messages")
-    index: int | None = Field(default=None, description="position among that file's samples, from 0")
-    metric: str | None = Field(default=None, description="scores this sample in evaluation, whatever the set's metric")
-    tags: tuple[str, ...] = Field(default=(), description="groups by which evaluation is broken down")
-    answers: tuple[str, ...] = Field(default=(), description="accepted answers; empty means the last turn alone")
+    source: str = Field(description="File that the sample was read from, for error messages.")
+    index: int | None = Field(default=None, description="Position among the samples of that file, from 0.")
+    metric: str | None = Field(default=None, description="Metric of this sample, in place of the evaluation's own.")
+    tags: tuple[str, ...] = Field(default=(), description="Groups that evaluation reports separately.")
+    answers: tuple[str, ...] = Field(default=(), description="Accepted answers; empty for the last turn alone.")
 
 
 class Reject(BaseModel):
@@ -78,36 +80,39 @@ class Reject(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     file: str
-    index: int | None = Field(default=None, description="position among the file's samples, from 0")
-    line: int | None = Field(default=None, description="line of the file, from 1, where it could not be parsed")
+    index: int | None = Field(default=None, description="Position among the samples of the file, from 0.")
+    line: int | None = Field(default=None, description="Line of the file, from 1, that is not valid JSON.")
     id: str | None
-    reason: str = Field(description="stable code, for counting")
-    message: str = Field(description="one sentence for a person")
+    reason: str = Field(description="Stable code, for counting.")
+    message: str = Field(description="One sentence for the reader of the report.")
 
     @property
     def place(self) -> str:
-        """Where it was found."""
+        """File and position of the sample, for messages."""
         return f"{self.file}, {f'line {self.line}' if self.index is None else f'sample {self.index}'}"
 
 
 class DatasetInfo(BaseModel):
-    """`dataset.json`: written last, so a dataset without it does not exist."""
+    """`dataset.json`: written last, so a folder without it is not a dataset."""
 
     model_config = ConfigDict(frozen=True)
 
     schema_version: int = SCHEMA_VERSION
-    fingerprint: str = Field(description="sha256 over the accepted samples' content, whatever their address")
+    fingerprint: str = Field(description="sha256 of the content of all accepted samples, independent of addresses.")
     rows: dict[Split, int]
-    rejected: dict[str, int] = Field(description="number of rejected samples by reason")
-    noted: dict[str, int] = Field(default={}, description="what is worth knowing of accepted samples, by code")
-    exif_transpose: bool = Field(default=False, description="whether images are turned as EXIF says; serving must too")
+    rejected: dict[str, int] = Field(description="Number of rejected samples by reason.")
+    noted: dict[str, int] = Field(default={}, description="Number of accepted samples by noteworthy property.")
+    exif_transpose: bool = Field(
+        default=False,
+        description="Whether images are rotated as EXIF says; a server of the model must then do the same.",
+    )
 
 
 class SampleError(Exception):
-    """A sample that cannot be used; the step that finds it turns it into a `Reject`."""
+    """A sample cannot be used; the step that catches this error writes a `Reject`."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)  # all arguments, so that it travels between processes
+        super().__init__(reason, message)  # all arguments, so that the error can be pickled between processes
         self.reason = reason
         self.message = message
 
@@ -119,22 +124,22 @@ def read_info(dataset: Path) -> DatasetInfo:
     """The description of a finished dataset folder.
 
     Raises:
-        UserError: the folder is no finished dataset, or of a newer schema.
+        UserError: The folder is no finished dataset, or its schema is newer than this program.
     """
     return read_versioned(dataset / DATASET_FILE, DatasetInfo, SCHEMA_VERSION, made_by="validate-data")
 
 
 def read_versioned(path: Path, model: type[Document], newest: int, made_by: str) -> Document:
-    """The document that is a step's commit point.
+    """Read the document that a step writes last, when its output is complete.
 
     Args:
-        path: where it should lie.
-        model: what it holds; has a `schema_version`, 1 where a file says none.
-        newest: the newest schema version this program knows.
-        made_by: the command that writes it.
+        path: Path of the document.
+        model: Type of the document; has a `schema_version`, which is 1 where a file states none.
+        newest: The newest schema version that this program can read.
+        made_by: Name of the command that writes the document.
 
     Raises:
-        UserError: there is none, it is damaged, or of a newer schema.
+        UserError: There is no such document, it is damaged, or its schema is newer than this program.
     """
     if not path.is_file():
         raise UserError(f"{path.parent}: no {path.name} here, so {made_by} has not finished; run it first.")
@@ -145,7 +150,9 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
             return model.model_validate(document)
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(repr(error).split())
-        raise UserError(f"{path}: damaged or of another program ({reason:.200}); run {made_by} again.") from error
+        raise UserError(
+            f"{path}: damaged or written by another program ({reason:.200}); run {made_by} again."
+        ) from error
     raise UserError(
         f"{path}: schema version {version} is newer than this program's {newest}; upgrade minicpmv-finetune."
     )
@@ -162,30 +169,30 @@ def read_image(image: ImageRef) -> bytes:
     """An image's bytes, still encoded.
 
     Raises:
-        UserError: they are not those that were validated.
+        UserError: The bytes differ from those that were validated.
     """
     content = image_files.read(image.uri, image.span)
     if hashlib.sha256(content).hexdigest() != image.sha256:
-        raise UserError(f"{image_files.shown(image.uri)}: changed since it was validated; run validate-data again.")
+        raise UserError(f"{image_files.shortened(image.uri)}: changed since it was validated; run validate-data again.")
     return content
 
 
-def decode_image(content: bytes, turned: bool = False) -> Image.Image:
-    """Decode an image's bytes, unconverted; `turned` is what its `ImageRef` says."""
-    return image_files.decode(content, turned)
+def decode_image(content: bytes, rotated: bool = False) -> Image.Image:
+    """Decode an image's bytes without converting its mode; `rotated` is the attribute of its `ImageRef`."""
+    return image_files.decode(content, rotated)
 
 
 def open_image(image: ImageRef) -> Image.Image:
-    """Decode an image, unconverted.
+    """Read and decode an image, without converting its mode.
 
     Raises:
-        UserError: its bytes are not those that were validated.
+        UserError: The bytes differ from those that were validated.
     """
-    return decode_image(read_image(image), image.turned)
+    return decode_image(read_image(image), image.rotated)
 
 
 def content_digest(sample: Sample) -> str:
-    """A hash of what the sample says, shows and asks for, independent of ids, addresses and image sizes."""
+    """A hash of the texts, images and evaluation fields of a sample, without ids, addresses and image sizes."""
     content: dict[str, Any] = {
         "pictures": [image.sha256 for image in sample.images],
         "turns": [[turn.role, *turn.parts] for turn in sample.turns],
@@ -194,19 +201,15 @@ def content_digest(sample: Sample) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """Write `rejects.jsonl`, one JSON object a line."""
-    storage.write_bytes(str(path), "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode())
-
-
 class RejectLog:
-    """Writes `rejects.jsonl` as rejects come, so that memory does not grow with their number.
+    """Writes each reject to `rejects.jsonl` at once, so that memory does not grow with their number.
 
-    Leaving the block gives the file its name, also when it is left by an error: then the list is needed most.
+    The file gets its final name at the end of the `with` block, also when an exception ends the block: the list is
+    most useful when the step fails.
 
     Attributes:
-        counts: number of rejects by reason.
-        examples: the first few of each reason.
+        counts: Number of rejects by reason.
+        examples: The first rejects of each reason.
     """
 
     def __init__(self, path: Path) -> None:
@@ -230,7 +233,7 @@ class RejectLog:
         Path(self._file.name).replace(self.path)
 
     def append(self, reject: Reject, split: Split) -> None:
-        """Write one."""
+        """Write one reject and count it."""
         self._file.write(f"{reject.model_dump_json()}\n")
         self.counts[reject.reason] += 1
         self._splits[split] += 1
@@ -243,51 +246,28 @@ class RejectLog:
         """End the step because every sample of a split was rejected.
 
         Raises:
-            UserError: always, with the first reject as an example and the place of the whole list.
+            UserError: Always; it names the first reject as an example, and the file of all rejects.
         """
-        _refuse_nothing_left(self._firsts.get(split), self._splits[split], split, self.path)
+        first = self._firsts.get(split)
+        example = f"; the first is {first.place}: {first.message}" if first else "."
+        raise UserError(f"{self.path}: no usable {split} sample is left, {self._splits[split]} were rejected{example}")
 
     def refuse_too_many(self, accepted: int, max_reject_ratio: float) -> None:
-        """End the step when too much was rejected.
+        """End the step if too many samples were rejected.
+
+        Args:
+            accepted: Number of accepted samples.
+            max_reject_ratio: Largest allowed share of rejected samples.
 
         Raises:
-            UserError: with the first reject as an example and the place of the whole list.
+            UserError: Too many were rejected; the message names the first reject, and the file of all rejects.
         """
-        _refuse_too_many(
-            next(iter(self._firsts.values()), None), self.counts.total(), accepted, max_reject_ratio, self.path
-        )
-
-
-def refuse_nothing_left(rejects: Sequence[Reject], split: Split, listed_in: Path) -> None:
-    """End the step because every sample of a split was rejected.
-
-    Raises:
-        UserError: always, with the first reject as an example and the place of the whole list.
-    """
-    _refuse_nothing_left(rejects[0] if rejects else None, len(rejects), split, listed_in)
-
-
-def refuse_too_many(rejects: Sequence[Reject], accepted: int, max_reject_ratio: float, listed_in: Path) -> None:
-    """End the step when too much was rejected.
-
-    Raises:
-        UserError: with the first reject as an example and the place of the whole list.
-    """
-    _refuse_too_many(rejects[0] if rejects else None, len(rejects), accepted, max_reject_ratio, listed_in)
-
-
-def _refuse_nothing_left(first: Reject | None, rejected: int, split: Split, listed_in: Path) -> NoReturn:
-    example = f"; the first is {first.place}: {first.message}" if first else "."
-    raise UserError(f"{listed_in}: no usable {split} sample is left, {rejected} were rejected{example}")
-
-
-def _refuse_too_many(
-    first: Reject | None, rejected: int, accepted: int, max_reject_ratio: float, listed_in: Path
-) -> None:
-    total = accepted + rejected
-    if first and rejected > max_reject_ratio * total:
-        raise UserError(
-            f"{listed_in}: {rejected} of {total} samples ({rejected / total:.1%}) were rejected, more than "
-            f"max_reject_ratio {max_reject_ratio:.1%} allows; mend them or raise it; the first is {first.place}: "
-            f"{first.message}"
-        )
+        rejected = self.counts.total()
+        total = accepted + rejected
+        first = next(iter(self._firsts.values()), None)
+        if first and rejected > max_reject_ratio * total:
+            raise UserError(
+                f"{self.path}: {rejected} of {total} samples ({rejected / total:.1%}) were rejected, more than "
+                f"max_reject_ratio {max_reject_ratio:.1%} allows; fix them or raise it; the first is {first.place}: "
+                f"{first.message}"
+            )

@@ -22,14 +22,14 @@ from rich.table import Table
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
-from minicpmv_finetune.data.checking import Look, addresses, check
+from minicpmv_finetune.data.checking import InspectedImage, check_record, image_addresses, image_problem
 from minicpmv_finetune.data.reading import Record, read_records
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.codecs import CODECS, Codec
-from minicpmv_finetune.shards.encoding import count_slices, shown, tokenize
+from minicpmv_finetune.shards.encoding import count_slices, image_order, tokenize
 from minicpmv_finetune.workers import map_in_order
 
 from . import cost
@@ -255,7 +255,7 @@ def _start(encoder: Encoder, exif_transpose: bool) -> None:
 
 def _work(records: Sequence[Record]) -> list[_Found | str]:
     """What each item comes to, or the code it is rejected for."""
-    if any(storage.is_object_uri(address) for record in records for address in addresses(record)):
+    if any(storage.is_object_uri(address) for record in records for address in image_addresses(record)):
         # A store answers many requests in the time of one.
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(_count, records))
@@ -264,7 +264,7 @@ def _work(records: Sequence[Record]) -> list[_Found | str]:
 
 def _count(record: Record) -> _Found | str:
     sizes: dict[str, int] = {}
-    outcome = check(record, lambda address: _look(address, sizes))
+    outcome = check_record(record, lambda address: _look(address, sizes))
     if isinstance(outcome, Reject):
         return outcome.reason
     sample = Sample.model_validate_json(outcome.line)
@@ -276,7 +276,7 @@ def _count(record: Record) -> _Found | str:
     return _Found(
         tokens=tokens,
         slices=count_slices(sample, _encoder),
-        patches=sum(rows * columns for number in shown(sample) for rows, columns in plans[number].target_sizes),
+        patches=sum(rows * columns for number in image_order(sample) for rows, columns in plans[number].target_sizes),
         image_bytes=sum(sizes.values()),
         images=len(sample.images),
         file=sample.source,
@@ -285,7 +285,7 @@ def _count(record: Record) -> _Found | str:
     )
 
 
-def _look(address: str, sizes: dict[str, int]) -> Look | SampleError:
+def _look(address: str, sizes: dict[str, int]) -> InspectedImage | SampleError:
     """An image by its header alone."""
     try:
         head, sizes[address], span = _head(address)
@@ -296,32 +296,30 @@ def _look(address: str, sizes: dict[str, int]) -> Look | SampleError:
             image = image_files.open_header(head)
         except Exception:
             image = image_files.open_header(image_files.read(address, span))
-        turned = _turn and image_files.is_turned(image)
+        rotated = _turn and image_files.has_exif_rotation(image)
+        problem = image_problem(image, address)
     except Image.DecompressionBombError as error:
         return SampleError("decompression_bomb", str(error))
     except Exception as error:
-        return SampleError("image_unreadable", f"{image_files.shown(address)}: {error}")
+        return SampleError("image_unreadable", f"{image_files.shortened(address)}: {error}")
+    if problem:
+        return problem
     width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        return SampleError("decompression_bomb", f"{image_files.shown(address)}: {width:,} × {height:,} pixels.")
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        return SampleError("image_animated", f"{image_files.shown(address)}: holds several frames.")
-    if image.mode.startswith("I") or image.mode == "F":
-        return SampleError("image_depth", f"{image_files.shown(address)}: more than 8 bits.")
-    if turned and image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations that lie on their side
+    if rotated and image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations that lie on their side
         width, height = height, width
-    return Look(ImageRef(uri=address, sha256="", width=width, height=height, span=span, turned=turned), b"", ())
+    ref = ImageRef(uri=address, sha256="", width=width, height=height, span=span, rotated=rotated)
+    return InspectedImage(ref, b"", ())
 
 
 def _head(address: str) -> tuple[bytes, int, image_files.Span | None]:
-    """The first bytes of an image, how many it has, and where it lies in its shard."""
-    shard = image_files.shard_of(address)
-    if shard:
-        span = _listed(shard).get(address)
+    """The first bytes of an image, how many it has, and its byte range in its archive."""
+    archive = image_files.archive_of(address)
+    if archive:
+        span = _listed(archive).get(address)
         if span is None:
-            raise UserError(f"{address}: the shard holds no such file.")
-        return storage.read_bytes(shard, (span[0], min(span[1], _HEADER_BYTES))), span[1], span
-    if address[:5].lower() == "data:":
+            raise UserError(f"{address}: the archive holds no such file.")
+        return storage.read_bytes(archive, (span[0], min(span[1], _HEADER_BYTES))), span[1], span
+    if image_files.is_data_uri(address):
         content = image_files.read(address)
         return content, len(content), None
     size = storage.size(address)
@@ -329,8 +327,8 @@ def _head(address: str) -> tuple[bytes, int, image_files.Span | None]:
 
 
 @lru_cache(maxsize=8)
-def _listed(shard: str) -> dict[str, image_files.Span]:
-    return image_files.list_shard(shard)
+def _listed(archive: str) -> dict[str, image_files.Span]:
+    return image_files.list_archive(archive)
 
 
 def _percentiles(values: Sequence[int]) -> dict[int, int]:

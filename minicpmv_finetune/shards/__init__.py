@@ -1,1 +1,1 @@
-"""The prepared samples on disk: format, image codecs, encoding of a sample, and the cache of verified copies."""
+"""Shards of prepared samples: their format, image codecs, the encoding of a sample, and the cache of local copies."""

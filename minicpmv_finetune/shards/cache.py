@@ -1,9 +1,9 @@
-"""A verified copy of shards on this machine, for many processes at once.
+"""A verified local copy of shards, shared by the processes of a machine.
 
-What the train step is given names its files' place in object storage, where they were uploaded as they were written.
-The first process to ask downloads them, several at once; the others wait for it. Every file is compared with its
-recorded hash before its first use, and one that was damaged here or on its way is fetched again. Where the disk
-is too small for them, the copy holds the manifest alone, and `ShardReader` reads row by row from the store.
+The manifest that the train step gets names the folder of the files in object storage. The first process downloads
+them, several at once, while the other processes wait. Every file is compared with its recorded hash before its first
+use; a file that was damaged on this disk or during the transfer is downloaded again. If the disk is too small for the
+files, the copy contains only the manifest, and `ShardReader` reads single rows from the store.
 """
 
 import fcntl
@@ -20,42 +20,42 @@ from minicpmv_finetune.errors import UserError
 
 from .format import MANIFEST_FILE, Manifest, Shard, damaged_shards, read_manifest, verify_shards
 
-_SPARE_BYTES = 2**30  # of the disk, left to others
+_SPARE_BYTES = 2**30  # space of the disk that the copy leaves free
 _ATTEMPTS = 2
 
 
 def open_shards(uri: str, cache_dir: Path | None = None) -> Path:
-    """A local folder that `ShardReader` reads the shards from, whole and verified.
+    """Return a local folder of verified shards for `ShardReader`.
 
-    Safe for many processes of a machine at once; a later call, also in another process, compares no file again that
-    has not been touched since.
+    Several processes of a machine may call it at the same time. A later call, also in another process, does not verify
+    files again that have not changed since.
 
     Args:
-        uri: a shards folder that preprocess wrote: local, or `s3://`.
-        cache_dir: where downloads go; by default a temporary folder.
+        uri: A shards folder written by preprocess, local or `s3://`.
+        cache_dir: Folder for downloads; by default a temporary folder.
 
     Raises:
-        UserError: there are no finished shards, or files are damaged where they come from.
-        RetryableError: the store does not answer.
+        UserError: There are no finished shards, or files are damaged at their source.
+        RetryableError: The store does not answer.
     """
     folder = storage.fetch(storage.join(uri, MANIFEST_FILE)).parent if storage.is_object_uri(uri) else Path(uri)
     manifest = read_manifest(folder)
     location = manifest.location or (uri if storage.is_object_uri(uri) else "")
     cache = storage.cache_folder(cache_dir) / "shards"
     if not location:
-        with _only_one(cache / _name(str(folder.absolute()), manifest)) as marks:
-            if _touched(folder, manifest, marks):
+        with _locked(cache / _cache_name(str(folder.absolute()), manifest)) as record:
+            if _unverified(folder, manifest, record):
                 verify_shards(folder, manifest)
-                _mark(folder, manifest, marks)
+                _write_record(folder, manifest, record)
         return folder
-    copy = cache / _name(location, manifest)
-    with _only_one(copy) as marks:
+    copy = cache / _cache_name(location, manifest)
+    with _locked(copy) as record:
         manifest = manifest.model_copy(update={"location": location})
         storage.write_bytes(str(copy / MANIFEST_FILE), f"{manifest.model_dump_json(indent=1)}\n".encode())
-        wanted = _touched(copy, manifest, marks)
-        if wanted and _fit(copy, manifest):
-            _download(copy, damaged_shards(copy, wanted), location)
-            _mark(copy, manifest, marks)
+        unverified = _unverified(copy, manifest, record)
+        if unverified and _fits_on_disk(copy, manifest):
+            _download(copy, damaged_shards(copy, unverified), location)
+            _write_record(copy, manifest, record)
     return copy
 
 
@@ -68,8 +68,8 @@ def _download(copy: Path, shards: Sequence[Shard], location: str) -> None:
                 return
         partial.unlink()
         raise UserError(
-            f"{storage.join(location, shard.file)}: its content differs from {MANIFEST_FILE} also when fetched again; "
-            f"delete {location} and run preprocess again."
+            f"{storage.join(location, shard.file)}: its content differs from {MANIFEST_FILE} after a second download "
+            f"too; delete {location} and run preprocess again."
         )
 
     with ThreadPoolExecutor(storage.FILES_AT_ONCE) as pool:
@@ -77,20 +77,20 @@ def _download(copy: Path, shards: Sequence[Shard], location: str) -> None:
             pass
 
 
-def _fit(copy: Path, manifest: Manifest) -> bool:
-    """Whether the disk has room for what is not yet there."""
-    there = sum(path.stat().st_size for path in copy.glob("*.parquet"))
-    return shutil.disk_usage(copy).free - _SPARE_BYTES >= manifest.bytes - there
+def _fits_on_disk(copy: Path, manifest: Manifest) -> bool:
+    """Whether the disk has room for the files that are not downloaded yet."""
+    downloaded = sum(path.stat().st_size for path in copy.glob("*.parquet"))
+    return shutil.disk_usage(copy).free - _SPARE_BYTES >= manifest.bytes - downloaded
 
 
-def _name(place: str, manifest: Manifest) -> str:
+def _cache_name(source: str, manifest: Manifest) -> str:
     hashes = "".join(shard.sha256 for shard in manifest.files)
-    return hashlib.sha256(f"{place}\n{manifest.key}\n{hashes}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{source}\n{manifest.key}\n{hashes}".encode()).hexdigest()[:32]
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[Path]:
-    """Make a folder and hold off other processes; yields the file that tells what was compared in it."""
+def _locked(folder: Path) -> Iterator[Path]:
+    """Create a folder and lock it for this process; yields the path of the record of its verified files."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -101,22 +101,22 @@ def _only_one(folder: Path) -> Iterator[Path]:
         yield folder / ".verified.json"
 
 
-def _touched(folder: Path, manifest: Manifest, marks: Path) -> list[Shard]:
-    """Shards whose file is not the one that was compared before."""
+def _unverified(folder: Path, manifest: Manifest, record: Path) -> list[Shard]:
+    """The shards whose file was not verified, or has changed since."""
     try:
-        known = json.loads(marks.read_text())
+        verified = json.loads(record.read_text())
     except (OSError, ValueError):
-        known = {}
-    return [shard for shard in manifest.files if known.get(shard.file, [None]) != _identity(folder / shard.file)]
+        verified = {}
+    return [shard for shard in manifest.files if verified.get(shard.file, [None]) != _file_state(folder / shard.file)]
 
 
-def _mark(folder: Path, manifest: Manifest, marks: Path) -> None:
-    found = {shard.file: _identity(folder / shard.file) for shard in manifest.files}
-    storage.write_bytes(str(marks), json.dumps(found).encode())
+def _write_record(folder: Path, manifest: Manifest, record: Path) -> None:
+    states = {shard.file: _file_state(folder / shard.file) for shard in manifest.files}
+    storage.write_bytes(str(record), json.dumps(states).encode())
 
 
-def _identity(path: Path) -> list[int]:
-    """What changes when a file is written to or replaced."""
+def _file_state(path: Path) -> list[int]:
+    """Size, time of the last change and inode of a file: one of them changes with each write or replacement."""
     if not path.is_file():
         return []
     state = path.stat()

@@ -1,9 +1,9 @@
-"""How the images of a row are stored: as slices, plain or losslessly compressed, or as the original file.
+"""Image codecs: the images of a row are stored as slices, raw or losslessly compressed, or as the original file.
 
-Every codec gives back the pixels of slicing on the fly, bit for bit. They differ in what they cost: `raw` is read at
-the speed of memory and takes three bytes a pixel; `webp-lossless` and `png` take a third of that and must be
-decoded; `source` keeps the file as it came with the plan of its slices, takes the least for photographs, and is
-decoded and scaled when it is read. docs/performance.md has the figures that picked the default.
+Every codec restores exactly the pixels that slicing on the fly gives. The codecs differ in their costs: `raw` is read
+at the speed of memory and takes three bytes per pixel; `webp-lossless` and `png` take a third of that and must be
+decoded; `source` stores the original file with the plan of its slices, takes the least space for photographs, and is
+decoded and scaled when it is read. docs/performance.md has the measurements behind the default.
 """
 
 import io
@@ -24,21 +24,24 @@ CODECS: tuple[Codec, ...] = get_args(Codec)
 DEFAULT_CODEC: Codec = "source"
 
 _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # The fastest settings: slower ones take a tenth off the bytes for several times the time.
+    # The fastest settings: slower ones save a tenth of the bytes and take several times as long.
     "webp-lossless": ("WEBP", {"lossless": True, "quality": 0, "method": 0}),
     "png": ("PNG", {"compress_level": 1}),
 }
-_PLAN_NUMBERS = 7  # of a file of `source`: width and height of overview and refined image, rows, columns, is turned
-_SIZE_NUMBERS = 2  # of a slice of the other codecs: height, width
+# Numbers in the layout for each file of `source`: width and height of the overview, width and height of the refined
+# image, rows and columns of the grid, and 1 if the image is rotated as EXIF says.
+_NUMBERS_PER_FILE = 7
+_NUMBERS_PER_SLICE = 2  # numbers in the layout for each slice of the other codecs: height and width
 
 
 @dataclass(frozen=True)
 class StoredImages:
-    """The images of a row as a shard holds them.
+    """The images of a row as a shard stores them.
 
     Attributes:
-        parts: encoded slices, or with `source` whole files, in the order in which their tokens stand.
-        layout: numbers that tell what each part is; see above.
+        parts: Encoded slices, or whole files with `source`, in the order of their tokens.
+        layout: Numbers that describe each part: `_NUMBERS_PER_FILE` for each file, or `_NUMBERS_PER_SLICE` for each
+            slice.
     """
 
     parts: Sequence[bytes]
@@ -46,76 +49,82 @@ class StoredImages:
 
 
 def check_codec(name: str) -> Codec:
-    """The codec of that name.
+    """The codec with a name.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such codec.
     """
     for codec in CODECS:
         if codec == name:
             return codec
-    raise UserError(f"image codec {name!r}: none of {', '.join(CODECS)}; choose one of them.")
+    raise UserError(f"image codec {name!r}: unknown; choose one of {', '.join(CODECS)}.")
 
 
 def store_slices(slices: Sequence[NDArray[np.uint8]], codec: Codec) -> StoredImages:
-    """Encode slices with any codec but `source`.
+    """Encode slices with any codec except `source`.
 
     Args:
-        slices: uint8 [height, width, 3] each.
-        codec: see the module.
+        slices: The slices, uint8 [height, width, 3] each.
+        codec: The codec.
     """
     layout = [side for pixels in slices for side in pixels.shape[:2]]
     return StoredImages([_encode(pixels, codec) for pixels in slices], layout)
 
 
-def store_sources(files: Sequence[bytes], plans: Sequence[SlicePlan], turned: Sequence[bool]) -> StoredImages:
-    """Keep whole files, the plans of their slices, and whether they are turned as EXIF says; what `source` does."""
+def store_sources(files: Sequence[bytes], plans: Sequence[SlicePlan], rotated: Sequence[bool]) -> StoredImages:
+    """Encode images with the codec `source`.
+
+    Args:
+        files: The original files.
+        plans: The plan of each file's slices.
+        rotated: Whether each image is rotated as its EXIF orientation says.
+    """
     layout: list[int] = []
-    for plan, is_turned in zip(plans, turned, strict=True):
-        layout += [*plan.overview, *(plan.refined or (0, 0)), *(plan.grid or (0, 0)), int(is_turned)]
+    for plan, is_rotated in zip(plans, rotated, strict=True):
+        layout += [*plan.overview, *(plan.refined or (0, 0)), *(plan.grid or (0, 0)), int(is_rotated)]
     return StoredImages(files, layout)
 
 
 def restore_slices(
     parts: Sequence[Any], layout: Sequence[int], codec: Codec, slicing: SlicingConfig
 ) -> list[NDArray[np.uint8]]:
-    """The slices' pixels.
+    """Decode the slices of a row.
 
     Args:
-        parts: as stored, each a buffer.
-        layout: as stored.
-        codec: that they were stored with.
-        slicing: configuration that made the plans.
+        parts: The stored parts, each a buffer.
+        layout: The stored layout.
+        codec: The codec that the parts were stored with.
+        slicing: The configuration that made the slice plans.
 
     Returns:
-        uint8 [height, width, 3] each; with `raw` they are the buffers themselves, not to be written to.
+        The pixels of each slice, uint8 [height, width, 3]; with `raw` they are read-only views of the buffers.
     """
     if codec == "source":
         return [
             pixels
-            for content, (*numbers, turned) in zip(parts, _in_turn(layout, _PLAN_NUMBERS), strict=True)
-            for pixels in cut_slices(decode_image(content, bool(turned)), _plan(numbers, slicing), slicing)
+            for content, (*numbers, rotated) in zip(parts, _split(layout, _NUMBERS_PER_FILE), strict=True)
+            for pixels in cut_slices(decode_image(content, bool(rotated)), _slice_plan(numbers, slicing), slicing)
         ]
-    sizes = _in_turn(layout, _SIZE_NUMBERS)
+    sizes = _split(layout, _NUMBERS_PER_SLICE)
     return [
         _decode(content, codec).reshape(height, width, 3) for content, (height, width) in zip(parts, sizes, strict=True)
     ]
 
 
 def stored_sizes(layout: Sequence[int], codec: Codec, slicing: SlicingConfig) -> list[tuple[int, int]]:
-    """(rows, columns) in patches of each slice, from a stored layout alone."""
+    """The (rows, columns) in patches of each slice, from the stored layout without decoding an image."""
     if codec == "source":
-        plans = (_plan(numbers, slicing) for *numbers, _ in _in_turn(layout, _PLAN_NUMBERS))
+        plans = (_slice_plan(numbers, slicing) for *numbers, _ in _split(layout, _NUMBERS_PER_FILE))
         return [size for plan in plans for size in plan.target_sizes]
     patch = slicing.patch_size
-    return [(height // patch, width // patch) for height, width in _in_turn(layout, _SIZE_NUMBERS)]
+    return [(height // patch, width // patch) for height, width in _split(layout, _NUMBERS_PER_SLICE)]
 
 
-def _in_turn(layout: Sequence[int], count: int) -> list[Sequence[int]]:
+def _split(layout: Sequence[int], count: int) -> list[Sequence[int]]:
     return [layout[start : start + count] for start in range(0, len(layout), count)]
 
 
-def _plan(numbers: Sequence[int], slicing: SlicingConfig) -> SlicePlan:
+def _slice_plan(numbers: Sequence[int], slicing: SlicingConfig) -> SlicePlan:
     width, height, refined_width, refined_height, rows, columns = numbers
     return SlicePlan(
         overview=(width, height),

@@ -1,4 +1,8 @@
-"""One sample after the other: its tokens, its slices, and the row that a shard holds of it."""
+"""Encode a sample: tokenize its conversation, slice its images, and form the row that a shard stores.
+
+`ENCODING_VERSION` is part of the key under which finished shards are cached, so that shards of another version are not
+used. `tests/shards/test_encoding.py` compares encoded samples with a golden file of the version.
+"""
 
 from collections.abc import Sequence
 
@@ -10,12 +14,17 @@ from minicpmv_finetune.minicpmv.slicing import cut_slices
 from .codecs import Codec, store_slices, store_sources
 from .format import StoredRow
 
+# Raise it with every change after which some sample gets another row from the same base model and the same settings:
+# other token ids, labels, slices or stored bytes, or another decision about rejecting the sample. Changes of versions
+# of libraries need no new number, because the versions of the libraries are part of the key too.
+ENCODING_VERSION = 1
+
 
 def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> EncodedConversation:
-    """The token ids and labels of a sample; its images' sizes are enough for that.
+    """Tokenize a sample; no image is read, because the sizes of the images determine their tokens.
 
     Raises:
-        SampleError: it would not fit, holds a special token, or nothing in it is learnt.
+        SampleError: The sample is too long, contains a special token, or has no supervised token.
     """
     encoded = encoder.encode(sample)
     if len(encoded.input_ids) > model_max_length:
@@ -25,22 +34,22 @@ def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> Encoded
             "max_slice_nums or shorten the text.",
         )
     if all(label == IGNORED_LABEL for label in encoded.labels):
-        raise SampleError("nothing_supervised", "no token of an answer is left to learn from; give it an answer.")
+        raise SampleError("nothing_supervised", "no token of an answer is left to train on; give the sample an answer.")
     return encoded
 
 
 def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> ModelInput:
-    """Tokenize and slice a sample on the fly, without a shard; what shards give back is tested equal to it.
+    """Tokenize and slice a sample on the fly, without a shard; tests compare the rows of shards with this result.
 
     Raises:
-        SampleError: as `tokenize`.
-        UserError: an image changed since it was validated.
+        SampleError: As in `tokenize`.
+        UserError: An image changed since it was validated.
     """
     encoded = tokenize(sample, encoder, model_max_length)
     plans = encoder.plan(sample)
     slices = [
         pixels
-        for number in shown(sample)
+        for number in image_order(sample)
         for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
     return ModelInput(sample.id, encoded.input_ids, encoded.labels, slices)
@@ -49,26 +58,26 @@ def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> ModelInp
 def store(
     sample: Sample, encoded: EncodedConversation, files: Sequence[bytes], encoder: Encoder, codec: Codec
 ) -> StoredRow:
-    """What a shard holds of a sample.
+    """Form the row that a shard stores for a sample.
 
     Args:
-        sample: it.
-        encoded: its tokens.
-        files: the bytes of its images, in the order in which the sample lists them.
-        encoder: of the base model.
-        codec: of the images.
+        sample: The sample.
+        encoded: The tokens of the sample.
+        files: The bytes of the image files, in the order in which the sample lists them.
+        encoder: The encoder of the base model.
+        codec: The codec of the images.
     """
-    plans, order = encoder.plan(sample), shown(sample)
+    plans, order = encoder.plan(sample), image_order(sample)
     if codec == "source":
-        turned = [sample.images[number].turned for number in order]
-        images = store_sources([files[number] for number in order], [plans[number] for number in order], turned)
+        rotated = [sample.images[number].rotated for number in order]
+        images = store_sources([files[number] for number in order], [plans[number] for number in order], rotated)
     else:
         images = store_slices(
             [
                 pixels
                 for number in order
                 for pixels in cut_slices(
-                    decode_image(files[number], sample.images[number].turned), plans[number], encoder.slicing
+                    decode_image(files[number], sample.images[number].rotated), plans[number], encoder.slicing
                 )
             ],
             codec,
@@ -77,11 +86,11 @@ def store(
 
 
 def count_slices(sample: Sample, encoder: Encoder) -> int:
-    """How many slices a sample's images make."""
+    """The number of slices of all images of a sample."""
     plans = encoder.plan(sample)
-    return sum(len(plans[number].target_sizes) for number in shown(sample))
+    return sum(len(plans[number].target_sizes) for number in image_order(sample))
 
 
-def shown(sample: Sample) -> list[int]:
-    """The numbers of a sample's images in the order in which its text shows them."""
+def image_order(sample: Sample) -> list[int]:
+    """The numbers of a sample's images, in the order of their placeholders in the text."""
     return [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]

@@ -1,13 +1,12 @@
-"""Shards: the tokenized, sliced samples of a run, in Parquet files with one manifest.
+"""Shards: Parquet files of prepared samples (tokenized and sliced), with one manifest.
 
-A row holds token ids, labels and images in one of the codecs of `shards.codecs`; the trainer reads rows at random.
-Row groups are kept near `ROW_GROUP_BYTES`, so that a random read decodes little besides the row it wants, while a file
-is large enough for object storage. `manifest.json` is written last and is the commit point: without it the shards do
-not exist. The files lie beside it, or at the manifest's `location`; from there single rows are read by ranged requests,
-and `shard_cache.open_shards` makes a verified copy here.
+A row contains token ids, labels, and images in one of the codecs of `codecs`; the trainer reads rows in random order.
+Row groups have about `ROW_GROUP_BYTES`, so that a random read decodes little besides the wanted row, while a file is
+large enough for object storage. `manifest.json` is written last and marks the shards as complete: without it they do
+not exist. The files are beside the manifest, or at its `location` in object storage. From there, single rows are read
+by ranged requests, and `cache.open_shards` makes a verified local copy.
 """
 
-import hashlib
 import io
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -31,21 +30,21 @@ from .codecs import Codec, StoredImages, restore_slices, stored_sizes
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-CACHE_NAME = "shards-cache"  # folder beside the runs' folders, where finished shards are kept for later runs
+CACHE_NAME = "shards-cache"  # folder beside the folders of runs, where finished shards are kept for later runs
 ROW_GROUP_BYTES = 2**20
 _CACHED_ROW_GROUPS = 16
-_HASHING_THREADS = 8
+_FILES_AT_ONCE = 8
 
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
-        ("layout", pa.list_(pa.int32())),  # see shards.codecs
+        ("layout", pa.list_(pa.int32())),  # see `codecs.StoredImages`
         ("pictures", pa.list_(pa.large_binary())),
     ]
 )
-# Images are as small as their codec makes them; `raw` ones are read faster than any compression.
+# The codec has compressed the images already; `raw` images are read faster than any compression allows.
 _COMPRESSION = {
     "id": "zstd",
     "input_ids.list.element": "zstd",
@@ -56,7 +55,7 @@ _COMPRESSION = {
 
 
 class Shard(BaseModel):
-    """One Parquet file."""
+    """One Parquet file of prepared samples."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,7 +66,7 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json`: what was prepared, from which data, with which settings."""
+    """`manifest.json`: the shards, the data they were made from, and the settings."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -78,15 +77,15 @@ class Manifest(BaseModel):
     model_max_length: int
     patch_size: int
     pad_token_id: int
-    codec: Codec = Field(description="how images are stored")
-    slicing: dict[str, Any] = Field(description="the fields of SlicingConfig; `source` slices with them")
+    codec: Codec = Field(description="Codec of the images.")
+    slicing: dict[str, Any] = Field(description="Fields of SlicingConfig, which `source` needs for slicing.")
     data_fingerprint: str
-    key: str = Field(description="of everything that decides the shards; equal keys, equal bytes")
-    location: str = Field(default="", description="URI of the folder with the files; empty: beside this manifest")
+    key: str = Field(description="Hash of everything that determines the shards; equal keys mean equal bytes.")
+    location: str = Field(default="", description="URI of the folder of the files; empty for beside this manifest.")
     shards: dict[Split, list[Shard]]
-    lengths: dict[Split, list[int]] = Field(description="tokens of each row, in order")
-    slices: dict[Split, int] = Field(description="number of slices")
-    bytes: int = Field(description="of all Parquet files")
+    lengths: dict[Split, list[int]] = Field(description="Number of tokens of each row, in order.")
+    slices: dict[Split, int] = Field(description="Number of slices of each split.")
+    bytes: int = Field(description="Size of all Parquet files.")
 
     def rows(self, split: Split) -> int:
         """Number of rows of a split."""
@@ -100,7 +99,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class StoredRow:
-    """A row as a shard holds it."""
+    """A row as a shard stores it."""
 
     id: str
     input_ids: Sequence[int]
@@ -109,17 +108,17 @@ class StoredRow:
 
     @property
     def bytes(self) -> int:
-        """About what it takes in the file."""
+        """Approximate size of the row in the file."""
         return sum(len(part) for part in self.images.parts) + 8 * len(self.input_ids)
 
 
 def slicing_fields(slicing: SlicingConfig) -> dict[str, Any]:
-    """A slicing configuration as a manifest says it."""
+    """The fields of a slicing configuration, for a manifest."""
     return asdict(slicing)
 
 
 def write_shard(path: Path, rows: Iterable[StoredRow]) -> Shard:
-    """Write one Parquet file, in flat memory; equal rows give equal bytes."""
+    """Write one Parquet file in constant memory; equal rows give equal bytes."""
     pending: list[StoredRow] = []
     pending_bytes = written = 0
     with pq.ParquetWriter(
@@ -134,23 +133,23 @@ def write_shard(path: Path, rows: Iterable[StoredRow]) -> Shard:
                 pending, pending_bytes = [], 0
         if pending:
             writer.write_table(_table(pending))
-    return Shard(file=path.name, rows=written, bytes=path.stat().st_size, sha256=_sha256(path))
+    return Shard(file=path.name, rows=written, bytes=path.stat().st_size, sha256=storage.file_sha256(path))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished shards folder.
 
     Raises:
-        UserError: there is none, or it is of a newer schema.
+        UserError: There is no manifest, or its schema is newer than this program.
     """
     return read_versioned(folder / MANIFEST_FILE, Manifest, SCHEMA_VERSION, made_by="preprocess")
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its recorded hash, before its first use.
+    """Compare every file with its recorded hash before its first use.
 
     Raises:
-        UserError: a file is missing or differs.
+        UserError: A file is missing or differs.
     """
     for shard in damaged_shards(folder, manifest.files):
         path = folder / shard.file
@@ -160,24 +159,24 @@ def verify_shards(folder: Path, manifest: Manifest) -> None:
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
-    """Those whose file in a folder is missing or not the one that was written."""
+    """The shards whose file in a folder is missing or differs from the recorded size or hash."""
 
     def is_whole(shard: Shard) -> bool:
         path = folder / shard.file
-        return path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == shard.sha256
+        return path.is_file() and path.stat().st_size == shard.bytes and storage.file_sha256(path) == shard.sha256
 
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         return [shard for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True) if not whole]
 
 
 class ShardReader(Sequence[ModelInput]):
-    """Random access to one split's rows; a copy sent to another process opens the files anew.
+    """Random access to the rows of one split; a pickled reader opens the files again in the other process.
 
-    Files that lie beside the manifest are memory-mapped. Others are read from its `location` row group by row group,
-    whose checksums are compared each time. Without images their bytes are not read, and rows come without slices.
+    Files beside the manifest are memory-mapped. Other files are read from the manifest's `location` by row groups,
+    whose checksums are compared at each read. With `images=False` no image is read, and rows have no slices.
 
     Raises:
-        UserError: the folder holds no finished shards, or a file is missing or damaged.
+        UserError: The folder contains no finished shards, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path, split: Split, images: bool = True) -> None:
@@ -186,7 +185,7 @@ class ShardReader(Sequence[ModelInput]):
         self.images = images
         self.manifest = read_manifest(folder)
         self._slicing = SlicingConfig(**self.manifest.slicing)
-        self._groups: list[tuple[pq.ParquetFile, int]] = []  # file and number within it of each row group
+        self._groups: list[tuple[pq.ParquetFile, int]] = []  # file of each row group, and its number in the file
         self._first_rows: list[int] = []
         self._length = 0
         for file in _open_all(folder, self.manifest, self.manifest.shards.get(split, [])):
@@ -194,7 +193,7 @@ class ShardReader(Sequence[ModelInput]):
                 self._groups.append((file, group))
                 self._first_rows.append(self._length)
                 self._length += file.metadata.row_group(group).num_rows
-        # Rows near each other are often read one after the other.
+        # Neighboring rows are often read one after the other.
         self._read_group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._decode_group)
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Path, Split, bool]]:
@@ -213,7 +212,7 @@ class ShardReader(Sequence[ModelInput]):
         return self._row(self._read_group(group), number - self._first_rows[group])
 
     def slice_sizes(self) -> list[list[tuple[int, int]]]:
-        """(rows, columns) in patches of each slice of each row, told without decoding an image."""
+        """The (rows, columns) in patches of each slice of each row, without decoding an image."""
         return [
             stored_sizes(layout, self.manifest.codec, self._slicing)
             for file in dict.fromkeys(file for file, _ in self._groups)
@@ -226,7 +225,7 @@ class ShardReader(Sequence[ModelInput]):
         try:
             return file.read_row_group(number, columns, use_threads=False)
         except (OSError, pa.ArrowInvalid):
-            # On its way here, perhaps; damaged in the store, it is so again.
+            # The bytes may have been damaged during the transfer; if the file is damaged, the second read fails too.
             try:
                 return file.read_row_group(number, columns, use_threads=False)
             except (OSError, pa.ArrowInvalid) as error:
@@ -235,12 +234,19 @@ class ShardReader(Sequence[ModelInput]):
 
     def _row(self, table: pa.Table, number: int) -> ModelInput:
         try:
-            return self._restored(table, number)
-        except (OSError, ValueError, SyntaxError, LookupError, TypeError, pa.ArrowException) as error:  # of decoders
+            return self._restore(table, number)
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            LookupError,
+            TypeError,
+            pa.ArrowException,
+        ) as error:  # raised by decoders
             place = self.manifest.location or self.folder
             raise UserError(f"{place}: an image is damaged ({error}); delete it and run preprocess again.") from error
 
-    def _restored(self, table: pa.Table, number: int) -> ModelInput:
+    def _restore(self, table: pa.Table, number: int) -> ModelInput:
         slices = []
         if self.images:
             parts = [memoryview(image.as_buffer()) for image in table["pictures"][number]]
@@ -254,7 +260,7 @@ class ShardReader(Sequence[ModelInput]):
 
 
 class _RemoteFile(io.RawIOBase):
-    """An object in a store as a file that is read by ranged requests."""
+    """A read-only file whose content is an object in a store, read by ranged requests."""
 
     def __init__(self, uri: str, size: int) -> None:
         self.uri = uri
@@ -282,7 +288,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _open_all(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> list[pq.ParquetFile]:
-    def opened(shard: Shard) -> pq.ParquetFile:
+    def open_shard(shard: Shard) -> pq.ParquetFile:
         path = folder / shard.file
         if not path.is_file() and storage.is_object_uri(manifest.location):
             remote = _RemoteFile(storage.join(manifest.location, shard.file), shard.bytes)
@@ -291,9 +297,9 @@ def _open_all(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> list
             raise _missing(path)
         return _open(path, str(path), memory_map=True)
 
-    # Opening a remote file waits for its footer.
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return list(pool.map(opened, shards))
+    # Opening a remote file includes a request for its footer.
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        return list(pool.map(open_shard, shards))
 
 
 def _open(source: Any, name: str, **options: Any) -> pq.ParquetFile:
@@ -304,7 +310,7 @@ def _open(source: Any, name: str, **options: Any) -> pq.ParquetFile:
 
 
 def _missing(path: Path) -> UserError:
-    return UserError(f"{path}: named in {MANIFEST_FILE} but missing; run preprocess again.")
+    return UserError(f"{path}: listed in {MANIFEST_FILE} but missing; run preprocess again.")
 
 
 def _table(rows: Sequence[StoredRow]) -> pa.Table:
@@ -316,8 +322,3 @@ def _table(rows: Sequence[StoredRow]) -> pa.Table:
         [row.images.parts for row in rows],
     ]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

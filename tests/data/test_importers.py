@@ -17,14 +17,14 @@ from minicpmv_finetune.data.samples import Reject, Sample, read_samples
 from minicpmv_finetune.errors import UserError
 
 
-def png(colour: str) -> bytes:
+def png(color: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (9, 7), colour).save(file, "PNG")
+    Image.new("RGB", (9, 7), color).save(file, "PNG")
     return file.getvalue()
 
 
-def data_uri(colour: str) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png(colour)).decode()}"
+def data_uri(color: str) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(color)).decode()}"
 
 
 @pytest.fixture
@@ -34,17 +34,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def imported(source: str | Path, out: Path, images: str = "") -> list[dict[str, Any]]:
+def run_import(source: str | Path, out: Path, images: str = "") -> list[dict[str, Any]]:
     import_data(str(source), out, images)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def refused(out: Path) -> list[Reject]:
+def read_rejects(out: Path) -> list[Reject]:
     lines = out.with_name(f"{out.stem}.rejects.jsonl").read_text().splitlines()
     return [Reject.model_validate_json(line) for line in lines]
 
 
-def validated(data: Path, folder: Path) -> list[Sample]:
+def validate(data: Path, folder: Path) -> list[Sample]:
     validate_data(
         str(data), str(data), folder / "dataset", folder / "rejects.jsonl", ValidationSettings(max_reject_ratio=0)
     )
@@ -55,7 +55,7 @@ LLAVA = [
     {
         "id": "one",
         "image": "red.png",
-        "conversations": [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Red."}],
+        "conversations": [{"from": "human", "value": "<image>\nColor?"}, {"from": "gpt", "value": "Red."}],
     },
     {
         "id": "two",
@@ -73,7 +73,7 @@ LLAVA = [
 def test_llava(folder: Path) -> None:
     (folder / "llava.json").write_text(json.dumps(LLAVA))
     out = folder / "new" / "train.jsonl"
-    samples = imported(folder / "llava.json", out)
+    samples = run_import(folder / "llava.json", out)
     assert samples[1] == {
         "id": "two",
         "image": {"<image_00>": str(folder / "red.png"), "<image_01>": str(folder / "blue.png")},
@@ -83,18 +83,18 @@ def test_llava(folder: Path) -> None:
             {"role": "assistant", "content": "Yes."},
         ],
     }
-    assert refused(out) == []
-    assert [sample.turns[-2].parts for sample in validated(out, folder)] == [
-        (0, "\nColour?"),
+    assert read_rejects(out) == []
+    assert [sample.turns[-2].parts for sample in validate(out, folder)] == [
+        (0, "\nColor?"),
         (0, "\n", 1, "\nDiffer?"),
         ("Hi.",),
     ]
 
 
-def test_images_may_have_a_folder_of_their_own_and_stay_relative_to_the_output(folder: Path) -> None:
+def test_images_in_a_separate_folder_are_named_relative_to_the_output(folder: Path) -> None:
     (folder / "texts").mkdir()
     (folder / "texts" / "llava.json").write_text(json.dumps(LLAVA[:1]))
-    (sample,) = imported(folder / "texts" / "llava.json", folder / "train.jsonl", str(folder))
+    (sample,) = run_import(folder / "texts" / "llava.json", folder / "train.jsonl", str(folder))
     assert sample["image"] == {"<image_00>": "red.png"}
 
 
@@ -118,10 +118,10 @@ def test_openai_messages(folder: Path) -> None:
         },
     ]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    samples = imported(folder / "chat.jsonl", folder / "train.jsonl")
+    samples = run_import(folder / "chat.jsonl", folder / "train.jsonl")
     assert samples[0]["image"] == {"<image_00>": data_uri("red"), "<image_01>": "blue.png"}
     assert [turn["role"] for turn in samples[1]["conversations"]] == ["system", "user", "assistant"]
-    first, second = validated(folder / "train.jsonl", folder)
+    first, second = validate(folder / "train.jsonl", folder)
     assert first.turns[0].parts == (0, "\nOr\n", 1)
     assert second.turns[2].parts == ("Hello.",)
 
@@ -141,24 +141,24 @@ def test_openai_messages(folder: Path) -> None:
         ({"image": "a.png", "messages": [{"role": "assistant", "content": "A."}]}, "roles"),
     ],
 )
-def test_what_cannot_be_converted_is_named(item: Any, reason: str, folder: Path) -> None:
+def test_items_that_cannot_be_converted_are_listed(item: Any, reason: str, folder: Path) -> None:
     (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, [LLAVA[2], item])))
     out = folder / "train.jsonl"
-    assert len(imported(folder / "mixed.jsonl", out)) == 1
-    (reject,) = refused(out)
+    assert len(run_import(folder / "mixed.jsonl", out)) == 1
+    (reject,) = read_rejects(out)
     assert (reject.index, reject.reason) == (1, reason)
     assert reject.message.endswith(".")
 
 
 def with_image_feature(table: pa.Table, kind: str = "Image") -> pa.Table:
-    noted = {"info": {"features": {"image": {"_type": kind}}}}
-    return table.replace_schema_metadata({"huggingface": json.dumps(noted)})
+    metadata = {"info": {"features": {"image": {"_type": kind}}}}
+    return table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
 
 
 def vqa() -> pa.Table:
     rows = {
         "image": [{"bytes": png("red"), "path": "red.png"}, {"bytes": png("red"), "path": None}],
-        "question": ["Colour?", "Which?"],
+        "question": ["Color?", "Which?"],
         "answers": [["Red.", "Crimson."], ["Red."]],
     }
     return with_image_feature(pa.table(rows))
@@ -182,12 +182,12 @@ def test_hugging_face_datasets(kind: str, folder: Path) -> None:
         parquet.write_table(vqa(), source / "data" / "train-00000-of-00001.parquet")
     out = folder / "new" / "train.jsonl"
     given = source / "data" / "train-*.parquet" if kind == "parquet file" else source
-    samples = imported(given, out)
+    samples = run_import(given, out)
     assert samples[0]["answers"] == ["Red.", "Crimson."]
     with tarfile.open(out.with_name("train.pictures.tar")) as archive:
         assert len(archive.getmembers()) == 2, "equal images of one kind are stored once"
-    first, second = validated(out, folder)
-    assert first.turns[0].parts == (0, "\nColour?")
+    first, second = validate(out, folder)
+    assert first.turns[0].parts == (0, "\nColor?")
     assert first.images[0].span is not None
     assert first.images[0].sha256 == second.images[0].sha256
 
@@ -210,25 +210,25 @@ def test_chat_rows_of_datasets(folder: Path) -> None:
         ],
     }
     parquet.write_table(pa.table(rows), folder / "chat.parquet")
-    imported(folder / "chat.parquet", folder / "train.jsonl")
-    (sample,) = validated(folder / "train.jsonl", folder)
+    run_import(folder / "chat.parquet", folder / "train.jsonl")
+    (sample,) = validate(folder / "train.jsonl", folder)
     assert sample.turns[0].parts == (0, "\nand\n", 1)
 
 
-def test_a_video_column_is_known_by_what_datasets_noted(folder: Path) -> None:
+def test_a_video_column_is_recognized_by_the_metadata_of_datasets(folder: Path) -> None:
     parquet.write_table(with_image_feature(vqa(), "Video"), folder / "clips.parquet")
-    with pytest.raises(UserError, match=r"2 were rejected; the first is .*clips\.parquet, sample 0: asks for a video"):
+    with pytest.raises(UserError, match=r"2 were rejected; the first is .*clips\.parquet, sample 0: contains a video"):
         import_data(str(folder / "clips.parquet"), folder / "train.jsonl")
-    assert {reject.reason for reject in refused(folder / "train.jsonl")} == {"video"}
+    assert {reject.reason for reject in read_rejects(folder / "train.jsonl")} == {"video"}
     assert not (folder / "train.jsonl").exists()
     assert not list(folder.glob("*.tar"))
 
 
-def test_one_split_at_a_time(folder: Path) -> None:
+def test_several_splits_are_refused(folder: Path) -> None:
     for split in ("train", "test"):
         (folder / "set" / "data").mkdir(parents=True, exist_ok=True)
         parquet.write_table(vqa(), folder / "set" / "data" / f"{split}-00000.parquet")
-    with pytest.raises(UserError, match=r"holds the splits test, train; give one of them, such as '.*data/test-\*"):
+    with pytest.raises(UserError, match=r"contains the splits test, train; give one of them, such as '.*data/test-\*"):
         import_data(str(folder / "set"), folder / "train.jsonl")
     write_arrow(vqa(), folder / "saved" / "train" / "data.arrow")
     (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
@@ -256,10 +256,10 @@ def test_a_source_that_cannot_be_read_is_explained(name: str, content: str | Non
     assert not list(folder.glob(".train*"))
 
 
-def test_sources_in_object_storage(s3_uri: str, folder: Path) -> None:
+def test_sources_in_object_storage_are_imported(s3_uri: str, folder: Path) -> None:
     storage.write_bytes(f"{s3_uri}/set/llava.json", json.dumps(LLAVA[:1]).encode())
-    (sample,) = imported(f"{s3_uri}/set/llava.json", folder / "train.jsonl")
+    (sample,) = run_import(f"{s3_uri}/set/llava.json", folder / "train.jsonl")
     assert sample["image"] == {"<image_00>": f"{s3_uri}/set/red.png"}
     parquet.write_table(vqa(), folder / "vqa.parquet")
     storage.write_bytes(f"{s3_uri}/vqa/train-0.parquet", (folder / "vqa.parquet").read_bytes())
-    assert len(imported(f"{s3_uri}/vqa", folder / "train.jsonl")) == 2
+    assert len(run_import(f"{s3_uri}/vqa", folder / "train.jsonl")) == 2

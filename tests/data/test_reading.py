@@ -1,4 +1,4 @@
-"""Reading on piece by piece must see what reading at once would."""
+"""Reading a file in pieces gives the same items as parsing it at once."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def records(folder: Path, content: str | bytes, piece: int, monkeypatch: pytest.
 @SMALL_PIECES
 @example([0.0, 1e-7, 1.5e300, -1], 1, True, None)
 @given(st.lists(JSON, min_size=1, max_size=6), st.sampled_from([1, 2, 3, 7, 64]), st.booleans(), st.none() | st.just(1))
-def test_an_array_is_what_json_says(
+def test_an_array_is_parsed_as_by_json(
     tmp_path: Path, items: list[Any], piece: int, ascii_only: bool, indent: int | None
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -46,7 +46,7 @@ def test_an_array_is_what_json_says(
     st.lists(st.dictionaries(st.text().filter(lambda key: key != "data"), JSON, max_size=3), min_size=1, max_size=5),
     st.sampled_from([1, 3, 64]),
 )
-def test_lines_are_what_json_says(tmp_path: Path, items: list[dict[str, Any]], piece: int) -> None:
+def test_lines_are_parsed_as_by_json(tmp_path: Path, items: list[dict[str, Any]], piece: int) -> None:
     items = [{"id": 1, **item} for item in items]
     with pytest.MonkeyPatch.context() as monkeypatch:
         text = "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items)
@@ -69,18 +69,18 @@ def test_lines_are_what_json_says(tmp_path: Path, items: list[dict[str, Any]], p
         ('{\n "data" [1]}', 2, 9, 0),
     ],
 )
-def test_a_break_is_named_by_line_and_column(
+def test_invalid_json_is_reported_by_line_and_column(
     text: str, line: int, column: int, items: int, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *good, last = records(tmp_path, text, piece, monkeypatch)
     assert (len(good), last.is_last, last.line) == (items, True, line)
     assert f"line {line}, column {column} " in str(last.problem)
-    with pytest.raises(json.JSONDecodeError) as told:
+    with pytest.raises(json.JSONDecodeError) as raised:
         json.loads(text)
-    assert (told.value.lineno, told.value.colno) == (line, column), "as when all is read at once"
+    assert (raised.value.lineno, raised.value.colno) == (line, column), "the same place as when parsed at once"
 
 
-def test_a_text_that_never_ends_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_without_an_end_is_not_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LONGEST_SAMPLE", 1000)
     (record,) = records(tmp_path, f'["{"x" * 100_000}"]', 64, monkeypatch)
     assert "a sample of more than 1,000 characters" in str(record.problem)
@@ -89,12 +89,14 @@ def test_a_text_that_never_ends_is_not_read_whole(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("piece", [1, 64])
-def test_the_place_of_a_byte_that_is_no_text(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_position_of_an_invalid_byte_is_reported(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 12\)"):
         records(tmp_path, '["é", "éé'.encode() + b'\xff"]', piece, monkeypatch)
 
 
-def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_a_piece(tmp_path: Path) -> None:
     import tracemalloc
 
     path = tmp_path / "large.json"
@@ -106,6 +108,6 @@ def test_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         assert sum(1 for _ in read_records("large.json", path)) == 20_001
-        assert tracemalloc.get_traced_memory()[1] < 4e6, "of a file of 20 MB"
+        assert tracemalloc.get_traced_memory()[1] < 4e6, "bytes for a file of 20 MB"
     finally:
         tracemalloc.stop()

@@ -7,13 +7,13 @@ from PIL import Image
 from minicpmv_finetune.data.checking import inspect_image
 from minicpmv_finetune.data.samples import (
     DatasetInfo,
+    ImageRef,
     Reject,
+    RejectLog,
     Sample,
     content_digest,
     open_image,
     read_info,
-    refuse_too_many,
-    write_rejects,
 )
 from minicpmv_finetune.errors import UserError
 
@@ -28,17 +28,18 @@ def sample(**changes: object) -> Sample:
     return Sample.model_validate({**content, **changes})
 
 
-def rejects(number: int) -> list[Reject]:
-    return [
-        Reject(file="train.json", index=index, id=None, reason="roles", message=f"sentence {index}")
-        for index in range(number)
-    ]
+def write_rejects(path: Path, number: int) -> RejectLog:
+    with RejectLog(path) as rejects:
+        for index in range(number):
+            reject = Reject(file="train.json", index=index, id=None, reason="roles", message=f"sentence {index}")
+            rejects.append(reject, "train")
+    return rejects
 
 
-def test_a_image_that_changed_after_validation_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_changed_after_validation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 3), "red").save(path)
-    image = inspect_image(str(path)).image
+    image = inspect_image(str(path)).ref
     assert open_image(image).size == (4, 3)
     Image.new("RGB", (4, 3), "blue").save(path)
     with pytest.raises(UserError, match=r"a\.png: changed since it was validated"):
@@ -49,9 +50,9 @@ def test_a_image_that_changed_after_validation_is_refused(tmp_path: Path) -> Non
     ("content", "sentence"),
     [
         (None, "validate-data has not finished"),
-        ("{", "damaged or of another program"),
-        ("[]", "damaged or of another program"),
-        ('{"schema_version": 1}', "damaged or of another program"),
+        ("{", "damaged or written by another program"),
+        ("[]", "damaged or written by another program"),
+        ('{"schema_version": 1}', "damaged or written by another program"),
         ('{"schema_version": 99, "unknown": true}', "schema version 99 is newer"),
     ],
 )
@@ -68,7 +69,7 @@ def test_info_round_trip(tmp_path: Path) -> None:
     assert read_info(tmp_path) == info
 
 
-def test_the_content_digest_is_of_what_is_said_shown_and_asked_for() -> None:
+def test_the_content_digest_covers_texts_images_and_evaluation_fields() -> None:
     image = {"uri": "s3://elsewhere/b.png", "sha256": "0" * 64, "width": 3, "height": 2}
     assert content_digest(sample()) == content_digest(sample(id="b", source="other.json", index=7, pictures=[image]))
     assert content_digest(sample()) != content_digest(sample(pictures=[{**image, "sha256": "1" * 64}]))
@@ -78,17 +79,30 @@ def test_the_content_digest_is_of_what_is_said_shown_and_asked_for() -> None:
         assert content_digest(sample()) != content_digest(sample(**change))
 
 
+def test_samples_have_the_keys_of_published_files() -> None:
+    image = ImageRef(uri="a.png", sha256="0" * 64, width=3, height=2, rotated=True)
+    written = sample(pictures=[image]).model_dump_json(exclude_defaults=True)
+    assert json.loads(written)["pictures"][0] == {
+        "uri": "a.png",
+        "sha256": "0" * 64,
+        "width": 3,
+        "height": 2,
+        "turned": True,
+    }
+    assert Sample.model_validate_json(written).images == (image,)
+
+
 def test_rejects_are_one_json_object_a_line(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rejects.jsonl"
-    write_rejects(path, rejects(2))
+    write_rejects(path, 2)
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
 
 
-def test_the_ratio_is_a_limit_that_may_be_reached(tmp_path: Path) -> None:
-    refuse_too_many(rejects(5), 95, 0.05, tmp_path)
+def test_rejects_up_to_the_ratio_are_allowed(tmp_path: Path) -> None:
+    write_rejects(tmp_path / "rejects.jsonl", 5).refuse_too_many(95, 0.05)
     with pytest.raises(UserError, match=r"6 of 100 samples \(6.0%\).*train.json, sample 0: sentence 0"):
-        refuse_too_many(rejects(6), 94, 0.05, tmp_path)
+        write_rejects(tmp_path / "rejects.jsonl", 6).refuse_too_many(94, 0.05)
 
 
-def test_a_place_without_a_sample_is_a_line() -> None:
+def test_the_place_of_invalid_json_is_a_line() -> None:
     assert Reject(file="train.json", line=3, id=None, reason="invalid_json", message="").place == "train.json, line 3"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from minicpmv_finetune.data.samples import decode_image
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut_slices, plan_slices
+from minicpmv_finetune.minicpmv.slicing import ResizingLibrary, SlicingConfig, cut_slices, plan_slices
 from minicpmv_finetune.shards.codecs import (
     CODECS,
     Codec,
@@ -44,26 +44,28 @@ FILES = [
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("resampler", ["pillow", "torchvision"])
-@pytest.mark.parametrize("turned", [False, True])
-def test_every_codec_gives_the_pixels_of_slicing_on_the_fly(codec: Codec, resampler: str, turned: bool) -> None:
-    slicing = SlicingConfig(scale_resolution=224, resampler=resampler, transparency="white")  # type: ignore[arg-type]
-    images = [decode_image(file, turned) for file in FILES]
+@pytest.mark.parametrize("rotated", [False, True])
+def test_every_codec_restores_the_pixels_of_slicing_on_the_fly(
+    codec: Codec, resampler: ResizingLibrary, rotated: bool
+) -> None:
+    slicing = SlicingConfig(scale_resolution=224, resampler=resampler, transparency="white")
+    images = [decode_image(file, rotated) for file in FILES]
     plans = [plan_slices(*image.size, slicing) for image in images]
     slices = [pixels for image, plan in zip(images, plans, strict=True) for pixels in cut_slices(image, plan, slicing)]
     assert len({pixels.shape for pixels in slices}) > 1
-    stored = store_sources(FILES, plans, [turned] * len(FILES)) if codec == "source" else store_slices(slices, codec)
+    stored = store_sources(FILES, plans, [rotated] * len(FILES)) if codec == "source" else store_slices(slices, codec)
     restored = restore_slices([memoryview(part) for part in stored.parts], stored.layout, codec, slicing)
     assert [pixels.shape for pixels in restored] == [pixels.shape for pixels in slices]
     digests = [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in slices]
     assert [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in restored] == digests
 
 
-def test_a_row_without_images_has_none() -> None:
+def test_a_row_without_images_has_no_slices() -> None:
     for codec in CODECS:
         assert restore_slices([], StoredImages([], []).layout, codec, SlicingConfig()) == []
 
 
-def test_an_unknown_codec_is_a_mistake() -> None:
+def test_an_unknown_codec_is_refused() -> None:
     assert check_codec("raw") == "raw"
-    with pytest.raises(UserError, match=r"image codec 'jpeg': none of source, raw, webp-lossless, png"):
+    with pytest.raises(UserError, match=r"image codec 'jpeg': unknown; choose one of source, raw, webp-lossless, png"):
         check_codec("jpeg")

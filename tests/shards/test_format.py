@@ -1,9 +1,11 @@
 import hashlib
 import io
+import itertools
 import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +26,9 @@ from minicpmv_finetune.shards.format import (
     verify_shards,
     write_shard,
 )
-from tests.shards.made_shards import ROWS, assert_equal, row, write
+from tests.shards.example_shards import ROWS, assert_same_row, example_row, write_example_shards
 
-PLAIN_ROW_GROUP_BYTES = module.ROW_GROUP_BYTES
+DEFAULT_ROW_GROUP_BYTES = module.ROW_GROUP_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -36,32 +38,32 @@ def _small_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write(tmp_path / "shards")
+    return write_example_shards(tmp_path / "shards")
 
 
-def test_rows_come_back_as_they_were_in_any_order(folder: Path) -> None:
+def test_rows_are_read_unchanged_in_any_order(folder: Path) -> None:
     reader = ShardReader(folder, "train")
     assert len({shard.file for shard in reader.manifest.shards["train"]}) > 1
     assert len(reader) == sum(shard.rows for shard in reader.manifest.shards["train"]) == ROWS
     for number in np.random.default_rng(0).permutation(ROWS):
-        assert_equal(reader[number], row(number))
-    assert [found.id for found in reader] == [f"row-{number}" for number in range(ROWS)]
+        assert_same_row(reader[number], example_row(number))
+    assert [row.id for row in reader] == [f"row-{number}" for number in range(ROWS)]
 
 
-def test_reader_is_indexed_like_a_list(folder: Path) -> None:
+def test_a_reader_is_indexed_like_a_list(folder: Path) -> None:
     reader = ShardReader(folder, "train")
-    assert_equal(reader[-1], row(ROWS - 1))
-    assert [found.id for found in reader[2:9:3]] == ["row-2", "row-5", "row-8"]
+    assert_same_row(reader[-1], example_row(ROWS - 1))
+    assert [row.id for row in reader[2:9:3]] == ["row-2", "row-5", "row-8"]
     for outside in (ROWS, -ROWS - 1):
         with pytest.raises(IndexError, match=f"^{outside}$"):
             reader[outside]
 
 
-def test_without_images_rows_have_their_tokens_alone(folder: Path) -> None:
+def test_without_images_rows_have_only_tokens(folder: Path) -> None:
     reader = pickle.loads(pickle.dumps(ShardReader(folder, "train", images=False)))
-    for number, found in enumerate(reader):
-        expected = row(number)
-        assert_equal(found, ModelInput(expected.id, expected.input_ids, expected.labels, []))
+    for number, row in enumerate(reader):
+        expected = example_row(number)
+        assert_same_row(row, ModelInput(expected.id, expected.input_ids, expected.labels, []))
 
 
 def test_a_shard_of_many_row_groups_is_read_by_groups(folder: Path) -> None:
@@ -75,30 +77,30 @@ def test_a_row_group_ends_where_its_rows_reach_the_limit(
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", limit)
     images = StoredImages([b"p" * 30, b"q" * 30], [])
     rows = [StoredRow(f"row-{number}", range(10), range(10), images) for number in range(7)]
-    assert {found.bytes for found in rows} == {140}
+    assert {row.bytes for row in rows} == {140}
     shard = write_shard(tmp_path / "a.parquet", rows)
     groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
     assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == expected
     assert (shard.file, shard.rows, shard.bytes) == ("a.parquet", 7, (tmp_path / "a.parquet").stat().st_size)
 
 
-def test_a_row_group_is_a_mebibyte_so_that_a_random_read_decodes_little(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "ROW_GROUP_BYTES", PLAIN_ROW_GROUP_BYTES)
+def test_a_row_group_has_one_mebibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", DEFAULT_ROW_GROUP_BYTES)
     rows = [StoredRow(str(number), [], [], StoredImages([bytes(2**18)], [])) for number in range(9)]
     write_shard(tmp_path / "a.parquet", rows)
     groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
     assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == [4, 4, 1]
 
 
-def test_a_shard_of_no_rows_is_a_file(tmp_path: Path) -> None:
+def test_a_shard_without_rows_is_a_file(tmp_path: Path) -> None:
     assert write_shard(tmp_path / "a.parquet", []).rows == 0
     assert pq.ParquetFile(tmp_path / "a.parquet").metadata.num_row_groups == 0
 
 
-def test_sizes_of_slices_are_told_in_patches_without_a_image(folder: Path) -> None:
-    expected = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row(n).slices] for n in range(ROWS)]
+def test_sizes_of_slices_in_patches_are_known_without_decoding(folder: Path) -> None:
+    expected = [
+        [(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in example_row(n).slices] for n in range(ROWS)
+    ]
     assert ShardReader(folder, "train", images=False).slice_sizes() == expected
 
 
@@ -111,25 +113,25 @@ def test_a_manifest_counts_a_splits_rows_and_lists_all_files(folder: Path) -> No
 
 @pytest.mark.parametrize("codec", ["raw", "webp-lossless", "png"])
 def test_every_codec_of_slices_is_lossless(codec: Codec, tmp_path: Path) -> None:
-    for number, found in enumerate(ShardReader(write(tmp_path / "shards", codec=codec), "train")):
-        assert_equal(found, row(number))
+    for number, row in enumerate(ShardReader(write_example_shards(tmp_path / "shards", codec=codec), "train")):
+        assert_same_row(row, example_row(number))
 
 
 def test_a_split_without_rows_is_empty(folder: Path) -> None:
     assert list(ShardReader(folder, "eval")) == []
 
 
-def test_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
-    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    first, second = write_example_shards(tmp_path / "a"), write_example_shards(tmp_path / "b")
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
 def test_a_new_reader_sees_a_rewritten_folder(folder: Path) -> None:
-    assert_equal(ShardReader(folder, "train")[3], row(3))
-    write(folder, seed=1)
-    assert_equal(ShardReader(folder, "train")[3], row(3, seed=1))
+    assert_same_row(ShardReader(folder, "train")[3], example_row(3))
+    write_example_shards(folder, seed=1)
+    assert_same_row(ShardReader(folder, "train")[3], example_row(3, seed=1))
 
 
 def test_rows_share_memory_that_cannot_be_written_to(folder: Path) -> None:
@@ -137,7 +139,7 @@ def test_rows_share_memory_that_cannot_be_written_to(folder: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
         reader[3].slices[0][:] = 0
     reader[3].input_ids[:] = 0
-    assert_equal(reader[3], row(3))
+    assert_same_row(reader[3], example_row(3))
 
 
 def identity(rows: Sequence[ModelInput]) -> Sequence[ModelInput]:
@@ -146,7 +148,7 @@ def identity(rows: Sequence[ModelInput]) -> Sequence[ModelInput]:
 
 def test_worker_processes_read_the_same_rows(folder: Path) -> None:
     reader = ShardReader(folder, "train")
-    assert_equal(reader[0], row(0))  # something is open and cached when the workers start
+    assert_same_row(reader[0], example_row(0))  # a file is open and a row group cached when the workers start
     loader = DataLoader(
         reader,
         batch_size=8,
@@ -154,15 +156,15 @@ def test_worker_processes_read_the_same_rows(folder: Path) -> None:
         collate_fn=identity,
         multiprocessing_context="fork",
     )
-    for number, found in enumerate(found for batch in loader for found in batch):
-        assert_equal(found, row(number))
+    for number, row in enumerate(row for batch in loader for row in batch):
+        assert_same_row(row, example_row(number))
 
 
 def test_a_pickled_reader_carries_no_data(folder: Path) -> None:
     reader = ShardReader(folder, "train")
-    assert_equal(reader[5], row(5))
+    assert_same_row(reader[5], example_row(5))
     assert len(pickle.dumps(reader)) < 1000
-    assert_equal(pickle.loads(pickle.dumps(reader))[5], row(5))
+    assert_same_row(pickle.loads(pickle.dumps(reader))[5], example_row(5))
 
 
 def test_whole_shards_pass_verification(folder: Path) -> None:
@@ -181,7 +183,7 @@ def test_verification_finds_a_flipped_bit(folder: Path) -> None:
         verify_shards(folder, read_manifest(folder))
 
 
-def test_only_what_was_damaged_is_named(folder: Path) -> None:
+def test_only_damaged_shards_are_listed(folder: Path) -> None:
     names = [shard.file for shard in read_manifest(folder).files]
     (folder / names[0]).unlink()
     with (folder / names[2]).open("ab") as file:
@@ -190,54 +192,55 @@ def test_only_what_was_damaged_is_named(folder: Path) -> None:
     (folder / names[3]).mkdir()
     damaged = damaged_shards(folder, read_manifest(folder).files)
     assert [shard.file for shard in damaged] == [names[0], names[2], names[3]]
-    # Another hash, though the size is right.
+    # The size is right, but not the hash.
     other = read_manifest(folder).files[1].model_copy(update={"sha256": "0" * 64})
     assert damaged_shards(folder, [other]) == [other]
 
 
-def test_a_read_that_fails_once_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, failures = pq.ParquetFile.read_row_group, [OSError("on its way"), pa.ArrowInvalid("CRC")]
+def test_a_read_that_fails_once_is_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failures = pq.ParquetFile.read_row_group, [OSError("transfer"), pa.ArrowInvalid("CRC")]
+    calls = itertools.count(1)
 
-    def flaky(self: pq.ParquetFile, *arguments: object, **options: object) -> pa.Table:
-        flaky.calls += 1  # type: ignore[attr-defined]
-        if flaky.calls % 2 and failures:  # type: ignore[attr-defined]
+    def flaky(self: pq.ParquetFile, *arguments: Any, **options: Any) -> pa.Table:
+        if next(calls) % 2 and failures:
             raise failures.pop()
-        return plain(self, *arguments, **options)
+        return original(self, *arguments, **options)
 
-    flaky.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", flaky)
     reader = ShardReader(folder, "train")
-    assert_equal(reader[0], row(0))
-    assert_equal(reader[ROWS - 1], row(ROWS - 1))
+    assert_same_row(reader[0], example_row(0))
+    assert_same_row(reader[ROWS - 1], example_row(ROWS - 1))
     assert not failures
 
 
-def test_neighbouring_rows_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, decoded = pq.ParquetFile.read_row_group, []
+def test_neighboring_rows_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pq.ParquetFile.read_row_group
+    decoded: list[int] = []
 
-    def counting(self: pq.ParquetFile, group: int, *arguments: object, **options: object) -> pa.Table:
+    def counting(self: pq.ParquetFile, group: int, *arguments: Any, **options: Any) -> pa.Table:
         decoded.append(group)
-        return plain(self, group, *arguments, **options)
+        return original(self, group, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
     reader = ShardReader(folder, "train")
     for number in (0, 1, 0, 1):
-        assert_equal(reader[number], row(number))
+        assert_same_row(reader[number], example_row(number))
     assert len(decoded) == len(set(decoded))
 
 
-def test_a_file_in_a_store_reads_like_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    content, asked = bytes(range(100)), []
+def test_a_file_in_a_store_is_read_like_a_local_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(100))
+    requests: list[tuple[str, int, int]] = []
 
     def read_bytes(uri: str, span: tuple[int, int]) -> bytes:
-        asked.append((uri, *span))
+        requests.append((uri, *span))
         return content[span[0] : span[0] + span[1]]
 
     monkeypatch.setattr(module.storage, "read_bytes", read_bytes)
-    ours, plain = module._RemoteFile("s3://bucket/a", len(content)), io.BytesIO(content)
-    assert ours.read(3) == plain.read(3)
-    assert ours.readable()
-    assert ours.seekable()
+    remote, local = module._RemoteFile("s3://bucket/a", len(content)), io.BytesIO(content)
+    assert remote.read(3) == local.read(3)
+    assert remote.readable()
+    assert remote.seekable()
     steps = [(0, io.SEEK_SET, 4), (3, io.SEEK_CUR, 5), (-8, io.SEEK_END, 8), (0, io.SEEK_CUR, 4), (-9, io.SEEK_END, 99)]
     steps += [
         (50, io.SEEK_SET, 0),
@@ -247,20 +250,20 @@ def test_a_file_in_a_store_reads_like_one_here(monkeypatch: pytest.MonkeyPatch) 
         (98, io.SEEK_SET, -1),
     ]
     for offset, whence, size in steps:
-        assert ours.seek(offset, whence) == plain.seek(offset, whence) == ours.tell()
-        assert ours.read(size) == plain.read(size)
-        assert ours.tell() == plain.tell()
-    ours.seek(90)
-    assert ours.read() == content[90:]
-    # What lies beyond the end is not asked for, nor nothing at all.
-    assert all(uri == "s3://bucket/a" and length > 0 and start + length <= 100 for uri, start, length in asked)
+        assert remote.seek(offset, whence) == local.seek(offset, whence) == remote.tell()
+        assert remote.read(size) == local.read(size)
+        assert remote.tell() == local.tell()
+    remote.seek(90)
+    assert remote.read() == content[90:]
+    # No request is empty or goes beyond the end.
+    assert all(uri == "s3://bucket/a" and length > 0 and start + length <= 100 for uri, start, length in requests)
 
 
 def test_a_missing_file_is_explained(folder: Path) -> None:
     (folder / "train-00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"train-00001.parquet: named in manifest.json but missing"):
+    with pytest.raises(UserError, match=r"train-00001.parquet: listed in manifest.json but missing"):
         verify_shards(folder, read_manifest(folder))
-    with pytest.raises(UserError, match=r"train-00001.parquet: named in manifest.json but missing"):
+    with pytest.raises(UserError, match=r"train-00001.parquet: listed in manifest.json but missing"):
         ShardReader(folder, "train")
 
 

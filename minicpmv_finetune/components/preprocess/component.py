@@ -1,4 +1,4 @@
-"""The KFP interface of preprocess: the step itself, and one part of it for pipelines that fan out."""
+"""The KFP interface of preprocess: the step itself, and one part of it for pipelines that run several pods."""
 
 from kfp import dsl
 
@@ -26,19 +26,19 @@ def preprocess(
 
     Args:
         dataset: The accepted samples of validate_data.
-        base_model_uri: Base checkpoint whose template, tokenizer and slicing apply; a path, s3:// URI or hub id.
+        base_model_uri: Base checkpoint whose template, tokenizer and slicing are used; a path, s3:// URI or hub id.
         max_slice_nums: Most slices of an image beside its overview.
         model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
         max_reject_ratio: Share of rejected samples above which the step fails.
         shards: A manifest, and the Parquet files beside it or in the cache in object storage.
-        rejects: JSON Lines naming each rejected sample, with a reason code and a sentence.
+        rejects: JSON Lines with each rejected sample, a reason code and a sentence.
         metrics: Counts of samples, slices and tokens.
-        summary: The same as a table.
+        summary: The same counts as a table.
         report: Histograms of tokens and slices, and slices of some samples with their tokens.
-        picture_codec: How images are stored; source, raw, webp-lossless or png, all with the same pixels.
-        cache_uri: Folder or s3:// URI where finished shards are kept for later runs; empty for beside the run's folder.
-        num_workers: Processes; 0 for as many as there are cores.
-        parts: What preprocess_part returned, when several pods shared the work; their shards are found in the cache.
+        picture_codec: Codec of the images: source, raw, webp-lossless or png, all with the same pixels.
+        cache_uri: Folder or s3:// URI where finished shards are kept for later runs; empty: beside the run's folder.
+        num_workers: Number of processes; 0 for as many as there are cores.
+        parts: Keys that preprocess_part returned when several pods shared the work; their shards are in the cache.
     """
     from pathlib import Path
 
@@ -105,15 +105,15 @@ def preprocess_part(
 
     Args:
         dataset: The accepted samples of validate_data.
-        base_model_uri: Base checkpoint whose template, tokenizer and slicing apply; a path, s3:// URI or hub id.
+        base_model_uri: Base checkpoint whose template, tokenizer and slicing are used; a path, s3:// URI or hub id.
         max_slice_nums: Most slices of an image beside its overview.
         model_max_length: Longest sample in tokens.
         part: Number of this part, from 0.
         num_parts: Number of parts.
-        place: Names the cache.
-        picture_codec: How images are stored; source, raw, webp-lossless or png.
-        cache_uri: Folder or s3:// URI that all pods reach; empty for beside the run's folder.
-        num_workers: Processes; 0 for as many as there are cores.
+        place: A text file with the URI of the folder of the shards.
+        picture_codec: Codec of the images: source, raw, webp-lossless or png.
+        cache_uri: Folder or s3:// URI that all pods can read and write; empty: beside the run's folder.
+        num_workers: Number of processes; 0 for as many as there are cores.
 
     Returns:
         The key of the shards, the same for all parts.

@@ -1,7 +1,8 @@
-"""Where finished shards are kept: a folder named by their key, here or in object storage.
+"""The folder of the finished shards of one key, local or in object storage.
 
-A shard is its Parquet file and, written after it, its record. Whatever was killed leaves at most files without a
-record, which are written anew. Two that write the same shard at once write the same bytes.
+A finished shard consists of its Parquet file and of its record, which is written after the file. A killed process
+leaves at most files without a record, which are then written again. Two processes that write the same shard at the
+same time write the same bytes.
 """
 
 import os
@@ -19,23 +20,23 @@ from minicpmv_finetune.shards.format import damaged_shards
 
 from .shard_tasks import ShardRecord, ShardTask
 
-_SCRATCH = ".writing-"
+_STAGING = ".writing-"
 _ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
-class ShardStore:
-    """The finished shards of one key."""
+class FinishedShards:
+    """The finished shards of one key, in the folder `uri`."""
 
     uri: str
 
     @property
     def folder(self) -> Path | None:
-        """The folder, where it is here."""
+        """The path of the folder, or None if it is in object storage."""
         return None if storage.is_object_uri(self.uri) else Path(self.uri)
 
-    def finished(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
-        """The records of the tasks that are done, by name; a shard that is damaged or missing is not."""
+    def find(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
+        """The records of the finished tasks, by name; a task whose file is damaged or missing is not finished."""
         sizes = storage.list_files(self.uri)
         records = {
             task.name: ShardRecord.model_validate_json(storage.read_bytes(self._address(f"{task.name}.json")))
@@ -46,25 +47,25 @@ class ShardStore:
         if self.folder:
             damaged = damaged_shards(self.folder, shards)
         else:
-            # Reading them all would take as long as using them; whoever does compares the hashes.
+            # Hashing all files would take as long as using them; the train step compares the hashes of its copies.
             damaged = [shard for shard in shards if sizes.get(shard.file) != shard.bytes]
-        lost = {shard.file for shard in damaged}
-        return {name: record for name, record in records.items() if record.shard.file not in lost}
+        unusable = {shard.file for shard in damaged}
+        return {name: record for name, record in records.items() if record.shard.file not in unusable}
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A folder to write shards in until they are put; gone at the end."""
+    def staging_folder(self) -> Iterator[Path]:
+        """A temporary folder for shards that are being written."""
         if self.folder is None:
             with tempfile.TemporaryDirectory() as temporary:
                 yield Path(temporary)
             return
         with suppress(OSError):
-            for path in self.folder.glob(f"{_SCRATCH}*"):
+            for path in self.folder.glob(f"{_STAGING}*"):
                 if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+                    shutil.rmtree(path, ignore_errors=True)  # left by a killed process
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder)
+            temporary = tempfile.mkdtemp(prefix=_STAGING, dir=self.folder)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another cache.") from error
         try:
@@ -72,8 +73,8 @@ class ShardStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def put(self, path: Path, record: ShardRecord) -> None:
-        """Move a written shard in, and its record after it."""
+    def add(self, path: Path, record: ShardRecord) -> None:
+        """Move a written shard into the folder, and then write its record."""
         if self.folder:
             path.replace(self.folder / record.shard.file)
         else:
@@ -82,11 +83,11 @@ class ShardStore:
         name = Path(record.shard.file).stem
         storage.write_bytes(self._address(f"{name}.json"), record.model_dump_json().encode())
 
-    def hand_over(self, folder: Path, records: Sequence[ShardRecord]) -> str:
-        """Put the shards into a folder where that costs nothing.
+    def link_into(self, folder: Path, records: Sequence[ShardRecord]) -> str:
+        """Link local shards into a folder; shards in object storage stay where they are.
 
         Returns:
-            Where they lie, empty if in the folder.
+            URI of the folder of the shards; empty if they are in `folder`.
         """
         if self.folder is None:
             return self.uri

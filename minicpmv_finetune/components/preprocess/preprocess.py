@@ -1,13 +1,12 @@
 """Slice every image and tokenize every conversation once, so that no epoch does it again.
 
-The data is cut into shards that do not depend on who writes them (`work`). Processes write one each; a finished
-shard moves to the store of its key (`store`) while the next is written, and what is found there is not written again.
-So the same mechanism resumes a killed attempt, shares the work between pods, and reuses what an earlier run prepared.
-Last comes the manifest.
+The data is cut into shards that do not depend on the process that writes them (`shard_tasks`). Each process writes one
+shard at a time; a finished shard moves to the folder of its key (`finished_shards`) while the next one is written.
+Shards that are already in that folder are not written again. So one mechanism resumes a killed attempt, shares the work
+between pods, and reuses the shards of an earlier run. The manifest is written last.
 """
 
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -39,24 +38,32 @@ from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
 from minicpmv_finetune.workers import CONTEXT, cores, worker_pool
 
-from .finished_shards import ShardStore
+from .finished_shards import FinishedShards
 from .report import write_report
-from .shard_tasks import SPLITS, RejectedRow, ShardRecord, ShardTask, Work, plan_work, samples_of
+from .shard_tasks import (
+    SPLITS,
+    DatasetShards,
+    RejectedRow,
+    ShardRecord,
+    ShardTask,
+    cut_into_shards,
+    read_task_samples,
+)
 
-_READ_AHEAD = 8  # samples whose images are on their way
+_READ_AHEAD = 8  # samples whose images are read in advance
 _READING_THREADS = 4
-_LOOKS_A_SECOND = 5
+_UPDATES_PER_SECOND = 5  # of the progress bar
 
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """What decides the shards, beside the data and the base model.
+    """The settings that determine the shards, beside the data and the base model.
 
     Attributes:
-        max_slice_nums: most slices of an image; None takes the base model's own.
-        model_max_length: longest sample in tokens; a longer one is rejected, never cut.
-        max_reject_ratio: share of rejected samples above which the step fails.
-        codec: how images are stored.
+        max_slice_nums: Most slices of an image beside its overview; None for the base model's own number.
+        model_max_length: Longest sample in tokens; a longer one is rejected, never cut.
+        max_reject_ratio: Share of rejected samples above which the step fails.
+        codec: Codec of the images.
     """
 
     max_slice_nums: int | None = 9
@@ -67,15 +74,15 @@ class PreprocessSettings:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be done, and with what."""
+    """A dataset, the shards that it is cut into, and everything that is needed to write them."""
 
     dataset: Path
     info: DatasetInfo
     encoder: Encoder
     settings: PreprocessSettings
     tokenizer_sha256: str
-    work: Work
-    store: ShardStore
+    shards: DatasetShards
+    finished: FinishedShards
 
 
 def preprocess(
@@ -88,50 +95,44 @@ def preprocess(
     num_workers: int = 0,
     report: Path | None = None,
 ) -> Manifest:
-    """Write the shards of a validated dataset, or find them where they were written before.
+    """Write the shards of a validated dataset, or reuse the shards of an earlier run.
 
     Args:
-        dataset: folder written by validate_data.
-        base_model_uri: checkpoint whose template, tokenizer and slicing apply.
-        shards: folder that receives the manifest, and the Parquet files where the cache is a local folder.
-        rejects_file: receives what was left out and why, also when the step fails over it.
-        settings: see there.
-        cache_uri: folder or `s3://` URI where finished shards are kept for later runs; by default beside `shards`.
-        num_workers: processes; 0 for as many as there are cores.
-        report: HTML file to write.
+        dataset: Folder written by validate_data.
+        base_model_uri: Checkpoint whose template, tokenizer and slicing are used.
+        shards: Folder that receives the manifest, and the Parquet files if the cache is a local folder.
+        rejects_file: File that receives each rejected sample with the reason, also when the step fails.
+        settings: Settings that determine the shards.
+        cache_uri: Folder or `s3://` URI where finished shards are kept for later runs; by default beside `shards`.
+        num_workers: Number of processes; 0 for as many as there are cores.
+        report: HTML file to write, or None.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: the base model is unusable, an image changed, or too much was rejected.
-        RetryableError: the store does not answer, or a process was killed.
+        UserError: The base model is unusable, an image changed, or too many samples were rejected.
+        RetryableError: The store does not answer, or a process was killed.
     """
-    job = _job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))
-    found = job.store.finished(job.work.tasks)
-    was_ready = len(found) == len(job.work.tasks)
-    found |= _write_missing(job, job.work.tasks, found, num_workers)
-    records = [found[task.name] for task in job.work.tasks]
+    job = _make_job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))
+    found = job.finished.find(job.shards.tasks)
+    all_found = len(found) == len(job.shards.tasks)
+    found |= _write_missing(job, job.shards.tasks, found, num_workers)
+    records = [found[task.name] for task in job.shards.tasks]
     manifest = _manifest(job, found)
-    with RejectLog(rejects_file) as rejects:
-        for split, reject in _rejects(job, found):
-            rejects.append(reject, split)
-        for split in SPLITS:
-            if job.info.rows.get(split) and not manifest.rows(split):
-                rejects.refuse_nothing_left(split)
-        rejects.refuse_too_many(sum(manifest.rows(split) for split in SPLITS), settings.max_reject_ratio)
+    _check_rejects(job, found, manifest, rejects_file)
     with storage.staged_folder(shards) as staging:
-        location = job.store.hand_over(staging, records)
+        location = job.finished.link_into(staging, records)
         manifest = manifest.model_copy(update={"location": location})
         content = json.dumps(manifest.model_dump(), indent=1) + "\n"
         (staging / MANIFEST_FILE).write_text(content)
-    storage.write_bytes(storage.join(job.store.uri, MANIFEST_FILE), content.encode())
+    storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
     if report:
         write_report(report, shards, job.encoder, [count for record in records for count in record.slices])
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
     report_outcome(
         f"{sum(manifest.slices.values()):,} slices and {tokens:,} tokens in {manifest.bytes / 1e6:,.1f} MB of shards"
-        f"{', found from before' if was_ready else ''}"
+        f"{', reused from an earlier run' if all_found else ''}"
     )
     return manifest
 
@@ -148,26 +149,26 @@ def preprocess_partition(
     """Write one pod's part of the shards into the cache, where `preprocess` finds them and adds the manifest.
 
     Args:
-        dataset: folder written by validate_data.
-        base_model_uri: checkpoint whose template, tokenizer and slicing apply.
-        settings: the same for all parts.
-        cache_uri: folder or URI that all pods reach.
-        partition: number of this part, from 0.
-        num_partitions: number of parts.
-        num_workers: processes; 0 for as many as there are cores.
+        dataset: Folder written by validate_data.
+        base_model_uri: Checkpoint whose template, tokenizer and slicing are used.
+        settings: Settings that determine the shards, the same for all parts.
+        cache_uri: Folder or URI that all pods can read and write.
+        partition: Number of this part, from 0.
+        num_partitions: Number of parts.
+        num_workers: Number of processes; 0 for as many as there are cores.
 
     Returns:
         The key of the shards, the same for all parts.
     """
-    job = _job(dataset, base_model_uri, settings, cache_uri)
-    tasks = job.work.tasks[partition::num_partitions]
-    _write_missing(job, tasks, job.store.finished(tasks), num_workers)
-    report_outcome(f"{len(tasks):,} of {len(job.work.tasks):,} shards, part {partition + 1} of {num_partitions}")
-    return job.work.key
+    job = _make_job(dataset, base_model_uri, settings, cache_uri)
+    tasks = job.shards.tasks[partition::num_partitions]
+    _write_missing(job, tasks, job.finished.find(tasks), num_workers)
+    report_outcome(f"{len(tasks):,} of {len(job.shards.tasks):,} shards, part {partition + 1} of {num_partitions}")
+    return job.shards.key
 
 
 def markdown(manifest: Manifest) -> str:
-    """The counts as a table."""
+    """The counts of samples, slices and tokens as a Markdown table."""
     rows = ""
     for split, lengths in manifest.lengths.items():
         counts = (len(lengths), manifest.slices[split], sum(lengths), max(lengths, default=0))
@@ -178,57 +179,64 @@ def markdown(manifest: Manifest) -> str:
     )
 
 
-def _job(dataset: Path, base_model_uri: str, settings: PreprocessSettings, cache_uri: str) -> _Job:
+def _make_job(dataset: Path, base_model_uri: str, settings: PreprocessSettings, cache_uri: str) -> _Job:
     info = read_info(dataset)
     base_model = storage.fetch(base_model_uri)
     encoder = Encoder.from_checkpoint(base_model, settings.max_slice_nums)
-    work = plan_work(dataset, info, base_model, encoder, settings.model_max_length, settings.codec)
-    tokenizer = hashlib.sha256((base_model / "tokenizer.json").read_bytes()).hexdigest()
-    return _Job(dataset, info, encoder, settings, tokenizer, work, ShardStore(storage.join(cache_uri, work.key)))
+    shards = cut_into_shards(dataset, info, base_model, encoder.slicing, settings.model_max_length, settings.codec)
+    return _Job(
+        dataset=dataset,
+        info=info,
+        encoder=encoder,
+        settings=settings,
+        tokenizer_sha256=storage.file_sha256(base_model / "tokenizer.json"),
+        shards=shards,
+        finished=FinishedShards(storage.join(cache_uri, shards.key)),
+    )
 
 
 def _write_missing(
     job: _Job, tasks: Sequence[ShardTask], found: Mapping[str, ShardRecord], num_workers: int
 ) -> dict[str, ShardRecord]:
-    """Have processes write the shards that are not in the store yet; returns their records by name."""
+    """Write the shards that are not finished yet, in several processes; returns their records by name."""
     written: dict[str, ShardRecord] = {}
     missing = [task for task in tasks if task.name not in found]
     if not missing:
         return written
-    images = any(task.images for task in tasks)
-    counts = {task.name: task.images if images else task.rows for task in tasks}
+    counts_images = any(task.images for task in tasks)
+    counts = {task.name: task.images if counts_images else task.rows for task in tasks}
     workers = min(num_workers or cores(), len(missing))
     done = CONTEXT.Value("q", 0)
-    # What exists now stays shared: the collector of a process would else touch, and so copy, all of it.
+    # Otherwise the garbage collector of each process would write to, and so copy, the memory that the processes share.
     gc.freeze()
     with (
-        progress("preprocess", sum(counts.values()), " images" if images else " samples") as bar,
-        job.store.scratch() as scratch,
-        worker_pool(workers, _start, (job, scratch, done, images)) as processes,
-        # Twice as many shards are on their way as there are processes: one is uploaded while the next is written.
+        progress("preprocess", sum(counts.values()), " images" if counts_images else " samples") as bar,
+        job.finished.staging_folder() as staging,
+        worker_pool(workers, _start_process, (job, staging, done, counts_images)) as processes,
+        # Two threads for each process: one shard can be uploaded while the process writes the next one.
         ThreadPoolExecutor(2 * workers) as threads,
     ):
         bar.update(sum(counts[name] for name in found))
         before = bar.n
-        processes.submit(os.getpid).result()  # starts all processes, before there are threads
+        processes.submit(os.getpid).result()  # starts all processes before this process has threads
 
         def write(task: ShardTask) -> ShardRecord:
-            record = processes.submit(_write, task).result()
-            job.store.put(scratch / record.shard.file, record)
+            record = processes.submit(_write_shard, task).result()
+            job.finished.add(staging / record.shard.file, record)
             return record
 
         futures = {threads.submit(write, task): task for task in missing}
         try:
             waiting = set(futures)
             while waiting:
-                finished, waiting = wait(waiting, timeout=1 / _LOOKS_A_SECOND)
+                finished, waiting = wait(waiting, timeout=1 / _UPDATES_PER_SECOND)
                 bar.update(before + done.value - bar.n)
                 for future in finished:
                     written[futures[future].name] = future.result()
         except BrokenProcessPool as error:
             raise RetryableError(
-                "A process of preprocess was killed, most likely for lack of memory; give the step more, or fewer "
-                "num_workers."
+                "A process of preprocess was killed, most likely for lack of memory; give the step more memory, or "
+                "fewer num_workers."
             ) from error
         finally:
             for future in futures:
@@ -240,35 +248,35 @@ def _write_missing(
 
 @dataclass
 class _Process:
-    """What a process needs for every shard."""
+    """The state of a worker process, the same for every shard."""
 
     job: _Job
-    scratch: Path
-    done: Any  # shared counter
+    staging: Path
+    done: Any  # counter that all processes share
     counts_images: bool
 
 
 _process: _Process
 
 
-def _start(job: _Job, scratch: Path, done: Any, counts_images: bool) -> None:
+def _start_process(job: _Job, staging: Path, done: Any, counts_images: bool) -> None:
     global _process
-    _process = _Process(job, scratch, done, counts_images)
+    _process = _Process(job, staging, done, counts_images)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if job.encoder.slicing.resampler == "torchvision":
         import torch
 
-        torch.set_num_threads(1)  # the processes are what runs side by side
+        torch.set_num_threads(1)  # the processes already use all cores
 
 
-def _write(task: ShardTask) -> ShardRecord:
+def _write_shard(task: ShardTask) -> ShardRecord:
     lengths: list[int] = []
     slices: list[int] = []
     rejected: list[RejectedRow] = []
 
     def rows() -> Iterator[StoredRow]:
         job = _process.job
-        for number, (sample, files) in enumerate(_read_ahead(samples_of(task, job.dataset))):
+        for number, (sample, files) in enumerate(_read_ahead(read_task_samples(task, job.dataset))):
             try:
                 encoded = tokenize(sample, job.encoder, job.settings.model_max_length)
                 row = store(sample, encoded, [file.result() for file in files], job.encoder, job.settings.codec)
@@ -281,32 +289,47 @@ def _write(task: ShardTask) -> ShardRecord:
             with _process.done.get_lock():
                 _process.done.value += len(files) if _process.counts_images else 1
 
-    shard = write_shard(_process.scratch / f"{task.name}.parquet", rows())
+    shard = write_shard(_process.staging / f"{task.name}.parquet", rows())
     return ShardRecord(shard=shard, lengths=lengths, slices=slices, rejected=rejected)
 
 
 def _read_ahead(samples: Iterator[Sample]) -> Iterator[tuple[Sample, list["Future[bytes]"]]]:
-    """Samples with their images' files, the next ones already being read."""
+    """Each sample with the files of its images; the files of the next samples are read in advance."""
     with ThreadPoolExecutor(_READING_THREADS) as pool:
 
-        def begun() -> Iterator[tuple[Sample, list[Future[bytes]]]]:
+        def start_reading() -> Iterator[tuple[Sample, list[Future[bytes]]]]:
             for sample in samples:
                 yield sample, [pool.submit(read_image, image) for image in sample.images]
 
-        source = begun()
+        source = start_reading()
         window = deque(islice(source, _READ_AHEAD))
         while window:
             yield window.popleft()
             window.extend(islice(source, 1))
 
 
-def _rejects(job: _Job, records: Mapping[str, ShardRecord]) -> Iterator[tuple[Split, Reject]]:
-    """What was left out, with its place in the user's file as this dataset says it."""
-    for task in job.work.tasks:
+def _check_rejects(job: _Job, records: Mapping[str, ShardRecord], manifest: Manifest, rejects_file: Path) -> None:
+    """Write the list of the rejected samples.
+
+    Raises:
+        UserError: A split has no sample left, or too many samples were rejected.
+    """
+    with RejectLog(rejects_file) as rejects:
+        for split, reject in _list_rejects(job, records):
+            rejects.append(reject, split)
+        for split in SPLITS:
+            if job.info.rows.get(split) and not manifest.rows(split):
+                rejects.refuse_nothing_left(split)
+        rejects.refuse_too_many(sum(manifest.rows(split) for split in SPLITS), job.settings.max_reject_ratio)
+
+
+def _list_rejects(job: _Job, records: Mapping[str, ShardRecord]) -> Iterator[tuple[Split, Reject]]:
+    """The rejected samples, with their position in the user's file as this dataset states it."""
+    for task in job.shards.tasks:
         reasons = {rejected.row: rejected for rejected in records[task.name].rejected}
         if not reasons:
             continue
-        for number, sample in enumerate(samples_of(task, job.dataset)):
+        for number, sample in enumerate(read_task_samples(task, job.dataset)):
             if rejected := reasons.get(number):
                 yield (
                     task.split,
@@ -321,7 +344,7 @@ def _rejects(job: _Job, records: Mapping[str, ShardRecord]) -> Iterator[tuple[Sp
 
 
 def _manifest(job: _Job, records: Mapping[str, ShardRecord]) -> Manifest:
-    of_split = {split: [records[task.name] for task in job.work.tasks if task.split == split] for split in SPLITS}
+    of_split = {split: [records[task.name] for task in job.shards.tasks if task.split == split] for split in SPLITS}
     slicing = job.encoder.slicing
     return Manifest(
         generation=job.encoder.generation.version,
@@ -333,7 +356,7 @@ def _manifest(job: _Job, records: Mapping[str, ShardRecord]) -> Manifest:
         codec=job.settings.codec,
         slicing=slicing_fields(slicing),
         data_fingerprint=job.info.fingerprint,
-        key=job.work.key,
+        key=job.shards.key,
         shards={split: [record.shard for record in group] for split, group in of_split.items()},
         lengths={split: [length for record in group for length in record.lengths] for split, group in of_split.items()},
         slices={split: sum(sum(record.slices) for record in group) for split, group in of_split.items()},
@@ -342,35 +365,39 @@ def _manifest(job: _Job, records: Mapping[str, ShardRecord]) -> Manifest:
 
 
 def check_parts(manifest: Manifest, keys: Sequence[str]) -> None:
-    """Make sure that the parts were made for these shards and no others.
+    """Make sure that all parts were prepared for the shards of the manifest.
+
+    Args:
+        manifest: Manifest of the whole.
+        keys: Key that each part returned.
 
     Raises:
-        UserError: another part was made with other settings, or of other data.
+        UserError: A part was prepared with other settings or from other data.
     """
     for key in keys:
         if key != manifest.key:
             raise UserError(
-                f"A part was prepared under the key {key}, the whole has {manifest.key}; give preprocess and all of "
-                "its parts the same data, base model and settings."
+                f"A part was prepared under the key {key}, but the whole has {manifest.key}; give preprocess and all "
+                "of its parts the same data, base model and settings."
             )
 
 
 def default_cache(dataset_uri: str, is_needed: bool = False) -> str:
-    """Where a pipeline's runs keep their shards for each other: beside the folder of the run.
+    """The folder where the runs of a pipeline keep their shards for later runs, beside the folder of the run.
 
-    Kubeflow puts an artifact below `<root>/<pipeline>/<run>/<task>/<execution>/`, kfp.local below
-    `<root>/<run>/<task>/`; so it is `<root>/<pipeline>/shards-cache`, and `OUT/shards-cache` for a run here. The
-    dataset's address decides, since it is the same for all parts of the work.
+    Kubeflow stores an artifact below `<root>/<pipeline>/<run>/<task>/<execution>/`, and kfp.local below
+    `<root>/<run>/<task>/`. So the folder is `<root>/<pipeline>/shards-cache`, and `OUT/shards-cache` for a local run.
+    It is derived from the dataset's address, which is the same for all parts of a run.
 
     Args:
-        dataset_uri: of validate_data's artifact.
-        is_needed: whether there is no doing without.
+        dataset_uri: URI of validate_data's artifact.
+        is_needed: Whether the step cannot work without the folder.
 
     Returns:
-        A URI, or "" where this step has no access to the store.
+        The URI, or "" if this step has no access to the store.
 
     Raises:
-        UserError: it has none, and needs it.
+        UserError: The step needs the folder and has no access to the store.
     """
     folder = dataset_uri
     for _ in range(4):

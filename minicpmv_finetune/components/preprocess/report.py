@@ -1,7 +1,7 @@
-"""What was prepared as a page: how long samples are, how many slices they have, and what the model sees of some.
+"""The report of the prepared data: tokens and slices per sample, and what the model sees of some samples.
 
-One HTML file that needs nothing beside it and runs no script. The samples shown are read back from the shards, so the
-page is what training gets, not what it should get. Every text from the data is escaped by the template.
+The report is one self-contained HTML file without scripts. The samples in it are read back from the shards, so the page
+shows what training really gets. The template escapes every text from the data.
 """
 
 import base64
@@ -22,17 +22,17 @@ from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.shards.format import Manifest, ShardReader
 
-_SHOWN: dict[Split, int] = {"train": 10, "eval": 2}
-_SLICES_SHOWN = 40  # of a sample
-_BARS = 30
-_THUMBNAIL = 180  # longest side of a slice in pixels
-_PIXEL_ART = 120  # a slice not larger than this is shown with sharp pixels
-_LONGEST_TEXT = 1500
+_PREVIEWS: dict[Split, int] = {"train": 10, "eval": 2}  # number of samples
+_SLICES_PER_PREVIEW = 40
+_BARS = 30  # most bars of a histogram
+_THUMBNAIL = 180  # longest side of a thumbnail in pixels
+_PIXEL_ART = 120  # longest side in pixels of a slice that is enlarged with sharp pixels
+_LONGEST_TEXT = 1500  # characters
 
 
 @dataclass(frozen=True)
 class _Bar:
-    """A bar of a histogram: values from `low` up to and with `high`."""
+    """A bar of a histogram: the number of values from `low` to `high`, both included."""
 
     low: int
     high: int
@@ -52,7 +52,17 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A slice on the sheet; `grid` is (rows, columns) of tokens where each sees one place of the image."""
+    """A slice in the preview of a sample.
+
+    Attributes:
+        thumbnail: Small copy of the slice as a `data:` URI.
+        width: Width of the slice in pixels.
+        height: Height of the slice in pixels.
+        first: Position of the slice's first token in the sample.
+        last: Position of the slice's last token.
+        grid: (rows, columns) of the slice's tokens if each token covers one area of the slice, else None.
+        is_pixel_art: Whether the slice is so small that it is enlarged with sharp pixels.
+    """
 
     thumbnail: str
     width: int
@@ -64,8 +74,8 @@ class _Slice:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Neighbouring tokens of one kind: `image`, `learnt` or `read`."""
+class _TokenRun:
+    """Consecutive tokens of one kind: `image`, `supervised` or `context`."""
 
     kind: str
     first: int
@@ -77,13 +87,13 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """One sample of the preview."""
+class _Preview:
+    """The preview of one sample."""
 
     split: Split
     id: str
     tokens: int
-    stretches: tuple[_Stretch, ...]
+    runs: tuple[_TokenRun, ...]
     slices: tuple[_Slice, ...]
     left_out: int
     text: str
@@ -93,21 +103,21 @@ def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[in
     """Write the page.
 
     Args:
-        path: receives it, whole or not at all.
-        shards: finished shards.
-        encoder: that made their tokens.
-        slices: number of slices of each row, of all splits.
+        path: File to write; no incomplete file gets this name.
+        shards: Folder of finished shards.
+        encoder: The encoder that made the tokens of the shards.
+        slices: Number of slices of each row of all splits.
     """
-    readers = {split: ShardReader(shards, split) for split in _SHOWN}
+    readers = {split: ShardReader(shards, split) for split in _PREVIEWS}
     manifest = readers["train"].manifest
     values = {
         "manifest": manifest,
         "tokens": _histogram([length for lengths in manifest.lengths.values() for length in lengths]),
         "slices": _histogram(slices),
-        "sheets": [
-            _sheet(readers[split][number], split, encoder)
-            for split, count in _SHOWN.items()
-            for number in _spread(len(readers[split]), count)
+        "previews": [
+            _preview(readers[split][number], split, encoder)
+            for split, count in _PREVIEWS.items()
+            for number in _evenly_spaced(len(readers[split]), count)
         ],
         "facts": _facts(manifest),
     }
@@ -117,17 +127,17 @@ def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[in
 def _facts(manifest: Manifest) -> dict[str, object]:
     return {
         "generation": f"MiniCPM-V {manifest.generation}",
-        "most slices beside the overview": manifest.max_slice_nums,
-        "longest sample allowed": f"{manifest.model_max_length:,} tokens",
+        "max_slice_nums": manifest.max_slice_nums,
+        "model_max_length": f"{manifest.model_max_length:,} tokens",
         "images stored as": manifest.codec,
         "shards": len(manifest.files),
-        "data": manifest.data_fingerprint[:16],
+        "data fingerprint": manifest.data_fingerprint[:16],
         "key": manifest.key,
     }
 
 
-def _spread(total: int, count: int) -> list[int]:
-    """Up to `count` numbers below `total`, evenly spread."""
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    """Up to `count` evenly spaced numbers below `total`."""
     count = min(total, count)
     return [number * total // count for number in range(count)]
 
@@ -145,33 +155,33 @@ def _histogram(values: Sequence[int]) -> _Histogram:
     return _Histogram(bars, float(np.mean(values)), dict(zip((50, 90, 99, 100), map(int, found), strict=True)))
 
 
-def _sheet(row: ModelInput, split: Split, encoder: Encoder) -> _Sheet:
-    image = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.image_token)
+def _preview(row: ModelInput, split: Split, encoder: Encoder) -> _Preview:
+    image_token = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.image_token)
     kinds = [
-        "image" if token == image else "read" if label == IGNORED_LABEL else "learnt"
+        "image" if token == image_token else "context" if label == IGNORED_LABEL else "supervised"
         for token, label in zip(row.input_ids, row.labels, strict=True)
     ]
-    stretches, start = [], 0
+    runs, start = [], 0
     for kind, group in groupby(kinds):
         length = len(list(group))
-        stretches.append(_Stretch(kind, start, start + length - 1))
+        runs.append(_TokenRun(kind, start, start + length - 1))
         start += length
-    seen = [stretch for stretch in stretches if stretch.kind == "image"]
-    pairs = list(zip(row.slices, seen, strict=True))[:_SLICES_SHOWN]
-    words = [token for token, kind in zip(row.input_ids, kinds, strict=True) if kind != "image"]
-    text = str(encoder.tokenizer.decode(words, skip_special_tokens=True)).strip()
-    return _Sheet(
+    image_runs = [run for run in runs if run.kind == "image"]
+    pairs = list(zip(row.slices, image_runs, strict=True))[:_SLICES_PER_PREVIEW]
+    text_tokens = [token for token, kind in zip(row.input_ids, kinds, strict=True) if kind != "image"]
+    text = str(encoder.tokenizer.decode(text_tokens, skip_special_tokens=True)).strip()
+    return _Preview(
         split=split,
         id=row.id,
         tokens=len(row.input_ids),
-        stretches=tuple(stretches),
-        slices=tuple(_slice(pixels, stretch, encoder.slicing.patch_size) for pixels, stretch in pairs),
+        runs=tuple(runs),
+        slices=tuple(_slice(pixels, run, encoder.slicing.patch_size) for pixels, run in pairs),
         left_out=len(row.slices) - len(pairs),
         text=text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)",
     )
 
 
-def _slice(pixels: NDArray[np.uint8], tokens: _Stretch, patch_size: int) -> _Slice:
+def _slice(pixels: NDArray[np.uint8], run: _TokenRun, patch_size: int) -> _Slice:
     height, width = pixels.shape[:2]
     image = Image.fromarray(pixels)
     is_pixel_art = max(width, height) <= _PIXEL_ART
@@ -183,15 +193,18 @@ def _slice(pixels: NDArray[np.uint8], tokens: _Stretch, patch_size: int) -> _Sli
         thumbnail=f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}",
         width=width,
         height=height,
-        first=tokens.first,
-        last=tokens.last,
-        grid=_token_grid(height // patch_size, width // patch_size, tokens.tokens),
+        first=run.first,
+        last=run.last,
+        grid=_token_grid(height // patch_size, width // patch_size, run.tokens),
         is_pixel_art=is_pixel_art,
     )
 
 
 def _token_grid(rows: int, columns: int, tokens: int) -> tuple[int, int] | None:
-    """How a slice's tokens lie over it, where each merges a square of patches; a resampler's see all of it."""
+    """The (rows, columns) of a slice's tokens if each token merges a square of patches.
+
+    None for the tokens of a resampler, each of which sees the whole slice.
+    """
     side = math.isqrt(rows * columns // tokens) if tokens else 0
     if side in (1, 2, 4) and rows % side == 0 and columns % side == 0 and rows * columns == tokens * side * side:
         return rows // side, columns // side

@@ -21,21 +21,21 @@ def validate_data(
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Check every sample, name the ones left out, and split off evaluation data if none is given.
+    """Check every sample, list the rejected ones, and split off evaluation data if none is given.
 
     Args:
         data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI, or a pattern.
         eval_data_uri: Evaluation data in the same format; empty splits it off the training data, by image.
         max_reject_ratio: Share of rejected samples above which the step fails.
-        seed: Decides which images are split off.
+        seed: Seed of the split.
         data_options: eval_fraction (0.1), the share of the images split off for evaluation when eval_data_uri is
-            empty; exif_transpose (false), whether images are turned as their EXIF orientation says.
-        registered_model: Name in MLflow's model registry; that its champion can be asked is seen before any work.
+            empty; exif_transpose (false), whether images are rotated as their EXIF orientation says.
+        registered_model: Name in MLflow's model registry; the step first checks that its champion can be read.
         dataset: The accepted samples.
-        rejects: JSON Lines naming each rejected sample, with a reason code and a sentence.
-        metrics: Counts of accepted and rejected samples, and of what is worth knowing.
-        summary: The same as a table.
-        report: Counts, histograms, duplicates, and samples with their slices drawn over the images.
+        rejects: JSON Lines with each rejected sample, a reason code and a sentence.
+        metrics: Counts of accepted and rejected samples, and of noteworthy properties.
+        summary: The same counts as a table.
+        report: Counts, histograms, duplicates, and samples whose slices are drawn over the images.
     """
     from pathlib import Path
 

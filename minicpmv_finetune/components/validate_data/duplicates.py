@@ -1,10 +1,10 @@
-"""Images that occur more than once: the same bytes at several addresses, or a copy scaled or compressed anew.
+"""Find images that occur more than once: the same bytes at several addresses, or a rescaled or recompressed copy.
 
 Copies are found by a hash of 128 bits: whether each cell of an 8 × 8 grid is brighter than its right and its lower
-neighbour. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only images that
-agree in a part are compared, and time grows with the number of images, not of pairs. A pair is near-equal when its
-16 × 16 grey levels also correlate almost perfectly. Images with no structure, such as blank ones, look like each
-other by nature, and are left out.
+neighbor. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only images that
+agree in a part are compared, and time grows with the number of images, not of pairs. A pair is near-equal when the
+16 × 16 grey levels of both images also correlate almost perfectly. Images without structure, such as blank pages,
+would all be copies of each other, and are excluded.
 """
 
 from collections import Counter
@@ -22,23 +22,23 @@ from minicpmv_finetune.data.samples import Split
 from .inventory import Inventory, numbered
 
 _BAND = 16  # bits
-_MAX_DISTANCE = 128 // _BAND - 1  # bits; what the bands find without exception
+_MAX_DISTANCE = 128 // _BAND - 1  # bits; the bands find every pair up to this distance
 _MIN_CORRELATION = 0.99
 _MIN_CONTRAST = 4.0  # standard deviation of grey levels
-_BRIGHTER_BY = 4  # grey levels; less is noise of compression
-_WINDOW = 64  # neighbours in a band's order that are compared with an image, however many agree in the band
+_BRIGHTER_BY = 4  # grey levels; smaller differences are compression noise
+_WINDOW = 64  # most images compared with each image in a band, even if more agree in it
 _CHUNK = 4096  # images
 _LISTED_ROWS = 10
 
 
 class Appearance(BaseModel):
-    """One address of a repeated image."""
+    """An address at which a repeated image occurs."""
 
     model_config = ConfigDict(frozen=True)
 
     uri: str
     split: Split
-    sample: str = Field(description="id of the first sample that shows it")
+    sample: str = Field(description="Id of the first sample that shows the image.")
 
 
 class Repetition(BaseModel):
@@ -47,9 +47,9 @@ class Repetition(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     kind: Literal["equal", "near"]
-    leaks: bool = Field(description="whether it stands in training and evaluation data")
-    count: int = Field(description="number of addresses, each counted once for each split")
-    appearances: tuple[Appearance, ...] = Field(description="the first of them")
+    leaks: bool = Field(description="Whether the image is in both training and evaluation data.")
+    count: int = Field(description="Number of addresses, each counted once for each split.")
+    appearances: tuple[Appearance, ...] = Field(description="The first addresses.")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Group:
     """Images that are equal or near-equal.
 
     Attributes:
-        kind: which.
-        leaks: whether they stand in training and evaluation data.
-        count: number of addresses, each counted once for each split.
-        rows: the first of them in each split, as rows of `Inventory.shown`.
+        kind: Whether the images are equal or near-equal.
+        leaks: Whether the images are in both training and evaluation data.
+        count: Number of addresses, each counted once for each split.
+        rows: The first images of each split, as rows of `Inventory.image_rows`.
     """
 
     kind: Literal["equal", "near"]
@@ -73,31 +73,31 @@ def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[lis
     """Find images that occur more than once.
 
     Args:
-        inventory: the accepted samples.
-        is_eval: whether each is for evaluation.
+        inventory: The accepted samples.
+        is_eval: Whether each sample is for evaluation.
 
     Returns:
         The groups, those that leak from training to evaluation first; and counts by code: `equal_pictures` and
-        `near_equal_pictures` (that have a double), `leaked_equal` and `leaked_near` (evaluation samples with a
-        image that training shows too), `duplicate_samples` (equal to an earlier one of their split).
+        `near_equal_pictures` (images that have a copy), `leaked_equal` and `leaked_near` (evaluation samples with an
+        image that is in the training data too), `duplicate_samples` (samples equal to an earlier one of their split).
     """
-    shown = inventory.shown()
-    first, image = numbered(shown["sha256"])
-    in_eval = is_eval[shown["sample"]]
+    rows = inventory.image_rows()
+    first, image = numbered(rows["sha256"])
+    in_eval = is_eval[rows["sample"]]
     pairs = _near_pairs(inventory, first)
     groups = [
-        *_groups("equal", image, shown["address"], in_eval),
-        *_groups("near", _joined(len(first), pairs)[image], shown["address"], in_eval, image),
+        *_groups("equal", image, rows["address"], in_eval),
+        *_groups("near", _connected(len(first), pairs)[image], rows["address"], in_eval, image),
     ]
     counts: Counter[str] = Counter()
     has_train = np.bincount(image[~in_eval], minlength=len(first)) > 0
     near_train = np.zeros(len(first), bool)
     for one, other in (pairs.T, pairs.T[::-1]):
         near_train[one[has_train[other]]] = True
-    leaked = np.unique(shown["sample"][in_eval & has_train[image]])
-    looks_leaked = np.unique(shown["sample"][in_eval & near_train[image]])
+    leaked = np.unique(rows["sample"][in_eval & has_train[image]])
+    near_leaked = np.unique(rows["sample"][in_eval & near_train[image]])
     counts["leaked_equal"] = len(leaked)
-    counts["leaked_near"] = len(np.setdiff1d(looks_leaked, leaked))
+    counts["leaked_near"] = len(np.setdiff1d(near_leaked, leaked))
     counts["equal_pictures"] = sum(group.kind == "equal" for group in groups)
     counts["near_equal_pictures"] = len(np.unique(pairs))
     digests = inventory.digests()
@@ -113,12 +113,12 @@ def _groups(
     in_eval: NDArray[np.bool_],
     image: NDArray[np.intp] | None = None,
 ) -> Iterator[Group]:
-    """The groups with more than one address or split; of near ones, those with more than one image."""
+    """The groups with more than one address or split; a group of near-equal images also has more than one image."""
     order = np.lexsort((address, in_eval, group))
     keys = np.stack([group[order], in_eval[order], address[order].astype(np.int64)])
     is_new = np.ones(len(order), bool)
     is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
-    rows = order[is_new]  # one for each address and split of a group
+    rows = order[is_new]  # one row for each address and split of a group
     starts = np.flatnonzero(np.diff(group[rows], prepend=-1))
     for start, end in pairwise([*starts.tolist(), len(rows)]):
         if end - start < 2:
@@ -127,12 +127,12 @@ def _groups(
         if image is not None and len(np.unique(image[members])) < 2:
             continue
         sides = [np.sort(members[in_eval[members] == side]) for side in (False, True)]
-        some = np.concatenate([side[:_LISTED_ROWS] for side in sides])
-        yield Group(kind, all(map(len, sides)), len(members), tuple(some.tolist()))
+        listed = np.concatenate([side[:_LISTED_ROWS] for side in sides])
+        yield Group(kind, all(map(len, sides)), len(members), tuple(listed.tolist()))
 
 
-def _joined(number: int, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The group of each of `number` things, of which pairs belong together."""
+def _connected(number: int, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The group of each of `number` images, where the two images of each pair belong to one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -141,7 +141,7 @@ def _joined(number: int, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
 
 
 def _near_pairs(inventory: Inventory, first: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Pairs of different images that look the same, [pairs, 2], by number; `first` is a row of each."""
+    """Pairs of near-equal images by their numbers, [pairs, 2]; `first` is a row of each image."""
     hashes = np.zeros((len(first), 2), np.uint64)
     has_structure = np.zeros(len(first), bool)
     for start in range(0, len(first), _CHUNK):
@@ -152,14 +152,14 @@ def _near_pairs(inventory: Inventory, first: NDArray[np.intp]) -> NDArray[np.int
     candidates = kept[_candidates(hashes[kept])]
     near = [np.zeros((0, 2), np.intp)]
     for start in range(0, len(candidates), _CHUNK):
-        some = candidates[start : start + _CHUNK]
-        one, other = (inventory.read_grays(first[some[:, side]]) for side in (0, 1))
-        near.append(some[_correlation(one, other) >= _MIN_CORRELATION])
+        chunk = candidates[start : start + _CHUNK]
+        one, other = (inventory.read_grays(first[chunk[:, side]]) for side in (0, 1))
+        near.append(chunk[_correlation(one, other) >= _MIN_CORRELATION])
     return np.concatenate(near)
 
 
 def _hashes(grays: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """128 bits for each image, [images, 2]."""
+    """A hash of 128 bits for each image, [images, 2]."""
     cells = grays.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
     bits = np.stack([cells - np.roll(cells, -1, axis) > _BRIGHTER_BY for axis in (2, 1)], axis=1)
     return np.packbits(bits.reshape(len(grays), -1), axis=1).view(np.uint64).reshape(-1, 2)
@@ -170,7 +170,7 @@ def _candidates(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
     order = np.lexsort(hashes.T)
     is_new = np.ones(len(order), bool)
     is_new[1:] = (hashes[order][1:] != hashes[order][:-1]).any(axis=1)
-    # Equal hashes are all compared with their first, which then stands for them.
+    # Each image is compared with the first one of the same hash; only these first ones are compared further.
     unique = order[is_new]
     pairs = [np.stack([unique[np.cumsum(is_new) - 1], order], axis=1)[~is_new]]
     distinct = hashes[unique]
@@ -189,7 +189,7 @@ def _candidates(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
 
 
 def _correlation(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Pearson's correlation of each pair of images, whatever their brightness and contrast."""
+    """Pearson correlation of each pair of images, which is independent of their brightness and contrast."""
     left, right = (grays.reshape(len(grays), -1).astype(np.float64) for grays in (one, other))
     left -= left.mean(axis=1, keepdims=True)
     right -= right.mean(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
-"""The data as a page one wants to read: one HTML file that needs nothing beside it, and tables in Markdown.
+"""The report of the data: one self-contained HTML file, and tables in Markdown.
 
-Every text from the data is escaped by the template, and a content security policy lets no script run and nothing be
-loaded from anywhere. The page stays below some 10 MB at any number of samples: it shows a choice of them.
+The template escapes every text from the data, and a content security policy forbids scripts and loading from other
+places. The page shows a selection of the samples, so it stays below about 10 MB for any number of samples.
 """
 
 import base64
@@ -22,44 +22,44 @@ from minicpmv_finetune.reports.pages import write_page
 
 from .duplicates import Repetition
 
-SHOWN_SAMPLES = 60
-_SHOWN_REPETITIONS = 40
+REPORTED_SAMPLES = 60
+_REPORTED_REPETITIONS = 40
 _IMAGES_PER_SAMPLE = 4
 _IMAGES_PER_REPETITION = 6
 _THUMBNAIL = 360  # longest side in pixels
-_PIXEL_ART = 160  # an image not larger than this is shown with sharp pixels
+_PIXEL_ART = 160  # longest side in pixels of an image that is enlarged with sharp pixels
 _LONGEST_TEXT = 600  # characters
-_MANY = 10  # turns or images; more are one bar
+_MANY = 10  # turns or images; all larger numbers share one bar
 _SIDES = (0, 112, 224, 448, 896, 1344, 1792, 2688, 4032)  # pixels
 _SHAPES = {"1:4": 1 / 4, "1:2": 1 / 2, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "2:1": 2.0, "4:1": 4.0}
 _NOTES = {
-    "exif_rotated": "samples with an image that EXIF says to turn",
-    "cmyk": "samples with an image in CMYK, converted as Pillow does",
-    "palette": "samples with an image of palette colours",
-    "transparent": "samples with an image that is transparent somewhere, or could be",
-    "order_by_text": "samples whose text names the images in another order than their list; the text decides",
+    "exif_rotated": "samples with an image that EXIF says to rotate",
+    "cmyk": "samples with an image in CMYK, converted by Pillow",
+    "palette": "samples with an image of palette colors",
+    "transparent": "samples with an image that has an alpha channel or a transparent color",
+    "order_by_text": "samples whose text shows the images in another order than their list; the text decides",
     "duplicate_samples": "samples equal to an earlier one of their split",
-    "equal_pictures": "images that lie at several addresses, or in both splits",
-    "near_equal_pictures": "images that look like another",
-    "leaked_equal": "evaluation samples with an image that training shows too",
-    "leaked_near": "evaluation samples with an image that looks like one of training",
+    "equal_pictures": "images that occur at several addresses, or in both splits",
+    "near_equal_pictures": "images that look the same as another",
+    "leaked_equal": "evaluation samples with an image that is in the training data too",
+    "leaked_near": "evaluation samples with an image that looks the same as one in the training data",
 }
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the page shows.
+    """The content of the report.
 
     Attributes:
-        info: counts and fingerprint.
-        data_uri: where the data came from.
-        eval_data_uri: where the evaluation data came from; empty if it was held out.
+        info: Counts and fingerprint of the dataset.
+        data_uri: URI of the data.
+        eval_data_uri: URI of the evaluation data; empty if it was held out.
         sizes: (width, height) of each image of each sample.
-        turns: number of samples by their number of turns.
-        images: number of samples by their number of images.
-        rejects: the first few of each reason.
-        repetitions: images that occur more than once, and some of them.
-        samples: a choice of samples, each with its split.
+        turns: Number of samples by their number of turns.
+        images: Number of samples by their number of images.
+        rejects: The first rejects of each reason.
+        repetitions: Images that occur more than once, each with the images of its first appearances.
+        samples: A selection of samples, each with its split.
     """
 
     info: DatasetInfo
@@ -85,7 +85,15 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class _Thumbnail:
-    """A small image; `grid` is the (rows, columns) it is sliced into, `aspect` its width over its height."""
+    """A small copy of an image.
+
+    Attributes:
+        source: The copy as a `data:` URI.
+        aspect: Width divided by height.
+        grid: (rows, columns) of the slices that the image is cut into.
+        is_pixel_art: Whether the image is so small that it is enlarged with sharp pixels.
+        caption: Text below the image.
+    """
 
     source: str
     aspect: float
@@ -95,15 +103,15 @@ class _Thumbnail:
 
 
 def write_report(path: Path, findings: Findings) -> None:
-    """Write the page, whole or not at all.
+    """Write the page; no incomplete file gets the final name.
 
     Raises:
-        UserError: an image changed meanwhile.
-        RetryableError: the store does not answer.
+        UserError: An image changed after its validation.
+        RetryableError: The store does not answer.
     """
     repetitions = [
-        (repetition, [_thumbnail(image) for image in shown[:_IMAGES_PER_REPETITION]])
-        for repetition, shown in findings.repetitions[:_SHOWN_REPETITIONS]
+        (repetition, [_thumbnail(image) for image in images[:_IMAGES_PER_REPETITION]])
+        for repetition, images in findings.repetitions[:_REPORTED_REPETITIONS]
     ]
     samples = [
         (split, sample, [_thumbnail(image) for image in sample.images[:_IMAGES_PER_SAMPLE]])
@@ -115,7 +123,7 @@ def write_report(path: Path, findings: Findings) -> None:
         "accepted": sum(findings.info.rows.values()),
         "rejected": sum(findings.info.rejected.values()),
         "notes": _NOTES,
-        "warnings": warnings_about(findings.info),
+        "warnings": data_warnings(findings.info),
         "histograms": _histograms(findings),
         "repetitions": repetitions,
         "samples": samples,
@@ -134,32 +142,32 @@ def markdown(info: DatasetInfo) -> str:
     if info.noted:
         notes = "".join(f"| {_NOTES.get(code, code)} | {count:,} |\n" for code, count in info.noted.items())
         text += f"\n| Noted | |\n|---|---:|\n{notes}"
-    text += "".join(f"\n**Warning:** {warning}\n" for warning in warnings_about(info))
+    text += "".join(f"\n**Warning:** {warning}\n" for warning in data_warnings(info))
     return f"{text}\nFingerprint of the content: `{info.fingerprint}`\n"
 
 
-def warnings_about(info: DatasetInfo) -> list[str]:
-    """What a person should know before training on it, a sentence each."""
-    noted, held_out = info.noted, info.rows.get("eval", 0)
+def data_warnings(info: DatasetInfo) -> list[str]:
+    """Warnings for the reader before training on the data, a sentence each."""
+    noted, evaluated = info.noted, info.rows.get("eval", 0)
     warnings = []
-    for code, what in {
-        "leaked_equal": "that training shows too",
-        "leaked_near": "that looks like one of training",
+    for code, which in {
+        "leaked_equal": "that is in the training data too",
+        "leaked_near": "that looks the same as one in the training data",
     }.items():
         if count := noted.get(code):
             warnings.append(
-                f"{count:,} of {held_out:,} evaluation samples show an image {what}, so their score says less about "
-                "new images; duplicates.jsonl in the dataset names them."
+                f"{count:,} of {evaluated:,} evaluation samples show an image {which}, so their score says less about "
+                "new images; duplicates.jsonl in the dataset lists them."
             )
     if info.exif_transpose:
         warnings.append(
-            "exif_transpose turns images as EXIF says, in training and evaluation; whatever serves the model must "
-            "turn them too."
+            "exif_transpose rotates images as EXIF says, in training and evaluation; the server of the model must "
+            "rotate them too."
         )
     elif count := noted.get("exif_rotated"):
         warnings.append(
-            f"{count:,} samples show images that EXIF says to turn, and the model sees them unturned, as with the "
-            "published code; exif_transpose turns them, and then whatever serves the model must too."
+            f"{count:,} samples show images that EXIF says to rotate, and the model sees them without rotation, as "
+            "with the published code; exif_transpose rotates them, and then the server of the model must too."
         )
     return warnings
 

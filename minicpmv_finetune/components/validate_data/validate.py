@@ -1,8 +1,8 @@
-"""Read the user's data, check every sample, and write down what is wrong with the ones left out.
+"""Read the user's data, check every sample, and list the rejected ones with the reason.
 
-Samples flow through: they are parsed here, checked by a pool of processes a batch at a time, and written as they come
-back, in their order. Only a window of them is in memory, and a few bytes of each stay (`inventory`): enough to
-split off evaluation data, to find duplicates and to draw the report once all are known.
+Samples are processed as a stream: this process parses them, a pool of processes checks them in batches, and the
+results are written in the order of the samples. Only a window of samples is in memory, and a few bytes of each stay
+(`inventory`): enough to split off evaluation data, to find duplicates and to draw the report at the end.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from pydantic import ConfigDict, Field
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
-from minicpmv_finetune.data.checking import Accepted, addresses, check_all, forget_images
-from minicpmv_finetune.data.reading import Record, read_records
+from minicpmv_finetune.data.checking import AcceptedSample, check_records, clear_image_cache, image_addresses
+from minicpmv_finetune.data.reading import Record, local_copy, read_records
 from minicpmv_finetune.data.samples import (
     DATASET_FILE,
     DatasetInfo,
@@ -43,25 +43,25 @@ from minicpmv_finetune.workers import map_in_order
 from .duplicates import Appearance, Group, Repetition, find_repeated
 from .holdout import hold_out
 from .inventory import Inventory
-from .report import SHOWN_SAMPLES, Findings, warnings_about, write_report
+from .report import REPORTED_SAMPLES, Findings, data_warnings, write_report
 
 DUPLICATES_FILE = "duplicates.jsonl"
 _BATCH = 16  # samples that a process checks at once
-_BATCH_LENGTH = 1 << 20  # characters of them, about: a sample may hold its images itself
-_LISTED_SHARDS = 8  # whose members' places are remembered
+_BATCH_LENGTH = 1 << 20  # characters of a batch, about: a sample may contain its images itself
+_CACHED_ARCHIVES = 8  # archives whose list of members is kept in memory
 _LISTED_REPETITIONS = 10_000
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What decides which samples pass and which become evaluation data.
+    """The settings that decide which samples pass and which become evaluation data.
 
     Attributes:
-        max_reject_ratio: share of rejected samples above which the step fails.
-        eval_fraction: share of images split off for evaluation when no evaluation data is given; 0 for none.
-        seed: of that split.
-        exif_transpose: whether images are turned as their EXIF orientation says, in training and evaluation. The
-            published code ignores it, so whatever serves the model must then turn them too.
+        max_reject_ratio: Share of rejected samples above which the step fails.
+        eval_fraction: Share of the images split off for evaluation when no evaluation data is given; 0 for none.
+        seed: Seed of the split.
+        exif_transpose: Whether images are rotated as their EXIF orientation says, in training and evaluation. The
+            published code ignores the orientation, so a server of the model must then rotate images too.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -94,79 +94,44 @@ def validate_data(
 
     Args:
         data_uri: JSON arrays or JSON Lines in MiniCPM-V's format; local or `s3://`, one file or a pattern of names.
-        eval_data_uri: the same for evaluation; empty splits it off `data_uri`, by image.
-        dataset: folder that receives `train.jsonl`, `eval.jsonl`, `duplicates.jsonl` and, last, `dataset.json`.
-        rejects_file: receives what was left out and why, also when the step fails over it.
-        settings: see there.
-        report: receives a page about the data, or None.
+        eval_data_uri: The same for evaluation; empty splits it off `data_uri`, by image.
+        dataset: Folder that receives `train.jsonl`, `eval.jsonl`, `duplicates.jsonl` and, last, `dataset.json`.
+        rejects_file: File that receives each rejected sample with the reason, also when the step fails.
+        settings: Settings of the checks and the split.
+        report: File that receives the report page, or None.
 
     Returns:
-        Counts and the content's fingerprint.
+        Counts, and the fingerprint of the content.
 
     Raises:
-        UserError: nothing lies at a URI or it may not be read, nothing usable is left, too much was rejected, or a
-            file breaks off.
-        RetryableError: the store does not answer.
+        UserError: There is no file at a URI or it may not be read, no usable sample is left, too many were rejected,
+            or a file is not valid JSON as a whole.
+        RetryableError: The store does not answer.
     """
     sources: list[tuple[Split, str]] = [("train", data_uri)]
     if eval_data_uri:
         sources.append(("eval", eval_data_uri))
     for _, uri in sources:
         storage.require_allowed(uri)
-    rows: Counter[Split] = Counter()
-    forget_images()
-    _listed.cache_clear()
+    clear_image_cache()
+    _list_archive.cache_clear()
     with (
         tempfile.TemporaryDirectory(prefix="validate-data-") as scratch,
         storage.staged_folder(dataset) as staging,
         RejectLog(rejects_file) as rejects,
     ):
-        with Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "grays") as inventory:
-            for split, uri in sources:
-                for outcome in _checked(uri, settings.exif_transpose):
-                    if isinstance(outcome, Accepted):
-                        inventory.add(outcome)
-                        rows[split] += 1
-                    else:
-                        rejects.append(outcome, split)
-                if not rows[split]:
-                    rejects.refuse_nothing_left(split)
-        rejects.refuse_too_many(len(inventory), settings.max_reject_ratio)
+        inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "grays")
+        rows = _check_sources(sources, inventory, rejects, settings)
         if eval_data_uri:
             is_eval = np.arange(len(inventory)) >= rows["train"]
         else:
             is_eval = hold_out(inventory, settings.eval_fraction, settings.seed)
-        groups, repeated = find_repeated(inventory, is_eval)
-        info = DatasetInfo(
-            fingerprint=_fingerprint(inventory, is_eval, settings.exif_transpose),
-            rows={"train": int((~is_eval).sum()), "eval": int(is_eval.sum())},
-            rejected=dict(rejects.counts),
-            noted=dict(sorted((inventory.notes + repeated).items())),  # a sum of Counters leaves zeros out
-            exif_transpose=settings.exif_transpose,
-        )
-        shown = inventory.shown()
-        chosen = _choose(inventory)
-        groups = groups[:_LISTED_REPETITIONS]
-        named = shown["sample"][[row for group in groups for row in group.rows]].tolist()
-        kept = _distribute(inventory, is_eval, staging, {*chosen, *named})
-        repetitions = [_described(group, shown, is_eval, kept) for group in groups]
-        lines = "".join(f"{repetition.model_dump_json()}\n" for repetition, _ in repetitions)
-        (staging / DUPLICATES_FILE).write_text(lines, encoding="utf-8")
+        findings = _write_dataset(staging, inventory, is_eval, rejects, data_uri, eval_data_uri, settings)
         if report:
-            findings = Findings(
-                info=info,
-                data_uri=data_uri,
-                eval_data_uri=eval_data_uri,
-                sizes=np.stack([shown["width"], shown["height"]], axis=1),
-                turns=inventory.turns,
-                images=inventory.images,
-                rejects=rejects.examples,
-                repetitions=repetitions,
-                samples=[("eval" if is_eval[number] else "train", kept[number]) for number in chosen],
-            )
             write_report(report, findings)
+        info = findings.info
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
-    for warning in warnings_about(info):
+    for warning in data_warnings(info):
         print(f"warning: {warning}", file=sys.stderr)
     report_outcome(
         f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
@@ -175,14 +140,76 @@ def validate_data(
     return info
 
 
-def _checked(pattern: str, exif_transpose: bool) -> Iterator[Accepted | Reject]:
-    """All samples of some files, in order, accepted or rejected.
+def _check_sources(
+    sources: Iterable[tuple[Split, str]], inventory: Inventory, rejects: RejectLog, settings: ValidationSettings
+) -> Counter[Split]:
+    """Check all samples, add the accepted ones to the inventory, and return their number in each split.
 
     Raises:
-        UserError: a file breaks off, is missing or of another kind.
+        UserError: A split has no usable sample, or too many samples were rejected.
+    """
+    rows: Counter[Split] = Counter()
+    with inventory:
+        for split, uri in sources:
+            for outcome in _check_files(uri, settings.exif_transpose):
+                if isinstance(outcome, AcceptedSample):
+                    inventory.add(outcome)
+                    rows[split] += 1
+                else:
+                    rejects.append(outcome, split)
+            if not rows[split]:
+                rejects.refuse_nothing_left(split)
+    rejects.refuse_too_many(len(inventory), settings.max_reject_ratio)
+    return rows
+
+
+def _write_dataset(
+    folder: Path,
+    inventory: Inventory,
+    is_eval: NDArray[np.bool_],
+    rejects: RejectLog,
+    data_uri: str,
+    eval_data_uri: str,
+    settings: ValidationSettings,
+) -> Findings:
+    """Write the samples of both splits and the duplicates, and return the content of the report."""
+    groups, duplicate_counts = find_repeated(inventory, is_eval)
+    images = inventory.image_rows()
+    chosen = _choose_for_report(inventory)
+    groups = groups[:_LISTED_REPETITIONS]
+    listed = images["sample"][[row for group in groups for row in group.rows]].tolist()
+    samples = _write_splits(inventory, is_eval, folder, {*chosen, *listed})
+    repetitions = [_repetition(group, images, is_eval, samples) for group in groups]
+    lines = "".join(f"{repetition.model_dump_json()}\n" for repetition, _ in repetitions)
+    (folder / DUPLICATES_FILE).write_text(lines, encoding="utf-8")
+    info = DatasetInfo(
+        fingerprint=_fingerprint(inventory, is_eval, settings.exif_transpose),
+        rows={"train": int((~is_eval).sum()), "eval": int(is_eval.sum())},
+        rejected=dict(rejects.counts),
+        noted=dict(sorted((inventory.notes + duplicate_counts).items())),  # a sum of Counters drops zeros
+        exif_transpose=settings.exif_transpose,
+    )
+    return Findings(
+        info=info,
+        data_uri=data_uri,
+        eval_data_uri=eval_data_uri,
+        sizes=np.stack([images["width"], images["height"]], axis=1),
+        turns=inventory.turns,
+        images=inventory.images,
+        rejects=rejects.examples,
+        repetitions=repetitions,
+        samples=[("eval" if is_eval[number] else "train", samples[number]) for number in chosen],
+    )
+
+
+def _check_files(pattern: str, exif_transpose: bool) -> Iterator[AcceptedSample | Reject]:
+    """Check all samples of the files that match a pattern, in order.
+
+    Raises:
+        UserError: A file is missing, is not valid JSON as a whole, or is of another kind.
     """
     uris = storage.expand(pattern)
-    paths = [_local_copy(uri) for uri in uris]
+    paths = [local_copy(uri) for uri in uris]
     last: Record | None = None
 
     def records() -> Iterator[Record]:
@@ -195,19 +222,11 @@ def _checked(pattern: str, exif_transpose: bool) -> Iterator[Accepted | Reject]:
                     return
 
     with progress("validate", sum(path.stat().st_size for path in paths), "B", unit_scale=True) as bar:
-        for outcomes in _side_by_side(_batches(records()), exif_transpose):
+        for outcomes in _check_batches(_batches(records()), exif_transpose):
             yield from outcomes
     if last and last.problem:
         place = f"line {last.line}" if last.index is None else f"sample {last.index}"
         raise UserError(f"{last.file}, {place}: {last.problem}")
-
-
-def _local_copy(uri: str) -> Path:
-    """A file of the data on this machine, since no store keeps a stream open while images are checked for hours."""
-    if storage.is_object_uri(uri):
-        return storage.fetch(uri)
-    with storage.open_stream(uri):  # or say why not
-        return Path(uri).expanduser()
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -223,41 +242,41 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _side_by_side(batches: Iterator[list[Record]], exif_transpose: bool) -> Iterator[list[Accepted | Reject]]:
-    """Check batches side by side, in order; a single one is checked here."""
+def _check_batches(batches: Iterator[list[Record]], exif_transpose: bool) -> Iterator[list[AcceptedSample | Reject]]:
+    """Check batches in a pool of processes, in order; a single batch is checked in this process."""
     head = list(islice(batches, 2))
-    calls = ((batch, _places(batch), exif_transpose) for batch in chain(head, batches))
+    calls = ((batch, _member_spans(batch), exif_transpose) for batch in chain(head, batches))
     if len(head) < 2:
-        yield from starmap(check_all, calls)
+        yield from starmap(check_records, calls)
     else:
-        yield from map_in_order("validate-data", check_all, calls)
+        yield from map_in_order("validate-data", check_records, calls)
 
 
-def _places(batch: list[Record]) -> dict[str, image_files.Span | SampleError]:
-    """Where the members of tar shards lie that a batch names."""
-    places: dict[str, image_files.Span | SampleError] = {}
+def _member_spans(batch: list[Record]) -> dict[str, image_files.Span | SampleError]:
+    """The byte ranges of the archive members that a batch names."""
+    spans: dict[str, image_files.Span | SampleError] = {}
     for record in batch:
-        for address in addresses(record):
-            shard = image_files.shard_of(address)
-            if shard:
-                listed = _listed(shard)
-                if isinstance(listed, SampleError):
-                    places[address] = listed
-                elif address in listed:
-                    places[address] = listed[address]
-    return places
+        for address in image_addresses(record):
+            archive = image_files.archive_of(address)
+            if archive:
+                members = _list_archive(archive)
+                if isinstance(members, SampleError):
+                    spans[address] = members
+                elif address in members:
+                    spans[address] = members[address]
+    return spans
 
 
-@lru_cache(maxsize=_LISTED_SHARDS)
-def _listed(shard: str) -> dict[str, image_files.Span] | SampleError:
+@lru_cache(maxsize=_CACHED_ARCHIVES)
+def _list_archive(archive: str) -> dict[str, image_files.Span] | SampleError:
     try:
-        return image_files.list_shard(shard)
+        return image_files.list_archive(archive)
     except UserError as error:
-        return SampleError("image_missing" if storage.is_supported(shard) else "image_refused", str(error))
+        return SampleError("image_missing" if storage.is_supported(archive) else "image_refused", str(error))
 
 
 def _fingerprint(inventory: Inventory, is_eval: NDArray[np.bool_], exif_transpose: bool) -> str:
-    """A hash of content alone: the same data elsewhere, or in another order, has the same."""
+    """A hash of the content alone: the same data at another address or in another order has the same fingerprint."""
     digest = hashlib.sha256(b"exif_transpose" if exif_transpose else b"")
     digests = inventory.digests()
     for split, belongs in {"train": ~is_eval, "eval": is_eval}.items():
@@ -267,16 +286,20 @@ def _fingerprint(inventory: Inventory, is_eval: NDArray[np.bool_], exif_transpos
     return digest.hexdigest()
 
 
-def _choose(inventory: Inventory) -> list[int]:
-    """Samples for the report: a choice that only their contents decide."""
+def _choose_for_report(inventory: Inventory) -> list[int]:
+    """Choose samples for the report; the choice depends only on the samples' content."""
     digests = inventory.digests()
-    smallest = heapq.nsmallest(SHOWN_SAMPLES, ((digests[number].tobytes(), number) for number in range(len(inventory))))
+    smallest = heapq.nsmallest(
+        REPORTED_SAMPLES, ((digests[number].tobytes(), number) for number in range(len(inventory)))
+    )
     return sorted(number for _, number in smallest)
 
 
-def _distribute(inventory: Inventory, is_eval: NDArray[np.bool_], folder: Path, wanted: set[int]) -> dict[int, Sample]:
-    """Write each sample into its split's file, and return those that are wanted."""
-    kept = {}
+def _write_splits(
+    inventory: Inventory, is_eval: NDArray[np.bool_], folder: Path, wanted: set[int]
+) -> dict[int, Sample]:
+    """Write each sample into the file of its split, and return the wanted samples by number."""
+    samples = {}
     with (
         inventory.lines.open(encoding="utf-8") as lines,
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
@@ -285,21 +308,21 @@ def _distribute(inventory: Inventory, is_eval: NDArray[np.bool_], folder: Path, 
         for number, line in enumerate(lines):
             (evaluation if is_eval[number] else train).write(line)
             if number in wanted:
-                kept[number] = Sample.model_validate_json(line)
-    return kept
+                samples[number] = Sample.model_validate_json(line)
+    return samples
 
 
-def _described(
-    group: Group, shown: NDArray[np.void], is_eval: NDArray[np.bool_], kept: Mapping[int, Sample]
+def _repetition(
+    group: Group, images: NDArray[np.void], is_eval: NDArray[np.bool_], samples: Mapping[int, Sample]
 ) -> tuple[Repetition, tuple[ImageRef, ...]]:
-    """A group as it is listed, and the images of its appearances."""
+    """A group as `duplicates.jsonl` lists it, and the image of each appearance."""
     appearances, found = [], []
     for row in group.rows:
-        number = int(shown["sample"][row])
-        sample = kept[number]
-        image = sample.images[row - int(np.searchsorted(shown["sample"], number))]
+        number = int(images["sample"][row])
+        sample = samples[number]
+        image = sample.images[row - int(np.searchsorted(images["sample"], number))]
         split: Split = "eval" if is_eval[number] else "train"
-        appearances.append(Appearance(uri=image_files.shown(image.uri), split=split, sample=sample.id))
+        appearances.append(Appearance(uri=image_files.shortened(image.uri), split=split, sample=sample.id))
         found.append(image)
     repetition = Repetition(kind=group.kind, leaks=group.leaks, count=group.count, appearances=tuple(appearances))
     return repetition, tuple(found)

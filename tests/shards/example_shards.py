@@ -1,4 +1,4 @@
-"""Small shards, for the tests of what writes, copies and reads them."""
+"""Small example shards for the tests that write, copy and read shards."""
 
 from pathlib import Path
 
@@ -13,26 +13,26 @@ ROWS = 40
 ROWS_PER_SHARD = 13
 
 
-def row(number: int, seed: int = 0) -> ModelInput:
-    """A row like no other: no slice, one or several of different sizes."""
+def example_row(number: int, seed: int = 0) -> ModelInput:
+    """A row that differs from all others: it has no slice, one slice, or several slices of different sizes."""
     random = np.random.default_rng([seed, number])
     slices = [random.integers(0, 256, (14 * side, 28, 3), dtype=np.uint8) for side in range(1, 1 + number % 4)]
     ids = random.integers(0, 500, 5 + number).tolist()
     return ModelInput(f"row-{number}", ids, [-100, *ids[1:]], slices)
 
 
-def stored(found: ModelInput, codec: Codec = "raw") -> StoredRow:
-    return StoredRow(found.id, found.input_ids, found.labels, store_slices(found.slices, codec))
+def stored_row(row: ModelInput, codec: Codec = "raw") -> StoredRow:
+    return StoredRow(row.id, row.input_ids, row.labels, store_slices(row.slices, codec))
 
 
-def write(folder: Path, seed: int = 0, rows: int = ROWS, codec: Codec = "raw") -> Path:
-    """A shards folder with many row groups in several files."""
+def write_example_shards(folder: Path, seed: int = 0, rows: int = ROWS, codec: Codec = "raw") -> Path:
+    """Write a shards folder with many row groups in several files."""
     folder.mkdir(exist_ok=True)
-    written = [row(number, seed) for number in range(rows)]
+    written = [example_row(number, seed) for number in range(rows)]
     shards = [
         write_shard(
             folder / f"train-{number:05d}.parquet",
-            [stored(found, codec) for found in written[start : start + ROWS_PER_SHARD]],
+            [stored_row(row, codec) for row in written[start : start + ROWS_PER_SHARD]],
         )
         for number, start in enumerate(range(0, rows, ROWS_PER_SHARD))
     ]
@@ -48,18 +48,18 @@ def write(folder: Path, seed: int = 0, rows: int = ROWS, codec: Codec = "raw") -
         data_fingerprint="",
         key=f"key-{seed}",
         shards={"train": shards},
-        lengths={"train": [len(found.input_ids) for found in written]},
-        slices={"train": sum(len(found.slices) for found in written)},
+        lengths={"train": [len(row.input_ids) for row in written]},
+        slices={"train": sum(len(row.slices) for row in written)},
         bytes=sum(shard.bytes for shard in shards),
     )
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
     return folder
 
 
-def assert_equal(found: ModelInput, expected: ModelInput) -> None:
+def assert_same_row(found: ModelInput, expected: ModelInput) -> None:
     assert found.id == expected.id
     assert list(found.input_ids) == list(expected.input_ids)
     assert list(found.labels) == list(expected.labels)
     assert len(found.slices) == len(expected.slices)
-    for ours, theirs in zip(found.slices, expected.slices, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for pixels, expected_pixels in zip(found.slices, expected.slices, strict=True):
+        np.testing.assert_array_equal(pixels, expected_pixels)
