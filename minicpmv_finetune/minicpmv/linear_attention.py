@@ -1,17 +1,20 @@
-"""Gated linear attention of 4.6 and 4.7 in training: the same numbers, faster, and packed samples each by itself.
+"""The gated linear attention of 4.6 and 4.7 in training: transformers' numbers, computed faster, and packed samples.
 
-A head keeps a matrix S from keys to values. A token with key k, value v, decay a and share b makes it
+A head has a state matrix S from keys to values. A token with query q, key k, value v, decay a and write strength b
+(beta) updates the state and then reads from it:
 
-    S ← a·S + b·k·(v - a·Sᵀ·k)ᵀ                 (the gated delta rule, Yang et al. 2024, arXiv:2412.06464)
+    S ← a·S + b·k·(v - a·Sᵀ·k)ᵀ,   output = Sᵀ·q     (the gated delta rule, Yang et al. 2024, arXiv:2412.06464)
 
-and reads Sᵀ·q. As there, tokens go through in chunks: all within a chunk is products of small matrices. transformers
-(as fla) has Python go from chunk to chunk with seven operations each, and has autograd undo every one. Here a chunk is
-brought down to the two matrices by which it changes the state, S ← A·S + B: from chunk to chunk goes one operation,
-everything else is computed for all chunks at once, and the gradient is written out. With so little to do for a chunk,
-chunks can be as small as a head is wide, which is the least work.
+As in that paper, the tokens are processed in chunks, and the work inside a chunk consists of products of small
+matrices. transformers (like fla) loops over the chunks in Python with seven operations for each chunk, and autograd
+records and reverses each of them. Here each chunk is reduced to the two matrices by which it changes the state,
+S ← A·S + B. Then the loop has one operation for each chunk, everything else is computed for all chunks at once, and the
+backward pass is written by hand. Because a chunk costs so little, chunks can be as short as a head is wide, which
+minimizes the total work.
 
-Of four sequences of 520 tokens, four heads, forward and backward on two cores: of width 16 20.8 → 8 ms, of width 32
-34 → 22; of 128 (two of 700, eight heads) 132 → 101. Where fla's kernels are installed for a GPU they are used.
+Time for four sequences of 520 tokens with four heads, forward and backward on two cores: heads of width 16 8 ms instead
+of 20.8, width 32 22 ms instead of 34; width 128 (two sequences of 700 tokens, eight heads) 101 ms instead of 132. With
+fla's kernels installed for a GPU, those are used instead.
 """
 
 from typing import Any
@@ -25,12 +28,12 @@ from transformers.utils.import_utils import is_flash_linear_attention_available
 
 from .packed import packed_samples
 
-_LEAST, _MOST = 16, 64
-"""Tokens of a chunk; between these as many as a head is wide."""
+_MIN_CHUNK, _MAX_CHUNK = 16, 64
+"""Bounds of the number of tokens in a chunk; between them a chunk has as many tokens as a head is wide."""
 
 
 class LinearAttention(Qwen3_5GatedDeltaNet):
-    """A layer with the weights of the class above."""
+    """A linear attention layer with the same weights as its base class."""
 
     def forward(
         self,
@@ -39,7 +42,17 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """As the class above, [rows, length, width] of each; what no sample of a packed row may see is kept from it."""
+        """Compute the base class's result; in a packed row each sample is computed by itself.
+
+        Args:
+            hidden_states: [rows, length, width].
+            cache_params: Cache of generation; if it is given, the base class computes the result.
+            attention_mask: [rows, length], 0 on padding.
+            **options: The arguments that describe packed samples; see `packed`.
+
+        Returns:
+            [rows, length, width].
+        """
         samples = packed_samples(options)
         if cache_params is not None or is_flash_linear_attention_available():
             for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
@@ -49,67 +62,76 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
             return output if samples is None else samples.pack(output)
 
         hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
-        mixed, share, step = (project(hidden_states) for project in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a))
-        # In float16 exp(A_log) might be infinite.
-        decay = -self.A_log.float().exp() * F.softplus(step.float() + self.dt_bias)
-        share = share.sigmoid()
+        mixed = self.in_proj_qkv(hidden_states)
+        beta = self.in_proj_b(hidden_states).sigmoid()
+        # In float32, because exp(A_log) can exceed the range of float16.
+        log_decay = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias)
         if samples is not None:
-            mixed, share, decay = (samples.unpack(states) for states in (mixed, share, decay))
+            mixed, beta, log_decay = (samples.unpack(states) for states in (mixed, beta, log_decay))
         length = mixed.shape[1]
         mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
-        keys, values = mixed.split([2 * self.key_dim, self.value_dim], dim=-1)
-        # Queries and keys lie one behind the other.
-        keys = l2norm(keys.unflatten(-1, (2, self.num_k_heads, self.head_k_dim)).float())
-        queries, keys = keys.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=3).unbind(2)
-        read = gated_delta_rule(queries, keys, values.unflatten(-1, (self.num_v_heads, -1)), decay, share)
-        read = read.to(mixed.dtype)
+        # The projection's output contains all queries, then all keys, then all values.
+        queries_and_keys, values = mixed.split([2 * self.key_dim, self.value_dim], dim=-1)
+        queries_and_keys = queries_and_keys.unflatten(-1, (2, self.num_k_heads, self.head_k_dim))
+        queries_and_keys = l2norm(queries_and_keys.float())
+        queries, keys = queries_and_keys.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=3).unbind(2)
+        attended = gated_delta_rule(queries, keys, values.unflatten(-1, (self.num_v_heads, -1)), log_decay, beta)
+        attended = attended.to(mixed.dtype)
         if samples is not None:
-            read = samples.pack(read)
+            attended = samples.pack(attended)
         gate = self.in_proj_z(hidden_states).view(-1, self.head_v_dim)
-        normed = self.norm(read.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
+        normed = self.norm(attended.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
         return torch.as_tensor(self.out_proj(normed))
 
 
 def gated_delta_rule(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decay: torch.Tensor, share: torch.Tensor
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """What each token reads from the states of its heads, computed in float32; see the module.
+    """Compute what each token reads from the states of its heads, in float32; the module describes the rule.
 
     Args:
-        queries: [rows, length, heads, width], of length one each.
-        keys: the same.
+        queries: [rows, length, heads, width], each of length one.
+        keys: [rows, length, heads, width], each of length one.
         values: [rows, length, heads, width of values].
-        decay: [rows, length, heads], logarithms of what is left of the state, at most 0.
-        share: [rows, length, heads], how much of a value is written.
+        log_decay: [rows, length, heads], logarithm of the factor by which a token decays the state, at most 0.
+        beta: [rows, length, heads], write strength of a token.
 
     Returns:
-        [rows, length, heads, width of values], in float32, as flash attention times width ** -0.5.
+        float32 [rows, length, heads, width of values], multiplied by width ** -0.5 as in softmax attention.
     """
     rows, length, heads, width = keys.shape
-    size = min(max(width, _LEAST), _MOST)
+    size = min(max(width, _MIN_CHUNK), _MAX_CHUNK)
     chunks = -(-length // size)
 
-    def in_chunks(states: torch.Tensor) -> torch.Tensor:
-        """From [rows, length, heads, …] to [chunks, rows · heads, size, …], zero behind the end."""
-        parts = F.pad(states.float(), (0, 0, 0, 0, 0, chunks * size - length)).view(rows, chunks, size, heads, -1)
+    def split_chunks(states: torch.Tensor) -> torch.Tensor:
+        """From [rows, length, heads, …] to [chunks, rows · heads, size, …], with zeros after the end."""
+        padded = F.pad(states.float(), (0, 0, 0, 0, 0, chunks * size - length))
+        parts = padded.view(rows, chunks, size, heads, -1)
         return parts.permute(1, 0, 3, 2, 4).reshape(chunks, rows * heads, size, -1)
 
-    told = (queries * width**-0.5, keys, values, decay.unsqueeze(-1), share.unsqueeze(-1))
+    arguments = (queries * width**-0.5, keys, values, log_decay.unsqueeze(-1), beta.unsqueeze(-1))
     with torch.autocast(keys.device.type, enabled=False):
-        read: torch.Tensor = _DeltaRule.apply(*map(in_chunks, told))
-    together = read.view(chunks, rows, heads, size, -1).permute(1, 0, 3, 2, 4)
-    return together.reshape(rows, chunks * size, heads, -1)[:, :length]
+        output: torch.Tensor = _ChunkedDeltaRule.apply(*map(split_chunks, arguments))
+    joined = output.view(chunks, rows, heads, size, -1).permute(1, 0, 3, 2, 4)
+    return joined.reshape(rows, chunks * size, heads, -1)[:, :length]
 
 
-class _DeltaRule(torch.autograd.Function):
-    """Of q, k, v [chunks, rows, size, width], decays g and shares b [chunks, rows, size, 1]; ᵀ is of the last two.
+class _ChunkedDeltaRule(torch.autograd.Function):
+    """The rule for q, k, v [chunks, rows, size, width], log decays g and betas b [chunks, rows, size, 1].
 
-    With G the sum of a chunk's decays up to a token, D = exp(Gᵢ - Gⱼ) for j ≤ i, e = exp(G), f = exp(G of the last - G)
-    and l = exp(G of the last):
+    Let G be the cumulative sum of g within a chunk. The decays in the chunk are
 
-        T = I + below the diagonal of b·(k kᵀ)·D,   X = T⁻¹ [b·v | b·e·k],   P = (q kᵀ)·D
-        Y = (f·k)ᵀ X = [Yv | Yk],   Z = P X = [Zv | Zk]
-        S' = (l·I - Yk) S + Yv,   output = (e·q - Zk) S + Zv
+        D = exp(Gᵢ - Gⱼ) for j ≤ i, else 0       from token j to token i               `decay_between`
+        e = exp(G)                               from the chunk's start to each token  `from_start`
+        f = exp(G of the last token - G)         from each token to the chunk's end    `to_end`
+        l = exp(G of the last token)             over the whole chunk                  `whole`
+
+    and the chunk computes (ᵀ transposes the last two dimensions)
+
+        T = I + strictly lower triangle of b·(k kᵀ)·D,   P = (q kᵀ)·D                  `scores`
+        X = T⁻¹ [b·v | b·e·k] = [U | W]                                                `uw`
+        Y = (f·k)ᵀ X = [Y₁ | Y₂],   Z = P X = [Z₁ | Z₂]
+        S' = (l·I - Y₂) S + Y₁,     output = (e·q - Z₂) S + Z₁                         `transition`, `readout`
     """
 
     @staticmethod
@@ -117,69 +139,76 @@ class _DeltaRule(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
         size, width = k.shape[2], v.shape[3]
-        total = g.cumsum(2)
-        e, f, l = _decays(total)  # noqa: E741
-        later = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
-        between = (total - total.transpose(2, 3)).masked_fill_(later, -torch.inf).exp_()
+        cumulative = g.cumsum(2)
+        from_start, to_end, whole = _decays(cumulative)
+        upper = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
+        decay_between = (cumulative - cumulative.transpose(2, 3)).masked_fill_(upper, -torch.inf).exp_()
         products = torch.cat([q, k], 2) @ k.transpose(2, 3)
-        attention = products[:, :, :size] * between
-        overlap = products[:, :, size:] * between
-        one = torch.eye(size, device=k.device).expand_as(overlap)
-        inverse = torch.linalg.solve_triangular(overlap * b, one, upper=False, unitriangular=True)
-        x = inverse @ torch.cat([v * b, k * (b * e)], 3)
-        y, z = (k * f).transpose(2, 3) @ x, attention @ x
-        change = y[..., width:].neg()
-        change.diagonal(dim1=2, dim2=3).add_(l.squeeze(3))
+        scores = products[:, :, :size] * decay_between
+        overlap = products[:, :, size:] * decay_between
+        identity = torch.eye(size, device=k.device).expand_as(overlap)
+        inverse = torch.linalg.solve_triangular(overlap * b, identity, upper=False, unitriangular=True)
+        uw = inverse @ torch.cat([v * b, k * (b * from_start)], 3)
+        y, z = (k * to_end).transpose(2, 3) @ uw, scores @ uw
+        transition = y[..., width:].neg()
+        transition.diagonal(dim1=2, dim2=3).add_(whole.squeeze(3))
         state = torch.zeros_like(y[..., :width])
-        for now in range(len(state) - 1):
-            torch.baddbmm(y[now, ..., :width], change[now], state[now], out=state[now + 1])
-        reading = (q * e).sub_(z[..., width:])
-        ctx.save_for_backward(q, k, v, b, total, between, attention, overlap, inverse, x, change, state, reading)
-        return (reading @ state).add_(z[..., :width])
+        for chunk in range(len(state) - 1):
+            torch.baddbmm(y[chunk, ..., :width], transition[chunk], state[chunk], out=state[chunk + 1])
+        readout = (q * from_start).sub_(z[..., width:])
+        ctx.save_for_backward(
+            q, k, v, b, cumulative, decay_between, scores, overlap, inverse, uw, transition, state, readout
+        )
+        return (readout @ state).add_(z[..., :width])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v, b, total, between, attention, overlap, inverse, x, change, state, reading = ctx.saved_tensors
-        size, width, of_output = k.shape[2], v.shape[3], gradients[0]
-        e, f, l = _decays(total)  # noqa: E741
-        # Through the output, and from the last chunk to the first through the states.
-        of_reading = of_output @ state.transpose(2, 3)
-        through = reading.transpose(2, 3) @ of_output
-        of_state = torch.zeros_like(through)
-        for now in range(len(state) - 1, 0, -1):
-            torch.baddbmm(through[now], change[now].transpose(1, 2), of_state[now], out=of_state[now - 1])
-        of_change = of_state @ state.transpose(2, 3)
-        of_last = of_change.diagonal(dim1=2, dim2=3).sum(2)[..., None, None] * l
-        of_y = torch.cat([of_state, of_change.neg_()], 3)
-        of_z = torch.cat([of_output, -of_reading], 3)
-        of_attention = of_z @ x.transpose(2, 3)
-        of_x = (attention.transpose(2, 3) @ of_z).add_((k * f) @ of_y)
-        of_k = (x @ of_y.transpose(2, 3)).mul_(f)
-        of_f = (of_k * k).sum(3, keepdim=True)
-        # Through the triangular system.
-        solved = inverse.transpose(2, 3) @ of_x
-        of_system = (solved @ x.transpose(2, 3)).neg_().tril_(-1)
-        of_values, of_keys = solved[..., :width], solved[..., width:]
-        of_e = (of_keys * k).sum(3, keepdim=True).mul_(e)
-        overlapping = of_system * overlap
-        of_b = (of_values * v).sum(3, keepdim=True).add_(of_e).add_(overlapping.sum(3, keepdim=True))
-        of_k.addcmul_(of_keys, b * e)
-        of_q = of_reading.mul_(e)
-        # Through the decays.
-        pairs = (of_attention * attention).addcmul_(overlapping, b)
-        of_total = (of_q * q).sum(3, keepdim=True).addcmul_(of_e, b).sub_(of_f)
-        of_total.add_(pairs.sum(3, keepdim=True)).sub_(pairs.sum(2).unsqueeze(3))
-        of_total[:, :, -1:] += of_last + of_f.sum(2, keepdim=True)
-        # Through the products.
-        of_products = torch.cat([of_attention.mul_(between), of_system.mul_(between).mul_(b)], 2)
-        left = of_products @ k
-        of_q.add_(left[:, :, :size])
-        of_k.add_(left[:, :, size:]).add_(of_products.transpose(2, 3) @ torch.cat([q, k], 2))
-        return of_q, of_k, of_values * b, of_total.flip(2).cumsum(2).flip(2), of_b
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, b, cumulative, decay_between, scores, overlap, inverse, uw, transition, state, readout = (
+            ctx.saved_tensors
+        )
+        size, width, grad_output = k.shape[2], v.shape[3], grad_outputs[0]
+        from_start, to_end, whole = _decays(cumulative)
+        # Output and states. grad_state[i] is the gradient of the state after chunk i; the loop goes from last to first.
+        grad_readout = grad_output @ state.transpose(2, 3)
+        direct = readout.transpose(2, 3) @ grad_output
+        grad_state = torch.zeros_like(direct)
+        for chunk in range(len(state) - 1, 0, -1):
+            torch.baddbmm(
+                direct[chunk], transition[chunk].transpose(1, 2), grad_state[chunk], out=grad_state[chunk - 1]
+            )
+        grad_transition = grad_state @ state.transpose(2, 3)
+        # Gradients of decays are with respect to their logarithms.
+        grad_whole = grad_transition.diagonal(dim1=2, dim2=3).sum(2)[..., None, None] * whole
+        grad_y = torch.cat([grad_state, grad_transition.neg_()], 3)
+        grad_z = torch.cat([grad_output, -grad_readout], 3)
+        grad_scores = grad_z @ uw.transpose(2, 3)
+        grad_uw = (scores.transpose(2, 3) @ grad_z).add_((k * to_end) @ grad_y)
+        grad_k = (uw @ grad_y.transpose(2, 3)).mul_(to_end)
+        grad_to_end = (grad_k * k).sum(3, keepdim=True)
+        # The triangular system T X = [b·v | b·e·k].
+        grad_right = inverse.transpose(2, 3) @ grad_uw
+        grad_system = (grad_right @ uw.transpose(2, 3)).neg_().tril_(-1)
+        grad_bv, grad_bek = grad_right[..., :width], grad_right[..., width:]
+        grad_b_keys = (grad_bek * k).sum(3, keepdim=True).mul_(from_start)
+        grad_b_pairs = grad_system * overlap
+        grad_b = (grad_bv * v).sum(3, keepdim=True).add_(grad_b_keys).add_(grad_b_pairs.sum(3, keepdim=True))
+        grad_k.addcmul_(grad_bek, b * from_start)
+        grad_q = grad_readout.mul_(from_start)
+        # The decays, all of which are functions of the cumulative sum.
+        grad_between = (grad_scores * scores).addcmul_(grad_b_pairs, b)
+        grad_cumulative = (grad_q * q).sum(3, keepdim=True).addcmul_(grad_b_keys, b).sub_(grad_to_end)
+        grad_cumulative.add_(grad_between.sum(3, keepdim=True)).sub_(grad_between.sum(2).unsqueeze(3))
+        grad_cumulative[:, :, -1:] += grad_whole + grad_to_end.sum(2, keepdim=True)
+        # The products q kᵀ and k kᵀ.
+        grad_products = torch.cat([grad_scores.mul_(decay_between), grad_system.mul_(decay_between).mul_(b)], 2)
+        grad_left = grad_products @ k
+        grad_q.add_(grad_left[:, :, :size])
+        grad_k.add_(grad_left[:, :, size:]).add_(grad_products.transpose(2, 3) @ torch.cat([q, k], 2))
+        return grad_q, grad_k, grad_bv * b, grad_cumulative.flip(2).cumsum(2).flip(2), grad_b
 
 
-def _decays(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is left at each token of a chunk's start, at its end of each token, and at its end of its start."""
-    last = total[:, :, -1:]
-    return total.exp(), (last - total).exp(), last.exp()
+def _decays(cumulative: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decays from the chunk's start to each token, from each token to the chunk's end, and over the whole chunk."""
+    last = cumulative[:, :, -1:]
+    return cumulative.exp(), (last - cumulative).exp(), last.exp()

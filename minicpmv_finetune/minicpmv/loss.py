@@ -1,15 +1,18 @@
-"""Cross entropy where something is to be learnt, and logits nowhere else.
+"""Cross entropy at supervised positions only, without logits for any other position.
 
-Of a sample's positions few are supervised: images, questions and padding are most of it. The head is the widest layer
-of the model (150,000 words), so the logits of all positions are often more memory than all else of a step. Here the
-head sees the supervised positions alone, and never more of them at once than `LOGITS_AT_ONCE` allows; those of a head
-that is trained, or has adapters, are computed again in the backward pass where they are more than one chunk.
+Few positions of a sample are supervised: most are images, questions and padding. The head is the widest layer of the
+model (150,000 vocabulary entries), so the logits of all positions often need more memory than the rest of a training
+step. Here the head computes logits for supervised positions only, and for no more positions at a time than
+`MAX_LOGITS` allows. If the head is trained or has adapters and the positions need more than one chunk, the logits of
+each chunk are computed a second time in the backward pass.
 
-A frozen head needs no logits but once, and not at one time: softmax(states · weightᵀ) · weight, which its gradient is
-made of, is attention from states to words, and the loss is what that divides by. So it goes through the vocabulary in
-tiles, as flash attention goes through keys (Milakov and Gimelshein 2018; Dao et al. 2022): both in one pass, of logits
-that are still in a processor's cache when they are multiplied again. On one core, 400 positions, 150,000 words and
-width 256: 0.75 s, where chunks of whole rows took 0.89 and the two products of whole rows alone 0.80.
+A frozen head needs each logit only once, and never all logits at the same time: the gradient with respect to the hidden
+states contains softmax(states · weightᵀ) · weight, which is attention with the states as queries and the vocabulary as
+keys and values, and the loss needs the denominator of the same softmax. Therefore the vocabulary is processed in tiles,
+as flash attention processes keys (Milakov and Gimelshein 2018; Dao et al. 2022): loss and gradient need one pass, and
+the logits of a tile are still in the processor's cache for the second product. On one core with 400 positions, 150,000
+vocabulary entries and width 256 this takes 0.75 s; chunks of positions with all their logits took 0.89 s, and the two
+matrix products without anything else 0.80 s.
 """
 
 from collections.abc import Callable
@@ -24,37 +27,41 @@ from transformers.utils import ModelOutput
 
 from .model_input import IGNORED_LABEL
 
-LOGITS_AT_ONCE = 2**26
-"""Of one chunk: 256 MB in float32, four hundred positions of a vocabulary of 150,000."""
+MAX_LOGITS = 2**26
+"""Largest number of logits in one chunk: 256 MB in float32, about 450 positions with a vocabulary of 150,000."""
 
-WORDS_AT_ONCE = 2**12
-"""Of a frozen head's tile, at most. On a CPU 1,024 to 8,192 are alike within a tenth; a GPU wants few, large ones."""
+MAX_TILE_WIDTH = 2**12
+"""Largest number of vocabulary entries in a tile of a frozen head.
+
+On a CPU, widths from 1,024 to 8,192 differ by less than a tenth; a GPU is faster with few, large tiles.
+"""
 
 
 @dataclass
 class SupervisedOutput(ModelOutput):
-    """What a forward pass with `loss_only` gives.
+    """Output of a forward pass with `loss_only`.
 
     Attributes:
-        loss: as the plain path has it.
-        likeliest: [batch, length], the token that each supervised position would say, shifted as logits are: the
-            position before a label speaks it; -100 elsewhere. None in training.
+        loss: The same loss as without `loss_only`.
+        predicted_ids: [batch, length], the token with the largest logit at each supervised position, -100 at all other
+            positions. Positions are shifted as logits are: the prediction of a label is at the position before the
+            label. None in training.
     """
 
     loss: torch.Tensor | None = None
-    likeliest: torch.Tensor | None = None
+    predicted_ids: torch.Tensor | None = None
 
 
-def mask_that_hides(mask: torch.Tensor | None, attention: str) -> torch.Tensor | None:
-    """The attention mask, or None where causal attention hides all padding by itself: behind a row's last token.
+def drop_redundant_mask(mask: torch.Tensor | None, attention: str) -> torch.Tensor | None:
+    """Return the attention mask, or None if causal attention hides all padding anyway: padding after the last token.
 
-    Without a mask attention takes its causal kernels, which leave the half that is hidden uncomputed: 0.28 to 0.25 s a
-    step on four photographs (benchmarks/peers.py's model, two cores). Flash attention cuts padding off by the mask, and
-    keeps it.
+    Without a mask, attention uses its causal kernels, which do not compute the hidden half: 0.25 s instead of 0.28 s
+    for a step on four photographs (the model of benchmarks/peers.py, two cores). Flash attention removes padding by the
+    mask, so it keeps the mask.
 
     Args:
-        mask: [batch, length], 1 for tokens, 0 for padding on one side of them; or any other, which is returned.
-        attention: the implementation's name.
+        mask: [batch, length], 1 for tokens, 0 for padding on one side of them; a mask of any other shape is returned.
+        attention: Name of the attention implementation.
     """
     if mask is None or mask.dim() != 2 or attention.startswith("flash"):
         return mask
@@ -63,89 +70,92 @@ def mask_that_hides(mask: torch.Tensor | None, attention: str) -> torch.Tensor |
 
 def supervised_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
+    hidden_states: torch.Tensor,
     labels: torch.Tensor,
-    vocabulary: int,
+    vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> SupervisedOutput:
-    """The loss of a causal language model, from its last hidden states.
+    """Compute the loss of a causal language model from its last hidden states.
 
     Args:
-        head: the module that makes logits, whatever adapters are on it.
-        hidden: [batch, length, width].
-        labels: [batch, length], not shifted, -100 where nothing is learnt.
-        vocabulary: number of logits of a position.
-        num_items_in_batch: the sum is divided by this; by default by the number of supervised positions.
+        head: The module that computes logits, with or without adapters.
+        hidden_states: [batch, length, width].
+        labels: [batch, length], not shifted, -100 at positions that are not supervised.
+        vocab_size: Number of logits of a position.
+        num_items_in_batch: Divisor of the summed loss; by default the number of supervised positions.
 
     Returns:
-        The loss and, without gradients, the likeliest tokens.
+        The loss; without gradients also the predicted tokens.
     """
-    targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden.device)
+    targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden_states.device)
     supervised = targets != IGNORED_LABEL
-    states, wanted = hidden[supervised], targets[supervised]
-    learns = torch.is_grad_enabled()
-    divisor = len(wanted) if num_items_in_batch is None else num_items_in_batch
+    states, target_ids = hidden_states[supervised], targets[supervised]
+    needs_gradient = torch.is_grad_enabled()
+    divisor = len(target_ids) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, torch.Tensor):
-        divisor = divisor.to(hidden.device)
-    if learns and len(states) and _is_frozen(head):
-        total: torch.Tensor = _FrozenHeadLoss.apply(states, head.weight, wanted)
+        divisor = divisor.to(hidden_states.device)
+    if needs_gradient and len(states) and _is_frozen(head):
+        total: torch.Tensor = _FrozenHeadLoss.apply(states, head.weight, target_ids)
         return SupervisedOutput(loss=total / divisor)
 
-    # ZeRO-3 gathers the head at each call, in which all processes take part: their calls must be equally many.
-    chunk = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(LOGITS_AT_ONCE // vocabulary, 1)
+    # Under ZeRO-3 all processes together gather the head's weights at each call, so all must make equally many calls.
+    chunk_size = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(MAX_LOGITS // vocab_size, 1)
 
-    def of_chunk(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk_loss(states: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(states)
-        loss = F.cross_entropy(logits.float(), wanted, reduction="sum")
-        return loss, wanted if learns else logits.argmax(dim=-1)
+        loss = F.cross_entropy(logits.float(), target_ids, reduction="sum")
+        return loss, target_ids if needs_gradient else logits.argmax(dim=-1)
 
-    # A batch that teaches nothing has one chunk too, an empty one: the head's gradients are waited for.
-    parts = list(zip(states.split(chunk), wanted.split(chunk), strict=True))
-    again = learns and len(parts) > 1
-    results = [checkpoint(of_chunk, *part, use_reentrant=False) if again else of_chunk(*part) for part in parts]
+    # A batch without supervised positions still has one, empty, chunk: other processes wait for the head's gradients.
+    chunks = list(zip(states.split(chunk_size), target_ids.split(chunk_size), strict=True))
+    recompute = needs_gradient and len(chunks) > 1
+    results = [
+        checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk) for chunk in chunks
+    ]
     total = torch.stack([loss for loss, _ in results]).sum()
     output = SupervisedOutput(loss=total / divisor)
-    if not learns:
-        said = torch.cat([likeliest for _, likeliest in results])
-        output.likeliest = torch.full_like(targets, IGNORED_LABEL).masked_scatter(supervised, said)
+    if not needs_gradient:
+        predicted = torch.cat([ids for _, ids in results])
+        output.predicted_ids = torch.full_like(targets, IGNORED_LABEL).masked_scatter(supervised, predicted)
     return output
 
 
 def _is_frozen(head: Callable[[torch.Tensor], torch.Tensor]) -> TypeGuard[torch.nn.Linear]:
-    """Whether a head is a plain matrix that nothing is trained on, whole on this process."""
+    """Whether a head is a single matrix that is not trained, has no adapter, and is complete on this process."""
     plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
     return plain and not is_deepspeed_zero3_enabled()
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross entropy through a frozen matrix: d loss / d states = (softmax(logits) - one hot) · weight."""
+    """Summed cross entropy of a frozen head; d loss / d states = (softmax(logits) - one_hot(targets)) · weight."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        labels = wanted.unsqueeze(1)
-        # Of each position: the label's logit, the largest one of the words so far, and of these words the sums of
-        # exp(logit - largest) and of that times their weights.
-        wished = states.new_zeros(len(states), 1, dtype=torch.float32)
-        largest = torch.full_like(wished, -torch.inf)
-        whole = torch.zeros_like(wished)
-        gradient = torch.zeros_like(states, dtype=torch.float32)
-        size = max(min(WORDS_AT_ONCE, LOGITS_AT_ONCE // len(states)), 1)
-        for number, words in enumerate(weight.split(size)):
-            logits = F.linear(states, words).float()
-            place = labels - number * size
-            here = (place >= 0) & (place < len(words))
-            wished = wished.where(~here, logits.gather(1, place.clamp(0, len(words) - 1)))
-            larger = largest.maximum(logits.amax(dim=1, keepdim=True))
-            shares, shrunk = logits.sub_(larger).exp_(), (largest - larger).exp_()
-            whole.mul_(shrunk).add_(shares.sum(dim=1, keepdim=True))
-            gradient.mul_(shrunk).add_(shares.to(words.dtype) @ words)
-            largest = larger
-        gradient.div_(whole).sub_(weight[wanted])
-        loss = (whole.log() + largest - wished).sum()
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        target_column = target_ids.unsqueeze(1)
+        # The state of the online softmax for each position: the logit of its target, the maximum of the logits so far,
+        # the sum of exp(logit - maximum), and the sum of exp(logit - maximum) · weight.
+        target_logit = states.new_zeros(len(states), 1, dtype=torch.float32)
+        running_max = torch.full_like(target_logit, -torch.inf)
+        running_sum = torch.zeros_like(target_logit)
+        grad_states = torch.zeros_like(states, dtype=torch.float32)
+        width = max(min(MAX_TILE_WIDTH, MAX_LOGITS // len(states)), 1)
+        for number, tile in enumerate(weight.split(width)):
+            logits = F.linear(states, tile).float()
+            column = target_column - number * width
+            in_tile = (column >= 0) & (column < len(tile))
+            target_logit = target_logit.where(~in_tile, logits.gather(1, column.clamp(0, len(tile) - 1)))
+            new_max = running_max.maximum(logits.amax(dim=1, keepdim=True))
+            exps, rescale = logits.sub_(new_max).exp_(), (running_max - new_max).exp_()
+            running_sum.mul_(rescale).add_(exps.sum(dim=1, keepdim=True))
+            grad_states.mul_(rescale).add_(exps.to(tile.dtype) @ tile)
+            running_max = new_max
+        grad_states.div_(running_sum).sub_(weight[target_ids])
+        loss = (running_sum.log() + running_max - target_logit).sum()
+        ctx.save_for_backward(grad_states)
         ctx.dtype = states.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return (ctx.saved_tensors[0] * gradients[0]).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_states,) = ctx.saved_tensors
+        return (grad_states * grad_outputs[0]).to(ctx.dtype), None, None

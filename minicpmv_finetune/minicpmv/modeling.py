@@ -1,17 +1,17 @@
-"""MiniCPM-V 2.6, 4.0 and 4.5: a vision tower, a resampler and a language model, in today's transformers.
+"""MiniCPM-V 2.6, 4.0 and 4.5: a vision tower, a resampler and a language model, in current transformers.
 
-An image arrives as slices of different sizes, each a grid of patches. All slices of a batch go through the tower in
-one pass, the resampler turns each into `query_num` features of the language model's width, and these take the places
-that the tokenizer's `<unk>` holds for them among the embeddings of the text.
+An image arrives as slices of different sizes, each a grid of patches. The tower encodes all slices of a batch in one
+pass, the resampler converts each slice to `query_num` features of the language model's width, and the features replace
+the embeddings of the placeholder token `<unk>` in the text.
 
-Between the parts, patches travel *packed*: [patches of all slices, width], one slice after the other. Attention alone
-needs slices apart, and there they are padded to the longest of the batch: slices are all cut to about the same area, so
-little of it is padding (3.5 % for images from 300 × 200 to 1344 × 1344 together). Measured, one masked attention over
-the padded batch is five to eight times as fast as a block-diagonal mask over the packed whole, and within a tenth of
-a call for each slice, which would be a loop over images.
+Between these modules, patches are *packed*: [patches of all slices, width], one slice after the other. Only attention
+needs the slices separately; there they are padded to the longest slice of the batch. All slices have about the same
+area, so there is little padding (3.5 % for a batch of images from 300 × 200 to 1344 × 1344). As measured, one masked
+attention over the padded batch is five to eight times as fast as a block-diagonal mask over the packed patches, and
+its time is within a tenth of one attention call for each slice, which would be a loop over the slices.
 
-Position tables are computed when they are needed. The published code keeps them in non-persistent buffers, which
-transformers 5 leaves uninitialized when it loads a model, and the model is then wrong without a word.
+Tables of positions are computed when they are needed. The published code keeps them in non-persistent buffers, which
+transformers 5 leaves uninitialized when it loads a model, so that the model's results are wrong without a warning.
 
 The names of the tensors (`llm.*`, `vpm.*`, `resampler.*`) are those of the published checkpoints.
 """
@@ -40,48 +40,48 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from .configuration import IMAGE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
-from .loss import SupervisedOutput, mask_that_hides, supervised_loss
+from .loss import SupervisedOutput, drop_redundant_mask, supervised_loss
 
 UNTIMED = -1
-"""Frame number of an image that belongs to no video."""
+"""Frame number of an image that is not part of a video."""
 
 
 class PatchGrid(NamedTuple):
-    """Where each packed patch belongs; integer tensors on the patches' device.
+    """The slice and the position of each packed patch, as integer tensors on the device of the slices' sizes.
 
     Attributes:
-        lengths: [slices], patches of each slice.
-        slice: [patches], number of its slice.
-        row: [patches], counted from the slice's top.
-        column: [patches], counted from the slice's left.
-        rows: [patches], of its slice.
-        columns: [patches], of its slice.
+        lengths: [slices], number of patches of each slice.
+        slice_ids: [patches], number of the patch's slice.
+        row: [patches], the patch's row within its slice, from the top.
+        column: [patches], the patch's column within its slice, from the left.
+        rows: [patches], number of rows of the patch's slice.
+        columns: [patches], number of columns of the patch's slice.
     """
 
     lengths: torch.Tensor
-    slice: torch.Tensor
+    slice_ids: torch.Tensor
     row: torch.Tensor
     column: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
 
     @classmethod
-    def of(cls, target_sizes: torch.Tensor) -> "PatchGrid":
-        """From the slices' (rows, columns) in patches, [slices, 2]."""
+    def from_target_sizes(cls, target_sizes: torch.Tensor) -> "PatchGrid":
+        """Build from the (rows, columns) of each slice in patches, int [slices, 2]."""
         sizes = target_sizes.long()
         lengths = sizes.prod(dim=1)
-        number = torch.repeat_interleave(lengths)
-        offset = torch.arange(len(number), device=sizes.device) - (lengths.cumsum(0) - lengths)[number]
-        rows, columns = sizes[number].unbind(dim=1)
-        return cls(lengths, number, offset // columns, offset % columns, rows, columns)
+        slice_ids = torch.repeat_interleave(lengths)
+        offset = torch.arange(len(slice_ids), device=sizes.device) - (lengths.cumsum(0) - lengths)[slice_ids]
+        rows, columns = sizes[slice_ids].unbind(dim=1)
+        return cls(lengths, slice_ids, offset // columns, offset % columns, rows, columns)
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches to vectors, with a learnt position from a square table whatever the slice's shape (NaViT)."""
+    """Embeds patches and adds a learned position, from one square table for slices of any shape (as in NaViT)."""
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
-        patch_size = int(config.patch_size)  # type: ignore[arg-type]  # one number in every MiniCPM-V
+        patch_size = int(config.patch_size)  # type: ignore[arg-type]  # an integer in every MiniCPM-V
         self.side = int(config.image_size) // patch_size  # type: ignore[arg-type]
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size
@@ -89,17 +89,17 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, grid: PatchGrid) -> torch.Tensor:
-        """Embed packed pixels [1, channels, patch, patch * patches]; returns [patches, width]."""
+        """Embed packed pixels, [1, channels, patch size, patch size * patches], to [patches, width]."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))[0, :, 0].transpose(0, 1)
-        # Rounded up, so that batches share a table.
+        # Rounded up to a multiple of 64, so that most batches use the same cached table.
         longest = -(-int(torch.maximum(grid.rows, grid.columns).max()) // 64) * 64
-        nearest = torch.from_numpy(_nearest_positions(self.side, longest)).to(patches.device)
+        nearest = torch.from_numpy(_nearest_position_table(self.side, longest)).to(patches.device)
         position = nearest[grid.rows, grid.row] * self.side + nearest[grid.columns, grid.column]
         return patches + self.position_embedding(position)
 
 
 class VisionTower(PreTrainedModel):
-    """SigLIP, as Idefics2 changed it for slices of any shape."""
+    """SigLIP with the changes of Idefics2 for slices of any shape."""
 
     config_class = SiglipVisionConfig
     main_input_name = "pixel_values"
@@ -125,28 +125,31 @@ class VisionTower(PreTrainedModel):
         """Encode all slices in one pass.
 
         Args:
-            pixel_values: packed, [1, channels, patch, patch * patches of all slices].
+            pixel_values: Packed pixels, [1, channels, patch size, patch size * patches of all slices].
             target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
 
         Returns:
-            [patches of all slices, width], packed.
+            Packed features, [patches of all slices, width].
         """
-        grid = PatchGrid.of(target_sizes)
+        grid = PatchGrid.from_target_sizes(target_sizes)
         patches = pixel_values.shape[-1] // self.config.patch_size
-        if patches != len(grid.slice):
-            raise ValueError(f"pixel_values hold {patches} patches, but target_sizes ask for {len(grid.slice)}.")
-        padded, present = pad(self.embeddings(pixel_values, grid), grid.lengths, grid.slice)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=present)
+        if patches != len(grid.slice_ids):
+            raise ValueError(
+                f"pixel_values has {patches} patches, but target_sizes describes {len(grid.slice_ids)}; give both for "
+                "the same slices."
+            )
+        padded, attention_mask = pad_groups(self.embeddings(pixel_values, grid), grid.lengths, grid.slice_ids)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=attention_mask)
         encoded = self.encoder(inputs_embeds=padded, attention_mask=mask).last_hidden_state
-        return self.post_layernorm(encoded[present])
+        return self.post_layernorm(encoded[attention_mask])
 
 
 class ResamplerAttention(nn.Module):
-    """Multi-head attention with queries, keys and values projected by one stacked matrix, as torch names it.
+    """Multi-head attention with the tensors and names of `nn.MultiheadAttention`: one projection of q, k and v.
 
-    Not `nn.MultiheadAttention` itself: that reads `out_proj.weight` without calling `out_proj`, which neither ZeRO-3
-    nor FSDP nor an adapter on `out_proj` notices. Attention is SDPA whatever `attn_implementation` says, since
-    transformers' flash path assumes as many queries as keys.
+    `nn.MultiheadAttention` itself reads `out_proj.weight` without calling `out_proj`, so ZeRO-3, FSDP and an adapter on
+    `out_proj` would have no effect there. The attention is always SDPA, regardless of `attn_implementation`, because
+    transformers' flash attention assumes equally many queries and keys.
     """
 
     def __init__(self, width: int) -> None:
@@ -157,15 +160,15 @@ class ResamplerAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, present: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Attend.
+        """Compute the attention of each group.
 
         Args:
             query: [queries, width], the same for every group.
             key: [groups, length, width].
-            value: of the same shape.
-            present: bool [groups, length], false on padding.
+            value: [groups, length, width].
+            attention_mask: bool [groups, length], false on padding.
 
         Returns:
             [groups, queries, width].
@@ -181,12 +184,12 @@ class ResamplerAttention(nn.Module):
             F.linear(states, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for states, weight, bias in projections
         )
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=present[:, None, None, :])
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask[:, None, None, :])
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):
-    """From a slice's patches, however many, to `query_num` features of the language model's width."""
+    """Converts a slice's patches, of any number, to `query_num` features of the language model's width."""
 
     def __init__(self, query_num: int, width: int, vision_width: int) -> None:
         super().__init__()
@@ -205,38 +208,41 @@ class Resampler(nn.Module):
         target_sizes: torch.Tensor,
         temporal_ids: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:
-        """Summarise each slice, or each group of frames.
+        """Compute the features of each slice, or of each group of frames.
 
         Args:
-            patches: [patches of all slices, vision width], packed.
+            patches: Packed features of the vision tower, [patches of all slices, vision width].
             target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
-            temporal_ids: MiniCPM-V 4.5 joins the frames of a video into groups, each of which becomes one block of
-                features: the frame numbers of each group, in the order of the slices, -1 for an image without a time.
-                By default each slice is a group of its own and has no time.
+            temporal_ids: Frame numbers of each group, in the order of the slices, -1 for an image that is not part of a
+                video. MiniCPM-V 4.5 joins frames of a video into groups, and each group gets `query_num` features. By
+                default each slice is a group of its own and has no time.
 
         Returns:
             [groups, query_num, width].
         """
-        grid = PatchGrid.of(target_sizes)
+        grid = PatchGrid.from_target_sizes(target_sizes)
         values = self.ln_kv(self.kv_proj(patches))
         longest = int(target_sizes.max())
-        places = sincos_table(torch.arange(longest, device=patches.device), self.width // 2)
-        # Half of the width tells the column and half the row; only keys know their place.
-        keys = values + torch.cat([places[grid.column], places[grid.row]], dim=-1).to(values.dtype)
-        lengths, group = grid.lengths, grid.slice
+        positions = sincos_table(torch.arange(longest, device=patches.device), self.width // 2)
+        # Half of the width encodes the column and half the row. Only keys have positions, values have none.
+        keys = values + torch.cat([positions[grid.column], positions[grid.row]], dim=-1).to(values.dtype)
+        lengths, group = grid.lengths, grid.slice_ids
         if temporal_ids is not None:
             frames = torch.tensor([frame for frames in temporal_ids for frame in frames], device=patches.device)
             if len(frames) != len(target_sizes):
-                raise ValueError(f"temporal_ids name {len(frames)} frames, but there are {len(target_sizes)} slices.")
+                raise ValueError(
+                    f"temporal_ids has {len(frames)} frames, but there are {len(target_sizes)} slices; give one frame "
+                    "number for each slice."
+                )
             times = sincos_table(frames, self.width) * (frames != UNTIMED).unsqueeze(-1)
-            keys = keys + times.to(values.dtype)[grid.slice]
+            keys = keys + times.to(values.dtype)[grid.slice_ids]
             sizes = torch.tensor([len(frames) for frames in temporal_ids], device=patches.device)
             group_of_slice = torch.repeat_interleave(sizes)
             lengths = torch.zeros_like(sizes).index_add(0, group_of_slice, grid.lengths)
-            group = group_of_slice[grid.slice]
-        key, present = pad(keys, lengths, group)
-        value, _ = pad(values, lengths, group)
-        attended = self.attn(self.ln_q(self.query), key, value, present)
+            group = group_of_slice[grid.slice_ids]
+        key, attention_mask = pad_groups(keys, lengths, group)
+        value, _ = pad_groups(values, lengths, group)
+        attended = self.attn(self.ln_q(self.query), key, value, attention_mask)
         return self.ln_post(attended) @ self.proj
 
 
@@ -285,15 +291,15 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.in_proj_bias)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's."""
+        """Return the language model's input embeddings."""
         return self.llm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's."""
+        """Replace the language model's input embeddings."""
         self.llm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's head."""
+        """Return the language model's head."""
         return self.llm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -301,12 +307,12 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.llm.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
-        """The language model without its head."""
+        """Return the language model without its head."""
         return self.llm.get_decoder()
 
     @property
     def model(self) -> nn.Module:
-        """The same; PEFT looks for layers to replicate under this name."""
+        """The language model without its head, under the name where PEFT looks for layers to replicate."""
         return self.llm.model
 
     def get_image_features(
@@ -316,28 +322,28 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         temporal_ids: Sequence[Sequence[int]] | None = None,
         patch_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The features of every slice, or of every group of frames.
+        """Compute the features of every slice, or of every group of frames.
 
         Args:
-            pixel_values: packed, [1, channels, patch, patch * patches of all slices].
+            pixel_values: Packed pixels, [1, channels, patch size, patch size * patches of all slices].
             target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
-            temporal_ids: see `Resampler`.
-            patch_features: what `encode_patches` returned, instead of pixels.
+            temporal_ids: Frame numbers of each group; see `Resampler`.
+            patch_features: Result of `encode_patches`, in place of pixels.
 
         Returns:
             [groups, query_num, width].
         """
         if target_sizes is None:
-            raise ValueError("Images need target_sizes, each slice's rows and columns in patches.")
+            raise ValueError("target_sizes is missing; with images, give each slice's rows and columns in patches.")
         if patch_features is None:
             if pixel_values is None:
-                raise ValueError("Images need pixel_values, or patch_features instead.")
+                raise ValueError("pixel_values is missing; with target_sizes, give pixel_values or patch_features.")
             patch_features = self.encode_patches(pixel_values, target_sizes)
         features: torch.Tensor = self.resampler(patch_features, target_sizes, temporal_ids)
         return features
 
     def encode_patches(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
-        """What the vision tower makes of all slices: the resampler's input, [patches of all slices, vision width]."""
+        """Run the vision tower on all slices; returns the resampler's input, [patches of all slices, vision width]."""
         patches: torch.Tensor = self.vpm(pixel_values, target_sizes)
         return patches
 
@@ -362,49 +368,44 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Run the model.
 
         Args:
-            input_ids: [batch, length]; `config.image_token_id` stands where features go.
-            attention_mask: [batch, length], 0 on padding, where no feature goes.
-            pixel_values: packed pixels of all slices of the batch, in the order of their tokens; see
+            input_ids: [batch, length], with `config.image_token_id` at the position of each image feature.
+            attention_mask: [batch, length], 0 on padding, which receives no image features.
+            pixel_values: Packed pixels of all slices of the batch, in the order of their tokens; see
                 `get_image_features`.
-            target_sizes: int [slices, 2].
-            vision_features: [groups, query_num, width], what `get_image_features` returned, instead of pixels.
-            temporal_ids: see `Resampler`.
-            inputs_embeds: [batch, length, width] instead of `input_ids`, with features already in place.
-            labels: [batch, length], not shifted, -100 where nothing is learnt.
+            target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
+            vision_features: [groups, query_num, width], the result of `get_image_features`, in place of pixels.
+            temporal_ids: Frame numbers of each group; see `Resampler`.
+            inputs_embeds: [batch, length, width], in place of `input_ids`, with image features already inserted.
+            labels: [batch, length], not shifted, -100 at positions that are not supervised.
             position_ids: [batch, length]; by default 0, 1, 2, … in each row.
-            past_key_values: keys and values of earlier tokens.
-            use_cache: whether to return them; by default as the configuration says.
-            logits_to_keep: number of last positions whose logits are wanted; 0 for all.
-            patch_features: [patches of all slices, vision width], what the vision tower returned, instead of pixels.
-            loss_only: whether the loss alone is wanted, so that no logits are made but those it needs.
-            **kwargs: of the language model, and of the loss (`num_items_in_batch`, `shift_labels`).
+            past_key_values: Cached keys and values of earlier tokens.
+            use_cache: Whether to return the cache; by default the configuration's `use_cache`.
+            logits_to_keep: Number of last positions whose logits are computed; 0 for all positions.
+            patch_features: [patches of all slices, vision width], the result of `encode_patches`, in place of pixels.
+            loss_only: Whether only the loss is needed, so that no other logits are computed.
+            **kwargs: Arguments of the language model and of the loss (`num_items_in_batch`, `shift_labels`).
 
         Raises:
-            ValueError: there are more or fewer places than features.
+            ValueError: The numbers of image tokens and of image features differ.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            if patch_features is not None and not len(patch_features):
-                inputs_embeds = inputs_embeds + self._nothing_seen(patch_features).to(inputs_embeds.dtype)
-            elif vision_features is None and (pixel_values is not None or patch_features is not None):
-                vision_features = self.get_image_features(pixel_values, target_sizes, temporal_ids, patch_features)
-            if vision_features is not None:
-                inputs_embeds = self._insert(vision_features, inputs_embeds, input_ids, attention_mask)
-            elif patch_features is None and past_key_values is None and (self.training or is_deepspeed_zero3_enabled()):
-                inputs_embeds = inputs_embeds + self._nothing_seen().to(inputs_embeds.dtype)
+            images = (pixel_values, target_sizes, temporal_ids, patch_features, vision_features)
+            inputs_embeds = self._embed(input_ids, attention_mask, *images, is_first=past_key_values is None)
         elif any(given is not None for given in (pixel_values, vision_features, patch_features)):
-            raise ValueError("Images need input_ids, which say where they go; inputs_embeds were given.")
+            raise ValueError(
+                "inputs_embeds was given with images; give input_ids, where image tokens mark the positions."
+            )
         if loss_only and labels is not None:
             count = kwargs.pop("num_items_in_batch", None)
-            hidden = self.get_decoder()(
+            hidden_states = self.get_decoder()(
                 inputs_embeds=inputs_embeds,
-                attention_mask=mask_that_hides(attention_mask, self.config.text_config._attn_implementation),
+                attention_mask=drop_redundant_mask(attention_mask, self.config.text_config._attn_implementation),
                 position_ids=position_ids,
                 use_cache=False,
                 **kwargs,
             ).last_hidden_state
-            head, vocabulary = self.get_output_embeddings(), self.config.text_config.vocab_size
-            return supervised_loss(head, hidden, labels, vocabulary, count)
+            vocab_size = self.config.text_config.vocab_size
+            return supervised_loss(self.get_output_embeddings(), hidden_states, labels, vocab_size, count)
         return self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -416,42 +417,83 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _insert(
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        target_sizes: torch.Tensor | None,
+        temporal_ids: Sequence[Sequence[int]] | None,
+        patch_features: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        is_first: bool,
+    ) -> torch.Tensor:
+        """Embed the tokens and insert the image features; the arguments are those of `forward`.
+
+        Args:
+            input_ids: See `forward`.
+            attention_mask: See `forward`.
+            pixel_values: See `forward`.
+            target_sizes: See `forward`.
+            temporal_ids: See `forward`.
+            patch_features: See `forward`.
+            vision_features: See `forward`.
+            is_first: Whether these are the first tokens, and not the next token of a generation.
+        """
+        inputs_embeds: torch.Tensor = self.get_input_embeddings()(input_ids)
+        if patch_features is not None and not len(patch_features):
+            inputs_embeds = inputs_embeds + self._zero_vision_term(patch_features).to(inputs_embeds.dtype)
+        elif vision_features is None and (pixel_values is not None or patch_features is not None):
+            vision_features = self.get_image_features(pixel_values, target_sizes, temporal_ids, patch_features)
+        if vision_features is not None:
+            return self._insert_features(vision_features, inputs_embeds, input_ids, attention_mask)
+        if patch_features is None and is_first and (self.training or is_deepspeed_zero3_enabled()):
+            return inputs_embeds + self._zero_vision_term().to(inputs_embeds.dtype)
+        return inputs_embeds
+
+    def _insert_features(
         self,
         features: torch.Tensor,
         inputs_embeds: torch.Tensor,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Put features into their places, in their order."""
+        """Replace the embeddings of the image tokens by the image features, in their order."""
         if input_ids is None:
-            raise ValueError("Images need input_ids, which say where they go.")
-        places = self._places(input_ids, attention_mask)
-        features = features.flatten(0, -2)
-        wanted = int(places.sum())
-        if wanted != len(features):
             raise ValueError(
-                f"The tokens have {wanted} places for image features, but the images give {len(features)}."
+                "input_ids is missing; with images, give input_ids, where image tokens mark the positions."
             )
-        return inputs_embeds.masked_scatter(places.unsqueeze(-1), features.to(inputs_embeds))
+        is_image = self._image_token_mask(input_ids, attention_mask)
+        features = features.flatten(0, -2)
+        tokens = int(is_image.sum())
+        if tokens != len(features):
+            raise ValueError(
+                f"input_ids has {tokens} image tokens, but the images have {len(features)} features; give the images "
+                "for which the tokens were made."
+            )
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
 
-    def _places(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _image_token_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the mask of image tokens, bool [batch, length]."""
         if self.config.image_token_id is None:
             raise ValueError(
-                "config.image_token_id is not set and no tokenizer lay beside the weights to look it up in; set it to "
-                "the id of <unk>."
+                "config.image_token_id is not set, and there is no tokenizer with <unk> in the folder of the weights; "
+                "set it to the id of <unk>."
             )
-        places = input_ids == self.config.image_token_id
-        # In 4.0 the same token also pads.
+        is_image = input_ids == self.config.image_token_id
+        # In 4.0 the image token is also the padding token.
         if attention_mask is not None and attention_mask.dim() == 2:
-            places = places & attention_mask[:, -input_ids.shape[1] :].bool()
-        return places
+            is_image = is_image & attention_mask[:, -input_ids.shape[1] :].bool()
+        return is_image
 
-    def _nothing_seen(self, patch_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Zero, by way of the whole vision side, or of what comes behind the tower where its features are given.
+    def _zero_vision_term(self, patch_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Return zero, computed from a blank image by all vision modules, or by the resampler alone.
 
-        A process whose batch has no image must still run these parameters: under DDP their gradients are waited for,
-        and under ZeRO-3 and FSDP every process takes part in gathering them.
+        A process whose batch has no image must still use the vision parameters: DDP waits for their gradients, and
+        under ZeRO-3 and FSDP all processes together gather their weights.
+
+        Args:
+            patch_features: Empty features of the vision tower. If they are given, only the resampler is used.
         """
         patch = self.config.vision_config.patch_size
         blank = torch.zeros(1, self.config.vision_config.num_channels, patch, patch, device=self.device)
@@ -460,7 +502,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             patch_features = patch_features.new_zeros(1, patch_features.shape[-1])
         return self.get_image_features(blank, size, patch_features=patch_features).sum() * 0
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # as every model's: with its own inputs
+    def prepare_inputs_for_generation(  # type: ignore[override]  # each model has its own inputs
         self,
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
@@ -471,7 +513,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Show the images once; later tokens find them in the cache."""
+        """Pass the images at the first step only; the cache contains them for the later tokens."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
             inputs_embeds=inputs_embeds,
@@ -494,16 +536,16 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Repeat each sample for its beams: its features, computed once, and not its pixels."""
+        """Repeat each sample for its beams; image features are computed once and repeated, pixels are not."""
         pixel_values, target_sizes, temporal_ids, features = (
             model_kwargs.pop(name, None) for name in ("pixel_values", "target_sizes", "temporal_ids", "vision_features")
         )
         if expand_size > 1 and (pixel_values is not None or features is not None) and input_ids is not None:
             if features is None:
                 features = self.get_image_features(pixel_values, target_sizes, temporal_ids)
-            places = self._places(input_ids, model_kwargs.get("attention_mask")).sum(dim=1)
-            of_sample = features.split((places // self.config.query_num).tolist())
-            features = torch.cat([sample for sample in of_sample for _ in range(expand_size)])
+            image_tokens = self._image_token_mask(input_ids, model_kwargs.get("attention_mask")).sum(dim=1)
+            by_sample = features.split((image_tokens // self.config.query_num).tolist())
+            features = torch.cat([sample for sample in by_sample for _ in range(expand_size)])
             pixel_values = target_sizes = temporal_ids = None
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
         input_ids, model_kwargs = expand(
@@ -518,28 +560,29 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs | {name: value for name, value in given.items() if value is not None}
 
 
-def pad(packed: torch.Tensor, lengths: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay packed vectors out by group.
+def pad_groups(packed: torch.Tensor, lengths: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unpack vectors into one row for each group, padded to the longest group.
 
     Args:
         packed: [total, width], one group after the other.
-        lengths: [groups], vectors of each.
+        lengths: [groups], number of vectors of each group.
         group: [total], number of each vector's group.
 
     Returns:
-        [groups, longest, width], zero where there is none, and bool [groups, longest], whether there is one.
+        The vectors, [groups, longest, width], with zeros as padding, and the mask, bool [groups, longest], which is
+        false on padding.
     """
-    present = torch.arange(int(lengths.max()), device=packed.device) < lengths.unsqueeze(1)
+    mask = torch.arange(int(lengths.max()), device=packed.device) < lengths.unsqueeze(1)
     offset = torch.arange(len(packed), device=packed.device) - (lengths.cumsum(0) - lengths)[group]
-    padded = packed.new_zeros(*present.shape, packed.shape[-1])
-    return padded.index_put((group, offset), packed), present
+    padded = packed.new_zeros(*mask.shape, packed.shape[-1])
+    return padded.index_put((group, offset), packed), mask
 
 
 def sincos_table(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """Sines and then cosines of positions, float32 [positions, width], as in "Attention is all you need".
+    """Compute sines and then cosines of positions, float32 [positions, width], as in "Attention is all you need".
 
-    Frequencies are float32 powers as the published code computes them: at a video's frame 70,000 their last bit
-    is worth several thousandths of the result.
+    The frequencies are float32 powers, as the published code computes them: at frame 70,000 of a video, their last bit
+    changes the result by several thousandths.
     """
     frequencies = torch.from_numpy(_frequencies(width)).to(positions.device)
     angles = positions.float().unsqueeze(-1) * frequencies
@@ -549,18 +592,18 @@ def sincos_table(positions: torch.Tensor, width: int) -> torch.Tensor:
 @lru_cache
 def _frequencies(width: int) -> NDArray[np.float32]:
     exponents = np.arange(width // 2, dtype=np.float32) / np.float32(width / 2.0)
-    # numpy's own float32 power is not rounded correctly on every machine.
+    # On some machines numpy's float32 power is not rounded correctly, so the power is computed in float64.
     powers = np.power(10000.0, exponents.astype(np.float64)).astype(np.float32)
     frequencies: NDArray[np.float32] = np.float32(1.0) / powers
     return frequencies
 
 
 @lru_cache
-def _nearest_positions(side: int, longest: int) -> NDArray[np.int64]:
-    """Entry [n, i] is where the i-th of n patches falls on an axis of `side` learnt positions.
+def _nearest_position_table(side: int, longest: int) -> NDArray[np.int64]:
+    """Entry [n, i] is the learned position, of `side` positions along an axis, for patch i of n patches.
 
-    The fractions i / n and the borders k / side are float32 as Idefics2 and the published code have them: where n
-    divides `side`, rounding decides on which side of a border a patch falls.
+    The fractions i / n and the borders k / side are float32, as in Idefics2 and the published code: if n divides
+    `side`, rounding decides on which side of a border a patch is.
     """
     borders = torch.arange(1 / side, 1.0, 1 / side, device="cpu")
     table = np.zeros((longest + 1, longest), dtype=np.int64)

@@ -1,14 +1,17 @@
-"""MiniCPM-V 4.6 and 4.7 are transformers' own classes; here they learn what no caller should have to know, and haste.
+"""MiniCPM-V 4.6 and 4.7: transformers' own classes with three additions.
 
-4.7 lays images out on a canvas of positions and asks each caller which tokens belong to images; without that it
-refuses to train, and generates with plain positions without a word. The model knows its image token, so it looks.
+Image token types. 4.7 places images on a two-dimensional canvas of positions and expects from each caller the argument
+`mm_token_type_ids`, which marks the image tokens. Without it, transformers' class refuses to train, and generates with
+one-dimensional positions without a warning. Here the model computes the argument itself from the id of its image token.
 
-A batch without an image skips the vision side. Where several processes train, the others then wait for its gradients
-(DDP) or for its part of the weights (ZeRO-3, FSDP) forever; so a blank image is run and counted times zero. It runs
-where images would, inside the model between embeddings and language model: ZeRO-3 wants the same order everywhere.
+Batches without an image. transformers' classes then skip the vision modules. If several processes train, the other
+processes wait forever for the gradients of these modules (DDP) or for a part of their weights (ZeRO-3, FSDP). Here the
+model encodes a blank image and adds the result multiplied by zero. It does so inside the model, between the embeddings
+and the language model, where images are encoded, because ZeRO-3 requires the same order of modules in each process.
 
-Without flash attention transformers' vision side attends in a loop over slices and, where patches merge, over windows
-of four patches, a quarter of a thousand a slice; and merges in another loop over slices. Here each is one computation.
+Speed. Without flash attention, transformers' vision tower loops over the slices in each attention layer, its merger
+inside the tower loops over windows of four patches (about 256 for each slice), and the final merger loops over the
+slices again. Here each loop is one computation.
 """
 
 from collections.abc import Callable
@@ -31,83 +34,92 @@ from transformers.models.minicpmv4_7 import MiniCPMV4_7ForConditionalGeneration 
 from transformers.utils.generic import is_flash_attention_requested
 
 from .linear_attention import LinearAttention
-from .loss import mask_that_hides, supervised_loss
+from .loss import drop_redundant_mask, supervised_loss
 from .modeling import PatchGrid
 from .packed import PackedSamples, packed_samples
 
-_SIDE = 4
-"""Of the blank image in patches: the least that merges twice."""
+_BLANK_SIDE = 4
+"""Side of the blank image in patches, the smallest that can be merged twice."""
 
 _WINDOW = 2
-"""Side of the squares of patches that are merged."""
+"""Side of the square of patches that is merged into one feature."""
 
 
 def _window_order(target_sizes: torch.Tensor) -> torch.Tensor:
-    """Indices that bring packed patches into the order of their windows, int [patches].
+    """Return the indices, int [patches], that reorder packed patches by windows.
 
-    Windows go row by row within each slice, and so do the patches within a window.
+    Windows are in row order within each slice, and patches are in row order within each window.
 
     Raises:
-        ValueError: windows do not fill a slice.
+        ValueError: The sides of a slice are not multiples of a window's side.
     """
     if bool((target_sizes % _WINDOW).any()):
-        raise ValueError(f"Slices of {target_sizes.tolist()} patches cannot be merged by {_WINDOW} × {_WINDOW}.")
-    grid = PatchGrid.of(target_sizes)
-    start = (grid.lengths.cumsum(0) - grid.lengths)[grid.slice]
+        raise ValueError(
+            f"Slices of {target_sizes.tolist()} patches cannot be merged by {_WINDOW} × {_WINDOW}; the numbers of rows "
+            f"and columns must be multiples of {_WINDOW}."
+        )
+    grid = PatchGrid.from_target_sizes(target_sizes)
+    start = (grid.lengths.cumsum(0) - grid.lengths)[grid.slice_ids]
     window = (grid.row // _WINDOW) * (grid.columns // _WINDOW) + grid.column // _WINDOW
     place = start + window * _WINDOW**2 + grid.row % _WINDOW * _WINDOW + grid.column % _WINDOW
     return torch.empty_like(place).index_put((place,), torch.arange(len(place), device=place.device))
 
 
 class _VisionAttention(MiniCPMV4_6VisionAttention):
-    """All slices, or all windows, of one size at once.
+    """Attention over slices or windows, with one computation for all slices of the same length.
 
-    An image's slices are of one size, the windows all are: sizes are few, and nothing is padded. (On a CPU one masked
-    attention over slices padded to the longest took longer than transformers' loop.)
+    The slices of an image have one size and so do all windows, so there are few different lengths, and no slice is
+    padded. (On a CPU, one masked attention over slices padded to the longest took longer than transformers' loop.)
     """
 
-    def forward(  # type: ignore[override]  # which promises a tensor and returns two things
+    def forward(  # type: ignore[override]  # the base class declares a tensor but returns a tuple
         self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None, **options: Any
     ) -> Any:
         if is_flash_attention_requested(self.config):
             return super().forward(hidden_states, cu_seqlens, max_seqlen, **options)
-        found, counts = cu_seqlens.diff().unique_consecutive(return_counts=True)
-        runs = list(zip(counts.tolist(), found.tolist(), strict=True))
-        patches = [number * length for number, length in runs]
-        parts = [project(hidden_states[0]).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        # A run is a sequence of adjacent slices of the same length.
+        run_lengths, counts = cu_seqlens.diff().unique_consecutive(return_counts=True)
+        runs = list(zip(counts.tolist(), run_lengths.tolist(), strict=True))
+        patches = [count * length for count, length in runs]
+        projected = [project(hidden_states[0]).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
         dropout = self.attention_dropout if self.training else 0.0
-        mixed: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         for length in {length for _, length in runs}:
-            members = [number for number, (_, its) in enumerate(runs) if its == length]
-            # [number · length, width] → [number, heads, length, width / heads]
-            states = [_joined([part[number] for number in members]) for part in parts]
+            same_length = [number for number, (_, run_length) in enumerate(runs) if run_length == length]
+            # [slices · length, width] → [slices, heads, length, width / heads]
+            states = [_concatenate([part[number] for number in same_length]) for part in projected]
             queries, keys, values = (
                 rows.view(-1, length, self.num_heads, self.head_dim).transpose(1, 2) for rows in states
             )
-            rows = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=self.scaling)
-            back = rows.transpose(1, 2).reshape(states[0].shape).split([patches[number] for number in members])
-            mixed |= zip(members, back, strict=True)
-        return self.out_proj(_joined([mixed[number] for number in range(len(runs))])).unsqueeze(0), None
+            output = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=self.scaling)
+            output = output.transpose(1, 2).reshape(states[0].shape)
+            outputs |= zip(same_length, output.split([patches[number] for number in same_length]), strict=True)
+        return self.out_proj(_concatenate([outputs[number] for number in range(len(runs))])).unsqueeze(0), None
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One behind the other; a single one as it is, where torch would copy it."""
+def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate tensors; a single one is returned itself, whereas torch would copy it."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _windows(
+def _window_index(
     target_sizes: torch.Tensor, kwargs: dict[str, Any] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """What transformers' `get_window_index` gives: order of the patches, ends of the windows, patches of a window."""
+    """Replace transformers' `get_window_index`.
+
+    Returns:
+        The order of the patches, the cumulative lengths of the windows, and the number of patches in a window.
+    """
     order, size = _window_order(target_sizes), _WINDOW**2
     return order, torch.arange(0, len(order) + 1, size, dtype=torch.int32, device=order.device), size
 
 
 class _Merger(MiniCPMV4_6Merger):
     def forward(self, hidden_states: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
-        """As the class above, [1, patches, vision width] to tokens; but those of all slices in one tensor.
+        """Merge [1, patches, vision width] to tokens; the result is one tensor for all slices, not one for each slice.
 
-        DeepSpeed's ZeRO-3 takes note of each tensor a module returns, and wants as many in every step and process.
+        DeepSpeed's ZeRO-3 records each tensor that a module returns and requires the same number of tensors in every
+        step and process.
         """
         features = hidden_states[0]
         for mlp in self.mlp:
@@ -117,15 +129,15 @@ class _Merger(MiniCPMV4_6Merger):
         return [features]
 
 
-def _made_fast(model: Any) -> None:
-    """Change the classes of a model's parts for those above, which have the same weights."""
+def _replace_classes(model: Any) -> None:
+    """Change the classes of a model's modules to the faster classes of this package, which have the same weights."""
     tower, merger = model.vision_tower, model.merger
     if tuple(merger.merge_kernel_size) == (_WINDOW, _WINDOW):
         merger.__class__ = _Merger
     attentions = [layer.self_attn for layer in tower.encoder.layers]
     if tuple(tower.vit_merger.window_kernel_size) == (_WINDOW, _WINDOW):
-        # Its class stays, since strategies that part a model know it by name.
-        tower.vit_merger.get_window_index = _windows
+        # The module keeps its class, because strategies that shard a model find modules by their class names.
+        tower.vit_merger.get_window_index = _window_index
         attentions.append(tower.vit_merger.self_attn)
     for attention in attentions:
         attention.__class__ = _VisionAttention
@@ -135,7 +147,7 @@ def _made_fast(model: Any) -> None:
 
 
 def _encode_patches(model: Any, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
-    """What the vision tower makes of all slices: the merger's input, [patches, vision width]."""
+    """Run the vision tower on all slices; returns the merger's input, [patches, vision width]."""
     pixels = pixel_values.to(model.vision_tower.dtype)
     merged_twice = model.config.downsample_mode != "4x"
     tower = model.vision_tower(pixels, target_sizes=target_sizes, use_vit_merger=merged_twice)
@@ -143,71 +155,74 @@ def _encode_patches(model: Any, pixel_values: torch.Tensor, target_sizes: torch.
     return features
 
 
-def _merged(model: Any, features: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
-    """The language model's tokens of all slices, from what `_encode_patches` made of them."""
+def _merge_patches(model: Any, features: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
+    """Merge the result of `_encode_patches` to the language model's tokens of all slices."""
     merged_before = _WINDOW if model.config.downsample_mode != "4x" else 1
     tokens: list[torch.Tensor] = model.merger(features.unsqueeze(0), target_sizes // merged_before)
     return tokens
 
 
-def _with_features(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs, with `patch_features` merged; those of no image have their part in the embeddings."""
-    features = inputs.pop("patch_features")
-    if len(features):
-        merged: Any = _merged(model, features, inputs["target_sizes"])
-        tokens = BaseModelOutputWithPooling(pooler_output=merged)
-        return inputs | {"mm_encoder_outputs": {"image": tokens}}
-    size = torch.full((1, 2), _SIDE, dtype=torch.int32, device=features.device)
-    merged_before = _WINDOW**2 if model.config.downsample_mode != "4x" else 1
-    blank = features.new_zeros(_SIDE**2 // merged_before, features.shape[-1])
-    nothing = torch.cat(_merged(model, blank, size)).sum() * 0
-    embeds = _embeddings(model, inputs)
-    return inputs | {"target_sizes": None, "input_ids": None, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
+def _add_loss_only(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Extend a forward pass by the argument `loss_only`: whether only the logits that the loss needs are computed."""
 
-
-def _embeddings(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    embeds = inputs.get("inputs_embeds")
-    return embeds if embeds is not None else model.get_input_embeddings()(inputs["input_ids"])
-
-
-def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward pass, which with `loss_only` makes no logits but those that the loss needs."""
-
-    @wraps(plain)
+    @wraps(plain_forward)
     def forward(self: Any, *arguments: Any, loss_only: bool = False, **inputs: Any) -> Any:
         if not loss_only or inputs.get("labels") is None:
-            return plain(self, *arguments, **inputs)
+            return plain_forward(self, *arguments, **inputs)
         labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
         attention = self.config.text_config._attn_implementation
-        inputs["attention_mask"] = mask_that_hides(inputs.get("attention_mask"), attention)
-        hidden = self.model(*arguments, **inputs).last_hidden_state
-        return supervised_loss(self.lm_head, hidden, labels, self.vocab_size, count)
+        inputs["attention_mask"] = drop_redundant_mask(inputs.get("attention_mask"), attention)
+        hidden_states = self.model(*arguments, **inputs).last_hidden_state
+        return supervised_loss(self.lm_head, hidden_states, labels, self.vocab_size, count)
 
     return forward
 
 
-def _with_blank_image(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs; without an image, as embeddings that the vision side had its part in."""
-    saw = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
-    if saw or inputs.get("past_key_values") is not None or not (model.training or is_deepspeed_zero3_enabled()):
+def _use_vision_modules(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with which the model uses its vision modules, with or without an image in the batch."""
+    if inputs.get("patch_features") is not None:
+        return _merge_patch_features(model, inputs)
+    has_image = any(
+        inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    )
+    if has_image or inputs.get("past_key_values") is not None or not (model.training or is_deepspeed_zero3_enabled()):
         return inputs
-    embeds = _embeddings(model, inputs)
+    return _add_blank_image(model, inputs)
+
+
+def _merge_patch_features(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with `patch_features` merged to tokens; empty features add zero to the embeddings."""
+    features = inputs.pop("patch_features")
+    if len(features):
+        merged: Any = _merge_patches(model, features, inputs["target_sizes"])
+        tokens = BaseModelOutputWithPooling(pooler_output=merged)
+        return inputs | {"mm_encoder_outputs": {"image": tokens}}
+    size = torch.full((1, 2), _BLANK_SIDE, dtype=torch.int32, device=features.device)
+    merged_before = _WINDOW**2 if model.config.downsample_mode != "4x" else 1
+    blank = features.new_zeros(_BLANK_SIDE**2 // merged_before, features.shape[-1])
+    zero = torch.cat(_merge_patches(model, blank, size)).sum() * 0
+    embeds = _embed_tokens(model, inputs)
+    return inputs | {"target_sizes": None, "input_ids": None, "inputs_embeds": embeds + zero.to(embeds.dtype)}
+
+
+def _add_blank_image(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with embeddings to which zero, computed from a blank image, was added."""
+    embeds = _embed_tokens(model, inputs)
     vision, device = model.config.vision_config, embeds.device
-    blank = torch.zeros(1, vision.num_channels, vision.patch_size, vision.patch_size * _SIDE**2, device=device)
-    sizes = torch.full((1, 2), _SIDE, dtype=torch.int32, device=device)
-    nothing = torch.cat(model.get_image_features(blank, sizes).pooler_output).sum() * 0
-    return inputs | {"input_ids": None, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
+    blank = torch.zeros(1, vision.num_channels, vision.patch_size, vision.patch_size * _BLANK_SIDE**2, device=device)
+    sizes = torch.full((1, 2), _BLANK_SIDE, dtype=torch.int32, device=device)
+    zero = torch.cat(model.get_image_features(blank, sizes).pooler_output).sum() * 0
+    return inputs | {"input_ids": None, "inputs_embeds": embeds + zero.to(embeds.dtype)}
 
 
-def _seen(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A model's inputs, in which the vision side has its part, whatever it is given."""
-    see = _with_blank_image if inputs.get("patch_features") is None else _with_features
-    return see(model, inputs)
+def _embed_tokens(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    embeds = inputs.get("inputs_embeds")
+    return embeds if embeds is not None else model.get_input_embeddings()(inputs["input_ids"])
 
 
 class _Model46(MiniCPMV4_6Model):
     def forward(self, **inputs: Any) -> Any:
-        return super().forward(**_seen(self, inputs))
+        return super().forward(**_use_vision_modules(self, inputs))
 
 
 class _Model47(MiniCPMV4_7Model):
@@ -215,54 +230,56 @@ class _Model47(MiniCPMV4_7Model):
         ids = inputs.get("input_ids")
         samples = packed_samples(inputs)
         if samples is not None and ids is not None and inputs.get("target_sizes") is not None:
-            inputs["position_ids"] = self._positions_apart(ids, inputs["target_sizes"], samples)
+            inputs["position_ids"] = self._packed_positions(ids, inputs["target_sizes"], samples)
         elif ids is not None and inputs.get("target_sizes") is not None and inputs.get("mm_token_type_ids") is None:
             inputs["mm_token_type_ids"] = self.token_types(ids)
-        told = _seen(self, inputs)
-        if told is not inputs:
-            # Else the shift that an earlier batch's images left would count for this one.
+        prepared = _use_vision_modules(self, inputs)
+        if prepared is not inputs:
+            # Otherwise the position offset of an earlier batch with images would be applied to this one.
             self.rope_deltas = None
-        return super().forward(**told)
+        return super().forward(**prepared)
 
-    def _positions_apart(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
-        """Canvas positions of a packed row, int [3, 1, tokens], each sample's as if it stood alone."""
+    def _packed_positions(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
+        """Compute the canvas positions of a packed row, int [3, 1, tokens], for each sample by itself."""
         rows = samples.unpack(ids)
-        lay_out: Any = self.get_rope_index
-        positions, _ = lay_out(rows, self.token_types(rows), target_sizes, attention_mask=samples.attention_mask.long())
+        get_rope_index: Any = self.get_rope_index
+        positions, _ = get_rope_index(
+            rows, self.token_types(rows), target_sizes, attention_mask=samples.attention_mask.long()
+        )
         return torch.stack([samples.pack(channel) for channel in positions])
 
     def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """1 on image tokens, 0 on words."""
+        """Return the argument `mm_token_type_ids`: 1 on image tokens, 0 on text tokens."""
         return torch.as_tensor(input_ids == self.config.image_token_id).int()
 
 
-class MiniCPMV4_6ForConditionalGeneration(Transformers46):  # noqa: N801 - as transformers has it, and config.json says
-    """See the module."""
+class MiniCPMV4_6ForConditionalGeneration(Transformers46):  # noqa: N801 - the name in transformers and in config.json
+    """MiniCPM-V 4.6 with the additions that the module describes."""
 
     def __init__(self, config: MiniCPMV4_6Config) -> None:
         super().__init__(config)
         self.model.__class__ = _Model46
-        _made_fast(self.model)
+        _replace_classes(self.model)
 
-    forward = _forward(Transformers46.forward)
+    forward = _add_loss_only(Transformers46.forward)
 
     def encode_patches(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
-        """What the vision tower makes of all slices: the merger's input, [patches after its own merging, width]."""
+        """Run the vision tower on all slices; returns the merger's input, [patches after merging, width]."""
         return _encode_patches(self.model, pixel_values, target_sizes)
 
 
-class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801
-    """See the module."""
+class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801 - the name in transformers and in config.json
+    """MiniCPM-V 4.7 with the additions that the module describes."""
 
     def __init__(self, config: MiniCPMV4_7Config) -> None:
         super().__init__(config)
         self.model.__class__ = _Model47
-        _made_fast(self.model)
+        _replace_classes(self.model)
 
-    forward = _forward(Transformers47.forward)
+    forward = _add_loss_only(Transformers47.forward)
 
     def encode_patches(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
-        """See the class above."""
+        """Run the vision tower on all slices; returns the merger's input, [patches after merging, width]."""
         return _encode_patches(self.model, pixel_values, target_sizes)
 
     def _prepare_position_ids_for_generation(
@@ -274,6 +291,6 @@ class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
 
-# A checkpoint of this type is loaded as the class above wherever transformers is asked to choose.
+# transformers' auto class then loads these classes for checkpoints of these types.
 AutoModelForImageTextToText.register(MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration, exist_ok=True)

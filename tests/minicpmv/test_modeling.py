@@ -16,7 +16,7 @@ from minicpmv_finetune.components.train.trainable import make_trainable
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.generations import detect_generation
-from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration, PatchGrid, pad, sincos_table
+from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration, PatchGrid, pad_groups, sincos_table
 
 SIZES = torch.tensor([[4, 6], [7, 3], [1, 1]])
 QUERIES = 16
@@ -91,7 +91,7 @@ def test_places_and_features_that_do_not_match_raise_with_both_counts(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> None:
     batch["input_ids"][0, 1] = 5
-    with pytest.raises(ValueError, match=f"{3 * QUERIES - 1} places .* give {3 * QUERIES}"):
+    with pytest.raises(ValueError, match=f"{3 * QUERIES - 1} image tokens, .* {3 * QUERIES} features"):
         model(**batch)
 
 
@@ -99,14 +99,14 @@ def test_images_without_places_for_them_are_refused(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> None:
     embedded = model.get_input_embeddings()(batch["input_ids"])
-    with pytest.raises(ValueError, match="Pictures need input_ids"):
+    with pytest.raises(ValueError, match="inputs_embeds was given with images"):
         model(**{**batch, "input_ids": None, "inputs_embeds": embedded})
 
 
 def test_patches_and_sizes_that_do_not_match_raise_with_both_counts(
     model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
 ) -> None:
-    with pytest.raises(ValueError, match=r"46 patches, .* ask for 45"):
+    with pytest.raises(ValueError, match=r"46 patches, .* describes 45"):
         model(**batch | {"target_sizes": torch.tensor([[4, 6], [7, 3]])})
 
 
@@ -248,15 +248,15 @@ def test_frames_of_a_group_become_one_block_and_know_their_time(
 
 
 def test_grids_count_row_by_row() -> None:
-    grid = PatchGrid.of(torch.tensor([[1, 2], [2, 2]], dtype=torch.int32))
+    grid = PatchGrid.from_target_sizes(torch.tensor([[1, 2], [2, 2]], dtype=torch.int32))
     assert grid.lengths.tolist() == [2, 4]
-    assert grid.slice.tolist() == [0, 0, 1, 1, 1, 1]
+    assert grid.slice_ids.tolist() == [0, 0, 1, 1, 1, 1]
     assert grid.row.tolist() == [0, 0, 0, 0, 1, 1]
     assert grid.column.tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_padding_leaves_zeros_behind_each_group() -> None:
-    padded, present = pad(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2]), torch.tensor([0, 1, 1]))
+    padded, present = pad_groups(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2]), torch.tensor([0, 1, 1]))
     assert padded[..., 0].tolist() == [[1.0, 0.0], [2.0, 3.0]]
     assert present.tolist() == [[True, False], [True, True]]
 

@@ -18,7 +18,7 @@ from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
-from minicpmv_finetune.minicpmv.loss import mask_that_hides, supervised_loss
+from minicpmv_finetune.minicpmv.loss import drop_redundant_mask, supervised_loss
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.shards.encoding import prepare
@@ -91,7 +91,7 @@ def test_logits_of_supervised_positions_give_the_plain_loss_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if at_once:
-        monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(loss_module, "MAX_LOGITS", at_once)
     batch = _padded(rows, encoder)
     options = {} if count is None else {"num_items_in_batch": torch.tensor(count)}
     _assert_same(_learn(model, batch, **options), _learn(model, batch, **options, loss_only=True))
@@ -121,8 +121,8 @@ def test_evaluation_keeps_the_likeliest_tokens_and_no_logits(
     plain, short = model.eval()(**batch), model(**batch, loss_only=True)
     supervised = batch["labels"][:, 1:] != IGNORED_LABEL
     assert "logits" not in short
-    assert torch.equal(short.likeliest[:, :-1][supervised], plain.logits.argmax(-1)[:, :-1][supervised])
-    assert bool((short.likeliest[:, :-1][~supervised] == IGNORED_LABEL).all())
+    assert torch.equal(short.predicted_ids[:, :-1][supervised], plain.logits.argmax(-1)[:, :-1][supervised])
+    assert bool((short.predicted_ids[:, :-1][~supervised] == IGNORED_LABEL).all())
 
 
 def test_a_batch_that_teaches_nothing_reaches_the_head_all_the_same() -> None:
@@ -135,7 +135,7 @@ def test_a_batch_that_teaches_nothing_reaches_the_head_all_the_same() -> None:
 
 
 def test_no_chunk_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 16)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 16)
     head, seen = torch.nn.Linear(4, 8), []
     head.register_forward_hook(lambda _, given, made: seen.append(len(made)))
     supervised_loss(head, torch.randn(2, 9, 4), torch.ones(2, 9, dtype=torch.long), 8).loss.backward()
@@ -158,8 +158,8 @@ class _Exponentials(TorchDispatchMode):
 def test_no_tile_of_a_frozen_head_is_larger_than_allowed(
     allowed: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", allowed)
-    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 5)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", allowed)
+    monkeypatch.setattr(loss_module, "MAX_TILE_WIDTH", 5)
     head = torch.nn.Linear(4, 12, bias=False).requires_grad_(False)
     states, labels = torch.randn(2, 9, 4, requires_grad=True), torch.ones(2, 9, dtype=torch.long)
     with _Exponentials() as seen:
@@ -228,17 +228,17 @@ def test_vision_without_loops_is_that_of_transformers(tiny: Callable[[str], Path
 
 def test_a_mask_goes_only_where_causal_attention_hides_the_padding_itself() -> None:
     right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
-    assert mask_that_hides(right, "sdpa") is None
-    assert mask_that_hides(left, "sdpa") is left
-    assert mask_that_hides(right, "flash_attention_2") is right
+    assert drop_redundant_mask(right, "sdpa") is None
+    assert drop_redundant_mask(left, "sdpa") is left
+    assert drop_redundant_mask(right, "flash_attention_2") is right
     drawn = torch.zeros(2, 1, 3, 3)
-    assert mask_that_hides(drawn, "sdpa") is drawn
-    assert mask_that_hides(None, "sdpa") is None
+    assert drop_redundant_mask(drawn, "sdpa") is drawn
+    assert drop_redundant_mask(None, "sdpa") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_heads_gradient_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 16)
+    monkeypatch.setattr(loss_module, "MAX_TILE_WIDTH", 16)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(False)
     labels = torch.randint(0, 50, (2, 9))
