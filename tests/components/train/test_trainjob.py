@@ -92,12 +92,12 @@ def _train(output_uri: str, out: Path) -> None:
 
 
 def _job(**more: Any) -> Record:
-    values = {"name": "train-1", "nodes": 2, "output_uri": "s3://b/o", "flags": [], "pod": STEP_POD, "environment": {}}
+    values = {"name": "train-1", "nodes": 2, "output_uri": "s3://b/o", "flags": [], "pod": STEP_POD, "variables": {}}
     return build_job(**{**values, **more})
 
 
 def test_the_job_is_what_the_published_schema_knows() -> None:
-    job = _job(flags=["--lora_r", "4"], environment={"KFP_RUN_ID": "run-1", "AWS_REGION": "x"})
+    job = _job(flags=["--lora_r", "4"], variables={"KFP_RUN_ID": "run-1", "AWS_REGION": "x"})
     assert not unknown_fields(job)
     # The same comparison sees a field of another release.
     assert unknown_fields({**job, "spec": {**job["spec"], "podTemplateOverrides": [{"x": 1}]}})
@@ -111,7 +111,7 @@ def test_the_job_is_what_the_published_schema_knows() -> None:
 
 
 def test_credentials_go_by_reference_only(capsys: pytest.CaptureFixture[str]) -> None:
-    environment = {
+    variables = {
         "AWS_ACCESS_KEY_ID": "the-id",
         "AWS_SECRET_ACCESS_KEY": "hidden-1",
         "AWS_SESSION_TOKEN": "hidden-2",
@@ -123,7 +123,7 @@ def test_credentials_go_by_reference_only(capsys: pytest.CaptureFixture[str]) ->
         "KFP_RUN_ID": "run-1",
         "PATH": "/bin",
     }
-    job = _job(environment=environment)
+    job = _job(variables=variables)
     env = {entry.pop("name"): entry for entry in job["spec"]["trainer"]["env"]}
     assert env == {
         "AWS_ACCESS_KEY_ID": {"valueFrom": {"secretKeyRef": {"name": "s3", "key": "id"}}},
