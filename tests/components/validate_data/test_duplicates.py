@@ -1,4 +1,4 @@
-"""Copies are found, different images are not, and time does not grow with the number of pairs."""
+"""Copies of images are found, different images are not, and the time does not grow with the number of pairs."""
 
 import io
 import json
@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from scipy.ndimage import gaussian_filter
 
 from minicpmv_finetune.components.validate_data.duplicates import Group, Repetition, find_repeated
 from minicpmv_finetune.components.validate_data.inventory import Inventory
-from minicpmv_finetune.components.validate_data.report import warnings_about
+from minicpmv_finetune.components.validate_data.report import data_warnings
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
-from minicpmv_finetune.data.checking import Accepted, Look
+from minicpmv_finetune.data.checking import AcceptedSample, InspectedImage
 from minicpmv_finetune.data.samples import DatasetInfo, ImageRef
 
 
 def scene(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
-    """An image with soft shapes, as photographs have, and no two alike."""
+    """An image with soft shapes like a photograph, different for each seed."""
     noise = np.random.default_rng(seed).normal(size=(size[1], size[0], 3))
     smooth = gaussian_filter(noise, (size[1] / 8, size[0] / 8, 0))
     return Image.fromarray(((smooth / np.abs(smooth).max() + 1) * 127).astype(np.uint8))
@@ -32,7 +33,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: int) -> bytes:
     return file.getvalue()
 
 
-def checked(
+def validate(
     folder: Path, train: dict[str, bytes], evaluation: dict[str, bytes]
 ) -> tuple[DatasetInfo, list[Repetition]]:
     """Validate a sample for each image."""
@@ -55,7 +56,7 @@ def places(repetition: Repetition) -> list[tuple[str, str]]:
     return [(appearance.split, Path(appearance.uri).name) for appearance in repetition.appearances]
 
 
-def test_equal_and_near_equal_images_are_listed_and_leaks_are_told(tmp_path: Path) -> None:
+def test_equal_and_near_equal_images_are_listed_and_leaks_are_reported(tmp_path: Path) -> None:
     train = {f"{seed}.png": encoded(scene(seed)) for seed in range(40)}
     train["same.png"] = train["1.png"]
     train["again.jpg"] = encoded(scene(2), "JPEG", quality=40)
@@ -65,7 +66,7 @@ def test_equal_and_near_equal_images_are_listed_and_leaks_are_told(tmp_path: Pat
         "small.jpg": encoded(scene(4).resize((97, 71)), "JPEG", quality=70),
         "bright.png": encoded(ImageEnhance.Brightness(scene(5)).enhance(0.8)),
     }
-    info, repetitions = checked(tmp_path, train, evaluation)
+    info, repetitions = validate(tmp_path, train, evaluation)
     assert {(repetition.kind, repetition.leaks, tuple(places(repetition))) for repetition in repetitions} == {
         ("equal", False, (("train", "1.png"), ("train", "same.png"))),
         ("equal", True, (("train", "3.png"), ("eval", "leak.png"))),
@@ -75,10 +76,10 @@ def test_equal_and_near_equal_images_are_listed_and_leaks_are_told(tmp_path: Pat
     }
     assert [repetition.leaks for repetition in repetitions] == [True] * 3 + [False] * 2
     assert info.noted == {"equal_pictures": 2, "near_equal_pictures": 6, "leaked_equal": 1, "leaked_near": 2}
-    assert [warning.split(" evaluation")[0] for warning in warnings_about(info)] == ["1 of 4", "2 of 4"]
+    assert [warning.split(" evaluation")[0] for warning in data_warnings(info)] == ["1 of 4", "2 of 4"]
 
 
-def test_a_image_that_several_questions_share_is_no_duplicate(tmp_path: Path) -> None:
+def test_an_image_with_several_questions_is_not_a_duplicate(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(scene(1)))
     turns = [{"role": "user", "content": "<image>\nA?"}, {"role": "assistant", "content": "Yes."}]
     samples = [{"image": "a.png", "conversations": turns}] * 2
@@ -94,23 +95,23 @@ def test_a_image_that_several_questions_share_is_no_duplicate(tmp_path: Path) ->
     assert (tmp_path / "set" / "duplicates.jsonl").read_text() == ""
 
 
-def test_blank_images_look_like_nothing(tmp_path: Path) -> None:
+def test_blank_images_are_not_near_equal(tmp_path: Path) -> None:
     train = {f"{level}.png": encoded(Image.new("RGB", (64, 64), (level, level, level))) for level in range(250, 256)}
-    info, _ = checked(tmp_path, train, {"page.png": encoded(scene(1))})
+    info, _ = validate(tmp_path, train, {"page.png": encoded(scene(1))})
     assert info.noted == {}
 
 
-def found(grays: np.ndarray, folder: Path) -> tuple[list[Group], Counter[str]]:
-    """What is repeated among images of which only the grey levels are known."""
+def find_in(grays: NDArray[np.uint8], folder: Path) -> tuple[list[Group], Counter[str]]:
+    """Find repeated images among images of which only the grey levels are known."""
     with Inventory(folder / "samples.jsonl", folder / "grays") as inventory:
         for number, gray in enumerate(grays):
             image = ImageRef(uri=str(number), sha256=f"{number:064x}", width=16, height=16)
-            look = Look(image, gray.tobytes(), ())
-            inventory.add(Accepted("{}", number.to_bytes(32), 2, (look,), frozenset()))
+            inspected = InspectedImage(image, gray.tobytes(), ())
+            inventory.add(AcceptedSample("{}", number.to_bytes(32), 2, (inspected,), frozenset()))
     return find_repeated(inventory, np.zeros(len(grays), bool))
 
 
-def test_the_hash_finds_every_pair_that_all_comparisons_find(tmp_path: Path) -> None:
+def test_the_hash_finds_every_pair_that_comparing_all_pairs_finds(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     originals = chance.integers(0, 256, (300, 16, 16)).astype(np.float64)
     copies = originals + chance.normal(0, 2, originals.shape)
@@ -118,7 +119,7 @@ def test_the_hash_finds_every_pair_that_all_comparisons_find(tmp_path: Path) -> 
     flat = grays.reshape(600, -1) - grays.reshape(600, -1).mean(axis=1, keepdims=True)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     alike = np.argwhere(np.triu(flat @ flat.T >= 0.99, 1))
-    groups, counts = found(grays, tmp_path)
+    groups, counts = find_in(grays, tmp_path)
     assert {group.rows for group in groups} == {tuple(pair) for pair in alike.tolist()}
     assert counts["near_equal_pictures"] == 600
 
@@ -137,7 +138,7 @@ def test_time_is_linear_in_images(kind: str, tmp_path: Path) -> None:
         grays = (noise if kind == "all different" else base.clip(0, 250) + noise).astype(np.uint8)
         (tmp_path / str(number)).mkdir()
         started = time.process_time()
-        groups, _ = found(grays, tmp_path / str(number))
+        groups, _ = find_in(grays, tmp_path / str(number))
         seconds.append(time.process_time() - started)
         assert len(groups) == (kind == "all alike")
     assert seconds[1] < 20 * seconds[0] + 1

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.components.validate_data.report import warnings_about
+from minicpmv_finetune.components.validate_data.report import data_warnings
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, settings_from, validate_data
 from minicpmv_finetune.data.samples import (
     DatasetInfo,
@@ -52,20 +52,20 @@ def png_that_claims(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-class Workshop:
-    """A folder with images `a.png` and `b.png` in which data is written and checked."""
+class DataFolder:
+    """A folder with images `a.png` and `b.png` in which data is written and validated."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.dataset = folder / "dataset"
-        self.rejects_file = folder / "out" / "rejects.jsonl"
-        (folder / "a.png").write_bytes(png(1))
-        (folder / "b.png").write_bytes(png(2))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.dataset = path / "dataset"
+        self.rejects_file = path / "out" / "rejects.jsonl"
+        (path / "a.png").write_bytes(png(1))
+        (path / "b.png").write_bytes(png(2))
 
     def write(self, content: str | bytes | list[Any], name: str = "train.json") -> str:
         if isinstance(content, list):
             content = json.dumps(content)
-        path = self.folder / name
+        path = self.path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return str(path)
 
@@ -92,7 +92,7 @@ class Workshop:
         self.check([TEXT_ONLY, sample, TEXT_ONLY])
         assert len(self.samples) == 2
         (reject,) = self.rejects
-        assert (reject.file, reject.index) == (str(self.folder / "train.json"), 1)
+        assert (reject.file, reject.index) == (str(self.path / "train.json"), 1)
         return reject
 
     def accepted(self, sample: Json) -> Sample:
@@ -102,38 +102,38 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
+def folder(tmp_path: Path) -> DataFolder:
+    return DataFolder(tmp_path)
 
 
-# What is accepted, and what it means
+# What is accepted, and its meaning
 
 
-def test_a_image_stands_where_its_placeholder_is(workshop: Workshop) -> None:
+def test_an_image_goes_to_its_placeholder(folder: DataFolder) -> None:
     turn = {"role": "user", "content": "Look: <image> What is it?"}
-    sample = workshop.accepted({"id": "x", "image": "a.png", "conversations": [turn, ANSWER]})
+    sample = folder.accepted({"id": "x", "image": "a.png", "conversations": [turn, ANSWER]})
     assert sample.turns[0].parts == ("Look: ", 0, " What is it?")
     assert sample.turns[1].parts == ("A square.",)
     (image,) = sample.images
-    assert (image.uri, image.width, image.height) == (str(workshop.folder / "a.png"), 12, 8)
-    assert (sample.id, sample.source, sample.index) == ("x", str(workshop.folder / "train.json"), 0)
+    assert (image.uri, image.width, image.height) == (str(folder.path / "a.png"), 12, 8)
+    assert (sample.id, sample.source, sample.index) == ("x", str(folder.path / "train.json"), 0)
 
 
-def test_one_unnamed_image_without_a_placeholder_goes_first(workshop: Workshop) -> None:
-    implicit = workshop.accepted({"image": "a.png", "conversations": [ASK_WORDS, ANSWER, ASK_WORDS, ANSWER]})
-    explicit = workshop.accepted({"image": "a.png", "conversations": [ASK, ANSWER, ASK_WORDS, ANSWER]})
+def test_one_unnamed_image_without_a_placeholder_goes_first(folder: DataFolder) -> None:
+    implicit = folder.accepted({"image": "a.png", "conversations": [ASK_WORDS, ANSWER, ASK_WORDS, ANSWER]})
+    explicit = folder.accepted({"image": "a.png", "conversations": [ASK, ANSWER, ASK_WORDS, ANSWER]})
     assert implicit.turns == explicit.turns
     assert implicit.turns[0].parts[0] == 0
 
 
-def test_it_goes_behind_a_system_turn(workshop: Workshop) -> None:
+def test_one_unnamed_image_without_a_placeholder_goes_after_a_system_turn(folder: DataFolder) -> None:
     system = {"role": "system", "content": "Be brief."}
-    sample = workshop.accepted({"image": "a.png", "conversations": [system, ASK_WORDS, ANSWER]})
+    sample = folder.accepted({"image": "a.png", "conversations": [system, ASK_WORDS, ANSWER]})
     assert [turn.parts[0] for turn in sample.turns] == ["Be brief.", 0, "A square."]
 
 
-def test_the_text_orders_several_images_over_several_turns(workshop: Workshop) -> None:
-    sample = workshop.accepted(
+def test_the_text_decides_the_order_of_images_in_several_turns(folder: DataFolder) -> None:
+    sample = folder.accepted(
         {
             "image": {"<image_00>": "a.png", "<image_01>": "b.png", "<image_02>": "a.png"},
             "conversations": [
@@ -149,39 +149,39 @@ def test_the_text_orders_several_images_over_several_turns(workshop: Workshop) -
     assert sample.turns[2].parts == ("And this? ", 2)
 
 
-def test_text_alone_is_fine(workshop: Workshop) -> None:
+def test_a_sample_without_images_is_accepted(folder: DataFolder) -> None:
     for without in ({}, {"image": None}, {"image": ""}, {"image": {}}, {"video": None}):
-        sample = workshop.accepted({**without, "conversations": [ASK_WORDS, ANSWER]})
+        sample = folder.accepted({**without, "conversations": [ASK_WORDS, ANSWER]})
         assert sample.images == ()
 
 
-def test_a_image_alone_is_a_question(workshop: Workshop) -> None:
-    assert workshop.accepted({"image": "a.png", "conversations": [{"role": "user", "content": ""}, ANSWER]})
-    assert workshop.samples[0].turns[0].parts == (0, "\n")
+def test_an_image_without_text_is_a_question(folder: DataFolder) -> None:
+    assert folder.accepted({"image": "a.png", "conversations": [{"role": "user", "content": ""}, ANSWER]})
+    assert folder.samples[0].turns[0].parts == (0, "\n")
 
 
-def test_ids_may_be_numbers_or_missing(workshop: Workshop) -> None:
+def test_ids_may_be_numbers_or_missing(folder: DataFolder) -> None:
     conversation = {"conversations": [ASK_WORDS, ANSWER]}
-    workshop.check([conversation, {"id": 0, **conversation}, {"id": "x", **conversation}])
-    assert [sample.id for sample in workshop.samples] == ["0", "0", "x"]
+    folder.check([conversation, {"id": 0, **conversation}, {"id": "x", **conversation}])
+    assert [sample.id for sample in folder.samples] == ["0", "0", "x"]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
-def test_images_of_every_mode_are_accepted(mode: str, workshop: Workshop) -> None:
-    Image.new(mode, (5, 7)).save(workshop.folder / "odd.tiff")
-    sample = workshop.accepted({"image": "odd.tiff", "conversations": [ASK, ANSWER]})
+def test_images_of_every_mode_are_accepted(mode: str, folder: DataFolder) -> None:
+    Image.new(mode, (5, 7)).save(folder.path / "odd.tiff")
+    sample = folder.accepted({"image": "odd.tiff", "conversations": [ASK, ANSWER]})
     assert (sample.images[0].width, sample.images[0].height) == (5, 7)
 
 
 def animated(kind: str) -> bytes:
     file = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
     return file.getvalue()
 
 
-def turned_jpeg(size: tuple[int, int] = (12, 8)) -> bytes:
-    """An image that is red on the left as stored, and red at the top once turned as EXIF says."""
+def rotated_jpeg(size: tuple[int, int] = (12, 8)) -> bytes:
+    """An image that is red on the left as stored, and red at the top after rotation as EXIF says."""
     image = Image.new("RGB", size, "blue")
     image.paste("red", (0, 0, size[0] // 2, size[1]))
     exif = Image.Exif()
@@ -191,56 +191,56 @@ def turned_jpeg(size: tuple[int, int] = (12, 8)) -> bytes:
     return file.getvalue()
 
 
-def test_a_jpeg_with_a_second_view_behind_it_is_one_image(workshop: Workshop) -> None:
-    (workshop.folder / "phone.jpg").write_bytes(animated("MPO"))
-    assert workshop.accepted({"image": "phone.jpg", TURNS: [ASK, ANSWER]}).images
+def test_a_jpeg_followed_by_a_second_view_is_one_image(folder: DataFolder) -> None:
+    (folder.path / "phone.jpg").write_bytes(animated("MPO"))
+    assert folder.accepted({"image": "phone.jpg", TURNS: [ASK, ANSWER]}).images
 
 
-def test_what_is_worth_knowing_of_accepted_samples_is_counted(workshop: Workshop) -> None:
-    Image.new("CMYK", (5, 7)).save(workshop.folder / "cmyk.tiff")
-    Image.new("P", (5, 7)).save(workshop.folder / "palette.png")
-    Image.new("RGBA", (5, 7)).save(workshop.folder / "glass.png")
-    (workshop.folder / "turned.jpg").write_bytes(turned_jpeg())
-    names = ("cmyk.tiff", "palette.png", "glass.png", "turned.jpg", "a.png")
+def test_noteworthy_properties_of_accepted_samples_are_counted(folder: DataFolder) -> None:
+    Image.new("CMYK", (5, 7)).save(folder.path / "cmyk.tiff")
+    Image.new("P", (5, 7)).save(folder.path / "palette.png")
+    Image.new("RGBA", (5, 7)).save(folder.path / "glass.png")
+    (folder.path / "rotated.jpg").write_bytes(rotated_jpeg())
+    names = ("cmyk.tiff", "palette.png", "glass.png", "rotated.jpg", "a.png")
     pair = {"<image_00>": "a.png", "<image_01>": "b.png"}
     swapped = {"image": pair, TURNS: [{"role": "user", "content": "<image_01><image_00>"}, ANSWER]}
-    info = workshop.check([*({"image": name, TURNS: [ASK, ANSWER]} for name in names), swapped])
-    assert workshop.rejects == []
+    info = folder.check([*({"image": name, TURNS: [ASK, ANSWER]} for name in names), swapped])
+    assert folder.rejects == []
     assert info.noted == {"cmyk": 1, "palette": 1, "transparent": 1, "exif_rotated": 1, "order_by_text": 1}
-    assert read_info(workshop.dataset) == info
+    assert read_info(folder.dataset) == info
 
 
-def test_images_are_turned_as_exif_says_only_when_asked_for(workshop: Workshop) -> None:
-    (workshop.folder / "turned.jpg").write_bytes(turned_jpeg())
-    samples = [{"image": "turned.jpg", TURNS: [ASK, ANSWER]}]
-    plain = workshop.check(samples)
-    (image_ref,) = workshop.samples[0].images
-    assert (image_ref.width, image_ref.height, image_ref.turned) == (12, 8, False)
+def test_images_are_rotated_as_exif_says_only_with_the_option(folder: DataFolder) -> None:
+    (folder.path / "rotated.jpg").write_bytes(rotated_jpeg())
+    samples = [{"image": "rotated.jpg", TURNS: [ASK, ANSWER]}]
+    plain = folder.check(samples)
+    (image_ref,) = folder.samples[0].images
+    assert (image_ref.width, image_ref.height, image_ref.rotated) == (12, 8, False)
     assert open_image(image_ref).getpixel((0, 7))[0] > 200
-    turned = workshop.check(samples, exif_transpose=True)
-    (image_ref,) = workshop.samples[0].images
-    assert (image_ref.width, image_ref.height, image_ref.turned) == (8, 12, True)
+    rotated = folder.check(samples, exif_transpose=True)
+    (image_ref,) = folder.samples[0].images
+    assert (image_ref.width, image_ref.height, image_ref.rotated) == (8, 12, True)
     image = open_image(image_ref)
     assert image.size == (8, 12)
     assert image.getpixel((7, 0))[0] > 200
     assert image.getpixel((7, 11))[0] < 50
-    assert (plain.exif_transpose, turned.exif_transpose) == (False, True)
-    assert plain.fingerprint != turned.fingerprint
-    assert any("serves the model must turn them too" in warning for warning in warnings_about(turned))
+    assert (plain.exif_transpose, rotated.exif_transpose) == (False, True)
+    assert plain.fingerprint != rotated.fingerprint
+    assert any("the server of the model must rotate them too" in warning for warning in data_warnings(rotated))
 
 
-def test_options_of_the_form_are_checked() -> None:
+def test_data_options_are_checked() -> None:
     assert settings_from({"seed": 1, "exif_transpose": True}) == ValidationSettings(seed=1, exif_transpose=True)
     for options in ({"exif": True}, {"eval_fraction": 1.5}, {"exif_transpose": "perhaps"}):
         with pytest.raises(UserError, match=f"data_options: {next(iter(options))}: .*exif_transpose"):
             settings_from(options)
 
 
-# Where images may lie
+# Addresses of images
 
 
-def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+def write_archive(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
         for name, content in members.items():
             header = tarfile.TarInfo(name)
             header.size = len(content)
@@ -250,28 +250,28 @@ def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
         archive.addfile(link)
 
 
-def test_images_may_be_members_of_tar_shards(workshop: Workshop) -> None:
-    write_shard(workshop.folder / "0.tar", {"./x/a.png": png(1), f"{'long/' * 60}b.png": png(2)})
+def test_images_may_be_members_of_tar_archives(folder: DataFolder) -> None:
+    write_archive(folder.path / "0.tar", {"./x/a.png": png(1), f"{'long/' * 60}b.png": png(2)})
     samples = [{"image": f"0.tar!{name}", TURNS: [ASK, ANSWER]} for name in ("x/a.png", f"./{'long/' * 60}b.png")]
-    workshop.check(samples)
-    assert workshop.rejects == []
-    for sample, seed in zip(workshop.samples, (1, 2), strict=True):
+    folder.check(samples)
+    assert folder.rejects == []
+    for sample, seed in zip(folder.samples, (1, 2), strict=True):
         assert read_image(sample.images[0]) == png(seed)
-    write_shard(workshop.folder / "0.tar", {"x/a.png": png(3)})
+    write_archive(folder.path / "0.tar", {"x/a.png": png(3)})
     with pytest.raises(UserError, match=r"0\.tar!x/a\.png: changed since it was validated"):
-        open_image(workshop.samples[0].images[0])
+        open_image(folder.samples[0].images[0])
 
 
 @pytest.mark.parametrize(
     ("reference", "reason", "sentence"),
     [
-        ("0.tar!no.png", "image_missing", "0.tar!no.png: the shard holds no such file"),
+        ("0.tar!no.png", "image_missing", "0.tar!no.png: the archive holds no such file"),
         ("0.tar!link.png", "image_missing", "holds no such file"),
         ("none.tar!a.png", "image_missing", "none.tar: not found"),
         ("bad.tar!a.png", "image_missing", "bad.tar: not a readable tar file"),
-        ("0.tar!../a.png", "image_refused", "leads out of the shard"),
-        ("0.tar!/etc/passwd", "image_refused", "leads out of the shard"),
-        ("0.tar!x/../../a.png", "image_refused", "leads out of the shard"),
+        ("0.tar!../a.png", "image_refused", "leads out of the archive"),
+        ("0.tar!/etc/passwd", "image_refused", "leads out of the archive"),
+        ("0.tar!x/../../a.png", "image_refused", "leads out of the archive"),
         ("0.tar.gz!a.png", "image_refused", "compressed archive"),
         ("https://e.org/0.tar!a.png", "image_refused", "web addresses are refused"),
         ("data:image/png,%00", "image_unreadable", "only data:image/…;base64"),
@@ -285,60 +285,60 @@ def test_images_may_be_members_of_tar_shards(workshop: Workshop) -> None:
         ("page.eps", "image_unreadable", "not a readable image"),
     ],
 )
-def test_a_image_that_cannot_be_used_has_its_code(
-    reference: str, reason: str, sentence: str, workshop: Workshop
+def test_an_image_that_cannot_be_used_is_rejected_with_its_code(
+    reference: str, reason: str, sentence: str, folder: DataFolder
 ) -> None:
-    write_shard(workshop.folder / "0.tar", {"a.png": png(1)})
-    (workshop.folder / "bad.tar").write_bytes(b"words" * 1000)
+    write_archive(folder.path / "0.tar", {"a.png": png(1)})
+    (folder.path / "bad.tar").write_bytes(b"words" * 1000)
     for name, kind in {"moving.gif": "GIF", "moving.png": "PNG", "moving.tiff": "TIFF"}.items():
-        (workshop.folder / name).write_bytes(animated(kind))
-    Image.new("I;16", (4, 4), 40_000).save(workshop.folder / "deep.png")
-    Image.new("F", (4, 4), 0.5).save(workshop.folder / "deep.tiff")
-    Image.new("RGB", (4, 4)).save(workshop.folder / "page.eps")
-    reject = workshop.rejected({"image": reference, TURNS: [ASK, ANSWER]})
+        (folder.path / name).write_bytes(animated(kind))
+    Image.new("I;16", (4, 4), 40_000).save(folder.path / "deep.png")
+    Image.new("F", (4, 4), 0.5).save(folder.path / "deep.tiff")
+    Image.new("RGB", (4, 4)).save(folder.path / "page.eps")
+    reject = folder.rejected({"image": reference, TURNS: [ASK, ANSWER]})
     assert reject.reason == reason
     assert sentence in reject.message
 
 
-def test_a_image_may_stand_in_the_sample(workshop: Workshop) -> None:
+def test_an_image_may_be_a_data_uri(folder: DataFolder) -> None:
     uri = f"data:image/png;base64,{base64.b64encode(png(1)).decode()}"
-    sample = workshop.accepted({"image": uri, TURNS: [ASK, ANSWER]})
+    sample = folder.accepted({"image": uri, TURNS: [ASK, ANSWER]})
     assert read_image(sample.images[0]) == png(1)
     assert open_image(sample.images[0]).size == (12, 8)
-    broken = workshop.rejected({"image": f"{uri[:-400]}{'A' * 4000}", TURNS: [ASK, ANSWER]})
-    assert len(broken.message) < 300, "the message must not repeat the image"
+    broken = folder.rejected({"image": f"{uri[:-400]}{'A' * 4000}", TURNS: [ASK, ANSWER]})
+    assert len(broken.message) < 300, "the message does not repeat the image"
 
 
-def test_patterns_name_many_files_here_and_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
+def test_patterns_name_many_files_on_disk_and_in_object_storage(s3_uri: str, folder: DataFolder) -> None:
     for number in range(3):
         line = json.dumps({"id": str(number), "conversations": [ASK_WORDS, ANSWER]})
-        workshop.write(line, f"part-{number}.jsonl")
+        folder.write(line, f"part-{number}.jsonl")
         storage.write_bytes(f"{s3_uri}/set/part-{number}.jsonl", line.encode())
-        storage.write_bytes(f"{s3_uri}/set/deeper/part-{number}.jsonl", b"not meant")
-    for pattern in (str(workshop.folder / "part-[01].json*"), f"{s3_uri}/set/part-[01].json*"):
-        validate_data(pattern, pattern, workshop.dataset, workshop.rejects_file, ValidationSettings(1.0))
-        assert [sample.id for sample in workshop.samples] == ["0", "1"]
-        assert [sample.source[-12:] for sample in workshop.samples] == ["part-0.jsonl", "part-1.jsonl"]
-    for pattern in (str(workshop.folder / "no-*.json"), f"{s3_uri}/set/no-*.json"):
+        storage.write_bytes(f"{s3_uri}/set/deeper/part-{number}.jsonl", b"does not match")
+    for pattern in (str(folder.path / "part-[01].json*"), f"{s3_uri}/set/part-[01].json*"):
+        validate_data(pattern, pattern, folder.dataset, folder.rejects_file, ValidationSettings(1.0))
+        assert [sample.id for sample in folder.samples] == ["0", "1"]
+        assert [sample.source[-12:] for sample in folder.samples] == ["part-0.jsonl", "part-1.jsonl"]
+    for pattern in (str(folder.path / "no-*.json"), f"{s3_uri}/set/no-*.json"):
         with pytest.raises(UserError, match="no file matches this pattern"):
-            validate_data(pattern, "", workshop.dataset, workshop.rejects_file, ValidationSettings())
+            validate_data(pattern, "", folder.dataset, folder.rejects_file, ValidationSettings())
 
 
-def test_many_samples_keep_their_order_through_the_pool(workshop: Workshop) -> None:
+def test_many_samples_keep_their_order_through_the_pool(folder: DataFolder) -> None:
     samples = [
         {"id": str(number), "image": "a.png" if number % 3 else "no.png", TURNS: [ASK, ANSWER]} for number in range(200)
     ]
-    workshop.check(samples)
-    assert [sample.index for sample in workshop.samples] == [number for number in range(200) if number % 3]
-    assert [reject.index for reject in workshop.rejects] == list(range(0, 200, 3))
+    folder.check(samples)
+    assert [sample.index for sample in folder.samples] == [number for number in range(200) if number % 3]
+    assert [reject.index for reject in folder.rejects] == list(range(0, 200, 3))
 
 
-def test_an_array_that_breaks_off_ends_the_step_and_accepts_none_of_it(workshop: Workshop) -> None:
+def test_an_incomplete_array_ends_the_step_and_none_of_it_is_accepted(folder: DataFolder) -> None:
     text = json.dumps([TEXT_ONLY] * 100, indent=1)
     with pytest.raises(UserError, match=r"train\.json, line \d+: invalid JSON at line \d+, column"):
-        workshop.check(text[:-20])
-    assert [reject.reason for reject in workshop.rejects] == ["invalid_json"]
-    assert not workshop.dataset.exists()
+        folder.check(text[:-20])
+    assert [reject.reason for reject in folder.rejects] == ["invalid_json"]
+    assert not folder.dataset.exists()
 
 
 def as_array(samples: list[Json]) -> str:
@@ -359,17 +359,17 @@ def with_byte_order_mark(samples: list[Json]) -> str:
 
 @pytest.mark.parametrize("write", [as_array, as_lines, as_data, with_byte_order_mark])
 @pytest.mark.parametrize("number", [1, 3])
-def test_each_way_to_write_a_file(write: Callable[[list[Json]], str], number: int, workshop: Workshop) -> None:
-    workshop.check(write([{"id": str(index), "conversations": [ASK_WORDS, ANSWER]} for index in range(number)]))
-    assert [sample.id for sample in workshop.samples] == [str(index) for index in range(number)]
-    assert workshop.rejects == []
+def test_each_file_format_is_read(write: Callable[[list[Json]], str], number: int, folder: DataFolder) -> None:
+    folder.check(write([{"id": str(index), "conversations": [ASK_WORDS, ANSWER]} for index in range(number)]))
+    assert [sample.id for sample in folder.samples] == [str(index) for index in range(number)]
+    assert folder.rejects == []
 
 
-def test_a_line_may_hold_what_other_programs_take_for_a_line_break(workshop: Workshop) -> None:
+def test_a_line_may_contain_characters_that_other_programs_treat_as_line_breaks(folder: DataFolder) -> None:
     answer = {"role": "assistant", "content": "one\u2028two\x85three"}
     line = json.dumps({"conversations": [ASK_WORDS, answer]}, ensure_ascii=False)
-    workshop.check(f"{line}\n{line}\n")
-    assert [sample.turns[1].text for sample in workshop.samples] == ["one\u2028two\x85three"] * 2
+    folder.check(f"{line}\n{line}\n")
+    assert [sample.turns[1].text for sample in folder.samples] == ["one\u2028two\x85three"] * 2
 
 
 # What is rejected
@@ -419,7 +419,7 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
         "more than one system turn",
     ),
     "question last": ({TURNS: [ASK_WORDS, ANSWER, ASK_WORDS]}, "roles", "the last turn is the user's"),
-    "placeholder without image": ({TURNS: [ASK, ANSWER]}, "placeholder_without_image", "the text says <image>"),
+    "placeholder without image": ({TURNS: [ASK, ANSWER]}, "placeholder_without_image", "the text contains <image>"),
     "numbered placeholder for an unnamed image": (
         {"image": "a.png", TURNS: [{"role": "user", "content": "<image_00>"}, ANSWER]},
         "placeholder_without_image",
@@ -433,7 +433,7 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
     "doubled placeholder": (
         {"image": "a.png", TURNS: [{"role": "user", "content": "<image><image>"}, ANSWER]},
         "placeholder_doubled",
-        "<image> stands 2 times",
+        "<image> occurs 2 times",
     ),
     "placeholder doubled over turns": ({"image": "a.png", TURNS: [ASK, ANSWER] * 2}, "placeholder_doubled", "2 times"),
     "named image that no turn mentions": (
@@ -461,7 +461,7 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
         "empty_answer",
         r"turn 1 \(assistant\)",
     ),
-    "blank answer": ({TURNS: [ASK_WORDS, {"role": "assistant", "content": " \n"}]}, "empty_answer", "says nothing"),
+    "blank answer": ({TURNS: [ASK_WORDS, {"role": "assistant", "content": " \n"}]}, "empty_answer", "has no text"),
     "empty answer before another": (
         {TURNS: [ASK_WORDS, {"role": "assistant", "content": ""}, ASK_WORDS, ANSWER]},
         "empty_answer",
@@ -486,7 +486,9 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLES)
-def test_a_bad_sample_is_named_with_its_reason(case: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_sample_is_rejected_with_its_reason(
+    case: str, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample, reason, sentence = BAD_SAMPLES[case]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     for name, content in {
@@ -496,22 +498,22 @@ def test_a_bad_sample_is_named_with_its_reason(case: str, workshop: Workshop, mo
         "bomb.png": png_that_claims(150, 100),  # Pillow only warns up to twice its limit
         "bomb2.png": png_that_claims(1000, 1000),
     }.items():
-        (workshop.folder / name).write_bytes(content)
-    reject = workshop.rejected(sample)
+        (folder.path / name).write_bytes(content)
+    reject = folder.rejected(sample)
     assert reject.reason == reason
     assert len(reject.message) < 500
     assert reject.message.endswith((".", "…"))
     assert re.search(sentence, reject.message)
 
 
-def test_a_reject_keeps_the_samples_id(workshop: Workshop) -> None:
-    assert workshop.rejected({"id": "the-bad-one", TURNS: []}).id == "the-bad-one"
-    assert workshop.rejected({"id": 17, TURNS: []}).id == "17"
+def test_a_reject_keeps_the_samples_id(folder: DataFolder) -> None:
+    assert folder.rejected({"id": "the-bad-one", TURNS: []}).id == "the-bad-one"
+    assert folder.rejected({"id": 17, TURNS: []}).id == "17"
 
 
 @pytest.mark.parametrize("damage", ["header", "middle", "noise"])
-def test_no_damage_to_a_image_stops_the_step(damage: str, workshop: Workshop) -> None:
-    """Decoders raise many kinds of error over bad bytes; all of them are about that image."""
+def test_no_damage_to_an_image_stops_the_step(damage: str, folder: DataFolder) -> None:
+    """Decoders raise many kinds of error for damaged bytes; each error only rejects its image."""
     chance = random.Random(0)
     samples = []
     for number, kind in enumerate(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"] * 10):
@@ -521,130 +523,132 @@ def test_no_damage_to_a_image_stops_the_step(damage: str, workshop: Workshop) ->
         place = {"header": (4, 40), "middle": (40, len(content)), "noise": (0, len(content))}[damage]
         for _ in range(8):
             content[chance.randrange(*place) % len(content)] = chance.randrange(256)
-        (workshop.folder / f"damaged-{number}").write_bytes(content)
+        (folder.path / f"damaged-{number}").write_bytes(content)
         samples.append({"image": f"damaged-{number}", TURNS: [ASK, ANSWER]})
-    workshop.check([TEXT_ONLY, *samples])
-    assert len(workshop.samples) + len(workshop.rejects) == 81
-    assert {reject.reason for reject in workshop.rejects} <= {"image_unreadable", "decompression_bomb"}
+    folder.check([TEXT_ONLY, *samples])
+    assert len(folder.samples) + len(folder.rejects) == 81
+    assert {reject.reason for reject in folder.rejects} <= {"image_unreadable", "decompression_bomb"}
 
 
-# Files that are wrong as a whole
+# Files that cannot be used
 
 
 @pytest.mark.parametrize("content", ["", " \n\n", "[]", "[\n]", '{"data": []}', "\ufeff"])
-def test_an_empty_file_is_named(content: str, workshop: Workshop) -> None:
+def test_an_empty_file_is_reported(content: str, folder: DataFolder) -> None:
     with pytest.raises(UserError, match=r"no usable train sample is left.*train\.json.*empty"):
-        workshop.check(content)
-    (reject,) = workshop.rejects
+        folder.check(content)
+    (reject,) = folder.rejects
     assert reject.reason == "empty_file"
-    assert not workshop.dataset.exists()
+    assert not folder.dataset.exists()
 
 
 @pytest.mark.parametrize("write", [as_array, as_data])
-def test_invalid_json_in_an_array_is_named_by_its_line(write: Callable[[list[Json]], str], workshop: Workshop) -> None:
+def test_invalid_json_in_an_array_is_reported_by_its_line(
+    write: Callable[[list[Json]], str], folder: DataFolder
+) -> None:
     lines = write([TEXT_ONLY, TEXT_ONLY]).splitlines()
     broken = next(number for number, line in enumerate(lines) if '"id"' in line) + 1
     lines[broken - 1] = lines[broken - 1].replace(":", "")
     with pytest.raises(UserError, match=f"train.json, line {broken}: invalid JSON at line {broken}, column"):
-        workshop.check("\n".join(lines))
-    (reject,) = workshop.rejects
+        folder.check("\n".join(lines))
+    (reject,) = folder.rejects
     assert (reject.reason, reject.line, reject.index) == ("invalid_json", broken, None)
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
-def test_invalid_json_in_a_line_is_named_and_the_other_lines_stay(broken: int, workshop: Workshop) -> None:
+def test_invalid_json_in_a_line_is_reported_and_the_other_lines_are_accepted(broken: int, folder: DataFolder) -> None:
     lines = [json.dumps(TEXT_ONLY)] * 3
     lines[broken] = lines[broken][:-3]
-    workshop.check("\n\n".join(lines))
-    (reject,) = workshop.rejects
+    folder.check("\n\n".join(lines))
+    (reject,) = folder.rejects
     assert (reject.reason, reject.index, reject.line) == ("invalid_json", broken, 2 * broken + 1)
     assert f"line {2 * broken + 1}, column" in reject.message
-    assert [sample.index for sample in workshop.samples] == [number for number in range(3) if number != broken]
+    assert [sample.index for sample in folder.samples] == [number for number in range(3) if number != broken]
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, f"[{'1' * 5000}]"], ids=["deep", "long number"])
-def test_json_beyond_pythons_limits_is_invalid_too(content: str, workshop: Workshop) -> None:
+def test_json_beyond_pythons_limits_is_invalid_too(content: str, folder: DataFolder) -> None:
     with pytest.raises(UserError, match="invalid JSON at line 1"):
-        workshop.check(content)
-    assert workshop.rejects[0].reason == "invalid_json"
+        folder.check(content)
+    assert folder.rejects[0].reason == "invalid_json"
     line = json.dumps(TEXT_ONLY)
-    workshop.check(f"{line}\n{content}\n{line}\n")
-    assert [(reject.reason, reject.line) for reject in workshop.rejects] == [("invalid_json", 2)]
+    folder.check(f"{line}\n{content}\n{line}\n")
+    assert [(reject.reason, reject.line) for reject in folder.rejects] == [("invalid_json", 2)]
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"[\xff\xfe]", "not UTF-8"), (b'"words"', "holds str, not an array"), (b"7", "holds int, not an array")],
+    [(b"[\xff\xfe]", "not UTF-8"), (b'"words"', "contains str, not an array"), (b"7", "contains int, not an array")],
 )
-def test_a_file_of_another_kind_is_refused(content: bytes, sentence: str, workshop: Workshop) -> None:
+def test_a_file_of_another_kind_is_refused(content: bytes, sentence: str, folder: DataFolder) -> None:
     with pytest.raises(UserError, match=f"train.json: {sentence}"):
-        workshop.check(content)
+        folder.check(content)
 
 
-def test_a_missing_file_is_refused(workshop: Workshop) -> None:
-    uri = str(workshop.folder / "no.json")
+def test_a_missing_file_is_refused(folder: DataFolder) -> None:
+    uri = str(folder.path / "no.json")
     with pytest.raises(UserError, match=r"no\.json: not found"):
-        validate_data(uri, "", workshop.dataset, workshop.rejects_file, ValidationSettings())
+        validate_data(uri, "", folder.dataset, folder.rejects_file, ValidationSettings())
     with pytest.raises(UserError, match="web addresses are refused"):
-        validate_data("https://e.org/t.json", "", workshop.dataset, workshop.rejects_file, ValidationSettings())
+        validate_data("https://e.org/t.json", "", folder.dataset, folder.rejects_file, ValidationSettings())
 
 
 # How many may be rejected
 
 
-def test_more_rejects_than_the_ratio_allows_end_the_step(workshop: Workshop) -> None:
+def test_more_rejects_than_the_ratio_allows_end_the_step(folder: DataFolder) -> None:
     bad = {"id": "bad", TURNS: []}
     with pytest.raises(UserError, match=r"2 of 20 samples \(10.0%\).*max_reject_ratio 5.0%.*sample 17: the convers"):
-        workshop.check([TEXT_ONLY] * 17 + [bad] * 2, max_reject_ratio=0.05)
-    assert len(workshop.rejects) == 2, "the list is needed most when the step fails"
-    assert not workshop.dataset.exists()
-    workshop.check([TEXT_ONLY] * 17 + [bad] * 2, max_reject_ratio=0.1)
-    assert read_info(workshop.dataset).rejected == {"roles": 2}
+        folder.check([TEXT_ONLY] * 17 + [bad] * 2, max_reject_ratio=0.05)
+    assert len(folder.rejects) == 2, "the list is written although the step fails"
+    assert not folder.dataset.exists()
+    folder.check([TEXT_ONLY] * 17 + [bad] * 2, max_reject_ratio=0.1)
+    assert read_info(folder.dataset).rejected == {"roles": 2}
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_nothing_left_ends_the_step_whatever_the_ratio(split: str, workshop: Workshop) -> None:
+def test_a_split_without_samples_ends_the_step_at_any_ratio(split: str, folder: DataFolder) -> None:
     good, bad = [TEXT_ONLY] * 99, [{TURNS: []}]
-    uris = [workshop.write(bad if split == name else good, f"{name}.json") for name in ("train", "eval")]
+    uris = [folder.write(bad if split == name else good, f"{name}.json") for name in ("train", "eval")]
     with pytest.raises(UserError, match=f"no usable {split} sample is left, 1 were rejected.*{split}.json, sample 0"):
-        validate_data(*uris, workshop.dataset, workshop.rejects_file, ValidationSettings(max_reject_ratio=1.0))
-    assert len(workshop.rejects) == 1
-    assert not workshop.dataset.exists()
+        validate_data(*uris, folder.dataset, folder.rejects_file, ValidationSettings(max_reject_ratio=1.0))
+    assert len(folder.rejects) == 1
+    assert not folder.dataset.exists()
 
 
 # The dataset as a whole
 
 
-def many(workshop: Workshop, number: int) -> list[Json]:
-    """Samples of which each two neighbours show the same image."""
+def many(folder: DataFolder, number: int) -> list[Json]:
+    """Pairs of neighboring samples that show the same image."""
     for image in range(number // 2):
-        (workshop.folder / f"{image}.png").write_bytes(png(image + 10))
+        (folder.path / f"{image}.png").write_bytes(png(image + 10))
     return [{"id": str(n), "image": f"{n // 2}.png", TURNS: [ASK, ANSWER]} for n in range(number)]
 
 
-def split(workshop: Workshop, samples: list[Json], **settings: Any) -> tuple[set[str], set[str]]:
-    """The ids of both splits when no evaluation data is given."""
-    uri = workshop.write(samples)
-    validate_data(uri, "", workshop.dataset, workshop.rejects_file, ValidationSettings(**settings))
-    train, evaluation = (read_samples(workshop.dataset, name) for name in ("train", "eval"))
+def split(folder: DataFolder, samples: list[Json], **settings: Any) -> tuple[set[str], set[str]]:
+    """The ids of the training and the evaluation samples when no evaluation data is given."""
+    uri = folder.write(samples)
+    validate_data(uri, "", folder.dataset, folder.rejects_file, ValidationSettings(**settings))
+    train, evaluation = (read_samples(folder.dataset, name) for name in ("train", "eval"))
     return {sample.id for sample in train}, {sample.id for sample in evaluation}
 
 
-def test_evaluation_data_is_split_off_by_image(workshop: Workshop) -> None:
-    samples = many(workshop, 200)
-    train, evaluation = split(workshop, samples, eval_fraction=0.2)
+def test_evaluation_data_is_split_off_by_image(folder: DataFolder) -> None:
+    samples = many(folder, 200)
+    train, evaluation = split(folder, samples, eval_fraction=0.2)
     assert train | evaluation == {sample["id"] for sample in samples}
     assert 20 <= len(evaluation) <= 60
     assert {int(number) // 2 for number in train}.isdisjoint({int(number) // 2 for number in evaluation})
-    assert split(workshop, samples, eval_fraction=0.2, seed=1)[1] != evaluation
-    # Neither another order nor more samples move one of them.
-    assert split(workshop, samples[::-1], eval_fraction=0.2) == (train, evaluation)
-    assert split(workshop, many(workshop, 240), eval_fraction=0.2)[1] >= evaluation
+    assert split(folder, samples, eval_fraction=0.2, seed=1)[1] != evaluation
+    # Another order or more samples do not move a sample to the other split.
+    assert split(folder, samples[::-1], eval_fraction=0.2) == (train, evaluation)
+    assert split(folder, many(folder, 240), eval_fraction=0.2)[1] >= evaluation
 
 
-def test_samples_that_share_images_stay_on_one_side(workshop: Workshop) -> None:
+def test_samples_that_share_images_stay_in_one_split(folder: DataFolder) -> None:
     for number in range(60):
-        (workshop.folder / f"{number}.png").write_bytes(png(number + 10))
+        (folder.path / f"{number}.png").write_bytes(png(number + 10))
     pair: Json = {TURNS: [{"role": "user", "content": "<image_00><image_01>"}, ANSWER]}
     # Chains of three samples: 0-1, 1-2, 2-3; 4-5, …
     samples = [
@@ -652,42 +656,42 @@ def test_samples_that_share_images_stay_on_one_side(workshop: Workshop) -> None:
         for chain in range(15)
         for link, first in enumerate(range(4 * chain, 4 * chain + 3))
     ]
-    train, evaluation = split(workshop, samples, eval_fraction=0.3)
+    train, evaluation = split(folder, samples, eval_fraction=0.3)
     assert {name.split(".")[0] for name in train}.isdisjoint(name.split(".")[0] for name in evaluation)
     assert evaluation
-    assert split(workshop, samples[::-1], eval_fraction=0.3) == (train, evaluation)
-    assert read_info(workshop.dataset).noted.get("leaked_equal") is None
+    assert split(folder, samples[::-1], eval_fraction=0.3) == (train, evaluation)
+    assert read_info(folder.dataset).noted.get("leaked_equal") is None
 
 
-def test_what_most_samples_share_is_trained_on(workshop: Workshop) -> None:
+def test_a_group_of_most_samples_is_trained_on(folder: DataFolder) -> None:
     common = [{"id": f"c{number}", "image": "a.png", TURNS: [ASK, ANSWER]} for number in range(30)]
     for seed in range(4):
-        train, evaluation = split(workshop, [*common, *many(workshop, 28)], eval_fraction=0.5, seed=seed)
+        train, evaluation = split(folder, [*common, *many(folder, 28)], eval_fraction=0.5, seed=seed)
         assert train >= {sample["id"] for sample in common}
         assert evaluation
     with pytest.raises(UserError, match=r"30 of them share images"):
-        split(workshop, common)
+        split(folder, common)
 
 
-def test_no_evaluation_data_is_a_choice(workshop: Workshop) -> None:
-    train, evaluation = split(workshop, [TEXT_ONLY], eval_fraction=0.0)
+def test_no_evaluation_data_is_allowed(folder: DataFolder) -> None:
+    train, evaluation = split(folder, [TEXT_ONLY], eval_fraction=0.0)
     assert (train, evaluation) == ({"fine"}, set())
 
 
-def test_too_few_samples_to_split_are_refused(workshop: Workshop) -> None:
+def test_too_few_samples_to_split_are_refused(folder: DataFolder) -> None:
     with pytest.raises(UserError, match="too few to split off 10%"):
-        split(workshop, [TEXT_ONLY])
+        split(folder, [TEXT_ONLY])
 
 
-def test_the_fingerprint_is_of_the_content_not_of_its_address_or_order(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_content_but_not_addresses_and_order(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    here, there = Workshop(tmp_path / "here"), Workshop(tmp_path / "there")
+    here, there = DataFolder(tmp_path / "here"), DataFolder(tmp_path / "there")
     samples = many(here, 6)
     many(there, 6)
     first = here.check(samples).fingerprint
     assert there.check(samples[::-1]).fingerprint == first
-    (there.folder / "0.png").write_bytes(png(99))
+    (there.path / "0.png").write_bytes(png(99))
     assert there.check(samples).fingerprint != first
     assert here.check(samples[:-1]).fingerprint != first
     assert (
@@ -695,18 +699,18 @@ def test_the_fingerprint_is_of_the_content_not_of_its_address_or_order(tmp_path:
     )
 
 
-def test_same_input_gives_the_same_bytes(workshop: Workshop) -> None:
-    samples = [*many(workshop, 60), {TURNS: []}]
+def test_equal_input_gives_equal_bytes(folder: DataFolder) -> None:
+    samples = [*many(folder, 60), {TURNS: []}]
 
     def written() -> dict[str, bytes]:
-        workshop.check(samples)
-        paths = [*workshop.dataset.iterdir(), workshop.rejects_file]
+        folder.check(samples)
+        paths = [*folder.dataset.iterdir(), folder.rejects_file]
         return {path.name: path.read_bytes() for path in paths}
 
     assert written() == written()
 
 
-def test_data_and_images_may_lie_in_object_storage(s3_uri: str, workshop: Workshop) -> None:
+def test_data_and_images_may_be_in_object_storage(s3_uri: str, folder: DataFolder) -> None:
     conversation = {TURNS: [ASK, ANSWER]}
     storage.write_bytes(f"{s3_uri}/set/pictures/a.png", png(1))
     storage.write_bytes(f"{s3_uri}/other/b.png", png(2))
@@ -714,49 +718,51 @@ def test_data_and_images_may_lie_in_object_storage(s3_uri: str, workshop: Worksh
         {"image": "pictures/a.png", **conversation},
         {"image": "../other/b.png", **conversation},
         {"image": f"{s3_uri}/other/b.png", **conversation},
-        {"image": str(workshop.folder / "a.png"), **conversation},
+        {"image": str(folder.path / "a.png"), **conversation},
         {"image": "no.png", **conversation},
     ]
     storage.write_bytes(f"{s3_uri}/set/train.json", json.dumps(samples).encode())
     uri = f"{s3_uri}/set/train.json"
     settings = ValidationSettings(max_reject_ratio=0.5)
-    validate_data(uri, uri, workshop.dataset, workshop.rejects_file, settings)
-    assert [sample.images[0].uri for sample in workshop.samples] == [
+    validate_data(uri, uri, folder.dataset, folder.rejects_file, settings)
+    assert [sample.images[0].uri for sample in folder.samples] == [
         f"{s3_uri}/set/pictures/a.png",
         f"{s3_uri}/other/b.png",
         f"{s3_uri}/other/b.png",
-        str(workshop.folder / "a.png"),
+        str(folder.path / "a.png"),
     ]
-    assert [reject.reason for reject in workshop.rejects] == ["image_missing"] * 2
+    assert [reject.reason for reject in folder.rejects] == ["image_missing"] * 2
 
 
-def test_a_store_that_is_down_is_no_reason_to_reject(
-    s3_uri: str, unreachable: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+def test_an_unavailable_store_does_not_reject_samples(
+    s3_uri: str, unreachable: str, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
     with pytest.raises(RetryableError, match="does not answer"):
-        workshop.check([TEXT_ONLY, {"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]}])
+        folder.check([TEXT_ONLY, {"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]}])
 
 
-def test_a_image_that_may_not_be_read_says_so(s3_uri: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_without_permission_is_rejected(
+    s3_uri: str, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage.write_bytes(f"{s3_uri}/a.png", png(1))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
-    reject = workshop.rejected({"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]})
+    reject = folder.rejected({"image": f"{s3_uri}/a.png", TURNS: [ASK, ANSWER]})
     assert "access denied" in reject.message
 
 
-def test_many_images_of_a_store_come_through_the_pool(
-    s3_uri: str, unreachable: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+def test_many_images_of_a_store_are_checked_in_the_pool(
+    s3_uri: str, unreachable: str, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_shard(workshop.folder / "0.tar", {f"{number}.png": png(number) for number in range(30)})
-    storage.write_bytes(f"{s3_uri}/set/0.tar", (workshop.folder / "0.tar").read_bytes())
+    write_archive(folder.path / "0.tar", {f"{number}.png": png(number) for number in range(30)})
+    storage.write_bytes(f"{s3_uri}/set/0.tar", (folder.path / "0.tar").read_bytes())
     for number in range(30, 60):
         storage.write_bytes(f"{s3_uri}/set/{number}.png", png(number))
     names = [f"0.tar!{number}.png" if number < 30 else f"{number}.png" for number in range(60)]
     samples = [{"image": f"{s3_uri}/set/{name}", TURNS: [ASK, ANSWER]} for name in names]
-    workshop.check(samples)
-    assert workshop.rejects == []
-    assert [read_image(sample.images[0]) for sample in workshop.samples] == [png(number) for number in range(60)]
+    folder.check(samples)
+    assert folder.rejects == []
+    assert [read_image(sample.images[0]) for sample in folder.samples] == [png(number) for number in range(60)]
     monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
     with pytest.raises(RetryableError, match="does not answer"):
-        workshop.check(samples[30:] * 2)
+        folder.check(samples[30:] * 2)
