@@ -1,1 +1,1 @@
-"""What is remembered of runs and models: MLflow runs, the model registry and the promotion record."""
+"""MLflow runs, the model registry and the promotion record."""

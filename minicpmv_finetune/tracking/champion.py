@@ -1,4 +1,4 @@
-"""Which model is champion, moved by hand."""
+"""Promotion and rollback of the champion by hand."""
 
 from minicpmv_finetune.errors import RetryableError
 
@@ -6,32 +6,32 @@ from .registry import OvertakenError, open_registry
 
 
 def promote(name: str, version: str, reason: str) -> str:
-    """Make a version champion; returns what happened.
+    """Make a version champion; returns a sentence about the result.
 
     Raises:
-        UserError: there is no such version or no registry.
-        RetryableError: another move was faster, or MLflow does not answer.
+        UserError: There is no such version or no registry.
+        RetryableError: Another process moved the champion first, or MLflow does not answer.
     """
     registry = open_registry(name)
     chosen = registry.version(version)
     try:
         move = registry.promote(chosen.number, None, f"by hand: {reason}")
     except OvertakenError as error:
-        raise RetryableError(f"{name}: {error}; look at that one, and try again.") from error
-    return f"champion of {name}: version {move.version}, {_before(move.previous)} (the gate said: {chosen.gate})"
+        raise RetryableError(f"{name}: {error}; check that version, and try again.") from error
+    return f"champion of {name}: version {move.version}, {_before(move.previous)} (the gate's reason: {chosen.gate})"
 
 
 def rollback(name: str, reason: str) -> str:
-    """Make the champion's predecessor champion again; returns what happened.
+    """Make the champion's predecessor champion again; returns a sentence about the result.
 
     Raises:
-        UserError: there is no predecessor or no registry.
-        RetryableError: another move was faster, or MLflow does not answer.
+        UserError: There is no predecessor or no registry.
+        RetryableError: Another process moved the champion first, or MLflow does not answer.
     """
     try:
         move = open_registry(name).rollback(f"by hand: {reason}")
     except OvertakenError as error:
-        raise RetryableError(f"{name}: {error}; look at that one, and try again.") from error
+        raise RetryableError(f"{name}: {error}; check that version, and try again.") from error
     return f"champion of {name}: version {move.version} again, {_before(move.previous)}"
 
 

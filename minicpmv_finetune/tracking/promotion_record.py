@@ -1,4 +1,4 @@
-"""What evaluation found about one model, for whoever registers it: a small JSON file that stands for a large folder."""
+"""The result of evaluating one model, for the register step: a small JSON file in place of a large model folder."""
 
 from pathlib import Path
 
@@ -8,35 +8,39 @@ from minicpmv_finetune import storage
 
 
 class PromotionRecord(BaseModel):
-    """The content of the verdict file."""
+    """The content of a promotion record."""
 
     model_config = ConfigDict(frozen=True)
 
-    promote: bool = Field(description="whether the gate lets the model through")
-    reason: str = Field(description="the gate's, in words")
-    champion: str = Field(default="", description="registered version it was compared with; empty when there was none")
-    model_uri: str = Field(description="where the merged folder lies")
-    adapter_uri: str = Field(default="", description="where what was trained lies; empty if unknown")
-    base_model: str = Field(description="as the user gave it")
-    generation: str = Field(description="such as 4.6")
-    data_fingerprint: str = Field(description="of training and evaluation data")
-    metric: str
-    metrics: dict[str, float] = Field(description="all figures of the evaluation")
+    promote: bool = Field(description="Whether the model passed the gate.")
+    reason: str = Field(description="Reason of the gate's decision, in words.")
+    champion: str = Field(
+        default="", description="Registered version that the model was compared with; empty when there was none."
+    )
+    model_uri: str = Field(description="Address of the merged folder.")
+    adapter_uri: str = Field(
+        default="", description="Address of the adapter, or of the full fine-tune; empty if unknown."
+    )
+    base_model: str = Field(description="Base checkpoint, as the user gave it.")
+    generation: str = Field(description="Generation of the model, such as 4.6.")
+    data_fingerprint: str = Field(description="Fingerprint of training and evaluation data.")
+    metric: str = Field(description='Name of the metric, or "mixed" when the samples name different ones.')
+    metrics: dict[str, float] = Field(description="All metrics of the evaluation, by name.")
 
 
-def write_promotion_record(path: Path, verdict: PromotionRecord) -> None:
-    """Write the file, whole or not at all."""
-    storage.write_bytes(str(path), (verdict.model_dump_json(indent=1) + "\n").encode())
+def write_promotion_record(path: Path, record: PromotionRecord) -> None:
+    """Write the file atomically."""
+    storage.write_bytes(str(path), (record.model_dump_json(indent=1) + "\n").encode())
 
 
 def read_promotion_record(path: Path) -> PromotionRecord:
-    """Read what evaluate wrote.
+    """Read a file that evaluate wrote.
 
     Raises:
-        UserError: there is no such file.
+        UserError: There is no such file.
     """
     return PromotionRecord.model_validate_json(storage.read_bytes(str(path)))
 
 
-# The names in pipelines that 0.1.0 compiled.
+# Pipelines that were compiled by 0.1.0 import these names.
 Verdict, write_verdict = PromotionRecord, write_promotion_record

@@ -1,19 +1,20 @@
-"""Which tuned models there are, which of them is champion, and how it came to be: MLflow's model registry.
+"""The tuned models, the current champion and the history of champions, in MLflow's model registry.
 
-Each model that passed the gate is a version registered by its address, with what is known of it in tags; the newest
-has the alias `challenger`. The alias `champion` is what serving asks for.
+Each model that passed the gate is registered as a version by its address, with its facts in tags; the newest version
+has the alias `challenger`. Serving loads the version with the alias `champion`.
 
-**Two runs at once cannot both promote.** MLflow sets an alias whatever it was before, so the alias cannot decide.
-What decides is a log that only grows: a second registered model, `NAME.moves`, whose versions are the moves. MLflow
-numbers them one after the other, by a unique key of its database, and a move and its tags appear together. Each move
-says after which one it was decided (`after`), and counts only if that one was the last that counts: of many that were
-decided on the same champion, the first counts, and all who read the log agree on that. So the number of a move is
-its fencing token, and a decision has expired as soon as another counts. No lock is held that a killed process could
-leave behind.
+**Two concurrent runs cannot both promote.** MLflow overwrites an alias unconditionally, so the alias cannot decide
+between them. An append-only log decides: a second registered model, `NAME.moves`, whose versions are the moves of the
+champion. MLflow numbers them consecutively, by a unique key of its database, and a move and its tags become visible
+together. Each move names the move that it was decided after (`after`), and is valid only if that one was the last
+valid move: of several moves that were decided on the same champion, the first is valid, and all readers of the log
+agree on that. The number of a move is therefore its fencing token, and a decision expires as soon as another move is
+valid. No lock is held that a killed process could leave behind.
 
-The alias follows the log: whoever sets it looks again afterwards, and sets it anew if the log has grown. Only a process
-that is killed between the two can leave an older champion there; whoever next reads the champion mends that.
-Hence `champion` is moved by `minicpmv-finetune promote` and `rollback`, not by hand in MLflow.
+The alias follows the log: a process that sets the alias reads the log again afterwards, and sets the alias again if
+the log has grown. Only a process that is killed in between can leave an older champion in the alias; the next reader
+of the champion corrects that. For this reason `champion` is moved by `minicpmv-finetune promote` and `rollback`, not
+by hand in MLflow.
 """
 
 import json
@@ -26,10 +27,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.errors import RetryableError, UserError, without_password
 
 from .promotion_record import PromotionRecord
-from .step_runs import mlflow_client, without_password
+from .step_runs import mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,24 +39,25 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _TAG = "minicpmv."
 _MOVES = ".moves"
-_ATTEMPTS = 6  # to write a move that others write at the same time
-_LONGEST_WAIT = 2.0  # seconds between them
+_ATTEMPTS = 6  # to write a move while other processes write moves too
+_LONGEST_WAIT = 2.0  # seconds between two attempts
+# MLflow's error codes.
 _FORBIDDEN = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
-_WRONG = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}
+_INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered model.
+    """A version of a registered model.
 
     Attributes:
-        number: MLflow's, from 1.
-        uri: where the merged folder lies.
-        adapter_uri: where what was trained lies; empty if unknown.
-        base_model: it was tuned from, as the user gave it.
-        data_fingerprint: of the data it was tuned and evaluated on.
-        gate: what the gate said.
+        number: Number that MLflow gave the version, from 1.
+        uri: Address of the merged folder.
+        adapter_uri: Address of the adapter, or of the full fine-tune; empty if unknown.
+        base_model: Base checkpoint of the tuning, as the user gave it.
+        data_fingerprint: Fingerprint of the data that the model was tuned and evaluated on.
+        gate: Reason of the gate's decision, in words.
     """
 
     number: str
@@ -68,15 +70,15 @@ class Version:
 
 @dataclass(frozen=True)
 class Move:
-    """A change of the champion that counts.
+    """A valid change of the champion.
 
     Attributes:
-        number: place in the log; grows with every move.
-        version: the champion from then on.
-        previous: the one before; empty when there was none.
+        number: Position in the log; grows with every move.
+        version: Version that is champion after the move.
+        previous: Version that was champion before the move; empty when there was none.
         kind: "promotion" or "rollback".
-        reason: in words.
-        claim: whose move it is, so that a retry recognises its own.
+        reason: Why the champion was moved, in words.
+        claim: Identifier of the process or run that moved, by which a retry recognizes its own move.
     """
 
     number: int
@@ -96,16 +98,16 @@ class OvertakenError(Exception):
 
 
 def is_configured() -> bool:
-    """Whether there is a registry to ask."""
+    """Whether an MLflow server is named in the environment."""
     return bool(environment.TRACKING_URI.read())
 
 
 def open_registry(name: str) -> "Registry":
-    """The versions registered under a name, once the server has answered.
+    """Open the registry of one model, after a check that the server answers.
 
     Raises:
-        UserError: no server is named, or it refuses.
-        RetryableError: the server does not answer.
+        UserError: No server is named, the name is invalid, or the server refuses.
+        RetryableError: The server does not answer.
     """
     if not is_configured():
         raise UserError(
@@ -119,29 +121,51 @@ def open_registry(name: str) -> "Registry":
 
 
 def champion_of(name: str) -> Version | None:
-    """The champion of a registered model; none without a name, a server or a champion.
+    """The champion of a registered model; None without a name, a server or a champion.
 
     Raises:
-        UserError: the server refuses.
-        RetryableError: the server does not answer.
+        UserError: The server refuses.
+        RetryableError: The server does not answer.
     """
     return open_registry(name).champion() if name and is_configured() else None
 
 
 def champion_to_beat(name: str) -> Version | None:
-    """The champion, if there is one, whose folder has been seen to be there still.
+    """The champion, if there is one, after a check that its folder still exists.
 
     Raises:
-        UserError: it is gone, or the server refuses.
-        RetryableError: the server or the store does not answer.
+        UserError: The champion's folder is gone, or the server refuses.
+        RetryableError: The server or the store does not answer.
     """
     champion = champion_of(name)
     if champion is not None and not storage.list_files(champion.uri):
         raise UserError(
             f"{champion.uri}: version {champion.number} of {name} is champion, but its folder is gone; promote a "
-            "version that is still there, or give another registered_model."
+            "version whose folder still exists, or give another registered_model."
         )
     return champion
+
+
+def list_versions(client: "MlflowClient", name: str = "") -> list["ModelVersion"]:
+    """All versions of a registered model, oldest first; none when there is no such model.
+
+    Args:
+        client: Connection to MLflow.
+        name: Name of the registered model; empty for the versions of all models.
+
+    Raises:
+        UserError: The server refuses.
+        RetryableError: The server does not answer.
+    """
+    found: list[ModelVersion] = []
+    query, token = f"name = '{name}'" if name else None, None
+    with _explained(name or "model registry"):
+        while True:
+            page = client.search_model_versions(query, max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: int(version.version))
 
 
 class Registry:
@@ -152,34 +176,35 @@ class Registry:
         self._client = client
 
     def check(self) -> None:
-        """See whether the server answers, before any work that needs it."""
+        """Check that the server answers, before any work that needs it."""
         with _explained(self.name):
             self._client.search_registered_models(max_results=1)
 
     def champion(self) -> Version | None:
-        """The version whose turn it is; none when nothing was ever promoted."""
+        """The current champion; None when no version was ever promoted."""
         moves = self.moves()
         if not moves:
             return self._aliased(CHAMPION)
-        self._follow()
+        self._update_alias()
         return self.version(moves[-1].version)
 
     def version(self, number: str) -> Version:
-        """A version by its number."""
+        """The version with this number."""
         with _explained(self.name):
             return _version(self._client.get_model_version(self.name, number))
 
-    def register(self, verdict: PromotionRecord, run_id: str | None = None) -> Version:
-        """Register a model, or find it registered already; it becomes the challenger.
+    def register(self, record: PromotionRecord, run_id: str | None = None) -> Version:
+        """Register a model, unless it is registered already; it becomes the challenger.
 
         Args:
-            verdict: what evaluation found.
-            run_id: of the MLflow run that registers it.
+            record: Result of the evaluation.
+            run_id: Id of the MLflow run that registers the model.
         """
-        uri = _address(verdict.model_uri)
+        uri = _s3_address(record.model_uri)
         with _explained(self.name):
-            known = [one for one in self._versions(self.name) if one.tags.get(f"{_TAG}model_uri") == uri]
-            entry = known[-1] if known else self._keep(uri, verdict, run_id)
+            versions = list_versions(self._client, self.name)
+            known = [version for version in versions if version.tags.get(f"{_TAG}model_uri") == uri]
+            entry = known[-1] if known else self._create_from_record(uri, record, run_id)
             self._client.set_registered_model_alias(self.name, CHALLENGER, entry.version)
             return _version(entry)
 
@@ -187,14 +212,15 @@ class Registry:
         """Make a version champion.
 
         Args:
-            number: of the version.
-            over: the champion that it was found better than, empty for none; `None` whatever the champion is.
-            reason: in words.
-            claim: the same for a retry of the same promotion, such as a pipeline run's id; by default every call is
-                a promotion of its own.
+            number: Number of the version.
+            over: Number of the champion that the version was compared with; empty when there was none, None to
+                promote whatever the champion is.
+            reason: Why the version is promoted, in words.
+            claim: Identifier of the promotion, such as a pipeline run's id, which a retry gives again; by default
+                every call is a promotion of its own.
 
         Raises:
-            OvertakenError: the champion is another than `over`.
+            OvertakenError: The champion is not `over`.
         """
         self.version(number)
         moves = self.moves()
@@ -204,50 +230,54 @@ class Registry:
         if done:
             self._settle(done[-1])
             return done[-1]
-        if over is not None and over != self._holder(moves):
-            raise OvertakenError(self._holder(moves))
+        if over is not None and over != self._current_champion(moves):
+            raise OvertakenError(self._current_champion(moves))
         return self._move(moves, number, "promotion", reason, claim)
 
     def rollback(self, reason: str) -> Move:
-        """Make the champion's predecessor champion again; repeated, the one before that.
+        """Make the champion's predecessor champion again; each repetition goes back one champion further.
 
         Raises:
-            OvertakenError: the champion has moved in this moment.
+            OvertakenError: Another process moved the champion at the same time.
         """
         moves = self.moves()
-        line = _line(moves)
+        line = _line_of_champions(moves)
         if len(line) < 2:
             raise UserError(f"{self.name}: no champion came before the present one; promote a version instead.")
         return self._move(moves, line[-2], "rollback", reason)
 
     def moves(self) -> list[Move]:
-        """The moves that count, oldest first."""
-        with _explained(self.name):
-            entries = self._versions(f"{self.name}{_MOVES}")
-        counting: list[Move] = []
-        for entry in entries:
-            if int(entry.tags.get("after", -1)) == (counting[-1].number if counting else 0):
-                told = {key: entry.tags.get(key, "") for key in ("version", "previous", "kind", "reason", "claim")}
-                counting.append(Move(number=int(entry.version), **told))
-        return counting
+        """The valid moves, oldest first."""
+        valid: list[Move] = []
+        for entry in list_versions(self._client, f"{self.name}{_MOVES}"):
+            if int(entry.tags.get("after", -1)) == (valid[-1].number if valid else 0):
+                facts = {key: entry.tags.get(key, "") for key in ("version", "previous", "kind", "reason", "claim")}
+                valid.append(Move(number=int(entry.version), **facts))
+        return valid
 
-    def _holder(self, moves: list[Move]) -> str:
+    def _current_champion(self, moves: list[Move]) -> str:
+        """Number of the champion's version; empty when there is none."""
         if moves:
             return moves[-1].version
         champion = self._aliased(CHAMPION)
         return champion.number if champion else ""
 
     def _move(self, moves: list[Move], number: str, kind: str, reason: str, claim: str = "") -> Move:
-        """Write a move that counts, or find out that another was faster."""
+        """Write a valid move to the log.
+
+        Raises:
+            OvertakenError: Another process wrote a valid move first.
+        """
         claim = claim or uuid.uuid4().hex
         after = moves[-1].number if moves else 0
-        tags = {"version": number, "previous": self._holder(moves), "kind": kind, "reason": reason, "claim": claim}
+        previous = self._current_champion(moves)
+        tags = {"version": number, "previous": previous, "kind": kind, "reason": reason, "claim": claim}
         for attempt in range(_ATTEMPTS):
             failure: RetryableError | None = None
             try:
                 self._write_move({**tags, "after": str(after)})
             except RetryableError as error:
-                # It may have been written all the same; the log tells.
+                # The move may have been written nevertheless; the log is read next.
                 failure = error
             now = self.moves()
             own = [move for move in now if move.claim == claim]
@@ -259,31 +289,31 @@ class Registry:
             if failure is not None and attempt == _ATTEMPTS - 1:
                 raise failure
             time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.1 * 2**attempt)))  # noqa: S311
-        raise RetryableError(f"{self.name}: MLflow did not keep the move to version {number}; try again.")
+        raise RetryableError(f"{self.name}: MLflow did not store the move to version {number}; try again.")
 
     def _write_move(self, tags: Mapping[str, str]) -> None:
         log = f"{self.name}{_MOVES}"
         with _explained(self.name):
             self._create(
                 log,
-                about=f"Every move of the champion of {self.name}, in order. Do not edit.",
+                model_description=f"Every move of the champion of {self.name}, in order. Do not edit.",
                 source=f"models:/{self.name}/{tags['version']}",
                 tags=dict(tags),
                 description=f"{tags['kind']} of version {tags['version']}: {tags['reason']}",
             )
 
     def _settle(self, move: Move) -> None:
-        """Let alias and tags say what the log says; again and again does no harm."""
-        self._follow()
+        """Bring alias and tags up to date with the log; repeated calls are harmless."""
+        self._update_alias()
         with _explained(self.name):
-            told = f"{move.kind}: {move.reason}"
-            self._client.set_model_version_tag(self.name, move.version, f"{_TAG}{CHAMPION}", told)
+            promoted = f"{move.kind}: {move.reason}"
+            self._client.set_model_version_tag(self.name, move.version, f"{_TAG}{CHAMPION}", promoted)
             if move.previous and move.previous != move.version:
                 replaced = f"{move.kind} of version {move.version}: {move.reason}"
                 self._client.set_model_version_tag(self.name, move.previous, f"{_TAG}replaced_by", replaced)
 
-    def _follow(self) -> None:
-        """Set the alias to the log's last champion, until the log stands still."""
+    def _update_alias(self) -> None:
+        """Set the alias to the log's last champion, and repeat it until the log no longer changes."""
         last = self.moves()[-1]
         while True:
             present = self._aliased(CHAMPION)
@@ -306,34 +336,34 @@ class Registry:
                     return None
                 raise
 
-    def _keep(self, uri: str, verdict: PromotionRecord, run_id: str | None) -> "ModelVersion":
+    def _create_from_record(self, uri: str, record: PromotionRecord, run_id: str | None) -> "ModelVersion":
         facts = {
             "model_uri": uri,
-            "adapter_uri": _address(verdict.adapter_uri),
-            "base_model": verdict.base_model,
-            "generation": verdict.generation,
-            "data_fingerprint": verdict.data_fingerprint,
-            "metric": verdict.metric,
-            "metrics": json.dumps(verdict.metrics),
-            "gate": verdict.reason,
-            "compared_with": verdict.champion or "no champion",
+            "adapter_uri": _s3_address(record.adapter_uri),
+            "base_model": record.base_model,
+            "generation": record.generation,
+            "data_fingerprint": record.data_fingerprint,
+            "metric": record.metric,
+            "metrics": json.dumps(record.metrics),
+            "gate": record.reason,
+            "compared_with": record.champion or "no champion",
         }
         return self._create(
             self.name,
-            about="",
+            model_description="",
             source=self._source(uri),
             run_id=run_id,
             tags={f"{_TAG}{name}": value for name, value in facts.items()},
-            description=f"MiniCPM-V {verdict.generation} tuned from {verdict.base_model}: {verdict.reason}.",
+            description=f"MiniCPM-V {record.generation} tuned from {record.base_model}: {record.reason}.",
         )
 
     def _source(self, uri: str) -> str:
-        # A server refuses paths, which it takes for its own; where the folder lies for us is in the tags.
+        # A server refuses local paths, which it would look up on its own disk; the tags hold the folder's real path.
         is_remote = environment.TRACKING_URI.read().startswith("http")
         return uri if storage.is_object_uri(uri) or not is_remote else f"folder:{uri}"
 
-    def _create(self, name: str, about: str, **version: Any) -> "ModelVersion":
-        """Create a version, and first the registered model if this is the first one."""
+    def _create(self, name: str, model_description: str, **version: Any) -> "ModelVersion":
+        """Create a version, after the registered model itself if this is its first version."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -342,27 +372,16 @@ class Registry:
             if error.error_code != _MISSING:
                 raise
         try:
-            self._client.create_registered_model(name, description=about)
+            self._client.create_registered_model(name, description=model_description)
         except MlflowException as error:
-            # Another process was faster.
+            # Another process may have created it first.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return self._client.create_model_version(name, **version)
 
-    def _versions(self, name: str) -> list["ModelVersion"]:
-        """All versions of a registered model, oldest first; none when there is no such model."""
-        found: list[ModelVersion] = []
-        token = None
-        while True:
-            page = self._client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda version: int(version.version))
 
-
-def _line(moves: list[Move]) -> list[str]:
-    """The champions that led to the present one, oldest first: what was rolled back is not among them."""
+def _line_of_champions(moves: list[Move]) -> list[str]:
+    """The champions that led to the present one, oldest first, without those that were rolled back."""
     line = [moves[0].previous] if moves and moves[0].previous else []
     for move in moves:
         if move.kind == "rollback" and len(line) > 1:
@@ -373,39 +392,40 @@ def _line(moves: list[Move]) -> list[str]:
 
 
 def _version(entry: "ModelVersion") -> Version:
-    told = {
+    facts = {
         key: entry.tags.get(f"{_TAG}{key}", "") for key in ("adapter_uri", "base_model", "data_fingerprint", "gate")
     }
     uri = entry.tags.get(f"{_TAG}model_uri") or str(entry.source)
-    return Version(number=str(entry.version), uri=uri, **told)
+    return Version(number=str(entry.version), uri=uri, **facts)
 
 
-def _address(uri: str) -> str:
-    """`s3://`, which others than Kubeflow understand too."""
+def _s3_address(uri: str) -> str:
+    """The same address with `s3://` in place of `minio://`, which only Kubeflow understands."""
     return f"s3://{uri.removeprefix('minio://')}" if uri.startswith("minio://") else uri
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn MLflow's exceptions into the project's two kinds."""
+    """Turn MLflow's exceptions into the project's two kinds of errors."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
+        # Cut only after the password is removed: half of an address is not recognized as one.
         reason = (without_password(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
         if error.error_code == _MISSING:
-            raise UserError(f"{name}: {reason}; see MLflow's page of models for what there is.") from error
+            raise UserError(f"{name}: {reason}; see the models on MLflow's page.") from error
         if error.error_code in _FORBIDDEN:
             raise UserError(
-                f"{name}: MLflow refuses ({reason}); check MLFLOW_TRACKING_USERNAME and -PASSWORD."
+                f"{name}: MLflow refuses ({reason}); check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             ) from error
-        if error.error_code in _WRONG:
+        if error.error_code in _INVALID:
             raise UserError(f"{name}: MLflow refuses ({reason}); correct the name or the address.") from error
-        raise RetryableError(f"{_server()}: the model registry does not answer ({reason}); try again.") from error
+        raise RetryableError(_not_answering(reason)) from error
     except OSError as error:
-        raise RetryableError(f"{_server()}: the model registry does not answer ({error}); try again.") from error
+        raise RetryableError(_not_answering(str(error))) from error
 
 
-def _server() -> str:
-    return without_password(environment.TRACKING_URI.read())
+def _not_answering(reason: str) -> str:
+    return f"{environment.TRACKING_URI.read()}: the model registry does not answer ({reason}); try again."

@@ -1,18 +1,17 @@
-"""One MLflow run per pipeline run and a nested run per step, found again on retry, never doubled.
+"""One MLflow run per pipeline run and a nested run per step; a retry finds its run again instead of a second one.
 
 Runs are found by tags: the pipeline run's id (`KFP_RUN_ID` in the environment, set by the pipeline) and the task's
 name. Where Kubeflow's own MLflow plugin has opened a run (`MLFLOW_RUN_ID`), the steps nest under that one; they
-never write into it, because the launcher logs its own parameters there and a clash of names loses a whole batch.
+never write to it, because the launcher logs its own parameters there, and a clash of names loses a whole batch.
 
-Tracking never fails the work, and never holds it up: metrics are sent by a thread. After a call that failed nothing is
-sent for ten times as long as it took; metrics are kept and sent when the server is back. What it refuses, as when
-someone deleted the run, is kept for whoever opened the run to save. The first failure is told at the end of the step.
-Without `MLFLOW_TRACKING_URI` nothing is tracked.
+Tracking never makes a step fail and never delays it: a thread sends the metrics. After a failed call nothing is sent
+for ten times as long as the call took; metrics are kept and sent when the server is back. Metrics that the server
+refuses, for example because somebody deleted the run, are kept in `unsent` for the caller to save. The first failure
+is reported at the end of the step. Without `MLFLOW_TRACKING_URI` nothing is tracked.
 """
 
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.errors import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-DEFAULT_EXPERIMENT = "minicpmv-finetune"
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
 _OUTCOME_TAG = "minicpmv.outcome"
@@ -35,7 +34,7 @@ _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
 _MAX_BATCH = 1000  # MLflow's own limit for metrics in one call
 _SQLITE = "sqlite:///"
 _MLFLOW_SETTINGS = {
-    # MLflow's own would hold a step for minutes at each call to a server that is down.
+    # With MLflow's own settings each call to a server that is down would delay a step for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -44,7 +43,7 @@ _MLFLOW_SETTINGS = {
 
 
 class StepRun:
-    """The MLflow run of one step; every call is safe, whatever the server does."""
+    """The MLflow run of one step; no call raises an error, whatever the server does."""
 
     def __init__(self, client: "MlflowClient | None" = None, run_id: str | None = None, failure: str = "") -> None:
         self._client = client
@@ -58,7 +57,7 @@ class StepRun:
 
     @property
     def unsent(self) -> "list[Metric]":
-        """Metrics that the server has not taken."""
+        """Metrics that the server has not accepted."""
         return self._refused + self._waiting
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
@@ -72,7 +71,7 @@ class StepRun:
             self._send("log_batch", params=batch[start : start + 100])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Record figures at a training step."""
+        """Record metrics of a training step."""
         if self._client is None:
             return
         from mlflow.entities import Metric
@@ -83,7 +82,7 @@ class StepRun:
             self._sending = self._sender.submit(self._send_metrics)
 
     def last_step(self, metric: str) -> int:
-        """The last step of which the run knows the metric; -1 when it knows none."""
+        """The last step for which the run has the metric; -1 when there is none."""
         if self._client is None or self.run_id is None:
             return -1
         try:
@@ -93,7 +92,7 @@ class StepRun:
             return -1
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Note what is to be found again, such as which version came out."""
+        """Set tags, by which a run can be found later, such as the number of the registered version."""
         for name, value in tags.items():
             self._send("set_tag", key=name, value=value)
 
@@ -102,21 +101,21 @@ class StepRun:
         self._send("log_artifact", local_path=path, artifact_path=folder)
 
     def finish(self, status: str) -> None:
-        """Close the run, and tell of the first failure if there was one."""
+        """Close the run, and report the first failure if there was one."""
         self._sender.shutdown()
         self._silent_until = 0.0
         self._send_metrics()
         self._send("set_terminated", status=status)
-        self.tell()
+        self.report_failure()
 
-    def tell(self) -> None:
-        """Tell of the first failure if there was one, once."""
+    def report_failure(self) -> None:
+        """Print the first failure, if there was one, once."""
         if self.failure:
             print(f"MLflow tracking is incomplete: {self.failure}", file=sys.stderr, flush=True)
             self.failure = ""
 
     def _send_metrics(self) -> None:
-        """Send what has gathered, oldest first; what a server that is down did not take is kept for the next time."""
+        """Send the waiting metrics, oldest first; those that a server that is down did not accept are kept."""
         while batch := self._waiting[:_MAX_BATCH]:
             failure = self._send("log_batch", metrics=batch)
             if failure is not None and not _is_refusal(failure):
@@ -126,15 +125,15 @@ class StepRun:
             del self._waiting[: len(batch)]
 
     def _send(self, call: str, **arguments: Any) -> Exception | None:
-        """Call MLflow's client; returns why that failed."""
+        """Call MLflow's client; returns the error if the call failed."""
         started = time.monotonic()
         if self._client is None or started < self._silent_until:
-            return ConnectionError("not asked")
+            return ConnectionError("not sent")
         try:
             getattr(self._client, call)(self.run_id, **arguments)
             return None
         except Exception as error:
-            # Whatever it is, the work goes on; the step's end says what is missing.
+            # Whatever the error is, the step continues; its end reports the failure.
             self.failure = self.failure or _describe(error)
             if not _is_refusal(error):
                 failed = time.monotonic()
@@ -147,7 +146,7 @@ def step_run(task: str) -> Iterator[StepRun]:
     """The run of one step, open while the block runs and closed with its outcome.
 
     Args:
-        task: the step's name; with the pipeline run's id it identifies the run on a retry.
+        task: Name of the step; with the pipeline run's id it identifies the run on a retry.
     """
     run = open_step_run(task)
     try:
@@ -184,12 +183,12 @@ def open_step_run(task: str) -> StepRun:
 
 
 def note_outcome(sentence: str) -> None:
-    """Tell the pipeline's run what came out, for whoever reports on it; where Kubeflow opened that run, a tag too."""
+    """Store the outcome in a tag of the pipeline's run, also where Kubeflow opened that run, for `read_outcome`."""
     _on_pipeline_run(lambda run: run.log_tags({_OUTCOME_TAG: sentence}))
 
 
 def read_outcome() -> str:
-    """What the pipeline's run was told last; empty when nothing was, or nobody can say."""
+    """The last outcome stored in the pipeline's run; empty when there is none, or when MLflow cannot be read."""
     try:
         found = _open_pipeline_run()
         return str(found[0].get_run(found[1]).data.tags.get(_OUTCOME_TAG, "")) if found else ""
@@ -198,7 +197,7 @@ def read_outcome() -> str:
 
 
 def finish_pipeline_run(status: str) -> None:
-    """Close the run that holds a pipeline run's steps; where Kubeflow's plugin opened it, it also closes it."""
+    """Close the run that holds a pipeline run's steps, unless Kubeflow's plugin opened it, which also closes it."""
     if not environment.PLUGIN_RUN_ID.read():
         _on_pipeline_run(lambda run: run.finish(status))
 
@@ -211,11 +210,11 @@ def _on_pipeline_run(act: Callable[[StepRun], None]) -> None:
         run = StepRun(failure=_describe(error))
     if run is not None:
         act(run)
-        run.tell()
+        run.report_failure()
 
 
 def _open_pipeline_run() -> "tuple[MlflowClient, str] | None":
-    """The run that holds a pipeline run's steps; none where nothing is tracked or no pipeline runs."""
+    """The run that holds a pipeline run's steps; None where nothing is tracked or outside a pipeline run."""
     pipeline_run, plugin_run = environment.PIPELINE_RUN_ID.read(), environment.PLUGIN_RUN_ID.read()
     if not environment.TRACKING_URI.read() or not (pipeline_run or plugin_run):
         return None
@@ -229,17 +228,17 @@ def mlflow_client() -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    # A new sqlite file is migrated through every schema version, and each is announced.
+    # A new SQLite file is migrated through every schema version, and each migration would be logged.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = environment.TRACKING_URI.read()
     if uri.startswith(_SQLITE):
-        _make_database(Path(uri.removeprefix(_SQLITE)))
+        _create_database(Path(uri.removeprefix(_SQLITE)))
     return MlflowClient()
 
 
-def _make_database(path: Path) -> None:
-    """Make MLflow's tables under another name: of a process killed meanwhile no run could use the half of them."""
+def _create_database(path: Path) -> None:
+    """Create MLflow's tables in a file of another name: no run could use a database with only some of the tables."""
     if path.exists():
         return
     from mlflow import MlflowClient
@@ -251,9 +250,9 @@ def _make_database(path: Path) -> None:
         try:
             path.hardlink_to(staging)
         except FileExistsError:
-            pass  # another step was faster
+            pass  # another step created it first
         except OSError:
-            staging.replace(path)  # no links on this file system
+            staging.replace(path)  # the file system has no hard links
     finally:
         staging.unlink(missing_ok=True)
 
@@ -263,19 +262,19 @@ def _experiment(client: "MlflowClient") -> str:
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     uri = environment.TRACKING_URI.read()
-    # With a database file alone MLflow would put files into a folder below the current one.
-    beside = Path(uri.removeprefix(_SQLITE)).absolute().with_name("mlflow-artifacts").as_uri()
+    # By default MLflow would store the artifacts of a database file in a folder below the working directory.
+    folder = Path(uri.removeprefix(_SQLITE)).absolute().with_name("mlflow-artifacts").as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=beside if uri.startswith(_SQLITE) else None))
+        return str(client.create_experiment(name, artifact_location=folder if uri.startswith(_SQLITE) else None))
     except Exception:
-        # Another step may have been faster.
+        # Another step may have created it first.
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
         raise
 
 
 def _pipeline_run(client: "MlflowClient", experiment: str, pipeline_run: str) -> str:
-    """The run of the whole pipeline run, created by whichever step comes first."""
+    """The run of the whole pipeline run, created by the first step that needs it."""
     if found := _find(client, experiment, pipeline_run, "pipeline"):
         return found
     tags = {_PIPELINE_TAG: pipeline_run, _TASK_TAG: "pipeline", "mlflow.runName": pipeline_run}
@@ -289,15 +288,10 @@ def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the server answered, and would answer the same another time."""
+    """Whether the server answered, and would give the same answer to a retry."""
     status = getattr(error, "get_http_status_code", lambda: 500)()
     return 400 <= int(status) < 500 and status not in {408, 429}
 
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(without_password(str(error)).strip() or 'no message').splitlines()[0]:.200}"
-
-
-def without_password(text: str) -> str:
-    """The text with addresses that hold no user and password: MLflow's messages quote the server's address whole."""
-    return re.sub(r"//[^/\s]*@", "//", text)

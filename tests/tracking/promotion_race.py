@@ -1,6 +1,6 @@
-"""A process for each version, all of which promote at the same moment: SERVER NAME CHAMPION VERSION…
+"""One process per version, all of which promote at the same moment: SERVER NAME CHAMPION VERSION…
 
-Prints what each was told, as JSON.
+Prints the outcome of each process, as JSON.
 """
 
 import json
@@ -13,13 +13,13 @@ os.environ["MLFLOW_TRACKING_URI"] = server
 
 from minicpmv_finetune.tracking.registry import OvertakenError, open_registry  # noqa: E402
 
-# Forked, so that MLflow is imported once and not twenty times.
+# Forked processes, so that MLflow is imported once and not twenty times.
 processes = multiprocessing.get_context("fork")
 start = processes.Barrier(len(versions))
 
 
 def promote(version: str) -> None:
-    """Decide like all others, then move at once with all others."""
+    """Wait until all processes are ready, then promote at the same moment as they do."""
     registry = open_registry(name)
     start.wait()
     try:

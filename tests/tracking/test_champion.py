@@ -1,3 +1,5 @@
+"""Promotion and rollback by hand, through the command line."""
+
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from minicpmv_finetune.tracking.promotion_record import PromotionRecord
 from minicpmv_finetune.tracking.registry import open_registry
 
 
-def said(*arguments: str) -> str:
+def output_of(*arguments: str) -> str:
     done = CliRunner().invoke(main.app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output.strip()
@@ -30,13 +32,13 @@ def register(uri: str) -> None:
     )
 
 
-def test_a_champion_is_moved_by_hand_with_a_reason(database: Path) -> None:
+def test_promote_and_rollback_log_their_reason(database: Path) -> None:
     register("s3://models/1")
     register("s3://models/2")
-    promoted = said("promote", "1", "--model", "model", "--reason", "first")
-    assert promoted == "champion of model: version 1, the first one (the gate said: better than the base model)"
-    said("promote", "2", "--model", "model", "--reason", "newer")
-    back = said("rollback", "--model", "model", "--reason", "wrong dates")
+    promoted = output_of("promote", "1", "--model", "model", "--reason", "first")
+    assert promoted == "champion of model: version 1, the first one (the gate's reason: better than the base model)"
+    output_of("promote", "2", "--model", "model", "--reason", "newer")
+    back = output_of("rollback", "--model", "model", "--reason", "wrong dates")
     assert back == "champion of model: version 1 again, before it was version 2"
     assert [move.reason for move in open_registry("model").moves()] == [
         "by hand: first",
@@ -45,14 +47,14 @@ def test_a_champion_is_moved_by_hand_with_a_reason(database: Path) -> None:
     ]
 
 
-def test_what_cannot_be_moved(database: Path) -> None:
+def test_an_impossible_promotion_or_rollback_is_a_user_error(database: Path) -> None:
     register("s3://models/1")
     for arguments in (["promote", "7"], ["rollback"], ["promote", "first"]):
         done = CliRunner().invoke(main.app, [*arguments, "--model", "model", "--reason", "why"])
         assert isinstance(done.exception, UserError), done.exception
 
 
-def test_a_run_is_not_begun_while_the_registry_is_down(
+def test_a_run_does_not_start_while_the_registry_is_down(
     tmp_path: Path, digits: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", unreachable)

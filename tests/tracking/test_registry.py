@@ -1,4 +1,4 @@
-"""The registry against a real MLflow server, whose artifacts lie on a real S3 server."""
+"""The registry with a real MLflow server, whose artifacts are stored on a real S3 server."""
 
 import json
 import os
@@ -16,13 +16,19 @@ from minicpmv_finetune.components.register.register import register
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.promotion_record import PromotionRecord, write_promotion_record
-from minicpmv_finetune.tracking.registry import OvertakenError, Registry, champion_to_beat, open_registry
+from minicpmv_finetune.tracking.registry import (
+    OvertakenError,
+    Registry,
+    champion_to_beat,
+    list_versions,
+    open_registry,
+)
 from tests.servers import MlflowServer
 
 RACE = Path(__file__).with_name("promotion_race.py")
 
 
-def verdict_of(uri: str, champion: str = "", promote: bool = True) -> PromotionRecord:
+def record_of(uri: str, champion: str = "", promote: bool = True) -> PromotionRecord:
     return PromotionRecord(
         promote=promote,
         reason="12.0 points better than the base model",
@@ -39,7 +45,7 @@ def verdict_of(uri: str, champion: str = "", promote: bool = True) -> PromotionR
 
 @pytest.fixture
 def name(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A name under which nothing is registered yet."""
+    """The name of a registered model that does not exist yet."""
     monkeypatch.setenv(environment.TRACKING_URI.name, mlflow_server.uri)
     monkeypatch.delenv(environment.PLUGIN_RUN_ID.name, raising=False)
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, f"run-{uuid.uuid4().hex}")
@@ -56,34 +62,34 @@ def aliased(registry: Registry, alias: str) -> str:
 
 
 def registered(registry: Registry, count: int) -> list[str]:
-    return [registry.register(verdict_of(f"s3://models/{number}")).number for number in range(count)]
+    return [registry.register(record_of(f"s3://models/{number}")).number for number in range(count)]
 
 
-def test_a_model_is_registered_by_its_address_with_what_is_known_of_it(registry: Registry) -> None:
+def test_a_model_is_registered_by_its_address_with_its_facts(registry: Registry) -> None:
     assert registry.champion() is None
-    version = registry.register(verdict_of("minio://models/a"))
+    version = registry.register(record_of("minio://models/a"))
     assert (version.uri, version.adapter_uri) == ("s3://models/a", "s3://models/a-adapter")
     entry = MlflowClient().get_model_version_by_alias(registry.name, "challenger")
     assert entry.source == "s3://models/a"
     tags = {key.removeprefix("minicpmv."): value for key, value in entry.tags.items()}
     assert (tags["generation"], tags["base_model"], tags["data_fingerprint"]) == ("4.6", "base", "0123abcd")
     assert json.loads(tags["metrics"]) == {"tuned_exact_match": 0.75}
-    assert registry.register(verdict_of("s3://models/a")) == version, "a retry finds it"
-    assert registry.register(verdict_of("s3://models/b")).number == "2"
+    assert registry.register(record_of("s3://models/a")) == version, "a retry finds the version"
+    assert registry.register(record_of("s3://models/b")).number == "2"
     assert aliased(registry, "challenger") == "2"
 
 
-def test_folders_of_this_machine_can_be_registered_too(registry: Registry, tmp_path: Path) -> None:
-    assert registry.register(verdict_of(str(tmp_path))).uri == str(tmp_path)
+def test_local_folders_can_be_registered(registry: Registry, tmp_path: Path) -> None:
+    assert registry.register(record_of(str(tmp_path))).uri == str(tmp_path)
 
 
-def test_a_promotion_holds_only_over_the_champion_it_was_decided_on(registry: Registry) -> None:
+def test_a_promotion_is_valid_only_over_the_champion_it_was_decided_on(registry: Registry) -> None:
     first, second, third = registered(registry, 3)
     registry.promote(first, "", "the first")
     assert aliased(registry, "champion") == first
     registry.promote(second, first, "better")
     with pytest.raises(OvertakenError, match="the champion is version 2 now"):
-        registry.promote(third, first, "better than what was champion once")
+        registry.promote(third, first, "better than a former champion")
     champion = registry.champion()
     assert champion is not None
     assert champion.number == aliased(registry, "champion") == second
@@ -101,11 +107,11 @@ def test_a_retried_promotion_is_done_once(registry: Registry) -> None:
     move = registry.promote(first, "", "the first", claim="run 1")
     assert registry.promote(first, "", "the first", claim="run 1") == move
     registry.promote(second, first, "better", claim="run 2")
-    assert registry.promote(first, "", "the first", claim="run 1") == move, "also when another has followed"
+    assert registry.promote(first, "", "the first", claim="run 1") == move, "also after a later promotion"
     assert aliased(registry, "champion") == second
     again = registry.promote(first, second, "better after all", claim="run 3")
     assert aliased(registry, "champion") == first
-    assert registry.promote(first, first, "a tie", claim="run 4") == again, "there is nothing to move"
+    assert registry.promote(first, first, "a tie", claim="run 4") == again, "the version is champion already"
 
 
 def test_rollback_goes_back_one_champion_at_a_time(registry: Registry) -> None:
@@ -117,8 +123,8 @@ def test_rollback_goes_back_one_champion_at_a_time(registry: Registry) -> None:
     assert aliased(registry, "champion") == first
     with pytest.raises(UserError, match="no champion came before"):
         registry.rollback("one more")
-    assert registry.promote(third, None, "mended").previous == first
-    assert registry.rollback("not mended").version == first
+    assert registry.promote(third, None, "fixed").previous == first
+    assert registry.rollback("not fixed").version == first
 
 
 def test_a_champion_set_before_the_log_began_is_the_one_to_beat(registry: Registry) -> None:
@@ -130,7 +136,7 @@ def test_a_champion_set_before_the_log_began_is_the_one_to_beat(registry: Regist
     assert registry.rollback("back").version == first
 
 
-def test_an_alias_left_behind_is_mended(registry: Registry) -> None:
+def test_an_outdated_alias_is_corrected(registry: Registry) -> None:
     first, second = registered(registry, 2)
     registry.promote(first, "", "the first")
     registry.promote(second, first, "better")
@@ -140,7 +146,7 @@ def test_an_alias_left_behind_is_mended(registry: Registry) -> None:
     assert champion.number == aliased(registry, "champion") == second
 
 
-def test_of_twenty_that_race_one_promotes(registry: Registry, mlflow_server: MlflowServer) -> None:
+def test_of_twenty_concurrent_promotions_one_succeeds(registry: Registry, mlflow_server: MlflowServer) -> None:
     first, *racing = registered(registry, 21)
     registry.promote(first, "", "the first")
     command = [sys.executable, str(RACE), mlflow_server.uri, registry.name, first, *racing]
@@ -153,16 +159,18 @@ def test_of_twenty_that_race_one_promotes(registry: Registry, mlflow_server: Mlf
     assert aliased(registry, "champion") == winners[0]
 
 
-def test_the_step_registers_and_promotes_and_tells_its_run(
+def test_the_register_step_promotes_and_tags_its_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))
-    assert register(tmp_path / "verdict", name) == (
+    write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a"))
+    assert register(tmp_path / "promotion_record", name) == (
         f"version 1 of {name} is champion: 12.0 points better than the base model"
     )
     client = MlflowClient()
+    experiment = client.get_experiment_by_name("minicpmv-finetune")
+    assert experiment is not None
     (run,) = client.search_runs(
-        [client.get_experiment_by_name("minicpmv-finetune").experiment_id],
+        [experiment.experiment_id],
         f"tags.`minicpmv.pipeline_run` = '{os.environ[environment.PIPELINE_RUN_ID.name]}' and "
         "tags.`minicpmv.task` = 'register'",
     )
@@ -170,31 +178,31 @@ def test_the_step_registers_and_promotes_and_tells_its_run(
     assert "is champion" in run.data.tags["minicpmv.promotion"]
     assert client.get_model_version(name, "1").run_id == run.info.run_id
     assert step_runs.read_outcome() == run.data.tags["minicpmv.promotion"]
-    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/b"))
+    write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/b"))
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "a later run")
     assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(
-        tmp_path / "verdict", name
+        tmp_path / "promotion_record", name
     )
 
 
-def test_what_the_gate_stopped_is_not_registered(name: str, tmp_path: Path) -> None:
-    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a", promote=False))
+def test_a_model_that_failed_the_gate_is_not_registered(name: str, tmp_path: Path) -> None:
+    write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a", promote=False))
     with pytest.raises(UserError, match="the gate stopped this model"):
-        register(tmp_path / "verdict", name)
+        register(tmp_path / "promotion_record", name)
 
 
-def test_the_champion_is_fetched_from_where_it_lies(registry: Registry, s3_uri: str) -> None:
+def test_the_champion_can_be_fetched_from_its_address(registry: Registry, s3_uri: str) -> None:
     storage.write_bytes(f"{s3_uri}/model/config.json", b"{}")
-    registry.promote(registry.register(verdict_of(f"{s3_uri}/model")).number, "", "the first")
+    registry.promote(registry.register(record_of(f"{s3_uri}/model")).number, "", "the first")
     champion = registry.champion()
     assert champion is not None
     assert (storage.fetch(champion.uri) / "config.json").read_bytes() == b"{}"
 
 
-def test_a_champion_that_is_gone_is_told(registry: Registry, tmp_path: Path) -> None:
+def test_a_champion_whose_folder_is_gone_is_a_user_error(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    version = registry.register(verdict_of(str(tmp_path / "model")))
+    version = registry.register(record_of(str(tmp_path / "model")))
     registry.promote(version.number, "", "the first")
     assert champion_to_beat(registry.name) == version
     shutil.rmtree(tmp_path / "model")
@@ -203,7 +211,7 @@ def test_a_champion_that_is_gone_is_told(registry: Registry, tmp_path: Path) -> 
     assert champion_to_beat("") is None
 
 
-def test_a_server_that_is_down_is_told_and_costs_nothing(
+def test_a_registration_can_be_retried_after_the_server_was_down(
     tmp_path: Path, s3_server: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), s3_server)
@@ -212,23 +220,23 @@ def test_a_server_that_is_down_is_told_and_costs_nothing(
     with pytest.raises(RetryableError, match="does not answer") as raised:
         open_registry(name)
     assert raised.value.exit_code == 75
-    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))
+    write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a"))
     with pytest.raises(RetryableError):
-        register(tmp_path / "verdict", name)
+        register(tmp_path / "promotion_record", name)
     server.start()
     try:
-        assert "is champion" in register(tmp_path / "verdict", name)
+        assert "is champion" in register(tmp_path / "promotion_record", name)
         server.stop()
         with pytest.raises(RetryableError):
-            register(tmp_path / "verdict", name)
+            register(tmp_path / "promotion_record", name)
         server.start()
-        assert "version 1 " in register(tmp_path / "verdict", name)
+        assert "version 1 " in register(tmp_path / "promotion_record", name)
         assert len(open_registry(name).moves()) == 1
     finally:
         server.stop()
 
 
-def test_the_servers_password_is_not_told(unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_do_not_show_the_servers_password(unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv(environment.TRACKING_URI.name, unreachable.replace("//", "//user:hidden@"))
     with pytest.raises(RetryableError) as raised:
@@ -237,15 +245,24 @@ def test_the_servers_password_is_not_told(unreachable: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a'b"])
-def test_names_that_mlflow_cannot_keep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_mlflow_cannot_store_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot name a model"):
         open_registry(name)
+
+
+def test_versions_of_one_model_and_of_all_models(registry: Registry) -> None:
+    registered(registry, 2)
+    client = MlflowClient()
+    assert [str(version.version) for version in list_versions(client, registry.name)] == ["1", "2"]
+    assert list_versions(client, f"{registry.name}-without-versions") == []
+    sources = [version.source for version in list_versions(client) if version.name == registry.name]
+    assert sources == ["s3://models/0", "s3://models/1"]
 
 
 def test_without_a_server_there_is_no_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(environment.TRACKING_URI.name, raising=False)
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
         open_registry("model")
-    write_promotion_record(tmp_path / "verdict", verdict_of("s3://models/a"))
-    assert "registered nowhere" in register(tmp_path / "verdict", "model")
+    write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a"))
+    assert "registered nowhere" in register(tmp_path / "promotion_record", "model")

@@ -1,3 +1,5 @@
+"""The MLflow runs of pipeline runs and steps, with a database file and with servers that fail."""
+
 import os
 import subprocess
 import sys
@@ -10,7 +12,6 @@ from mlflow.entities import Run
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.tracking.step_runs import (
-    DEFAULT_EXPERIMENT,
     StepRun,
     finish_pipeline_run,
     open_step_run,
@@ -18,8 +19,8 @@ from minicpmv_finetune.tracking.step_runs import (
 )
 
 
-def runs(experiment: str = DEFAULT_EXPERIMENT) -> dict[str, list[Run]]:
-    """All runs of an experiment by name."""
+def runs(experiment: str = environment.EXPERIMENT.default) -> dict[str, list[Run]]:
+    """All runs of an experiment, by the run's name."""
     client = MlflowClient()
     found = client.get_experiment_by_name(experiment)
     assert found
@@ -58,7 +59,7 @@ def test_a_retry_finds_its_run_again(database: Path) -> None:
     assert len(runs()["pipeline-run-1"]) == 1
 
 
-def test_another_pipeline_run_has_runs_of_its_own(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_pipeline_run_has_its_own_step_runs(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for pipeline_run in ("pipeline-run-1", "pipeline-run-2"):
         monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, pipeline_run)
         with step_run("train"):
@@ -66,7 +67,7 @@ def test_another_pipeline_run_has_runs_of_its_own(database: Path, monkeypatch: p
     assert len(runs()["train"]) == 2
 
 
-def test_a_step_by_itself_has_no_parent(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_outside_a_pipeline_has_no_parent(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(environment.PIPELINE_RUN_ID.name)
     with step_run("train"):
         pass
@@ -88,7 +89,7 @@ def test_kubeflows_own_run_becomes_the_parent_untouched(database: Path, monkeypa
     assert found["kubeflow"][0].info.status == "RUNNING"
 
 
-def test_files_lie_beside_the_database(database: Path, tmp_path: Path) -> None:
+def test_files_are_stored_next_to_the_database(database: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     report.write_text("content")
     with step_run("evaluate") as run:
@@ -98,7 +99,7 @@ def test_files_lie_beside_the_database(database: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_many_and_long_parameters_are_kept(database: Path) -> None:
+def test_many_and_long_parameters_are_logged(database: Path) -> None:
     with step_run("train") as run:
         run.log_parameters({f"p{number}": "x" * 7000 for number in range(150)})
     assert run.failure == ""
@@ -118,7 +119,9 @@ def test_without_an_address_nothing_is_tracked(
     assert capsys.readouterr().err == ""
 
 
-def test_a_failure_is_told_at_the_end_and_stops_nothing(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_at_the_end_and_does_not_stop_the_step(
+    database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with step_run("train") as run:
         run.log_parameters({"rank": 8})
         run.log_parameters({"rank": 16})  # MLflow refuses to change a parameter
@@ -130,7 +133,7 @@ def test_a_failure_is_told_at_the_end_and_stops_nothing(database: Path, capsys: 
     assert (train.info.status, train.data.params) == ("FINISHED", {"rank": "8"})
 
 
-def test_a_server_that_is_down_holds_nothing_up(
+def test_a_server_that_is_down_does_not_delay_a_step(
     database: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, unreachable)
@@ -143,7 +146,7 @@ def test_a_server_that_is_down_holds_nothing_up(
     assert capsys.readouterr().err.count("MLflow tracking is incomplete") == 2
 
 
-def test_a_server_that_goes_down_later_holds_nothing_up(
+def test_a_server_that_goes_down_later_does_not_delay_a_step(
     unreachable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -156,14 +159,12 @@ def test_a_server_that_goes_down_later_holds_nothing_up(
     assert "Max retries exceeded" in capsys.readouterr().err
 
 
-def test_what_a_dead_server_did_not_take_is_sent_when_it_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_of_an_outage_are_sent_when_the_server_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     run = open_step_run("train")
     run.log_metrics({"loss": 3.0}, step=1)
     client = run._client
-    run._client = MlflowClient("http://127.0.0.1:9")  # nobody listens there
+    run._client = MlflowClient("http://127.0.0.1:9")  # no server listens there
     run.log_metrics({"loss": 2.0}, step=2)
     run.log_metrics({"loss": 1.0}, step=3)
     assert run._sending
@@ -182,8 +183,8 @@ def test_what_a_dead_server_did_not_take_is_sent_when_it_is_back(
     assert run.last_step("loss") == 3
 
 
-def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    """As a step that is killed while MLflow makes its tables would else leave the half of them to all later ones."""
+def test_a_database_appears_only_with_all_its_tables(tmp_path: Path) -> None:
+    """Otherwise a step that is killed while MLflow creates the tables would leave a broken database to later steps."""
     place = tmp_path / "new" / "mlflow.db"
     child = (
         "import sqlite3, sys, threading, time\n"
@@ -202,9 +203,9 @@ def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         "client.search_experiments()\n"
         "print(seen[0], len(sqlite3.connect(place).execute('select name from sqlite_master').fetchall()))\n"
     )
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}"}
+    variables = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}"}
     done = subprocess.run(
-        [sys.executable, "-c", child, str(place)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", child, str(place)], env=variables, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     first, all_tables = done.stdout.split()
