@@ -1,10 +1,11 @@
-"""The demonstration in the images: every step in its container, as user 1000, with artifacts on an S3 server.
+"""The demo in container images: every step in a container, as user 1000, with artifacts on an S3 server.
 
     python images/demo_containers.py build/demo-containers
 
-Podman stands in for the cluster's nodes and rclone for its object store: a real S3 server, mounted at the pipeline
-root, so that what steps write becomes objects, and data and base model come from there by s3:// URI. Needs Podman, FUSE
-and the images of `make images`; as root where containers cannot be started otherwise.
+Podman takes the role of the cluster's nodes and rclone the role of its object store: a real S3 server, mounted at the
+pipeline root, so that the files that steps write become objects. Data and base model are read from this server by
+s3:// URI. Needs Podman, FUSE and the container images of `make images`; run it as root if containers cannot be started
+otherwise.
 """
 
 import json
@@ -18,19 +19,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-RCLONE = Path(sys.executable).with_name("rclone")
+RCLONE, MLFLOW = (str(Path(sys.executable).with_name(name)) for name in ("rclone", "mlflow"))
 BUCKET = "minicpmv-finetune"
 KEYS = {"AWS_ACCESS_KEY_ID": "demonstration", "AWS_SECRET_ACCESS_KEY": "demonstration-only"}
 
 
 def main(out: Path) -> None:
-    """Start what is needed, run the pipeline, and tell what came out and where it lies."""
+    """Start the servers, run the pipeline, and write and print a summary of the results."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     os.umask(0)  # containers write as another user
     with ExitStack() as services:
         address = services.enter_context(_s3_server(out.absolute() / "s3"))
-        # Before the package is imported: it reads where the images are.
         os.environ.update(
             {
                 **KEYS,
@@ -73,42 +73,42 @@ def _run(out: Path) -> None:
         "exact_match": run.metrics("evaluate")["tuned_exact_match"],
         "seconds": dict(run.seconds),
         "users_that_wrote": sorted({path.stat().st_uid for path in files}),
-        "objects": _settled(f"s3://{BUCKET}/artifacts", len(files)),
+        "objects": _count_objects(f"s3://{BUCKET}/artifacts", len(files)),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
 
 
-def _settled(uri: str, files: int) -> int:
-    """How many objects there are once all files have become one; the mount writes a moment behind."""
+def _count_objects(uri: str, files: int) -> int:
+    """Number of objects, after waiting until there is one for every file: the mount uploads files with a delay."""
     from minicpmv_finetune import storage
 
-    give_up = time.monotonic() + 180
-    while (objects := len(storage.walk(uri))) < files and time.monotonic() < give_up:
+    deadline = time.monotonic() + 180
+    while (objects := len(storage.walk(uri))) < files and time.monotonic() < deadline:
         time.sleep(0.5)
     return objects
 
 
 @contextmanager
 def _s3_server(folder: Path) -> Iterator[str]:
-    """A real S3 server on a folder; its address."""
+    """Run an S3 server that stores objects in a folder; yields its address."""
     folder.mkdir()
     port = _free_port()
-    command = [RCLONE, "serve", "s3", folder, "--addr", f"127.0.0.1:{port}"]
-    # A list in the environment is read as CSV, where the comma inside a pair needs quotes.
+    command = [RCLONE, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}"]
+    # rclone parses a list in the environment as CSV, so the comma inside a pair needs quotes.
     with _running(command, {"RCLONE_AUTH_KEY": f'"{",".join(KEYS.values())}"'}):
-        _until(lambda: _listens(port), "the S3 server")
+        _wait_until(lambda: _listens(port), "the S3 server")
         yield f"127.0.0.1:{port}"
 
 
 @contextmanager
 def _mlflow_server(folder: Path) -> Iterator[str]:
-    """A tracking server on a file; its address."""
+    """Run an MLflow server on an SQLite database; yields its address."""
     port = _free_port()
-    command = [RCLONE.with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", folder / "mlflow"]
-    with _running([*command, *stores], {"MLFLOW_DISABLE_TELEMETRY": "true"}):
-        _until(lambda: _listens(port), "MLflow")
+    server = [MLFLOW, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/mlflow"]
+    with _running([*server, *stores], {"MLFLOW_DISABLE_TELEMETRY": "true"}):
+        _wait_until(lambda: _listens(port), "MLflow")
         yield f"http://127.0.0.1:{port}"
 
 
@@ -125,7 +125,7 @@ def _listens(port: int) -> bool:
 
 @contextmanager
 def _mounted(path: str, folder: Path) -> Iterator[None]:
-    """A folder whose files are objects."""
+    """Mount a path of the S3 server as a folder."""
     folder.mkdir()
     remote = {
         "RCLONE_S3_PROVIDER": "Other",
@@ -134,10 +134,20 @@ def _mounted(path: str, folder: Path) -> Iterator[None]:
         "RCLONE_S3_FORCE_PATH_STYLE": "true",
     }
     options = ["--allow-other", "--vfs-cache-mode", "full", "--vfs-write-back", "1s", "--uid", "1000", "--gid", "1000"]
-    command = [RCLONE, "mount", f":s3:{path}", folder, *options, "--umask", "000", "--cache-dir", f"{folder}.cache"]
+    command = [
+        RCLONE,
+        "mount",
+        f":s3:{path}",
+        str(folder),
+        *options,
+        "--umask",
+        "000",
+        "--cache-dir",
+        f"{folder}.cache",
+    ]
     with _running(command, remote):
         try:
-            _until(folder.is_mount, "the mounted store")
+            _wait_until(folder.is_mount, "the mounted store")
             yield
         finally:
             subprocess.run(["fusermount3", "-u", "-z", folder], check=False)  # noqa: S603, S607
@@ -145,27 +155,27 @@ def _mounted(path: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _container_service(path: Path) -> Iterator[str]:
-    """Podman answering as Docker would; the address for DOCKER_HOST."""
+    """Run Podman's Docker-compatible service; yields the address for DOCKER_HOST."""
     with _running(["podman", "system", "service", "--time", "0", f"unix://{path}"], {}):
-        _until(path.exists, "podman's service")
+        _wait_until(path.exists, "podman's service")
         yield f"unix://{path}"
 
 
 @contextmanager
-def _running(command: list[str | Path], environment: Mapping[str, str]) -> Iterator[None]:
-    whole = {**os.environ, **environment}
-    with subprocess.Popen(command, env=whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # noqa: S603
+def _running(command: list[str], environment: Mapping[str, str]) -> Iterator[None]:
+    variables = {**os.environ, **environment}
+    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # noqa: S603
         try:
             yield
         finally:
             process.terminate()
 
 
-def _until(ready: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + 180
+def _wait_until(ready: Callable[[], bool], name: str) -> None:
+    deadline = time.monotonic() + 180
     while not ready():
-        if time.monotonic() > give_up:
-            sys.exit(f"error: {what} did not start within 180 seconds")
+        if time.monotonic() > deadline:
+            sys.exit(f"error: {name} did not start within 180 seconds")
         time.sleep(0.1)
 
 

@@ -1,8 +1,9 @@
-"""Write what an image installs: the packages of requirements.lock that the project needs there, with their hashes.
+"""Print the packages that a container image installs: those of requirements.lock that the project needs in it.
 
     python images/requirements.py data > build/images/data.txt
 
-The lock holds the developers' tools too. What a package needs is read from what is installed here, from that same lock.
+The lock file also contains the developers' tools. Which packages a package requires is read from the packages in this
+environment, which was installed from the same lock file.
 """
 
 import re
@@ -16,11 +17,11 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 TRAINER_ONLY = {"accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "torchvision"}
-"""What needs torch, and with it CUDA: checking data, tracking and talking to Kubeflow do without."""
+"""Packages that need torch, and with it CUDA: checking data, tracking and calling Kubeflow work without them."""
 
 
-def needed(image: str) -> set[str]:
-    """Names of the packages that the project needs in an image, those that they need included."""
+def required_packages(image: str) -> set[str]:
+    """Names of the packages that the project requires in a container image, directly or indirectly."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [Requirement(line) for line in project["dependencies"]]
     found: set[str] = set()
@@ -33,18 +34,18 @@ def needed(image: str) -> set[str]:
         found.add(name)
         seen.add((name, frozenset(requirement.extras)))
         for line in requires(name) or []:
-            below = Requirement(line)
+            dependency = Requirement(line)
             extras = requirement.extras or {""}
-            if below.marker is None or any(below.marker.evaluate({"extra": extra}) for extra in extras):
-                wanted.append(below)
+            if dependency.marker is None or any(dependency.marker.evaluate({"extra": extra}) for extra in extras):
+                wanted.append(dependency)
     return found
 
 
-def locked(lock: str, names: set[str]) -> str:
-    """The lock's entries of these packages; some have one for each of several versions of Python.
+def select_entries(lock: str, names: set[str]) -> str:
+    """The entries of these packages in the lock file; some packages have an entry for each of several Python versions.
 
     Raises:
-        KeyError: the lock lacks one of them.
+        KeyError: A package is not in the lock file.
     """
     entries: dict[str, str] = {}
     for entry in re.finditer(r"(?m)^(\S+?)==(?:.*\\\n)*.*\n", lock):
@@ -54,4 +55,4 @@ def locked(lock: str, names: set[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(locked((ROOT / "requirements.lock").read_text(), needed(sys.argv[1])), end="")
+    print(select_entries((ROOT / "requirements.lock").read_text(), required_packages(sys.argv[1])), end="")

@@ -24,10 +24,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_stack() -> Iterator[None]:
-    """Compiling asks for the stack 150 times, which with pytest's depth and torch's modules takes half a minute.
+def fast_inspect_stack() -> Iterator[None]:
+    """Replace `inspect.stack`, which kfp calls 150 times to compile a pipeline, by a fast version.
 
-    kfp wants the caller's name alone; `inspect.stack` looks for each frame's module and source besides.
+    kfp needs only the caller's name, but `inspect.stack` also looks for the module and source of each frame. With
+    pytest's deep stack and torch's many modules that takes half a minute.
     """
 
     def stack(context: int = 1) -> list[inspect.FrameInfo]:
@@ -44,7 +45,7 @@ def quick_stack() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_46(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MiniCPM-V 4.6 checkpoint of a million random parameters."""
+    """A MiniCPM-V 4.6 checkpoint with a million random parameters."""
     from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
     from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
@@ -71,12 +72,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server: the environment variables that lead to it, and to nothing else."""
+    """A real S3 server; returns the environment variables that make boto3 use this server and nothing else."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host, port = free.getsockname()
     key, secret = "minioadmin", "minioadmin123"
-    rclone = [Path(sys.executable).with_name("rclone"), "serve", "s3", tmp_path_factory.mktemp("s3")]
+    rclone = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", str(tmp_path_factory.mktemp("s3"))]
     options = ["--addr", f"{host}:{port}", "--auth-key", f"{key},{secret}"]
     with subprocess.Popen([*rclone, *options], stderr=subprocess.DEVNULL) as server:
         while not listens(host, port):
@@ -96,7 +97,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 @pytest.fixture(scope="session")
 def s3_client(s3_server: dict[str, str]) -> "S3Client":
-    """For what the tests do behind the program's back."""
+    """A client of the S3 server for actions of the test itself, independent of the code under test."""
     import boto3
 
     return boto3.session.Session().client(
@@ -110,7 +111,7 @@ def s3_client(s3_server: dict[str, str]) -> "S3Client":
 
 @pytest.fixture
 def s3_uri(s3_server: dict[str, str], s3_client: "S3Client", monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket of its own, which the environment leads to."""
+    """An empty bucket for one test, on the S3 server that the environment names."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in s3_server.items():
@@ -124,7 +125,7 @@ def s3_uri(s3_server: dict[str, str], s3_client: "S3Client", monkeypatch: pytest
 def mlflow_server(
     tmp_path_factory: pytest.TempPathFactory, s3_server: dict[str, str], s3_client: "S3Client"
 ) -> Iterator[MlflowServer]:
-    """An MLflow server that keeps what runs attach in a real S3 server."""
+    """An MLflow server that stores the artifacts of runs in a real S3 server."""
     bucket = f"mlflow-{uuid.uuid4().hex}"
     s3_client.create_bucket(Bucket=bucket)
     server = MlflowServer(tmp_path_factory.mktemp("mlflow_server"), f"s3://{bucket}", s3_server)
@@ -135,7 +136,7 @@ def mlflow_server(
 
 @pytest.fixture
 def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
-    """A web server that the environment names as the one to be told."""
+    """A web server that the environment names as the receiver of notifications."""
     server = Webhook()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -148,7 +149,7 @@ def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its schema, which takes seconds to make."""
+    """An MLflow database with its schema, which takes seconds to create."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -158,7 +159,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A database of its own, to which the environment leads, and a pipeline run that is just going on."""
+    """An MLflow database for one test, which the environment names together with the id of a pipeline run."""
     path = tmp_path / "tracking" / "mlflow.db"
     path.parent.mkdir()
     path.write_bytes(empty_database.read_bytes())
@@ -172,7 +173,7 @@ def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def unreachable() -> str:
-    """An address at which nothing listens."""
+    """An address at which no server listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Names that 0.1.0 gave to modules still lead to them, as compiled pipelines and launch scripts need."""
+"""Module names of 0.1.0 still work, because compiled pipelines and launch scripts contain them."""
 
 import importlib
 import re
@@ -17,15 +17,15 @@ _IMPORT = re.compile(r"from (minicpmv_finetune[\w.]*) import (\((?:[^)]*)\)|[^;\
 
 
 @pytest.fixture(autouse=True)
-def _package_keeps_its_pipelines() -> Iterator[None]:
-    """`from minicpmv_finetune.pipelines import finetune` is the pipeline, which importing the old module hides."""
+def _restore_pipelines() -> Iterator[None]:
+    """Undo that importing the old module `pipelines.finetune` hides the pipeline of the same name."""
     yield
     for name in ("finetune", "retrain"):
         vars(pipelines).pop(name, None)
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_name_is_the_module_itself(old: str) -> None:
+def test_an_old_name_leads_to_the_module_itself(old: str) -> None:
     moved = importlib.import_module(f"minicpmv_finetune.{old}")
     assert moved is importlib.import_module(f"minicpmv_finetune.{MOVED[old]}")
     assert moved.__name__ == f"minicpmv_finetune.{MOVED[old]}"
@@ -40,7 +40,7 @@ def test_an_error_raised_under_an_old_name_is_caught_under_the_new_one() -> None
 
 
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
-def test_what_a_compiled_pipeline_imports_is_there(path: Path) -> None:
+def test_all_imports_of_a_compiled_pipeline_exist(path: Path) -> None:
     import yaml
 
     document = next(yaml.safe_load_all(path.read_text()))
@@ -58,7 +58,7 @@ def test_what_a_compiled_pipeline_imports_is_there(path: Path) -> None:
                 assert hasattr(importlib.import_module(module), name) or importlib.import_module(f"{module}.{name}")
 
 
-def test_an_old_name_can_be_run() -> None:
+def test_python_runs_a_module_by_its_old_name() -> None:
     command = [sys.executable, "-m", "minicpmv_finetune.components.train.node"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "trainjob_pod.py" in done.stderr

@@ -11,18 +11,18 @@ from minicpmv_finetune.permanent_errors import MARKER_NAME, permanent_error_mark
 INPUTS = {"data_uri": "train.json", "ratio": 0.05}
 
 
-def attempt(output_uri: str, error: Exception | None, inputs: Mapping[str, object] = INPUTS) -> bool:
-    """Run a body that fails with `error`; whether it ran to its end."""
+def run_task(output_uri: str, error: Exception | None, inputs: Mapping[str, object] = INPUTS) -> bool:
+    """Run a component's body that fails with `error`; returns True if it ran to its end."""
     with permanent_error_marked(output_uri, inputs):
         if error:
             raise error
         return True
 
 
-def ended(output_uri: str, error: Exception | None, inputs: Mapping[str, object] = INPUTS) -> int | str | None:
-    """The exit code with which an attempt ends the process."""
+def exit_code(output_uri: str, error: Exception | None, inputs: Mapping[str, object] = INPUTS) -> int | str | None:
+    """The exit code with which a task ends the process."""
     with pytest.raises(SystemExit) as raised:
-        attempt(output_uri, error, inputs)
+        run_task(output_uri, error, inputs)
     return raised.value.code
 
 
@@ -32,48 +32,48 @@ def output_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return storage.join(base, "run/task/dataset")
 
 
-def test_a_mistake_ends_at_once_when_tried_again(output_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(output_uri, UserError("train.json: not found.")) == 2
+def test_a_retry_after_a_mistake_ends_at_once(output_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(output_uri, UserError("train.json: not found.")) == 2
     assert capsys.readouterr().err == "error: train.json: not found.\n"
-    assert ended(output_uri, None) == 2, "the body ran"
+    assert exit_code(output_uri, None) == 2, "the body ran"
     assert capsys.readouterr().err == "error: train.json: not found.\n"
 
 
-def test_the_marker_lies_beside_the_output(output_uri: str) -> None:
-    ended(output_uri, UserError("sentence"))
+def test_the_marker_is_stored_beside_the_output(output_uri: str) -> None:
+    exit_code(output_uri, UserError("sentence"))
     marker = json.loads(storage.read_bytes(storage.join(storage.parent(output_uri), MARKER_NAME)))
     assert marker["message"] == "sentence"
 
 
 def test_a_marker_of_other_inputs_is_ignored(output_uri: str) -> None:
-    ended(output_uri, UserError("sentence"))
-    assert attempt(output_uri, None, {**INPUTS, "ratio": 0.5})
-    assert ended(output_uri, None, dict(reversed(INPUTS.items()))) == 2  # the order means nothing
+    exit_code(output_uri, UserError("sentence"))
+    assert run_task(output_uri, None, {**INPUTS, "ratio": 0.5})
+    assert exit_code(output_uri, None, dict(reversed(INPUTS.items()))) == 2  # the order of inputs does not matter
 
 
-def test_a_fault_of_the_surroundings_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_temporary_fault_leaves_no_marker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output_uri = str(tmp_path / "dataset")
-    assert ended(output_uri, RetryableError("the store does not answer.")) == 75
+    assert exit_code(output_uri, RetryableError("the store does not answer.")) == 75
     assert "the store does not answer" in capsys.readouterr().err
-    assert attempt(output_uri, None)
+    assert run_task(output_uri, None)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bug_keeps_its_traceback_and_leaves_no_marker(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        attempt(str(tmp_path / "dataset"), ZeroDivisionError())
+        run_task(str(tmp_path / "dataset"), ZeroDivisionError())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_marker_is_ignored(tmp_path: Path) -> None:
     (tmp_path / MARKER_NAME).write_text("{")
-    assert attempt(str(tmp_path / "dataset"), None)
+    assert run_task(str(tmp_path / "dataset"), None)
 
 
 def test_without_access_to_the_store_the_step_runs_and_keeps_its_sentence(
     s3_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped-secret")
-    assert attempt(f"{s3_uri}/dataset", None)
-    assert ended(f"{s3_uri}/dataset", UserError("sentence")) == 2
+    assert run_task(f"{s3_uri}/dataset", None)
+    assert exit_code(f"{s3_uri}/dataset", UserError("sentence")) == 2
     assert capsys.readouterr().err == "error: sentence\n"

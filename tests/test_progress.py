@@ -9,17 +9,17 @@ from minicpmv_finetune import environment
 from minicpmv_finetune.progress import progress
 
 
-def draw(total: int) -> None:
+def show_progress(total: int) -> None:
     with progress("slicing", total, " images") as bar:
         for _ in range(total):
             bar.update()
 
 
-def test_a_log_gets_whole_lines_with_rate_and_time_left(
+def test_a_log_gets_complete_lines_with_rate_and_remaining_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(environment.PROGRESS_SECONDS.name, "0")
-    draw(3)
+    show_progress(3)
     text = capsys.readouterr().err
     assert "\r" not in text
     lines = text.splitlines()
@@ -29,20 +29,20 @@ def test_a_log_gets_whole_lines_with_rate_and_time_left(
 
 def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(environment.PROGRESS_SECONDS.name, raising=False)
-    draw(5000)
+    show_progress(5000)
     first, last = capsys.readouterr().err.splitlines()
     assert "0/5000" in first
     assert "100%" in last
 
 
-def test_a_terminal_gets_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_one_line_that_is_redrawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, terminal = pty.openpty()
     with os.fdopen(terminal, "w") as stderr, os.fdopen(reader, "rb", buffering=0) as screen:
         monkeypatch.setattr("sys.stderr", stderr)
-        draw(3)
+        show_progress(3)
         stderr.flush()
         text = ""
-        # A terminal hands over what it has, which need not be all.
+        # A read returns what the terminal has so far, which may be only a part.
         while "\n" not in text:
             text += screen.read(65536).decode()
     assert text.count("\r") >= 2
@@ -50,12 +50,12 @@ def test_a_terminal_gets_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPatc
     assert "3/3" in text
 
 
-def test_nothing_to_do_is_drawn_too(capsys: pytest.CaptureFixture[str]) -> None:
-    draw(0)
+def test_a_bar_of_zero_units_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    show_progress(0)
     assert "0/0" in capsys.readouterr().err
 
 
-def test_no_thread_stays_behind() -> None:
+def test_no_thread_is_left_running() -> None:
     before = set(threading.enumerate())
-    draw(1)
+    show_progress(1)
     assert set(threading.enumerate()) <= before

@@ -1,10 +1,11 @@
-"""What a published version has written is read by every later one; what a newer one wrote is refused in a sentence.
+"""Files of every published version stay readable; files of a newer version are refused with a sentence.
 
-`published/VERSION` holds what that version wrote. A new version adds a folder and changes none.
+`published/VERSION` contains files that this version wrote. A new version adds a folder and changes no other.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def _checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", "", keep=2, training="a1b2", world_size=2)
 
 
-def test_it_is_read(published: Path) -> None:
+def test_files_of_a_published_version_are_readable(published: Path) -> None:
     assert read_info(published / "dataset").rows == {"train": 3, "eval": 2}
     assert [sample.turns[-1].role for sample in read_samples(published / "dataset", "train")] == ["assistant"] * 3
     manifest = read_manifest(published / "shards")
@@ -50,7 +51,7 @@ def test_it_is_read(published: Path) -> None:
         ("checkpoints/checkpoint-3.json", lambda folder: _checkpoints(folder).newest()),
     ],
 )
-def test_a_newer_one_is_refused(published: Path, file: str, read: object) -> None:
+def test_a_file_of_a_newer_version_is_refused(published: Path, file: str, read: Callable[[Path], object]) -> None:
     document = json.loads((published / file).read_text())
     (published / file).write_text(json.dumps({**document, "schema_version": 99}))
     with pytest.raises(UserError, match=r"schema version 99 is newer .*; upgrade minicpmv-finetune"):

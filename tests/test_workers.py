@@ -25,16 +25,16 @@ for result in map_in_order("step", work, ((number,) for number in range(100))):
 """
 
 
-def half(number: int, of: int) -> float:
-    return of / number
+def divide(divisor: int, dividend: int) -> float:
+    return dividend / divisor
 
 
-def die(number: int) -> None:
+def kill_process_at_five(number: int) -> None:
     if number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_results_come_in_order_and_only_a_window_is_read() -> None:
+def test_results_are_in_order_and_only_a_window_of_calls_is_read() -> None:
     read: list[int] = []
 
     def calls() -> Iterator[tuple[int, int]]:
@@ -42,22 +42,22 @@ def test_results_come_in_order_and_only_a_window_is_read() -> None:
             read.append(number)
             yield number, 12
 
-    results = map_in_order("step", half, calls())
+    results = map_in_order("step", divide, calls())
     assert [next(results) for _ in range(4)] == [12, 6, 4, 3]
     assert len(read) < 20
     results.close()  # type: ignore[attr-defined]
 
 
-def test_an_error_of_the_work_is_the_caller_s() -> None:
+def test_an_error_of_a_call_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(map_in_order("step", half, [(1, 2), (0, 2)]))
+        list(map_in_order("step", divide, [(1, 2), (0, 2)]))
 
 
 def test_a_killed_process_is_reported_as_lack_of_memory() -> None:
     with pytest.raises(
         RetryableError, match=r"^step: the operating system killed a worker .* lack of memory; try again"
     ):
-        list(map_in_order("step", die, ((number,) for number in range(20))))
+        list(map_in_order("step", kill_process_at_five, ((number,) for number in range(20))))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

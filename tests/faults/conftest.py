@@ -1,4 +1,4 @@
-"""What tests of real faults share: a store behind a relay that misbehaves, and what each step needs."""
+"""Fixtures of the tests with real faults: a store behind a disturbing relay, and the inputs of every step."""
 
 import os
 from collections.abc import Iterator
@@ -6,27 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.network_relay import Wire, relay
-from tests.faults.steps import TRAIN
+from tests.faults.network_relay import Relay, start_relay
+from tests.faults.step_commands import TRAIN_FLAGS
 
 
 @pytest.fixture
-def wire(s3_server: dict[str, str], s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    """The store's own server behind a relay, which the environment leads to."""
-    with relay(s3_server["AWS_ENDPOINT_URL"]) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.address)
-        yield between
+def s3_relay(s3_server: dict[str, str], s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
+    """A relay in front of the S3 server; the environment's endpoint is the relay's address."""
+    with start_relay(s3_server["AWS_ENDPOINT_URL"]) as relay:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.address)
+        yield relay
 
 
 @pytest.fixture(scope="session")
 def moments() -> int:
-    """How many moments of a step are drawn: 1 with the other tests, 3 in `make test-faults`, 20 in the long run."""
+    """How many random moments of a step are tested: 1 by default, 3 in `make test-faults`, 20 in the long run."""
     return int(os.environ.get("FAULT_MOMENTS", "1"))
 
 
 @pytest.fixture(scope="session")
 def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what every step needs, made without disturbance: `data.json`, `base`, and the steps' results."""
+    """A folder with the inputs of every step, made without disturbance: the data, `base`, and the steps' results."""
     import json
 
     from minicpmv_finetune.components.merge.merge import MergeSettings, merge
@@ -51,10 +51,7 @@ def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory
     preprocess(
         folder / "dataset", str(tiny_46), folder / "shards", folder / "preprocess-rejects.jsonl", PreprocessSettings()
     )
-    launch([*TRAIN.split(), *_where(folder), "--output_dir", str(folder / "adapter")])
+    model_and_data = ["--model_name_or_path", str(folder / "base"), "--data_path", str(folder / "shards")]
+    launch([*TRAIN_FLAGS.split(), *model_and_data, "--output_dir", str(folder / "adapter")])
     merge(str(tiny_46), folder / "adapter", folder / "shards", folder / "model", folder / "merge.json", MergeSettings())
     return folder
-
-
-def _where(folder: Path) -> list[str]:
-    return ["--model_name_or_path", str(folder / "base"), "--data_path", str(folder / "shards")]

@@ -1,4 +1,4 @@
-"""A relay between a client and its server that does harm."""
+"""A TCP relay between a client and its server that disturbs their connections."""
 
 import contextlib
 import socket
@@ -8,47 +8,51 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Wire:
-    """A TCP relay in front of a server that does to each connection what `rule` says.
+class Relay:
+    """A running relay.
 
-    The rule takes the number of the connection, from 0, and names a fault: "reset" closes at the first byte, "cut"
-    after the first bytes of the answer, "error" answers with status 500 or 503, "slow" passes 64 KB/s on, "late"
-    holds each answer back for a second; None passes everything.
+    Attributes:
+        address: Address that clients connect to, `http://host:port`.
+        choose_fault: Takes the number of a connection, from 0, and names its fault: "reset" closes the connection at
+            the first byte, "cut" closes it after the first bytes of the response, "error" responds with status 500 or
+            503, "slow" forwards 64 KB/s, "late" delays each part of the response by a second; None forwards everything.
+        connections: Number of connections so far.
+        lock: Protects the number of connections.
     """
 
     address: str
-    rule: Callable[[int], str | None] = lambda number: None
+    choose_fault: Callable[[int], str | None] = lambda number: None
     connections: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @contextlib.contextmanager
-def relay(server_address: str) -> Iterator[Wire]:
-    """A relay in front of the server at an `http://host:port` address, which passes everything until told otherwise."""
+def start_relay(server_address: str) -> Iterator[Relay]:
+    """A relay in front of the server at `http://host:port`, which forwards everything until a test sets a fault."""
     host, port = server_address.removeprefix("http://").split(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
-        wire = Wire(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        over = threading.Event()
+        relay = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        stopping = threading.Event()
 
         def accept() -> None:
-            while not over.is_set():
+            while not stopping.is_set():
                 try:
                     client, _ = listener.accept()
                 except TimeoutError:
                     continue
-                with wire.lock:
-                    number = wire.connections
-                    wire.connections += 1
-                where, fault = (host, int(port)), wire.rule(number)
-                threading.Thread(target=_relay_connection, args=(client, where, fault, number), daemon=True).start()
+                with relay.lock:
+                    number = relay.connections
+                    relay.connections += 1
+                arguments = (client, (host, int(port)), relay.choose_fault(number), number)
+                threading.Thread(target=_relay_connection, args=arguments, daemon=True).start()
 
         thread = threading.Thread(target=accept)
         thread.start()
         try:
-            yield wire
+            yield relay
         finally:
-            over.set()
+            stopping.set()
             thread.join()
 
 
@@ -64,24 +68,23 @@ def _relay_connection(client: socket.socket, server_address: tuple[str, int], fa
             client.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return
         with socket.create_connection(server_address) as server:
-            there = threading.Thread(target=_pump, args=(client, server, None), daemon=True)
-            there.start()
-            _pump(server, client, fault)
+            threading.Thread(target=_forward, args=(client, server, None), daemon=True).start()
+            _forward(server, client, fault)
 
 
-def _pump(source: socket.socket, sink: socket.socket, fault: str | None) -> None:
-    passed = 0
+def _forward(source: socket.socket, sink: socket.socket, fault: str | None) -> None:
+    forwarded = 0
     pause = threading.Event()
     try:
         while block := source.recv(8192):
             if fault == "late":
                 pause.wait(1)
-            if fault == "cut" and passed + len(block) > 20_000:
-                sink.sendall(block[: max(20_000 - passed, 0)])
+            if fault == "cut" and forwarded + len(block) > 20_000:
+                sink.sendall(block[: max(20_000 - forwarded, 0)])
                 sink.shutdown(socket.SHUT_RDWR)
                 return
             sink.sendall(block)
-            passed += len(block)
+            forwarded += len(block)
             if fault == "slow":
                 pause.wait(len(block) / 65_536)
     except OSError:

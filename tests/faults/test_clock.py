@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.steps import STEPS, command_of, content
+from tests.faults.step_commands import STEPS, read_result, step_command
 
-# Python runs it first in each process of the step: the system's own clock is not the test's to turn.
-JUMPING = """
+# sitecustomize.py, which Python runs first in each process of the step. The system's clock itself is not changed.
+JUMPING_CLOCK = """
 import itertools
 import time
 
@@ -22,16 +22,16 @@ time.time = lambda: _real() + next(_jumps)
 @pytest.mark.parametrize(
     "step", ["train", *(pytest.param(step, marks=pytest.mark.faults_only) for step in STEPS if step != "train")]
 )
-def test_a_step_comes_to_the_same_result(step: str, inputs: Path, tmp_path: Path) -> None:
+def test_a_step_has_the_same_result(step: str, inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(JUMPING)
+    (tmp_path / "site" / "sitecustomize.py").write_text(JUMPING_CLOCK)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     out = tmp_path / "out"
-    done = subprocess.run(command_of(step, inputs, out), env=environment, capture_output=True, text=True)
+    done = subprocess.run(step_command(step, inputs, out), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = STEPS[step][1]
+    result = STEPS[step].result
     if step != "evaluate":
-        assert content(out / result) == content(inputs / result)
+        assert read_result(out / result) == read_result(inputs / result)
     if step == "train":
         figures = json.loads((out / result / "training.json").read_text())["metrics"]
         assert 0 < figures["seconds"] < 600

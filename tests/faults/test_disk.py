@@ -1,4 +1,4 @@
-"""A full disk ends each step with one sentence and exit code 75, and leaves nothing that looks finished."""
+"""A full disk ends each step with one sentence and exit code 75, and leaves no result that looks complete."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.steps import STEPS, command_of
+from tests.faults.step_commands import STEPS, step_command
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for little."""
+    """A file system with room for 8 KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
     options = ["-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)]
     if not mount or subprocess.run([mount, *options], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs the permission to mount a tmpfs")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -31,8 +31,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 )
 def test_a_full_disk_ends_a_step_in_one_sentence(step: str, inputs: Path, small_disk: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command_of(step, inputs, small_disk), env=environment, capture_output=True, text=True)
+    done = subprocess.run(step_command(step, inputs, small_disk), env=environment, capture_output=True, text=True)
     assert done.returncode == 75, done.stderr
     assert re.match("error: .*no space (is )?left on", done.stderr.splitlines()[-1], re.IGNORECASE)
     assert "Traceback" not in done.stderr
-    assert not (small_disk / STEPS[step][1]).exists()
+    assert not (small_disk / STEPS[step].result).exists()

@@ -1,6 +1,6 @@
-"""Whatever comes in is accepted correctly or refused with a sentence: no traceback, no hang.
+"""Every input is accepted correctly or refused with a sentence: no traceback, no hang.
 
-`FUZZ_EXAMPLES` sets the number of inputs a property sees: 60 with the other tests, more in the long runs.
+`FUZZ_EXAMPLES` sets the number of inputs of each test: 60 by default, more in the long runs.
 """
 
 import contextlib
@@ -66,18 +66,18 @@ SAMPLE = st.fixed_dictionaries(
 @given(samples=st.lists(SAMPLE | JSON, max_size=4))
 def test_samples(samples: list[object], tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps(samples, ensure_ascii=True))
-    _refused_or_fine(tmp_path)
+    _validate(tmp_path)
 
 
 @FUZZ
 @given(content=st.binary(max_size=300) | st.text(max_size=200).map(lambda text: f"[{text}".encode(errors="replace")))
-def test_files_that_are_no_json(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(content)
-    _refused_or_fine(tmp_path)
+    _validate(tmp_path)
 
 
 @contextlib.contextmanager
-def _refused_in_one_sentence() -> Iterator[None]:
+def _accepted_or_refused_in_one_sentence() -> Iterator[None]:
     try:
         yield
     except (UserError, RetryableError, SampleError) as error:
@@ -85,8 +85,9 @@ def _refused_in_one_sentence() -> Iterator[None]:
             pytest.fail(f"not one sentence: {error}")
 
 
-def _refused_or_fine(folder: Path) -> None:
-    with _refused_in_one_sentence():
+def _validate(folder: Path) -> None:
+    """Validate `data.json`, which must be accepted or refused in one sentence."""
+    with _accepted_or_refused_in_one_sentence():
         info = validate_data(
             str(folder / "data.json"),
             str(folder / "data.json"),
@@ -100,7 +101,7 @@ def _refused_or_fine(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
-    """A small image in each format that Pillow writes without help, and images that are two things at once."""
+    """A small image in each format that Pillow writes by itself, and files of two formats at once."""
     Image.init()
     files: dict[str, bytes] = {}
     for name in sorted(set(Image.SAVE) & set(Image.OPEN)):
@@ -110,12 +111,14 @@ def images() -> list[bytes]:
                 Image.new(mode, (24, 16), 1).save(file, name)
                 files[name] = file.getvalue()
                 break
-    both = [files[name] + other for name in ("PNG", "JPEG", "GIF") for other in (b"PK\x03\x04", b"<script>x</script>")]
-    return [*files.values(), *both, b"%PDF-1.4\n" + files["PNG"], b"GIF89a/*" + files["JPEG"]]
+    polyglots = [
+        files[name] + other for name in ("PNG", "JPEG", "GIF") for other in (b"PK\x03\x04", b"<script>x</script>")
+    ]
+    return [*files.values(), *polyglots, b"%PDF-1.4\n" + files["PNG"], b"GIF89a/*" + files["JPEG"]]
 
 
-def _damaged(content: bytes, data: st.DataObject) -> bytes:
-    """With some bytes changed and, mostly, the end cut off."""
+def _damage(content: bytes, data: st.DataObject) -> bytes:
+    """The content with some bytes changed and, in most cases, the end cut off."""
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(0, 6))):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
@@ -125,58 +128,58 @@ def _damaged(content: bytes, data: st.DataObject) -> bytes:
 
 @FUZZ
 @given(data=st.data())
-def test_images_that_were_damaged(data: st.DataObject, images: list[bytes], tmp_path: Path) -> None:
-    path = tmp_path / "picture"
-    path.write_bytes(_damaged(data.draw(st.sampled_from(images)), data))
-    with _refused_in_one_sentence():
+def test_damaged_images(data: st.DataObject, images: list[bytes], tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(_damage(data.draw(st.sampled_from(images)), data))
+    with _accepted_or_refused_in_one_sentence():
         inspect_image(str(path), None, False)
 
 
 @FUZZ
 @given(data=st.data())
-def test_shards_that_were_damaged(data: st.DataObject, inputs: Path, tmp_path: Path) -> None:
+def test_damaged_shards(data: st.DataObject, inputs: Path, tmp_path: Path) -> None:
     manifest = read_manifest(inputs / "shards")
-    whole = {shard.file: (inputs / "shards" / shard.file).read_bytes() for shard in manifest.files}
+    intact = {shard.file: (inputs / "shards" / shard.file).read_bytes() for shard in manifest.files}
     (tmp_path / "manifest.json").write_text((inputs / "shards" / "manifest.json").read_text())
-    damaged = {name: _damaged(content, data) for name, content in whole.items()}
+    damaged = {name: _damage(content, data) for name, content in intact.items()}
     for name, content in damaged.items():
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).write_bytes(content)
-    with _refused_in_one_sentence():
+    with _accepted_or_refused_in_one_sentence():
         open_shards(str(tmp_path), tmp_path / "cache")
-        assert damaged == whole
-    with _refused_in_one_sentence():  # nor does reading without comparing
+        assert damaged == intact
+    with _accepted_or_refused_in_one_sentence():  # reading without comparing digests is safe too
         for row in ShardReader(tmp_path, "train"):
             assert len(row.input_ids)
 
 
 @FUZZ
 @given(
-    said=st.dictionaries(st.sampled_from(sorted(LoraConfig().to_dict())) | st.text(max_size=8), JSON, max_size=3),
+    changes=st.dictionaries(st.sampled_from(sorted(LoraConfig().to_dict())) | st.text(max_size=8), JSON, max_size=3),
     part=st.sampled_from(["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "weight", "x"]),
     data=st.data(),
 )
-def test_adapters(said: dict[str, object], part: str, data: st.DataObject, tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["q_proj"]).to_dict() | {"target_modules": ["q_proj"]} | said
+def test_adapters(changes: dict[str, object], part: str, data: st.DataObject, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"]).to_dict() | {"target_modules": ["q_proj"]} | changes
     (tmp_path / "adapter_config.json").write_text(json.dumps(config, default=str))
     names = ["base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"]
     content = save({name: torch.ones(2, 2) for name in (*names, f"base_model.model.q_proj.{part}")})
     if data.draw(st.booleans()):
-        content = _damaged(content, data)
+        content = _damage(content, data)
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    with _refused_in_one_sentence():
+    with _accepted_or_refused_in_one_sentence():
         read_adapter(tmp_path)
 
 
 @FUZZ
 @given(
-    said=st.dictionaries(st.sampled_from(sorted(Profile.model_fields)) | st.text(max_size=8), JSON, max_size=4),
+    changes=st.dictionaries(st.sampled_from(sorted(Profile.model_fields)) | st.text(max_size=8), JSON, max_size=4),
     lines=st.none() | st.text(max_size=80),
 )
-def test_profiles(said: dict[str, object], lines: str | None, tmp_path: Path) -> None:
-    text = yaml.safe_dump(said) if lines is None else lines
+def test_profiles(changes: dict[str, object], lines: str | None, tmp_path: Path) -> None:
+    text = yaml.safe_dump(changes) if lines is None else lines
     (tmp_path / "profile.yaml").write_bytes(text.encode(errors="replace"))
-    with _refused_in_one_sentence():
+    with _accepted_or_refused_in_one_sentence():
         load_profile(tmp_path / "profile.yaml")
 
 
@@ -189,13 +192,13 @@ def test_profiles(said: dict[str, object], lines: str | None, tmp_path: Path) ->
 def test_uris(scheme: str, rest: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for read in (storage.size, storage.list_files, storage.require_allowed):
-        with _refused_in_one_sentence():
+        with _accepted_or_refused_in_one_sentence():
             read(scheme + rest)
 
 
 @FUZZ
 @given(name=st.sampled_from(["manifest.json", "dataset.json", "training.json", "config.json"]), document=JSON)
-def test_documents_of_ours(name: str, document: object, tmp_path: Path) -> None:
+def test_own_json_documents(name: str, document: object, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(document))
     reader = {
         "manifest.json": read_manifest,
@@ -203,7 +206,7 @@ def test_documents_of_ours(name: str, document: object, tmp_path: Path) -> None:
         "training.json": read_record,
         "config.json": detect_generation,
     }[name]
-    with _refused_in_one_sentence():
+    with _accepted_or_refused_in_one_sentence():
         reader(tmp_path)
 
 
@@ -212,7 +215,7 @@ def test_documents_of_ours(name: str, document: object, tmp_path: Path) -> None:
 def test_processor_settings(settings_: object, tiny_46: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_46 / "config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings_))
-    with _refused_in_one_sentence():
+    with _accepted_or_refused_in_one_sentence():
         read_slicing_config(tmp_path)
 
 
@@ -221,5 +224,5 @@ def test_processor_settings(settings_: object, tiny_46: Path, tmp_path: Path) ->
     flags=st.lists(st.sampled_from(["--lora_r", "--use_lora", "--learning_rate", "true", "-1", "x"]) | TEXT, max_size=6)
 )
 def test_flags(flags: list[str]) -> None:
-    with _refused_in_one_sentence():
+    with _accepted_or_refused_in_one_sentence():
         parse(["--data_path", "d", "--output_dir", "o", *flags], announce=lambda sentence: None)

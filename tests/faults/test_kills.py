@@ -1,4 +1,4 @@
-"""Each step, killed or stopped at drawn moments and run again, leaves what an undisturbed run leaves."""
+"""A step that is killed or stopped at random moments and run again has the result of an undisturbed run."""
 
 import contextlib
 import os
@@ -12,29 +12,29 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.faults.steps import STEPS, command_of, content
+from tests.faults.step_commands import STEPS, read_result, step_command
 
 
 def _environment(out: Path) -> dict[str, str]:
-    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{out}/mlflow.db", "KFP_RUN_ID": "the-run"}
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{out}/mlflow.db", "KFP_RUN_ID": "pipeline-run-1"}
     return {**os.environ, **tracking, "TMPDIR": str(out / "tmp"), "XDG_CACHE_HOME": str(out / "cache")}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, bytes], float]]:
-    """Content and duration of every step's own result."""
+    """The result of every step and the seconds that the step took."""
     results = {}
     for step, (_, result) in STEPS.items():
         out = tmp_path_factory.mktemp(step)
         (out / "tmp").mkdir()
         started = time.monotonic()
-        subprocess.run(command_of(step, inputs, out), check=True, env=_environment(out), capture_output=True)
-        results[step] = (content(out / result), time.monotonic() - started)
+        subprocess.run(step_command(step, inputs, out), check=True, env=_environment(out), capture_output=True)
+        results[step] = (read_result(out / result), time.monotonic() - started)
     return results
 
 
-def _interrupted(command: list[str], environment: dict[str, str], seconds: float, number: signal.Signals) -> None:
-    """Kill all of a step's processes, as a node's end does, or stop its first one, as Kubernetes does."""
+def _interrupt(command: list[str], environment: dict[str, str], seconds: float, number: signal.Signals) -> None:
+    """Kill all processes of a step, as the loss of a node does, or stop its first process, as Kubernetes does."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -47,8 +47,8 @@ def _interrupted(command: list[str], environment: dict[str, str], seconds: float
                     victim.send_signal(number)
 
 
-def _left_behind(environment: dict[str, str]) -> list[psutil.Process]:
-    """Processes of an interrupted step that have not ended ten seconds later."""
+def _find_leftovers(environment: dict[str, str]) -> list[psutil.Process]:
+    """Processes of an interrupted step that are still alive ten seconds later."""
 
     def belongs(process: psutil.Process) -> bool:
         try:
@@ -63,7 +63,7 @@ def _left_behind(environment: dict[str, str]) -> list[psutil.Process]:
 @pytest.mark.faults_only
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_that_died_is_repaired_by_running_it_again(
+def test_running_an_interrupted_step_again_repairs_it(
     step: str,
     number: signal.Signals,
     inputs: Path,
@@ -71,22 +71,24 @@ def test_a_step_that_died_is_repaired_by_running_it_again(
     tmp_path_factory: pytest.TempPathFactory,
     moments: int,
 ) -> None:
-    wanted, seconds = undisturbed[step]
-    draw = random.Random(f"{step} {number}")
+    expected, seconds = undisturbed[step]
+    generator = random.Random(f"{step} {number}")
     for _ in range(moments):
         out = tmp_path_factory.mktemp("killed")
         (out / "tmp").mkdir()
-        command, environment = command_of(step, inputs, out), _environment(out)
-        _interrupted(command, environment, draw.uniform(0.2, 1.0) * seconds, number)
-        assert not _left_behind(environment)
+        command, environment = step_command(step, inputs, out), _environment(out)
+        _interrupt(command, environment, generator.uniform(0.2, 1.0) * seconds, number)
+        assert not _find_leftovers(environment)
         if number == signal.SIGTERM:
-            assert not [path.name for path in out.iterdir() if path.name.startswith(".")], "what was begun is left"
-        result = out / STEPS[step][1]
+            assert not [path.name for path in out.iterdir() if path.name.startswith(".")], (
+                "an incomplete result is left"
+            )
+        result = out / STEPS[step].result
         if result.exists() and step != "evaluate":
-            assert content(result) == wanted, "something half-written is visible"
+            assert read_result(result) == expected, "an incomplete result is visible"
         again = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
-        assert content(result) == wanted
+        assert read_result(result) == expected
         assert not [path.name for path in out.iterdir() if path.name.endswith((".tmp", ".part"))]
         client = MlflowClient(f"sqlite:///{out}/mlflow.db")
         runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
@@ -101,15 +103,15 @@ def test_any_schedule_of_interruptions_trains_the_same_adapter(
     tmp_path_factory: pytest.TempPathFactory,
     moments: int,
 ) -> None:
-    wanted, seconds = undisturbed["train"]
+    expected, seconds = undisturbed["train"]
     for schedule in range(moments):
-        draw = random.Random(schedule)
+        generator = random.Random(schedule)
         out = tmp_path_factory.mktemp("interrupted")
         (out / "tmp").mkdir()
-        command, environment = command_of("train", inputs, out), _environment(out)
-        for _ in range(draw.randint(2, 4)):
-            number = draw.choice([signal.SIGKILL, signal.SIGTERM])
-            _interrupted(command, environment, draw.uniform(0.4, 1.0) * seconds, number)
+        command, environment = step_command("train", inputs, out), _environment(out)
+        for _ in range(generator.randint(2, 4)):
+            number = generator.choice([signal.SIGKILL, signal.SIGTERM])
+            _interrupt(command, environment, generator.uniform(0.4, 1.0) * seconds, number)
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert content(out / "adapter") == wanted, f"schedule {schedule}"
+        assert read_result(out / "adapter") == expected, f"schedule {schedule}"

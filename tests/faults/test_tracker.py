@@ -1,4 +1,4 @@
-"""A tracking server that is slow, dies or refuses costs a training no time and no figure."""
+"""A tracking server that is slow, dies or refuses requests costs a training neither time nor metrics."""
 
 import time
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from mlflow import MlflowClient
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.tracking.step_runs import open_step_run
-from tests.faults.network_relay import relay
+from tests.faults.network_relay import start_relay
 from tests.servers import MlflowServer
 
 
 @pytest.fixture
 def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
-    """A server that only one test takes down."""
+    """A server for one test, which the test may stop."""
     server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), {})
     server.start()
     monkeypatch.setenv(environment.TRACKING_URI.name, server.uri)
@@ -28,10 +28,10 @@ def _history(uri: str, run_id: str | None) -> list[int]:
     return [point.step for point in MlflowClient(uri).get_metric_history(run_id, "loss")]
 
 
-def test_a_slow_server_holds_no_step_up(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with relay(mlflow_server.uri) as wire:
-        monkeypatch.setenv(environment.TRACKING_URI.name, wire.address)
-        wire.rule = lambda number: "late"
+def test_a_slow_server_does_not_delay_a_step(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_relay(mlflow_server.uri) as relay:
+        monkeypatch.setenv(environment.TRACKING_URI.name, relay.address)
+        relay.choose_fault = lambda number: "late"
         run = open_step_run("train")
         started = time.monotonic()
         for step in range(200):
@@ -42,7 +42,7 @@ def test_a_slow_server_holds_no_step_up(mlflow_server: MlflowServer, monkeypatch
     assert _history(mlflow_server.uri, run.run_id) == list(range(200))
 
 
-def test_a_server_that_dies_and_comes_back_has_every_step_once(
+def test_a_server_that_restarts_receives_every_step_once(
     own_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -61,7 +61,7 @@ def test_a_server_that_dies_and_comes_back_has_every_step_once(
     assert _history(own_server.uri, run.run_id) == [1, 2, 3]
 
 
-def test_a_run_deleted_underneath_keeps_the_figures_for_the_adapter(
+def test_metrics_of_a_deleted_run_are_kept_for_the_adapter(
     mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, mlflow_server.uri)
@@ -74,7 +74,7 @@ def test_a_run_deleted_underneath_keeps_the_figures_for_the_adapter(
     assert "MLflow tracking is incomplete" in capsys.readouterr().err
 
 
-def test_a_batch_that_is_refused_holds_up_none_behind_it(
+def test_a_refused_batch_does_not_block_the_next_one(
     mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, mlflow_server.uri)

