@@ -2,12 +2,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import PreTrainedModel
 
 from minicpmv_finetune.data.samples import ImageRef, Sample, Turn, open_image
 from minicpmv_finetune.minicpmv.answer import Answer, answer
@@ -19,7 +19,7 @@ from minicpmv_finetune.minicpmv.slicing import cut_slices
 
 
 @pytest.fixture
-def model(tiny_46: Path) -> PreTrainedModel:
+def model(tiny_46: Path) -> Any:
     return load_model(tiny_46, torch.float32)[0]
 
 
@@ -30,13 +30,13 @@ def encoder(tiny_46: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def samples(digits: Path) -> list[Sample]:
-    """Prompts of many lengths: with one image, with a sliced one, with two, with none, with earlier turns."""
+    """Prompts of different lengths: with one image, no image, a sliced image, two images, and with earlier turns."""
     large = digits / "large.png"
     Image.linear_gradient("L").resize((300, 200)).save(large)
     images = [_image(path) for path in (*sorted((digits / "images").glob("*.png"))[:3], large)]
-    shown: list[tuple[ImageRef, ...]] = [(images[0],), (), (images[3],), (images[1], images[2]), (images[2],)]
+    groups: list[tuple[ImageRef, ...]] = [(images[0],), (), (images[3],), (images[1], images[2]), (images[2],)]
     samples = []
-    for number, group in enumerate(shown):
+    for number, group in enumerate(groups):
         parts = [*range(len(group)), f"Which digit is this?{' Look well.' * number}"]
         turns = [Turn(role="user", parts=tuple(parts))]
         if number == 4:
@@ -52,8 +52,8 @@ def _image(path: Path) -> ImageRef:
 
 
 @torch.no_grad()
-def likeliest_tokens(model: PreTrainedModel, encoder: Encoder, sample: Sample, count: int) -> list[int]:
-    """Greedy decoding spelt out: no cache, no padding, no stopping, one forward pass over everything a token."""
+def greedy_tokens(model: Any, encoder: Encoder, sample: Sample, count: int) -> list[int]:
+    """Decode greedily without cache, padding or stop tokens: one forward pass over all tokens for each new token."""
     plans = encoder.plan(sample)
     slices = [
         pixels
@@ -69,46 +69,42 @@ def likeliest_tokens(model: PreTrainedModel, encoder: Encoder, sample: Sample, c
 
 
 def texts(answers: Sequence[Answer]) -> list[str]:
-    return [one.text for one in answers]
+    return [answered.text for answered in answers]
 
 
-def test_batched_answers_are_the_single_ones_and_those_of_plain_greedy_decoding(
-    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
+def test_batched_answers_equal_single_answers_and_plain_greedy_decoding(
+    model: Any, encoder: Encoder, samples: list[Sample]
 ) -> None:
     done: list[int] = []
-    together = answer(model, encoder, samples, max_new_tokens=12, batch_size=3, on_done=done.append)
-    assert together == answer(model, encoder, samples, max_new_tokens=12, batch_size=1)
+    batched = answer(model, encoder, samples, max_new_tokens=12, batch_size=3, on_done=done.append)
+    assert batched == answer(model, encoder, samples, max_new_tokens=12, batch_size=1)
     assert done == [3, 2]
-    for sample, given in zip(samples, together, strict=True):
-        tokens = likeliest_tokens(model, encoder, sample, 12)
+    for sample, answered in zip(samples, batched, strict=True):
+        tokens = greedy_tokens(model, encoder, sample, 12)
         end = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)
         kept = tokens[: tokens.index(end) + 1] if end in tokens else tokens
-        expected = encoder.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        assert given == Answer(expected, len(kept), hit_limit=end not in tokens)
+        expected = str(encoder.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        assert answered == Answer(expected, len(kept), hit_limit=end not in tokens)
 
 
-def test_an_answer_stops_at_the_end_of_the_turn(
-    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
-) -> None:
-    tokens = likeliest_tokens(model, encoder, samples[0], 6)
+def test_an_answer_stops_at_the_end_of_the_turn(model: Any, encoder: Encoder, samples: list[Sample]) -> None:
+    tokens = greedy_tokens(model, encoder, samples[0], 6)
     last = next(place for place in range(1, 6) if tokens[place] not in tokens[:place])
-    ending = encoder.tokenizer.convert_ids_to_tokens(tokens[last])
+    ending = str(encoder.tokenizer.convert_ids_to_tokens(tokens[last]))
     stopping = replace(encoder, generation=replace(encoder.generation, end_of_turn=ending))
     stopped = answer(model, stopping, samples[:1], max_new_tokens=12)[0]
     assert (stopped.new_tokens, stopped.hit_limit) == (last + 1, False)
 
 
-def test_an_answer_stops_where_the_checkpoint_says(
-    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
-) -> None:
-    first = likeliest_tokens(model, encoder, samples[0], 1)[0]
+def test_an_answer_stops_at_the_checkpoints_stop_tokens(model: Any, encoder: Encoder, samples: list[Sample]) -> None:
+    first = greedy_tokens(model, encoder, samples[0], 1)[0]
     model.generation_config.eos_token_id = [first]
     stopped = answer(model, encoder, samples[:1], max_new_tokens=12)[0]
     assert (stopped.new_tokens, stopped.hit_limit) == (1, False)
 
 
-def test_the_checkpoints_sampling_and_penalties_neither_warn_nor_count(
-    model: PreTrainedModel, encoder: Encoder, samples: list[Sample], capfd: pytest.CaptureFixture[str]
+def test_the_checkpoints_sampling_settings_have_no_effect_and_cause_no_warning(
+    model: Any, encoder: Encoder, samples: list[Sample], capfd: pytest.CaptureFixture[str]
 ) -> None:
     plain = answer(model, encoder, samples, max_new_tokens=12)
     capfd.readouterr()
@@ -120,11 +116,13 @@ def test_the_checkpoints_sampling_and_penalties_neither_warn_nor_count(
     assert model.generation_config is own
 
 
-def test_an_adapter_on_top_is_asked_and_left_in_training(
-    model: PreTrainedModel, encoder: Encoder, samples: list[Sample]
+def test_a_model_with_an_adapter_answers_and_stays_in_training_mode(
+    model: Any, encoder: Encoder, samples: list[Sample]
 ) -> None:
     plain = answer(model, encoder, samples, max_new_tokens=8)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "in_proj_qkv", "down_proj"], lora_dropout=0.5))
+    adapted: Any = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj", "in_proj_qkv", "down_proj"], lora_dropout=0.5)
+    )
     adapted.train()
     assert answer(adapted, encoder, samples, max_new_tokens=8) == plain
     assert adapted.training

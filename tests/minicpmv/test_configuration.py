@@ -1,4 +1,4 @@
-"""The published flat `config.json` of the native generations: read, and written back as it was."""
+"""The published flat `config.json` of 2.6, 4.0 and 4.5 is read and written back unchanged."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig, find_token_id
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 2,
@@ -18,7 +18,7 @@ PUBLISHED = {
     "patch_size": 14,
     "slice_config": {"max_slice_nums": 9},
 }
-VISION = {"hidden_size": 64, "patch_size": 14, "model_type": "siglip"}
+VISION: dict[str, Any] = {"hidden_size": 64, "patch_size": 14, "model_type": "siglip"}
 
 
 @pytest.mark.parametrize(
@@ -32,24 +32,24 @@ def test_the_version_decides_the_language_model(version: Any, language_model: st
 
 
 @pytest.mark.parametrize("version", [None, 2.5, "4.6"])
-def test_an_unknown_version_is_named(version: Any) -> None:
+def test_the_error_names_an_unknown_version(version: Any) -> None:
     with pytest.raises(ValueError, match=rf"version {version!r} is none of 2\.6, 4\.0, 4\.5"):
         MiniCPMVConfig(version=version, vision_config=VISION, **PUBLISHED)
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"hidden_size": 200}, "hidden_size 200 is not a multiple of 128"),
         ({"patch_size": 16}, "patch_size 16 contradicts vision_config.patch_size 14"),
     ],
 )
-def test_fields_that_contradict_each_other_are_named(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_the_error_names_fields_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         MiniCPMVConfig(version=2.6, vision_config=VISION, **{**PUBLISHED, **fields})
 
 
-def test_what_was_published_is_written_back_with_what_has_changed() -> None:
+def test_published_fields_are_written_back_with_changed_values() -> None:
     config = MiniCPMVConfig(version=2.6, vision_config=VISION, **PUBLISHED)
     written = config.to_dict()
     assert (
@@ -65,19 +65,19 @@ def test_what_was_published_is_written_back_with_what_has_changed() -> None:
     assert config.to_diff_dict() == config.to_dict()
 
 
-def test_a_file_without_a_vision_tower_means_the_published_one() -> None:
+def test_the_default_vision_config_is_the_published_one() -> None:
     config = MiniCPMVConfig(version=2.6, **PUBLISHED)
     assert (config.vision_config.patch_size, config.vision_config.image_size) == (14, 980)
     assert config.to_dict()["vision_config"]["image_size"] == 980
 
 
-def test_a_saved_configuration_is_read_again(tmp_path: Path) -> None:
+def test_a_saved_configuration_can_be_loaded(tmp_path: Path) -> None:
     config = MiniCPMVConfig(version=4.5, vision_config=VISION, **PUBLISHED)
     config.text_config.num_hidden_layers = 3
     config.save_pretrained(tmp_path)
-    again = MiniCPMVConfig.from_pretrained(tmp_path)
-    assert again.text_config.num_hidden_layers == 3
-    assert again.to_dict() == config.to_dict()
+    loaded = MiniCPMVConfig.from_pretrained(tmp_path)
+    assert loaded.text_config.num_hidden_layers == 3
+    assert loaded.to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_saved_configuration_is_read_again(tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_a_tokens_id_is_found_in_whichever_file_tells(
+def test_a_tokens_id_is_found_in_either_tokenizer_file(
     tmp_path: Path, files: dict[str, object], expected: int | None
 ) -> None:
     for name, document in files.items():

@@ -1,4 +1,4 @@
-"""What holds for every generation, on tiny random checkpoints: batches, padding, text alone, and training as served."""
+"""Properties of every generation, with tiny random checkpoints: batches, padding, text without images, serving."""
 
 import json
 import shutil
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor
 
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
@@ -29,20 +30,21 @@ SIZES = [(112, 112), (300, 200), (40, 230), (20, 20)]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint, its model and some rows: single images of many sizes, two at once, earlier turns, words alone."""
+    """A checkpoint, its model and samples: images of different sizes, two images, earlier turns, text alone."""
 
     folder: Path
-    model: PreTrainedModel
+    model: Any
     encoder: Encoder
     samples: list[Sample]
-    rows: list[ModelInput]
+    inputs: list[ModelInput]
 
-    def collate(self, rows: list[ModelInput], side: str = "right") -> dict[str, torch.Tensor]:
-        return collate(rows, self.encoder.pad_token_id, self.encoder.slicing.patch_size, side)
+    def collate(self, inputs: list[ModelInput], side: Literal["left", "right"] = "right") -> dict[str, torch.Tensor]:
+        return collate(inputs, self.encoder.pad_token_id, self.encoder.slicing.patch_size, side)
 
     @property
     def merger(self) -> torch.nn.Module:
-        return self.model.get_submodule(self.encoder.generation.merger)
+        module: torch.nn.Module = self.model.get_submodule(self.encoder.generation.merger)
+        return module
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -52,7 +54,7 @@ def loaded(
     folder = tiny(request.param)
     model = load_model(folder, torch.float32)[0].eval()
     encoder = Encoder.from_checkpoint(folder)
-    images = write_images(tmp_path_factory.mktemp("pictures"))
+    images = write_images(tmp_path_factory.mktemp("images"))
     samples = [conversation((0, "\nWhat is this?"), [image], name=str(n)) for n, image in enumerate(images)]
     samples.append(conversation((0, "\n", 1, "\nCompare."), images[:2], name="two"))
     samples.append(conversation(("Hello",), [], name="words"))
@@ -80,42 +82,45 @@ def conversation(
 
 
 @torch.no_grad()
-def test_a_padded_batch_of_images_of_many_sizes_equals_the_singles(loaded: Loaded) -> None:
-    together = loaded.model(**loaded.collate(loaded.rows)).logits
-    for row, logits in zip(loaded.rows, together, strict=True):
-        alone = loaded.model(**loaded.collate([row])).logits[0]
-        torch.testing.assert_close(logits[: len(row.input_ids)], alone, atol=2e-5, rtol=1e-4)
+def test_a_padded_batch_equals_single_samples(loaded: Loaded) -> None:
+    batched = loaded.model(**loaded.collate(loaded.inputs)).logits
+    for sample, logits in zip(loaded.inputs, batched, strict=True):
+        single = loaded.model(**loaded.collate([sample])).logits[0]
+        torch.testing.assert_close(logits[: len(sample.input_ids)], single, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_the_loss_of_a_padded_batch_is_the_mean_over_its_supervised_tokens(loaded: Loaded) -> None:
-    counts = [sum(label != IGNORED_LABEL for label in row.labels) for row in loaded.rows]
-    alone = [loaded.model(**loaded.collate([row])).loss.item() for row in loaded.rows]
-    together = loaded.model(**loaded.collate(loaded.rows)).loss.item()
-    assert together == pytest.approx(np.average(alone, weights=counts), abs=1e-5)
+    counts = [sum(label != IGNORED_LABEL for label in sample.labels) for sample in loaded.inputs]
+    single = [loaded.model(**loaded.collate([sample])).loss.item() for sample in loaded.inputs]
+    batched = loaded.model(**loaded.collate(loaded.inputs)).loss.item()
+    assert batched == pytest.approx(np.average(single, weights=counts), abs=1e-5)
     # The Trainer divides by the tokens of all processes and accumulation steps.
-    scaled = loaded.model(**loaded.collate(loaded.rows), num_items_in_batch=torch.tensor(2 * sum(counts))).loss.item()
-    assert scaled == pytest.approx(together / 2, abs=1e-5)
+    scaled = loaded.model(**loaded.collate(loaded.inputs), num_items_in_batch=torch.tensor(2 * sum(counts))).loss.item()
+    assert scaled == pytest.approx(batched / 2, abs=1e-5)
 
 
 @torch.no_grad()
 def test_left_padded_generation_equals_single_generation(loaded: Loaded) -> None:
     prompts = [
-        ModelInput(row.id, loaded.encoder.encode_prompt(sample), [], row.slices)
-        for sample, row in zip(loaded.samples, loaded.rows, strict=True)
+        ModelInput(sample.id, loaded.encoder.encode_prompt(sample), [], model_input.slices)
+        for sample, model_input in zip(loaded.samples, loaded.inputs, strict=True)
     ]
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def new_tokens(rows: list[ModelInput]) -> list[list[int]]:
-        batch = loaded.collate(rows, "left")
-        return loaded.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
+    def new_tokens(inputs: list[ModelInput]) -> list[list[int]]:
+        batch = loaded.collate(inputs, "left")
+        generated: list[list[int]] = loaded.model.generate(**batch, **options)[
+            :, batch["input_ids"].shape[1] :
+        ].tolist()
+        return generated
 
     assert new_tokens(prompts) == [new_tokens([prompt])[0] for prompt in prompts]
 
 
 @torch.no_grad()
 def test_generation_with_a_cache_equals_plain_forward_passes(loaded: Loaded) -> None:
-    ids, slices = loaded.encoder.encode_prompt(loaded.samples[1]), loaded.rows[1].slices
+    ids, slices = loaded.encoder.encode_prompt(loaded.samples[1]), loaded.inputs[1].slices
     batch = loaded.collate([ModelInput("", ids, [], slices)])
     generated = loaded.model.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     for _ in range(4):
@@ -124,15 +129,15 @@ def test_generation_with_a_cache_equals_plain_forward_passes(loaded: Loaded) -> 
     assert generated[0].tolist() == ids
 
 
-def test_words_alone_train_the_vision_side_by_zero(loaded: Loaded) -> None:
-    # Else a process whose batch has no image would leave the others waiting.
-    words = next(row for row in loaded.rows if not row.slices)
+def test_a_batch_without_images_gives_the_vision_modules_zero_gradients(loaded: Loaded) -> None:
+    # Otherwise the other processes would wait forever for a process whose batch has no image.
+    text_only = next(sample for sample in loaded.inputs if not sample.slices)
     parts = [loaded.model.get_submodule(loaded.encoder.generation.vision_tower), loaded.merger]
     loaded.model.zero_grad(set_to_none=True)
     with torch.no_grad():
-        plain = loaded.model(**loaded.collate([words])).loss
+        plain = loaded.model(**loaded.collate([text_only])).loss
     loaded.model.train()
-    loss = loaded.model(**loaded.collate([words])).loss
+    loss = loaded.model(**loaded.collate([text_only])).loss
     loss.backward()
     loaded.model.eval()
     assert loss.item() == pytest.approx(plain.item(), abs=1e-6)
@@ -145,7 +150,7 @@ def test_gradient_checkpointing_changes_no_gradient(loaded: Loaded) -> None:
     def gradients() -> dict[str, torch.Tensor]:
         loaded.model.zero_grad(set_to_none=True)
         loaded.model.train()
-        loaded.model(**loaded.collate(loaded.rows[:2]), use_cache=False).loss.backward()
+        loaded.model(**loaded.collate(loaded.inputs[:2]), use_cache=False).loss.backward()
         loaded.model.eval()
         return {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
 
@@ -159,33 +164,34 @@ def test_gradient_checkpointing_changes_no_gradient(loaded: Loaded) -> None:
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_a_trained_row_begins_with_the_prompt_that_serving_sends(loaded: Loaded) -> None:
-    for sample, row in zip(loaded.samples, loaded.rows, strict=True):
+def test_a_training_sample_begins_with_the_serving_prompt(loaded: Loaded) -> None:
+    for sample, trained in zip(loaded.samples, loaded.inputs, strict=True):
         prompt = loaded.encoder.encode_prompt(sample)
-        assert list(row.input_ids[: len(prompt)]) == prompt
-        learnt = [at for at, label in enumerate(row.labels) if label != IGNORED_LABEL and at >= len(prompt)]
-        assert learnt == list(range(len(prompt), learnt[-1] + 1))
-        answer = loaded.encoder.tokenizer.decode([row.input_ids[at] for at in learnt])
+        assert list(trained.input_ids[: len(prompt)]) == prompt
+        supervised = [at for at, label in enumerate(trained.labels) if label != IGNORED_LABEL and at >= len(prompt)]
+        assert supervised == list(range(len(prompt), supervised[-1] + 1))
+        answer = loaded.encoder.tokenizer.decode([trained.input_ids[at] for at in supervised])
         assert answer == f"The digit is {len(sample.id)}.<|im_end|>"
 
 
-def test_more_places_than_features_is_an_error_with_both_counts(loaded: Loaded) -> None:
-    place = loaded.encoder.tokenizer.convert_tokens_to_ids(loaded.encoder.generation.image_token)
-    count = sum(token == place for token in loaded.rows[0].input_ids)
-    row = ModelInput("", [*loaded.rows[0].input_ids, place], [], loaded.rows[0].slices)
+def test_the_error_for_too_many_image_tokens_contains_both_counts(loaded: Loaded) -> None:
+    image_token = loaded.encoder.generation.image_token
+    image_token_id = loaded.encoder.tokenizer.get_vocab()[image_token]
+    count = sum(token == image_token_id for token in loaded.inputs[0].input_ids)
+    sample = ModelInput("", [*loaded.inputs[0].input_ids, image_token_id], [], loaded.inputs[0].slices)
     with pytest.raises((ValueError, RuntimeError), match=rf"{count + 1}.*{count}"):
-        loaded.model(**loaded.collate([row]))
+        loaded.model(**loaded.collate([sample]))
 
 
-def test_every_buffer_is_as_a_fresh_model_computes_it(loaded: Loaded) -> None:
-    # Loading builds the model on the meta device, where what is not in the file is never computed.
+def test_every_buffer_equals_that_of_a_newly_built_model(loaded: Loaded) -> None:
+    # Loading builds the model on the meta device, where buffers that are not in the file are never computed.
     fresh = dict(type(loaded.model)(loaded.model.config).named_buffers())
     for name, buffer in loaded.model.named_buffers():
         assert not buffer.is_meta
         torch.testing.assert_close(buffer, fresh[name].to(buffer.dtype))
 
 
-def test_a_saved_model_has_the_names_shapes_and_types_of_its_checkpoint(loaded: Loaded, tmp_path: Path) -> None:
+def test_a_saved_model_has_the_tensors_of_its_checkpoint(loaded: Loaded, tmp_path: Path) -> None:
     model, _ = load_model(loaded.folder)
     model.save_pretrained(tmp_path)
     for path in loaded.folder.iterdir():
@@ -194,10 +200,10 @@ def test_a_saved_model_has_the_names_shapes_and_types_of_its_checkpoint(loaded: 
     before, after = (load_file(folder / "model.safetensors") for folder in (loaded.folder, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
-    again, _ = load_model(tmp_path, torch.float32)
-    batch = loaded.collate(loaded.rows[:1])
+    reloaded, _ = load_model(tmp_path, torch.float32)
+    batch = loaded.collate(loaded.inputs[:1])
     with torch.no_grad():
-        assert torch.equal(again(**batch).logits, loaded.model(**batch).logits)
+        assert torch.equal(reloaded(**batch).logits, loaded.model(**batch).logits)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -205,19 +211,19 @@ def test_a_saved_model_has_the_names_shapes_and_types_of_its_checkpoint(loaded: 
 def test_attention_can_be_chosen(loaded: Loaded, attention: str) -> None:
     model, _ = load_model(loaded.folder, torch.float32, attn_implementation=attention)
     assert model.config._attn_implementation == attention
-    batch = loaded.collate(loaded.rows)
+    batch = loaded.collate(loaded.inputs)
     logits = model.eval()(**batch).logits
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(logits[real], loaded.model(**batch).logits[real], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("version", ["4.6", "4.7"])
-def test_ids_are_the_processors_own(version: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_ids_and_pixels_equal_the_processors(version: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny(version)
     processor, encoder = AutoProcessor.from_pretrained(folder), Encoder.from_checkpoint(folder)
     images = write_images(tmp_path)
     answered = Turn(role="assistant", parts=("A digit.",))
-    questions = {
+    questions: dict[str, list[tuple[tuple[str | int, ...], list[ImageRef]]]] = {
         "one": [((0, "\nWhat?"), images[:1])],
         "sliced": [((0, "\nWhat?"), images[1:2])],
         "many": [((0, "\n", 1, "\n", 2, "\n", 3, "\nCompare."), images)],
@@ -226,13 +232,13 @@ def test_ids_are_the_processors_own(version: str, tiny: Callable[[str], Path], t
     }
     for case in questions.values():
         turns = [turn for parts, _ in case for turn in (Turn(role="user", parts=parts), answered)]
-        shown = tuple(image for _, group in case for image in group)
-        sample = Sample(id="", images=shown, turns=tuple(turns), source="test")
+        case_images = tuple(image for _, group in case for image in group)
+        sample = Sample(id="", images=case_images, turns=tuple(turns), source="test")
         messages = [
             {
                 "role": turn.role,
                 "content": [
-                    {"type": "image", "image": Image.open(shown[part].uri)}
+                    {"type": "image", "image": Image.open(case_images[part].uri)}
                     if isinstance(part, int)
                     else {"type": "text", "text": part.strip("\n")}
                     for part in turn.parts
@@ -245,7 +251,7 @@ def test_ids_are_the_processors_own(version: str, tiny: Callable[[str], Path], t
             messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         )
         assert encoder.encode_prompt(sample) == theirs["input_ids"][0].tolist()
-        if shown:
+        if case_images:
             ours = prepare(sample, encoder, 10**6)
             batch = collate([ours], 0, encoder.slicing.patch_size, "right")
             assert torch.equal(batch["pixel_values"], theirs["pixel_values"])
@@ -253,9 +259,12 @@ def test_ids_are_the_processors_own(version: str, tiny: Callable[[str], Path], t
 
 
 @torch.no_grad()
-def test_canvas_positions_are_those_of_the_processors_token_types(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_canvas_positions_equal_those_of_the_processors_token_types(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = tiny("4.7")
-    processor, model = AutoProcessor.from_pretrained(folder), load_model(folder, torch.float32)[0].eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    model: Any = load_model(folder, torch.float32)[0].eval()
     image = Image.open(write_images(tmp_path)[1].uri)
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
     theirs = processor.apply_chat_template(
@@ -265,17 +274,18 @@ def test_canvas_positions_are_those_of_the_processors_token_types(tiny: Callable
         add_generation_prompt=True,
         return_tensors="pt",
     )
-    told = dict(theirs)
-    untold = {name: value for name, value in told.items() if name != "mm_token_type_ids"}
-    assert "mm_token_type_ids" in told
-    assert torch.equal(model(**untold).logits, model(**told).logits)
+    with_types = dict(theirs)
+    without_types = {name: value for name, value in with_types.items() if name != "mm_token_type_ids"}
+    assert "mm_token_type_ids" in with_types
+    assert torch.equal(model(**without_types).logits, model(**with_types).logits)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(**untold, **options), model.generate(**told, **options))
-    plain = torch.arange(told["input_ids"].shape[1]).unsqueeze(0)
-    assert not torch.allclose(model(**untold).logits, model(**untold, position_ids=plain).logits, atol=1e-3)
+    assert torch.equal(model.generate(**without_types, **options), model.generate(**with_types, **options))
+    plain = torch.arange(with_types["input_ids"].shape[1]).unsqueeze(0)
+    logits = model(**without_types, position_ids=plain).logits
+    assert not torch.allclose(model(**without_types).logits, logits, atol=1e-3)
 
 
-# Bad checkpoints
+# Damaged or unsupported checkpoints
 
 
 @pytest.fixture
@@ -293,14 +303,14 @@ def assert_one_sentence(error: pytest.ExceptionInfo[UserError]) -> None:
     assert text.endswith(".")
 
 
-def test_missing_surplus_and_misshapen_tensors_are_named(copied: Path) -> None:
+def test_the_error_names_missing_unexpected_and_mismatched_tensors(copied: Path) -> None:
     file = copied / "model.safetensors"
-    whole = load_file(file)
-    name = sorted(name for name in whole if name.endswith("q_proj.weight"))[0]
+    tensors = load_file(file)
+    name = sorted(name for name in tensors if name.endswith("q_proj.weight"))[0]
     for damaged in (
-        {other: tensor for other, tensor in whole.items() if other != name},
-        whole | {"surplus.weight": torch.zeros(2)},
-        whole | {name: torch.zeros(3, 5)},
+        {other: tensor for other, tensor in tensors.items() if other != name},
+        tensors | {"surplus.weight": torch.zeros(2)},
+        tensors | {name: torch.zeros(3, 5)},
     ):
         save_file(damaged, file, {"format": "pt"})
         with pytest.raises(UserError, match=f"{name}|surplus.weight") as error:
@@ -309,11 +319,11 @@ def test_missing_surplus_and_misshapen_tensors_are_named(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_named(copied: Path, value: float) -> None:
-    whole = load_file(copied / "model.safetensors")
-    name = sorted(name for name in whole if name.endswith("k_proj.weight"))[0]
-    whole[name][0, 0] = value
-    save_file(whole, copied / "model.safetensors", {"format": "pt"})
+def test_the_error_names_weights_with_nan_or_infinity(copied: Path, value: float) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    name = sorted(name for name in tensors if name.endswith("k_proj.weight"))[0]
+    tensors[name][0, 0] = value
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=name) as error:
         load_model(copied)
     assert_one_sentence(error)
@@ -331,7 +341,7 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(copied: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "value"),
     [
         ({"version": 2.5}, "2.5"),
         ({"version": "2.0"}, "2.0"),
@@ -339,11 +349,14 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(copied: Path) -> None
         ({"model_type": "llava", "version": None}, "llava"),
     ],
 )
-def test_other_generations_are_refused(tiny: Callable[[str], Path], tmp_path: Path, fields: dict, named: str) -> None:
+def test_other_generations_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path, fields: dict[str, Any], value: str
+) -> None:
     folder = shutil.copytree(tiny("2.6"), tmp_path / "checkpoint")
     edit(folder / "config.json", **fields)
-    for read in (detect_generation, load_model, Encoder.from_checkpoint):
-        with pytest.raises(UserError, match=named) as error:
+    readers: tuple[Callable[[Path], object], ...] = (detect_generation, load_model, Encoder.from_checkpoint)
+    for read in readers:
+        with pytest.raises(UserError, match=value) as error:
             read(folder)
         assert_one_sentence(error)
         assert "2.6, 4.0, 4.5, 4.6, 4.7" in str(error.value)
@@ -364,7 +377,7 @@ def test_a_checkpoint_that_claims_to_be_another_generation_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("file", "fields", "named"),
+    ("file", "fields", "value"),
     [
         ("config.json", {"hidden_size": 130}, "hidden_size 130"),
         ("config.json", {"patch_size": 16}, "patch_size 16"),
@@ -373,29 +386,29 @@ def test_a_checkpoint_that_claims_to_be_another_generation_is_refused(
         ("preprocessor_config.json", {"norm_mean": [0.4, 0.5, 0.5]}, "norm_mean"),
     ],
 )
-def test_contradictions_are_named(
-    tiny: Callable[[str], Path], tmp_path: Path, file: str, fields: dict, named: str
+def test_the_error_names_contradictory_fields(
+    tiny: Callable[[str], Path], tmp_path: Path, file: str, fields: dict[str, Any], value: str
 ) -> None:
     folder = shutil.copytree(tiny("2.6"), tmp_path / "checkpoint")
     edit(folder / file, **fields)
-    read = (
+    read: Callable[[Path], object] = (
         load_model
         if fields.keys() <= {"hidden_size", "patch_size"} and file == "config.json"
         else Encoder.from_checkpoint
     )
-    with pytest.raises(UserError, match=named) as error:
+    with pytest.raises(UserError, match=value) as error:
         read(folder)
     assert_one_sentence(error)
 
 
-def test_text_with_a_image_mark_is_refused(loaded: Loaded) -> None:
+def test_text_with_an_image_mark_is_refused(loaded: Loaded) -> None:
     sample = conversation(("Look at (<image>./</image>)!",), [])
     with pytest.raises(SampleError, match="<image>"):
         loaded.encoder.encode(sample)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_saved_checkpoint_says_how_many_slices_it_was_trained_with(
+def test_a_saved_checkpoint_contains_the_number_of_slices_of_its_training(
     version: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny(version), tmp_path / "checkpoint")
@@ -403,5 +416,5 @@ def test_a_saved_checkpoint_says_how_many_slices_it_was_trained_with(
     assert Encoder.from_checkpoint(folder).slicing.max_slice_nums == 3
     config = json.loads((folder / "config.json").read_text())
     assert config.get("slice_config", {"max_slice_nums": 3})["max_slice_nums"] == 3
-    untouched = json.loads((tiny(version) / "config.json").read_text())
-    assert config.keys() == untouched.keys()
+    original = json.loads((tiny(version) / "config.json").read_text())
+    assert config.keys() == original.keys()

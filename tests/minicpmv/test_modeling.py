@@ -1,9 +1,10 @@
-"""The native model beside what tests/parity proves: options, inputs, saving and mistakes."""
+"""The model of 2.6, 4.0 and 4.5: options, inputs, saving and errors; tests/parity compares its numbers."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,16 +29,15 @@ def folder(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def model(folder: Path) -> MiniCPMVForConditionalGeneration:
+def model(folder: Path) -> Any:
     return load_model(folder, torch.float32)[0].eval()
 
 
 @pytest.fixture
-def batch(model: MiniCPMVForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """Two rows with two images and one; 16 places each."""
+def batch(model: Any) -> dict[str, torch.Tensor]:
+    """Two rows, with two images and with one; 16 image tokens for each image."""
     torch.manual_seed(0)
-    place = model.config.image_token_id
-    image = [place] * QUERIES
+    image = [model.config.image_token_id] * QUERIES
     rows = [[20, *image, 21, *image, 22, 23, 24], [30, 31, *image, 32] + [33] * (QUERIES + 2)]
     patches = int(SIZES.prod(1).sum())
     return {
@@ -49,9 +49,7 @@ def batch(model: MiniCPMVForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_precomputed_features_stand_in_for_pixels(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> None:
+def test_precomputed_features_equal_pixels(model: Any, batch: dict[str, torch.Tensor]) -> None:
     pixels = {name: batch.pop(name) for name in ("pixel_values", "target_sizes")}
     features = model.get_image_features(**pixels)
     assert features.shape == (3, QUERIES, model.config.text_config.hidden_size)
@@ -63,58 +61,52 @@ def test_precomputed_features_stand_in_for_pixels(
 
 
 @torch.no_grad()
-def test_slices_do_not_see_each_other(model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
-    together = model.get_image_features(batch["pixel_values"], SIZES)
+def test_slices_do_not_see_each_other(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    batched = model.get_image_features(batch["pixel_values"], SIZES)
     parts = batch["pixel_values"].split((SIZES.prod(1) * 14).tolist(), dim=-1)
-    for pixels, size, features in zip(parts, SIZES, together, strict=True):
-        alone = model.get_image_features(pixels, size.unsqueeze(0))[0]
-        torch.testing.assert_close(features, alone, atol=1e-5, rtol=1e-4)
+    for pixels, size, features in zip(parts, SIZES, batched, strict=True):
+        single = model.get_image_features(pixels, size.unsqueeze(0))[0]
+        torch.testing.assert_close(features, single, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_beams_of_a_batch_are_those_of_single_rows(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> None:
+def test_beam_search_of_a_batch_equals_that_of_single_rows(model: Any, batch: dict[str, torch.Tensor]) -> None:
     options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    together = model.generate(**batch, **options)
+    batched = model.generate(**batch, **options)
     patches = SIZES.prod(1) * 14
-    shares = [(slice(0, 2), slice(0, int(patches[:2].sum()))), (slice(2, 3), slice(int(patches[:2].sum()), None))]
-    for number, (slices, columns) in enumerate(shares):
+    parts = [(slice(0, 2), slice(0, int(patches[:2].sum()))), (slice(2, 3), slice(int(patches[:2].sum()), None))]
+    for number, (slices, columns) in enumerate(parts):
         row = {name: batch[name][number : number + 1] for name in ("input_ids", "attention_mask")}
-        alone = model.generate(
+        single = model.generate(
             **row, pixel_values=batch["pixel_values"][..., columns], target_sizes=SIZES[slices], **options
         )
-        assert torch.equal(together[number], alone[0])
+        assert torch.equal(batched[number], single[0])
 
 
-def test_places_and_features_that_do_not_match_raise_with_both_counts(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
+def test_the_error_for_unequal_image_tokens_and_features_contains_both_counts(
+    model: Any, batch: dict[str, torch.Tensor]
 ) -> None:
     batch["input_ids"][0, 1] = 5
     with pytest.raises(ValueError, match=f"{3 * QUERIES - 1} image tokens, .* {3 * QUERIES} features"):
         model(**batch)
 
 
-def test_images_without_places_for_them_are_refused(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> None:
+def test_images_without_input_ids_are_refused(model: Any, batch: dict[str, torch.Tensor]) -> None:
     embedded = model.get_input_embeddings()(batch["input_ids"])
     with pytest.raises(ValueError, match="inputs_embeds was given with images"):
         model(**{**batch, "input_ids": None, "inputs_embeds": embedded})
 
 
-def test_patches_and_sizes_that_do_not_match_raise_with_both_counts(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
+def test_the_error_for_unequal_patches_and_sizes_contains_both_counts(
+    model: Any, batch: dict[str, torch.Tensor]
 ) -> None:
     with pytest.raises(ValueError, match=r"46 patches, .* describes 45"):
         model(**batch | {"target_sizes": torch.tensor([[4, 6], [7, 3]])})
 
 
 @torch.no_grad()
-def test_padding_with_the_image_token_is_no_place(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> None:
-    # MiniCPM-V 4.0 pads with the token that also stands for images.
+def test_padding_with_the_image_token_receives_no_features(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    # In MiniCPM-V 4.0 the padding token is also the image token.
     plain = model(**batch).logits
     padding = torch.full((2, 3), model.config.image_token_id)
     padded = batch | {
@@ -125,7 +117,7 @@ def test_padding_with_the_image_token_is_no_place(
 
 
 @torch.no_grad()
-def test_the_last_vision_layer_can_be_left_out(folder: Path, tmp_path: Path) -> None:
+def test_the_last_vision_layer_can_be_removed(folder: Path, tmp_path: Path) -> None:
     shortened = shutil.copytree(folder, tmp_path / "checkpoint")
     config = json.loads((shortened / "config.json").read_text()) | {"drop_vision_last_layer": True}
     (shortened / "config.json").write_text(json.dumps(config))
@@ -134,38 +126,39 @@ def test_the_last_vision_layer_can_be_left_out(folder: Path, tmp_path: Path) -> 
     tensors = load_file(shortened / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("vpm.encoder.layers.2.")}
     save_file(kept, shortened / "model.safetensors", {"format": "pt"})
-    short, whole = (load_model(path, torch.float32)[0].eval() for path in (shortened, folder))
-    del whole.vpm.encoder.layers[2]
+    models: list[Any] = [load_model(path, torch.float32)[0].eval() for path in (shortened, folder)]
+    short, complete = models
+    del complete.vpm.encoder.layers[2]
     pixels = torch.randn(1, 3, 14, 14 * 6)
     sizes = torch.tensor([[2, 3]])
-    assert torch.equal(short.get_image_features(pixels, sizes), whole.get_image_features(pixels, sizes))
+    assert torch.equal(short.get_image_features(pixels, sizes), complete.get_image_features(pixels, sizes))
 
 
-def test_the_published_config_comes_back_field_by_field(folder: Path, tmp_path: Path) -> None:
-    model, _ = load_model(folder)
+def test_a_saved_config_contains_every_published_field(folder: Path, tmp_path: Path) -> None:
+    model: Any = load_model(folder)[0]
     model.save_pretrained(tmp_path)
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path))
     assert {name: after.get(name) for name in before} == before
     assert {*after} - {*before} <= {"image_token_id", "transformers_version", "use_cache", "drop_vision_last_layer"}
-    # Without a tokenizer beside it, the saved model still knows its image token.
-    again = MiniCPMVForConditionalGeneration.from_pretrained(tmp_path)
-    assert again.config.image_token_id == model.config.image_token_id
+    # The saved configuration contains the image token, so the saved folder needs no tokenizer.
+    reloaded = MiniCPMVForConditionalGeneration.from_pretrained(tmp_path)
+    assert reloaded.config.image_token_id == model.config.image_token_id
 
 
-def test_transformers_finds_the_native_classes_without_remote_code(folder: Path) -> None:
+def test_transformers_auto_classes_load_the_model_without_remote_code(folder: Path) -> None:
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     assert AutoConfig.from_pretrained(folder).text_config.model_type in {"qwen2", "llama", "qwen3"}
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         assert isinstance(auto.from_pretrained(folder), MiniCPMVForConditionalGeneration)
 
 
-def test_attention_can_be_changed_after_loading(model: MiniCPMVForConditionalGeneration) -> None:
+def test_attention_can_be_changed_after_loading(model: Any) -> None:
     model.set_attn_implementation("eager")
     parts = (model, model.llm, model.vpm)
     assert [part.config._attn_implementation for part in parts] == ["eager"] * 3
 
 
-def test_replicated_layers_train_are_saved_and_load(
+def test_a_model_with_replicated_layers_can_be_trained_saved_and_loaded(
     folder: Path, batch: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     flags = [
@@ -183,20 +176,21 @@ def test_replicated_layers_train_are_saved_and_load(
     arguments = parse([*flags, "--lora_r", "2", "--lora_layer_replication", "0:2,1:3"], announce=lambda _: None)
     trained = make_trainable(load_model(folder, torch.float32)[0], detect_generation(folder), arguments)
     assert isinstance(trained, PeftModel)
-    assert len(trained.base_model.model.llm.model.layers) == 4
+    base: Any = trained.get_base_model()
+    assert len(base.llm.model.layers) == 4
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     trained(**batch, labels=batch["input_ids"]).loss.backward()
-    trained.save_pretrained(tmp_path)
-    again = load_with_adapter(folder, tmp_path, torch.float32).eval()
+    trained.save_pretrained(str(tmp_path))
+    reloaded: Any = load_with_adapter(folder, tmp_path, torch.float32).eval()
     with torch.no_grad():
-        assert torch.equal(again(**batch).logits, trained.eval()(**batch).logits)
-        again.generate(**batch, max_new_tokens=2)
+        assert torch.equal(reloaded(**batch).logits, trained.eval()(**batch).logits)
+        reloaded.generate(**batch, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("ranges", ["0:9", "2:1", "0-2", "0:2,", "a:b"])
-def test_ranges_that_are_none_get_a_sentence(tiny: Callable[[str], Path], ranges: str) -> None:
+def test_invalid_ranges_of_layers_are_refused(tiny: Callable[[str], Path], ranges: str) -> None:
     flags = [
         "--data_path",
         "data",
@@ -215,7 +209,7 @@ def test_ranges_that_are_none_get_a_sentence(tiny: Callable[[str], Path], ranges
 
 
 @pytest.mark.parametrize("llm_type", ["minicpm", "llama3"])
-def test_another_llm_type_gets_a_sentence(folder: Path, llm_type: str) -> None:
+def test_another_llm_type_is_refused(folder: Path, llm_type: str) -> None:
     arguments = parse(
         ["--data_path", "data", "--output_dir", "out", "--use_cpu", "true", "--llm_type", llm_type],
         announce=lambda _: None,
@@ -224,15 +218,15 @@ def test_another_llm_type_gets_a_sentence(folder: Path, llm_type: str) -> None:
         make_trainable(load_model(folder)[0], detect_generation(folder), arguments)
 
 
-def test_the_older_name_of_the_same_llm_type_is_taken(tiny: Callable[[str], Path]) -> None:
+def test_the_older_name_of_the_same_llm_type_is_accepted(tiny: Callable[[str], Path]) -> None:
     flags = ["--data_path", "data", "--output_dir", "out", "--use_cpu", "true", "--llm_type", "qwen2"]
     arguments = parse(flags, announce=lambda _: None)
     make_trainable(load_model(tiny("2.6"))[0], detect_generation(tiny("2.6")), arguments)
 
 
 @torch.no_grad()
-def test_frames_of_a_group_become_one_block_and_know_their_time(
-    model: MiniCPMVForConditionalGeneration, batch: dict[str, torch.Tensor]
+def test_frames_of_a_group_get_one_set_of_features_that_depends_on_time(
+    model: Any, batch: dict[str, torch.Tensor]
 ) -> None:
     pixels = batch["pixel_values"]
     plain = model.get_image_features(pixels, SIZES)
@@ -247,7 +241,7 @@ def test_frames_of_a_group_become_one_block_and_know_their_time(
         model.get_image_features(pixels, SIZES, temporal_ids=[[0, 1]])
 
 
-def test_grids_count_row_by_row() -> None:
+def test_patch_grids_are_in_row_order() -> None:
     grid = PatchGrid.from_target_sizes(torch.tensor([[1, 2], [2, 2]], dtype=torch.int32))
     assert grid.lengths.tolist() == [2, 4]
     assert grid.slice_ids.tolist() == [0, 0, 1, 1, 1, 1]
@@ -255,13 +249,13 @@ def test_grids_count_row_by_row() -> None:
     assert grid.column.tolist() == [0, 1, 0, 1, 0, 1]
 
 
-def test_padding_leaves_zeros_behind_each_group() -> None:
+def test_groups_are_padded_with_zeros_at_the_end() -> None:
     padded, present = pad_groups(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2]), torch.tensor([0, 1, 1]))
     assert padded[..., 0].tolist() == [[1.0, 0.0], [2.0, 3.0]]
     assert present.tolist() == [[True, False], [True, True]]
 
 
-def test_sines_stand_before_cosines() -> None:
+def test_sines_come_before_cosines() -> None:
     table = sincos_table(torch.tensor([0, 3]), 4)
     expected = torch.tensor(
         [[0.0, 0.0, 1.0, 1.0], [*torch.tensor([3.0, 0.03]).sin(), *torch.tensor([3.0, 0.03]).cos()]]

@@ -1,4 +1,4 @@
-"""Packing and taking apart again."""
+"""Packing of several samples into one row, and unpacking."""
 
 import torch
 from hypothesis import given
@@ -8,9 +8,9 @@ from minicpmv_finetune.minicpmv.packed import packed_samples, packing_arguments
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 3))
-def test_apart_and_together_again_is_the_identity(lengths: list[int], width: int) -> None:
-    told = packing_arguments(lengths)
-    samples = packed_samples(told)
+def test_packing_reverses_unpacking(lengths: list[int], width: int) -> None:
+    arguments = packing_arguments(lengths)
+    samples = packed_samples(arguments)
     assert samples is not None
     packed = torch.randn(1, sum(lengths), width)
     rows = samples.unpack(packed)
@@ -20,9 +20,9 @@ def test_apart_and_together_again_is_the_identity(lengths: list[int], width: int
         assert not row[len(sample) :].any()
     assert torch.equal(samples.pack(rows), packed)
     assert samples.attention_mask.sum(dim=1).tolist() == lengths
-    # Each sample's positions begin anew.
-    assert told["position_ids"][0].tolist() == [place for length in lengths for place in range(length)]
+    # The positions begin at 0 in each sample.
+    assert arguments["position_ids"][0].tolist() == [place for length in lengths for place in range(length)]
 
 
-def test_a_row_of_one_sample_is_not_packed() -> None:
+def test_rows_without_packing_arguments_are_not_packed() -> None:
     assert packed_samples({}) is None

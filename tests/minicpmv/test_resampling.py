@@ -11,7 +11,7 @@ from minicpmv_finetune.minicpmv.resampling import resize_bicubic
 def make_image(width: int, height: int, kind: str) -> Image.Image:
     random = np.random.default_rng([width, height])
     pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    if kind == "edges":  # whose filtered values leave the range and are cut
+    if kind == "edges":  # filtered values below 0 or above 255, which are clipped
         pixels = pixels // 128 * 255
     return Image.fromarray(pixels)
 
@@ -33,28 +33,28 @@ SIZES = [
 
 @pytest.mark.parametrize("kind", ["noise", "edges"])
 @pytest.mark.parametrize(("size", "target"), SIZES)
-def test_every_pixel_is_pillows(size: tuple[int, int], target: tuple[int, int], kind: str) -> None:
+def test_every_pixel_equals_pillows(size: tuple[int, int], target: tuple[int, int], kind: str) -> None:
     image = make_image(*size, kind)
     expected = np.asarray(image.resize(target, Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(resize_bicubic(image, *target), expected)
 
 
-def test_every_pixel_is_pillows_at_random_sizes() -> None:
+def test_every_pixel_equals_pillows_at_random_sizes() -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         width, height, new_width, new_height = random.integers(1, 260, 4).tolist()
         image = make_image(width, height, "edges" if width % 2 else "noise")
         expected = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
-        found = resize_bicubic(image, new_width, new_height)
-        assert np.array_equal(found, expected), (width, height, new_width, new_height)
+        resized = resize_bicubic(image, new_width, new_height)
+        assert np.array_equal(resized, expected), (width, height, new_width, new_height)
 
 
-def test_the_fast_passes_are_used_here() -> None:
+def test_the_compiled_kernels_are_used() -> None:
     assert resampling._kernels_equal_to_pillow() is not None
 
 
 @pytest.mark.parametrize("reason", ["no numba", "another Pillow"])
-def test_otherwise_pillow_itself_scales(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_resizes_if_the_kernels_are_missing_or_differ(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason == "no numba":
         monkeypatch.setitem(sys.modules, "numba", None)
     else:

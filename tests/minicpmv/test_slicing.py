@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ modes = st.sampled_from(["16x", "4x"])
 
 
 def configured(max_slice_nums: int = 9, downsample_mode: str = "16x", scale_resolution: int = 448) -> SlicingConfig:
-    """What `read_slicing_config` reads from a 4.6 checkpoint with these settings."""
+    """Return the result of `read_slicing_config` for a 4.6 checkpoint with these settings."""
     return SlicingConfig(
         max_slice_nums=max_slice_nums,
         scale_resolution=scale_resolution,
@@ -49,14 +50,14 @@ def assert_equal_to_the_processor(image: Image.Image, config: SlicingConfig, dow
 
 @given(sides, sides, slice_numbers, modes)
 @settings(max_examples=400, deadline=None)
-def test_plan_is_the_processors_for_any_size(
+def test_the_plan_equals_the_processors_for_any_size(
     width: int, height: int, max_slice_nums: int, downsample_mode: str
 ) -> None:
-    processor = MiniCPMV4_6ImageProcessor()
-    fitting = {"scale_resolution": 448, "patch_size": 14, "downsample_mode": downsample_mode}
+    processor: Any = MiniCPMV4_6ImageProcessor()
+    options = {"scale_resolution": 448, "patch_size": 14, "downsample_mode": downsample_mode}
     grid = processor.get_sliced_grid((height, width), max_slice_nums, 448)
-    overview = processor.find_best_resize((height, width), allow_upscale=grid is None, **fitting)
-    refined = grid and processor.get_refine_size((height, width), grid, allow_upscale=True, **fitting)
+    overview = processor.find_best_resize((height, width), allow_upscale=grid is None, **options)
+    refined = grid and processor.get_refine_size((height, width), grid, allow_upscale=True, **options)
     expected = SlicePlan(
         overview=(overview[1], overview[0]),
         refined=refined and (refined[1], refined[0]),
@@ -68,28 +69,28 @@ def test_plan_is_the_processors_for_any_size(
 
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 9), modes)
 @settings(max_examples=40, deadline=None)
-def test_pixels_are_the_processors_for_any_size(width: int, height: int, max_slice_nums: int, mode: str) -> None:
-    # A small working area cuts small images into many slices, as a large one does with large images.
+def test_pixels_equal_the_processors_for_any_size(width: int, height: int, max_slice_nums: int, mode: str) -> None:
+    # With a small working area small images are cut into many slices, as large images are with the published area.
     config = configured(max_slice_nums, mode, scale_resolution=224)
     assert_equal_to_the_processor(noise(width, height), config, mode)
 
 
 @pytest.mark.parametrize(("width", "height"), [(448, 448), (640, 480), (1344, 1344), (1000, 250), (90, 1200)])
-def test_pixels_are_the_processors_at_the_published_settings(width: int, height: int) -> None:
+def test_pixels_equal_the_processors_at_the_published_settings(width: int, height: int) -> None:
     assert_equal_to_the_processor(noise(width, height), configured())
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "YCbCr"])
-def test_every_colour_mode_is_the_processors(mode: str) -> None:
+def test_pixels_of_every_color_mode_equal_the_processors(mode: str) -> None:
     assert_equal_to_the_processor(noise(150, 90, mode), configured())
 
 
-def test_black_and_white_is_the_processors() -> None:
+def test_pixels_of_black_and_white_images_equal_the_processors() -> None:
     assert_equal_to_the_processor(noise(150, 90, "L").convert("1"), configured())
 
 
-@pytest.mark.parametrize("transparency", [None, 7], ids=["opaque", "one colour transparent"])
-def test_palette_is_the_processors(transparency: int | None) -> None:
+@pytest.mark.parametrize("transparency", [None, 7], ids=["opaque", "one color transparent"])
+def test_pixels_of_palette_images_equal_the_processors(transparency: int | None) -> None:
     file = io.BytesIO()
     options = {} if transparency is None else {"transparency": transparency}
     noise(150, 90).quantize(16).save(file, "PNG", **options)
@@ -98,34 +99,32 @@ def test_palette_is_the_processors(transparency: int | None) -> None:
     assert_equal_to_the_processor(image, configured())
 
 
-def test_a_transparent_image_stands_on_white() -> None:
+def test_a_transparent_image_is_placed_on_white() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
     (pixels,) = cut_slices(clear, plan_slices(100, 100, configured()), configured())
     assert (pixels == 255).all()
 
 
-def test_where_the_processor_drops_the_alpha_channel_colours_stay() -> None:
+def test_colors_are_kept_where_the_processor_drops_the_alpha_channel() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
     (pixels,) = cut_slices(clear, plan_slices(100, 100, SlicingConfig()), SlicingConfig())
     assert (pixels == (200, 0, 0)).all()
 
 
 @pytest.mark.parametrize(("width", "height", "grid"), [(640, 480, (1, 2)), (300, 1300, (3, 1)), (1000, 900, (2, 2))])
-def test_slices_of_the_native_generations_are_cut_from_pillows_pixels(
-    width: int, height: int, grid: tuple[int, int]
-) -> None:
+def test_slices_of_2_6_to_4_5_equal_pillows_pixels(width: int, height: int, grid: tuple[int, int]) -> None:
     image, config = noise(width, height), SlicingConfig()
     plan = plan_slices(width, height, config)
     overview, *slices = cut_slices(image, plan, config)
     assert plan.grid == grid
     assert plan.refined is not None
     np.testing.assert_array_equal(overview, np.asarray(image.resize(plan.overview, Image.Resampling.BICUBIC)))
-    whole = np.asarray(image.resize(plan.refined, Image.Resampling.BICUBIC))
+    refined = np.asarray(image.resize(plan.refined, Image.Resampling.BICUBIC))
     rows = [np.concatenate(slices[start : start + grid[1]], axis=1) for start in range(0, len(slices), grid[1])]
-    np.testing.assert_array_equal(np.concatenate(rows), whole)
+    np.testing.assert_array_equal(np.concatenate(rows), refined)
 
 
-def test_without_slice_mode_a_image_of_any_size_is_an_overview() -> None:
+def test_without_slice_mode_an_image_of_any_size_is_an_overview_only() -> None:
     config = SlicingConfig(slice_mode=False)
     plan = plan_slices(4000, 3000, config)
     assert (plan.grid, plan.refined, plan.slice_size) == (None, None, None)
@@ -135,21 +134,21 @@ def test_without_slice_mode_a_image_of_any_size_is_an_overview() -> None:
     ]
 
 
-def test_settings_that_a_processor_leaves_out_are_the_published_ones() -> None:
+def test_default_settings_are_the_published_ones() -> None:
     published, ours = MiniCPMV4_6ImageProcessor(), SlicingConfig()
     for name in ("max_slice_nums", "scale_resolution", "patch_size", "slice_mode"):
         assert getattr(ours, name) == getattr(published, name)
     assert ours.size_multiple == ours.patch_size
 
 
-def test_the_number_of_slices_alone_can_be_set_anew() -> None:
+def test_the_number_of_slices_can_be_changed_alone() -> None:
     assert configured(9).with_max_slices(3) == configured(3)
     assert configured(4).with_max_slices(None) == configured(4)
 
 
 def test_exif_orientation_is_ignored_as_in_the_processor() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to show
+    exif[0x0112] = 6  # to be rotated by 90 degrees for display
     file = io.BytesIO()
     noise(160, 80).save(file, "JPEG", exif=exif)
     image = Image.open(file)
@@ -174,6 +173,7 @@ def test_slices_tile_the_resized_image(
         return
     rows, columns = plan.grid
     assert 1 < rows * columns == len(slices) <= max_slice_nums
-    whole = np.block([[[part] for part in slices[row * columns : (row + 1) * columns]] for row in range(rows)])
-    alone = cut_slices(image, SlicePlan(plan.refined, None, None, config.patch_size), config)
-    assert np.array_equal(whole, alone[0])
+    joined = np.block([[[part] for part in slices[row * columns : (row + 1) * columns]] for row in range(rows)])
+    assert plan.refined is not None
+    (refined,) = cut_slices(image, SlicePlan(plan.refined, None, None, config.patch_size), config)
+    assert np.array_equal(joined, refined)

@@ -1,6 +1,7 @@
-"""What makes training faster leaves loss, gradients and logits as they are, in every generation."""
+"""The optimizations of training do not change loss, gradients and logits, in every generation."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch.nn.functional as F  # noqa: N812
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration as Transformers46
 
 from minicpmv_finetune.minicpmv import loss as loss_module
@@ -38,9 +38,9 @@ def encoder(folder: Path) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def rows(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> list[ModelInput]:
-    """One with a sliced image, one without any, one with two images."""
-    images = write_images(tmp_path_factory.mktemp("pictures"))
+def inputs(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> list[ModelInput]:
+    """One sample with a sliced image, one without an image, one with two images."""
+    images = write_images(tmp_path_factory.mktemp("images"))
     samples = [
         conversation((0, "\nWhat is this?"), images[1:2], name="one"),
         conversation(("Hello, which digit?",), [], name="none"),
@@ -50,20 +50,20 @@ def rows(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> list[Mod
 
 
 @pytest.fixture
-def model(folder: Path) -> PreTrainedModel:
+def model(folder: Path) -> Any:
     return load_model(folder, torch.float32)[0].train()
 
 
-def _padded(rows: list[ModelInput], encoder: Encoder) -> dict[str, torch.Tensor]:
-    return collate(rows, encoder.pad_token_id, encoder.slicing.patch_size, "right")
+def _padded(inputs: list[ModelInput], encoder: Encoder) -> dict[str, torch.Tensor]:
+    return collate(inputs, encoder.pad_token_id, encoder.slicing.patch_size, "right")
 
 
-def _packed(rows: list[ModelInput], encoder: Encoder) -> dict[str, torch.Tensor]:
-    return collate_packed(rows, encoder.slicing.patch_size)
+def _packed(inputs: list[ModelInput], encoder: Encoder) -> dict[str, torch.Tensor]:
+    return collate_packed(inputs, encoder.slicing.patch_size)
 
 
-def _learn(model: torch.nn.Module, batch: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
-    """The loss, and every parameter's gradient by name."""
+def _loss_and_gradients(model: Any, batch: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+    """Return the loss, and the gradient of every parameter by its name."""
     model.zero_grad()
     loss = model(**batch, **options).loss
     loss.backward()
@@ -76,58 +76,62 @@ def _assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
     largest = max(float(value.abs().max()) for value in one.values())
     for name in one:
         torch.testing.assert_close(
-            one[name], two[name], rtol=1e-4, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+            one[name], two[name], rtol=1e-4, atol=1e-6 * largest, msg=partial("{}: {}".format, name)
         )
 
 
 @pytest.mark.parametrize("count", [None, 7])
-@pytest.mark.parametrize("at_once", [None, 5 * 512])
-def test_logits_of_supervised_positions_give_the_plain_loss_and_gradients(
-    model: PreTrainedModel,
+@pytest.mark.parametrize("max_logits", [None, 5 * 512])
+def test_loss_only_gives_the_plain_loss_and_gradients(
+    model: Any,
     encoder: Encoder,
-    rows: list[ModelInput],
+    inputs: list[ModelInput],
     count: int | None,
-    at_once: int | None,
+    max_logits: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if at_once:
-        monkeypatch.setattr(loss_module, "MAX_LOGITS", at_once)
-    batch = _padded(rows, encoder)
+    if max_logits:
+        monkeypatch.setattr(loss_module, "MAX_LOGITS", max_logits)
+    batch = _padded(inputs, encoder)
     options = {} if count is None else {"num_items_in_batch": torch.tensor(count)}
-    _assert_same(_learn(model, batch, **options), _learn(model, batch, **options, loss_only=True))
+    _assert_same(
+        _loss_and_gradients(model, batch, **options), _loss_and_gradients(model, batch, **options, loss_only=True)
+    )
 
 
-@pytest.mark.parametrize("how", ["adapters", "whole"])
-def test_a_head_with_adapters_or_trained_whole_learns_the_same(
-    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput], how: str
+@pytest.mark.parametrize("head", ["with adapters", "fully trained"])
+def test_loss_only_gives_the_same_gradients_for_a_trained_head(
+    model: Any, encoder: Encoder, inputs: list[ModelInput], head: str
 ) -> None:
-    targets = ["q_proj", "lm_head"] if how == "adapters" else ["q_proj"]
-    whole = None if how == "adapters" else ["lm_head"]
+    targets = ["q_proj", "lm_head"] if head == "with adapters" else ["q_proj"]
+    fully_trained = None if head == "with adapters" else ["lm_head"]
     torch.manual_seed(0)
     adapted = get_peft_model(
-        model, LoraConfig(r=2, target_modules=targets, modules_to_save=whole, init_lora_weights=False)
+        model, LoraConfig(r=2, target_modules=targets, modules_to_save=fully_trained, init_lora_weights=False)
     )
-    batch = _padded(rows, encoder)
-    plain = _learn(adapted, batch)
+    batch = _padded(inputs, encoder)
+    plain = _loss_and_gradients(adapted, batch)
     assert any("lm_head" in name for name in plain)
-    _assert_same(plain, _learn(adapted, batch, loss_only=True))
+    _assert_same(plain, _loss_and_gradients(adapted, batch, loss_only=True))
 
 
 @torch.no_grad()
-def test_evaluation_keeps_the_likeliest_tokens_and_no_logits(
-    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
+def test_evaluation_returns_predicted_tokens_and_no_logits(
+    model: Any, encoder: Encoder, inputs: list[ModelInput]
 ) -> None:
-    batch = _padded(rows, encoder)
-    plain, short = model.eval()(**batch), model(**batch, loss_only=True)
+    batch = _padded(inputs, encoder)
+    plain, loss_only = model.eval()(**batch), model(**batch, loss_only=True)
     supervised = batch["labels"][:, 1:] != IGNORED_LABEL
-    assert "logits" not in short
-    assert torch.equal(short.predicted_ids[:, :-1][supervised], plain.logits.argmax(-1)[:, :-1][supervised])
-    assert bool((short.predicted_ids[:, :-1][~supervised] == IGNORED_LABEL).all())
+    assert "logits" not in loss_only
+    predicted = loss_only.predicted_ids[:, :-1]
+    assert torch.equal(predicted[supervised], plain.logits.argmax(-1)[:, :-1][supervised])
+    assert bool((predicted[~supervised] == IGNORED_LABEL).all())
 
 
-def test_a_batch_that_teaches_nothing_reaches_the_head_all_the_same() -> None:
+def test_a_batch_without_supervised_tokens_still_uses_the_head() -> None:
     head = torch.nn.Linear(4, 8)
     output = supervised_loss(head, torch.randn(2, 3, 4), torch.full((2, 3), IGNORED_LABEL), 8, 5)
+    assert output.loss is not None
     output.loss.backward()
     assert output.loss.item() == 0
     assert head.weight.grad is not None
@@ -136,15 +140,18 @@ def test_a_batch_that_teaches_nothing_reaches_the_head_all_the_same() -> None:
 
 def test_no_chunk_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "MAX_LOGITS", 16)
-    head, seen = torch.nn.Linear(4, 8), []
-    head.register_forward_hook(lambda _, given, made: seen.append(len(made)))
-    supervised_loss(head, torch.randn(2, 9, 4), torch.ones(2, 9, dtype=torch.long), 8).loss.backward()
-    assert max(seen) == 2
-    assert sum(seen) == 2 * 16  # forward, and again in the backward pass
+    head = torch.nn.Linear(4, 8)
+    chunks: list[int] = []
+    head.register_forward_hook(lambda _module, _inputs, logits: chunks.append(len(logits)))
+    loss = supervised_loss(head, torch.randn(2, 9, 4), torch.ones(2, 9, dtype=torch.long), 8).loss
+    assert loss is not None
+    loss.backward()
+    assert max(chunks) == 2
+    assert sum(chunks) == 2 * 16  # once in the forward pass and once in the backward pass
 
 
-class _Exponentials(TorchDispatchMode):
-    """Notes the largest tensor that is exponentiated in place, as logits are."""
+class _LargestExponentials(TorchDispatchMode):
+    """Records the size of the largest tensor that is exponentiated in place, as logits are."""
 
     largest = 0
 
@@ -162,90 +169,92 @@ def test_no_tile_of_a_frozen_head_is_larger_than_allowed(
     monkeypatch.setattr(loss_module, "MAX_TILE_WIDTH", 5)
     head = torch.nn.Linear(4, 12, bias=False).requires_grad_(False)
     states, labels = torch.randn(2, 9, 4, requires_grad=True), torch.ones(2, 9, dtype=torch.long)
-    with _Exponentials() as seen:
+    with _LargestExponentials() as recorded:
         supervised_loss(head, states, labels, 12)
-    assert seen.largest == largest
+    assert recorded.largest == largest
 
 
-def test_features_of_the_tower_give_the_loss_and_gradients_of_pixels(
-    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
+def test_patch_features_give_the_loss_and_gradients_of_pixels(
+    model: Any, encoder: Encoder, inputs: list[ModelInput]
 ) -> None:
     model.get_submodule(encoder.generation.vision_tower).requires_grad_(False)
-    batch = _padded(rows, encoder)
-    plain = _learn(model, batch)
+    batch = _padded(inputs, encoder)
+    plain = _loss_and_gradients(model, batch)
     with torch.no_grad():
         features = model.encode_patches(batch.pop("pixel_values"), batch["target_sizes"])
     tower, runs = model.get_submodule(encoder.generation.vision_tower), []
     tower.register_forward_hook(lambda *_: runs.append(1))
-    _assert_same(plain, _learn(model, {**batch, "patch_features": features}))
+    _assert_same(plain, _loss_and_gradients(model, {**batch, "patch_features": features}))
     assert not runs
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
-    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
+def test_packed_rows_give_the_loss_and_gradients_of_padded_rows(
+    model: Any, encoder: Encoder, inputs: list[ModelInput]
 ) -> None:
-    plain = _learn(model, _padded(rows, encoder))
+    plain = _loss_and_gradients(model, _padded(inputs, encoder))
     enable_packing(model, encoder.generation.language_model)
-    _assert_same(plain, _learn(model, _packed(rows, encoder)))
-    # Rows that are not packed go on as before.
-    _assert_same(plain, _learn(model, _padded(rows, encoder)))
+    _assert_same(plain, _loss_and_gradients(model, _packed(inputs, encoder)))
+    # Rows that are not packed are computed as before.
+    _assert_same(plain, _loss_and_gradients(model, _padded(inputs, encoder)))
 
 
 @torch.no_grad()
-def test_a_sample_in_a_pack_sees_nothing_of_its_neighbours(
-    model: PreTrainedModel, encoder: Encoder, rows: list[ModelInput]
+def test_a_packed_sample_does_not_depend_on_its_neighbors(
+    model: Any, encoder: Encoder, inputs: list[ModelInput]
 ) -> None:
     enable_packing(model, encoder.generation.language_model)
-    batch = _packed(rows, encoder)
+    batch = _packed(inputs, encoder)
     before = model.eval()(**batch).logits[0]
-    first, last = len(rows[0].input_ids), len(rows[0].input_ids) + len(rows[1].input_ids)
-    word = encoder.tokenizer("digit")["input_ids"][-1]
-    batch["input_ids"][0, first - 3 : first] = word
+    first, last = len(inputs[0].input_ids), len(inputs[0].input_ids) + len(inputs[1].input_ids)
+    token = encoder.tokenizer("digit")["input_ids"][-1]
+    batch["input_ids"][0, first - 3 : first] = token
     batch["pixel_values"][..., :14] += 1
     after = model(**batch).logits[0]
     assert not torch.equal(before[:first], after[:first])
     assert torch.equal(before[first:], after[first:])
-    # Nor of those behind it.
-    batch["input_ids"][0, last + 1] = word
+    # A change of the last sample does not change the samples before it.
+    batch["input_ids"][0, last + 1] = token
     assert torch.equal(after[:last], model(**batch).logits[0, :last])
 
 
-def test_vision_without_loops_is_that_of_transformers(tiny: Callable[[str], Path]) -> None:
-    ours, theirs = load_model(tiny("4.6"), torch.float32)[0], Transformers46.from_pretrained(tiny("4.6"))
+def test_vision_features_and_gradients_equal_transformers(tiny: Callable[[str], Path]) -> None:
+    models: list[Any] = [load_model(tiny("4.6"), torch.float32)[0], Transformers46.from_pretrained(tiny("4.6"))]
     sizes = torch.tensor([[8, 8], [4, 12], [12, 4], [8, 8]], dtype=torch.int32)
     pixels = torch.randn(1, 3, 14, 14 * int(sizes.prod(1).sum()))
-    found = []
-    for model in (ours, theirs):
+    results = []
+    for model in models:
         features = torch.cat(model.get_image_features(pixels, sizes).pooler_output)
         features.square().sum().backward()
-        found.append(
-            {"loss": features.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append(
+            {"features": features.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         )
-    _assert_same(*found)
+    _assert_same(*results)
     with pytest.raises(ValueError, match="cannot be merged by 2 × 2"):
-        ours.get_image_features(pixels[..., : 14 * 9], torch.tensor([[3, 3]]))
+        models[0].get_image_features(pixels[..., : 14 * 9], torch.tensor([[3, 3]]))
 
 
-def test_a_mask_goes_only_where_causal_attention_hides_the_padding_itself() -> None:
+def test_a_mask_is_dropped_only_where_causal_attention_hides_the_padding() -> None:
     right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
     assert drop_redundant_mask(right, "sdpa") is None
     assert drop_redundant_mask(left, "sdpa") is left
     assert drop_redundant_mask(right, "flash_attention_2") is right
-    drawn = torch.zeros(2, 1, 3, 3)
-    assert drop_redundant_mask(drawn, "sdpa") is drawn
+    four_dimensional = torch.zeros(2, 1, 3, 3)
+    assert drop_redundant_mask(four_dimensional, "sdpa") is four_dimensional
     assert drop_redundant_mask(None, "sdpa") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_heads_gradient_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_the_gradient_of_a_frozen_head_equals_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(loss_module, "MAX_TILE_WIDTH", 16)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(False)
     labels = torch.randint(0, 50, (2, 9))
     labels[0, :4] = IGNORED_LABEL
-    found, plain = (torch.randn(2, 9, 16, dtype=dtype, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-    loss = supervised_loss(head, found.requires_grad_(), labels, 50, 7).loss
-    wanted = (
+    states, plain = (torch.randn(2, 9, 16, dtype=dtype, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    loss = supervised_loss(head, states.requires_grad_(), labels, 50, 7).loss
+    expected = (
         F.cross_entropy(
             head(plain.requires_grad_())[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
         )
@@ -253,9 +262,9 @@ def test_a_frozen_heads_gradient_equals_the_plain_one(monkeypatch: pytest.Monkey
     )
     assert loss is not None
     (2 * loss).backward()
-    (2 * wanted).backward()
-    assert found.grad is not None
+    (2 * expected).backward()
+    assert states.grad is not None
     assert plain.grad is not None
-    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.grad, plain.grad, **close)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2e-2, 2e-3)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states.grad, plain.grad, rtol=rtol, atol=atol)

@@ -14,17 +14,17 @@ from tests.minicpmv import zero3_worker
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
-def test_a_process_without_a_image_keeps_step_with_one_that_has_one(
+def test_a_process_without_an_image_trains_together_with_one_that_has_an_image(
     version: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tiny(version)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, zero3_worker.__file__, str(folder), str(tmp_path)], check=True, timeout=300, env=environment
+        [*command, zero3_worker.__file__, str(folder), str(tmp_path)], check=True, timeout=300, env=variables
     )
     losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    # The same by two processes' gradients averaged in one.
+    # The same training in one process, with the mean of both processes' gradients.
     encoder, (model, _) = Encoder.from_checkpoint(folder), load_model(folder, torch.float32)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -34,7 +34,7 @@ def test_a_process_without_a_image_keeps_step_with_one_that_has_one(
             loss = model(**zero3_worker.batch(encoder, shows_image=rank == 0)).loss
             (loss / 2).backward()
             expected[rank].append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), zero3_worker.SETTINGS["gradient_clipping"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), zero3_worker.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""One of two processes under ZeRO-3: only the first has an image. Prints the losses of two steps and of an evaluation.
+"""One of two processes under ZeRO-3; only the first has an image. Writes the losses of two steps and an evaluation.
 
 python -m torch.distributed.run --nproc_per_node 2 zero3_worker.py CHECKPOINT OUT
 """
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -18,16 +19,17 @@ from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import ModelInput
 
+MAX_GRAD_NORM = 1.0
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 1.0,
+    "gradient_clipping": MAX_GRAD_NORM,
 }
 
 
 def batch(encoder: Encoder, shows_image: bool) -> dict[str, torch.Tensor]:
-    """One row of the same words, with or without an image of 8 × 8 patches."""
+    """Return a batch of one sample with the same text, with or without an image of 8 × 8 patches."""
     image = encoder.generation.image_token * (encoder.tokens_per_slice or 4)
     question = f"<image>{image}</image>\nWhat?" if shows_image else "What?"
     answer = "<|im_start|>assistant\nThe digit is 3.<|im_end|>\n"
@@ -37,14 +39,15 @@ def batch(encoder: Encoder, shows_image: bool) -> dict[str, torch.Tensor]:
 
 
 def main(checkpoint: Path, out: Path) -> None:
-    """Load in parts, train twice, evaluate with the image at the other process."""
+    """Load the model sharded, train two steps, and evaluate with the image in the other process."""
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo")
-    keep = HfDeepSpeedConfig(SETTINGS)  # transformers loads in parts while this lives
+    keep = HfDeepSpeedConfig(SETTINGS)  # transformers loads models sharded as long as this object exists
     encoder = Encoder.from_checkpoint(checkpoint)
     model, _ = load_model(checkpoint, torch.float32)
     assert keep.is_zero3()
-    assert all(parameter.ds_numel for parameter in model.parameters())
+    parameters: list[Any] = list(model.parameters())
+    assert all(parameter.ds_numel for parameter in parameters)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
     losses = []

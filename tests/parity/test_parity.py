@@ -10,7 +10,7 @@ GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob(
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_equals_what_the_official_code_recorded(folder: Path) -> None:
+def test_results_equal_those_recorded_from_the_official_code(folder: Path) -> None:
     findings = Comparison(folder).run().findings
     assert [str(finding) for finding in findings if not finding.ok] == []
     assert len(findings) > 500
