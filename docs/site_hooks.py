@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -22,6 +23,7 @@ _OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "k8s/README.md": "kubernetes.md",
+    "examples/README.md": "examples.md",
     **{
         path.relative_to(ROOT).as_posix(): f"steps/{path.parent.name}.md"
         for path in sorted((ROOT / PACKAGE / "components").glob("*/README.md"))
@@ -76,10 +78,10 @@ def _site_path(path: str) -> str | None:
     """Return the page of the site for a path of the repository, or None if it has none.
 
     Raises:
-        FileNotFoundError: The repository has no such file.
+        PluginError: The repository has no such file.
     """
     if not (ROOT / path).exists():
-        raise FileNotFoundError(f"{path}: a page links to it, and it does not exist.")
+        raise PluginError(f"{path}: a page links to it, and it does not exist; correct the link.")
     if path in _OUTSIDE:
         return _OUTSIDE[path]
     if path.startswith("docs/") and not path.endswith(".py"):

@@ -30,7 +30,9 @@ _FIELDS_OF_TRANSFORMERS = {"transformers_version", "dtype", "torch_dtype", "arch
 class MiniCPMVConfig(PreTrainedConfig):
     """Configuration of `MiniCPMVForConditionalGeneration`.
 
-    Args:
+    Further arguments are the flat fields of a published file, which are kept and written back.
+
+    Attributes:
         version: Published version, 2.6, 4.0 or 4.5, which decides the language model.
         query_num: Number of features, and so of tokens, that the resampler computes from a slice.
         drop_vision_last_layer: Whether the last layer of the vision tower is removed.
@@ -40,7 +42,6 @@ class MiniCPMVConfig(PreTrainedConfig):
         use_cache: Whether generation caches keys and values.
         text_config: Configuration of the language model; if None, it is built from the flat fields of a published file.
         vision_config: Configuration of the vision tower.
-        **kwargs: The flat fields of a published file, which are kept and written back.
 
     Raises:
         ValueError: The version is unknown, or fields contradict each other.

@@ -1,6 +1,7 @@
 """The configuration of GitHub and pre-commit: it parses, and it runs what the Makefile runs."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,14 @@ def test_every_target_is_phony_or_a_file() -> None:
     named = set(phony.group(1).replace("\\\n", " ").split())
     targets = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
     assert targets == named
+
+
+def test_manifests_name_the_images_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    tags = {
+        f"{path.relative_to(ROOT)}: {tag}"
+        for path in (ROOT / "k8s").rglob("*.yaml")
+        for tag in re.findall(r"minicpmv-finetune/(?:data|trainer):([\w.-]+)", path.read_text())
+        if tag != version
+    }
+    assert not tags
