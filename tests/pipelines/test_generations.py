@@ -65,8 +65,8 @@ def test_every_generation_goes_from_data_to_a_report(
         tmp_path / "merge.json",
         MergeSettings(parity_rows=1),
     )
-    assert report.gate is not None
-    assert report.gate.failure is None
+    assert report.parity_check is not None
+    assert report.parity_check.failure is None
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "model"))
     assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     assert {path.name for path in base.iterdir()} <= {path.name for path in (tmp_path / "model").iterdir()}

@@ -1,1 +1,1 @@
-"""Step 4: merge the adapter into its base, and prove that the merged folder answers alike."""
+"""Step 4: merge the adapter into its base, and check that the merged folder computes the same logits as both."""

@@ -1,4 +1,4 @@
-"""The merged folder's model card."""
+"""The model card of the merged folder."""
 
 import html
 import json
@@ -15,11 +15,11 @@ from .report import MergeReport
 CARD = "README.md"
 BASE_CARD = "README.base.md"
 
-_ASKING = """\
+_PREDICT_COMMAND = """\
     minicpmv-finetune predict --model PATH/TO/THIS/FOLDER --image IMAGE.png --prompt "What is shown?"
 """
 
-_LOADING = """\
+_TRANSFORMERS_CODE = """\
 With transformers alone:
 
 ```python
@@ -32,21 +32,21 @@ processor = AutoProcessor.from_pretrained("PATH/TO/THIS/FOLDER")
 
 
 def write_card(folder: Path, generation: Generation, report: MergeReport, record: TrainingRecord) -> None:
-    """Write `README.md`; the base's own is kept beside it, and its licence is named.
+    """Write `README.md` with the base's license; the base's own card is kept as `README.base.md`.
 
     Args:
-        folder: of the merged model, with the base's files already in it.
-        generation: of the model.
-        report: of the merge.
-        record: of the training.
+        folder: Folder of the merged model, with the base's files already in it.
+        generation: Generation of the model.
+        report: Report of the merge.
+        record: Record of the training.
     """
     card = folder / CARD
-    licence = {}
-    if has_own := card.is_file():
-        licence = _licence(card.read_text(errors="replace"))
+    license_fields = {}
+    if has_base_card := card.is_file():
+        license_fields = _license_fields(card.read_text(errors="replace"))
         card.rename(folder / BASE_CARD)
     front = {
-        **licence,
+        **license_fields,
         "base_model": report.base_model,
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -69,8 +69,8 @@ def write_card(folder: Path, generation: Generation, report: MergeReport, record
         "",
         "# Fine-tuned MiniCPM-V",
         "",
-        f"A checkpoint that takes the place of {html.escape(report.base_model)} wherever that loads.",
-        *([f"The base model's card is {BASE_CARD}; its licence holds here too."] if has_own else []),
+        f"A checkpoint that can be loaded in place of {html.escape(report.base_model)}.",
+        *([f"The base model's card is {BASE_CARD}; its license applies to this model too."] if has_base_card else []),
         "",
         "| | |",
         "|---|---|",
@@ -78,8 +78,8 @@ def write_card(folder: Path, generation: Generation, report: MergeReport, record
         "",
         "## Loading",
         "",
-        _ASKING,
-        *([_LOADING] if generation.model_type in CONFIG_MAPPING_NAMES else []),
+        _PREDICT_COMMAND,
+        *([_TRANSFORMERS_CODE] if generation.model_type in CONFIG_MAPPING_NAMES else []),
         "## Training arguments",
         "",
         *(f"    {line}" for line in arguments.splitlines()),
@@ -87,8 +87,8 @@ def write_card(folder: Path, generation: Generation, report: MergeReport, record
     card.write_text("\n".join(lines) + "\n")
 
 
-def _licence(text: str) -> dict[str, str]:
-    """What the front matter of the base's card says of its licence."""
+def _license_fields(text: str) -> dict[str, str]:
+    """The fields about the license in the front matter of the base's card."""
     pieces = text.split("---\n", 2)
     if len(pieces) < 3 or pieces[0].strip():
         return {}

@@ -15,16 +15,16 @@ def merge(
     metrics: dsl.Output[dsl.Metrics],
     summary: dsl.Output[dsl.Markdown],
 ) -> None:
-    """Merge the adapter into the base model, and prove on real samples that the result is both.
+    """Merge the adapter into the base model, and check on real samples that the logits remain the same.
 
     Args:
-        base_model_uri: Base checkpoint the adapter was trained on; a path, s3:// URI or hub id.
-        adapter: The train step's result.
-        shards: The prepared samples; some of them are used for the proof.
-        model: A Hugging Face checkpoint folder, a drop-in for the base model.
-        report: JSON of the proof: which modules moved by how much, and the largest difference of logits.
-        metrics: The figures of the proof.
-        summary: The same as a table.
+        base_model_uri: Base checkpoint that the adapter was trained on; a path, s3:// URI or hub id.
+        adapter: The output of the train step.
+        shards: The prepared samples; the parity check uses some of them.
+        model: A Hugging Face checkpoint folder, a drop-in replacement for the base model.
+        report: JSON report: the change of each part of the model, and the largest difference of logits.
+        metrics: The numbers of the report.
+        summary: The report as a table.
     """
     from pathlib import Path
 
@@ -42,7 +42,11 @@ def merge(
             Path(report.path),
             MergeSettings(),
         )
-        model.metadata.update(adapter.metadata, adapter_uri=adapter.uri)
+        # Only named keys: the adapter's metadata also contains Kubeflow's own, such as the name that the UI displays.
+        for key in ("generation", "base_model", "use_lora"):
+            if key in adapter.metadata:
+                model.metadata[key] = adapter.metadata[key]
+        model.metadata.update(adapter_uri=adapter.uri, display_name="merged model")
         for name, value in found.metrics.items():
             metrics.log_metric(name, value)
         Path(summary.path).write_text(markdown(found))

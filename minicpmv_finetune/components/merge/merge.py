@@ -1,9 +1,9 @@
-"""Merge an adapter into its base model, and let the result be seen only once it is proven.
+"""Merge an adapter into its base model, and publish the result only after a parity check.
 
 Tensors are streamed: read, changed and written a block of rows at a time, so that a model of any size needs the
-memory of a few blocks. What comes out is a drop-in for the base: the same files, names and types, every other
-file of the base beside them. The gate then takes the finished folder, in a process of its own, and compares it with
-base and adapter on real samples; until it agrees the folder keeps its hidden name.
+memory of a few blocks. The result is a drop-in replacement for the base: the same files, names and types, and a copy
+of every other file of the base. The parity check, a process of its own, then compares the finished folder with base
+and adapter on real samples; until the check passes, the folder keeps a hidden name.
 """
 
 import shutil
@@ -16,28 +16,28 @@ from pathlib import Path
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_non_weight_files, fingerprint
-from minicpmv_finetune.minicpmv.generations import detect_generation, write_max_slices
+from minicpmv_finetune.minicpmv.generations import Generation, detect_generation, write_max_slices
 from minicpmv_finetune.progress import report_outcome
-from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
+from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord, read_record
 from minicpmv_finetune.shards.format import read_manifest
 from minicpmv_finetune.tracking.step_runs import step_run
 
 from .card import write_card
 from .report import MergeReport, ParityReport, markdown
-from .streaming import stream
+from .streaming import StreamingResult, stream
 from .tensor_layout import edit_config
 
 __all__ = ["MergeReport", "MergeSettings", "markdown", "merge"]
 
-GATE = "minicpmv_finetune.components.merge.parity_check"
+PARITY_CHECK = "minicpmv_finetune.components.merge.parity_check"
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """How thoroughly the merged model is checked.
+    """Settings of the parity check.
 
     Attributes:
-        parity_rows: number of samples on which merged and unmerged logits are compared, and which are answered.
+        parity_rows: Number of samples on which merged and unmerged logits are compared and answers are generated.
     """
 
     parity_rows: int = 4
@@ -46,96 +46,125 @@ class MergeSettings:
 def merge(
     base_model_uri: str, adapter: Path, shards: Path, model: Path, report_file: Path, settings: MergeSettings
 ) -> MergeReport:
-    """Merge what the train step left into its base model.
+    """Merge the output of the train step into its base model.
 
     Args:
-        base_model_uri: checkpoint that was trained on; a path, `s3://`, `hf://` or a hub id.
-        adapter: the train step's result: a PEFT adapter, or a full fine-tune, which passes the same gate.
-        shards: prepared samples; a few of them are the gate's.
-        model: receives a checkpoint folder that is a drop-in for the base.
-        report_file: receives the report as JSON, also when the gate refuses the model.
-        settings: see there.
+        base_model_uri: Checkpoint that was trained on; a path, `s3://`, `hf://` or a hub id.
+        adapter: Output of the train step: a PEFT adapter, or a full fine-tune, which takes the same parity check.
+        shards: Prepared samples; the parity check uses a few of them.
+        model: Receives a checkpoint folder that is a drop-in replacement for the base.
+        report_file: Receives the report as JSON, also when the parity check fails.
+        settings: Settings of the parity check.
 
     Returns:
         The report.
 
     Raises:
-        UserError: adapter and base do not belong together, the adapter holds what cannot be merged, nothing was
-            learnt, or the merged model answers otherwise than base and adapter do.
-        RetryableError: storage does not answer, or the gate's process was killed.
+        UserError: Adapter and base do not belong together, the adapter contains something that cannot be merged, the
+            training changed nothing, or the merged model's logits differ from those of base and adapter.
+        RetryableError: Storage does not answer, or the parity check's process was killed.
     """
     record = read_record(adapter)
     base = storage.fetch(base_model_uri)
     generation = detect_generation(base)
-    manifest = read_manifest(shards)
-    for what, version in ((adapter, record.generation), (shards, manifest.generation)):
-        if version != generation.version:
+    for place, version in ((adapter, record.generation), (shards, read_manifest(shards).generation)):
+        _require_generation(place, version, base_model_uri, generation)
+    base_fingerprint = _check_fingerprint(base_model_uri, base, adapter, record)
+    if model.resolve() in (base.resolve(), adapter.resolve()):
+        raise UserError(f"{model}: the merged model would replace one of its inputs; give another folder.")
+    with step_run("merge") as run, storage.staged_folder(model) as staging:
+        run.log_parameters({"base_model": base_model_uri, "parity_rows": settings.parity_rows})
+        streamed = stream(base, adapter, staging)
+        is_adapter = (adapter / ADAPTER_CONFIG).is_file()
+        report = _report_streaming(streamed, base_model_uri, base_fingerprint, record, is_adapter)
+        _write_report(report_file, report)
+        if not streamed.changed and streamed.layout.layers is None:
             raise UserError(
-                f"{what}: made for MiniCPM-V {version}, but {base_model_uri} is {generation.version}; give the base "
-                "model that was trained on."
+                f"{adapter}: the merged model would equal the base model in every tensor, because the training changed "
+                "nothing or less than the weights' type can store; raise the learning rate or the number of steps."
             )
+        _add_other_files(staging, base, adapter, streamed, generation, record, report)
+        started = time.monotonic()
+        check = _run_parity_check(base, adapter, staging, shards, settings.parity_rows)
+        seconds = {**report.seconds, "gate": time.monotonic() - started}
+        report = report.model_copy(update={"parity_check": check, "seconds": seconds})
+        _write_report(report_file, report)
+        run.log_metrics(report.metrics)
+        run.log_file(str(report_file))
+        if check.failure is not None:
+            raise UserError(check.failure)
+    tensors = sum(part.tensors for part in report.moved.values())
+    report_outcome(
+        f"{len(report.changed)} of {tensors} tensors changed; logits within {check.parity.largest_difference:.0e} of "
+        "base + adapter"
+    )
+    return report
+
+
+def _require_generation(place: Path, version: str, base_model_uri: str, generation: Generation) -> None:
+    if version != generation.version:
+        raise UserError(
+            f"{place}: made for MiniCPM-V {version}, but {base_model_uri} is {generation.version}; give the base model "
+            "that was trained on."
+        )
+
+
+def _check_fingerprint(base_model_uri: str, base: Path, adapter: Path, record: TrainingRecord) -> str:
+    """Compute the base's fingerprint, and refuse a base that the adapter was not trained on."""
     base_fingerprint = fingerprint(base)
     if record.base_fingerprint and record.base_fingerprint != base_fingerprint:
         raise UserError(
             f"{base_model_uri}: not the weights that {adapter} was trained on ({record.base_model}, fingerprint "
             f"{record.base_fingerprint:.12}, here {base_fingerprint:.12}); give that base model."
         )
-    if model.resolve() in (base.resolve(), adapter.resolve()):
-        raise UserError(f"{model}: the merged model would replace what it is made of; give another folder.")
-    with step_run("merge") as run, storage.staged_folder(model) as staging:
-        run.log_parameters({"base_model": base_model_uri, "parity_rows": settings.parity_rows})
-        streamed = stream(base, adapter, staging)
-        report = MergeReport(
-            base_model=base_model_uri,
-            base_fingerprint=base_fingerprint,
-            generation=generation.version,
-            data_fingerprint=record.data_fingerprint,
-            kind="adapter" if (adapter / ADAPTER_CONFIG).is_file() else "full",
-            bytes=streamed.bytes,
-            moved=streamed.moved,
-            changed=streamed.changed,
-            untied=streamed.plan.untied,
-            memory=streamed.memory,
-            seconds={"streaming": streamed.seconds},
-        )
-        _write_report(report_file, report)
-        if not streamed.changed and streamed.plan.layers is None:
-            raise UserError(
-                f"{adapter}: the merged model would equal the base model in every tensor, so nothing was learnt that "
-                "the weights' type can hold; raise the learning rate or the number of steps."
-            )
-        copy_non_weight_files(base, staging)
-        edit_config(staging, streamed.plan)
-        write_max_slices(staging, record.max_slice_nums)
-        write_card(staging, generation, report, record)
-        shutil.copyfile(adapter / RECORD_FILE, staging / RECORD_FILE)
-        started = time.monotonic()
-        gate = _run_gate(base, adapter, staging, shards, settings.parity_rows)
-        seconds = {**report.seconds, "gate": time.monotonic() - started}
-        report = report.model_copy(update={"gate": gate, "seconds": seconds})
-        _write_report(report_file, report)
-        run.log_metrics(report.metrics)
-        run.log_file(str(report_file))
-        if gate.failure is not None:
-            raise UserError(gate.failure)
-    tensors = sum(part.tensors for part in report.moved.values())
-    report_outcome(
-        f"{len(report.changed)} of {tensors} tensors changed; logits within {gate.parity.largest_difference:.0e} of "
-        "base + adapter"
+    return base_fingerprint
+
+
+def _report_streaming(
+    streamed: StreamingResult, base_model_uri: str, base_fingerprint: str, record: TrainingRecord, is_adapter: bool
+) -> MergeReport:
+    return MergeReport(
+        base_model=base_model_uri,
+        base_fingerprint=base_fingerprint,
+        generation=record.generation,
+        data_fingerprint=record.data_fingerprint,
+        kind="adapter" if is_adapter else "full",
+        bytes=streamed.bytes,
+        moved=streamed.moved,
+        changed=streamed.changed,
+        untied=streamed.layout.untied,
+        memory=streamed.memory,
+        seconds={"streaming": streamed.seconds},
     )
-    return report
+
+
+def _add_other_files(
+    folder: Path,
+    base: Path,
+    adapter: Path,
+    streamed: StreamingResult,
+    generation: Generation,
+    record: TrainingRecord,
+    report: MergeReport,
+) -> None:
+    """Add the files that are not weights: the base's, adapted to the merged weights, the card and the record."""
+    copy_non_weight_files(base, folder)
+    edit_config(folder, streamed.layout)
+    write_max_slices(folder, record.max_slice_nums)
+    write_card(folder, generation, report, record)
+    shutil.copyfile(adapter / RECORD_FILE, folder / RECORD_FILE)
 
 
 def _write_report(path: Path, report: MergeReport) -> None:
     storage.write_bytes(str(path), (report.model_dump_json(indent=1) + "\n").encode())
 
 
-def _run_gate(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> ParityReport:
-    """Let a fresh process judge the staged folder."""
-    report = model.with_name(f"{model.name}.gate.json")
+def _run_parity_check(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -> ParityReport:
+    """Check the staged folder in a new process."""
+    report = model.with_name(f"{model.name}.parity.json")
     arguments = [str(base), str(adapter), str(model), str(shards), str(report), str(rows)]
     try:
-        done = subprocess.run([sys.executable, "-m", GATE, *arguments], check=False)  # noqa: S603
+        done = subprocess.run([sys.executable, "-m", PARITY_CHECK, *arguments], check=False)  # noqa: S603
         if done.returncode == 0:
             return ParityReport.model_validate_json(report.read_text())
         if done.returncode == USER_ERROR_EXIT and report.is_file():
@@ -144,7 +173,7 @@ def _run_gate(base: Path, adapter: Path, model: Path, shards: Path, rows: int) -
         report.unlink(missing_ok=True)
     if done.returncode < 0:
         raise RetryableError(
-            f"The gate's process was ended by signal {-done.returncode}; it holds the model in float32, so give the "
-            "step four bytes of memory for each parameter."
+            f"The parity check's process was ended by signal {-done.returncode}; it holds the model in float32, so "
+            "give the step four bytes of memory for each parameter."
         )
-    raise RuntimeError(f"the gate ended with exit code {done.returncode}; its traceback is above")
+    raise RuntimeError(f"the parity check ended with exit code {done.returncode}; its traceback is above")

@@ -1,8 +1,8 @@
-"""What the tensors in a checkpoint's files are called in the loaded model.
+"""The names of a checkpoint's tensors in the loaded model.
 
 An adapter names the modules of the loaded model; a file may hold older names, which transformers maps while loading.
-The model is built without memory for its weights, so this costs no more than reading the headers, and checks on the
-way that the checkpoint is whole.
+The model is built without memory for its weights, so the mapping costs no more than reading the headers. Building the
+model also checks that the checkpoint is complete.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from .weights import WeightFile
 
 
 @dataclass(frozen=True)
-class Names:
+class TensorNames:
     """Names of a checkpoint's tensors.
 
     Attributes:
-        generation: of the checkpoint.
-        modules: by the name in the file, the one in the loaded model. A tensor that loading computes with keeps the
-            file's name, under which no adapter tensor will find it.
-        ties: of tensors that are one in the loaded model, by name the one whose values count.
+        generation: Generation of the checkpoint.
+        modules: Name in the loaded model of each tensor, by its name in the file. A tensor that loading converts keeps
+            the file's name, which no adapter tensor matches.
+        ties: For tensors that are one in the loaded model: by name, the name of the tensor whose values are used.
     """
 
     generation: Generation
@@ -34,11 +34,11 @@ class Names:
     ties: Mapping[str, str]
 
 
-def read_names(checkpoint: Path, files: Sequence[WeightFile]) -> Names:
-    """Ask transformers how it would name a checkpoint's tensors.
+def read_tensor_names(checkpoint: Path, files: Sequence[WeightFile]) -> TensorNames:
+    """Map a checkpoint's tensor names as transformers does while loading.
 
     Raises:
-        UserError: the checkpoint is not whole.
+        UserError: The checkpoint is incomplete.
     """
     model, generation = load_model(checkpoint, device_map="meta")
     transforms = get_model_conversion_mapping(model)
@@ -49,4 +49,4 @@ def read_names(checkpoint: Path, files: Sequence[WeightFile]) -> Names:
     for tensor in (tensor for file in files for tensor in file.tensors):
         renamed, converted = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, known)
         modules[tensor.name] = tensor.name if converted else renamed
-    return Names(generation, modules, dict(getattr(model, "all_tied_weights_keys", {})))
+    return TensorNames(generation, modules, dict(getattr(model, "all_tied_weights_keys", {})))

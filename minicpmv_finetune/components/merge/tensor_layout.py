@@ -1,7 +1,7 @@
-"""Which tensors the merged checkpoint's files hold, decided before a value is read.
+"""The files of the merged checkpoint and the tensors in them, decided before a value is read.
 
-Files, order and names are the base's, with two exceptions: embeddings that were one tensor in the base and were
-trained apart become two, and replicated layers are written out under their new numbers.
+Files, order and names are the base's, with two exceptions: embeddings that are one tensor in the base and were
+trained separately become two tensors, and replicated layers are written out under their new numbers.
 """
 
 import json
@@ -13,83 +13,83 @@ from typing import Any
 
 from minicpmv_finetune.errors import UserError
 
-from .names import Names
+from .names import TensorNames
 from .update import Updates
-from .weights import Planned, PlannedFile, WeightFile
+from .weights import OutputFile, OutputTensor, WeightFile
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorLayout:
     """The files to be written.
 
     Attributes:
-        files: in the base's order.
-        untied: whether embeddings that are one tensor in the base are written as two.
-        layers: number of the base's layer for each of the merged model's; None without layer replication.
+        files: Files in the base's order.
+        untied: Whether embeddings that are one tensor in the base are written as two.
+        layers: For each layer of the merged model, the number of the base's layer; None without layer replication.
     """
 
-    files: list[PlannedFile]
+    files: list[OutputFile]
     untied: bool
     layers: list[int] | None
 
     @property
-    def tensors(self) -> Iterator[Planned]:
+    def tensors(self) -> Iterator[OutputTensor]:
         """All tensors of all files."""
         return (tensor for file in self.files for tensor in file.tensors)
 
 
-def make_plan(base: Path, files: Sequence[WeightFile], names: Names, updates: Updates) -> Plan:
-    """Decide what is written.
+def lay_out_tensors(base: Path, files: Sequence[WeightFile], names: TensorNames, updates: Updates) -> TensorLayout:
+    """Decide which tensors are written to which file.
 
     Raises:
-        UserError: a change finds no tensor, or one of another shape.
+        UserError: An update matches no tensor, or a tensor of another shape.
     """
     present = set(names.modules.values())
-    # A tied tensor is written apart once training has parted it from its twin.
-    parted = {
+    # Tied tensors are written separately if training has changed one of them but not the other.
+    untied = {
         target: source
         for target, source in names.ties.items()
         if not updates.keeps_ties and {target, source} & set(updates.by_tensor)
     }
-    layers = _replicated(base, updates)
-    planned_files = []
+    layers = _replicated_layers(base, updates)
+    output_files = []
     for file in files:
         tensors = []
         for stored in file.tensors:
             module = names.modules[stored.name]
-            tensors += _copies(Planned(stored.name, module, stored), names, layers)
+            tensors += _copies(OutputTensor(stored.name, module, stored), names, layers)
             tensors += [
-                Planned(target, target, stored)
-                for target, source in parted.items()
+                OutputTensor(target, target, stored)
+                for target, source in untied.items()
                 if source == module and target not in present
             ]
-        planned_files.append(PlannedFile(file.path.name, file.metadata, tensors))
-    plan = Plan(planned_files, bool(parted), layers)
-    _check_all_used(plan, names, updates, base)
-    return plan
+        output_files.append(OutputFile(file.path.name, file.metadata, tensors))
+    layout = TensorLayout(output_files, bool(untied), layers)
+    _require_all_updates_used(layout, names, updates, base)
+    return layout
 
 
-def edit_config(folder: Path, plan: Plan) -> None:
-    """Make a copied config.json say what the merged weights are."""
-    if not plan.untied and plan.layers is None:
+def edit_config(folder: Path, layout: TensorLayout) -> None:
+    """Change a copied config.json so that it describes the merged weights."""
+    if not layout.untied and layout.layers is None:
         return
     path = folder / "config.json"
     config = json.loads(path.read_text())
     text = _language_config(config)
-    if plan.untied:
+    if layout.untied:
         config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
-    if plan.layers is not None:
-        text["num_hidden_layers"] = len(plan.layers)
+    if layout.layers is not None:
+        text["num_hidden_layers"] = len(layout.layers)
         if "layer_types" in text:
-            text["layer_types"] = [text["layer_types"][number] for number in plan.layers]
+            text["layer_types"] = [text["layer_types"][number] for number in layout.layers]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _replicated(base: Path, updates: Updates) -> list[int] | None:
-    """The base's layer behind each of the merged model's.
+def _replicated_layers(base: Path, updates: Updates) -> list[int] | None:
+    """The number of the base's layer for each layer of the merged model.
 
     Raises:
-        UserError: the ranges leave the model, or it mixes kinds of layers.
+        UserError: The ranges exceed the model's layers, or the model mixes kinds of layers.
     """
     if not updates.layer_replication:
         return None
@@ -104,22 +104,25 @@ def _replicated(base: Path, updates: Updates) -> list[int] | None:
     if not layers or min(layers) < 0 or max(layers) >= count:
         raise UserError(
             f"{base}: layer_replication {[list(r) for r in updates.layer_replication]} does not fit its {count} "
-            "layers; give the base the adapter was trained on."
+            "layers; give the base that the adapter was trained on."
         )
     return layers
 
 
-def _copies(tensor: Planned, names: Names, layers: list[int] | None) -> list[Planned]:
-    """A tensor under each number its layer has in the merged model."""
+def _copies(tensor: OutputTensor, names: TensorNames, layers: list[int] | None) -> list[OutputTensor]:
+    """The tensor, once for each number that its layer has in the merged model."""
     counter = re.compile(rf"^{re.escape(names.generation.language_model)}\.layers\.(\d+)\.")
     found = counter.match(tensor.module)
     if layers is None or found is None:
         return [tensor]
     marks = tensor.name.split(mark := f".layers.{found[1]}.")
     if len(marks) != 2:
-        raise UserError(f"{tensor.source.path}: {tensor.name} has no layer number that could be replicated.")
+        raise UserError(
+            f"{tensor.source.path}: the name {tensor.name} does not contain exactly one layer number, so the layer "
+            "cannot be replicated; train without layer_replication."
+        )
     return [
-        Planned(
+        OutputTensor(
             marks[0] + mark.replace(found[1], str(number)) + marks[1],
             tensor.module[: found.start(1)] + str(number) + tensor.module[found.end(1) :],
             tensor.source,
@@ -129,16 +132,17 @@ def _copies(tensor: Planned, names: Names, layers: list[int] | None) -> list[Pla
     ]
 
 
-def _check_all_used(plan: Plan, names: Names, updates: Updates, base: Path) -> None:
-    planned = {tensor.module: tensor for tensor in plan.tensors}
+def _require_all_updates_used(layout: TensorLayout, names: TensorNames, updates: Updates, base: Path) -> None:
+    tensors = {tensor.module: tensor for tensor in layout.tensors}
     for name, update in updates.by_tensor.items():
-        if name not in planned and updates.keeps_ties and names.ties.get(name) in planned:
-            continue  # saved twice, but one tensor
-        if name not in planned:
+        if name not in tensors and updates.keeps_ties and names.ties.get(name) in tensors:
+            continue  # the adapter contains the tied tensor twice
+        if name not in tensors:
             raise UserError(
-                f"The adapter changes {name}, but {base} has no such tensor; give the base the adapter was trained on."
+                f"{base}: the adapter changes {name}, but there is no such tensor; give the base that the adapter was "
+                "trained on."
             )
-        update.check(name, planned[name].source)
+        update.check(name, tensors[name].source)
 
 
 def _language_config(config: dict[str, Any]) -> dict[str, Any]:

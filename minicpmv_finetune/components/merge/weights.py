@@ -1,9 +1,9 @@
 """Safetensors files read and written a block at a time, so that memory does not grow with the model.
 
-The library's writer wants every tensor in memory, and its reader maps whole files. The format itself is small: eight
-bytes with the header's length, a JSON header with each tensor's type, shape and place, then the bytes
-(https://huggingface.co/docs/safetensors). Since the header can be known before any value is, a file can be written
-from front to back.
+The library's writer needs every tensor in memory, and its reader maps whole files. The format itself is small: eight
+bytes with the length of the header, a JSON header with the type, shape and position of each tensor, then the bytes of
+the tensors (https://huggingface.co/docs/safetensors). Since the header can be computed before any value, a file can be
+written from front to back.
 """
 
 import json
@@ -23,25 +23,25 @@ from minicpmv_finetune.errors import UserError
 
 INDEX_SUFFIX = ".safetensors.index.json"
 BLOCK_BYTES = 2**20
-"""Of float32 values at a time: few enough to stay in the processor's cache from the first operation to the last."""
+"""Size of a block of float32 values: small enough to stay in the processor's cache through all operations on it."""
 
 _BLOCKS_IN_FLIGHT = 8
 _COPY_BYTES = 256 * 2**10
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_HEADER = 100_000_000  # limit of the format
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in a file.
+class StoredTensor:
+    """A tensor stored in a file.
 
     Attributes:
-        name: in the file.
-        path: of the file.
-        dtype: the format's name of the type, such as "BF16".
-        shape: of the tensor.
-        start: first byte within the file.
-        size: in bytes.
+        name: Name of the tensor in the file.
+        path: Path of the file.
+        dtype: Name of the type in the format, such as "BF16".
+        shape: Shape of the tensor.
+        start: Position of the tensor's first byte in the file.
+        size: Size of the tensor in bytes.
     """
 
     name: str
@@ -59,38 +59,50 @@ class Stored:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One safetensors file's header."""
+    """The header of a safetensors file.
+
+    Attributes:
+        path: Path of the file.
+        metadata: Free-form metadata of the file.
+        tensors: Tensors in the order of their bytes.
+    """
 
     path: Path
     metadata: dict[str, str]
-    tensors: list[Stored]
+    tensors: list[StoredTensor]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor of the file to be written.
+class OutputTensor:
+    """A tensor of a file to be written.
 
     Attributes:
-        name: in the file.
-        module: its name in the loaded model.
-        source: where its present value lies.
+        name: Name of the tensor in the new file.
+        module: Name of the tensor in the loaded model.
+        source: The base's tensor, whose values are copied or changed.
     """
 
     name: str
     module: str
-    source: Stored
+    source: StoredTensor
 
 
 @dataclass(frozen=True)
-class PlannedFile:
-    """A file to be written."""
+class OutputFile:
+    """A file to be written.
+
+    Attributes:
+        name: Name of the file.
+        metadata: Free-form metadata of the file.
+        tensors: Tensors in the order in which they are written.
+    """
 
     name: str
     metadata: dict[str, str]
-    tensors: list[Planned]
+    tensors: list[OutputTensor]
 
     def header(self) -> bytes:
-        """What stands before the tensors' bytes."""
+        """The bytes of the file before the tensors' bytes."""
         header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
         offset = 0
         for tensor in self.tensors:
@@ -101,30 +113,30 @@ class PlannedFile:
             }
             offset += tensor.source.size
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        # Readers map the file: the values must begin at a multiple of eight.
+        # Readers map the file into memory, so the values must begin at a multiple of eight.
         encoded += b" " * (-len(encoded) % 8)
         return len(encoded).to_bytes(8, "little") + encoded
 
 
 def read_headers(folder: Path) -> list[WeightFile]:
-    """The safetensors files that make up a checkpoint or adapter folder, in order.
+    """Read the headers of a checkpoint's or adapter's safetensors files, in the order of their names.
 
     Raises:
-        UserError: there are none, one is missing, or one is damaged.
+        UserError: The folder has no such file, or a file is missing or damaged.
     """
     return [read_header(folder / name) for name in _file_names(folder)]
 
 
 def find_index(folder: Path) -> Path | None:
-    """The index of a sharded checkpoint."""
+    """The index of a sharded checkpoint; None for a checkpoint in one file."""
     return next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
 
 
 def read_header(path: Path) -> WeightFile:
-    """Read where a file's tensors lie.
+    """Read the header of a safetensors file.
 
     Raises:
-        UserError: it is no whole safetensors file.
+        UserError: The file is missing, or is not a complete safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -133,10 +145,10 @@ def read_header(path: Path) -> WeightFile:
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header names no tensors")
+            raise ValueError("the header is not a JSON object of tensors")
         metadata = header.pop("__metadata__", {})
         tensors = [
-            Stored(
+            StoredTensor(
                 name,
                 path,
                 entry["dtype"],
@@ -148,27 +160,27 @@ def read_header(path: Path) -> WeightFile:
         ]
         for tensor in tensors:
             if tensor.dtype in _DTYPES and tensor.size != prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize:
-                raise ValueError(f"{tensor.name} takes {tensor.size} bytes, unlike its shape")
+                raise ValueError(f"{tensor.name} has {tensor.size} bytes, which do not match its shape and type")
         end = max((tensor.start + tensor.size for tensor in tensors), default=8 + length)
         if path.stat().st_size != end:
             raise ValueError(f"{path.stat().st_size} bytes instead of {end}")
     except FileNotFoundError:
-        raise UserError(f"{path}: named in the index but missing; fetch the checkpoint again.") from None
+        raise UserError(f"{path}: the index names this file, but it is missing; fetch the checkpoint again.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no whole safetensors file ({error}); fetch the checkpoint again.") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error}); fetch the checkpoint again.") from error
     return WeightFile(path, metadata, sorted(tensors, key=lambda tensor: tensor.start))
 
 
-def read_rows(tensor: Stored, start: int = 0, end: int | None = None) -> torch.Tensor:
-    """Some rows of a tensor, in its own type.
+def read_rows(tensor: StoredTensor, start: int = 0, end: int | None = None) -> torch.Tensor:
+    """Read some rows of a tensor, in its stored type.
 
     Raises:
-        UserError: the type is not a floating-point one of 16 bits or more.
+        UserError: The type is not a floating-point type of 16 bits or more.
     """
     if tensor.dtype not in _DTYPES:
         raise UserError(
-            f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}, which cannot be computed with; give the "
-            "unquantized model."
+            f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}, which cannot be merged; give the unquantized "
+            "model."
         )
     end = tensor.rows if end is None else end
     row_size = tensor.size // max(tensor.rows, 1)
@@ -180,8 +192,8 @@ def read_rows(tensor: Stored, start: int = 0, end: int | None = None) -> torch.T
     return values
 
 
-def row_blocks(tensor: Stored) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose float32 values take about `BLOCK_BYTES`."""
+def row_blocks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose float32 values take at most `BLOCK_BYTES`, or of a single larger row."""
     rows = max(1, BLOCK_BYTES // max(4 * prod(tensor.shape[1:]), 1))
     for start in range(0, tensor.rows, rows):
         yield start, min(start + rows, tensor.rows)
@@ -193,53 +205,53 @@ def cast(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:
-    """A tensor's bytes as they are stored, not copied."""
+    """The bytes of a tensor in the order of the file, without a copy where the tensor is contiguous."""
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_files(
     folder: Path,
-    files: Sequence[PlannedFile],
-    blocks: Callable[[Planned], Iterable[memoryview] | None],
+    files: Sequence[OutputFile],
+    blocks: Callable[[OutputTensor], Iterable[memoryview] | None],
     on_done: Callable[[int], object],
 ) -> None:
-    """Write safetensors files from front to back, and see them onto the disk.
+    """Write safetensors files from front to back, and wait until they are on the disk.
 
-    The disk has a thread of its own, so that the next block is computed while one is written and the next file while
-    one is being synced.
+    A thread of its own writes, so that the next block is computed while one block is written, and the next file while
+    one file is synced to the disk.
 
     Args:
-        folder: of the new files.
-        files: what they hold, in the order in which it shall lie.
-        blocks: gives a tensor's new bytes, as many as the source has, or None for those of the source.
-        on_done: told the number of bytes written, from the disk's thread.
+        folder: Folder of the new files.
+        files: Content of the files, in the order in which it is written.
+        blocks: Returns the new bytes of a tensor, as many as the source has, or None to copy the source's bytes.
+        on_done: Is called with the number of bytes written, in the thread that writes.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk") as disk:
         pending: deque[Future[object]] = deque()
 
-        def later(job: Callable[..., object], *arguments: object) -> None:
+        def submit(job: Callable[..., object], *arguments: object) -> None:
             pending.append(disk.submit(job, *arguments))
             while len(pending) > _BLOCKS_IN_FLIGHT:
                 pending.popleft().result()
 
-        for planned in files:
-            header = planned.header()
-            file = (folder / planned.name).open("wb")
-            later(file.write, header)
-            for tensor in planned.tensors:
+        for output in files:
+            header = output.header()
+            file = (folder / output.name).open("wb")
+            submit(file.write, header)
+            for tensor in output.tensors:
                 changed = blocks(tensor)
                 if changed is None:
-                    later(_copy, file, tensor.source, on_done)
+                    submit(_copy, file, tensor.source, on_done)
                     continue
                 for block in changed:
-                    later(_write, file, block, on_done)
-            later(_finish, file, len(header) + sum(tensor.source.size for tensor in planned.tensors))
+                    submit(_write, file, block, on_done)
+            submit(_finish, file, len(header) + sum(tensor.source.size for tensor in output.tensors))
         while pending:
             pending.popleft().result()
 
 
-def write_index(base: Path, folder: Path, files: Sequence[PlannedFile]) -> None:
-    """Write the index of a sharded checkpoint, with the base's other entries kept."""
+def write_index(base: Path, folder: Path, files: Sequence[OutputFile]) -> None:
+    """Write the index of a sharded checkpoint; entries of the base's index that are not about tensors are kept."""
     index = find_index(base)
     if index is None:
         return
@@ -260,8 +272,8 @@ def _write(file: BufferedWriter, block: memoryview, on_done: Callable[[int], obj
     on_done(len(block))
 
 
-def _copy(file: BufferedWriter, tensor: Stored, on_done: Callable[[int], object]) -> None:
-    # One small buffer that stays in the processor's cache: large ones cost more than the disk does.
+def _copy(file: BufferedWriter, tensor: StoredTensor, on_done: Callable[[int], object]) -> None:
+    # One small buffer that stays in the processor's cache: large buffers cost more time than the disk.
     buffer = memoryview(bytearray(_COPY_BYTES))
     with tensor.path.open("rb", buffering=0) as source:
         source.seek(tensor.start)
@@ -274,7 +286,7 @@ def _copy(file: BufferedWriter, tensor: Stored, on_done: Callable[[int], object]
 
 def _finish(file: BufferedWriter, size: int) -> None:
     if file.tell() != size:
-        raise RuntimeError(f"{file.name}: {file.tell()} bytes written, {size} announced")
+        raise RuntimeError(f"{file.name}: {file.tell()} bytes were written, but the header announces {size}")
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -286,19 +298,19 @@ def _file_names(folder: Path) -> list[str]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if any(Path(name).name != name for name in names):
-                raise ValueError("a file outside the folder is named")
+                raise ValueError("it names a file outside the folder")
             return names
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: no index of weights ({error}); fetch the checkpoint again.") from error
+            raise UserError(f"{index}: not an index of weights ({error}); fetch the checkpoint again.") from error
     for name in ("model.safetensors", "adapter_model.safetensors"):
         if (folder / name).is_file():
             return [name]
-    raise UserError(f"{folder}: no safetensors weights here; give a checkpoint that has them.")
+    raise UserError(f"{folder}: there are no safetensors weights here; give a checkpoint that has them.")
 
 
 def _read_into(file: BinaryIO, target: memoryview) -> None:
     while target:
         count = file.readinto(target)  # type: ignore[attr-defined]
         if not count:
-            raise UserError(f"{file.name}: ends too early; fetch the checkpoint again.")
+            raise UserError(f"{file.name}: the file ends too early; fetch the checkpoint again.")
         target = target[count:]

@@ -1,4 +1,4 @@
-"""Bases, adapters and shards for the merge step's tests."""
+"""Base models, adapters and shards for the tests of the merge step."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ QUERIES = r"model\.language_model\..*self_attn\.(q_proj|v_proj)"
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter folder and the PEFT model it came from."""
+    """An adapter folder and the PEFT model that it was saved from."""
 
     folder: Path
     model: PeftModel
@@ -40,18 +40,19 @@ class Trained:
 
 @pytest.fixture
 def train(tmp_path: Path, write_record: Callable[..., None]) -> Callable[..., Trained]:
-    """Makes an adapter whose every tensor is away from its beginning, as training would leave it."""
+    """Creates an adapter whose tensors all differ from their initial values, as after a training."""
 
     def make(base: Path, **settings: Any) -> Trained:
         torch.manual_seed(0)
         model, _ = load_model(base, torch.float32)
-        config = LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": QUERIES} | settings))
-        adapted = get_peft_model(model, config)
+        options: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": QUERIES, **settings}
+        adapted = get_peft_model(model, LoraConfig(**options))
+        assert isinstance(adapted, PeftModel)
         with torch.no_grad():
             for parameter in adapted.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.05 * torch.randn_like(parameter))
-        adapted.save_pretrained(tmp_path / "adapter")
+        adapted.save_pretrained(str(tmp_path / "adapter"))
         write_record(tmp_path / "adapter")
         return Trained(tmp_path / "adapter", adapted)
 
@@ -60,7 +61,7 @@ def train(tmp_path: Path, write_record: Callable[..., None]) -> Callable[..., Tr
 
 @pytest.fixture(scope="session")
 def write_record() -> Callable[..., None]:
-    """Writes the training's record."""
+    """Writes the record of a training."""
 
     def write(folder: Path, **changes: Any) -> None:
         (folder / "training.json").write_text(json.dumps(RECORD | changes))
@@ -70,7 +71,7 @@ def write_record() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def copy_base() -> Callable[..., Path]:
-    """Makes a base with other tensors or settings; a setting of the language model's is changed there too."""
+    """Copies a base with other tensors or settings; each setting is also changed in the language model's section."""
 
     def copy(
         base: Path,
@@ -92,7 +93,7 @@ def copy_base() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tied_46(tiny_46: Path, copy_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose head is its embeddings, as small published models have it."""
+    """A base whose head shares the embeddings' weights, as in small published models."""
 
     def tie(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -112,14 +113,14 @@ def bf16_46(tiny_46: Path, copy_base: Callable[..., Path], tmp_path_factory: pyt
 
 @pytest.fixture(scope="session")
 def shards(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few prepared digits."""
+    """Shards of a few digits."""
     folder = tmp_path_factory.mktemp("shards")
     for split in ("train", "eval"):
         samples = json.loads((digits / f"{split}.json").read_text())[:4]
         for sample in samples:
             sample["image"] = str(digits / sample["image"])
         (folder / f"{split}.json").write_text(json.dumps(samples))
-    data = [str(folder / f"{split}.json") for split in ("train", "eval")]
-    validate_data(*data, folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
+    train_data, eval_data = (str(folder / f"{split}.json") for split in ("train", "eval"))
+    validate_data(train_data, eval_data, folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
     preprocess(folder / "dataset", str(tiny_46), folder / "shards", folder / "rejects.jsonl", PreprocessSettings())
     return folder / "shards"

@@ -1,4 +1,4 @@
-"""A merged folder takes the base's place, is seen only once it is proven, and says where it comes from."""
+"""A merged folder replaces the base, is published only after its parity check, and states its origin."""
 
 import json
 import signal
@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from minicpmv_finetune.components.merge.merge import GATE, MergeReport, MergeSettings, markdown, merge
-from minicpmv_finetune.components.merge.parity_check import judge
-from minicpmv_finetune.components.merge.report import Generated
+from minicpmv_finetune.components.merge.merge import PARITY_CHECK, MergeReport, MergeSettings, markdown, merge
+from minicpmv_finetune.components.merge.parity_check import check_parity
+from minicpmv_finetune.components.merge.report import GeneratedAnswer
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import read_slicing_config
@@ -30,7 +30,7 @@ Train = Callable[..., Any]
 CopyBase = Callable[..., Path]
 
 
-def test_merged_folder_is_a_proven_drop_in(
+def test_a_merged_folder_is_a_checked_drop_in_for_its_base(
     tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
 ) -> None:
     base = copy_base(tiny_46, tmp_path / "base")
@@ -42,13 +42,14 @@ def test_merged_folder_is_a_proven_drop_in(
     report = merge(str(base), adapter, shards, model, tmp_path / "report.json", MergeSettings(parity_rows=2))
 
     assert MergeReport.model_validate_json((tmp_path / "report.json").read_text()) == report
-    assert report.gate is not None
-    assert report.gate.failure is None
-    assert 0 < report.gate.parity.largest_difference < 1e-4
-    assert report.gate.parity.storage_rounding is None
-    assert len(report.gate.generated) == report.gate.parity.rows == 2
-    assert all(item.expected.startswith("The digit is") for item in report.gate.generated)
-    assert report.metrics["largest_logit_difference"] == report.gate.parity.largest_difference
+    assert json.loads((tmp_path / "report.json").read_text())["gate"]["parity"]["rows"] == 2
+    assert report.parity_check is not None
+    assert report.parity_check.failure is None
+    assert 0 < report.parity_check.parity.largest_difference < 1e-4
+    assert report.parity_check.parity.storage_rounding is None
+    assert len(report.parity_check.generated) == report.parity_check.parity.rows == 2
+    assert all(item.expected.startswith("The digit is") for item in report.parity_check.generated)
+    assert report.metrics["largest_logit_difference"] == report.parity_check.parity.largest_difference
 
     names = {path.name for path in base.iterdir()}
     assert {path.name for path in model.iterdir()} == names | {"README.base.md", "training.json"}
@@ -69,17 +70,17 @@ def test_merged_folder_is_a_proven_drop_in(
     assert "| merger | 6 of 6 |" in markdown(report)
 
 
-def test_an_adapter_that_learnt_nothing_is_refused(tiny_46: Path, train: Train, shards: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_is_refused(tiny_46: Path, train: Train, shards: Path, tmp_path: Path) -> None:
     adapter = train(tiny_46).folder
     path = adapter / "adapter_model.safetensors"
     save_file({name: t * 0 if "lora_B" in name else t for name, t in load_file(path).items()}, path)
-    with pytest.raises(UserError, match="nothing was learnt"):
+    with pytest.raises(UserError, match="the training changed nothing"):
         merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
     assert not (tmp_path / "model").exists()
     assert json.loads((tmp_path / "report.json").read_text())["changed"] == {}
 
 
-def test_what_was_made_for_another_generation_is_refused(
+def test_an_adapter_for_another_generation_is_refused(
     tiny_46: Path, train: Train, write_record: Callable[..., None], shards: Path, tmp_path: Path
 ) -> None:
     adapter = train(tiny_46).folder
@@ -99,21 +100,21 @@ def test_another_base_of_the_same_shape_is_refused(
     assert not (tmp_path / "model").exists()
 
 
-def test_merging_never_replaces_its_base(
+def test_a_merge_never_replaces_its_base(
     tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
 ) -> None:
     base = copy_base(tiny_46, tmp_path / "base")
     adapter = train(base).folder
-    with pytest.raises(UserError, match="replace what it is made of"):
+    with pytest.raises(UserError, match="replace one of its inputs"):
         merge(str(base), adapter, shards, base, tmp_path / "report.json", MergeSettings())
 
 
-def test_a_folder_that_is_no_training_result_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_adapter_folder_without_a_training_record_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no training\.json"):
         merge(str(tiny_46), tiny_46, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
 
 
-def test_full_fine_tune_passes_the_same_gate(
+def test_a_full_fine_tune_passes_the_same_parity_check(
     tiny_46: Path,
     copy_base: CopyBase,
     write_record: Callable[..., None],
@@ -128,26 +129,24 @@ def test_full_fine_tune_passes_the_same_gate(
     model = tmp_path / "model"
     report = merge(str(tiny_46), tuned, shards, model, tmp_path / "report.json", MergeSettings(parity_rows=1))
     assert report.kind == "full"
-    assert report.gate is not None
-    assert report.gate.parity.largest_difference == 0
+    assert report.parity_check is not None
+    assert report.parity_check.parity.largest_difference == 0
     assert {name.split(".")[-2] for name in report.changed} == {"k_proj"}
     assert (model / "training.json").is_file()
 
 
-def test_gate_refuses_a_model_that_is_not_base_and_adapter(
+def test_the_parity_check_refuses_a_model_that_is_not_base_and_adapter(
     tiny_46: Path, train: Train, shards: Path, tmp_path: Path
 ) -> None:
     adapter = train(tiny_46).folder
-    found = judge(tiny_46, adapter, tiny_46, shards, 1)
+    found = check_parity(tiny_46, adapter, tiny_46, shards, 1)
     assert found.failure is not None
     assert "differ by" in found.failure
 
 
-def test_a_gate_that_the_system_kills_is_worth_another_try(
-    tiny_46: Path, train: Train, shards: Path, tmp_path: Path
-) -> None:
+def test_a_killed_parity_check_is_a_retryable_error(tiny_46: Path, train: Train, shards: Path, tmp_path: Path) -> None:
     adapter = train(tiny_46).folder
-    killer = threading.Thread(target=lambda: _gate_of(psutil.Process()).kill())
+    killer = threading.Thread(target=lambda: _parity_check_of(psutil.Process()).kill())
     killer.start()
     with pytest.raises(RetryableError, match="ended by signal 9; it holds the model in float32"):
         merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
@@ -155,30 +154,30 @@ def test_a_gate_that_the_system_kills_is_worth_another_try(
     assert not list(tmp_path.glob("*model*"))
 
 
-def test_a_merge_that_is_told_to_stop_takes_its_gate_and_leaves_nothing(
+def test_a_terminated_merge_ends_its_parity_check_and_leaves_no_files(
     tiny_46: Path, train: Train, shards: Path, tmp_path: Path
 ) -> None:
     adapter = train(tiny_46).folder
     flags = ["--base-model", tiny_46, "--adapter", adapter, "--shards", shards, "--out", tmp_path / "out" / "model"]
     command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "merge"]
     with subprocess.Popen([*command, *map(str, flags)], stderr=subprocess.PIPE) as process:
-        gate = _gate_of(psutil.Process(process.pid))
+        check = _parity_check_of(psutil.Process(process.pid))
         process.terminate()
         process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert not gate.is_running()
+    assert not check.is_running()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge-report.json"]
 
 
-def _gate_of(merging: psutil.Process) -> psutil.Process:
+def _parity_check_of(merging: psutil.Process) -> psutil.Process:
     while True:
         for child in merging.children():
             with suppress(psutil.Error):
-                if GATE in child.cmdline() and child.num_threads() > 1:  # torch is imported
+                if PARITY_CHECK in child.cmdline() and child.num_threads() > 1:  # torch is imported
                     return child
 
 
-def test_what_the_gate_cannot_load_is_told_in_its_words(
+def test_an_error_of_the_parity_check_is_the_error_of_the_merge(
     tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
 ) -> None:
     base = copy_base(tiny_46, tmp_path / "base")
@@ -198,7 +197,7 @@ def test_what_the_gate_cannot_load_is_told_in_its_words(
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
     ],
 )
-def test_gate_tells_rounding_from_error(
+def test_the_parity_check_distinguishes_rounding_from_a_mistake(
     tied_46: Path,
     copy_base: CopyBase,
     train: Train,
@@ -206,19 +205,19 @@ def test_gate_tells_rounding_from_error(
     tmp_path: Path,
     settings: dict[str, Any],
 ) -> None:
-    """Stored in 16 bits, a right model differs from base and adapter by more than the tolerance."""
+    """Stored in 16 bits, a correct model differs from base and adapter by more than the tolerance."""
     base = copy_base(tied_46, tmp_path / "base", lambda tensors: {n: t.bfloat16() for n, t in tensors.items()})
     adapter = train(base, **settings).folder
     report = merge(str(base), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings(1))
-    assert report.gate is not None
-    assert report.gate.parity.storage_rounding is not None
-    assert report.gate.parity.largest_difference < 1e-3 < report.gate.parity.storage_rounding
+    assert report.parity_check is not None
+    assert report.parity_check.parity.storage_rounding is not None
+    assert report.parity_check.parity.largest_difference < 1e-3 < report.parity_check.parity.storage_rounding
     assert report.untied == ("ensure_weight_tying" not in settings)
 
 
-def test_markdown_escapes_what_a_model_says(tiny_46: Path, train: Train, shards: Path) -> None:
-    gate = judge(tiny_46, train(tiny_46).folder, tiny_46, shards, 1)
-    gate = gate.model_copy(update={"generated": [Generated(id="1", expected="a|b", answer="<script>x\n[y](z)")]})
+def test_markdown_escapes_the_answers_of_a_model(tiny_46: Path, train: Train, shards: Path) -> None:
+    check = check_parity(tiny_46, train(tiny_46).folder, tiny_46, shards, 1)
+    answer = GeneratedAnswer(id="1", expected="a|b", answer="<script>x\n[y](z)")
     text = markdown(
         MergeReport(
             base_model="base",
@@ -231,14 +230,14 @@ def test_markdown_escapes_what_a_model_says(tiny_46: Path, train: Train, shards:
             untied=False,
             memory=None,
             seconds={},
-            gate=gate,
+            parity_check=check.model_copy(update={"generated": [answer]}),
         )
     )
     assert r"| 1 | a\|b | &lt;script&gt;x \[y\](z) |" in text
     assert "**failed**" in text
 
 
-_MEASURED = """
+_MEASURE_MEMORY = """
 import json, sys
 from pathlib import Path
 from minicpmv_finetune.components.merge.streaming import stream
@@ -246,10 +245,10 @@ print(stream(*map(Path, sys.argv[1:])).memory.model_dump_json())
 """
 
 
-def test_memory_of_streaming_does_not_grow_with_the_model(
+def test_the_memory_of_streaming_does_not_grow_with_the_model(
     tiny_46: Path, copy_base: CopyBase, train: Train, tmp_path: Path
 ) -> None:
-    """A model of 400 MB, most of it embeddings that are replaced whole or get a product added."""
+    """A model of 400 MB, most of it embeddings that are replaced as a whole or changed by a LoRA product."""
     rows = 400 * 2**20 // (128 * 4)
 
     def grow(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -261,13 +260,13 @@ def test_memory_of_streaming_does_not_grow_with_the_model(
     adapter = train(base, target_modules=["lm_head", "q_proj"], modules_to_save=["embed_tokens"]).folder
     (tmp_path / "merged").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, str(base), str(adapter), str(tmp_path / "merged")],
+        [sys.executable, "-c", _MEASURE_MEMORY, str(base), str(adapter), str(tmp_path / "merged")],
         check=True,
         capture_output=True,
         text=True,
     )
     memory = json.loads(done.stdout)
     assert memory["largest_tensor"] == rows // 2 * 128 * 4
-    # Well below what the bound allows: some blocks, not some tensors.
+    # Far below the bound: the memory of some blocks, not of some tensors.
     assert 0 < memory["peak"] - memory["baseline"] < memory["largest_tensor"]
     assert memory["peak"] < memory["bound"]

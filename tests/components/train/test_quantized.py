@@ -43,8 +43,8 @@ def test_adapter_learns_on_four_bits_and_merges_into_the_whole_base(
     report = merge(
         str(tiny_46), tmp_path / "out", shards, tmp_path / "model", tmp_path / "report.json", MergeSettings()
     )
-    assert report.gate is not None
-    assert report.gate.failure is None
+    assert report.parity_check is not None
+    assert report.parity_check.failure is None
 
 
 @pytest.mark.parametrize("strategy", ["zero3"])
