@@ -1,4 +1,4 @@
-"""Real servers on this machine that tests talk to."""
+"""Real servers on this machine for the tests."""
 
 import json
 import os
@@ -17,14 +17,14 @@ def listens(host: str, port: int) -> bool:
 
 
 class MlflowServer:
-    """A real MLflow server on a database of its own, which can go down and come back at the same address."""
+    """A real MLflow server with its own database; it can be stopped and started again at the same address."""
 
     def __init__(self, folder: Path, artifacts: str, environment: dict[str, str]) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        # Many write at once: each waits for its turn.
+        # Processes that write at the same time wait for each other.
         database = f"sqlite:///{folder / 'mlflow.db'}?timeout=60"
         options = ["--backend-store-uri", database, "--artifacts-destination", artifacts, "--workers", "1"]
         self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *options]
@@ -45,14 +45,14 @@ class MlflowServer:
 
     def stop(self) -> None:
         if self._process is not None:
-            # Its workers are processes of their own.
+            # The server's workers are separate processes.
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
 
 class Webhook(HTTPServer):
-    """Keeps what it is sent, and answers as it is told: with each status in turn, and then the last again."""
+    """A web server that stores each message, and answers with each status of `answers` in turn, then with the last."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -74,4 +74,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
+        """Print no log."""

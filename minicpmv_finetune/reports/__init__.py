@@ -1,1 +1,1 @@
-"""The HTML pages that steps write: the shared design, curves, and the training record behind them."""
+"""The HTML reports of the steps: their common design, curves, and the training record that they show."""

@@ -1,4 +1,4 @@
-"""A training's figures over its steps, as lines that a page draws without any script (`curves.html`)."""
+"""The metrics of a training by step, as lines that a page draws without a script (`curves.html`)."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,15 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure over the steps, drawn in a box of `WIDTH` × `HEIGHT`.
+    """A metric by step, drawn in a box of `WIDTH` × `HEIGHT`.
 
     Attributes:
-        title: of the figure.
-        points: of an SVG polyline.
-        last: (x, y) of its end.
-        values: least, greatest and last value.
-        steps: first and last step.
-        size: width and height of the box.
+        title: Title of the curve.
+        points: Points of an SVG polyline.
+        last: Position (x, y) of the last point.
+        values: Least, greatest and last value.
+        steps: First and last step.
+        size: Width and height of the box.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Curve:
 
 
 def curves_of(record: TrainingRecord) -> list[Curve]:
-    """The curves of every figure that was logged at least twice."""
+    """The curves of all metrics that were logged at least twice."""
     return [curve for name, title in _TITLES.items() if (curve := _curve(record, name, title))]
 
 
@@ -46,15 +46,15 @@ def _curve(record: TrainingRecord, name: str, title: str) -> Curve | None:
         return None
     steps, values = [step for step, _ in logged], [value for _, value in logged]
     low, high = min(values), max(values)
-    across, up = max(steps[-1] - steps[0], 1), (high - low) or 1.0
-    places = [
-        (round((step - steps[0]) / across * WIDTH, 1), round((1 - (value - low) / up) * HEIGHT, 1))
+    step_range, value_range = max(steps[-1] - steps[0], 1), (high - low) or 1.0
+    points = [
+        (round((step - steps[0]) / step_range * WIDTH, 1), round((1 - (value - low) / value_range) * HEIGHT, 1))
         for step, value in logged
     ]
     return Curve(
         title=title,
-        points=" ".join(f"{x},{y}" for x, y in places),
-        last=places[-1],
+        points=" ".join(f"{x},{y}" for x, y in points),
+        last=points[-1],
         values=(low, high, values[-1]),
         steps=(int(steps[0]), int(steps[-1])),
     )

@@ -1,7 +1,7 @@
-"""The steps' reports: HTML pages that need no other file, all of one design (`pages.css`).
+"""The HTML reports of the steps: self-contained pages of one design (`pages.css`).
 
-A step's folder holds its `report.html`, a Jinja template with escaping on, and its `report.css`, what that page alone
-has. Everything that comes from data or a model is escaped; only our own style sheets go in as they are.
+A step's folder contains its `report.html`, a Jinja template with automatic escaping, and its `report.css`, the styles
+of that page alone. All text from data or a model is escaped; only this project's style sheets are inserted unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +19,13 @@ _HERE = Path(__file__).parent
 def write_page(
     path: Path, folder: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., object]] | None = None
 ) -> None:
-    """Write a step's report.
+    """Write the report of a step.
 
     Args:
-        path: receives it, whole or not at all.
-        folder: with `report.html` and `report.css`; templates beside this file can be included.
-        values: what the template names; one that is missing is an error.
-        filters: of the template.
+        path: Path of the page, which is written atomically.
+        folder: Folder with `report.html` and `report.css`; the template can include the templates of this module.
+        values: Variables of the template, by name; a missing variable is an error.
+        filters: Filters of the template, by name.
     """
     environment = Environment(
         loader=FileSystemLoader([folder, _HERE]),
@@ -37,5 +37,5 @@ def write_page(
     environment.filters |= filters or {}
     style = Markup((_HERE / "pages.css").read_text() + (folder / "report.css").read_text())  # noqa: S704
     page = environment.get_template("report.html").render(style=style, **values)
-    # Half of a surrogate pair, which a file name may hold, is no character.
+    # A file name may contain half of a surrogate pair, which cannot be encoded.
     storage.write_bytes(str(path), page.encode(errors="replace"))

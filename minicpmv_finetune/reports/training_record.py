@@ -1,4 +1,4 @@
-"""`training.json` beside the adapter: what was trained, on what, with which arguments, and how the loss went."""
+"""`training.json` in the adapter's folder: the base, the data, the arguments and the metrics of a training."""
 
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,21 @@ class TrainingRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     schema_version: int = SCHEMA_VERSION
-    base_model: str = Field(description="as the user gave it")
-    base_fingerprint: str = Field(default="", description="of its weights; empty in records of earlier versions")
-    generation: str
-    data_fingerprint: str
-    max_slice_nums: int
-    use_lora: bool
-    parameters: dict[str, int] = Field(description="numbers of trainable and of all parameters")
-    metrics: dict[str, float] = Field(description="final figures")
-    arguments: dict[str, Any] = Field(description="what was asked for, without defaults of transformers")
-    history: list[dict[str, float]] = Field(description="what was logged, by step")
+    base_model: str = Field(description="Base checkpoint, as the user gave it.")
+    base_fingerprint: str = Field(
+        default="", description="Fingerprint of the base's weights; empty in records of earlier versions."
+    )
+    generation: str = Field(description="Generation of the model, such as 4.6.")
+    data_fingerprint: str = Field(description="Fingerprint of training and evaluation data.")
+    max_slice_nums: int = Field(description="Largest number of slices of an image, without its overview.")
+    use_lora: bool = Field(description="Whether LoRA adapters were trained.")
+    parameters: dict[str, int] = Field(description='Numbers of parameters: "trainable" and "total".')
+    metrics: dict[str, float] = Field(description="Final metrics, by name.")
+    arguments: dict[str, Any] = Field(description="Arguments by name, without the defaults of transformers.")
+    history: list[dict[str, float]] = Field(description="Logged metrics, one entry for each logged step.")
 
     def markdown(self) -> str:
-        """The essentials as a table."""
+        """The base, the share of trained parameters and the final metrics as a table."""
         share = self.parameters["trainable"] / self.parameters["total"]
         rows = {
             "Base model": f"`{self.base_model}` (MiniCPM-V {self.generation})",
@@ -43,6 +45,7 @@ def read_record(folder: Path) -> TrainingRecord:
     """The record of a finished training.
 
     Raises:
-        UserError: the folder holds none, so it is not the train step's result, or one of a newer program.
+        UserError: The folder has no record, so it is not the output of the train step, or the record was written by a
+            newer version.
     """
     return read_versioned(folder / RECORD_FILE, TrainingRecord, SCHEMA_VERSION, made_by="train")

@@ -1,4 +1,4 @@
-"""A real browser, in which the steps' reports are opened."""
+"""A real browser that opens the reports of the steps."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails the test over any error it reports or any request it makes for more than the file."""
+    """A page; the test fails if the page reports an error or requests anything but the file itself."""
     page = browser.new_page(viewport={"width": 1280, "height": 860})
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type in {"error", "warning"} else None)

@@ -1,4 +1,4 @@
-"""Reports share one design, escape what they show, and are there whole or not at all."""
+"""Reports share one design, escape all values, and are written atomically."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def step(tmp_path: Path) -> Path:
     return folder
 
 
-def test_page_escapes_values_and_holds_both_style_sheets(step: Path, tmp_path: Path) -> None:
+def test_a_page_escapes_values_and_contains_both_style_sheets(step: Path, tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", step, {"title": "<script>alert(1)</script>"})
     page = (tmp_path / "page.html").read_text()
     assert "<script>" not in page
@@ -30,12 +30,12 @@ def test_page_escapes_values_and_holds_both_style_sheets(step: Path, tmp_path: P
     assert page.index("--good: #0c9270") < page.index("p { color: var(--good); }")
 
 
-def test_half_a_surrogate_pair_is_replaced(step: Path, tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_replaced(step: Path, tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", step, {"title": "odd \ud800 name"})
     assert "<p>odd ? name</p>" in (tmp_path / "page.html").read_text()
 
 
-def test_a_value_left_out_leaves_no_page(step: Path, tmp_path: Path) -> None:
+def test_a_missing_value_is_an_error_and_leaves_no_page(step: Path, tmp_path: Path) -> None:
     with pytest.raises(UndefinedError):
         write_page(tmp_path / "page.html", step, {})
     assert not (tmp_path / "page.html").exists()

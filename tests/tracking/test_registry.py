@@ -187,7 +187,7 @@ def test_the_register_step_promotes_and_tags_its_run(
 
 def test_a_model_that_failed_the_gate_is_not_registered(name: str, tmp_path: Path) -> None:
     write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a", promote=False))
-    with pytest.raises(UserError, match="the gate stopped this model"):
+    with pytest.raises(UserError, match="did not pass the gate"):
         register(tmp_path / "promotion_record", name)
 
 
@@ -265,4 +265,4 @@ def test_without_a_server_there_is_no_registry(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not set"):
         open_registry("model")
     write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a"))
-    assert "registered nowhere" in register(tmp_path / "promotion_record", "model")
+    assert "it is not registered" in register(tmp_path / "promotion_record", "model")

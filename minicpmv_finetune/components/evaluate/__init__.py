@@ -1,1 +1,1 @@
-"""Step 5: let base and tuned model answer held-out questions, and compare."""
+"""Step 5: generate the answers of base and tuned model to held-out questions, and compare them."""

@@ -1,26 +1,33 @@
-"""From the models' answers to figures: each sample judged, all of them summed up, and the same for each tag."""
+"""The evaluation of the models' answers: scores of each sample, of all samples together, and of each tag."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from minicpmv_finetune.data.samples import Sample
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer
 
-from .comparison import Comparison, Estimate, Outcome, compare, estimate, outcome
-from .gate import Decision, Figures, Gate, decide
+from .comparison import Comparison, Estimate, Outcome, classify_outcome, compare, estimate
+from .gate import Decision, Gate, GateInput, decide
 from .metrics import METRICS, Metric, anls, expected_answers, metric_of
 
 MIXED = "mixed"
 OTHER = "(other)"
-_MOST_CLASSES = 20
+_MAX_CLASSES = 20
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One model's answer to one sample, scored."""
+class ScoredAnswer:
+    """The answer of one model to one sample, with its scores.
+
+    Attributes:
+        answer: Answer of the model.
+        score: Score by the sample's metric.
+        anls: Score by ANLS.
+        is_right: Whether the answer counts as right by the sample's metric.
+    """
 
     answer: Answer
     score: float
@@ -30,30 +37,40 @@ class Judged:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One sample with what the models said; `base` and `champion` are None when they were not asked."""
+    """One sample with the answers of the models.
+
+    Attributes:
+        sample: Sample of the evaluation split.
+        expected: Accepted answers.
+        metric: Name of the metric that scores the sample.
+        weight: Weight of the sample in the score of the data set.
+        base: Answer of the base model; None without a base model.
+        tuned: Answer of the tuned model.
+        champion: Answer of the champion; None without a champion.
+    """
 
     sample: Sample
     expected: tuple[str, ...]
     metric: str
     weight: float
-    base: Judged | None
-    tuned: Judged
-    champion: Judged | None = None
+    base: ScoredAnswer | None
+    tuned: ScoredAnswer
+    champion: ScoredAnswer | None = None
 
     @property
     def outcome(self) -> Outcome:
-        """What tuning did; without a base, right answers are "fixed" and wrong ones "both_wrong"."""
-        return outcome(self.base is not None and self.base.is_right, self.tuned.is_right)
+        """The effect of tuning; without a base, right answers are "fixed" and wrong ones "both_wrong"."""
+        return classify_outcome(self.base is not None and self.base.is_right, self.tuned.is_right)
 
     @property
     def question(self) -> str:
-        """The words of the last question."""
+        """The text of the last question."""
         return next((turn.text for turn in reversed(self.sample.turns) if turn.role == "user"), "")
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often an expected answer (row) met a given one (column); the last label collects all other answers."""
+    """Counts of pairs of expected answer (row) and given answer (column); the last label is for all other answers."""
 
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
@@ -61,19 +78,20 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The step's result.
+    """The result of the step.
 
     Attributes:
-        metric: its name, or "mixed" when samples name different ones.
-        predictions: every sample, in the data's order.
-        tuned: the tuned model's score.
-        comparison: with the base, or None without one.
-        by_group: the comparison (without a base: None) and the tuned score of each tag and, when mixed, each metric.
-        confusion: of the tuned model, when few answers are expected.
-        left_out: samples that could not be asked, because their text holds a special token.
-        champion: the comparison with the champion, or None without one.
-        champion_by_group: the same of each group.
-        decision: whether the tuned model may take the champion's place, or without one the base's.
+        metric: Name of the metric, or "mixed" when the samples name different metrics.
+        predictions: All samples with their answers, in the order of the data.
+        tuned: Score of the tuned model.
+        comparison: Comparison of the tuned model with the base; None without a base.
+        by_group: For each tag and, if metrics are mixed, each metric: the number of samples, the score of the tuned
+            model, and its comparison with the base (None without a base).
+        confusion: Confusion matrix of the tuned model; None unless the expected answers are a few classes.
+        left_out: Number of samples that were not evaluated, because their text contains a special token.
+        champion: Comparison of the tuned model with the champion; None without a champion.
+        champion_by_group: Comparison with the champion for each group; empty without a champion.
+        decision: Decision of the gate.
     """
 
     metric: str
@@ -94,17 +112,17 @@ class Evaluation:
 
     @property
     def improvement(self) -> Estimate | None:
-        """The difference to the base, positive where tuned is better."""
-        return None if self.comparison is None else improvement(self.comparison, self.lower_is_better)
+        """The difference to the base, positive where the tuned model is better."""
+        return None if self.comparison is None else improvement_of(self.comparison, self.lower_is_better)
 
     @property
     def improvement_on_champion(self) -> Estimate | None:
-        """The difference to the champion, positive where tuned is better."""
-        return None if self.champion is None else improvement(self.champion, self.lower_is_better)
+        """The difference to the champion, positive where the tuned model is better."""
+        return None if self.champion is None else improvement_of(self.champion, self.lower_is_better)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All figures, flat, for Kubeflow's and MLflow's tables."""
+        """All numbers by name, for Kubeflow's and MLflow's tables."""
         figures: dict[str, float] = {"samples": len(self.predictions), "left_out": self.left_out}
         figures |= self._figures_of("tuned", [prediction.tuned for prediction in self.predictions], self.tuned)
         base = [prediction.base for prediction in self.predictions if prediction.base is not None]
@@ -126,28 +144,28 @@ class Evaluation:
                 "improvement_on_champion_low": self.improvement_on_champion.low,
                 "improvement_on_champion_high": self.improvement_on_champion.high,
             }
-        # The interval of a single sample is infinite, which JSON cannot say.
+        # The interval of a single sample is infinite, and JSON has no infinity.
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
-    def _figures_of(self, model: str, judged: Sequence[Judged], score: Estimate) -> dict[str, float]:
+    def _figures_of(self, model: str, answers: Sequence[ScoredAnswer], score: Estimate) -> dict[str, float]:
         return {
             f"{model}_{self.metric}": score.value,
-            f"{model}_anls": sum(one.anls for one in judged) / len(judged),
-            f"{model}_hit_limit": sum(one.answer.hit_limit for one in judged),
+            f"{model}_anls": sum(scored.anls for scored in answers) / len(answers),
+            f"{model}_hit_limit": sum(scored.answer.hit_limit for scored in answers),
         }
 
 
 def check_metrics(samples: Sequence[Sample], default_metric: str) -> None:
-    """Find out before any answer is generated that all can be scored.
+    """Check before any answer is generated that all samples can be scored.
 
     Raises:
-        UserError: a metric does not exist or is undefined for a sample, or error rates would be averaged with scores.
+        UserError: A metric does not exist or is undefined for a sample, or error rates would be averaged with scores.
     """
     metrics = {metric.name: metric for metric in (metric_of(sample, default_metric) for sample in samples)}
     if len({metric.lower_is_better for metric in metrics.values()}) > 1:
         raise UserError(
-            f"metric: the samples' metrics {', '.join(sorted(metrics))} mix error rates with scores, whose mean says "
-            "nothing; evaluate them apart."
+            f"metric: the samples' metrics {', '.join(sorted(metrics))} mix error rates with scores, and the mean of "
+            "both is meaningless; evaluate them separately."
         )
 
 
@@ -160,17 +178,52 @@ def assess(
     champion: Sequence[Answer] | None = None,
     gate: Gate = Gate(),  # noqa: B008  (frozen)
 ) -> Evaluation:
-    """Score and compare.
+    """Score the answers, compare the models and apply the gate.
 
     Args:
-        samples: at least one, all passed `check_metrics`.
-        base: the base model's answers in the samples' order, or None.
-        tuned: the tuned model's.
-        default_metric: of samples that name none.
-        left_out: samples that could not be asked.
-        champion: the champion's answers, or None.
-        gate: what the tuned model must reach.
+        samples: At least one sample; all have passed `check_metrics`.
+        base: Answers of the base model, in the order of the samples; None without a base model.
+        tuned: Answers of the tuned model.
+        default_metric: Metric of samples that name none.
+        left_out: Number of samples that were not evaluated.
+        champion: Answers of the champion; None without a champion.
+        gate: Rules that the tuned model must pass.
     """
+    predictions = _score_answers(samples, base, tuned, champion, default_metric)
+    is_mixed = len({prediction.metric for prediction in predictions}) > 1
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        for name in dict.fromkeys([*prediction.sample.tags, *([prediction.metric] if is_mixed else [])]):
+            groups.setdefault(name, []).append(prediction)
+    groups = dict(sorted(groups.items()))
+    score, comparison = _summarize(predictions)
+    by_group = {name: (len(group), *_summarize(group)) for name, group in groups.items()}
+    with_champion, champion_by_group = None, {}
+    if champion is not None:
+        with_champion = _compare_with_champion(predictions)
+        champion_by_group = {name: _compare_with_champion(group) for name, group in groups.items()}
+    compared = champion_by_group or {name: found for name, (_, _, found) in by_group.items() if found is not None}
+    return Evaluation(
+        metric=MIXED if is_mixed else predictions[0].metric,
+        predictions=tuple(predictions),
+        tuned=score,
+        comparison=comparison,
+        by_group=by_group,
+        confusion=_confusion(predictions),
+        left_out=left_out,
+        champion=with_champion,
+        champion_by_group=champion_by_group,
+        decision=decide(_gate_input(predictions, score, comparison, with_champion, compared), gate),
+    )
+
+
+def _score_answers(
+    samples: Sequence[Sample],
+    base: Sequence[Answer] | None,
+    tuned: Sequence[Answer],
+    champion: Sequence[Answer] | None,
+    default_metric: str,
+) -> list[Prediction]:
     predictions = []
     for number, sample in enumerate(samples):
         metric, expected = metric_of(sample, default_metric), expected_answers(sample)
@@ -180,52 +233,38 @@ def assess(
                 expected=expected,
                 metric=metric.name,
                 weight=metric.weight(expected),
-                base=None if base is None else _judge(base[number], expected, metric),
-                tuned=_judge(tuned[number], expected, metric),
-                champion=None if champion is None else _judge(champion[number], expected, metric),
+                base=None if base is None else _score_answer(base[number], expected, metric),
+                tuned=_score_answer(tuned[number], expected, metric),
+                champion=None if champion is None else _score_answer(champion[number], expected, metric),
             )
         )
-    names = {prediction.metric for prediction in predictions}
-    if len(names) > 1:
-        # Lengths in words and in characters do not add up.
-        predictions = [replace(prediction, weight=1.0) for prediction in predictions]
-    groups: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        own = [prediction.metric] if len(names) > 1 else []
-        for tag in dict.fromkeys([*prediction.sample.tags, *own]):
-            groups.setdefault(tag, []).append(prediction)
-    score, comparison = _summarise(predictions)
-    by_group = {tag: (len(group), *_summarise(group)) for tag, group in sorted(groups.items())}
-    against_champion, champion_by_group = None, {}
-    if champion is not None:
-        against_champion = _compared_with_champion(predictions)
-        champion_by_group = {tag: _compared_with_champion(group) for tag, group in sorted(groups.items())}
-    opponent = against_champion or comparison
-    compared = champion_by_group or {tag: found for tag, (_, _, found) in by_group.items() if found is not None}
-    is_error = _lower_is_better(predictions)
-    figures = Figures(
+    if len({prediction.metric for prediction in predictions}) > 1:
+        # Weights in words and weights in characters cannot be added.
+        return [replace(prediction, weight=1.0) for prediction in predictions]
+    return predictions
+
+
+def _gate_input(
+    predictions: Sequence[Prediction],
+    score: Estimate,
+    base: Comparison | None,
+    champion: Comparison | None,
+    by_group: Mapping[str, Comparison],
+) -> GateInput:
+    """The numbers that the gate decides by: those of the comparison with the champion, or else with the base."""
+    lower_is_better = _lower_is_better(predictions)
+    comparison = champion or base
+    return GateInput(
         score=score.value,
-        lower_is_better=is_error,
-        opponent="" if opponent is None else "base model" if against_champion is None else "champion",
-        improvement=0.0 if opponent is None else improvement(opponent, is_error).value,
-        tags={tag: (found.samples, improvement(found, is_error).value) for tag, found in compared.items()},
-    )
-    return Evaluation(
-        metric=MIXED if len(names) > 1 else predictions[0].metric,
-        predictions=tuple(predictions),
-        tuned=score,
-        comparison=comparison,
-        by_group=by_group,
-        confusion=_confusion(predictions),
-        left_out=left_out,
-        champion=against_champion,
-        champion_by_group=champion_by_group,
-        decision=decide(figures, gate),
+        lower_is_better=lower_is_better,
+        opponent="champion" if champion else "base model" if base else "",
+        improvement=improvement_of(comparison, lower_is_better).value if comparison else 0.0,
+        tags={name: (one.samples, improvement_of(one, lower_is_better).value) for name, one in by_group.items()},
     )
 
 
-def improvement(comparison: Comparison, lower_is_better: bool) -> Estimate:
-    """How much better tuned is, whichever way the metric counts."""
+def improvement_of(comparison: Comparison, lower_is_better: bool) -> Estimate:
+    """The difference of the scores with the sign that is positive where the tuned model is better."""
     difference = comparison.difference
     return Estimate(-difference.value, -difference.high, -difference.low) if lower_is_better else difference
 
@@ -234,12 +273,12 @@ def _lower_is_better(predictions: Sequence[Prediction]) -> bool:
     return METRICS[predictions[0].metric].lower_is_better
 
 
-def _judge(answer: Answer, expected: Sequence[str], metric: Metric) -> Judged:
+def _score_answer(answer: Answer, expected: Sequence[str], metric: Metric) -> ScoredAnswer:
     score = metric.score(answer.text, expected)
-    return Judged(answer, score, anls(answer.text, expected), metric.is_right(score))
+    return ScoredAnswer(answer, score, anls(answer.text, expected), metric.is_right(score))
 
 
-def _summarise(predictions: Sequence[Prediction]) -> tuple[Estimate, Comparison | None]:
+def _summarize(predictions: Sequence[Prediction]) -> tuple[Estimate, Comparison | None]:
     weights = [prediction.weight for prediction in predictions]
     tuned = [prediction.tuned.score for prediction in predictions]
     base = [prediction.base.score for prediction in predictions if prediction.base is not None]
@@ -249,25 +288,25 @@ def _summarise(predictions: Sequence[Prediction]) -> tuple[Estimate, Comparison 
     return comparison.tuned, comparison
 
 
-def _compared_with_champion(predictions: Sequence[Prediction]) -> Comparison:
-    asked = [(one.champion, one) for one in predictions if one.champion is not None]
+def _compare_with_champion(predictions: Sequence[Prediction]) -> Comparison:
+    pairs = [(one.champion, one) for one in predictions if one.champion is not None]
     return compare(
-        [champion.score for champion, _ in asked],
-        [one.tuned.score for _, one in asked],
-        [one.weight for _, one in asked],
-        [outcome(champion.is_right, one.tuned.is_right) for champion, one in asked],
+        [champion.score for champion, _ in pairs],
+        [one.tuned.score for _, one in pairs],
+        [one.weight for _, one in pairs],
+        [classify_outcome(champion.is_right, one.tuned.is_right) for champion, one in pairs],
     )
 
 
 def _confusion(predictions: Sequence[Prediction]) -> Confusion | None:
-    """Only where answers are classes: few of them, and each expected several times."""
+    """The confusion matrix; None unless the expected answers are a few classes, each with several samples."""
     expected = [prediction.expected[0].strip() for prediction in predictions]
     classes = sorted(set(expected))
-    if not 2 <= len(classes) <= _MOST_CLASSES or len(expected) < 2 * len(classes):
+    if not 2 <= len(classes) <= _MAX_CLASSES or len(expected) < 2 * len(classes):
         return None
     pairs = Counter(
-        (wanted, given if (given := prediction.tuned.answer.text) in classes else OTHER)
-        for wanted, prediction in zip(expected, predictions, strict=True)
+        (right, given if (given := prediction.tuned.answer.text) in classes else OTHER)
+        for right, prediction in zip(expected, predictions, strict=True)
     )
     labels = (*classes, OTHER)
     return Confusion(labels, tuple(tuple(pairs[row, column] for column in labels) for row in labels))

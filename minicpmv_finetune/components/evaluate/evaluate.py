@@ -1,9 +1,9 @@
-"""Let base and merged model answer the held-out questions freely, and compare them sample by sample.
+"""Generate the answers of base, champion and merged model to the held-out questions, and compare them.
 
-Answers are generated as a user's would be, from the merged folder alone, so a mistake anywhere before (template,
-slicing, merge, saving) shows in the figures. The base model sees the same samples with the same slicing, so what
-differs between the two are the weights. The champion, if there is one, answers the same samples anew as it would be
-served, whatever it reached when it was evaluated itself: only so are the figures of one and the same data.
+Answers are generated as for a user, from the merged folder alone, so a mistake in an earlier step (template, slicing,
+merge, saving) changes the scores. The base model gets the same samples with the same slicing, so only the weights
+differ. The champion, if there is one, answers the same samples again, with the slicing that it would be served with,
+whatever its score was when it was evaluated itself: only then are all scores from the same data.
 """
 
 import gc
@@ -33,18 +33,18 @@ from minicpmv_finetune.tracking.step_runs import step_run
 from .assessment import Evaluation, Prediction, assess, check_metrics
 from .gate import Gate
 from .metrics import METRICS_VERSION
-from .report import metric_title, percent, write_report
+from .report import format_percent, metric_title, write_report
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How models are asked and scored.
+    """Settings of the evaluation.
 
     Attributes:
-        metric: scores the samples that name none of their own; a name in `metrics.METRICS`.
-        max_new_tokens: longest answer in tokens; how many reached it is counted.
-        batch_size: samples asked at once.
-        gate: what the tuned model must reach to be promoted.
+        metric: Metric of samples that name none; a name in `metrics.METRICS`.
+        max_new_tokens: Longest answer in tokens; the report contains the number of answers that reached it.
+        batch_size: Number of samples that are answered at the same time.
+        gate: Rules that the tuned model must pass to be promoted.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -56,7 +56,7 @@ class EvaluationSettings:
 
 
 def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:
-    """The settings that a JSON object names; see `settings_from_options`."""
+    """Read the settings from a JSON object; see `settings_from_options`."""
     return settings_from_options(
         EvaluationSettings,
         options,
@@ -74,47 +74,31 @@ def evaluate(
     settings: EvaluationSettings,
     champion_uri: str = "",
 ) -> Evaluation:
-    """Answer, score, compare, judge, report.
+    """Generate answers, score and compare them, apply the gate and write the reports.
 
     Args:
-        model: the merged folder.
-        base_model_uri: what it is compared with; empty evaluates the merged model alone.
-        dataset: folder written by validate_data, of which the evaluation split is asked.
-        predictions_file: receives one JSON object a sample.
-        report_file: receives the HTML report.
-        settings: see there.
-        champion_uri: the model whose place the merged one may take; empty when there is none.
+        model: Merged folder.
+        base_model_uri: Model that is compared with; empty evaluates the merged model alone.
+        dataset: Folder written by validate_data; its evaluation split is used.
+        predictions_file: Receives one JSON object for each sample.
+        report_file: Receives the HTML report.
+        settings: Settings of the evaluation.
+        champion_uri: Champion that the merged model may replace; empty when there is none.
 
     Raises:
-        UserError: a checkpoint, the data or the metric is unusable.
+        UserError: A checkpoint, the data or the metric is unusable.
     """
     started = time.monotonic()
     info = read_info(dataset)
-    encoder = Encoder.from_checkpoint(model)
-    others: dict[str, tuple[Path, Encoder]] = {}
-    if base_model_uri:
-        base = storage.fetch(base_model_uri)
-        others["base"] = base, Encoder.from_checkpoint(base, max_slice_nums=encoder.slicing.max_slice_nums)
-    if champion_uri:
-        champion = storage.fetch(champion_uri)
-        others["champion"] = champion, Encoder.from_checkpoint(champion)
-    samples, left_out = _askable(dataset, [encoder, *(other for _, other in others.values())])
+    models = _find_models(model, base_model_uri, champion_uri)
+    samples, left_out = _samples_to_evaluate(dataset, [encoder for _, encoder in models.values()])
     check_metrics(samples, settings.metric)
-    facts = {
-        "metric": settings.metric,
-        "metrics_version": METRICS_VERSION,
-        "base_model": base_model_uri or "none",
-        "generation": encoder.generation.version,
-        "data_fingerprint": info.fingerprint,
-        "max_new_tokens": settings.max_new_tokens,
-        "batch_size": settings.batch_size,
-        "max_slice_nums": encoder.slicing.max_slice_nums,
-    }
+    facts = _facts(models["tuned"][1], base_model_uri, info.fingerprint, settings)
     with step_run("evaluate") as run:
         run.log_parameters(facts)
         answers = {
-            name: _ask(f"{name} model", checkpoint, its_encoder, samples, settings)
-            for name, (checkpoint, its_encoder) in [*others.items(), ("tuned", (model, encoder))]
+            name: _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
+            for name, (checkpoint, encoder) in models.items()
         }
         evaluation = assess(
             samples,
@@ -125,26 +109,60 @@ def evaluate(
             champion=answers.get("champion"),
             gate=settings.gate,
         )
-        # Not a parameter of the run, which a retry could not change when the champion has moved.
+        # Not a parameter of the run: a retry could not change it if the champion has moved.
         facts |= {"champion": champion_uri or "none", "seconds": round(time.monotonic() - started)}
-        # The merge step leaves the record in the folder; a model from elsewhere has none.
+        # The merge step copies the record to the folder; a model from another source has none.
         record = read_record(model) if (model / RECORD_FILE).is_file() else None
         write_report(report_file, evaluation, facts, record)
-        # Last, so that whoever finds them finds the report too.
+        # The predictions are written last, so that there is a report whenever there are predictions.
         lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
         storage.write_bytes(str(predictions_file), "".join(lines).encode())
         run.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()})
-        # MLflow shows a file by its ending, which Kubeflow's artifact paths lack.
+        # MLflow displays a file by its suffix, which Kubeflow's artifact paths lack.
         with tempfile.TemporaryDirectory() as folder:
             run.log_file(str(shutil.copyfile(report_file, Path(folder) / "evaluation.html")))
-    before = f"{percent(evaluation.comparison.base.value)} → " if evaluation.comparison else ""
-    now = percent(evaluation.tuned.value)
-    report_outcome(f"{metric_title(evaluation.metric)} {before}{now} on {len(samples):,} held-out samples")
+    report_outcome(_outcome_sentence(evaluation))
     return evaluation
 
 
-def _askable(dataset: Path, encoders: Sequence[Encoder]) -> tuple[list[Sample], int]:
-    """The evaluation samples, and how many were left out because their text holds a special token."""
+def _find_models(model: Path, base_model_uri: str, champion_uri: str) -> dict[str, tuple[Path, Encoder]]:
+    """The checkpoint and encoder of each model by name, the tuned model last."""
+    encoder = Encoder.from_checkpoint(model)
+    models: dict[str, tuple[Path, Encoder]] = {}
+    if base_model_uri:
+        base = storage.fetch(base_model_uri)
+        models["base"] = base, Encoder.from_checkpoint(base, max_slice_nums=encoder.slicing.max_slice_nums)
+    if champion_uri:
+        champion = storage.fetch(champion_uri)
+        models["champion"] = champion, Encoder.from_checkpoint(champion)
+    return {**models, "tuned": (model, encoder)}
+
+
+def _facts(
+    encoder: Encoder, base_model_uri: str, data_fingerprint: str, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """The circumstances of the evaluation, for MLflow and the report."""
+    return {
+        "metric": settings.metric,
+        "metrics_version": METRICS_VERSION,
+        "base_model": base_model_uri or "none",
+        "generation": encoder.generation.version,
+        "data_fingerprint": data_fingerprint,
+        "max_new_tokens": settings.max_new_tokens,
+        "batch_size": settings.batch_size,
+        "max_slice_nums": encoder.slicing.max_slice_nums,
+    }
+
+
+def _outcome_sentence(evaluation: Evaluation) -> str:
+    before = f"{format_percent(evaluation.comparison.base.value)} → " if evaluation.comparison else ""
+    after = format_percent(evaluation.tuned.value)
+    samples = len(evaluation.predictions)
+    return f"{metric_title(evaluation.metric)} {before}{after} on {samples:,} held-out samples"
+
+
+def _samples_to_evaluate(dataset: Path, encoders: Sequence[Encoder]) -> tuple[list[Sample], int]:
+    """The evaluation samples, and the number of those left out because their text contains a special token."""
     samples, left_out = [], 0
     for sample in read_samples(dataset, "eval"):
         try:
@@ -155,15 +173,16 @@ def _askable(dataset: Path, encoders: Sequence[Encoder]) -> tuple[list[Sample], 
             left_out += 1
     if not samples:
         raise UserError(
-            f"{dataset / 'eval.jsonl'}: no sample to evaluate ({left_out} hold special tokens); give evaluation data."
+            f"{dataset / 'eval.jsonl'}: no sample to evaluate ({left_out} contain special tokens); give evaluation "
+            "data."
         )
     return samples, left_out
 
 
-def _ask(
+def _generate_answers(
     name: str, checkpoint: Path, encoder: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
 ) -> list[Answer]:
-    """One model's answers; it is gone from memory afterwards, so that only one model at a time need fit."""
+    """The answers of one model, which is removed from memory afterwards, so that two models need not fit at once."""
     model, _ = load_model(checkpoint, device_map=inference_device())
     with progress(name, len(samples), " answers") as bar:
         answers = answer(model, encoder, samples, settings.max_new_tokens, settings.batch_size, on_done=bar.update)
@@ -174,22 +193,20 @@ def _ask(
 
 
 def _line(prediction: Prediction) -> dict[str, object]:
-    """A sample's line of the predictions file."""
-    sample, judged = (
-        prediction.sample,
-        {"base": prediction.base, "champion": prediction.champion, "tuned": prediction.tuned},
-    )
-    asked = {name: one for name, one in judged.items() if one is not None}
+    """The line of a sample in the predictions file."""
+    sample = prediction.sample
+    models = {"base": prediction.base, "champion": prediction.champion, "tuned": prediction.tuned}
+    answers = {name: scored for name, scored in models.items() if scored is not None}
     return {
         "id": sample.id,
         "question": prediction.question,
         "expected": list(prediction.expected),
-        **{name: one.answer.text for name, one in asked.items()},
+        **{name: scored.answer.text for name, scored in answers.items()},
         "outcome": prediction.outcome if prediction.base else None,
         "metric": prediction.metric,
-        "scores": {name: {prediction.metric: one.score, "anls": one.anls} for name, one in asked.items()},
-        "new_tokens": {name: one.answer.new_tokens for name, one in asked.items()},
-        "hit_limit": {name: one.answer.hit_limit for name, one in asked.items()},
+        "scores": {name: {prediction.metric: scored.score, "anls": scored.anls} for name, scored in answers.items()},
+        "new_tokens": {name: scored.answer.new_tokens for name, scored in answers.items()},
+        "hit_limit": {name: scored.answer.hit_limit for name, scored in answers.items()},
         "tags": list(sample.tags),
         "pictures": [image.uri for image in sample.images],
     }

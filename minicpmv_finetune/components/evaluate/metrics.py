@@ -1,11 +1,11 @@
-"""How an answer is scored against the expected ones: each metric as it was published.
+"""The metrics that score an answer against the expected answers, each as it was published.
 
-A metric is a plain function of an answer and the sample's expected answers. Its docstring says which normalization
-the publication prescribes; none is added, so a figure can be laid beside the literature's. The score of a data set
+A metric is a plain function of an answer and the sample's expected answers. Its docstring states the normalization
+that the publication prescribes; none is added, so scores can be compared with the literature. The score of a data set
 is the mean of its samples' scores, weighted by the length of the reference where the publication pools errors (CER,
 WER).
 
-`METRICS_VERSION` is logged with every figure and raised whenever a definition here changes a score.
+`METRICS_VERSION` is logged with every score and is raised whenever a change in this file changes a score.
 """
 
 import json
@@ -27,15 +27,15 @@ METRICS_VERSION = "1"
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to score, with what comparing two models needs to know about it.
+    """A metric, with the properties that the comparison of two models needs.
 
     Attributes:
-        name: as users write it.
-        score: of an answer, given the expected answers; in [0, 1], for error rates in [0, ∞).
-        right_at: a score from which on (for error rates: down to which) an answer counts as right.
-        lower_is_better: whether it counts errors.
-        weight: of a sample in the data set's score, from its expected answers.
-        refuses: why the metric is undefined for these expected answers, or None.
+        name: Name in options and data.
+        score: Function that scores an answer, given the expected answers; in [0, 1], for error rates in [0, ∞).
+        right_at: Least score (for error rates: greatest score) of an answer that counts as right.
+        lower_is_better: Whether the metric counts errors.
+        weight: Function that computes the weight of a sample in the data set's score from its expected answers.
+        find_problem: Function that returns why the metric is undefined for these expected answers, or None.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Metric:
     right_at: float = 1.0
     lower_is_better: bool = False
     weight: Callable[[Sequence[str]], float] = lambda expected: 1.0
-    refuses: Callable[[Sequence[str]], str | None] = lambda expected: None
+    find_problem: Callable[[Sequence[str]], str | None] = lambda expected: None
 
     def is_right(self, score: float) -> bool:
-        """Whether a sample with this score counts as answered."""
+        """Whether an answer with this score counts as right."""
         return score <= self.right_at if self.lower_is_better else score >= self.right_at
 
 
 def metric_named(name: str) -> Metric:
-    """The metric of that name.
+    """The metric of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such metric.
     """
     if name not in METRICS:
         raise UserError(f"metric: {name!r} is none of {', '.join(METRICS)}; choose one of these.")
@@ -62,35 +62,35 @@ def metric_named(name: str) -> Metric:
 
 
 def expected_answers(sample: Sample) -> tuple[str, ...]:
-    """The accepted answers: those the data lists, or else the last turn."""
+    """The accepted answers: those listed in the data, or else the last turn."""
     return sample.answers or (sample.turns[-1].text,)
 
 
 def metric_of(sample: Sample, default: str) -> Metric:
-    """The metric that scores a sample: its own, or the set's.
+    """The metric that scores a sample: the one that the sample names, or else the default.
 
     Raises:
-        UserError: it does not exist, or is undefined for the sample's expected answers.
+        UserError: The metric does not exist, or is undefined for the sample's expected answers.
     """
     try:
         metric = metric_named(sample.metric or default)
     except UserError as error:
         raise UserError(f"{sample.source}, sample {sample.id}: {error}") from None
-    if why := metric.refuses(expected_answers(sample)):
-        raise UserError(f"{sample.source}, sample {sample.id}: {metric.name} {why}")
+    if problem := metric.find_problem(expected_answers(sample)):
+        raise UserError(f"{sample.source}, sample {sample.id}: {metric.name} {problem}")
     return metric
 
 
 def exact_match(answer: str, expected: Sequence[str]) -> float:
-    """1 if the answer equals an expected one, outer white space aside; HELM's `exact_match` (Liang et al. 2022)."""
+    """1 if the answer equals an expected one except for white space at the ends; HELM (Liang et al. 2022)."""
     return float(any(answer.strip() == text.strip() for text in expected))
 
 
 def anls(answer: str, expected: Sequence[str]) -> float:
-    """Average normalized Levenshtein similarity, of one sample (Biten et al., ICCV 2019, eq. 1; threshold τ = 0.5).
+    """Average normalized Levenshtein similarity of one sample (Biten et al., ICCV 2019, eq. 1; threshold τ = 0.5).
 
-    The best over the expected answers of 1 - NL, where NL is the edit distance over the longer length; 0 where
-    NL reaches τ. As in the DocVQA challenge, case and runs of white space do not count.
+    The best value over the expected answers of 1 - NL, where NL is the edit distance divided by the longer length; 0
+    if NL is at least τ. As in the DocVQA challenge, case and the amount of white space are ignored.
     """
 
     def folded(text: str) -> str:
@@ -103,10 +103,10 @@ def anls(answer: str, expected: Sequence[str]) -> float:
 def vqa_accuracy(answer: str, expected: Sequence[str]) -> float:
     """VQA accuracy (Antol et al., ICCV 2015): the mean over annotators of min(1, agreeing others / 3).
 
-    Leaving one annotator out needs several of them: with one expected answer the score would be 0 by definition, so
-    that is refused. Normalized as in the published evaluation: lower case, punctuation, articles, number
-    words and missing apostrophes. (It skips this when all annotators agree word for word; here it always
-    happens, so that "A cat." matches ten times "cat".)
+    Each annotator is left out once, which needs several annotators: with one expected answer the score would be 0 by
+    definition, so one expected answer is refused. Normalized as in the published evaluation: lower case, punctuation,
+    articles, number words and missing apostrophes. (The published evaluation skips the normalization if all annotators
+    agree word for word; here it is always applied, so that "A cat." matches "cat" from ten annotators.)
     """
     given = _vqa_normalized(answer)
     people = [_vqa_normalized(text) for text in expected]
@@ -120,24 +120,24 @@ def vqa_accuracy(answer: str, expected: Sequence[str]) -> float:
 def relaxed_accuracy(answer: str, expected: Sequence[str]) -> float:
     """Relaxed accuracy (ChartQA, Masry et al. 2022; PlotQA, Methani et al. 2020).
 
-    Numbers, also as per cent, may be off by 5 % of the expected one; everything else, and an expected 0, must be
-    equal but for case.
+    Numbers, also percentages, may differ from the expected number by 5 % of it; every other answer, and an expected 0,
+    must be equal except for case.
     """
 
-    def agrees(text: str) -> bool:
-        given, wanted = _number(answer), _number(text)
-        if given is not None and wanted:
-            # Exactly 5 % off counts, though neither 0.095 nor 0.1 is a binary fraction.
-            return abs(given - wanted) <= 0.05 * abs(wanted) * (1 + 1e-9)
+    def matches(text: str) -> bool:
+        given, right = _number(answer), _number(text)
+        if given is not None and right:
+            # A difference of exactly 5 % is accepted, although neither 0.095 nor 0.1 is a binary fraction.
+            return abs(given - right) <= 0.05 * abs(right) * (1 + 1e-9)
         return answer.strip().lower() == text.strip().lower()
 
-    return float(any(agrees(text) for text in expected))
+    return float(any(matches(text) for text in expected))
 
 
 def contains(answer: str, expected: Sequence[str]) -> float:
-    """1 if an expected answer stands anywhere in the answer; OCRBench (Liu et al. 2023).
+    """1 if the answer contains an expected one; OCRBench (Liu et al. 2023).
 
-    As there: lower case, line breaks as spaces.
+    Normalized as in OCRBench: lower case, line breaks replaced by spaces.
     """
 
     def folded(text: str) -> str:
@@ -147,10 +147,10 @@ def contains(answer: str, expected: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, expected: Sequence[str]) -> float:
-    """Overlap of words as F1, the best over the expected answers; SQuAD (Rajpurkar et al. 2016).
+    """F1 of the words in common, the best value over the expected answers; SQuAD (Rajpurkar et al. 2016).
 
-    Normalized as there: lower case, no punctuation, no articles. Where either side has no word left, 1 if both
-    have none (SQuAD 2.0).
+    Normalized as in SQuAD: lower case, no punctuation, no articles. If one side has no words left, the score is 1 if
+    the other side has none either, else 0 (SQuAD 2.0).
     """
 
     def words(text: str) -> list[str]:
@@ -158,45 +158,46 @@ def token_f1(answer: str, expected: Sequence[str]) -> float:
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
     given = words(answer)
-    return max(_f1(sum((Counter(given) & Counter(wanted)).values()), given, wanted) for wanted in map(words, expected))
+    return max(_f1(sum((Counter(given) & Counter(right)).values()), given, right) for right in map(words, expected))
 
 
 def cer(answer: str, expected: Sequence[str]) -> float:
-    """Character error rate: edits over the reference's characters; over 1 when the answer is far too long.
+    """Character error rate: edits divided by the reference's characters; above 1 if the answer is far too long.
 
-    Outer white space aside nothing is normalized. The set's rate pools edits and lengths (weight: the length).
+    Only white space at the ends is removed. The rate of a data set pools edits and lengths (weight: the length).
     """
     reference = expected[0].strip()
     return Levenshtein.distance(answer.strip(), reference) / len(reference)
 
 
 def wer(answer: str, expected: Sequence[str]) -> float:
-    """Word error rate: edits of white-space separated words over the reference's words.
+    """Word error rate: edits of words, separated by white space, divided by the reference's words.
 
-    Case and punctuation count. The set's rate pools edits and lengths (weight: the number of words).
+    Case and punctuation matter. The rate of a data set pools edits and lengths (weight: the number of words).
     """
     reference = expected[0].split()
     return Levenshtein.distance(answer.split(), reference) / len(reference)
 
 
 def rouge_l(answer: str, expected: Sequence[str]) -> float:
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, the best over the expected answers.
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, the best value over the expected answers.
 
-    β is 1 and words are lower-case runs of letters and digits without stemming, as in Google's `rouge-score`, which
-    knows ASCII alone; here each Chinese or Japanese character is a word too, since those scripts write no spaces.
+    β is 1, and words are lower-case sequences of letters and digits without stemming, as in Google's `rouge-score`,
+    which supports only ASCII; here each Chinese or Japanese character is also a word, since those scripts have no
+    spaces.
     """
     given = _WORD.findall(answer.lower())
     return max(
-        _f1(LCSseq.similarity(given, wanted), given, wanted) if wanted else 0.0
-        for wanted in (_WORD.findall(text.lower()) for text in expected)
+        _f1(LCSseq.similarity(given, right), given, right) if right else 0.0
+        for right in (_WORD.findall(text.lower()) for text in expected)
     )
 
 
 def multiple_choice(answer: str, expected: Sequence[str]) -> float:
     """1 if the answer names the expected option's letter; the rule-based match of MMBench and MMMU (2023).
 
-    The letter is, in this order: the whole answer ("b", "(B)"), its head ("B. a cat", "B: a cat"), what follows "answer
-    is" or "option", or the only letter in brackets.
+    The letter is, in this order: the whole answer ("b", "(B)"), its beginning ("B. a cat", "B: a cat"), the letter
+    after "answer is" or "option", or the only letter in brackets.
     """
     option = chosen_option(answer)
     return float(option is not None and any(option == chosen_option(text) for text in expected))
@@ -211,22 +212,22 @@ def chosen_option(text: str) -> str | None:
 
 
 def json_fields(answer: str, expected: Sequence[str]) -> float:
-    """JSON accuracy: 1 minus differing fields over expected fields, at least 0; as in OmniAI's OCR benchmark (2025).
+    """JSON accuracy: 1 - differing fields / expected fields, at least 0; as in OmniAI's OCR benchmark (2025).
 
-    A field is a leaf, under its path. Missing, wrong and invented ones differ. A code fence around the answer is
-    allowed; what is no JSON scores 0.
+    A field is a leaf of the document, identified by its path. Missing, wrong and additional fields differ. A code fence
+    around the answer is allowed; an answer that is not JSON scores 0.
     """
-    wanted = dict(_leaves(json.loads(expected[0])))
+    right = dict(_leaves(json.loads(expected[0])))
     try:
         given = dict(_leaves(json.loads(_FENCE.sub(r"\1", answer.strip()))))
     except (ValueError, RecursionError):
         return 0.0
-    # The JSON text tells true from 1, which Python's == does not.
+    # The JSON text distinguishes true from 1, and Python's == does not.
     differing = sum(
-        path not in given or path not in wanted or json.dumps(given[path]) != json.dumps(wanted[path])
-        for path in given.keys() | wanted.keys()
+        path not in given or path not in right or json.dumps(given[path]) != json.dumps(right[path])
+        for path in given.keys() | right.keys()
     )
-    return max(0.0, 1 - differing / len(wanted))
+    return max(0.0, 1 - differing / len(right))
 
 
 _WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿]|[^\W_぀-ヿ㐀-䶿一-鿿]+")
@@ -238,7 +239,7 @@ _OPTION = (
     re.compile(r"[(\[]([A-Z])[)\]]"),
 )
 
-# The published evaluation's words: a contraction is restored from any spelling with apostrophes missing.
+# The contractions of the published evaluation, without apostrophes: the answer may lack some or all of them.
 _VQA_CONTRACTIONS = frozenset(
     re.findall(
         r"\w+",
@@ -261,7 +262,7 @@ def _vqa_normalized(text: str) -> str:
     digits_with_comma = re.search(r"\d,\d", text) is not None
     before = text
     for mark in _VQA_PUNCTUATION:
-        # Beside a space a mark is dropped; between letters it parts two words.
+        # A mark next to a space is removed; a mark between letters separates two words.
         drops = f"{mark} " in before or f" {mark}" in before or digits_with_comma
         text = text.replace(mark, "" if drops else " ")
     text = re.sub(r"\.(?!\d)", "", text)
@@ -276,7 +277,7 @@ def _vqa_normalized(text: str) -> str:
 
 
 def _number(text: str) -> float | None:
-    """A finite number, per cent as a fraction."""
+    """The finite number that the text is, a percentage as a fraction; None if it is no number."""
     text = text.strip()
     try:
         number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -285,10 +286,10 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _f1(common: int, given: Sequence[str], wanted: Sequence[str]) -> float:
-    if not given or not wanted:
-        return float(not given and not wanted)
-    return 2 * common / (len(given) + len(wanted))
+def _f1(common: int, given: Sequence[str], right: Sequence[str]) -> float:
+    if not given or not right:
+        return float(not given and not right)
+    return 2 * common / (len(given) + len(right))
 
 
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
@@ -299,30 +300,34 @@ def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[st
     return [(path, value)]
 
 
-def _refuse_single(expected: Sequence[str]) -> str | None:
+def _require_several(expected: Sequence[str]) -> str | None:
     if len(expected) < 2:
-        return "leaves one annotator out and is 0 by definition with one answer; list several `answers`, or use anls."
+        return "is 0 by definition with one expected answer; list several `answers`, or use anls."
     return None
 
 
-def _refuse_several(expected: Sequence[str]) -> str | None:
+def _require_one(expected: Sequence[str]) -> str | None:
     if len(expected) != 1 or not expected[0].strip():
-        return f"compares with one reference, here are {len(expected)}; give one answer, or use anls."
+        return (
+            f"needs one expected answer that is not empty, but there are {len(expected)}; give one answer, or use anls."
+        )
     return None
 
 
-def _refuse_without_option(expected: Sequence[str]) -> str | None:
-    nameless = next((text for text in expected if chosen_option(text) is None), None)
-    return None if nameless is None else f"finds no option's letter in the expected answer {nameless!r}; begin with it."
+def _require_option(expected: Sequence[str]) -> str | None:
+    without = next((text for text in expected if chosen_option(text) is None), None)
+    if without is None:
+        return None
+    return f"finds no option's letter in the expected answer {without!r}; write the letter at its beginning."
 
 
-def _refuse_without_json(expected: Sequence[str]) -> str | None:
+def _require_json(expected: Sequence[str]) -> str | None:
     try:
         for text in expected:
             json.loads(text)
     except ValueError as error:
-        return f"cannot read the expected answer as JSON ({error}); mend it."
-    return _refuse_several(expected)
+        return f"cannot read the expected answer as JSON ({error}); correct it."
+    return _require_one(expected)
 
 
 METRICS = {
@@ -330,7 +335,7 @@ METRICS = {
     for metric in (
         Metric("exact_match", exact_match),
         Metric("anls", anls, right_at=0.5),
-        Metric("vqa_accuracy", vqa_accuracy, right_at=0.5, refuses=_refuse_single),
+        Metric("vqa_accuracy", vqa_accuracy, right_at=0.5, find_problem=_require_several),
         Metric("relaxed_accuracy", relaxed_accuracy),
         Metric("contains", contains),
         Metric("token_f1", token_f1, right_at=0.5),
@@ -340,7 +345,7 @@ METRICS = {
             right_at=0.0,
             lower_is_better=True,
             weight=lambda expected: len(expected[0].strip()),
-            refuses=_refuse_several,
+            find_problem=_require_one,
         ),
         Metric(
             "wer",
@@ -348,10 +353,10 @@ METRICS = {
             right_at=0.0,
             lower_is_better=True,
             weight=lambda expected: len(expected[0].split()),
-            refuses=_refuse_several,
+            find_problem=_require_one,
         ),
         Metric("rouge_l", rouge_l, right_at=0.5),
-        Metric("multiple_choice", multiple_choice, refuses=_refuse_without_option),
-        Metric("json_fields", json_fields, refuses=_refuse_without_json),
+        Metric("multiple_choice", multiple_choice, find_problem=_require_option),
+        Metric("json_fields", json_fields, find_problem=_require_json),
     )
 }

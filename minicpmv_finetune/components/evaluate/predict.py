@@ -1,4 +1,4 @@
-"""One question, one answer: the first thing to try with a model."""
+"""The answer of a model to one question, for a first test of the model."""
 
 import hashlib
 import io
@@ -20,23 +20,23 @@ def predict(
     """Answer a question about images.
 
     Args:
-        model_uri: a merged folder, or with an adapter its base model; local, `s3://` or a hub id.
-        images: local paths or `s3://` URIs, shown before the words in this order.
-        prompt: the question.
-        adapter_uri: a PEFT adapter folder, local or `s3://`; empty for none.
-        max_new_tokens: longest answer in tokens.
+        model_uri: Merged folder, or with an adapter its base model; a local path, an `s3://` URI or a hub id.
+        images: Local paths or `s3://` URIs of the images, which come before the question in this order.
+        prompt: Question.
+        adapter_uri: Folder of a PEFT adapter, local or `s3://`; empty for none.
+        max_new_tokens: Longest answer in tokens.
 
     Raises:
-        UserError: a model, an adapter, an image or the prompt is unusable.
+        UserError: A model, an adapter, an image or the prompt is unusable.
     """
     if not prompt.strip():
-        raise UserError("prompt: says nothing; ask something.")
+        raise UserError("prompt: the prompt is empty; give a question.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} leaves no room for an answer; give at least 1.")
-    image_refs = tuple(_image(uri) for uri in images)
-    # As validate_data lays out a sample: images first, each on a line of its own.
-    shown: list[str | int] = [part for number in range(len(image_refs)) for part in (number, "\n")]
-    turn = Turn(role="user", parts=(*shown, prompt))
+    image_refs = tuple(_read_image(uri) for uri in images)
+    # The same order as in validate_data's samples: images first, each on its own line.
+    image_parts: list[str | int] = [part for number in range(len(image_refs)) for part in (number, "\n")]
+    turn = Turn(role="user", parts=(*image_parts, prompt))
     sample = Sample(id="prompt", images=image_refs, turns=(turn,), source="prompt")
     checkpoint = storage.fetch(model_uri)
     encoder = Encoder.from_checkpoint(checkpoint)
@@ -52,7 +52,7 @@ def predict(
     return answer(model, encoder, [sample], max_new_tokens)[0].text
 
 
-def _image(uri: str) -> ImageRef:
+def _read_image(uri: str) -> ImageRef:
     content = storage.read_bytes(uri)
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -60,6 +60,7 @@ def _image(uri: str) -> ImageRef:
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{uri}: not a readable image ({type(error).__name__}); give a PNG, JPEG or another format Pillow reads."
+            f"{uri}: not a readable image ({type(error).__name__}); give a PNG, a JPEG or another format that Pillow "
+            "reads."
         ) from error
     return ImageRef(uri=uri, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)

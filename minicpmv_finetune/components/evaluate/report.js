@@ -11,11 +11,11 @@ const nothing = document.querySelector("#nothing");
 let filter = "all";
 
 function update() {
-  const wanted = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
   let count = 0;
   for (const card of cards) {
     const visible =
-      (filter === "all" || card.outcome === filter) && wanted.every((word) => card.words.includes(word));
+      (filter === "all" || card.outcome === filter) && terms.every((word) => card.words.includes(word));
     card.element.hidden = !visible;
     count += visible;
   }

@@ -1,1 +1,1 @@
-"""After a scheduled run: tell someone how it went."""
+"""After a scheduled run: post the outcome to a webhook."""

@@ -7,10 +7,10 @@ from minicpmv_finetune.container_images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str) -> None:
-    """Post how a run went to the webhook that MINICPMV_FINETUNE_WEBHOOK_URL in the environment names, if it is set.
+    """Post the outcome of a run to the webhook in the variable MINICPMV_FINETUNE_WEBHOOK_URL, if it is set.
 
     Args:
-        status: Kubeflow's word on the run.
+        status: Final status of the run in Kubeflow.
         pipeline: Name of the pipeline.
     """
     from minicpmv_finetune.components.notify.notify import notify as run

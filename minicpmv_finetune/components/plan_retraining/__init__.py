@@ -1,1 +1,1 @@
-"""Before a scheduled run trains: is there anything new, and where does training start?"""
+"""Before a scheduled run trains: decide whether the data is new, and where training starts."""

@@ -17,16 +17,16 @@ def plan_retraining(
     flags: dsl.OutputPath(dict),  # type: ignore[valid-type]
     summary: dsl.Output[dsl.Markdown],
 ) -> str:
-    """Say whether the data differs from the champion's, and where training starts.
+    """Decide whether the data differs from the champion's data, and where training starts.
 
     Args:
         dataset: The samples of validate_data, whose fingerprint is compared.
         base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
         registered_model: Name in MLflow's model registry.
-        start_from: base, or champion to go on from its adapter.
+        start_from: base, or champion to continue from the champion's adapter.
         training_flags: Any flag of the training script by name.
-        flags: training_flags, and lora_weight_path when training goes on from the champion.
-        summary: What was found.
+        flags: training_flags, and lora_weight_path if training continues from the champion.
+        summary: The decision.
 
     Returns:
         "something new" or "nothing new".

@@ -1,4 +1,4 @@
-"""Whether a scheduled run has anything to do, and where its training starts."""
+"""The decision whether a scheduled run has new data, and where its training starts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,20 +16,20 @@ STARTS = ("base", "champion")
 def plan_retraining(
     dataset: Path, base_model_uri: str, registered_model: str, start_from: str, training_flags: Mapping[str, Any]
 ) -> tuple[bool, dict[str, Any]]:
-    """Compare the data with the champion's.
+    """Compare the data with the champion's data, and choose where training starts.
 
     Args:
-        dataset: folder written by validate_data.
-        base_model_uri: checkpoint that is tuned.
-        registered_model: name in MLflow's registry.
-        start_from: "base", or "champion" to go on from its adapter.
-        training_flags: of the training script.
+        dataset: Folder written by validate_data.
+        base_model_uri: Base checkpoint of the training.
+        registered_model: Name in MLflow's registry.
+        start_from: "base", or "champion" to continue from the champion's adapter.
+        training_flags: Flags of the training script, by name.
 
     Returns:
-        Whether there is anything new, and the flags to train with.
+        Whether the data is new, and the flags to train with.
 
     Raises:
-        UserError: the champion's adapter cannot be gone on from, or an argument is unusable.
+        UserError: Training cannot continue from the champion's adapter, or an argument is unusable.
         RetryableError: MLflow does not answer.
     """
     if start_from not in STARTS:
@@ -46,18 +46,20 @@ def plan_retraining(
     flags = dict(training_flags)
     start = "the base model"
     if champion is not None and start_from == "champion":
-        flags["lora_weight_path"] = _adapter(champion, base_model_uri)
+        flags["lora_weight_path"] = _adapter_of(champion, base_model_uri)
         start = f"the adapter of version {champion.number}"
     report_outcome(f"the data is new, training starts from {start}")
     return True, flags
 
 
-def _adapter(champion: Version, base_model_uri: str) -> str:
+def _adapter_of(champion: Version, base_model_uri: str) -> str:
     if champion.base_model != base_model_uri:
         raise UserError(
             f"start_from: the champion, version {champion.number}, was tuned from {champion.base_model}, not from "
             f"{base_model_uri}; start from base, or give the champion's base model."
         )
     if not champion.adapter_uri:
-        raise UserError(f"start_from: version {champion.number} names no adapter to go on from; start from base.")
+        raise UserError(
+            f"start_from: the champion, version {champion.number}, has no adapter to continue from; start from base."
+        )
     return champion.adapter_uri

@@ -6,19 +6,23 @@ from minicpmv_finetune.container_images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
-def register(verdict: dsl.Input[dsl.Artifact], registered_model: str, summary: dsl.Output[dsl.Markdown]) -> None:
-    """Register a model that passed the gate in MLflow, and make it champion if it has beaten the present one.
+def register(
+    promotion_record: dsl.Input[dsl.Artifact], registered_model: str, summary: dsl.Output[dsl.Markdown]
+) -> None:
+    """Register a model that passed the gate in MLflow, and make it champion if it beat the current champion.
 
     Args:
-        verdict: What evaluate found; only its address stands for the model, which is not moved.
+        promotion_record: The record of evaluate; it contains the model's address, and the model is not copied.
         registered_model: Name in MLflow's model registry.
-        summary: What happened, and why.
+        summary: The result and its reason.
     """
     from pathlib import Path
 
     from minicpmv_finetune.components.register.register import register as run
     from minicpmv_finetune.permanent_errors import permanent_error_marked
 
-    with permanent_error_marked(summary.uri, {"verdict": verdict.uri, "registered_model": registered_model}):
-        sentence = run(Path(verdict.path), registered_model)
+    with permanent_error_marked(
+        summary.uri, {"promotion_record": promotion_record.uri, "registered_model": registered_model}
+    ):
+        sentence = run(Path(promotion_record.path), registered_model)
         Path(summary.path).write_text(f"{sentence}.\n")

@@ -1,4 +1,4 @@
-"""Register a model that passed the gate, and make it champion if the champion is still the one it has beaten."""
+"""Register a model that passed the gate, and make it champion if it was compared with the current champion."""
 
 from pathlib import Path
 
@@ -10,36 +10,39 @@ from minicpmv_finetune.tracking.registry import OvertakenError, is_configured, o
 from minicpmv_finetune.tracking.step_runs import note_outcome, step_run
 
 
-def register(verdict_file: Path, name: str) -> str:
-    """Register and promote what evaluate let through.
+def register(record_file: Path, name: str) -> str:
+    """Register and promote a model that passed the gate.
 
     Args:
-        verdict_file: written by evaluate.
-        name: of the registered model.
+        record_file: Promotion record written by evaluate.
+        name: Name of the registered model.
 
     Returns:
-        What happened, in one sentence.
+        The result, in one sentence.
 
     Raises:
-        UserError: the gate has not let the model through, or MLflow refuses.
-        RetryableError: MLflow does not answer; nothing is lost, and trying again finds what was done already.
+        UserError: The model did not pass the gate, or MLflow refuses.
+        RetryableError: MLflow does not answer; a retry continues after the calls that succeeded.
     """
-    verdict = read_promotion_record(verdict_file)
-    if not verdict.promote:
-        raise UserError(f"{verdict_file}: the gate stopped this model ({verdict.reason}); register one that passed it.")
+    record = read_promotion_record(record_file)
+    if not record.promote:
+        raise UserError(
+            f"{record_file}: this model did not pass the gate ({record.reason}); register a model that passed it."
+        )
     if not is_configured():
-        sentence = "passed the gate, but MLFLOW_TRACKING_URI is not set, so it is registered nowhere"
+        sentence = "passed the gate, but it is not registered, because MLFLOW_TRACKING_URI is not set"
         report_outcome(sentence)
         return sentence
     registry = open_registry(name)
     with step_run("register") as run:
-        version = registry.register(verdict, run.run_id)
+        version = registry.register(record, run.run_id)
         try:
-            # A run whose earlier steps were cached registers the model of an older run: the run counts, not the model.
-            registry.promote(version.number, verdict.champion, verdict.reason, environment.PIPELINE_RUN_ID.read())
-            sentence = f"version {version.number} of {name} is champion: {verdict.reason}"
+            # The claim is the run's id and not the model's: a run with cached steps registers the model of an older
+            # run, and its promotion is a new one.
+            registry.promote(version.number, record.champion, record.reason, environment.PIPELINE_RUN_ID.read())
+            sentence = f"version {version.number} of {name} is champion: {record.reason}"
         except OvertakenError as error:
-            compared = f"version {verdict.champion}" if verdict.champion else "no champion"
+            compared = f"version {record.champion}" if record.champion else "no champion"
             sentence = (
                 f"version {version.number} of {name} stays challenger: it was compared with {compared}, but {error}"
             )

@@ -1,3 +1,5 @@
+"""A small dataset for the tests of the evaluate step."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Scores, comparisons, groups and confusion matrix of given answers."""
+
 import json
 from collections.abc import Sequence
 
@@ -15,19 +17,19 @@ def sample(number: int, expected: str, metric: str | None = None, tags: tuple[st
     return Sample(id=str(number), images=(), turns=turns, source="data.json", metric=metric, tags=tags)
 
 
-def said(texts: Sequence[str]) -> list[Answer]:
+def answers_of(texts: Sequence[str]) -> list[Answer]:
     return [Answer(text, new_tokens=3, hit_limit=text.endswith("…")) for text in texts]
 
 
-def assessed(
+def evaluate_answers(
     samples: list[Sample], base: list[str] | None, tuned: list[str], metric: str = "exact_match"
 ) -> Evaluation:
-    return assess(samples, None if base is None else said(base), said(tuned), metric)
+    return assess(samples, None if base is None else answers_of(base), answers_of(tuned), metric)
 
 
-def test_figures_of_both_models() -> None:
+def test_metrics_contain_the_scores_of_both_models() -> None:
     samples = [sample(number, "cat") for number in range(4)]
-    found = assessed(samples, ["dog…", "cat", "cat", "dog"], ["cat", "cat", "cap", "dog"])
+    found = evaluate_answers(samples, ["dog…", "cat", "cat", "dog"], ["cat", "cat", "cap", "dog"])
     assert [prediction.outcome for prediction in found.predictions] == ["fixed", "both_right", "broken", "both_wrong"]
     figures = found.metrics
     assert figures["base_exact_match"] == figures["tuned_exact_match"] == 0.5
@@ -37,22 +39,22 @@ def test_figures_of_both_models() -> None:
     json.dumps(figures, allow_nan=False)
 
 
-def test_a_single_sample_has_no_interval_in_the_figures() -> None:
-    figures = assessed([sample(0, "cat")], ["dog"], ["cat"]).metrics
+def test_metrics_of_a_single_sample_have_no_interval() -> None:
+    figures = evaluate_answers([sample(0, "cat")], ["dog"], ["cat"]).metrics
     assert figures["improvement"] == 1
     assert "improvement_low" not in figures
 
 
-def test_without_a_base_there_is_nothing_to_compare() -> None:
-    found = assessed([sample(0, "cat"), sample(1, "cat")], None, ["cat", "dog"])
+def test_without_a_base_there_is_no_comparison() -> None:
+    found = evaluate_answers([sample(0, "cat"), sample(1, "cat")], None, ["cat", "dog"])
     assert found.comparison is found.improvement is None
     assert found.metrics["tuned_exact_match"] == 0.5
     assert not any("base" in name for name in found.metrics)
 
 
-def test_error_rates_pool_lengths_and_improve_downwards() -> None:
+def test_error_rates_pool_lengths_and_improve_when_they_fall() -> None:
     samples = [sample(0, "ab"), sample(1, "abcdefgh")]
-    found = assessed(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer")
+    found = evaluate_answers(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer")
     assert found.metrics["base_cer"] == pytest.approx(2 / 10)
     assert found.metrics["tuned_cer"] == pytest.approx(1 / 10)
     assert found.improvement is not None
@@ -62,7 +64,7 @@ def test_error_rates_pool_lengths_and_improve_downwards() -> None:
 
 def test_each_tag_is_compared() -> None:
     samples = [sample(0, "cat", tags=("animal", "short")), sample(1, "oak", tags=("tree",)), sample(2, "cat")]
-    found = assessed(samples, ["dog", "oak", "cat"], ["cat", "elm", "cat"])
+    found = evaluate_answers(samples, ["dog", "oak", "cat"], ["cat", "elm", "cat"])
     assert {tag: (count, score.value) for tag, (count, score, _) in found.by_group.items()} == {
         "animal": (1, 1),
         "short": (1, 1),
@@ -75,7 +77,7 @@ def test_each_tag_is_compared() -> None:
 
 def test_samples_may_name_their_own_metrics() -> None:
     samples = [sample(0, "cat", metric="contains"), sample(1, "cat")]
-    found = assessed(samples, None, ["a cat", "a cat"])
+    found = evaluate_answers(samples, None, ["a cat", "a cat"])
     assert found.metric == "mixed"
     assert found.metrics["tuned_mixed"] == 0.5
     assert {name: score.value for name, (_, score, _) in found.by_group.items()} == {"contains": 1, "exact_match": 0}
@@ -86,45 +88,45 @@ def test_error_rates_and_scores_are_not_averaged() -> None:
         check_metrics([sample(0, "cat", metric="cer"), sample(1, "cat")], "exact_match")
 
 
-def test_few_answers_make_a_confusion_matrix() -> None:
+def test_few_expected_answers_have_a_confusion_matrix() -> None:
     samples = [sample(number, "cat" if number < 3 else "dog") for number in range(5)]
-    found = assessed(samples, None, ["cat", "dog", "I say", "dog", "dog"])
+    found = evaluate_answers(samples, None, ["cat", "dog", "I say", "dog", "dog"])
     assert found.confusion is not None
     assert found.confusion.labels == ("cat", "dog", "(other)")
     assert found.confusion.counts == ((1, 1, 1), (0, 2, 0), (0, 0, 0))
 
 
-def test_many_or_single_answers_make_none() -> None:
+def test_many_or_unrepeated_expected_answers_have_no_confusion_matrix() -> None:
     many = [sample(number, f"answer {number % 21}") for number in range(63)]
-    assert assessed(many, None, ["?"] * 63).confusion is None
-    apart = [sample(number, f"answer {number}") for number in range(5)]
-    assert assessed(apart, None, ["?"] * 5).confusion is None
+    assert evaluate_answers(many, None, ["?"] * 63).confusion is None
+    unrepeated = [sample(number, f"answer {number}") for number in range(5)]
+    assert evaluate_answers(unrepeated, None, ["?"] * 5).confusion is None
 
 
-def test_the_champion_is_a_third_model_on_the_same_samples() -> None:
+def test_the_champion_is_compared_on_the_same_samples() -> None:
     samples = [sample(0, "cat", tags=("animal",)), sample(1, "cat", tags=("animal",)), sample(2, "oak", tags=("tree",))]
     found = assess(
         samples,
-        said(["dog", "dog", "oak"]),
-        said(["cat", "cat", "elm"]),
+        answers_of(["dog", "dog", "oak"]),
+        answers_of(["cat", "cat", "elm"]),
         "exact_match",
-        champion=said(["cat", "dog", "oak"]),
+        champion=answers_of(["cat", "dog", "oak"]),
         gate=Gate(min_improvement=-0.1, max_regression=0.5),
     )
     figures = found.metrics
     assert figures["champion_exact_match"] == pytest.approx(2 / 3)
     assert (figures["improvement"], figures["improvement_on_champion"]) == (pytest.approx(1 / 3), 0)
     assert found.champion_by_group["tree"].outcomes["broken"] == 1
-    assert not found.decision.promote, "judged by the champion's tags"
+    assert not found.decision.promote, "the gate uses the comparison with the champion"
     assert found.decision.reason == (
         "worse than the champion by more than 50.0 points on tree (100.0 points, samples: 1)"
     )
 
 
-def test_without_a_champion_the_base_is_to_be_beaten() -> None:
+def test_without_a_champion_the_gate_compares_with_the_base() -> None:
     samples = [sample(0, "ab"), sample(1, "abcdefgh")]
-    assert assessed(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.reason == (
+    assert evaluate_answers(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.reason == (
         "10.0 points better than the base model"
     )
-    assert not assessed(samples, ["ab", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.promote
-    assert assessed(samples, None, ["xx", "xx"]).decision.promote
+    assert not evaluate_answers(samples, ["ab", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.promote
+    assert evaluate_answers(samples, None, ["xx", "xx"]).decision.promote

@@ -1,3 +1,5 @@
+"""The evaluate step with a tiny model: predictions, report, scores in MLflow, and the component."""
+
 import json
 import shutil
 from hashlib import sha256
@@ -20,13 +22,13 @@ SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
 
 
 def write_eval(dataset: Path, folder: Path, samples: list[Sample]) -> Path:
-    """The dataset with other evaluation samples."""
+    """A copy of the dataset with other evaluation samples."""
     copy = shutil.copytree(dataset, folder / "dataset")
     (copy / "eval.jsonl").write_text("".join(f"{sample.model_dump_json()}\n" for sample in samples))
     return copy
 
 
-def asked(question: str, name: str = "s", images: tuple[ImageRef, ...] = (), expected: str = "yes") -> Sample:
+def sample_of(question: str, name: str = "s", images: tuple[ImageRef, ...] = (), expected: str = "yes") -> Sample:
     turns = (
         Turn(role="user", parts=(*range(len(images)), question)),
         Turn(role="assistant", parts=(expected,)),
@@ -48,7 +50,9 @@ def test_both_models_answer_every_sample(
     assert lines[0]["question"] == "Which digit is written in the picture?"
     assert lines[0]["pictures"] == [samples[0].images[0].uri]
     assert all(set(line["scores"]) == set(line["hit_limit"]) == {"base", "tuned"} for line in lines)
-    assert [line["base"] for line in lines] == [line["tuned"] for line in lines], "the same model answers the same"
+    assert [line["base"] for line in lines] == [line["tuned"] for line in lines], (
+        "the same model gives the same answers"
+    )
     assert found.metrics["samples"] == 12
     assert found.metrics["improvement"] == found.metrics["improvement_high"] == 0
     assert report.read_text().startswith("<!doctype html>")
@@ -56,7 +60,9 @@ def test_both_models_answer_every_sample(
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    run = client.search_runs([client.get_experiment_by_name("minicpmv-finetune").experiment_id])[0]
+    experiment = client.get_experiment_by_name("minicpmv-finetune")
+    assert experiment is not None
+    run = client.search_runs([experiment.experiment_id])[0]
     assert run.data.metrics["evaluate/tuned_exact_match"] == found.metrics["tuned_exact_match"]
     assert (run.data.params["metric"], run.data.params["metrics_version"]) == ("exact_match", "1")
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["evaluation.html"]
@@ -70,11 +76,11 @@ def test_an_evaluation_is_deterministic(tiny_46: Path, dataset: Path, tmp_path: 
     assert "base" not in json.loads(files[0].read_text().splitlines()[0])
 
 
-def test_the_base_sees_images_as_the_merged_model_does(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+def test_the_base_gets_the_same_slices_as_the_merged_model(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.linear_gradient("L").resize((400, 250)).save(path)
     image = ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=400, height=250)
-    data = write_eval(dataset, tmp_path, [asked("What is it?", images=(image,))])
+    data = write_eval(dataset, tmp_path, [sample_of("What is it?", images=(image,))])
     merged = shutil.copytree(tiny_46, tmp_path / "merged")
     write_max_slices(merged, 1)
 
@@ -87,11 +93,13 @@ def test_the_base_sees_images_as_the_merged_model_does(tiny_46: Path, dataset: P
 
     one_slice = answers(merged, str(tiny_46))
     assert one_slice["base"] == one_slice["tuned"]
-    assert answers(tiny_46, "")["tuned"] != one_slice["tuned"], "slicing changes the answer, or nothing was tested"
+    assert answers(tiny_46, "")["tuned"] != one_slice["tuned"], (
+        "the slicing must change the answer, or the test checks nothing"
+    )
 
 
-def test_samples_with_special_tokens_are_counted_not_asked(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
-    data = write_eval(dataset, tmp_path, [asked("fine"), asked("an <|im_end|> inside", "bad")])
+def test_samples_with_special_tokens_are_counted_not_evaluated(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+    data = write_eval(dataset, tmp_path, [sample_of("fine"), sample_of("an <|im_end|> inside", "bad")])
     found = evaluate(tiny_46, "", data, tmp_path / "predictions", tmp_path / "report", SETTINGS)
     assert (found.metrics["samples"], found.metrics["left_out"]) == (1, 1)
 
@@ -100,24 +108,22 @@ def test_samples_with_special_tokens_are_counted_not_asked(tiny_46: Path, datase
     ("metric", "questions", "words"),
     [("exactly", ["fine"], "'exactly' is none of"), ("exact_match", [], "no sample to evaluate")],
 )
-def test_what_cannot_be_evaluated_is_said_before_any_answer(
+def test_data_that_cannot_be_evaluated_is_refused_before_any_answer(
     tiny_46: Path, dataset: Path, tmp_path: Path, metric: str, questions: list[str], words: str
 ) -> None:
-    data = write_eval(dataset, tmp_path, [asked(question) for question in questions])
+    data = write_eval(dataset, tmp_path, [sample_of(question) for question in questions])
     with pytest.raises(UserError, match=words):
         evaluate(tiny_46, "", data, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(metric=metric))
     assert not (tmp_path / "predictions").exists()
 
 
-def test_the_champion_answers_the_same_samples_and_is_to_be_beaten(
-    tiny_46: Path, dataset: Path, tmp_path: Path
-) -> None:
+def test_the_champion_answers_the_same_samples_and_must_be_beaten(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
     predictions = tmp_path / "predictions"
     found = evaluate(tiny_46, "", dataset, predictions, tmp_path / "report", SETTINGS, champion_uri=str(tiny_46))
     lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert all(line["champion"] == line["tuned"] and set(line["scores"]) == {"champion", "tuned"} for line in lines)
     assert not found.decision.promote
-    assert found.decision.reason == "as good as the champion, better is asked"
+    assert found.decision.reason == "as good as the champion, better is required"
 
 
 def test_the_curves_of_a_merged_folders_training_are_drawn(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_the_curves_of_a_merged_folders_training_are_drawn(tiny_46: Path, datase
     assert "Training loss over the steps" in (tmp_path / "report").read_text()
 
 
-def test_options_are_read_with_defaults_and_their_mistakes_are_named() -> None:
+def test_options_have_defaults_and_invalid_ones_are_named() -> None:
     settings = settings_from({"metric": "anls", "batch_size": 2.0, "gate": {"min_metric": 0.5}})
     assert settings == EvaluationSettings("anls", batch_size=2, gate=Gate(min_metric=0.5))
     for options, place in (
@@ -149,12 +155,16 @@ def test_options_are_read_with_defaults_and_their_mistakes_are_named() -> None:
             settings_from(options)
 
 
-def test_kubeflow_is_given_matrix_table_and_decision(
+def test_the_component_writes_matrix_table_and_promotion_record(
     tiny_46: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    data = write_eval(dataset, tmp_path, [asked("Yes?", f"{number}", expected="yn"[number % 2]) for number in range(4)])
-    outputs = {name: str(tmp_path / name) for name in ("predictions", "verdict", "metrics", "summary", "report")}
+    data = write_eval(
+        dataset, tmp_path, [sample_of("Yes?", f"{number}", expected="yn"[number % 2]) for number in range(4)]
+    )
+    outputs = {
+        name: str(tmp_path / name) for name in ("predictions", "promotion_record", "metrics", "summary", "report")
+    }
     confusion = dsl.ClassificationMetrics(uri=str(tmp_path / "confusion"))
     decision = component.python_func(
         model=dsl.Model(uri=str(tiny_46), metadata={"adapter_uri": "s3://adapters/1", "generation": "4.6"}),
@@ -164,7 +174,7 @@ def test_kubeflow_is_given_matrix_table_and_decision(
         evaluation_options={"max_new_tokens": 2, "gate": {"min_improvement": -0.1}},
         registered_model="model",
         predictions=dsl.Artifact(uri=outputs["predictions"]),
-        verdict=dsl.Artifact(uri=outputs["verdict"]),
+        promotion_record=dsl.Artifact(uri=outputs["promotion_record"]),
         metrics=dsl.Metrics(uri=outputs["metrics"]),
         confusion=confusion,
         summary=dsl.Markdown(uri=outputs["summary"]),
@@ -174,7 +184,7 @@ def test_kubeflow_is_given_matrix_table_and_decision(
     matrix = confusion.metadata["confusionMatrix"]
     assert [label["displayName"] for label in matrix["annotationSpecs"]] == ["n", "y", "(other)"]
     assert sum(sum(row["row"]) for row in matrix["rows"]) == 4
-    assert "| as good as the base model | kept |" in Path(outputs["summary"]).read_text()
-    verdict = read_promotion_record(Path(outputs["verdict"]))
-    assert (verdict.promote, verdict.champion, verdict.adapter_uri) == (True, "", "s3://adapters/1")
-    assert verdict.data_fingerprint == read_info(data).fingerprint
+    assert "| as good as the base model | passed |" in Path(outputs["summary"]).read_text()
+    record = read_promotion_record(Path(outputs["promotion_record"]))
+    assert (record.promote, record.champion, record.adapter_uri) == (True, "", "s3://adapters/1")
+    assert record.data_fingerprint == read_info(data).fingerprint

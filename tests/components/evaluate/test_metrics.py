@@ -1,8 +1,8 @@
-"""Each metric against a plain implementation of its published definition, written here without the project's code."""
+"""Each metric compared with a simple implementation of its published definition, written without the project's code."""
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from itertools import combinations
 
@@ -36,9 +36,8 @@ SOME_WORDS = WORDS.filter(bool)
 SHORT = st.text("abAB ", max_size=8)
 
 
-def edit_distance(a: object, b: object) -> int:
-    """Wagner and Fischer 1974, over characters or words."""
-    first, second = list(a), list(b)  # type: ignore[call-overload]
+def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    """The algorithm of Wagner and Fischer 1974, for characters or words."""
     table = [list(range(len(second) + 1))]
     for row, left in enumerate(first, start=1):
         table.append([row])
@@ -49,7 +48,7 @@ def edit_distance(a: object, b: object) -> int:
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """By trying all subsequences of the shorter, from long to short."""
+    """Try all subsequences of the shorter list, from long to short."""
     short, long = sorted((a, b), key=len)
     for size in range(len(short), 0, -1):
         for chosen in combinations(short, size):
@@ -60,7 +59,7 @@ def longest_common_subsequence(a: list[str], b: list[str]) -> int:
 
 
 @given(SHORT, st.lists(SHORT, min_size=1, max_size=3))
-def test_anls(answer: str, expected: list[str]) -> None:
+def test_anls_equals_its_published_definition(answer: str, expected: list[str]) -> None:
     best = 0.0
     for text in expected:
         one, other = " ".join(answer.lower().split()), " ".join(text.lower().split())
@@ -70,25 +69,25 @@ def test_anls(answer: str, expected: list[str]) -> None:
     assert anls(answer, expected) == pytest.approx(best)
 
 
-def test_anls_is_zero_from_half_the_length_on() -> None:
+def test_anls_is_zero_when_half_of_the_characters_differ() -> None:
     assert anls("abcd", ["abxx"]) == 0
     assert anls("abcd", ["abcx"]) == 0.75
 
 
 @given(WORDS, SOME_WORDS)
-def test_error_rates(answer: str, reference: str) -> None:
+def test_error_rates_are_edit_distances_over_lengths(answer: str, reference: str) -> None:
     assert cer(answer, [reference]) == pytest.approx(edit_distance(answer, reference) / len(reference))
     words = reference.split()
     assert wer(answer, [reference]) == pytest.approx(edit_distance(answer.split(), words) / len(words))
 
 
-def test_error_rates_pool_lengths() -> None:
+def test_samples_of_error_rates_are_weighted_by_length() -> None:
     for name, lengths in {"cer": (2, 8), "wer": (1, 2)}.items():
         assert tuple(METRICS[name].weight([text]) for text in (" ab", "abc defg")) == lengths
 
 
 @pytest.mark.parametrize("name", sorted(METRICS.keys() - {"cer", "wer"}))
-def test_elsewhere_every_sample_counts_alike(name: str) -> None:
+def test_samples_of_other_metrics_have_equal_weights(name: str) -> None:
     assert {METRICS[name].weight([text]) for text in ("", "ab", "abc defg")} == {1}
 
 
@@ -103,7 +102,7 @@ def test_elsewhere_every_sample_counts_alike(name: str) -> None:
         *((name, 0, 0.01) for name in ("cer", "wer")),
     ],
 )
-def test_an_answer_is_right_from_the_metrics_own_score_on(name: str, right: float, wrong: float) -> None:
+def test_each_metric_has_its_own_score_of_a_right_answer(name: str, right: float, wrong: float) -> None:
     assert METRICS[name].is_right(right)
     assert not METRICS[name].is_right(wrong)
 
@@ -118,15 +117,15 @@ def test_the_best_of_several_expected_answers_counts(score: Callable[[str, list[
 
 
 @given(WORDS, SOME_WORDS)
-def test_rouge_l(answer: str, reference: str) -> None:
-    given_words, wanted = (re.sub(r"[^a-z0-9]+", " ", text.lower()).split() for text in (answer, reference))
-    common = longest_common_subsequence(given_words, wanted)
-    precision, recall = common / max(len(given_words), 1), common / len(wanted)
+def test_rouge_l_equals_its_published_definition(answer: str, reference: str) -> None:
+    given_words, right_words = (re.sub(r"[^a-z0-9]+", " ", text.lower()).split() for text in (answer, reference))
+    common = longest_common_subsequence(given_words, right_words)
+    precision, recall = common / max(len(given_words), 1), common / len(right_words)
     expected = 2 * precision * recall / (precision + recall) if common else 0.0
     assert rouge_l(answer, [reference]) == pytest.approx(expected)
 
 
-def test_rouge_l_knows_scripts_without_spaces() -> None:
+def test_rouge_l_supports_scripts_without_spaces() -> None:
     assert rouge_l("数字是三", ["数字是五"]) == 0.75
 
 
@@ -136,23 +135,23 @@ def test_rouge_l_without_words_is_zero(answer: str, expected: str) -> None:
 
 
 @given(WORDS, st.lists(SOME_WORDS, min_size=1, max_size=3))
-def test_token_f1(answer: str, expected: list[str]) -> None:
+def test_token_f1_equals_its_published_definition(answer: str, expected: list[str]) -> None:
     def words(text: str) -> list[str]:
         kept = "".join(" " if c.isspace() else c for c in text.lower() if c not in string.punctuation)
         return [word for word in kept.split() if word not in {"a", "an", "the"}]
 
     best = 0.0
     for text in expected:
-        mine, theirs = words(answer), words(text)
-        left, common = list(theirs), 0
-        for word in mine:
+        given_words, right_words = words(answer), words(text)
+        left, common = list(right_words), 0
+        for word in given_words:
             if word in left:
                 left.remove(word)
                 common += 1
-        if not mine or not theirs:
-            f1 = float(mine == theirs)
+        if not given_words or not right_words:
+            f1 = float(given_words == right_words)
         else:
-            precision, recall = common / len(mine), common / len(theirs)
+            precision, recall = common / len(given_words), common / len(right_words)
             f1 = 2 * precision * recall / (precision + recall) if common else 0.0
         best = max(best, f1)
     assert token_f1(answer, expected) == pytest.approx(best)
@@ -186,7 +185,7 @@ def test_vqa_accuracy_normalizes_as_published(answer: str, person: str) -> None:
     assert vqa_accuracy(answer, [person] * 10) == 1
 
 
-def test_vqa_accuracy_takes_number_words_for_digits() -> None:
+def test_vqa_accuracy_treats_number_words_as_digits() -> None:
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     for number, word in enumerate(words):
         assert vqa_accuracy(word, [str(number)] * 10) == 1
@@ -198,13 +197,13 @@ def test_vqa_accuracy_keeps_different_words_apart(answer: str, person: str) -> N
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6).filter(lambda number: abs(number) > 1e-9))
-def test_relaxed_accuracy_of_numbers(given_number: float, wanted: float) -> None:
-    # In decimal fractions, as people write them.
-    given_decimal, wanted_decimal = Decimal(repr(given_number)), Decimal(repr(wanted))
-    off = abs(given_decimal - wanted_decimal) / abs(wanted_decimal)
-    assume(off <= Decimal("0.05") or off > Decimal("0.0500001"))
-    expected = float(off <= Decimal("0.05"))
-    assert relaxed_accuracy(repr(given_number), [repr(wanted)]) == expected
+def test_relaxed_accuracy_of_numbers(given_number: float, right_number: float) -> None:
+    # Computed in decimal fractions, because answers are decimal fractions.
+    given_decimal, right_decimal = Decimal(repr(given_number)), Decimal(repr(right_number))
+    error = abs(given_decimal - right_decimal) / abs(right_decimal)
+    assume(error <= Decimal("0.05") or error > Decimal("0.0500001"))
+    expected = float(error <= Decimal("0.05"))
+    assert relaxed_accuracy(repr(given_number), [repr(right_number)]) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,16 +228,16 @@ def test_relaxed_accuracy_of_numbers(given_number: float, wanted: float) -> None
         ("about 100", "100", 0),
     ],
 )
-def test_relaxed_accuracy(answer: str, expected: str, score: float) -> None:
+def test_relaxed_accuracy_of_percentages_and_texts(answer: str, expected: str, score: float) -> None:
     assert relaxed_accuracy(answer, [expected]) == score
 
 
-def test_exact_match_counts_everything_but_outer_space() -> None:
+def test_exact_match_ignores_only_white_space_at_the_ends() -> None:
     assert exact_match(" The digit is 3.\n", ["A 3.", "The digit is 3."]) == 1
     assert exact_match("the digit is 3.", ["The digit is 3."]) == 0
 
 
-def test_contains() -> None:
+def test_contains_ignores_case_and_line_breaks() -> None:
     assert contains("It says\nSTOP here", ["go", "says stop"]) == 1
     assert contains("It says so", ["stop"]) == 0
 
@@ -264,7 +263,7 @@ def test_contains() -> None:
         ("", None),
     ],
 )
-def test_chosen_option(text: str, option: str | None) -> None:
+def test_the_chosen_option_is_found_in_an_answer(text: str, option: str | None) -> None:
     assert chosen_option(text) == option
     assert multiple_choice(text, ["B. a cat"]) == (option == "B")
 
@@ -283,7 +282,7 @@ def test_chosen_option(text: str, option: str | None) -> None:
         ("[" * 100_000, 0),
     ],
 )
-def test_json_fields(answer: str, score: float) -> None:
+def test_json_fields_counts_differing_fields(answer: str, score: float) -> None:
     assert json_fields(answer, ['{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": true}']) == score
 
 
@@ -295,7 +294,7 @@ def test_the_expected_answer_itself_is_right(name: str) -> None:
         "vqa_accuracy": ["cat"] * 10,
     }.get(name, ["The digit is 3."])
     metric = metric_named(name)
-    assert metric.refuses(expected) is None
+    assert metric.find_problem(expected) is None
     assert metric.is_right(metric.score(expected[0], expected))
     assert not metric.is_right(metric.score("something else entirely, and long", expected))
 
@@ -320,15 +319,17 @@ def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
     [
         ({}, "blue", "'blue' is none of exact_match"),
         ({}, "vqa_accuracy", "0 by definition"),
-        ({"answers": ("a", "b")}, "wer", "here are 2"),
+        ({"answers": ("a", "b")}, "wer", "there are 2"),
         ({}, "multiple_choice", "'cat'"),
         ({}, "json_fields", "as JSON"),
-        ({"answers": ("[1]", "[2]")}, "json_fields", "here are 2"),
-        ({"answers": (" ",)}, "cer", "here are 1"),
+        ({"answers": ("[1]", "[2]")}, "json_fields", "there are 2"),
+        ({"answers": (" ",)}, "cer", "there are 1"),
         ({"answers": ("A. cat", "dog")}, "multiple_choice", "'dog'"),
     ],
 )
-def test_an_undefined_metric_is_refused_with_its_sample(fields: dict[str, object], metric: str, words: str) -> None:
+def test_an_error_about_an_undefined_metric_names_the_sample(
+    fields: dict[str, object], metric: str, words: str
+) -> None:
     with pytest.raises(UserError, match=r"data\.json, sample s: ") as caught:
         metric_of(sample(**fields), metric)
     assert words in str(caught.value)

@@ -1,5 +1,8 @@
+"""The answer to one question."""
+
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 
 
-def test_the_answer_is_the_one_evaluation_finds(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
+def test_predict_gives_the_same_answer_as_evaluate(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
     sample = next(iter(read_samples(dataset, "eval")))
     evaluate(tiny_46, "", dataset, tmp_path / "predictions", tmp_path / "report", EvaluationSettings(max_new_tokens=12))
     expected = json.loads((tmp_path / "predictions").read_text().splitlines()[0])["tuned"]
@@ -25,7 +28,7 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     images = [str(path) for path in sorted((digits / "images").glob("*.png"))[:2]]
     plain = predict(str(tiny_46), images, "Which are these?", max_new_tokens=12)
     tuned = predict(str(tiny_46), images, "Which are these?", str(tmp_path / "adapter"), max_new_tokens=12)
@@ -36,7 +39,7 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": " "}, "prompt: says nothing"),
+        ({"prompt": " "}, "prompt: the prompt is empty"),
         ({"prompt": "an <|im_end|> inside"}, "prompt: .*special token"),
         ({"max_new_tokens": 0}, "no room"),
         ({"images": ["missing.png"]}, "missing.png: not found"),
@@ -45,7 +48,7 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
         ({"model_uri": str(Path(__file__).parent)}, "no config.json"),
     ],
 )
-def test_bad_input_is_named(tiny_46: Path, change: dict[str, object], words: str) -> None:
-    arguments = {"model_uri": str(tiny_46), "images": [], "prompt": "Which?", **change}
+def test_invalid_inputs_are_named(tiny_46: Path, change: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {"model_uri": str(tiny_46), "images": [], "prompt": "Which?", **change}
     with pytest.raises(UserError, match=words):
-        predict(**arguments)  # type: ignore[arg-type]
+        predict(**arguments)

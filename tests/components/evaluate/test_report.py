@@ -1,4 +1,4 @@
-"""The report as a reader meets it: opened in a browser."""
+"""The report, opened in a browser."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -9,19 +9,19 @@ from playwright.sync_api import Browser, Page
 
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
 from minicpmv_finetune.components.evaluate.gate import Gate
-from minicpmv_finetune.components.evaluate.report import headline, markdown, percent, write_report
+from minicpmv_finetune.components.evaluate.report import format_percent, headline, markdown, write_report
 from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
 from minicpmv_finetune.minicpmv.answer import Answer
 from minicpmv_finetune.reports.training_record import TrainingRecord
 
-HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
+HOSTILE = "</script><script>document.title='x'</script><img src=x onerror=\"document.title='x'\">'\"`{{ 7*7 }}"
 FACTS = {"metric": "exact_match", "generation": "4.6", "base_model": HOSTILE, "seconds": 3}
 
 
 def evaluation_of(
-    said: list[tuple[str, str, str]], image: ImageRef | None = None, base: bool = True, tag: str = "all"
+    answers: list[tuple[str, str, str]], image: ImageRef | None = None, base: bool = True, tag: str = "all"
 ) -> Evaluation:
-    """An evaluation from (expected, base's answer, tuned model's answer)."""
+    """An evaluation of triples: expected answer, answer of the base, answer of the tuned model."""
     samples = [
         Sample(
             id=f"sample-{number}",
@@ -30,10 +30,10 @@ def evaluation_of(
             source="test",
             tags=(tag,),
         )
-        for number, (expected, _, _) in enumerate(said)
+        for number, (expected, _, _) in enumerate(answers)
     ]
-    before = [Answer(text, 3, hit_limit=False) for _, text, _ in said]
-    after = [Answer(text, 3, hit_limit=False) for _, _, text in said]
+    before = [Answer(text, 3, hit_limit=False) for _, text, _ in answers]
+    after = [Answer(text, 3, hit_limit=False) for _, _, text in answers]
     return assess(samples, before if base else None, after, "exact_match")
 
 
@@ -47,8 +47,8 @@ def image(tmp_path: Path) -> ImageRef:
     return ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=256, height=256)
 
 
-def opened(page: Page, evaluation: Evaluation, folder: Path) -> int:
-    """Open the evaluation's report; returns its size in bytes."""
+def open_report(page: Page, evaluation: Evaluation, folder: Path) -> int:
+    """Open the report of an evaluation; returns its size in bytes."""
     path = folder / "report.html"
     write_report(path, evaluation, FACTS)
     page.goto(path.as_uri())
@@ -59,8 +59,8 @@ def visible_ids(page: Page) -> list[str]:
     return [text.split()[0] for text in page.locator(".card:visible .id").all_text_contents()]
 
 
-def test_filters_and_search(page: Page, tmp_path: Path, image: ImageRef) -> None:
-    opened(page, evaluation_of(FOUR, image), tmp_path)
+def test_the_filters_and_the_search_select_cards(page: Page, tmp_path: Path, image: ImageRef) -> None:
+    open_report(page, evaluation_of(FOUR, image), tmp_path)
     everything = [f"sample-{number}" for number in range(4)]
     assert visible_ids(page) == everything
     filters = page.get_by_role("group", name="Filter by outcome")
@@ -86,8 +86,8 @@ def test_filters_and_search(page: Page, tmp_path: Path, image: ImageRef) -> None
     assert visible_ids(page) == ["sample-2"]
 
 
-def test_figures_and_images_are_shown(page: Page, tmp_path: Path, image: ImageRef) -> None:
-    opened(page, evaluation_of(FOUR, image), tmp_path)
+def test_the_page_shows_scores_and_images(page: Page, tmp_path: Path, image: ImageRef) -> None:
+    open_report(page, evaluation_of(FOUR, image), tmp_path)
     assert page.locator("h1").inner_text().split("\n")[0].startswith("50.0%")
     assert "+0.0 points over the base model’s 50.0%" in page.locator(".gain").inner_text()
     assert page.locator(".matrix").get_by_role("rowheader").all_inner_texts() == ["cat", "dog"]
@@ -98,29 +98,30 @@ def test_figures_and_images_are_shown(page: Page, tmp_path: Path, image: ImageRe
     assert sizes == [256] * 4
 
 
-def test_texts_from_data_and_models_are_inert(page: Page, tmp_path: Path) -> None:
+def test_texts_from_data_and_models_are_not_executed(page: Page, tmp_path: Path) -> None:
     hostile = [(HOSTILE, HOSTILE, HOSTILE), (HOSTILE, "x", HOSTILE)] * 2
-    opened(page, evaluation_of(hostile, tag=HOSTILE), tmp_path)
+    open_report(page, evaluation_of(hostile, tag=HOSTILE), tmp_path)
     page.get_by_role("searchbox").fill("onerror")
     assert len(visible_ids(page)) == 4
     assert page.title() == "MiniCPM-V 4.6 · evaluation"
     assert page.locator("main script, main img").count() == 0
-    assert page.locator(".card .said span").first.inner_text() == HOSTILE
+    assert page.locator(".card .answer span").first.inner_text() == HOSTILE
 
 
-def test_the_policy_stops_scripts_the_page_does_not_know(page: Page, tmp_path: Path) -> None:
+def test_the_content_policy_blocks_other_scripts(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, evaluation_of(FOUR), FACTS)
     allowed = path.read_text()
-    path.write_text(allowed.replace("</main>", "</main><script>document.title='taken'</script>"))
-    quiet = page.context.browser.new_page()  # type: ignore[union-attr]
-    quiet.goto(path.as_uri())
-    assert quiet.title() == "MiniCPM-V 4.6 · evaluation"
-    quiet.close()
+    path.write_text(allowed.replace("</main>", "</main><script>document.title='x'</script>"))
+    # A page without the checks of the fixture, since the browser reports the blocked script.
+    unchecked = browser.new_page()
+    unchecked.goto(path.as_uri())
+    assert unchecked.title() == "MiniCPM-V 4.6 · evaluation"
+    unchecked.close()
 
 
-def test_without_a_base_there_are_right_and_wrong(page: Page, tmp_path: Path) -> None:
-    opened(page, evaluation_of(FOUR, base=False), tmp_path)
+def test_without_a_base_answers_are_right_or_wrong(page: Page, tmp_path: Path) -> None:
+    open_report(page, evaluation_of(FOUR, base=False), tmp_path)
     page.get_by_role("group", name="Filter by outcome").get_by_role("button", name="Wrong").click()
     assert visible_ids(page) == ["sample-2", "sample-3"]
 
@@ -136,13 +137,13 @@ def test_the_page_fits_its_window(browser: Browser, tmp_path: Path, image: Image
     page.close()
 
 
-def test_ten_thousand_samples_with_long_answers(page: Page, tmp_path: Path) -> None:
+def test_the_page_of_ten_thousand_samples_is_small(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "noise.png"
-    # Noise is what compresses worst.
+    # Noise compresses worst.
     Image.effect_noise((640, 640), 90).convert("RGB").save(path)
     noise = ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=640, height=640)
     rare = [("a", "a", "<b>" * 5000)] * 3
-    size = opened(page, evaluation_of([("a", "<b>" * 5000, "a")] * 9997 + rare, noise), tmp_path)
+    size = open_report(page, evaluation_of([("a", "<b>" * 5000, "a")] * 9997 + rare, noise), tmp_path)
     assert size < 25_000_000
     assert page.locator(".card").count() == 300
     assert page.locator(".card.broken").count() == 3, "the few broken samples are shown among the many fixed"
@@ -151,7 +152,7 @@ def test_ten_thousand_samples_with_long_answers(page: Page, tmp_path: Path) -> N
     assert visible_ids(page) == ["sample-9999"]
 
 
-def test_headline_and_markdown() -> None:
+def test_the_headline_and_the_table_compare_with_the_base() -> None:
     better = evaluation_of([("cat", "dog", "cat")] * 20 + [("cat", "dog", "dog")] * 20)
     assert headline(better).startswith("Exact match 50.0% on 40 samples: 50.0 points better than the base model's 0.0%")
     assert "| exact match | 0.0% | 50.0% |" in markdown(better)
@@ -163,11 +164,11 @@ def test_headline_and_markdown() -> None:
     assert "base" not in markdown(alone)
 
 
-def test_only_all_is_called_a_hundred_per_cent() -> None:
-    assert [percent(value) for value in (1.0, 0.9996, 0.5)] == ["100.0%", "99.9%", "50.0%"]
+def test_only_a_share_of_one_is_shown_as_a_hundred_percent() -> None:
+    assert [format_percent(value) for value in (1.0, 0.9996, 0.5)] == ["100.0%", "99.9%", "50.0%"]
 
 
-def with_champion() -> Evaluation:
+def evaluation_with_champion() -> Evaluation:
     found = evaluation_of(FOUR, tag="a|b")
     samples = [prediction.sample for prediction in found.predictions]
     base = [Answer(text, 3, hit_limit=False) for _, text, _ in FOUR]
@@ -176,7 +177,7 @@ def with_champion() -> Evaluation:
     return assess(samples, base, tuned, "exact_match", champion=champion, gate=Gate(0.9, -0.1, -0.2))
 
 
-def test_the_champion_the_gate_and_the_curves_are_shown(page: Page, tmp_path: Path) -> None:
+def test_the_page_shows_champion_gate_and_curves(page: Page, tmp_path: Path) -> None:
     history = [{"step": float(step), "loss": 3.0 - step} for step in range(3)]
     record = TrainingRecord(
         base_model=HOSTILE,
@@ -190,21 +191,23 @@ def test_the_champion_the_gate_and_the_curves_are_shown(page: Page, tmp_path: Pa
         history=history,
     )
     path = tmp_path / "report.html"
-    write_report(path, with_champion(), FACTS, record)
+    write_report(path, evaluation_with_champion(), FACTS, record)
     page.goto(path.as_uri())
     assert "+0.0 points over the champion’s 50.0%" in page.locator(".gain").nth(1).inner_text()
     assert page.locator(".dot.champion").count() == 1
     decision = page.locator(".decision").inner_text()
-    assert decision.startswith("Stopped at the gate")
-    assert "at least 90.0% is asked; worse than the champion" in decision
+    assert decision.startswith("Failed the gate")
+    assert "at least 90.0% is required; worse than the champion" in decision
     assert page.locator(".curve h2").all_inner_texts() == ["Training loss"]
-    assert len(page.locator(".curve polyline").get_attribute("points").split()) == 3  # type: ignore[union-attr]
+    points = page.locator(".curve polyline").get_attribute("points")
+    assert points is not None
+    assert len(points.split()) == 3
     assert page.locator(".card").nth(1).locator("dt").all_inner_texts() == ["expected", "base", "champion", "tuned"]
     assert page.locator(".groups tbody td").all_inner_texts()[-3:-1] == ["50.0%", "+0.0"]
 
 
-def test_the_table_holds_the_champion_and_every_rule() -> None:
-    text = markdown(with_champion())
+def test_the_table_contains_the_champion_and_every_rule() -> None:
+    text = markdown(evaluation_with_champion())
     assert "| exact match | 50.0% | 50.0% | 50.0% |" in text
-    assert text.count("| broken |") == 2
-    assert "on a\\|b (" in text, "a tag cannot end its cell"
+    assert text.count("| failed |") == 2
+    assert "on a\\|b (" in text, "a tag must not end its cell"

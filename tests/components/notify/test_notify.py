@@ -1,4 +1,4 @@
-"""The outcome as a real web server receives it."""
+"""The message that a real web server receives from notify."""
 
 import pytest
 
@@ -9,8 +9,8 @@ from tests.servers import Webhook
 
 
 @pytest.fixture(autouse=True)
-def at_once(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one run, tracked nowhere, without waits between attempts."""
+def one_run_without_waits(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline run without tracking, and no waits between attempts."""
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
     monkeypatch.delenv(environment.TRACKING_URI.name, raising=False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -29,14 +29,14 @@ def test_the_outcome_is_posted(webhook: Webhook) -> None:
     ]
 
 
-def test_a_webhook_that_stumbles_is_asked_again(webhook: Webhook) -> None:
+def test_a_failed_post_is_repeated(webhook: Webhook) -> None:
     webhook.answers = [503, 429, 200]
     notify("minicpmv-retrain", "SUCCEEDED")
     assert [message["state"] for message in webhook.received] == ["SUCCEEDED"]
 
 
 @pytest.mark.parametrize(("status", "kind"), [(503, RetryableError), (404, UserError)])
-def test_what_cannot_be_told_is_an_error_without_the_address(
+def test_an_error_answer_is_an_error_without_the_address(
     webhook: Webhook, status: int, kind: type[Exception], capsys: pytest.CaptureFixture[str]
 ) -> None:
     webhook.answers = [status]
@@ -46,19 +46,31 @@ def test_what_cannot_be_told_is_an_error_without_the_address(
     assert "secret-path" not in str(raised.value) + capsys.readouterr().err
 
 
-def test_nobody_listens(webhook: Webhook, unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_webhook_is_an_error_without_the_address(
+    webhook: Webhook, unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(environment.WEBHOOK_URL.name, f"{unreachable}/secret-path")
     with pytest.raises(RetryableError) as raised:
         notify("minicpmv-retrain", "SUCCEEDED")
     assert "secret-path" not in str(raised.value)
 
 
-def test_without_a_webhook_nobody_is_told(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_webhook_nothing_is_posted(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(environment.WEBHOOK_URL.name)
     assert not notify("minicpmv-retrain", "SUCCEEDED")
 
 
-def test_only_web_addresses_are_asked(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_web_addresses_are_accepted(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.WEBHOOK_URL.name, "file:///etc/hostname")
-    with pytest.raises(UserError, match="not a web address"):
+    with pytest.raises(UserError, match="not a valid web address"):
         notify("minicpmv-retrain", "SUCCEEDED")
+
+
+@pytest.mark.parametrize("address", ["https://user:hidden@webhook.example", "http://webhook.example:hidden/path"])
+def test_an_invalid_address_is_an_error_without_the_address(
+    webhook: Webhook, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv(environment.WEBHOOK_URL.name, address)
+    with pytest.raises(UserError, match="not a valid web address") as raised:
+        notify("minicpmv-retrain", "SUCCEEDED")
+    assert "hidden" not in str(raised.value)

@@ -1,3 +1,5 @@
+"""The decision whether a scheduled run has new data, and where its training starts."""
+
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def dataset(tmp_path: Path) -> Path:
 
 def promote(fingerprint: str, adapter_uri: str = "s3://adapters/1") -> None:
     registry = open_registry("model")
-    verdict = PromotionRecord(
+    record = PromotionRecord(
         promote=True,
         reason="better",
         model_uri="s3://models/1",
@@ -35,20 +37,20 @@ def promote(fingerprint: str, adapter_uri: str = "s3://adapters/1") -> None:
         metric="exact_match",
         metrics={},
     )
-    registry.promote(registry.register(verdict).number, "", "better")
+    registry.promote(registry.register(record).number, "", "better")
 
 
-def test_without_a_champion_everything_is_new(database: Path, dataset: Path) -> None:
+def test_without_a_champion_the_data_is_new(database: Path, dataset: Path) -> None:
     assert plan_retraining(dataset, "base", "model", "champion", FLAGS) == (True, FLAGS)
 
 
-def test_the_champions_data_is_nothing_new(database: Path, dataset: Path) -> None:
+def test_the_champions_data_is_not_new(database: Path, dataset: Path) -> None:
     promote("of the new data")
     assert plan_retraining(dataset, "base", "model", "base", FLAGS) == (False, FLAGS)
     assert step_runs.read_outcome() == "nothing new: version 1 of model was tuned on this data"
 
 
-def test_training_may_go_on_from_the_champions_adapter(database: Path, dataset: Path) -> None:
+def test_training_may_continue_from_the_champions_adapter(database: Path, dataset: Path) -> None:
     promote("of older data")
     assert plan_retraining(dataset, "base", "model", "base", FLAGS) == (True, FLAGS)
     assert plan_retraining(dataset, "base", "model", "champion", FLAGS) == (
@@ -59,19 +61,19 @@ def test_training_may_go_on_from_the_champions_adapter(database: Path, dataset: 
         plan_retraining(dataset, "another", "model", "champion", FLAGS)
 
 
-def test_a_champion_without_an_adapter_is_no_start(database: Path, dataset: Path) -> None:
+def test_training_cannot_continue_from_a_champion_without_adapter(database: Path, dataset: Path) -> None:
     promote("of older data", adapter_uri="")
-    with pytest.raises(UserError, match="names no adapter"):
+    with pytest.raises(UserError, match="has no adapter"):
         plan_retraining(dataset, "base", "model", "champion", FLAGS)
 
 
 @pytest.mark.parametrize(("name", "start", "words"), [("", "base", "registered_model"), ("model", "best", "'best'")])
-def test_arguments_that_say_nothing(database: Path, dataset: Path, name: str, start: str, words: str) -> None:
+def test_invalid_arguments_are_named(database: Path, dataset: Path, name: str, start: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         plan_retraining(dataset, "base", name, start, FLAGS)
 
 
-def test_a_server_that_is_down_is_told_before_any_training(
+def test_a_server_that_is_down_is_an_error_before_any_training(
     dataset: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, unreachable)
