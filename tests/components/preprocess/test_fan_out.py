@@ -13,12 +13,12 @@ from minicpmv_finetune.shards.format import read_manifest, verify_shards
 PARTS = 2
 
 
-# In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
+# In subprocesses no container image is used, so its name need not name a Python version.
 @pytest.mark.filterwarnings("ignore:You may be attemping to run a task")
-def test_parts_in_a_pipeline_give_what_one_task_gives(
+def test_parts_in_a_pipeline_give_the_shards_of_one_task(
     digits: Path, tiny_46: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ParallelFor and Collected, run here."""
+    """The pipeline with ParallelFor and Collected runs on this machine."""
 
     @dsl.pipeline(name="prepare")
     def pipeline(data_uri: str, base_model_uri: str) -> None:
@@ -55,7 +55,7 @@ def test_parts_in_a_pipeline_give_what_one_task_gives(
         sample["image"] = str(digits / sample["image"])
     (tmp_path / "train.json").write_text(json.dumps(samples))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "artifacts"))
-    # kfp.local lends `print` an indented form in each task's thread, and threads give it back in any order.
+    # kfp.local replaces `print` in each task's thread, and the threads restore it in any order.
     monkeypatch.setattr("builtins.print", print)
     pipeline(data_uri=str(tmp_path / "train.json"), base_model_uri=str(tiny_46))
 
@@ -66,7 +66,7 @@ def test_parts_in_a_pipeline_give_what_one_task_gives(
     rejects = tmp_path / "rejects.jsonl"
     prepare(run / "validate-data" / "dataset", str(tiny_46), tmp_path / "one", rejects, PreprocessSettings())
     assert manifest == read_manifest(tmp_path / "one")
-    # The last task only added the manifest to what the parts had put there.
+    # The last task only added the manifest to the shards of the parts.
     (cache,) = (tmp_path / "shards-cache").glob("*/")
     for shard in manifest.files:
         assert (shards / shard.file).samefile(cache / shard.file)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.shards.format import ShardReader
 
 HOSTILE = "</p><script>document.title='taken'</script>{{ 7*7 }}"
@@ -21,7 +22,7 @@ def sample(number: int, text: str, image: str | None) -> dict[str, Any]:
 
 @pytest.fixture
 def report(tmp_path: Path, tiny_46: Path) -> tuple[str, Path]:
-    """The page, and the shards it is about."""
+    """The page, and the folder of its shards."""
     random = np.random.default_rng(0)
     for name, (width, height) in {"small.png": (112, 112), "large.png": (500, 300)}.items():
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -46,38 +47,39 @@ def report(tmp_path: Path, tiny_46: Path) -> tuple[str, Path]:
     return (tmp_path / "report.html").read_text(), tmp_path / "shards"
 
 
-def test_it_shows_each_slice_with_the_borders_of_its_tokens(report: tuple[str, Path], tiny_46: Path) -> None:
+def test_each_slice_has_the_positions_of_its_tokens(report: tuple[str, Path], tiny_46: Path) -> None:
     page, shards = report
-    image = json.loads((tiny_46 / "config.json").read_text())["image_token_id"]
+    image_token = json.loads((tiny_46 / "config.json").read_text())["image_token_id"]
     shown = [(int(first), int(last)) for first, last in re.findall(r"<figcaption>(\d+)–(\d+)<small>", page)]
     expected = []
     slices = 0
-    for split in ("train", "eval"):
-        for row in ShardReader(shards, split):  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("train", "eval")
+    for split in splits:
+        for row in ShardReader(shards, split):
             ids = list(row.input_ids)
             slices += len(row.slices)
             if row.slices:
-                runs = re.finditer("1+", "".join(str(int(token == image)) for token in ids))
+                runs = re.finditer("1+", "".join(str(int(token == image_token)) for token in ids))
                 expected += [(run.start(), run.end() - 1) for run in runs]
     assert shown == expected
     assert len(shown) == slices
     assert slices == page.count(' alt="Slice ')
 
 
-def test_its_histograms_count_every_sample(report: tuple[str, Path]) -> None:
+def test_the_histograms_count_every_sample(report: tuple[str, Path]) -> None:
     page, _ = report
     for unit in ("tokens", "slices"):
         counts = re.findall(rf'title="[\d,–]+ {unit}: (\d+) samples"', page)
         assert sum(map(int, counts)) == 4
 
 
-def test_a_token_grid_lies_over_slices_whose_tokens_see_one_place(report: tuple[str, Path]) -> None:
+def test_slices_have_a_grid_if_each_token_covers_one_area(report: tuple[str, Path]) -> None:
     page, _ = report
-    # 112 pixels are 8 patches of 14, of which 4 a side become a token.
+    # 112 pixels are 8 patches of 14 pixels; a square of 4 × 4 patches becomes one token.
     assert "background-size: 50.0000% 50.0000%" in page
 
 
-def test_text_from_the_data_stays_text(report: tuple[str, Path]) -> None:
+def test_text_from_the_data_is_escaped(report: tuple[str, Path]) -> None:
     page, _ = report
     assert "<script" not in page
     assert "&lt;script&gt;" in page

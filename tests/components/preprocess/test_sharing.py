@@ -1,4 +1,4 @@
-"""Work that is shared between processes and pods, taken up again, and found by later runs."""
+"""Shards are written by several processes and pods, resumed after a kill, and reused by later runs."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from minicpmv_finetune.components.preprocess.preprocess import (
     preprocess_partition,
 )
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
@@ -37,7 +38,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclasses.dataclass
-class Bench:
+class Dataset:
     """A validated dataset of a few shards."""
 
     folder: Path
@@ -45,35 +46,35 @@ class Bench:
     data: Path
 
     @property
-    def dataset(self) -> Path:
+    def path(self) -> Path:
         return self.folder / "dataset"
 
     def validate(self) -> None:
         files = str(self.data / "train.json"), str(self.data / "eval.json")
-        validate_data(*files, self.dataset, self.folder / "rejects.jsonl", ValidationSettings())
+        validate_data(*files, self.path, self.folder / "rejects.jsonl", ValidationSettings())
 
     def run(self, name: str, settings: PreprocessSettings = SETTINGS, cache: str = "", num_workers: int = 1) -> Path:
         shards = self.folder / name
         rejects = self.folder / f"{name}.jsonl"
-        preprocess(self.dataset, str(self.base_model), shards, rejects, settings, cache, num_workers)
+        preprocess(self.path, str(self.base_model), shards, rejects, settings, cache, num_workers)
         return shards
 
     def part(self, cache: str, part: int, parts: int) -> str:
-        return preprocess_partition(self.dataset, str(self.base_model), SETTINGS, cache, part, parts, num_workers=1)
+        return preprocess_partition(self.path, str(self.base_model), SETTINGS, cache, part, parts, num_workers=1)
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_46: Path, digits: Path) -> Bench:
+def dataset(tmp_path: Path, tiny_46: Path, digits: Path) -> Dataset:
     data = tmp_path / "data"
     (data / "images").mkdir(parents=True)
     for split, count in (("train", 100), ("eval", 30)):
         samples = json.loads((digits / f"{split}.json").read_text())[:count]
-        # One too long to fit: it too is the same whoever finds it.
+        # One sample is too long; it is rejected with the same reason in every run.
         samples[7]["conversations"][0]["content"] += " word" * 2000
         (data / f"{split}.json").write_text(json.dumps(samples))
         for sample in samples:
             shutil.copyfile(digits / sample["image"], data / sample["image"])
-    made = Bench(tmp_path, shutil.copytree(tiny_46, tmp_path / "base"), data)
+    made = Dataset(tmp_path, shutil.copytree(tiny_46, tmp_path / "base"), data)
     made.validate()
     return made
 
@@ -91,79 +92,83 @@ def cached(cache: Path) -> Path:
     return folder
 
 
-def test_more_processes_give_the_same_bytes(bench: Bench) -> None:
-    one = bench.run("one", cache=str(bench.folder / "a"), num_workers=1)
-    three = bench.run("three", cache=str(bench.folder / "b"), num_workers=3)
+def test_more_processes_give_the_same_bytes(dataset: Dataset) -> None:
+    one = dataset.run("one", cache=str(dataset.folder / "a"), num_workers=1)
+    three = dataset.run("three", cache=str(dataset.folder / "b"), num_workers=3)
     assert content(one) == content(three)
-    assert content(cached(bench.folder / "a")) == content(cached(bench.folder / "b"))
-    assert (bench.folder / "one.jsonl").read_text() == (bench.folder / "three.jsonl").read_text() != ""
+    assert content(cached(dataset.folder / "a")) == content(cached(dataset.folder / "b"))
+    assert (dataset.folder / "one.jsonl").read_text() == (dataset.folder / "three.jsonl").read_text() != ""
     names = [shard.file for shard in read_manifest(one).files]
     assert names == ["train-00000.parquet", "train-00001.parquet", "train-00002.parquet", "eval-00000.parquet"]
 
 
-def test_parts_give_the_same_bytes_as_one(bench: Bench) -> None:
-    one = bench.run("one", cache=str(bench.folder / "a"))
-    shared = str(bench.folder / "b")
-    keys = [bench.part(shared, part, 3) for part in (2, 0, 1)]
-    written = inodes(cached(bench.folder / "b"))
-    assert set(written) == {shard.file for shard in read_manifest(one).files}, "the parts are all there is to do"
-    together = bench.run("together", cache=shared)
+def test_parts_give_the_same_bytes_as_one(dataset: Dataset) -> None:
+    one = dataset.run("one", cache=str(dataset.folder / "a"))
+    shared = str(dataset.folder / "b")
+    keys = [dataset.part(shared, part, 3) for part in (2, 0, 1)]
+    written = inodes(cached(dataset.folder / "b"))
+    assert set(written) == {shard.file for shard in read_manifest(one).files}, "the parts write all shards"
+    together = dataset.run("together", cache=shared)
     assert content(together) == content(one)
-    assert inodes(together) == written, "which are not written again, nor copied"
+    assert inodes(together) == written, "the shards are neither written again nor copied"
     check_parts(read_manifest(together), keys)
     with pytest.raises(UserError, match="prepared under the key other"):
         check_parts(read_manifest(together), [*keys, "other"])
 
 
-def test_a_part_may_be_empty(bench: Bench) -> None:
-    keys = {bench.part(str(bench.folder / "a"), part, 9) for part in range(9)}
+def test_a_part_may_be_empty(dataset: Dataset) -> None:
+    keys = {dataset.part(str(dataset.folder / "a"), part, 9) for part in range(9)}
     assert len(keys) == 1
 
 
-def test_a_second_run_finds_what_the_first_prepared(bench: Bench) -> None:
-    first = bench.run("first")
-    shutil.rmtree(bench.data / "images")  # it reads none again
-    second = bench.run("second")
+def test_a_second_run_reuses_the_shards_of_the_first(dataset: Dataset) -> None:
+    first = dataset.run("first")
+    shutil.rmtree(dataset.data / "images")  # no image is read again
+    second = dataset.run("second")
     assert content(second) == content(first)
     assert inodes(second) == inodes(first)
-    assert (bench.folder / "second.jsonl").read_text() == (bench.folder / "first.jsonl").read_text()
+    assert (dataset.folder / "second.jsonl").read_text() == (dataset.folder / "first.jsonl").read_text()
 
 
-def test_the_same_data_at_another_address_is_found(bench: Bench) -> None:
-    first = bench.run("first")
-    bench.data = bench.data.rename(bench.folder / "elsewhere")
-    bench.validate()
-    assert inodes(bench.run("second")) == inodes(first)
-    assert str(bench.data / "train.json") in (bench.folder / "second.jsonl").read_text(), "rejects are named anew"
+def test_shards_of_the_same_data_at_another_address_are_reused(dataset: Dataset) -> None:
+    first = dataset.run("first")
+    dataset.data = dataset.data.rename(dataset.folder / "elsewhere")
+    dataset.validate()
+    assert inodes(dataset.run("second")) == inodes(first)
+    assert str(dataset.data / "train.json") in (dataset.folder / "second.jsonl").read_text(), (
+        "rejects have the new address"
+    )
 
 
-def changed_image(bench: Bench) -> None:
-    image = next((bench.data / "images").iterdir())
+def changed_image(dataset: Dataset) -> None:
+    image = next((dataset.data / "images").iterdir())
     Image.open(image).rotate(180).save(image)
-    bench.validate()
+    dataset.validate()
 
 
-def changed_order(bench: Bench) -> None:
-    samples = json.loads((bench.data / "train.json").read_text())
-    (bench.data / "train.json").write_text(json.dumps(samples[::-1]))
-    bench.validate()
+def changed_order(dataset: Dataset) -> None:
+    samples = json.loads((dataset.data / "train.json").read_text())
+    (dataset.data / "train.json").write_text(json.dumps(samples[::-1]))
+    dataset.validate()
 
 
-def changed_template(bench: Bench) -> None:
-    for path in bench.base_model.glob("*chat_template*"):
+def changed_template(dataset: Dataset) -> None:
+    for path in dataset.base_model.glob("*chat_template*"):
         path.write_text(path.read_text().replace("<|im_end|>", "\\n<|im_end|>"))
 
 
-def changed_slicing(bench: Bench) -> None:
-    for path in bench.base_model.glob("*processor_config.json"):
+def changed_slicing(dataset: Dataset) -> None:
+    for path in dataset.base_model.glob("*processor_config.json"):
         path.write_text(re.sub(r'"scale_resolution": \d+', '"scale_resolution": 224', path.read_text()))
 
 
 @pytest.mark.parametrize("change", [changed_image, changed_order, changed_template, changed_slicing])
-def test_whatever_decides_the_shards_is_part_of_their_key(change: Callable[[Bench], None], bench: Bench) -> None:
-    first = read_manifest(bench.run("first"))
-    change(bench)
-    second = read_manifest(bench.run("second"))
+def test_everything_that_determines_the_shards_is_part_of_their_key(
+    change: Callable[[Dataset], None], dataset: Dataset
+) -> None:
+    first = read_manifest(dataset.run("first"))
+    change(dataset)
+    second = read_manifest(dataset.run("second"))
     assert second.key != first.key
     assert second.shards != first.shards
 
@@ -176,19 +181,30 @@ def test_whatever_decides_the_shards_is_part_of_their_key(change: Callable[[Benc
         PreprocessSettings(codec="png"),
     ],
 )
-def test_settings_are_part_of_the_key(settings: PreprocessSettings, bench: Bench) -> None:
-    assert read_manifest(bench.run("first")).key != read_manifest(bench.run("second", settings)).key
+def test_settings_are_part_of_the_key(settings: PreprocessSettings, dataset: Dataset) -> None:
+    assert read_manifest(dataset.run("first")).key != read_manifest(dataset.run("second", settings)).key
 
 
-def test_a_shard_that_was_damaged_in_the_cache_is_written_again(bench: Bench) -> None:
-    first = content(bench.run("first"))
-    folder = cached(bench.folder / "shards-cache")
+def test_versions_of_the_encoding_and_of_libraries_are_part_of_the_key(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [read_manifest(dataset.run("first")).key]
+    monkeypatch.setattr(shard_tasks, "ENCODING_VERSION", shard_tasks.ENCODING_VERSION + 1)
+    keys.append(read_manifest(dataset.run("second")).key)
+    monkeypatch.setattr(shard_tasks, "version", lambda library: f"later version of {library}")
+    keys.append(read_manifest(dataset.run("third")).key)
+    assert len(set(keys)) == 3
+
+
+def test_a_shard_that_was_damaged_in_the_cache_is_written_again(dataset: Dataset) -> None:
+    first = content(dataset.run("first"))
+    folder = cached(dataset.folder / "shards-cache")
     damaged = bytearray(first["train-00001.parquet"])
     damaged[100] ^= 1
     (folder / "train-00001.parquet").unlink()
     (folder / "train-00001.parquet").write_bytes(damaged)
     (folder / "eval-00000.parquet").unlink()
-    assert content(bench.run("second")) == first
+    assert content(dataset.run("second")) == first
 
 
 @pytest.mark.parametrize(
@@ -199,64 +215,64 @@ def test_a_shard_that_was_damaged_in_the_cache_is_written_again(bench: Bench) ->
         ("cache/[^/]*/manifest.json", {f"train-0000{number}.parquet" for number in range(3)} | {"eval-00000.parquet"}),
     ],
 )
-def test_killed_at_any_moment_it_continues(moment: str, kept: set[str], bench: Bench) -> None:
-    """Killed as it is about to write a file."""
-    expected = content(bench.run("expected", cache=str(bench.folder / "other")))
+def test_preprocess_resumes_after_a_kill_at_any_moment(moment: str, kept: set[str], dataset: Dataset) -> None:
+    """The process is killed just before it writes a file."""
+    expected = content(dataset.run("expected", cache=str(dataset.folder / "other")))
     program = (
         "import os, re, signal, sys; from pathlib import Path\n"
         "from minicpmv_finetune import storage\n"
         "from minicpmv_finetune.components.preprocess import shard_tasks\n"
         "from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess\n"
         "write = storage.write_bytes\n"
-        "def dying(uri, content):\n"
+        "def kill_or_write(uri, content):\n"
         "    if re.search(sys.argv[4], uri): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(uri, content)\n"
-        "storage.write_bytes = dying\n"
+        "storage.write_bytes = kill_or_write\n"
         f"shard_tasks.SHARD_ROWS = {ROWS_PER_SHARD}\n"
         "dataset, base, out = map(Path, sys.argv[1:4])\n"
         "preprocess(dataset, str(base), out / 'shards', out / 'rejects.jsonl', PreprocessSettings(),\n"
         "    str(out / 'cache'), num_workers=1)\n"
     )
-    command = [sys.executable, "-c", program, str(bench.dataset), str(bench.base_model), str(bench.folder), moment]
+    command = [sys.executable, "-c", program, str(dataset.path), str(dataset.base_model), str(dataset.folder), moment]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    folder = cached(bench.folder / "cache")
+    folder = cached(dataset.folder / "cache")
     assert not (folder / "manifest.json").exists()
     finished = {path.with_suffix(".parquet").name for path in folder.glob("*.json")}
     assert kept <= finished
     before = inodes(folder)
-    again = bench.run("shards", cache=str(bench.folder / "cache"))
+    again = dataset.run("shards", cache=str(dataset.folder / "cache"))
     assert content(again) == expected
-    assert {name: before[name] for name in kept}.items() <= inodes(again).items(), "what was finished is kept"
+    assert {name: before[name] for name in kept}.items() <= inodes(again).items(), "finished shards are kept"
 
 
-def test_finished_shards_lie_in_the_store_and_are_found_there(s3_uri: str, bench: Bench, tmp_path: Path) -> None:
-    local = bench.run("local")
+def test_finished_shards_are_stored_in_object_storage_and_reused(s3_uri: str, dataset: Dataset, tmp_path: Path) -> None:
+    local = dataset.run("local")
     cache = f"{s3_uri}/shards-cache"
-    remote = bench.run("remote", cache=cache)
+    remote = dataset.run("remote", cache=cache)
     manifest = read_manifest(remote)
-    assert [path.name for path in remote.iterdir()] == ["manifest.json"], "so nothing is uploaded twice"
+    assert [path.name for path in remote.iterdir()] == ["manifest.json"], "no shard is uploaded twice"
     assert manifest.location == f"{cache}/{manifest.key}"
     assert manifest.model_copy(update={"location": ""}) == read_manifest(local)
     copy = open_shards(str(remote), tmp_path / "copies")
     assert {name: data for name, data in content(copy).items() if name.endswith(".parquet")} == {
         name: data for name, data in content(local).items() if name.endswith(".parquet")
     }
-    assert open_shards(manifest.location, tmp_path / "copies") == copy, "the cache is a shards folder itself"
+    assert open_shards(manifest.location, tmp_path / "copies") == copy, "the cache is a shards folder too"
     assert len(ShardReader(remote, "train")) == manifest.rows("train")
-    shutil.rmtree(bench.data / "images")
-    assert content(bench.run("again", cache=cache)) == content(remote)
+    shutil.rmtree(dataset.data / "images")
+    assert content(dataset.run("again", cache=cache)) == content(remote)
 
 
-def test_a_shard_missing_in_the_store_is_written_again(s3_uri: str, s3_client: object, bench: Bench) -> None:
-    manifest = read_manifest(bench.run("first", cache=f"{s3_uri}/cache"))
+def test_a_shard_missing_in_the_store_is_written_again(s3_uri: str, s3_client: object, dataset: Dataset) -> None:
+    manifest = read_manifest(dataset.run("first", cache=f"{s3_uri}/cache"))
     storage.write_bytes(f"{manifest.location}/train-00001.parquet", b"cut off")
-    bench.run("second", cache=f"{s3_uri}/cache")
+    dataset.run("second", cache=f"{s3_uri}/cache")
     shard = manifest.shards["train"][1]
     assert storage.list_files(manifest.location)[shard.file] == shard.bytes
 
 
-def test_the_cache_lies_beside_the_folder_of_the_run(s3_uri: str, tmp_path: Path) -> None:
+def test_the_cache_is_beside_the_folder_of_the_run(s3_uri: str, tmp_path: Path) -> None:
     assert default_cache(f"{s3_uri}/root/pipeline/run/task/execution/dataset") == f"{s3_uri}/root/pipeline/shards-cache"
     assert default_cache(f"{s3_uri}/dataset") == f"{s3_uri}/shards-cache"
     assert default_cache(str(tmp_path / "artifacts/run/task/dataset")) == str(tmp_path / "shards-cache")
@@ -273,16 +289,17 @@ def test_without_access_to_the_store_there_is_no_cache(
         default_cache(uri, is_needed=True)
 
 
-def test_a_cache_that_cannot_be_written_is_explained(bench: Bench) -> None:
-    (bench.folder / "file").touch()
+def test_a_cache_that_cannot_be_written_is_explained(dataset: Dataset) -> None:
+    (dataset.folder / "file").touch()
     with pytest.raises(UserError, match="file"):
-        bench.run("shards", cache=str(bench.folder / "file"))
+        dataset.run("shards", cache=str(dataset.folder / "file"))
 
 
-def test_rows_stand_in_the_order_of_the_data(bench: Bench) -> None:
-    manifest: Manifest = read_manifest(bench.run("shards", num_workers=2))
-    for split in ("train", "eval"):
-        ids = [sample["id"] for sample in json.loads((bench.data / f"{split}.json").read_text())]
+def test_rows_are_in_the_order_of_the_data(dataset: Dataset) -> None:
+    manifest: Manifest = read_manifest(dataset.run("shards", num_workers=2))
+    splits: tuple[Split, ...] = ("train", "eval")
+    for split in splits:
+        ids = [sample["id"] for sample in json.loads((dataset.data / f"{split}.json").read_text())]
         del ids[7]
-        assert [row.id for row in ShardReader(bench.folder / "shards", split)] == ids  # type: ignore[arg-type]
-        assert manifest.rows(split) == len(ids)  # type: ignore[arg-type]
+        assert [row.id for row in ShardReader(dataset.folder / "shards", split)] == ids
+        assert manifest.rows(split) == len(ids)
