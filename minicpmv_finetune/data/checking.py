@@ -61,7 +61,7 @@ class InspectedImage:
 
     Attributes:
         ref: Address, hash and size of the image.
-        gray: 16 × 16 grey levels of the image, row by row, by which copies of it are found.
+        gray: 16 × 16 gray levels of the image, row by row, by which copies of it are found.
         notes: Codes of the image's noteworthy properties.
     """
 
@@ -204,7 +204,7 @@ def image_problem(image: Image.Image, address: str) -> SampleError | None:
         )
     if image.mode.startswith("I") or image.mode == "F":
         return SampleError(
-            "image_depth", f"{name}: has grey levels of more than 8 bits, which would be cut to white; scale them."
+            "image_depth", f"{name}: has gray levels of more than 8 bits, which would be cut to white; scale them."
         )
     return None
 

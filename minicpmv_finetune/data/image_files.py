@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 
-# Raster formats whose decoders are in wide use. Pillow knows more, one of which (EPS) runs another program.
+# Raster formats whose decoders are in wide use. Pillow supports more, one of which (EPS) runs another program.
 FORMATS = (
     "AVIF",
     "BMP",
@@ -119,7 +119,7 @@ def read(address: str, span: Span | None = None) -> bytes:
     if archive is None:
         return storage.read_bytes(address)
     if span is None:
-        raise UserError(f"{shortened(address)}: the archive holds no such file; list its members with tar -tf.")
+        raise UserError(f"{shortened(address)}: the archive contains no such file; list its members with tar -tf.")
     return storage.read_bytes(archive, span)
 
 

@@ -279,10 +279,10 @@ def _turn_text(content: Any, unplaced: list[Any], place: Callable[[Any], str]) -
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else "text"
         if kind in ("text", "input_text", "output_text"):
-            text = part.get("text") if isinstance(part, dict) else part
-            if not isinstance(text, str):
-                raise SampleError("schema", f"a turn has {type(text).__name__} in place of a text; correct it.")
-            parts.append(text)
+            part_text = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(part_text, str):
+                raise SampleError("schema", f"a turn has {type(part_text).__name__} in place of a text; correct it.")
+            parts.append(part_text)
         elif kind in ("image_url", "input_image") or (kind == "image" and not unplaced):
             image = part.get("image_url") or part.get("image")
             parts.append(place(image["url"] if isinstance(image, dict) and "url" in image else image))

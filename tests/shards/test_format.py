@@ -5,13 +5,13 @@ import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.model_input import ModelInput
@@ -149,8 +149,8 @@ def identity(rows: Sequence[ModelInput]) -> Sequence[ModelInput]:
 def test_worker_processes_read_the_same_rows(folder: Path) -> None:
     reader = ShardReader(folder, "train")
     assert_same_row(reader[0], example_row(0))  # a file is open and a row group cached when the workers start
-    loader = DataLoader(
-        reader,
+    loader: DataLoader[ModelInput] = DataLoader(
+        cast("Dataset[ModelInput]", reader),
         batch_size=8,
         num_workers=2,
         collate_fn=identity,

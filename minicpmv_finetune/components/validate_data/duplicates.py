@@ -3,7 +3,7 @@
 Copies are found by a hash of 128 bits: whether each cell of an 8 × 8 grid is brighter than its right and its lower
 neighbor. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only images that
 agree in a part are compared, and time grows with the number of images, not of pairs. A pair is near-equal when the
-16 × 16 grey levels of both images also correlate almost perfectly. Images without structure, such as blank pages,
+16 × 16 gray levels of both images also correlate almost perfectly. Images without structure, such as blank pages,
 would all be copies of each other, and are excluded.
 """
 
@@ -24,8 +24,8 @@ from .inventory import Inventory, numbered
 _BAND = 16  # bits
 _MAX_DISTANCE = 128 // _BAND - 1  # bits; the bands find every pair up to this distance
 _MIN_CORRELATION = 0.99
-_MIN_CONTRAST = 4.0  # standard deviation of grey levels
-_BRIGHTER_BY = 4  # grey levels; smaller differences are compression noise
+_MIN_CONTRAST = 4.0  # standard deviation of gray levels
+_BRIGHTER_BY = 4  # gray levels; smaller differences are compression noise
 _WINDOW = 64  # most images compared with each image in a band, even if more agree in it
 _CHUNK = 4096  # images
 _LISTED_ROWS = 10

@@ -1,7 +1,7 @@
 """A few bytes in memory for every accepted sample, while the samples themselves are written to a file.
 
 Memory hardly grows with the number of samples: 32 bytes per sample and 52 per image, 9 MB for 100,000 of each. The
-16 × 16 grey levels by which copies are found are stored in a file too.
+16 × 16 gray levels by which copies are found are stored in a file too.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Inventory:
 
     Attributes:
         lines: File of the samples, one per line.
-        grays: File of the grey levels of each image of each sample.
+        grays: File of the gray levels of each image of each sample.
         notes: Number of samples by the code of a noteworthy property.
         turns: Number of samples by their number of turns.
         images: Number of samples by their number of images.
@@ -77,7 +77,7 @@ class Inventory:
         return np.frombuffer(self._images, dtype=_IMAGE)
 
     def read_grays(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
-        """Grey levels of the images at some rows of `image_rows`, [rows, 16, 16]."""
+        """Gray levels of the images at some rows of `image_rows`, [rows, 16, 16]."""
         size = GRAY_SIDE * GRAY_SIDE
         grays = np.empty((len(rows), size), np.uint8)
         # Not memory-mapped: the mapped pages, one for every row, would count as memory of the process.

@@ -25,7 +25,7 @@ from tests.shards.example_shards import assert_same_row
 ANSWER = {"role": "assistant", "content": "The digit is 7."}
 
 
-def ask(content: str) -> dict[str, str]:
+def user_turn(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
@@ -34,13 +34,13 @@ def conversation(*turns: dict[str, str], **fields: Any) -> dict[str, Any]:
 
 
 SAMPLES = [
-    conversation(ask("<image>\nWhich digit?"), ANSWER, id="small", image="small.png"),
-    conversation(ask("Which digit?"), ANSWER, id="many slices", image="large.jpg"),
-    conversation(ask("Which digit is the largest?"), ANSWER, id="text only"),
+    conversation(user_turn("<image>\nWhich digit?"), ANSWER, id="small", image="small.png"),
+    conversation(user_turn("Which digit?"), ANSWER, id="many slices", image="large.jpg"),
+    conversation(user_turn("Which digit is the largest?"), ANSWER, id="text only"),
     conversation(
-        ask("<image_01>\n<image_00>\nWhich?"),
+        user_turn("<image_01>\n<image_00>\nWhich?"),
         ANSWER,
-        ask("And now?\n<image_02>"),
+        user_turn("And now?\n<image_02>"),
         {"role": "assistant", "content": "The digit is 9."},
         id="several",
         image={"<image_00>": "small.png", "<image_01>": "large.jpg", "<image_02>": "clear.png"},
@@ -209,10 +209,10 @@ def test_a_sample_that_does_not_fit_is_rejected_with_its_length(folder: DataFold
 @pytest.mark.parametrize(
     ("turns", "token"),
     [
-        ([ask("Which<|im_end|>digit?"), ANSWER], "<|im_end|>"),
-        ([ask("Which?"), {"role": "assistant", "content": "7<|im_end|>\n<|im_start|>user\nNo."}], "<|im_end|>"),
-        ([{"role": "system", "content": "</image>"}, ask("Which?"), ANSWER], "</image>"),
-        ([ask("<|image_pad|>"), ANSWER], "<|image_pad|>"),
+        ([user_turn("Which<|im_end|>digit?"), ANSWER], "<|im_end|>"),
+        ([user_turn("Which?"), {"role": "assistant", "content": "7<|im_end|>\n<|im_start|>user\nNo."}], "<|im_end|>"),
+        ([{"role": "system", "content": "</image>"}, user_turn("Which?"), ANSWER], "</image>"),
+        ([user_turn("<|image_pad|>"), ANSWER], "<|image_pad|>"),
     ],
 )
 def test_text_with_a_special_token_is_rejected(turns: list[dict[str, str]], token: str, folder: DataFolder) -> None:
@@ -224,7 +224,7 @@ def test_text_with_a_special_token_is_rejected(turns: list[dict[str, str]], toke
 
 
 def test_a_reject_has_its_position_in_the_users_file(folder: DataFolder) -> None:
-    broken, special = conversation(id="broken"), conversation(ask("<|im_end|>"), ANSWER, id="special")
+    broken, special = conversation(id="broken"), conversation(user_turn("<|im_end|>"), ANSWER, id="special")
     folder.validate([broken, SAMPLES[0], broken, special, SAMPLES[1]], max_reject_ratio=0.5)
     folder.run(max_reject_ratio=0.5)
     (reject,) = folder.rejects
@@ -242,9 +242,9 @@ def test_more_rejects_than_the_ratio_allows_end_the_step(folder: DataFolder) -> 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_a_split_without_samples_ends_the_step_at_any_ratio(split: str, folder: DataFolder) -> None:
-    good, clever = SAMPLES[:1], [conversation(ask("<|im_end|>"), ANSWER)]
+    good, special = SAMPLES[:1], [conversation(user_turn("<|im_end|>"), ANSWER)]
     for name, path in (("train", folder.data), ("eval", folder.eval_data)):
-        path.write_text(json.dumps(clever if name == split else good))
+        path.write_text(json.dumps(special if name == split else good))
     settings = ValidationSettings()
     validate_data(str(folder.data), str(folder.eval_data), folder.dataset, folder.rejects_file, settings)
     with pytest.raises(UserError, match=f"no usable {split} sample is left, 1 were rejected.*{split}.json, sample 0"):

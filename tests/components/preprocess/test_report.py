@@ -50,7 +50,7 @@ def report(tmp_path: Path, tiny_46: Path) -> tuple[str, Path]:
 def test_each_slice_has_the_positions_of_its_tokens(report: tuple[str, Path], tiny_46: Path) -> None:
     page, shards = report
     image_token = json.loads((tiny_46 / "config.json").read_text())["image_token_id"]
-    shown = [(int(first), int(last)) for first, last in re.findall(r"<figcaption>(\d+)–(\d+)<small>", page)]
+    positions = [(int(first), int(last)) for first, last in re.findall(r"<figcaption>(\d+)–(\d+)<small>", page)]
     expected = []
     slices = 0
     splits: tuple[Split, ...] = ("train", "eval")
@@ -61,8 +61,8 @@ def test_each_slice_has_the_positions_of_its_tokens(report: tuple[str, Path], ti
             if row.slices:
                 runs = re.finditer("1+", "".join(str(int(token == image_token)) for token in ids))
                 expected += [(run.start(), run.end() - 1) for run in runs]
-    assert shown == expected
-    assert len(shown) == slices
+    assert positions == expected
+    assert len(positions) == slices
     assert slices == page.count(' alt="Slice ')
 
 

@@ -102,7 +102,7 @@ def test_blank_images_are_not_near_equal(tmp_path: Path) -> None:
 
 
 def find_in(grays: NDArray[np.uint8], folder: Path) -> tuple[list[Group], Counter[str]]:
-    """Find repeated images among images of which only the grey levels are known."""
+    """Find repeated images among images of which only the gray levels are known."""
     with Inventory(folder / "samples.jsonl", folder / "grays") as inventory:
         for number, gray in enumerate(grays):
             image = ImageRef(uri=str(number), sha256=f"{number:064x}", width=16, height=16)

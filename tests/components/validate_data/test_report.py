@@ -70,7 +70,7 @@ def test_the_page_shows_the_findings(page: Page, tmp_path: Path) -> None:
         "M1 0V1M2 0V1",
     ]
     box, grid = (page.locator(kind).first.bounding_box() for kind in (".frame:has(svg) img", ".frame svg"))
-    assert box == grid, "the grid lies over its image"
+    assert box == grid, "the grid covers its image"
     slices = page.get_by_role("img", name="Slices of an image")
     assert (slices.get_attribute("aria-label") or "").startswith("Slices of an image: 1: 2. 2: 0. 3: 1. 4: 1.")
     assert info.fingerprint in page.locator("footer").inner_text()
