@@ -1,10 +1,10 @@
-"""How fast data becomes what the model takes, what shards cost and give back, in how much memory, how fast they move.
+"""Speed and memory of preparing data: slicing images, writing and reading shards, and transferring them.
 
     python benchmarks/data.py [--only codecs transfer …]
 
-What is compared alternates in one run, so that whatever else the machine does meets both. Single-threaded work is
-measured in processor time, which a busy neighbour takes nothing of; the rest by the clock. The images are the two
-photographs of scikit-learn, scaled to the sizes named; enlarged, they are smoother than a camera's.
+Compared variants alternate in one run, so that other load on the machine affects all of them. Single-threaded work is
+measured in processor time, which other processes do not change; everything else in wall-clock time. The images are the
+two photographs of scikit-learn, scaled to the named sizes; enlarged, they are smoother than photographs of a camera.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -62,8 +63,10 @@ SIZES = {"1344": (1344, 1344), "640": (640, 480)}
 PATCH = 14
 JPEG_QUALITY = 90
 QUESTION = {"role": "user", "content": "<image>\nWhat is in the image?"}
+RCLONE = str(Path(sys.executable).with_name("rclone"))
 ANSWER = {"role": "assistant", "content": "A building by the water, and trees behind it."}
 Result = dict[str, Any]
+Item = TypeVar("Item")
 
 STEP = """
 import sys
@@ -79,10 +82,14 @@ else:
 
 
 def main() -> None:
-    """Measure, print a table, and write the results."""
+    """Run the experiments, print a table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="some of them")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench/data"), help="scratch, about 4 GB")
+    parser.add_argument(
+        "--only", nargs="*", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="names of the experiments to run"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench/data"), help="folder for temporary files, about 4 GB"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -102,132 +109,132 @@ def main() -> None:
     for row in results:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in row))
     Console().print(table)
-    print("Load of the machine over the last minutes:", ", ".join(f"{load:.1f}" for load in os.getloadavg()))
+    print("Load average over the last 1, 5 and 15 minutes:", ", ".join(f"{load:.1f}" for load in os.getloadavg()))
 
 
-# From a file to the model's floats
+# From an image file to the model's float tensors
 
 
 def measure_preprocessing(folder: Path) -> list[Result]:
-    """One core, from a JPEG file to the model's floats; published way against ours, then parts of ours."""
+    """Speed from a JPEG file to float tensors on one core: the published code, this project, and parts of it."""
     config = SlicingConfig(patch_size=PATCH)
     results = []
     for name, size in SIZES.items():
-        files = photographs(folder / "photographs", size)
+        files = write_photographs(folder / "photographs", size)
         for file in files:
-            for theirs, ours in zip(published(file, config), prepared(file, config), strict=True):
-                assert torch.equal(theirs, ours)  # noqa: S101
+            for expected, actual in zip(slice_as_published(file, config), slice_to_floats(file, config), strict=True):
+                assert torch.equal(expected, actual)  # noqa: S101
         shards = folder / "one"
         shards.mkdir(exist_ok=True)
 
-        def written(file: Path, shards: Path = shards) -> None:
-            pixels = sliced(file, config)
+        def slice_to_shard(file: Path, shards: Path = shards) -> None:
+            pixels = slice_to_bytes(file, config)
             write_shard(shards / "part.parquet", [StoredRow(file.name, [0], [0], store_slices(pixels, "raw"))])
 
         ways: dict[str, Callable[[Path], object]] = {
-            "published": lambda file: published(file, config),
-            "floats": lambda file: prepared(file, config),
-            "slices": lambda file: sliced(file, config),
-            "shard": written,
+            "published": lambda file: slice_as_published(file, config),
+            "floats": lambda file: slice_to_floats(file, config),
+            "slices": lambda file: slice_to_bytes(file, config),
+            "shard": slice_to_shard,
         }
-        times = alternate({way: lambda do=do, files=files: list(map(do, files)) for way, do in ways.items()}, rounds=15)
+        times = alternate({way: partial(call_for_each, files, do) for way, do in ways.items()}, rounds=15)
         rate = {way: len(files) / statistics.median(seconds) for way, seconds in times.items()}
         results.append(
-            line(
+            make_result(
                 f"preprocess_vs_published_{name}",
                 rate["floats"] / rate["published"],
                 2.0,
-                f"{rate['floats']:.0f} against {rate['published']:.0f} images/s a core from a JPEG of "
-                f"{size[0]}×{size[1]} to equal float tensors (torch.equal); up to uint8 slices {rate['slices']:.0f}, "
-                f"and written to a raw shard {rate['shard']:.0f}",
+                f"{rate['floats']:.0f} against {rate['published']:.0f} images/s per core from a JPEG of "
+                f"{size[0]}×{size[1]} to equal float tensors (torch.equal); to uint8 slices {rate['slices']:.0f}, "
+                f"to a raw shard {rate['shard']:.0f}",
             )
         )
     return results
 
 
-def published(path: Path, config: SlicingConfig) -> list[torch.Tensor]:
-    """The way of the published dataset class: each slice is cropped, made a tensor and normalized by torchvision."""
+def slice_as_published(path: Path, config: SlicingConfig) -> list[torch.Tensor]:
+    """Slice as the published dataset class does: torchvision converts and normalizes each cropped slice."""
     convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     image = Image.open(path).convert("RGB")
     plan = plan_slices(*image.size, config)
     pieces = [image.resize(plan.overview, Image.Resampling.BICUBIC)]
     if plan.refined and plan.grid and plan.slice_size:
-        whole = image.resize(plan.refined, Image.Resampling.BICUBIC)
+        refined = image.resize(plan.refined, Image.Resampling.BICUBIC)
         width, height = plan.slice_size
         pieces += [
-            whole.crop((left, top, left + width, top + height))
+            refined.crop((left, top, left + width, top + height))
             for top in range(0, plan.refined[1], height)
             for left in range(0, plan.refined[0], width)
         ]
-    return [lay_out(convert(piece)) for piece in pieces]
+    return [flatten_patches(convert(piece)) for piece in pieces]
 
 
-def lay_out(image: torch.Tensor) -> torch.Tensor:
+def flatten_patches(image: torch.Tensor) -> torch.Tensor:
     """The patches of [3, height, width] side by side, [3, patch, patches * patch]."""
     columns = torch.nn.functional.unfold(image[None], PATCH, stride=PATCH)[0]
     return columns.view(3, PATCH, PATCH, -1).transpose(2, 3).reshape(3, PATCH, -1)
 
 
-def sliced(path: Path, config: SlicingConfig) -> list[np.ndarray]:
-    """Our way to uint8 slices."""
+def slice_to_bytes(path: Path, config: SlicingConfig) -> list[np.ndarray]:
+    """Slice as this project does, to uint8 arrays."""
     image = decode_image(path.read_bytes())
     return cut_slices(image, plan_slices(*image.size, config), config)
 
 
-def prepared(path: Path, config: SlicingConfig) -> list[torch.Tensor]:
-    """Our way to floats."""
-    return [pack_patches(pixels, PATCH, config.resampler) for pixels in sliced(path, config)]
+def slice_to_floats(path: Path, config: SlicingConfig) -> list[torch.Tensor]:
+    """Slice as this project does, to float tensors."""
+    return [pack_patches(pixels, PATCH, config.resampler) for pixels in slice_to_bytes(path, config)]
 
 
 # Shards
 
 
 def measure_codecs(folder: Path) -> list[Result]:
-    """What each codec costs and gives back, against slicing on the fly."""
-    base = checkpoint(folder / "base")
+    """Reading speed and size of shards with each codec, against slicing during training (on the fly)."""
+    base = write_checkpoint(folder / "base")
     encoder = Encoder.from_checkpoint(base, 9)
     results = []
     for name, size in SIZES.items():
         dataset = make_dataset(folder / f"codecs-{name}", size, samples=16)
         samples = list(read_samples(dataset, "train"))
-        readers, writing = {}, {}
+        readers: dict[Codec, ShardReader] = {}
+        writing: dict[Codec, float] = {}
         for codec in CODECS:
-            started = time.process_time() + children()
+            started = time.process_time() + child_seconds()
             shards = folder / f"shards-{name}-{codec}"
             settings = PreprocessSettings(codec=codec, model_max_length=4096)
             preprocess(dataset, str(base), shards, folder / "r.jsonl", settings, str(folder / "cache"), num_workers=1)
-            writing[codec] = time.process_time() + children() - started
+            writing[codec] = time.process_time() + child_seconds() - started
             readers[codec] = ShardReader(shards, "train")
             for row, sample in zip(readers[codec], samples, strict=True):
                 assert same_pixels(row, prepare(sample, encoder, 4096))  # noqa: S101
         order = random.Random(0).sample(range(len(samples)), len(samples))  # noqa: S311
         ways: dict[str, Callable[[], object]] = {
-            codec: lambda reader=reader, order=order: [reader[number] for number in order]
-            for codec, reader in readers.items()
+            codec: partial(call_for_each, order, reader.__getitem__) for codec, reader in readers.items()
         }
         shuffled = [samples[number] for number in order]
-        ways["on the fly"] = lambda shuffled=shuffled: [prepare(sample, encoder, 4096) for sample in shuffled]
+        ways["on the fly"] = partial(call_for_each, shuffled, lambda sample: prepare(sample, encoder, 4096))
         times = alternate(ways, rounds=7)
         rate = {way: len(samples) / statistics.median(seconds) for way, seconds in times.items()}
         for codec in sorted(CODECS, key=lambda codec: codec != "raw"):
-            size_of_one = readers[codec].manifest.bytes / len(samples)
-            is_promise = codec == "raw" and name == "1344"
+            sample_bytes = readers[codec].manifest.bytes / len(samples)
+            has_target = codec == "raw" and name == "1344"
             results.append(
-                line(
-                    "shards_vs_on_the_fly" if is_promise else f"shards_{codec}_vs_on_the_fly_{name}",
+                make_result(
+                    "shards_vs_on_the_fly" if has_target else f"shards_{codec}_vs_on_the_fly_{name}",
                     rate[codec] / rate["on the fly"],
-                    10.0 if is_promise else None,
+                    10.0 if has_target else None,
                     f"{codec}, JPEG of {size[0]}×{size[1]}: {rate[codec]:.0f} against {rate['on the fly']:.0f} rows/s "
-                    f"a core, {size_of_one / 1e3:,.0f} kB a sample ({size_of_one / 1e4:,.1f} GB per 100,000), "
-                    f"prepared in {1e3 * writing[codec] / len(samples):.0f} ms each",
+                    f"per core, {sample_bytes / 1e3:,.0f} kB per sample ({sample_bytes / 1e4:,.1f} GB per 100,000), "
+                    f"preprocessed in {1e3 * writing[codec] / len(samples):.0f} ms per sample",
                 )
             )
     return results
 
 
 def measure_workers(folder: Path) -> list[Result]:
-    """Two processes against one, by the clock, the whole step."""
-    base = checkpoint(folder / "base")
+    """Wall-clock time of the preprocess step with one and with two processes."""
+    base = write_checkpoint(folder / "base")
     dataset = make_dataset(folder / "workers", SIZES["640"], samples=800)
     number = 0
 
@@ -240,16 +247,17 @@ def measure_workers(folder: Path) -> list[Result]:
         shutil.rmtree(out)
 
     results = []
-    for codec in ("raw", "webp-lossless"):
-        ways = {str(workers): lambda workers=workers, codec=codec: run(workers, codec) for workers in (1, 2)}
+    codecs: tuple[Codec, ...] = ("raw", "webp-lossless")
+    for codec in codecs:
+        ways = {str(workers): partial(run, workers, codec) for workers in (1, 2)}
         times = alternate(ways, rounds=2, clock=time.monotonic)
         one, two = (min(times[str(workers)]) for workers in (1, 2))
-        is_promise = codec == "raw"
+        has_target = codec == "raw"
         results.append(
-            line(
-                "preprocess_two_workers" if is_promise else f"preprocess_two_workers_{codec}",
+            make_result(
+                "preprocess_two_workers" if has_target else f"preprocess_two_workers_{codec}",
                 one / two,
-                1.8 if is_promise else None,
+                1.8 if has_target else None,
                 f"800 images of 640×480 to {codec} shards, best of 2: {one:.1f} s by one process, {two:.1f} s by two",
             )
         )
@@ -257,11 +265,11 @@ def measure_workers(folder: Path) -> list[Result]:
 
 
 def measure_growth(folder: Path) -> list[Result]:
-    """Ten times the samples: the most memory at once and the time of validate-data and preprocess."""
-    base = checkpoint(folder / "base", scale=112)
+    """Peak memory and time of validate-data and preprocess with 10,000 and 100,000 samples."""
+    base = write_checkpoint(folder / "base", scale=112)
     seconds, memory = {}, {}
     for count in (10_000, 100_000):
-        data = small_samples(folder / f"small-{count}", count)
+        data = write_small_samples(folder / f"small-{count}", count)
         out = folder / f"grown-{count}"
         for step in ("validate", "preprocess"):
             seconds[count, step], memory[count, step] = observe([str(data), str(base), str(out), step])
@@ -275,8 +283,10 @@ def measure_growth(folder: Path) -> list[Result]:
         for step in grown
     )
     return [
-        line("memory_100k_vs_10k", grown[worst], 1.2, f"most memory of all processes at once: {peaks}", at_most=True),
-        line(
+        make_result(
+            "memory_100k_vs_10k", grown[worst], 1.2, f"peak memory of all processes together: {peaks}", at_most=True
+        ),
+        make_result(
             "time_100k_vs_10k",
             total[100_000] / total[10_000],
             11.0,
@@ -291,14 +301,55 @@ def measure_growth(folder: Path) -> list[Result]:
 
 
 def measure_transfer(folder: Path) -> list[Result]:
-    """1 GB of shards to a real S3 server and back, against rclone."""
+    """Time to upload and download 1 GB of shards, with an S3 server on this machine, against rclone."""
     source = folder / "source"
-    source.mkdir()
+    manifest = write_random_shards(source)
+    with s3_server(folder / "server") as remote:
+
+        def empty_folder(target: Path) -> str:
+            shutil.rmtree(target, ignore_errors=True)
+            return str(target)
+
+        def upload() -> None:
+            with ThreadPoolExecutor(storage.FILES_AT_ONCE) as pool:
+                list(pool.map(lambda path: storage.upload_file(path, f"s3://ours/{path.name}"), source.iterdir()))
+
+        def download() -> None:
+            open_shards("s3://ours", Path(empty_folder(folder / "copy")))
+
+        def rclone(*arguments: str) -> None:
+            subprocess.run([RCLONE, "copy", "--ignore-times", *arguments], check=True, stderr=subprocess.DEVNULL)  # noqa: S603
+
+        up = {"ours": upload, "rclone": lambda: rclone(str(source), f"{remote}theirs")}
+        # Both download the same unchanged objects: this server computes the hash of a new object at its first request.
+        down = {"ours": download, "rclone": lambda: rclone(f"{remote}ours", empty_folder(folder / "theirs"))}
+        times = {"up": alternate(up, rounds=5, clock=time.monotonic)}
+        times["down"] = alternate(down, rounds=5, clock=time.monotonic)
+    shutil.rmtree(source)
+    results = []
+    for direction in ("up", "down"):
+        ours, theirs = (statistics.median(times[direction][tool]) for tool in ("ours", "rclone"))
+        results.append(
+            make_result(
+                f"s3_{direction}load_vs_rclone",
+                theirs / ours,
+                0.8,
+                f"{manifest.bytes / 1e9:.2f} GB in {len(manifest.files)} files, medians of 5: {ours:.2f} s "
+                f"({manifest.bytes / ours / 1e6:.0f} MB/s{', sha256 compared' if direction == 'down' else ''}), "
+                f"rclone copy {theirs:.2f} s; client and server share this machine",
+            )
+        )
+    return results
+
+
+def write_random_shards(folder: Path) -> Manifest:
+    """Write 1 GB of files that look like shards to everything that only transfers them."""
+    folder.mkdir()
     shards = []
     for number in range(8):
         content = os.urandom(128 * 2**20)
         name = f"train-{number:05d}.parquet"
-        (source / name).write_bytes(content)
+        (folder / name).write_bytes(content)
         shards.append(Shard(file=name, rows=1, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
     manifest = Manifest(
         generation="4.6",
@@ -316,49 +367,13 @@ def measure_transfer(folder: Path) -> list[Result]:
         slices={"train": 0},
         bytes=sum(shard.bytes for shard in shards),
     )
-    (source / MANIFEST_FILE).write_text(manifest.model_dump_json())
-    with s3_server(folder / "server") as remote:
-
-        def fresh(target: Path) -> str:
-            shutil.rmtree(target, ignore_errors=True)
-            return str(target)
-
-        def upload() -> None:
-            with ThreadPoolExecutor(storage.FILES_AT_ONCE) as pool:
-                list(pool.map(lambda path: storage.upload_file(path, f"s3://ours/{path.name}"), source.iterdir()))
-
-        def download() -> None:
-            open_shards("s3://ours", Path(fresh(folder / "copy")))
-
-        def rclone(*arguments: str) -> None:
-            command = [Path(sys.executable).with_name("rclone"), "copy", "--ignore-times", *arguments]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)  # noqa: S603
-
-        up = {"ours": upload, "rclone": lambda: rclone(str(source), f"{remote}theirs")}
-        # The same objects, not touched in between: this server hashes what is new when it is first asked for.
-        down = {"ours": download, "rclone": lambda: rclone(f"{remote}ours", fresh(folder / "theirs"))}
-        times = {"up": alternate(up, rounds=5, clock=time.monotonic)}
-        times["down"] = alternate(down, rounds=5, clock=time.monotonic)
-    shutil.rmtree(source)
-    results = []
-    for direction in ("up", "down"):
-        ours, theirs = (statistics.median(times[direction][who]) for who in ("ours", "rclone"))
-        results.append(
-            line(
-                f"s3_{direction}load_vs_rclone",
-                theirs / ours,
-                0.8,
-                f"{manifest.bytes / 1e9:.2f} GB in {len(shards)} files, medians of 5: {ours:.2f} s "
-                f"({manifest.bytes / ours / 1e6:.0f} MB/s{', sha256 compared' if direction == 'down' else ''}), "
-                f"rclone copy {theirs:.2f} s; client and server share this machine",
-            )
-        )
-    return results
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    return manifest
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """A real S3 server here, which the environment leads to; yields how rclone names it."""
+    """Run an S3 server and set the environment for it; yields the name of the server for rclone."""
     folder.mkdir()
     for bucket in ("ours", "theirs"):
         (folder / bucket).mkdir()
@@ -366,7 +381,7 @@ def s3_server(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     key, secret = "benchmark", "benchmark-secret"
-    command = [Path(sys.executable).with_name("rclone"), "serve", "s3", str(folder)]
+    command = [RCLONE, "serve", "s3", str(folder)]
     options = ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
     address = f"http://127.0.0.1:{port}"
     with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as server:  # noqa: S603
@@ -384,11 +399,11 @@ def s3_server(folder: Path) -> Iterator[str]:
             server.terminate()
 
 
-# What the experiments share
+# Shared by the experiments
 
 
-def photographs(folder: Path, size: tuple[int, int]) -> list[Path]:
-    """The photographs in a size, as JPEG files."""
+def write_photographs(folder: Path, size: tuple[int, int]) -> list[Path]:
+    """Write the photographs of scikit-learn in the given size as JPEG files; returns their paths."""
     folder.mkdir(exist_ok=True)
     files = []
     for number, pixels in enumerate(load_sample_images().images):
@@ -398,12 +413,12 @@ def photographs(folder: Path, size: tuple[int, int]) -> list[Path]:
 
 
 def make_dataset(folder: Path, size: tuple[int, int], samples: int) -> Path:
-    """A validated dataset of photographs, each file a little different."""
+    """A validated dataset of photographs; no two files are identical."""
     folder.mkdir()
-    contents = [path.read_bytes() for path in photographs(folder / "photographs", size)]
+    contents = [path.read_bytes() for path in write_photographs(folder / "photographs", size)]
     rows = []
     for number in range(samples):
-        # Behind the end of a JPEG's image nothing is read, but the file is another.
+        # Bytes behind the end of a JPEG's image are ignored, but make each file a different one.
         (folder / f"{number}.jpg").write_bytes(contents[number % len(contents)] + number.to_bytes(4, "big"))
         rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": [QUESTION, ANSWER]})
     (folder / "train.json").write_text(json.dumps(rows))
@@ -412,8 +427,8 @@ def make_dataset(folder: Path, size: tuple[int, int], samples: int) -> Path:
     return folder / "dataset"
 
 
-def small_samples(folder: Path, count: int) -> Path:
-    """Small images, no two alike."""
+def write_small_samples(folder: Path, count: int) -> Path:
+    """Write small images, no two of them identical, and their samples; returns the path of the samples."""
     folder.mkdir()
     rows = []
     noise = np.random.default_rng(0)
@@ -426,8 +441,8 @@ def small_samples(folder: Path, count: int) -> Path:
     return folder / "train.json"
 
 
-def checkpoint(folder: Path, scale: int = 448) -> Path:
-    """A tiny MiniCPM-V 4.6 that slices as the published one does."""
+def write_checkpoint(folder: Path, scale: int = 448) -> Path:
+    """Write a tiny MiniCPM-V 4.6 that slices images as the published model does."""
     shutil.rmtree(folder, ignore_errors=True)
     write_tiny_checkpoint(folder, corpus=DEMO_CORPUS)
     for path in folder.glob("*processor_config.json"):
@@ -436,19 +451,25 @@ def checkpoint(folder: Path, scale: int = 448) -> Path:
 
 
 def same_pixels(one: ModelInput, other: ModelInput) -> bool:
-    """Whether two rows hold equal slices."""
+    """Whether two samples have equal slices."""
     return len(one.slices) == len(other.slices) and all(map(np.array_equal, one.slices, other.slices))
 
 
+def call_for_each(items: Sequence[Item], function: Callable[[Item], object]) -> None:
+    """Call a function for each item."""
+    for item in items:
+        function(item)
+
+
 def alternate(
-    ways: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
+    ways: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds that each way took, round by round and in turning order, after a round that is not counted."""
+    """Seconds of each way in each round, after a warm-up round; the order of the ways is reversed every round."""
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, do in list(ways.items())[:: -1 if number % 2 else 1]:
             if clock is time.monotonic:
-                os.sync()  # what one wrote must not wait for the other's disk time
+                os.sync()  # so that one way does not pay for the writes of the one before
             started = clock()
             do()
             if number:
@@ -457,16 +478,16 @@ def alternate(
 
 
 def observe(arguments: list[str]) -> tuple[float, int]:
-    """Run a step in a process of its own; returns its seconds and the most memory of it and its children at once."""
+    """Run a step in a separate process; returns its seconds and the peak memory of the process and its children."""
     started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", STEP, *arguments], stderr=subprocess.DEVNULL) as process:  # noqa: S603
-        most = 0
+        peak = 0
         ended = threading.Event()
 
         def watch() -> None:
-            nonlocal most
+            nonlocal peak
             while not ended.wait(0.05):
-                most = max(most, memory_of(process.pid))
+                peak = max(peak, used_memory(process.pid))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -475,11 +496,11 @@ def observe(arguments: list[str]) -> tuple[float, int]:
         watcher.join()
     if code:
         raise SystemExit(f"{arguments[-1]} ended with exit code {code}")
-    return time.monotonic() - started, most
+    return time.monotonic() - started, peak
 
 
-def memory_of(process: int) -> int:
-    """Bytes of a process and its children, shared ones counted once."""
+def used_memory(process: int) -> int:
+    """Bytes in use by a process and its children; shared memory is counted once."""
     total = 0
     with suppress(OSError, ValueError):
         for text in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
@@ -487,18 +508,18 @@ def memory_of(process: int) -> int:
                 total = int(text.split()[1]) * 1024
     with suppress(OSError):
         for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-            total += memory_of(int(child))
+            total += used_memory(int(child))
     return total
 
 
-def children() -> float:
-    """Processor time of ended child processes."""
+def child_seconds() -> float:
+    """Processor time of the child processes that have ended."""
     used = os.times()
     return used.children_user + used.children_system
 
 
-def line(name: str, ratio: float, target: float | None, detail: str, at_most: bool = False) -> Result:
-    """A result; without a target there is nothing to hold."""
+def make_result(name: str, ratio: float, target: float | None, detail: str, at_most: bool = False) -> Result:
+    """A row of the results; without a target it counts as reached."""
     holds = target is None or (ratio <= target if at_most else ratio >= target)
     return {"name": name, "ratio": round(ratio, 3), "target": target, "holds": holds, "detail": detail}
 

@@ -1,11 +1,11 @@
-"""How fast, and in how much memory, an adapter is merged: against `cp` of the same bytes, both seen onto the disk.
+"""Time and memory of merging an adapter, against `cp` of the same bytes; both include flushing to the disk.
 
     python benchmarks/merge.py [--gigabytes 4] [--rounds 3]
 
-The checkpoint is a MiniCPM-V 4.6 of random numbers with as many layers as the size asks for; the adapter is what the
-pipeline's defaults train: LoRA on the attention, embeddings, merger and vision tower whole. Copying and merging
-alternate, so that whatever else the disk does meets both. Memory is read from outside the merging process every few
-milliseconds, and not only where it reads itself.
+The checkpoint is a MiniCPM-V 4.6 with random weights and as many layers as the size requires. The adapter is what the
+pipeline's defaults train: LoRA on the attention, and embeddings, merger and vision tower in full. Copying and merging
+alternate, so that other load on the disk affects both. Memory is read every few milliseconds from outside the merging
+process, so that the process's own report can be compared with it.
 """
 
 import argparse
@@ -40,11 +40,16 @@ print(done.memory.model_dump_json(), done.seconds, sep="\\n")
 
 
 def main() -> None:
-    """Measure, print a table, and add two lines to the results."""
+    """Measure, print a table, and write two lines of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the checkpoint")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench/merge"), help="scratch, three times the size")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("build/bench/merge"),
+        help="folder for temporary files, three times the size",
+    )
     options = parser.parse_args()
     try:
         base, size = write_base(options.folder / "base", options.gigabytes * 1e9)
@@ -61,7 +66,7 @@ def main() -> None:
 
 
 def write_base(folder: Path, size: float) -> tuple[Path, int]:
-    """Write a checkpoint of about `size` bytes in bf16; returns it and its exact number of bytes."""
+    """Write a checkpoint of about `size` bytes in bf16; returns its folder and its exact number of bytes."""
     text = {
         "model_type": "qwen3_5_text",
         "vocab_size": 151_936,
@@ -74,18 +79,16 @@ def write_base(folder: Path, size: float) -> tuple[Path, int]:
         "layer_types": ["full_attention"],
         "tie_word_embeddings": False,
     }
-    one, two = (_shapes(_with_layers(text, count)) for count in (1, 2))
-    weight = [2 * sum(shape.numel() for shape in shapes.values()) for shapes in (one, two)]
-    config = _with_layers(text, max(1, round((size - weight[0]) / (weight[1] - weight[0])) + 1))
+    one, two = (_count_bytes(_shapes(_make_config(text, layers))) for layers in (1, 2))
+    config = _make_config(text, max(1, round((size - one) / (two - one)) + 1))
     config.save_pretrained(folder)
 
     shard: dict[str, torch.Tensor] = {}
     shards: list[dict[str, torch.Tensor]] = []
-    weight_map = {}
-    total = 0
+    weight_map: dict[str, str] = {}
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
-    def close() -> None:
+    def write_shard() -> None:
         name = f"model-{len(shards) + 1:05d}.safetensors"
         weight_map.update(dict.fromkeys(shard, name))
         save_file(shard, folder / name, {"format": "pt"})
@@ -95,10 +98,10 @@ def write_base(folder: Path, size: float) -> tuple[Path, int]:
     for name, shape in _shapes(config).items():
         repeats = -(-shape.numel() // len(noise))
         shard[name] = noise.repeat(repeats)[: shape.numel()].reshape(shape).clone()
-        total += 2 * shape.numel()
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
-            close()
-    close()
+            write_shard()
+    write_shard()
+    total = _count_bytes(_shapes(config))
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
     )
@@ -106,26 +109,26 @@ def write_base(folder: Path, size: float) -> tuple[Path, int]:
 
 
 def write_adapter(folder: Path, base: Path) -> Path:
-    """Write what training with the pipeline's defaults would leave."""
+    """Write an adapter as training with the pipeline's defaults writes it."""
     shapes = _shapes(MiniCPMV4_6Config.from_pretrained(base))
-    whole = (MINICPMV_4_6.embed_tokens, MINICPMV_4_6.merger, MINICPMV_4_6.vision_tower)
+    trained_in_full = (MINICPMV_4_6.embed_tokens, MINICPMV_4_6.merger, MINICPMV_4_6.vision_tower)
     tensors = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if name.startswith(tuple(f"{part}." for part in whole)):
+        if name.startswith(tuple(f"{part}." for part in trained_in_full)):
             tensors[f"base_model.model.{name}"] = torch.full(shape, 0.01, dtype=torch.bfloat16)
         elif module.startswith(MINICPMV_4_6.language_model) and module.endswith(("q_proj", "k_proj", "v_proj")):
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.full((RANK, shape[1]), 0.01)
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.full((shape[0], RANK), 0.01)
     LoraConfig(
-        r=RANK, lora_alpha=RANK, target_modules=MINICPMV_4_6.lora_target_modules, modules_to_save=list(whole)
-    ).save_pretrained(folder)
+        r=RANK, lora_alpha=RANK, target_modules=MINICPMV_4_6.lora_target_modules, modules_to_save=list(trained_in_full)
+    ).save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
 
 
 def copy(base: Path, target: Path) -> float:
-    """Seconds to copy the weights and see them onto the disk."""
+    """Seconds to copy the weights and flush them to the disk."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     os.sync()
@@ -141,43 +144,43 @@ def copy(base: Path, target: Path) -> float:
 
 
 def merge(base: Path, adapter: Path, target: Path) -> tuple[float, dict[str, int]]:
-    """Seconds to merge (its process's imports apart), and its memory: what it says and what was seen of it."""
+    """Seconds to merge, without imports, and the memory: as the process reports it and as observed from outside."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     os.sync()
     arguments = [sys.executable, "-c", MERGE, str(base), str(adapter), str(target)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)  # noqa: S603
-    seen = 0
+    observed = 0
     while process.poll() is None:
-        seen = max(seen, _anonymous_memory(process.pid))
+        observed = max(observed, _anonymous_memory(process.pid))
         time.sleep(0.005)
     assert process.stdout is not None  # noqa: S101
     memory, seconds = process.stdout.read().splitlines()
     if process.returncode:
         raise SystemExit(f"merging ended with exit code {process.returncode}")
     shutil.rmtree(target)
-    return float(seconds), json.loads(memory) | {"seen": seen}
+    return float(seconds), json.loads(memory) | {"observed": observed}
 
 
 def report(size: int, copying: list[float], merging: list[float], memory: list[dict[str, int]]) -> None:
     """Print the table and write the results."""
-    fast, slow = statistics.median(copying), statistics.median(merging)
-    worst = max(memory, key=lambda used: used["seen"] / used["bound"])
+    copied, merged = statistics.median(copying), statistics.median(merging)
+    worst = max(memory, key=lambda used: used["observed"] / used["bound"])
     rows = [
         {
             "name": "merge_vs_cp",
-            "ratio": round(fast / slow, 3),
+            "ratio": round(copied / merged, 3),
             "target": 0.5,
-            "holds": fast / slow >= 0.5,
-            "detail": f"{size / 1e9:.2f} GB with fsync, medians: cp {fast:.2f} s ({size / fast / 1e9:.2f} GB/s), "
-            f"merge {slow:.2f} s ({size / slow / 1e9:.2f} GB/s); cp {_list(copying)}, merge {_list(merging)}",
+            "holds": copied / merged >= 0.5,
+            "detail": f"{size / 1e9:.2f} GB with fsync, medians: cp {copied:.2f} s ({size / copied / 1e9:.2f} GB/s), "
+            f"merge {merged:.2f} s ({size / merged / 1e9:.2f} GB/s); cp {_join(copying)}, merge {_join(merging)}",
         },
         {
             "name": "merge_peak_memory_vs_bound",
-            "ratio": round(worst["seen"] / worst["bound"], 3),
+            "ratio": round(worst["observed"] / worst["bound"], 3),
             "target": 1.0,
-            "holds": worst["seen"] <= worst["bound"],
-            "detail": f"anonymous memory {worst['seen'] / 1e6:.0f} MB at most, bound {worst['bound'] / 1e6:.0f} MB "
+            "holds": worst["observed"] <= worst["bound"],
+            "detail": f"anonymous memory {worst['observed'] / 1e6:.0f} MB at most, bound {worst['bound'] / 1e6:.0f} MB "
             f"(baseline {worst['baseline'] / 1e6:.0f} MB, largest tensor {worst['largest_tensor'] / 1e6:.0f} MB)",
         },
     ]
@@ -189,18 +192,25 @@ def report(size: int, copying: list[float], merging: list[float], memory: list[d
     Console().print(table)
 
 
-def _with_layers(text: dict[str, object], count: int) -> MiniCPMV4_6Config:
-    layers = {"num_hidden_layers": count, "layer_types": ["full_attention"] * count}
+def _make_config(text: dict[str, object], layer_count: int) -> MiniCPMV4_6Config:
+    layers = {"num_hidden_layers": layer_count, "layer_types": ["full_attention"] * layer_count}
     return MiniCPMV4_6Config(text_config=text | layers, tie_word_embeddings=False, dtype="bfloat16")
 
 
+def _count_bytes(shapes: dict[str, torch.Size]) -> int:
+    """Bytes of tensors in bf16."""
+    return sum(2 * shape.numel() for shape in shapes.values())
+
+
 def _shapes(config: MiniCPMV4_6Config) -> dict[str, torch.Size]:
+    """The name and shape of each weight."""
     with torch.device("meta"):
         model = MiniCPMV4_6ForConditionalGeneration(config)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _anonymous_memory(process: int) -> int:
+    """Bytes of a process's memory without files that are mapped into it."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -208,7 +218,7 @@ def _anonymous_memory(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
 
 
-def _list(seconds: list[float]) -> str:
+def _join(seconds: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in seconds)
 
 

@@ -1,16 +1,15 @@
-"""How many small faults in the code the tests notice: mutants of six files, each met by the tests that mirror it.
+"""Mutation tests: how many small faults in six files are found by the tests of these files.
 
     python benchmarks/mutation.py [--only shards] [--again]
 
-A mutant is the file with one thing changed: a comparison, an operator, a constant by one, a condition or a returned
-value, a statement left out. It is killed if a test fails or runs far too long. Texts are not changed, nor annotations
-and decorators. `--again` meets only the survivors of the last run.
+A mutant is the file with one change: another comparison or operator, a constant plus or minus one, a negated condition,
+a returned None, a removed statement. A mutant is killed if a test fails or takes far too long. Strings, annotations and
+decorators are not changed. `--again` tests only the survivors of the last run.
 
-Why not mutmut or cosmic-ray: mutmut 3 looks for `components.shards` in a copy of the tree, while the tests import
-`minicpmv_finetune.shards.format`, to which setuptools maps the folder, and leaves out constants, regular
-expressions' flags and everything decorated; cosmic-ray starts a process for each mutant, whose imports take longer
-than its tests. Here a process that has imported torch and the like forks for each mutant, and the child imports the
-project anew, with the one file changed on its way from the disk: nothing is written into the tree.
+Why not mutmut or cosmic-ray: mutmut 3 leaves out constants, flags of regular expressions and every decorated function;
+cosmic-ray starts a process for each mutant, whose imports take longer than its tests. Here one process imports torch
+and other large libraries and forks for each mutant. The child imports the project again, and the one file is changed
+while it is loaded, so nothing is written into the source tree.
 """
 
 import argparse
@@ -30,12 +29,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path("build/bench/mutation.json")
-# What is mutated, and the tests that should notice, quick ones first.
+Node = TypeVar("Node", bound=ast.AST)
+# The mutated files, and the tests that should find the faults, fast ones first.
 TARGETS = {
     "minicpmv_finetune/minicpmv/slicing.py": ["tests/minicpmv/test_slicing.py"],
     "minicpmv_finetune/minicpmv/conversation.py": ["tests/minicpmv/test_conversation.py"],
@@ -48,8 +50,16 @@ TARGETS = {
     "minicpmv_finetune/components/merge/update.py": ["tests/components/merge/test_streaming.py"],
     "minicpmv_finetune/components/evaluate/metrics.py": ["tests/components/evaluate/test_metrics.py"],
 }
-# Imported once, before the first fork; none of it imports the project.
-SHARED = ("torch", "torchvision.transforms.v2", "transformers", "peft", "accelerate", "pyarrow.parquet", "numba")
+# Modules that are imported once, before the first fork; none of them imports the project.
+SHARED: tuple[str, ...] = (
+    "torch",
+    "torchvision.transforms.v2",
+    "transformers",
+    "peft",
+    "accelerate",
+    "pyarrow.parquet",
+    "numba",
+)
 SHARED += ("pytest", "hypothesis", "PIL.Image", "safetensors.torch", "boto3", "pydantic", "rapidfuzz", "scipy.stats")
 SHARED += ("transformers.models.minicpmv4_6", "transformers.models.auto.modeling_auto", "playwright.sync_api", "jinja2")
 
@@ -71,7 +81,15 @@ CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "ceil": "floor"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change, by the number of its node in the order of the walk and of the change to that node."""
+    """One change of a file.
+
+    Attributes:
+        node: Number of the changed syntax node, in the order of the walk.
+        change: Number of the change among those of the node.
+        line: Line of the node.
+        before: Source of the node.
+        after: Source of the changed node.
+    """
 
     node: int
     change: int
@@ -82,7 +100,15 @@ class Mutant:
 
 @dataclass
 class Outcome:
-    """What became of a target's mutants."""
+    """The result for one target file.
+
+    Attributes:
+        mutants: Number of mutants.
+        killed: Number of killed mutants, those that took too long included.
+        timed_out: Number of mutants whose tests took too long.
+        seconds: Duration of all tests.
+        survivors: The mutants that no test killed.
+    """
 
     mutants: int
     killed: int
@@ -92,24 +118,24 @@ class Outcome:
 
 
 def main() -> None:
-    """Run, print a table and the survivors, and write both down."""
+    """Test the mutants, print the survivors and a table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a target's path")
-    parser.add_argument("--again", action="store_true", help="only what survived the last time")
+    parser.add_argument("--again", action="store_true", help="test only the survivors of the last run")
     options = parser.parse_args()
     for name in SHARED:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # else each child's collector would look at, and so copy, all that they share
+    gc.freeze()  # otherwise each child's garbage collector would touch, and so copy, all shared memory
     earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for target in (target for target in TARGETS if options.only in target):
-        mutants = list(mutants_of(Path(target).read_text()))
+        mutants = list(generate_mutants(Path(target).read_text()))
         total = len(mutants)
         if options.again:
             mutants = [mutant for mutant in mutants if asdict(mutant) in earlier[target]["survivors"]]
             if len(mutants) != len(earlier[target]["survivors"]):
-                raise SystemExit(f"{target}: it was changed since; run without --again")
-        outcome = meet(target, mutants)
+                raise SystemExit(f"{target}: the file was changed since the last run; run without --again")
+        outcome = test_mutants(target, mutants)
         if options.again:
             outcome.mutants, outcome.killed = total, total - len(outcome.survivors)
             outcome.timed_out += earlier[target]["timed_out"]
@@ -119,12 +145,12 @@ def main() -> None:
     report({target: outcome for target, outcome in earlier.items() if options.only in target})
 
 
-def meet(target: str, mutants: list[Mutant]) -> Outcome:
-    """Let a target's tests meet each mutant."""
-    began, before = time.monotonic(), time_of_children()
+def test_mutants(target: str, mutants: list[Mutant]) -> Outcome:
+    """Run a target's tests with each mutant."""
+    started, before = time.monotonic(), child_seconds()
     if run_tests(target, None, 600) != "survived":
-        raise SystemExit(f"{target}: its tests fail as it is; run pytest {' '.join(TARGETS[target])}")
-    limit = 5 + 5 * math.ceil(time_of_children() - before)
+        raise SystemExit(f"{target}: the tests fail without a mutant; run pytest {' '.join(TARGETS[target])}")
+    limit = 5 + 5 * math.ceil(child_seconds() - before)
     outcome = Outcome(len(mutants), 0, 0, 0.0, [])
     for number, mutant in enumerate(mutants, start=1):
         fate = run_tests(target, mutant, limit)
@@ -132,82 +158,89 @@ def meet(target: str, mutants: list[Mutant]) -> Outcome:
         outcome.timed_out += fate == "timed out"
         outcome.survivors += [mutant] if fate == "survived" else []
         print(f"{target}: {number}/{len(mutants)}, {len(outcome.survivors)} survived", end="\r", file=sys.stderr)
-    outcome.seconds = time.monotonic() - began
+    outcome.seconds = time.monotonic() - started
     return outcome
 
 
-def time_of_children() -> float:
-    """Seconds of a processor's time that the children so far have taken."""
+def child_seconds() -> float:
+    """Processor time of the child processes that have ended."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
 
 
 def run_tests(target: str, mutant: Mutant | None, limit: int) -> str:
-    """Fork, and say what became of the mutant.
+    """Run a target's tests in a forked process.
 
     Args:
-        target: whose tests.
-        mutant: None for the file as it is.
-        limit: seconds of a processor's time, so that what else the machine does kills no mutant.
+        target: Path of the file.
+        mutant: The mutant of the file; None for the unchanged file.
+        limit: Limit in seconds of processor time, so that other load on the machine kills no mutant.
+
+    Returns:
+        "survived", "killed" or "timed out".
     """
     child = os.fork()
     if child == 0:
-        code = 70  # a mutant that ends the process is noticed
+        code = 70  # a mutant that ends the process counts as killed
         try:
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-            code = tests_of(target, mutant)
+            code = run_in_child(target, mutant)
         finally:
             os._exit(code)
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return "survived" if ended == 0 else "timed out" if ended in {-signal.SIGXCPU, -signal.SIGKILL} else "killed"
 
 
-def tests_of(target: str, mutant: Mutant | None) -> int:
-    """In the child: read the target changed, and run its tests to the first failure."""
+def run_in_child(target: str, mutant: Mutant | None) -> int:
+    """Load the target with its change, and run its tests up to the first failure; returns pytest's exit code."""
     import hypothesis
     import pytest
 
-    path, plain = str(Path(target).resolve()), SourceFileLoader.get_code
-    SourceFileLoader.get_code = lambda loader, name: (  # type: ignore[method-assign]
-        compile(mutate(Path(path).read_text(), mutant), path, "exec")
-        if mutant is not None and os.path.realpath(loader.path) == path
-        else plain(loader, name)
-    )
-    # A failure is enough: it need neither be made smaller nor kept.
+    path, original = str(Path(target).resolve()), SourceFileLoader.get_code
+
+    def get_code(loader: Any, fullname: str) -> CodeType | None:
+        if mutant is None or os.path.realpath(loader.get_filename(fullname)) != path:
+            return original(loader, fullname)
+        code: CodeType = compile(apply_mutant(Path(path).read_text(), mutant), path, "exec")
+        return code
+
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
+    # Any failure is enough: hypothesis need not shrink or store the example.
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutation", derandomize=True, database=None, phases=phases)
     hypothesis.settings.load_profile("mutation")
-    silent = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
-        os.dup2(silent, number)
+        os.dup2(null, number)
     with tempfile.TemporaryDirectory() as folder:
         options = ["-x", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--timeout", "120"]
         options += ["--basetemp", f"{folder}/tests"]
         return int(pytest.main([*options, *TARGETS[target]]))
 
 
-def mutants_of(source: str) -> Iterator[Mutant]:
+def generate_mutants(source: str) -> Iterator[Mutant]:
     """All mutants of a file."""
-    for number, node in enumerate(mutable(ast.parse(source))):
-        for change, changed in enumerate(changes(node)):
+    for number, node in enumerate(find_mutable_nodes(ast.parse(source))):
+        for change, changed in enumerate(change_node(node)):
             yield Mutant(number, change, node.lineno, ast.unparse(node), ast.unparse(changed))
 
 
-def mutate(source: str, mutant: Mutant) -> ast.Module:
-    """The file's tree with the mutant's change."""
+def apply_mutant(source: str, mutant: Mutant) -> ast.Module:
+    """The syntax tree of the file with the mutant's change."""
     tree = ast.parse(source)
-    node = list(mutable(tree))[mutant.node]
-    changed = list(changes(node))[mutant.change]
+    node = list(find_mutable_nodes(tree))[mutant.node]
+    changed = list(change_node(node))[mutant.change]
     ast.copy_location(changed, node)
 
-    class Exchange(ast.NodeTransformer):
+    class Replace(ast.NodeTransformer):
         def visit(self, other: ast.AST) -> ast.AST:
             return changed if other is node else self.generic_visit(other)
 
-    return ast.fix_missing_locations(Exchange().visit(tree))
+    Replace().visit(tree)
+    return ast.fix_missing_locations(tree)
 
 
-def mutable(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Statements and expressions that run, from the first to the last."""
+def find_mutable_nodes(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
+    """The executed statements and expressions, in the order of the source."""
     for field, value in ast.iter_fields(tree):
         if field in {"annotation", "returns", "decorator_list"} or isinstance(tree, ast.JoinedStr):
             continue
@@ -217,11 +250,11 @@ def mutable(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
             if isinstance(node, ast.expr | ast.stmt):
                 yield node
             if isinstance(node, ast.AST):
-                yield from mutable(node)
+                yield from find_mutable_nodes(node)
 
 
-def changes(node: ast.expr | ast.stmt) -> Iterator[ast.expr | ast.stmt]:
-    """What a node is changed to, one after the other."""
+def change_node(node: ast.expr | ast.stmt) -> Iterator[ast.expr | ast.stmt]:
+    """The nodes that replace a node, one for each mutant."""
     match node:
         case ast.Compare(ops=operators):
             for number, operator in enumerate(operators):
@@ -255,7 +288,7 @@ def changes(node: ast.expr | ast.stmt) -> Iterator[ast.expr | ast.stmt]:
             yield ast.Continue()
 
 
-def with_fields(node: ast.AST, **fields: object) -> ast.AST:
+def with_fields(node: Node, **fields: object) -> Node:
     """A copy of a node with other fields."""
     changed = copy.copy(node)
     for name, value in fields.items():
@@ -263,9 +296,9 @@ def with_fields(node: ast.AST, **fields: object) -> ast.AST:
     return changed
 
 
-def report(outcomes: dict) -> None:
+def report(outcomes: dict[str, dict[str, Any]]) -> None:
     """Print the survivors, then the table."""
-    table = Table("target", "mutants", "killed", "of these too slow", "killed %", "minutes")
+    table = Table("target", "mutants", "killed", "of these timed out", "killed %", "minutes")
     for target, outcome in outcomes.items():
         for mutant in outcome["survivors"]:
             before, after = (" ".join(mutant[side].split())[:110] for side in ("before", "after"))

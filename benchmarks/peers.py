@@ -1,13 +1,14 @@
-"""How fast others fine-tune the same model on the same data: ms-swift and TRL, side by side.
+"""Training speed of this project against ms-swift and TRL, with the same model and the same data.
 
     python benchmarks/peers.py --swift build/peers/ms-swift/bin/swift [--trl build/peers/trl/bin/python] [--rounds 3]
 
-Same checkpoint, photographs, batch, precision and supervised tokens; LoRA r 16, alpha 32, on all linear layers of the
-language model and nothing else (with vision trained the tower too: whole here, by adapters there). Here images are
-sliced before (raw shards), and batches hold samples of like length. Each is one process of all threads; how long an
-epoch takes by a process a core, each with its part of the batch, is told beside it. All say themselves how long their
-training loop took, imports and loading apart. An epoch from the second on is what three epochs take more than one,
-halved; here it is a third of three, since stored features are computed before the loop.
+Checkpoint, photographs, batch size, precision and supervised tokens are the same. All train LoRA with rank 16 and alpha
+32 on all linear layers of the language model and nothing else; in the runs that train vision, the vision tower is
+trained too: in full by this project, with adapters by ms-swift. This project slices images beforehand (raw shards) and
+groups samples of similar length into batches. Each runs as one process with a thread per core; an epoch with one
+process per core, each with its share of the batch, is reported in addition. Each reports the seconds of its own
+training loop, without imports and loading. For ms-swift, an epoch after the first is half the difference between three
+epochs and one; for this project it is a third of three epochs, because stored features are computed before the loop.
 """
 
 import argparse
@@ -18,12 +19,12 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from results import keep, result
+from results import make_result, save_results
 from rich.console import Console
 from shapes import write_checkpoint, write_photographs
 
@@ -48,76 +49,94 @@ SHARED = {
 
 
 def main() -> None:
-    """Measure by turns, print, and write the results."""
+    """Measure alternately, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--swift", type=Path, required=True, help="its command")
-    parser.add_argument("--trl", type=Path, help="the Python that TRL is installed for")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--photographs", type=int, default=120, help="of an epoch")
-    parser.add_argument("--attention", default="sdpa", help="of ms-swift: sdpa or eager")
+    parser.add_argument("--swift", type=Path, required=True, help="command of ms-swift")
+    parser.add_argument("--trl", type=Path, help="Python interpreter of the environment with TRL")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each")
+    parser.add_argument("--photographs", type=int, default=120, help="photographs in an epoch")
+    parser.add_argument("--attention", default="sdpa", help="attention of ms-swift: sdpa or eager")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     shutil.rmtree(FOLDER, ignore_errors=True)
-    os.environ["XDG_CACHE_HOME"] = str((FOLDER / "cache").absolute())  # so that shards of an earlier run are not found
+    os.environ["XDG_CACHE_HOME"] = str((FOLDER / "cache").absolute())  # so that shards of an earlier run are not reused
     base = write_checkpoint(FOLDER / "base")
     write_photographs(FOLDER, options.photographs)
     started = time.monotonic()
     shards = _prepare(base)
     prepared = time.monotonic() - started
-    stores = itertools.count()
+    store_numbers = itertools.count()
 
-    def here(epochs: int, vision: bool, processes: int) -> float:
-        return _ours(base, shards, epochs, vision, processes, next(stores))
+    def ours(epochs: int, vision: bool, processes: int) -> float:
+        return _train_ours(base, shards, epochs, vision, processes, next(store_numbers))
 
     def swift(epochs: int, vision: bool, processes: int) -> float:
-        return _swift(options, base, epochs, vision, processes)
+        return _train_swift(options, base, epochs, vision, processes)
 
     cores = os.cpu_count() or 1
-    apiece = {"ms-swift": swift(1, False, cores), "here": here(1, False, cores)}
-    theirs: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
-    ours: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
-    trl: list[float] = []
+    per_core = {"ms-swift": swift(1, False, cores), "ours": ours(1, False, cores)}
+    swift_seconds: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
+    our_seconds: dict[str, list[float]] = {"one": [], "three": [], "vision": []}
+    trl_seconds: list[float] = []
     for _ in range(options.rounds):
         for name, epochs, vision in (("one", 1, False), ("three", 3, False), ("vision", 1, True)):
-            theirs[name].append(swift(epochs, vision, 1))
-            ours[name].append(here(epochs, vision, 1))
+            swift_seconds[name].append(swift(epochs, vision, 1))
+            our_seconds[name].append(ours(epochs, vision, 1))
         if options.trl:
-            trl.append(_trl(options.trl))
-    raw = f"raw seconds: ms-swift {_rounded(theirs)}, here {_rounded(ours)}; an epoch by a process a core {apiece}"
+            trl_seconds.append(_train_trl(options.trl))
     facts = f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
-    first, later = statistics.median(ours["one"]), statistics.median(ours["three"]) / 3
-    apart = f"without preprocess, which took {prepared:.1f} s once"
-    swift_later = (statistics.median(theirs["three"]) - statistics.median(theirs["one"])) / 2
-    rows = [
-        result("ms_swift_frozen_later_epochs", swift_later / later, 4.0, f"{raw}; {facts}"),
-        result("ms_swift_first_epoch", statistics.median(theirs["one"]) / first, 2.0, f"{apart}; {raw}; {facts}"),
-        result(
-            "ms_swift_vision_trained",
-            statistics.median(theirs["vision"]) / statistics.median(ours["vision"]),
-            2.0,
-            f"{raw}; {facts}",
-        ),
-    ]
-    if trl:
-        raw = f"raw seconds: TRL {trl}, here {_rounded(ours)}"
-        rows += [
-            result("trl_frozen_later_epochs", statistics.median(trl) / later, 4.0, f"{raw}; {facts}"),
-            result("trl_first_epoch", statistics.median(trl) / first, 2.0, f"{apart}; {raw}; {facts}"),
-        ]
-    keep(rows)
+    note = f"without preprocess, which took {prepared:.1f} s once"
+    rows = _compare(
+        our_seconds, swift_seconds, trl_seconds, f"an epoch with one process per core {per_core}", note, facts
+    )
+    save_results(rows)
     for row in rows:
         Console().print(row)
 
 
+def _compare(
+    our_seconds: dict[str, list[float]],
+    swift_seconds: dict[str, list[float]],
+    trl_seconds: list[float],
+    per_core: str,
+    note: str,
+    facts: str,
+) -> list[dict[str, Any]]:
+    """The rows of the results."""
+    raw = f"raw seconds: ms-swift {_rounded(swift_seconds)}, ours {_rounded(our_seconds)}; {per_core}"
+    first, later = statistics.median(our_seconds["one"]), statistics.median(our_seconds["three"]) / 3
+    swift_first, swift_three = statistics.median(swift_seconds["one"]), statistics.median(swift_seconds["three"])
+    swift_later = (swift_three - swift_first) / 2
+    rows = [
+        make_result("ms_swift_frozen_later_epochs", swift_later / later, 4.0, f"{raw}; {facts}"),
+        make_result("ms_swift_first_epoch", swift_first / first, 2.0, f"{note}; {raw}; {facts}"),
+        make_result(
+            "ms_swift_vision_trained",
+            statistics.median(swift_seconds["vision"]) / statistics.median(our_seconds["vision"]),
+            2.0,
+            f"{raw}; {facts}",
+        ),
+    ]
+    if trl_seconds:
+        raw = f"raw seconds: TRL {trl_seconds}, ours {_rounded(our_seconds)}"
+        trl = statistics.median(trl_seconds)
+        rows += [
+            make_result("trl_frozen_later_epochs", trl / later, 4.0, f"{raw}; {facts}"),
+            make_result("trl_first_epoch", trl / first, 2.0, f"{note}; {raw}; {facts}"),
+        ]
+    return rows
+
+
 def _prepare(base: Path) -> Path:
+    """Validate the photographs and write them to shards; returns the folder of the shards."""
     dataset, shards, rejects = FOLDER / "dataset", FOLDER / "shards", FOLDER / "rejects.jsonl"
-    validate_data(str(FOLDER / "photographs.json"), None, dataset, rejects, ValidationSettings(eval_fraction=0))
+    validate_data(str(FOLDER / "photographs.json"), "", dataset, rejects, ValidationSettings(eval_fraction=0))
     preprocess(dataset, str(base), shards, rejects, PreprocessSettings(model_max_length=LONGEST, codec="raw"))
     return shards
 
 
-def _ours(base: Path, shards: Path, epochs: int, vision: bool, processes: int, number: int) -> float:
-    """Seconds of our training loop, with a store of features that no earlier run has left."""
+def _train_ours(base: Path, shards: Path, epochs: int, vision: bool, processes: int, number: int) -> float:
+    """Seconds of this project's training loop, with an empty feature store."""
     out = FOLDER / "ours"
     flags = {
         **SHARED,
@@ -142,7 +161,7 @@ def _ours(base: Path, shards: Path, epochs: int, vision: bool, processes: int, n
     return read_record(out).metrics["seconds"]
 
 
-def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool, processes: int) -> float:
+def _train_swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool, processes: int) -> float:
     """Seconds of ms-swift's training loop."""
     out = FOLDER / "swift"
     flags = {
@@ -167,23 +186,23 @@ def _swift(options: argparse.Namespace, base: Path, epochs: int, vision: bool, p
     }
     if processes > 1:
         flags["ddp_backend"] = "gloo"
-    several = {"NPROC_PER_NODE": str(processes)} if processes > 1 else {}
-    _run_peer("ms-swift", [str(options.swift), "sft", *as_flags(flags)], processes, several)
+    launch_variables = {"NPROC_PER_NODE": str(processes)} if processes > 1 else {}
+    _run_peer("ms-swift", [str(options.swift), "sft", *as_flags(flags)], processes, launch_variables)
     log = max(out.rglob("logging.jsonl"), key=lambda path: path.stat().st_mtime)
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     return float(next(entry["train_runtime"] for entry in reversed(entries) if "train_runtime" in entry))
 
 
-def _trl(python: Path) -> float:
-    """Seconds of TRL's training loop over an epoch; a later one takes it as long."""
+def _train_trl(python: Path) -> float:
+    """Seconds of TRL's training loop over one epoch; later epochs take equally long."""
     script = Path(__file__).with_name("peers_trl.py")
     settings = [str(SHARED[name]) for name in ("dataloader_num_workers", "learning_rate")]
-    said = _run_peer("TRL", [str(python), str(script), str(FOLDER), "1", str(BATCH), *settings])
-    return float(json.loads(said.splitlines()[-1])["seconds"])
+    printed = _run_peer("TRL", [str(python), str(script), str(FOLDER), "1", str(BATCH), *settings])
+    return float(json.loads(printed.splitlines()[-1])["seconds"])
 
 
 def _run_peer(name: str, command: list[str], processes: int = 1, further: Mapping[str, str] | None = None) -> str:
-    """What a peer's training printed, run without a GPU, the network or this environment's packages."""
+    """Run another project's training without a GPU, network or this environment's packages; returns its output."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(further or {})}
     environment["OMP_NUM_THREADS"] = _threads(processes)
     environment.pop("PYTHONPATH", None)
@@ -194,7 +213,7 @@ def _run_peer(name: str, command: list[str], processes: int = 1, further: Mappin
 
 
 def _threads(processes: int) -> str:
-    """Of each process: all cores for one, or its share."""
+    """Number of threads per process: the cores divided among the processes."""
     return str((os.cpu_count() or 1) // processes)
 
 
@@ -203,4 +222,4 @@ def _rounded(runs: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

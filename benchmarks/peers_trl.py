@@ -1,9 +1,9 @@
-"""What TRL takes for the same fine-tune, run by an environment of its own: seconds of its training loop, as JSON.
+"""Train with TRL for `benchmarks/peers.py`, in TRL's own environment; prints the seconds of the training loop as JSON.
 
     build/peers/trl/bin/python benchmarks/peers_trl.py FOLDER EPOCHS BATCH WORKERS RATE
 
-The folder holds `base/` and `photographs.json`, as `benchmarks/peers.py` writes them. TRL pads and computes all logits:
-it refuses packing for models that see.
+The folder contains `base/` and `photographs.json`, as `benchmarks/peers.py` writes them. TRL pads batches and computes
+all logits, because it refuses packing for vision-language models.
 """
 
 import json

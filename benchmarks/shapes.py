@@ -1,7 +1,7 @@
-"""Small models of the published architectures, and photographs of many sizes: what the speed benchmarks run on.
+"""Models and data of the speed benchmarks: small models of the published architectures, photographs of many sizes.
 
-The photographs are the two of scikit-learn, scaled to sides between 200 and 1,500 pixels. Weights are random: speed and
-memory do not depend on what a model knows.
+The photographs are the two of scikit-learn, scaled to sides between 200 and 1,500 pixels. The weights are random: speed
+and memory do not depend on their values.
 """
 
 import json
@@ -27,14 +27,14 @@ ANSWER = "describe the photograph in detail "
 
 @dataclass(frozen=True)
 class Shape:
-    """How large the parts of a model are.
+    """The sizes of a model's parts.
 
     Attributes:
-        text: width of the language model.
-        layers: of the language model.
-        vocabulary: words.
-        vision: width of the vision tower.
-        vision_layers: of the vision tower.
+        text: Hidden size of the language model.
+        layers: Number of layers of the language model.
+        vocabulary: Size of the vocabulary.
+        vision: Hidden size of the vision tower.
+        vision_layers: Number of layers of the vision tower.
     """
 
     text: int
@@ -49,7 +49,7 @@ LANGUAGE_HEAVY = Shape(text=256, layers=6, vocabulary=150_000, vision=64, vision
 
 
 def make_model(version: str, shape: Shape, attention: str = "sdpa") -> PreTrainedModel:
-    """A random model of generation 4.6 or 2.6."""
+    """A model of generation 4.6 or 2.6 with random weights."""
     torch.manual_seed(0)
     text: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
@@ -69,17 +69,16 @@ def make_model(version: str, shape: Shape, attention: str = "sdpa") -> PreTraine
         "patch_size": 14,
     }
     if version == "2.6":
-        native = MiniCPMVConfig(
+        config_2_6 = MiniCPMVConfig(
             version=2.6,
             query_num=64,
             image_token_id=IMAGE_TOKEN,
             vision_config={**vision, "image_size": 980, "model_type": "siglip"},
-            rms_norm_eps=1e-6,
-            rope_theta=10000.0,
-            **text,
+            **(text | {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}),
         )
-        return MiniCPMVForConditionalGeneration(native)
+        return MiniCPMVForConditionalGeneration(config_2_6)
     kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * shape.layers
+    further: dict[str, Any] = {"attn_implementation": attention}  # not among the arguments that the class declares
     config = MiniCPMV4_6Config(
         image_size=448,
         insert_layer_id=1,
@@ -97,15 +96,15 @@ def make_model(version: str, shape: Shape, attention: str = "sdpa") -> PreTraine
             "layer_types": kinds[: shape.layers],
         },
         vision_config={**vision, "image_size": 448, "insert_layer_id": 1},
-        attn_implementation=attention,
+        **further,
     )
     return MiniCPMV4_6ForConditionalGeneration(config)
 
 
 def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Write JPEG photographs with questions and answers; returns the samples, in MiniCPM-V's JSON format.
+    """Write JPEG photographs with questions and answers; returns the samples in MiniCPM-V's JSON format.
 
-    The folder also receives `photographs.json` and, for those who read chat messages, `photographs.jsonl`.
+    The samples are also written to `photographs.json` and, as chat messages, to `photographs.jsonl`.
     """
     images = folder / "photographs"
     images.mkdir(parents=True, exist_ok=True)
@@ -131,14 +130,14 @@ def write_photographs(folder: Path, count: int, seed: int = 0) -> list[dict[str,
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Write a tiny 4.6 that slices images as the published one does, with tokenizer and processor."""
+    """Write a tiny 4.6, with tokenizer and processor, that slices images as the published model does."""
     from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor, MiniCPMV4_6Processor
 
     from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
     from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
     write_tiny_checkpoint(folder, corpus=(*DEMO_CORPUS, ANSWER))
-    config = MiniCPMV4_6Config.from_pretrained(folder)
+    config: Any = MiniCPMV4_6Config.from_pretrained(folder)
     config.image_size = config.vision_config.image_size = 448
     torch.manual_seed(0)
     MiniCPMV4_6ForConditionalGeneration(config).save_pretrained(folder)
@@ -149,10 +148,10 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def prepare_digits(folder: Path, count: int | None = None) -> tuple[Path, Path]:
-    """Write the demonstration's base checkpoint, and shards of its digits: all, or the first so many.
+    """Write the demo's base checkpoint and shards of its digits: all of them, or the first `count`.
 
     Returns:
-        The checkpoint and the shards.
+        The folders of the checkpoint and of the shards.
     """
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data

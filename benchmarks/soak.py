@@ -1,8 +1,8 @@
-"""What grows when it should not: memory and open files over 2,000 training steps and 200 compilations.
+"""Search for leaks: memory and open files over 2,000 training steps and 200 compilations.
 
     python benchmarks/soak.py [--steps 2000] [--compilations 200]
 
-Memory and file descriptors are taken after a tenth of the work, when caches have filled, and at its end.
+Memory and file descriptors are read after a tenth of the work, when caches are full, and at the end.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import psutil
 from rich.console import Console
 from shapes import prepare_digits
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.train.arguments import as_flags
 
 RESULTS = Path("build/bench/soak.jsonl")
@@ -28,15 +29,20 @@ TENTH = 10
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a process holds."""
+class Resources:
+    """Resources that a process uses.
+
+    Attributes:
+        megabytes: Resident memory.
+        files: Number of open files.
+    """
 
     megabytes: float
     files: int
 
 
 def main() -> None:
-    """Run both, print, and write the results."""
+    """Run both experiments, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--compilations", type=int, default=200)
@@ -58,8 +64,8 @@ def main() -> None:
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(folder: Path, steps: int) -> tuple[Held, Held]:
-    """Train on digits for so many steps, and look at the training process with each line of its progress."""
+def train(folder: Path, steps: int) -> tuple[Resources, Resources]:
+    """Train on digits; returns the resources of the training process after a tenth of the steps and at the end."""
     base, shards = prepare_digits(folder)
     flags = {
         "model_name_or_path": base,
@@ -73,34 +79,34 @@ def train(folder: Path, steps: int) -> tuple[Held, Held]:
         "save_steps": 200,
     }
     command = [sys.executable, "-m", "minicpmv_finetune.components.train.finetune", *as_flags(flags)]
-    environment = {**os.environ, "MINICPMV_PROGRESS_SECONDS": "1"}
-    seen: list[tuple[int, Held]] = []
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+    variables = {**os.environ, environment.PROGRESS_SECONDS.name: "1"}
+    observed: list[tuple[int, Resources]] = []
+    with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
         assert process.stderr is not None  # noqa: S101
         for line in process.stderr:
             if progress := re.match(r"train .*\| (\d+)/\d+", line):
-                seen.append((int(progress[1]) // BATCH, held(psutil.Process(process.pid))))
+                observed.append((int(progress[1]) // BATCH, read_resources(psutil.Process(process.pid))))
     if process.returncode:
         raise SystemExit(f"the training ended with exit code {process.returncode}.")
-    early = next(what for step, what in seen if step >= steps // TENTH)
-    return early, seen[-1][1]
+    early = next(resources for step, resources in observed if step >= steps // TENTH)
+    return early, observed[-1][1]
 
 
-def compile_often(folder: Path, count: int) -> tuple[Held, Held]:
-    """Compile the pipeline so many times, in this process."""
+def compile_often(folder: Path, count: int) -> tuple[Resources, Resources]:
+    """Compile the pipeline in this process; returns its resources after a tenth of the compilations and at the end."""
     from minicpmv_finetune.pipelines.finetuning import FINETUNE
 
-    seen = []
+    observed = []
     for _ in range(count):
         FINETUNE.write(folder / "pipeline.yaml")
         gc.collect()
-        seen.append(held(psutil.Process()))
-    return seen[count // TENTH - 1], seen[-1]
+        observed.append(read_resources(psutil.Process()))
+    return observed[count // TENTH - 1], observed[-1]
 
 
-def held(process: psutil.Process) -> Held:
-    """What a process holds now."""
-    return Held(process.memory_info().rss / 1e6, process.num_fds())
+def read_resources(process: psutil.Process) -> Resources:
+    """The resources that a process uses now."""
+    return Resources(process.memory_info().rss / 1e6, process.num_fds())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How fast a training step is, in how much memory, with and without what is meant to make it faster.
+"""Time and memory of a training step, with and without each optimization.
 
     python benchmarks/speed.py [--only switches evaluation roof] [--rounds 2]
     python benchmarks/speed.py --only scaling
 
-Everything compared alternates in one run, each in a process of its own, so that whatever else the machine does meets
-all alike and no memory of one is counted for another. Work is single-threaded and measured in processor time, of which
-a busy neighbour takes little; the figure is the ratio. A step is forward, backward and optimizer, on LoRA of all the
-language model's linear layers with the merger trained whole and vision frozen; four photographs of mixed size a batch.
+Compared variants alternate in one run, each in a separate process, so that other load on the machine affects all of
+them and the memory of one is not counted for another. Work is single-threaded and measured in processor time, which
+other processes change little; the result is the ratio. A step is forward, backward and optimizer, with LoRA on all
+linear layers of the language model, the merger trained in full and vision frozen; a batch is four photographs of mixed
+size.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from results import keep, result
+from results import make_result, save_results
 from rich.console import Console
 from rich.table import Table
 from shapes import IMAGE_TOKEN, LANGUAGE_HEAVY, VISION_HEAVY, Shape, make_model, prepare_digits, write_photographs
@@ -50,13 +51,21 @@ KINDS = {
     "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::where", "aten::select", "aten::clone"),
     "the rest": (),
 }
-"""Kinds of work, by what the names of torch's operations hold; the first that fits counts."""
+"""Kinds of work, by parts of the names of torch's operations; the first kind that matches counts."""
 SHAPES = {"vision-heavy": VISION_HEAVY, "language-heavy": LANGUAGE_HEAVY}
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What a training step does otherwise than the plain path, which has none of these."""
+    """The optimizations of a training step; the plain path has none of them.
+
+    Attributes:
+        sliced_before: Whether images were sliced before training.
+        logits: Whether logits are computed only where the loss needs them.
+        features: Whether the vision tower's output was stored before training.
+        packing: Whether samples are packed into one row.
+        fused: Whether LoRA adapters are fused.
+    """
 
     sliced_before: bool = False
     logits: bool = False
@@ -78,11 +87,11 @@ ALL = Switches(sliced_before=True, logits=True, features=True, packing=True, fus
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one run.
+    """Measurements of one run.
 
     Attributes:
-        seconds: of the steps.
-        memory: bytes that the steps held at most, beside what was there before them.
+        seconds: Duration of the steps.
+        memory: Peak memory of the steps in bytes, above the memory before them.
     """
 
     seconds: float
@@ -90,11 +99,11 @@ class Measured:
 
 
 def main() -> None:
-    """Measure, print tables, and write the results."""
+    """Run the experiments, print tables, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-1])
-    parser.add_argument("--rounds", type=int, default=2, help="how often each is measured")
-    parser.add_argument("--photographs", type=int, default=8, help="of a round")
+    parser.add_argument("--rounds", type=int, default=2, help="number of measurements of each")
+    parser.add_argument("--photographs", type=int, default=8, help="photographs per round")
     options = parser.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
@@ -107,13 +116,13 @@ def main() -> None:
     facts = (
         f"{cores} cores, {platform.machine()}, torch {torch.__version__}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
     )
-    keep(rows)
+    save_results(rows)
     _show(["name", "ratio", "target", "holds", "detail"], [[str(value) for value in row.values()] for row in rows])
     Console().print(facts)
 
 
 def switches(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
-    """Each switch alone and all together against the plain path, for two generations and two shapes."""
+    """Each optimization alone and all together against the plain path, for two generations and two shapes."""
     lines: list[list[str]] = []
     gains: dict[str, float] = {}
     logits: dict[str, float] = {}
@@ -123,7 +132,7 @@ def switches(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
             found: dict[str, list[Measured]] = {name: [] for name in cases}
             for _ in range(rounds):
                 for name, case in cases.items():
-                    found[name].append(_apart(_steps, version, shape, case, images))
+                    found[name].append(_run_in_fork(_train_steps, version, shape, case, images))
             plain = found["plain"]
             for name, runs in found.items():
                 gain, less = _ratio(plain, runs, "seconds"), _ratio(plain, runs, "memory")
@@ -133,52 +142,54 @@ def switches(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
             gains[f"{version} {kind}"] = _ratio(plain, found["all"], "seconds")
             logits[f"{version} {kind}"] = _ratio(plain, found["short logits"], "memory")
     _show(["model", "shape", "switch", "× as fast", "× less memory", "seconds", "MB"], lines)
-    told = ["; ".join(f"{name} {ratio:.1f}" for name, ratio in ratios.items()) for ratios in (gains, logits)]
+    details = ["; ".join(f"{name} {ratio:.1f}" for name, ratio in ratios.items()) for ratios in (gains, logits)]
     return [
-        result("all_switches_vs_plain", min(gains.values()), 4.0, f"the least of {told[0]}"),
-        result("logits_memory_vs_plain", logits["4.6 language-heavy"], 2.0, f"4.6 language-heavy, of {told[1]}"),
+        make_result("all_switches_vs_plain", min(gains.values()), 4.0, f"smallest of {details[0]}"),
+        make_result(
+            "logits_memory_vs_plain", logits["4.6 language-heavy"], 2.0, f"4.6 language-heavy, of {details[1]}"
+        ),
     ]
 
 
 def evaluation(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
-    """Generated answers a second, in batches of sixteen against one at a time."""
+    """Speed of generating answers in batches of 16 against one at a time."""
     found: dict[int, list[float]] = {1: [], 16: []}
     for _ in range(rounds):
         for size in found:
-            found[size].append(_apart(_answers, size).seconds)
+            found[size].append(_run_in_fork(_generate_answers, size).seconds)
     single, batched = (statistics.median(found[size]) for size in (1, 16))
     detail = f"32 digits, tiny 4.6, {single:.2f} s one at a time, {batched:.2f} s in batches of 16"
-    return [result("evaluate_batched_vs_single", single / batched, 5.0, detail)]
+    return [make_result("evaluate_batched_vs_single", single / batched, 5.0, detail)]
 
 
 def roof(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
-    """Floating-point operations a second of a step against those of plain matrix products of its widths."""
+    """Floating-point operations per second of a step, against those of matrix products of the same widths."""
     lines, worst = [], 1.0
     for kind, shape in SHAPES.items():
-        reached = [_apart(_operations, shape, images) for _ in range(rounds)]
-        peak = [_apart(_product, shape) for _ in range(rounds)]
+        reached = [_run_in_fork(_step_flops, shape, images) for _ in range(rounds)]
+        peak = [_run_in_fork(_matmul_flops, shape) for _ in range(rounds)]
         share = statistics.median(reached) / statistics.median(peak)
         worst = min(worst, share)
         lines.append(f"{kind} {share:.0%} of {statistics.median(peak) / 1e9:.1f} GFLOP/s")
-    _draw({kind: _apart(_where_time_goes, shape, images) for kind, shape in SHAPES.items()})
-    return [result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
+    _draw_shares({kind: _run_in_fork(_time_shares, shape, images) for kind, shape in SHAPES.items()})
+    return [make_result("step_vs_matmul", worst, 0.3, "; ".join(lines))]
 
 
 def scaling(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
-    """How time and memory of all switches together grow with samples, slices and length."""
+    """How time and memory with all optimizations grow with samples, slices, length and processes."""
     lines: list[list[str]] = []
     for times in (1, 2, 4, 8):
-        runs = [_apart(_steps, "4.6", VISION_HEAVY, ALL, [*images] * times) for _ in range(rounds)]
-        lines.append(["samples", str(times * len(images)), *_figures(runs)])
+        runs = [_run_in_fork(_train_steps, "4.6", VISION_HEAVY, ALL, [*images] * times) for _ in range(rounds)]
+        lines.append(["samples", str(times * len(images)), *_format_medians(runs)])
     for slices in (1, 3, 5, 7, 9):
-        runs = [_apart(_steps, "4.6", VISION_HEAVY, PLAIN, images, slices) for _ in range(rounds)]
-        lines.append(["slices at most", str(slices), *_figures(runs)])
+        runs = [_run_in_fork(_train_steps, "4.6", VISION_HEAVY, PLAIN, images, slices) for _ in range(rounds)]
+        lines.append(["slices at most", str(slices), *_format_medians(runs)])
     for length in (512, 1024, 2048, 4096, 8192):
-        runs = [_apart(_words, length) for _ in range(rounds)]
-        lines.append(["tokens", str(length), *_figures(runs)])
+        runs = [_run_in_fork(_train_on_text, length) for _ in range(rounds)]
+        lines.append(["tokens", str(length), *_format_medians(runs)])
     for processes in (1, 2):
-        runs = [_apart(_trained_by, processes) for _ in range(rounds)]
-        lines.append(["processes", str(processes), *_figures(runs)])
+        runs = [_run_in_fork(_train_digits, processes) for _ in range(rounds)]
+        lines.append(["processes", str(processes), *_format_medians(runs)])
     _show(["grows", "to", "seconds", "MB"], lines)
     return []
 
@@ -191,17 +202,17 @@ EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = 
 }
 
 
-def _steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], slices: int = 9) -> Measured:
-    """Train once over the images, after a step that does not count."""
-    trained, base = _trainable(version, shape)
+def _train_steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], slices: int = 9) -> Measured:
+    """Train one epoch on the images, after a warm-up step."""
+    trained, base = _make_trainable(version, shape)
     language_model = next(g.language_model for g in GENERATIONS if g.version == version)
     if case.packing:
         enable_packing(base, language_model)
     if case.fused:
         fuse_adapters(trained)
     slicing = replace(_slicing(version), max_slice_nums=slices)
-    ready = [_row(image, number, version, shape, slicing) for number, image in enumerate(images)]
-    stored = [_features(base, row) for row in ready] if case.features else []
+    ready = [_make_input(image, number, version, shape, slicing) for number, image in enumerate(images)]
+    stored = [_compute_features(base, row) for row in ready] if case.features else []
     if not case.sliced_before and not case.features:
         ready = []
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
@@ -210,7 +221,7 @@ def _steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], s
         if ready:
             rows = [ready[number] for number in numbers]
         else:
-            rows = [_row(images[number], number, version, shape, slicing) for number in numbers]
+            rows = [_make_input(images[number], number, version, shape, slicing) for number in numbers]
         if case.features:
             rows = [replace(row, slices=[]) for row in rows]
         batch: dict[str, Any] = collate_packed(rows, 14) if case.packing else collate(rows, 0, 14, "right")
@@ -229,16 +240,17 @@ def _steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], s
     return Measured(time.process_time() - started, _peak() - before)
 
 
-def _words(length: int) -> Measured:
-    """One step on a row of words."""
-    trained, _ = _trainable("4.6", VISION_HEAVY)
+def _train_on_text(length: int) -> Measured:
+    """One forward and backward pass on a row of text tokens."""
+    trained, _ = _make_trainable("4.6", VISION_HEAVY)
     ids = torch.arange(length).unsqueeze(0) % 400 + 10
     before, started = _reset_peak(), time.process_time()
     trained(input_ids=ids, labels=ids, loss_only=True, use_cache=False).loss.backward()
     return Measured(time.process_time() - started, _peak() - before)
 
 
-def _answers(batch_size: int) -> Measured:
+def _generate_answers(batch_size: int) -> Measured:
+    """Generate the answers to 32 digits."""
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
     from minicpmv_finetune.data.samples import read_samples
     from minicpmv_finetune.minicpmv.answer import answer
@@ -260,10 +272,10 @@ def _answers(batch_size: int) -> Measured:
         return Measured(time.process_time() - started, 0)
 
 
-def _operations(shape: Shape, images: Sequence[Path]) -> float:
-    """Of a step of the plain path, a second."""
-    trained, _ = _trainable("4.6", shape)
-    rows = [_row(image, n, "4.6", shape, _slicing("4.6")) for n, image in enumerate(images[:BATCH])]
+def _step_flops(shape: Shape, images: Sequence[Path]) -> float:
+    """Floating-point operations per second of a forward and backward pass of the plain path."""
+    trained, _ = _make_trainable("4.6", shape)
+    rows = [_make_input(image, n, "4.6", shape, _slicing("4.6")) for n, image in enumerate(images[:BATCH])]
     batch = collate(rows, 0, 14, "right")
     with FlopCounterMode(display=False) as counter:
         trained(**batch, use_cache=False).loss.backward()
@@ -272,8 +284,8 @@ def _operations(shape: Shape, images: Sequence[Path]) -> float:
     return float(counter.get_total_flops()) / (time.process_time() - started)
 
 
-def _product(shape: Shape) -> float:
-    """Of matrix products as wide as the model's feed-forward layers, a second."""
+def _matmul_flops(shape: Shape) -> float:
+    """Floating-point operations per second of matrix products as wide as the model's feed-forward layers."""
     width = max(shape.text, shape.vision)
     one, two = torch.randn(4096, width), torch.randn(width, 2 * width)
     _ = one @ two
@@ -283,10 +295,10 @@ def _product(shape: Shape) -> float:
     return 2 * 4096 * width * 2 * width * count / (time.process_time() - started)
 
 
-def _where_time_goes(shape: Shape, images: Sequence[Path]) -> dict[str, float]:
-    """Shares of a plain training step's time, by kind of work."""
-    trained, _ = _trainable("4.6", shape)
-    rows = [_row(image, n, "4.6", shape, _slicing("4.6")) for n, image in enumerate(images[:BATCH])]
+def _time_shares(shape: Shape, images: Sequence[Path]) -> dict[str, float]:
+    """The share of each kind of work in the time of a plain training step."""
+    trained, _ = _make_trainable("4.6", shape)
+    rows = [_make_input(image, n, "4.6", shape, _slicing("4.6")) for n, image in enumerate(images[:BATCH])]
     batch = collate(rows, 0, 14, "right")
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
 
@@ -306,15 +318,15 @@ def _where_time_goes(shape: Shape, images: Sequence[Path]) -> dict[str, float]:
     return {kind: time_ / total for kind, time_ in shares.items()}
 
 
-def _draw(shares: dict[str, dict[str, float]]) -> None:
-    """A bar for each model, in which each kind of work is as long as its share of the time."""
+def _draw_shares(shares: dict[str, dict[str, float]]) -> None:
+    """Draw a bar for each model, divided into the shares of each kind of work."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 2.4))
     names, left = list(shares), np.zeros(len(shares))
-    for kind, colour in zip(KINDS, ("#3653d8", "#0c9270", "#d6454f", "#e3a11c", "#8a63d2", "#b9b5aa"), strict=True):
+    for kind, color in zip(KINDS, ("#3653d8", "#0c9270", "#d6454f", "#e3a11c", "#8a63d2", "#b9b5aa"), strict=True):
         values = np.array([shares[name][kind] for name in names])
-        axes.barh(names, values, left=left, color=colour, label=kind)
+        axes.barh(names, values, left=left, color=color, label=kind)
         for row, value in enumerate(values):
             if value > 0.05:
                 axes.text(left[row] + value / 2, row, f"{value:.0%}", ha="center", va="center", color="white")
@@ -325,8 +337,8 @@ def _draw(shares: dict[str, dict[str, float]]) -> None:
     figure.savefig(PROFILE, dpi=150, bbox_inches="tight")
 
 
-def _trained_by(processes: int) -> Measured:
-    """An epoch of 400 digits by so many processes of one thread each, batch 8 in all, by the clock."""
+def _train_digits(processes: int) -> Measured:
+    """Train one epoch of 400 digits by processes of one thread each, with a total batch size of 8; wall-clock time."""
     from minicpmv_finetune.components.train.arguments import as_flags
     from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.reports.training_record import read_record
@@ -346,11 +358,12 @@ def _trained_by(processes: int) -> Measured:
             "save_strategy": "no",
         }
         launch(as_flags(flags), processes)
-        figures = read_record(folder / "out").metrics
-        return Measured(figures["seconds"], int(figures["peak_memory_mb"] * 1e6))
+        metrics = read_record(folder / "out").metrics
+        return Measured(metrics["seconds"], int(metrics["peak_memory_mb"] * 1e6))
 
 
-def _trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
+def _make_trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
+    """A model with LoRA adapters, and the model inside it."""
     base = make_model(version, shape)
     generation = next(generation for generation in GENERATIONS if generation.version == version)
     inside = generation.language_model.replace(".", r"\.")
@@ -360,8 +373,8 @@ def _trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
     return get_peft_model(base, config).train(), base
 
 
-def _row(path: Path, number: int, version: str, shape: Shape, slicing: SlicingConfig) -> ModelInput:
-    """Decode and slice a photograph, and put as many words behind it as its number says."""
+def _make_input(path: Path, number: int, version: str, shape: Shape, slicing: SlicingConfig) -> ModelInput:
+    """Decode and slice a photograph, followed by random tokens whose number depends on the photograph's number."""
     image = Image.open(path)
     plan = plan_slices(*image.size, slicing)
     tokens = [64 if version == "2.6" else rows * columns // 16 for rows, columns in plan.target_sizes]
@@ -379,15 +392,16 @@ def _slicing(version: str) -> SlicingConfig:
     return SlicingConfig(size_multiple=56)
 
 
-def _features(model: PreTrainedModel, row: ModelInput) -> tuple[torch.Tensor, torch.Tensor]:
+def _compute_features(model: PreTrainedModel, row: ModelInput) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vision tower's output for the slices of a row, and the sizes of the slices."""
     pixels = collate([row], 0, 14, "right")
     encode: Any = model.encode_patches
     with torch.no_grad():
         return encode(pixels["pixel_values"], pixels["target_sizes"]), pixels["target_sizes"]
 
 
-def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a forked process."""
+def _run_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a forked process; returns its result."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sending.send(function(*arguments)))
@@ -402,23 +416,25 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _reset_peak() -> int:
-    """Forget the most memory this process has held; returns what it holds."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would else be used again unseen
+    """Reset the peak memory of this process to its current memory; returns it in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the steps would reuse freed memory, which would not be counted
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     return _peak()
 
 
 def _peak() -> int:
+    """Peak memory of this process in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _ratio(one: Sequence[Measured], two: Sequence[Measured], what: str) -> float:
-    first, second = (statistics.median(getattr(run, what) for run in runs) for runs in (one, two))
+def _ratio(one: Sequence[Measured], two: Sequence[Measured], field: str) -> float:
+    """The ratio of the medians of a field of two variants."""
+    first, second = (statistics.median(getattr(run, field) for run in runs) for runs in (one, two))
     return float(first / max(second, 1e-9))
 
 
-def _figures(runs: Sequence[Measured]) -> list[str]:
+def _format_medians(runs: Sequence[Measured]) -> list[str]:
     seconds, memory = (statistics.median(getattr(run, name) for run in runs) for name in ("seconds", "memory"))
     return [f"{seconds:.2f}", f"{memory / 1e6:.0f}"]
 
