@@ -6,16 +6,16 @@ BIN := .venv/bin
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
 	mutation coverage browser lock readmes docs compiled dist base-image images demo-containers clean
 
-help:  ## say what can be made
+help:  ## list all targets
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
-demo: install  ## teach a tiny MiniCPM-V to read digits: the whole pipeline, here (SEED=n for another start)
+demo: install  ## train a tiny MiniCPM-V to read digits: the whole pipeline on this machine (SEED=n for another start)
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
 test: install browser check  ## lint, type check and all tests
 	$(BIN)/python -m pytest -n 2 -m "not faults_only"
 
-test-faults: install browser  ## kill each step at three moments, and feed the readers 2,000 inputs each
+test-faults: install browser  ## kill each step at three moments, and fuzz each reader with 2,000 inputs
 	FAULT_MOMENTS=3 FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults tests/components/train/test_watchdog.py
 
 test-faults-long: install browser  ## the same with twenty moments and 12,500 inputs
@@ -28,7 +28,7 @@ check: install  ## lint and type check
 
 install: .venv/installed  ## install the locked packages and this project into .venv
 
-# -qq keeps an installer's warnings about mirrors out of the first impression; its errors still show.
+# -qq hides pip's warnings about mirrors; errors are still shown.
 .venv/installed: requirements.lock pyproject.toml
 	@echo "Installing the locked packages into .venv (about 7 GB; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,7 +36,7 @@ install: .venv/installed  ## install the locked packages and this project into .
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-bench: install  ## time training steps with and without what makes them faster
+bench: install  ## time training steps with and without each speed-up
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
 
 bench-scaling: install  ## time how training grows with samples, slices and length
@@ -55,18 +55,18 @@ build/peers/trl/installed:
 		transformers==$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements.lock)
 	touch $@
 
-bench-merge: install  ## time merging a 4 GB model against copying it
+bench-merge: install  ## time the merge of a 4 GB model against copying it
 	$(BIN)/python benchmarks/merge.py
 
-bench-data: install  ## time preparing, reading and moving data against the usual ways
+bench-data: install  ## time preparing, reading and moving data against other tools
 	$(BIN)/python benchmarks/data.py
 
-mutation: install  ## change six files in 980 small ways, and count which the tests notice (half an hour)
+mutation: install  ## mutation test of six files, 980 mutants (half an hour)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/mutation.py
 
-# Beside the locked packages, not among them; what a test starts finds it by the same path.
+# Outside .venv, so that the locked packages stay as they are; processes that a test starts find it by PYTHONPATH.
 coverage: export PYTHONPATH := $(CURDIR)/build/coverage
-coverage: install browser build/coverage/sitecustomize.py  ## say which lines and branches no test reaches, those of the started processes too
+coverage: install browser build/coverage/sitecustomize.py  ## report lines and branches that no test reaches, started processes included
 	rm -rf build/coverage/data && mkdir build/coverage/data
 	$(BIN)/python -m coverage run -m pytest -n 2 -m "not faults_only"
 	$(BIN)/python -m coverage combine -q
@@ -76,11 +76,11 @@ build/coverage/sitecustomize.py:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target build/coverage coverage==7.17.4
 	echo "import coverage; coverage.process_startup()" > $@
 
-browser:  ## install Chromium, in which the tests open the reports
+browser:  ## install Chromium, in which tests open the reports
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; }
 
-lock:  ## resolve the newest versions anew and write requirements.lock
+lock:  ## resolve the newest versions and write requirements.lock
 	$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -qq pip-tools
 	build/lock/bin/pip-compile -q --extra dev --generate-hashes --allow-unsafe --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras \
@@ -90,7 +90,7 @@ readmes: install  ## write the README of each step from its component, and the t
 	$(BIN)/python docs/component_readmes.py
 	$(BIN)/python docs/environment_table.py
 
-# The site needs no torch: the reference is read from the source, not imported.
+# The site needs no torch: the API reference is read from the source, not imported.
 docs: build/docs-venv/installed  ## build the documentation site into build/site; a warning ends the build
 	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet --strict
 
@@ -102,10 +102,10 @@ build/docs-venv/installed: Makefile
 
 PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
 
-compiled: install  ## compile the pipeline for every profile of k8s/profiles into pipelines/compiled
+compiled: install  ## compile the pipelines for each profile into minicpmv_finetune/pipelines/compiled
 	for profile in $(PROFILES); do \
-		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.yaml --profile k8s/profiles/$$profile.yaml && \
-		$(BIN)/minicpmv-finetune compile pipelines/compiled/$$profile.objects.yaml --objects \
+		$(BIN)/minicpmv-finetune compile minicpmv_finetune/pipelines/compiled/$$profile.yaml --profile k8s/profiles/$$profile.yaml && \
+		$(BIN)/minicpmv-finetune compile minicpmv_finetune/pipelines/compiled/$$profile.objects.yaml --objects \
 			--profile k8s/profiles/$$profile.yaml || exit 1; \
 	done
 
@@ -119,12 +119,12 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 IMAGES := data trainer
 
-base-image:  ## make the base image that images/base names, from Debian's packages (as root)
+base-image:  ## build the base image that images/base names, from Debian's packages (as root)
 	rm -rf build/base && mkdir -p build
 	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/base
 	tar -C build/base -c . | podman import - $$(cat images/base) && rm -rf build/base
 
-images: install  ## build the container images, with a software bill of materials each beside them in build/images
+images: install  ## build the container images, with their software bills of materials in build/images
 	rm -rf build/lib build/images/*.whl && mkdir -p build/images
 	podman image exists $$(cat images/base) || $(MAKE) base-image
 	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir build/images .
@@ -141,7 +141,7 @@ images: install  ## build the container images, with a software bill of material
 	done
 	for image in $(IMAGES); do podman run --rm minicpmv-finetune/$$image:$(VERSION) || exit 1; done
 
-demo-containers: install  ## the demonstration in the images of `make images`, with artifacts on an S3 server
+demo-containers: install  ## run the demonstration in the container images, with artifacts on an S3 server
 	$(BIN)/python images/demo_containers.py build/demo-containers
 
 clean:  ## remove what was built

@@ -60,7 +60,7 @@ TRAINING_RUNTIME = Variable(
 )
 GIT_COMMIT = Variable(f"{PREFIX}GIT_COMMIT", "commit that the code was built from; container images set it", "unknown")
 WORKER_EXIT_FOLDER = Variable(
-    f"{PREFIX}WORKER_EXIT_FOLDER", "set by the launcher for its training processes: where they say how they ended"
+    f"{PREFIX}WORKER_EXIT_FOLDER", "set by the launcher: folder into which its training processes write why they ended"
 )
 
 # MLflow's.
