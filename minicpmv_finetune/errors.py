@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 USER_ERROR_EXIT = 2
 RETRY_EXIT = 75  # EX_TEMPFAIL of sysexits.h
 
-# A password without a slash, or one with slashes where no port stands. In hf://NAME@REVISION nothing is secret.
+# Matches passwords without slashes, and those with slashes if the text before the first slash is no host with a port.
+# An hf://NAME@REVISION contains no password.
 _USER_AND_PASSWORD = re.compile(r"(?<=:)(?<!\bhf:)//(?:[^/\s]*@|[^/\s:@]*:(?!\d+/)[^\s@]*@)")
 
 
 def without_password(text: str) -> str:
-    """The text with the user and password removed from each address in it; every address is shown this way.
+    """The text without the user and password of each address in it.
 
-    The two errors below do it by themselves; only what is printed or logged otherwise needs the call.
+    The two errors below call this function themselves; other text with addresses needs it before it is printed.
     """
     return _USER_AND_PASSWORD.sub("//", text)
 

@@ -16,7 +16,7 @@ def settings_from_options(kind: type[Settings], options: Mapping[str, Any], name
     Args:
         kind: Dataclass of the settings, which forbids unknown fields.
         options: The JSON object.
-        name: Name of the input that holds the object, for the error message.
+        name: Name of the input that contains the object, for the error message.
         known: Names of the settings and their values, for the error message.
 
     Raises:

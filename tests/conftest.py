@@ -18,7 +18,7 @@ from tests.servers import MlflowServer, Webhook, listens
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-# Two test processes share two cores; without this each would start a thread a core for every matrix product.
+# Test processes run side by side; without this each would start a thread per core for every matrix product.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
