@@ -42,7 +42,7 @@ FOUR = [("cat", "dog", "cat"), ("cat", "cat", "cat"), ("dog", "dog", "cow"), ("d
 
 @pytest.fixture
 def image(tmp_path: Path) -> ImageRef:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.radial_gradient("L").save(path)
     return ImageRef(uri=str(path), sha256=sha256(path.read_bytes()).hexdigest(), width=256, height=256)
 
