@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("data", help="Training data, at an address that the cluster can reach.")
     parser.add_argument("--base-model", default="openbmb/MiniCPM-V-4.6", help="Base checkpoint.")
     parser.add_argument("--timeout", type=int, default=86400, help="Seconds to wait for the run.")
+    parser.add_argument("--poll", type=int, default=10, help="Seconds between two requests for the run's state.")
     arguments = parser.parse_args()
 
     profile = load_profile(arguments.profile)
@@ -36,7 +37,8 @@ def main() -> None:
         service_account=profile.service_account,
     )
     print(f"run {run.run_id}: started")
-    state = str(run.wait_for_run_completion(timeout=arguments.timeout).state)
+    ended = client.wait_for_run_completion(run.run_id, timeout=arguments.timeout, sleep_duration=arguments.poll)
+    state = str(ended.state)
     print(f"run {run.run_id}: {state}")
     if state != "SUCCEEDED":
         raise SystemExit(1)

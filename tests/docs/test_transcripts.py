@@ -57,8 +57,10 @@ def test_commands_print_what_the_page_shows(
             # The base models of the transcripts are on a volume of the cluster, so no hub is asked.
             polling = ["--poll", "0"] if "--wait" in words else []
             monkeypatch.setattr(sys, "argv", [*words, *polling])
+            code: object = None
             try:
                 main.main()
             except SystemExit as ended:
-                assert not ended.code, capsys.readouterr().err
+                code = ended.code
+            assert not code, capsys.readouterr().err
             assert normalized(capsys.readouterr().out) == normalized(shown), command
