@@ -1,6 +1,6 @@
-"""Tiny random checkpoints of every generation, laid out as published: config, weights, tokenizer, processor.
+"""Tiny random checkpoints of every generation in the published layout: config, weights, tokenizer, processor.
 
-They know nothing, but everything that a step reads from a checkpoint is there, under its published name.
+Their answers are meaningless, but they contain everything that a step reads from a checkpoint, under published names.
 """
 
 import json
@@ -24,7 +24,7 @@ VERSIONS = ("2.6", "4.0", "4.5", "4.6", "4.7")
 _IMAGE_TOKENS = ["<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
 _CORPUS = [*DEMO_CORPUS, "system user assistant\n\n\n<think>"]
 
-# Where Qwen2's tokenizer parts words; two line breaks are one word, whatever follows.
+# The pattern by which Qwen2's tokenizer splits text; two line breaks are one word, regardless of the text after them.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -37,7 +37,7 @@ _CHATML_WITH_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + _CHATML
 )
-# What matters here of Qwen3's: the last answer has a think block, earlier ones lose theirs.
+# The part of Qwen3's template that matters here: think blocks are removed except from the last answer.
 _THINKING = (
     "{% for message in messages %}"
     "{% set words = message['content'] %}{% set thoughts = '' %}"
@@ -59,21 +59,24 @@ def write_tiny(folder: Path, version: str, seed: int = 0) -> Path:
     """Write a checkpoint of about a million random parameters.
 
     Args:
-        folder: receives it.
-        version: one of `VERSIONS`.
-        seed: of the weights.
+        folder: Folder that receives the checkpoint.
+        version: One of `VERSIONS`.
+        seed: Random seed of the weights.
+
+    Returns:
+        The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if version in {"4.6", "4.7"}:
         write_tiny_checkpoint(folder, seed, DEMO_CORPUS)
-        return _turn_into_4_7(folder, seed) if version == "4.7" else folder
-    return _write_native(folder, version, seed)
+        return _convert_to_4_7(folder, seed) if version == "4.7" else folder
+    return _write_2_6_to_4_5(folder, version, seed)
 
 
-def _write_native(folder: Path, version: str, seed: int) -> Path:
-    pieces = _llama_tokenizer() if version == "4.0" else _qwen_tokenizer()
+def _write_2_6_to_4_5(folder: Path, version: str, seed: int) -> Path:
+    bpe = _llama_tokenizer() if version == "4.0" else _qwen_tokenizer()
     names = {
-        token: pieces.token_to_id(token)
+        token: bpe.token_to_id(token)
         for token in ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
     }
     template = {"2.6": _CHATML_WITH_SYSTEM, "4.0": _CHATML, "4.5": _THINKING}[version]
@@ -90,7 +93,7 @@ def _write_native(folder: Path, version: str, seed: int) -> Path:
             "auto_map": {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},
         },
     )
-    pieces.save(str(folder / "tokenizer.json"))
+    bpe.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "preprocessor_config.json",
         {
@@ -120,7 +123,7 @@ def _write_native(folder: Path, version: str, seed: int) -> Path:
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "vocab_size": -(-pieces.get_vocab_size() // 64) * 64,
+        "vocab_size": -(-bpe.get_vocab_size() // 64) * 64,
         "tie_word_embeddings": False,
         "patch_size": 14,
         "query_num": 16,
@@ -148,23 +151,23 @@ def _write_native(folder: Path, version: str, seed: int) -> Path:
         }
     torch.manual_seed(seed)
     model = MiniCPMVForConditionalGeneration(MiniCPMVConfig(**config))
-    # As in the demo's 4.6: LoRA leaves the head as it is, and the usual deviation would cap its logits.
+    # As in `write_tiny_checkpoint`: LoRA does not train the head, so its weights must be large from the start.
     torch.nn.init.normal_(model.llm.lm_head.weight, std=0.2)
     model.save_pretrained(folder)
     _write_json(folder / "config.json", {"model_type": "minicpmv", **config})
     return folder
 
 
-def _turn_into_4_7(folder: Path, seed: int) -> Path:
+def _convert_to_4_7(folder: Path, seed: int) -> Path:
     from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor
 
     fields = json.loads((folder / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    marks = ["image_start", "image_end", "slice_start", "slice_end"]
-    ids = {f"{mark}_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{mark}_token")) for mark in marks}
+    names = ["image_start", "image_end", "slice_start", "slice_end"]
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{name}_token")) for name in names}
     fields |= {"model_type": "minicpmv4_7", "newline_id": tokenizer("\n")["input_ids"][0], **ids}
     fields["vision_config"]["model_type"] = "minicpmv4_7_vision"
-    # Canvas positions turn three channels by three frequencies' shares of a head.
+    # The canvas positions have three channels; each rotates its section of a head's frequencies.
     fields["text_config"]["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
     torch.manual_seed(seed)
     model = MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**fields))
@@ -182,15 +185,15 @@ def _turn_into_4_7(folder: Path, seed: int) -> Path:
 
 
 def _qwen_tokenizer() -> Tokenizer:
-    pieces = Tokenizer(models.BPE())
-    pieces.normalizer = normalizers.NFC()
-    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    pieces.decoder = decoders.ByteLevel()
+    bpe.decoder = decoders.ByteLevel()
     special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *_IMAGE_TOKENS]
     trainer = trainers.BpeTrainer(
         vocab_size=500,
@@ -198,15 +201,15 @@ def _qwen_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces.train_from_iterator(_CORPUS, trainer)
-    pieces.add_tokens(["<think>", "</think>"])
-    return pieces
+    bpe.train_from_iterator(_CORPUS, trainer)
+    bpe.add_tokens(["<think>", "</think>"])
+    return bpe
 
 
 def _llama_tokenizer() -> Tokenizer:
-    pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    pieces.normalizer = normalizers.Replace(" ", "▁")
-    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>", *_IMAGE_TOKENS, "<|im_end|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=500,
@@ -214,14 +217,14 @@ def _llama_tokenizer() -> Tokenizer:
         show_progress=False,
         max_token_length=8,
     )
-    pieces.train_from_iterator(_CORPUS, trainer)
-    document = json.loads(pieces.to_str())
+    bpe.train_from_iterator(_CORPUS, trainer)
+    document = json.loads(bpe.to_str())
     vocabulary = document["model"]["vocab"]
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    pieces = Tokenizer.from_str(json.dumps(document))
-    begin = pieces.token_to_id("<s>")
-    pieces.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
-    return pieces
+    bpe = Tokenizer.from_str(json.dumps(document))
+    begin = bpe.token_to_id("<s>")
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    return bpe
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ class VisionTower(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for its attention interface in this file; it is in the classes used here.
+        # transformers searches this file for its attention interface, which is in the imported classes instead.
         return True
 
     def __init__(self, config: SiglipVisionConfig) -> None:
@@ -263,7 +263,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for its attention interface in this file; it is in the classes used here.
+        # transformers searches this file for its attention interface, which is in the imported classes instead.
         return True
 
     def __init__(self, config: MiniCPMVConfig) -> None:
@@ -396,16 +396,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "inputs_embeds was given with images; give input_ids, where image tokens mark the positions."
             )
         if loss_only and labels is not None:
-            count = kwargs.pop("num_items_in_batch", None)
-            hidden_states = self.get_decoder()(
-                inputs_embeds=inputs_embeds,
-                attention_mask=drop_redundant_mask(attention_mask, self.config.text_config._attn_implementation),
-                position_ids=position_ids,
-                use_cache=False,
-                **kwargs,
-            ).last_hidden_state
-            vocab_size = self.config.text_config.vocab_size
-            return supervised_loss(self.get_output_embeddings(), hidden_states, labels, vocab_size, count)
+            return self._loss_only_forward(inputs_embeds, attention_mask, labels, position_ids, **kwargs)
         return self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -416,6 +407,26 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _loss_only_forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SupervisedOutput:
+        """Run the language model and compute the loss without logits of positions that are not supervised."""
+        hidden_states = self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=drop_redundant_mask(attention_mask, self.config.text_config._attn_implementation),
+            position_ids=position_ids,
+            use_cache=False,
+            **kwargs,
+        ).last_hidden_state
+        vocab_size = self.config.text_config.vocab_size
+        return supervised_loss(self.get_output_embeddings(), hidden_states, labels, vocab_size, num_items_in_batch)
 
     def _embed(
         self,
@@ -428,17 +439,9 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_features: torch.Tensor | None,
         is_first: bool,
     ) -> torch.Tensor:
-        """Embed the tokens and insert the image features; the arguments are those of `forward`.
+        """Embed the tokens and insert the image features.
 
-        Args:
-            input_ids: See `forward`.
-            attention_mask: See `forward`.
-            pixel_values: See `forward`.
-            target_sizes: See `forward`.
-            temporal_ids: See `forward`.
-            patch_features: See `forward`.
-            vision_features: See `forward`.
-            is_first: Whether these are the first tokens, and not the next token of a generation.
+        The arguments are those of `forward`; `is_first` is false for the later tokens of a generation, without images.
         """
         inputs_embeds: torch.Tensor = self.get_input_embeddings()(input_ids)
         if patch_features is not None and not len(patch_features):

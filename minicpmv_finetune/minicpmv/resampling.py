@@ -4,7 +4,7 @@ Resizing is most of the cost of preparing an image, and Pillow computes one pixe
 of each pass runs along a row, so that the compiler (numba) can compute many pixels with one instruction; the horizontal
 pass works on a transposed copy. All sums are sums of integers, as in Pillow: the coefficients are fixed-point numbers
 with 22 fractional bits, computed in double precision, and the result is rounded to 8 bits after each pass. The order of
-the two passes changes some pixels by one grey level; it is the order of Pillow 13.
+the two passes changes some pixels by one gray level; it is the order of Pillow 13.
 
 Another release of Pillow may choose another order, as releases before 13 did. Therefore the first use compares both
 implementations on small images; where they differ, or where numba is not installed, Pillow itself resizes.

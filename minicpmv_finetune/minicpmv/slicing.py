@@ -35,7 +35,7 @@ class SlicingConfig:
         size_multiple: The sides of a slice are multiples of this number of pixels: the patch size times the number of
             patches on each side of a square that is merged into one token.
         slice_mode: Whether large images are sliced; if false, the model sees the overview only.
-        resampler: Library whose bicubic filter resizes images. Their results differ by one grey level in some pixels.
+        resampler: Library whose bicubic filter resizes images. Their results differ by one gray level in some pixels.
         transparency: Whether an alpha channel is dropped or the image is placed on white.
     """
 

@@ -1,4 +1,4 @@
-"""Every golden set, by the same comparison that `compare.py` prints."""
+"""Every folder of recorded results, with the comparison of `compare.py`."""
 
 from pathlib import Path
 
