@@ -1,14 +1,13 @@
-"""The commands that talk to a cluster: look before, submit, schedule, look after, clean up.
+"""The commands that talk to a cluster: check it, submit and follow runs, apply schedules, clean up.
 
-Every one can be given again without harm; `--dry-run` says what would change and changes nothing; `--output json`
-prints one JSON document on stdout, and whatever else there is to say goes to stderr.
+Every command can be repeated without harm. `--dry-run` prints what would change and changes nothing. `--output json`
+prints one JSON document on stdout; everything else goes to stderr.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,12 +15,14 @@ import typer
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.pipelines import PipelineChoice
 
 from .options import Output
 
 if TYPE_CHECKING:
     from minicpmv_finetune.kubeflow.client import Cluster
     from minicpmv_finetune.kubeflow.profile import Profile
+    from minicpmv_finetune.kubeflow.submit import Submission
 
 PANEL = "Kubeflow"
 
@@ -30,79 +31,78 @@ schedule_app = typer.Typer(help="Recurring runs as code: apply, list, pause, res
 app.add_typer(schedule_app, name="schedule", rich_help_panel=PANEL)
 
 
-class PipelineName(StrEnum):
-    """Which pipeline."""
-
-    FINETUNE = "finetune"
-    RETRAIN = "retrain"
-
-
-ProfilePath = Annotated[
-    Path,
-    typer.Option(
-        "--profile", envvar=environment.PROFILE.name, help="Cluster's settings, such as k8s/profiles/dev.yaml."
-    ),
-]
-As = Annotated[Output, typer.Option("--output", help="For a person, or one JSON document for a program.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
+_PROFILE_HELP = "Settings of the cluster, such as k8s/profiles/dev.yaml."
+Profiled = Annotated[Path, typer.Option("--profile", envvar=environment.PROFILE.name, help=_PROFILE_HELP)]
+OutputFormat = Annotated[Output, typer.Option("--output", help="Text, or one JSON document for a program.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="Input of the pipeline as name=value; may be repeated.")
 ]
-ParametersFile = Annotated[Path | None, typer.Option("--parameters", help="YAML file of inputs; -p wins over it.")]
-WhichPipeline = Annotated[PipelineName, typer.Option("--pipeline", help="Which pipeline.")]
+ParametersFile = Annotated[
+    Path | None, typer.Option("--parameters", help="YAML file of inputs; -p has priority over it.")
+]
+PipelineName = Annotated[PipelineChoice, typer.Option("--pipeline", help="Pipeline to use.")]
 Experiment = Annotated[str, typer.Option(help="Experiment of Kubeflow Pipelines.")]
-RunWord = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, or its name.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
-File = Annotated[Path, typer.Option("--file", "-f", help="YAML file of schedules; see docs/kubeflow-schedule.md.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Id or name of the run.")]
+ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
+SchedulesFile = Annotated[
+    Path, typer.Option("--file", "-f", help="YAML file of schedules; see docs/kubeflow-schedule.md.")
+]
 
 
 @app.command(rich_help_panel=PANEL)
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
     partitions: Annotated[
-        int, typer.Option(min=1, help="Pods that share the work of preprocess; a profile has its own count.")
+        int, typer.Option(min=1, help="Number of pods that share preprocess; a profile contains its own number.")
     ] = 1,
     profile: Annotated[
-        Path | None, typer.Option(help="Cluster's settings to put on every task, such as k8s/profiles/dev.yaml.")
+        Path | None, typer.Option(help="Settings of the cluster for every task, such as k8s/profiles/dev.yaml.")
     ] = None,
     objects: Annotated[
         bool, typer.Option("--objects", help="Write Pipeline and PipelineVersion objects for kubectl apply.")
     ] = False,
-    pipeline: WhichPipeline = PipelineName.FINETUNE,
-    retrain: Annotated[bool, typer.Option("--retrain", hidden=True, help="As --pipeline retrain.")] = False,
+    pipeline: PipelineName = "finetune",
+    retrain: Annotated[bool, typer.Option("--retrain", hidden=True, help="The same as --pipeline retrain.")] = False,
 ) -> None:
-    """Write a pipeline as YAML, to be uploaded in the Kubeflow UI or by the kfp SDK."""
+    """Write a pipeline as a YAML file for the Kubeflow UI or the kfp SDK."""
     from minicpmv_finetune.kubeflow.compiling import write_objects, write_pipeline
     from minicpmv_finetune.pipelines import pipeline_of
 
-    chosen = pipeline_of("retrain" if retrain else pipeline.value)
+    chosen = pipeline_of("retrain" if retrain else pipeline)
     if profile is None:
         if objects:
-            raise UserError("--objects: the namespace of the objects is not known; give a --profile too.")
+            raise UserError("--objects: the namespace of the objects is not known; give --profile too.")
         print(chosen.write(output, partitions))
         return
     if partitions > 1:
-        raise UserError(f"--partitions: {profile} decides this; set preprocess_partitions there.")
+        raise UserError(f"--partitions: {profile} contains this setting; set preprocess_partitions there.")
     print((write_objects if objects else write_pipeline)(chosen, _load(profile), output))
 
 
 @app.command(rich_help_panel=PANEL)
 def preflight(
-    profile: Annotated[
-        Path | None,
-        typer.Option(envvar=environment.PROFILE.name, help="Cluster's settings, such as k8s/profiles/dev.yaml."),
-    ] = None,
-    data: Annotated[str, typer.Option(help="Training data that a run would read.")] = "",
-    base_model: Annotated[str, typer.Option(help="Base checkpoint that a run would read.")] = "",
-    image: Annotated[bool, typer.Option("--image", help="Check the container image this runs in instead.")] = False,
-    output: As = Output.TEXT,
+    profile: Annotated[Path | None, typer.Option(envvar=environment.PROFILE.name, help=_PROFILE_HELP)] = None,
+    data: Annotated[str, typer.Option(help="Training data of the run.")] = "",
+    base_model: Annotated[str, typer.Option(help="Base checkpoint of the run.")] = "",
+    image: Annotated[
+        bool, typer.Option("--image", help="Check the container image that this command runs in instead.")
+    ] = False,
+    output: OutputFormat = "text",
 ) -> None:
-    """Check everything a run needs, a line each: ok, or what to do. Exits 0 only if all is well."""
-    from minicpmv_finetune.kubeflow.preflight import check_cluster, check_image, exit_code
+    """Check everything that a run needs, and print one line per check: ok, or the remedy.
+
+    The exit code is 0 only if no check failed.
+    """
+    from minicpmv_finetune.kubeflow.checks import exit_code
 
     if image:
-        checks = check_image()
+        from minicpmv_finetune.kubeflow.container_checks import check_container
+
+        checks = check_container()
     elif profile:
+        from minicpmv_finetune.kubeflow.preflight import check_cluster
+
         checks = check_cluster(_load(profile), data, base_model)
     else:
         raise UserError("preflight: nothing to check; give --profile, or --image inside a container.")
@@ -112,66 +112,67 @@ def preflight(
 
 @app.command(rich_help_panel=PANEL)
 def submit(
-    profile: ProfilePath,
+    profile: Profiled,
     parameter: Parameters = None,
     parameters: ParametersFile = None,
     name: Annotated[
-        str, typer.Option(help="Name of the run; the same name with the same inputs is not run twice.")
+        str, typer.Option(help="Name of the run; a second run with the same name and inputs is not started.")
     ] = "",
     experiment: Experiment = "minicpmv-finetune",
-    pipeline: WhichPipeline = PipelineName.FINETUNE,
+    pipeline: PipelineName = "finetune",
     mlflow_experiment: Annotated[str, typer.Option(help="Experiment for Kubeflow's own MLflow plugin.")] = "",
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the run, and exit 1 if it fails.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait at most; the run goes on.")] = 7 * 86400,
-    poll: Annotated[float, typer.Option(help="Seconds between looks while waiting.")] = 5,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run, and exit with 1 if it fails.")] = False,
+    timeout: Annotated[float, typer.Option(help="Maximum seconds to wait; the run continues afterwards.")] = 7 * 86400,
+    poll: Annotated[float, typer.Option(help="Seconds between two requests while waiting.")] = 5,
     dry_run: DryRun = False,
-    output: As = Output.TEXT,
+    output: OutputFormat = "text",
 ) -> None:
-    """Start a run: upload the pipeline if its content changed, check the inputs, and print the run's link."""
-    from minicpmv_finetune.kubeflow.runs import outcome, watch
-    from minicpmv_finetune.kubeflow.submit import Request, pin_base_model, read_parameters
+    """Start a run: check the inputs, upload the pipeline if its content changed, and print the run's link."""
+    from minicpmv_finetune.kubeflow.parameters import read_parameters, resolve_parameters
+    from minicpmv_finetune.kubeflow.runs import describe_outcome, follow_visibly
+    from minicpmv_finetune.kubeflow.submit import Request
     from minicpmv_finetune.kubeflow.submit import submit as start
     from minicpmv_finetune.pipelines import pipeline_of
 
     settings = _load(profile)
-    chosen = pipeline_of(pipeline.value)
-    inputs = pin_base_model(read_parameters(chosen, parameter or [], parameters, settings))
+    chosen = pipeline_of(pipeline)
+    inputs = resolve_parameters(chosen, read_parameters(parameter or [], parameters), settings)
     cluster = _connect(settings)
-    done = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
-    answer: dict[str, Any] = {**asdict(done), "dry_run": dry_run, "state": None}
-    would = "would be " if dry_run else ""
-
-    def text() -> str:
-        version = (
-            f"pipeline version {done.pipeline_version}: {f'{would}uploaded' if done.uploaded else 'there already'}"
-        )
-        run = f"run {done.name}: {f'{would}started' if done.started else 'there already'}"
-        return "\n".join([version, run, *([done.link] if done.link else [])])
-
+    submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
+    answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None}
+    text = _describe_submission(submission, dry_run)
     if not wait or dry_run:
-        _print(answer, output, text)
+        _print(answer, output, lambda: text)
         return
-    if output is Output.TEXT:
-        print(text(), flush=True)
-    run = watch(cluster, done.run_id, timeout, poll)
-    _print({**answer, "state": run.state}, output, lambda: outcome(cluster, run))
+    if output == "text":
+        print(text, flush=True)
+    run = follow_visibly(cluster, submission.run_id, timeout, poll)
+    _print({**answer, "state": run.state}, output, lambda: describe_outcome(cluster, run))
     sys.exit(0 if run.state in ("SUCCEEDED", "SKIPPED") else 1)
+
+
+def _describe_submission(submission: "Submission", dry_run: bool) -> str:
+    would = "would be " if dry_run else ""
+    uploaded = f"{would}uploaded" if submission.uploaded else "already uploaded"
+    started = f"{would}started" if submission.started else "already started"
+    lines = [f"pipeline version {submission.pipeline_version}: {uploaded}", f"run {submission.name}: {started}"]
+    return "\n".join([*lines, submission.link] if submission.link else lines)
 
 
 @app.command(rich_help_panel=PANEL)
 def runs(
-    profile: ProfilePath,
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="Id or name of one run, whose steps are shown.")] = "",
-    experiment: Annotated[str, typer.Option(help="Experiment to list; empty lists all of the namespace.")] = "",
-    most: Annotated[int, typer.Option("--most", min=1, help="How many runs, newest first.")] = 20,
-    output: As = Output.TEXT,
+    profile: Profiled,
+    run: Annotated[str, typer.Argument(metavar="[RUN]", help="Id or name of one run, to list its steps.")] = "",
+    experiment: Annotated[str, typer.Option(help="Experiment to list; empty lists the whole namespace.")] = "",
+    most: Annotated[int, typer.Option("--most", min=1, help="Maximum number of runs, newest first.")] = 20,
+    output: OutputFormat = "text",
 ) -> None:
-    """List the newest runs, or the steps of one."""
-    from minicpmv_finetune.kubeflow.runs import find_run, list_runs, steps
+    """List the newest runs, or the steps of one run."""
+    from minicpmv_finetune.kubeflow.runs import find_run, list_runs, list_steps
 
     cluster = _connect(_load(profile))
     if run:
-        rows = [asdict(step) for step in steps(find_run(cluster, run))]
+        rows = [asdict(step) for step in list_steps(find_run(cluster, run))]
     else:
         rows = [asdict(row) for row in list_runs(cluster, experiment, most)]
     _print(rows, output, lambda: _table(rows) or "no runs")
@@ -179,82 +180,91 @@ def runs(
 
 @app.command(rich_help_panel=PANEL)
 def logs(
-    run: RunWord,
-    profile: ProfilePath,
+    run: RunName,
+    profile: Profiled,
     step: Annotated[
-        str, typer.Option(help="Step, such as train; by default the one that failed, or the last one.")
+        str, typer.Option(help="Step, such as train; by default the step that failed, or the last one.")
     ] = "",
 ) -> None:
-    """Print what a step of a run has written so far."""
-    from minicpmv_finetune.kubeflow.runs import find_run, read_log, steps
+    """Print the log of a step, as far as it has been written."""
+    from minicpmv_finetune.kubeflow.runs import find_run, list_steps, read_log
 
     cluster = _connect(_load(profile))
     found = find_run(cluster, run)
-    started = [item for item in steps(found) if item.pod]
+    started = [item for item in list_steps(found) if item.pod]
     wanted = [item for item in started if item.step == step] if step else started
     failed = [item for item in wanted if item.state == "FAILED"]
     if not wanted:
         names = ", ".join(item.step for item in started) or "none"
-        raise UserError(f"{run}: no step {step or 'of it'} has started; with a log are: {names}.")
+        subject = f"step {step} has not" if step else "no step has"
+        raise UserError(f"{run}: {subject} started; steps with a log: {names}.")
     print(read_log(cluster, found, (failed or wanted)[-1]), end="")
 
 
 @app.command(rich_help_panel=PANEL)
-def cancel(run: RunWord, profile: ProfilePath, dry_run: DryRun = False, output: As = Output.TEXT) -> None:
-    """Stop a run; one that is over stays as it is."""
+def cancel(run: RunName, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+    """Stop a run; a run that has finished stays as it is."""
     from minicpmv_finetune.kubeflow.runs import cancel as stop
     from minicpmv_finetune.kubeflow.runs import find_run
 
     cluster = _connect(_load(profile))
     found = find_run(cluster, run)
     changed = stop(cluster, found, dry_run)
-    said = (
-        ("would be stopped" if dry_run else "is being stopped") if changed else f"is over or stopping ({found.state})"
-    )
+    change = "would be stopped" if dry_run else "is being stopped"
     answer = {"run_id": found.run_id, "changed": changed, "dry_run": dry_run}
-    _print(answer, output, lambda: f"{found.display_name}: {said}")
+    text = f"{found.display_name}: {change if changed else f'has finished or is stopping ({found.state})'}"
+    _print(answer, output, lambda: text)
 
 
 @app.command(rich_help_panel=PANEL)
 def gc(
-    profile: ProfilePath,
-    root: Annotated[str, typer.Option(help="Folder of run folders; by default the profile's pipeline root.")] = "",
-    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Delete what is listed, or only list it.")] = False,
-    min_age_days: Annotated[int, typer.Option(min=0, help="Leave alone what was written to within these days.")] = 7,
-    output: As = Output.TEXT,
+    profile: Profiled,
+    root: Annotated[
+        str, typer.Option(help="Folder that contains the runs' folders; by default the profile's pipeline root.")
+    ] = "",
+    delete: Annotated[
+        bool, typer.Option("--delete/--dry-run", help="Delete the listed folders, or only list them.")
+    ] = False,
+    min_age_days: Annotated[
+        int, typer.Option(min=0, help="Leave out folders that were written to within this number of days.")
+    ] = 7,
+    output: OutputFormat = "text",
 ) -> None:
     """List run folders, shards and checkpoints that no run or registered model refers to; delete them with --delete."""
-    from minicpmv_finetune.kubeflow.gc import find_unused, remove
+    from minicpmv_finetune.kubeflow.gc import delete as delete_folder
+    from minicpmv_finetune.kubeflow.gc import find_unused
 
     settings = _load(profile)
     found = find_unused(_connect(settings), root, min_age_days)
     if delete:
         for item in found:
-            remove(item)
-    verb = "deleted" if delete else "unused"
-    lines = [f"{verb} {item.uri} ({item.bytes / 1e9:.2f} GB, last written {item.written})" for item in found]
-    total = f"{len(found)} folders, {sum(item.bytes for item in found) / 1e9:.2f} GB {verb}"
+            delete_folder(item)
+    state = "deleted" if delete else "unused"
+    lines = [f"{state} {item.uri} ({item.bytes / 1e9:.2f} GB, last written {item.written})" for item in found]
+    total = f"{len(found)} folders, {sum(item.bytes for item in found) / 1e9:.2f} GB {state}"
     _print([{**asdict(item), "deleted": delete} for item in found], output, lambda: "\n".join([*lines, total]))
 
 
 @schedule_app.command("apply")
-def apply_schedules(file: File, profile: ProfilePath, dry_run: DryRun = False, output: As = Output.TEXT) -> None:
-    """Make the server's schedules be what the file says: create, replace if different, leave alone if equal."""
+def apply_schedules(
+    file: SchedulesFile, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text"
+) -> None:
+    """Make the server's schedules match the file: create them, or replace those that differ."""
     from minicpmv_finetune.kubeflow.schedule import apply, load_schedules
 
     cluster = _connect(_load(profile))
-    done = apply(cluster, load_schedules(file), dry_run)
+    changes = apply(cluster, load_schedules(file), dry_run)
     would = "would " if dry_run else ""
     _print(
-        [asdict(step) for step in done],
+        [asdict(change) for change in changes],
         output,
-        lambda: "\n".join(f"{would}{step.verb} {step.name} ({step.why}): {step.when}" for step in done),
+        lambda: "\n".join(f"{would}{change.verb} {change.name} ({change.why}): {change.when}" for change in changes),
     )
 
 
 @schedule_app.command("list")
-def list_schedules(profile: ProfilePath, output: As = Output.TEXT) -> None:
-    """List the schedules on the server, their times in words."""
+def list_schedules(profile: Profiled, output: OutputFormat = "text") -> None:
+    """List the schedules on the server, with their times in words."""
     from minicpmv_finetune.kubeflow.schedule import list_schedules as find
 
     rows = [asdict(row) for row in find(_connect(_load(profile)))]
@@ -262,44 +272,46 @@ def list_schedules(profile: ProfilePath, output: As = Output.TEXT) -> None:
 
 
 @schedule_app.command()
-def pause(name: Name, profile: ProfilePath, dry_run: DryRun = False, output: As = Output.TEXT) -> None:
+def pause(name: ScheduleName, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
     """Stop a schedule from starting runs, until it is resumed."""
-    _switch(name, profile, False, dry_run, output)
+    _set_enabled(name, profile, False, dry_run, output)
 
 
 @schedule_app.command()
-def resume(name: Name, profile: ProfilePath, dry_run: DryRun = False, output: As = Output.TEXT) -> None:
+def resume(name: ScheduleName, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
     """Let a paused schedule start runs again."""
-    _switch(name, profile, True, dry_run, output)
+    _set_enabled(name, profile, True, dry_run, output)
 
 
 @schedule_app.command("delete")
 def delete_schedules(
-    profile: ProfilePath,
+    profile: Profiled,
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the schedule.")] = "",
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Delete the schedules of this file.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Delete the schedules in this file.")] = None,
     dry_run: DryRun = False,
-    output: As = Output.TEXT,
+    output: OutputFormat = "text",
 ) -> None:
-    """Delete one schedule, or those of a file; runs that they started stay."""
+    """Delete one schedule, or those in a file; runs that they started remain."""
     from minicpmv_finetune.kubeflow.schedule import delete, load_schedules
 
     if bool(name) == bool(file):
         raise UserError("schedule delete: give either a NAME or -f FILE.")
     cluster = _connect(_load(profile))
     names = [schedule.name for schedule in load_schedules(file)] if file else [name]
-    gone = {item: delete(cluster, item, dry_run) for item in names}
-    verb = "would be deleted" if dry_run else "deleted"
-    _print(gone, output, lambda: "\n".join(f"{item}: {verb if was else 'not there'}" for item, was in gone.items()))
+    deleted = {item: delete(cluster, item, dry_run) for item in names}
+    state = "would be deleted" if dry_run else "deleted"
+    lines = [f"{item}: {state if existed else 'does not exist'}" for item, existed in deleted.items()]
+    _print(deleted, output, lambda: "\n".join(lines))
 
 
-def _switch(name: str, profile: Path, on: bool, dry_run: bool, output: Output) -> None:
-    from minicpmv_finetune.kubeflow.schedule import switch
+def _set_enabled(name: str, profile: Path, enabled: bool, dry_run: bool, output: Output) -> None:
+    from minicpmv_finetune.kubeflow.schedule import set_enabled
 
-    changed = switch(_connect(_load(profile)), name, on, dry_run)
-    state = "resumed" if on else "paused"
-    said = (f"would be {state}" if dry_run else state) if changed else f"was {state} already"
-    _print({"name": name, "changed": changed, "dry_run": dry_run}, output, lambda: f"{name}: {said}")
+    changed = set_enabled(_connect(_load(profile)), name, enabled, dry_run)
+    state = "resumed" if enabled else "paused"
+    change = f"would be {state}" if dry_run else state
+    text = f"{name}: {change if changed else f'was {state} already'}"
+    _print({"name": name, "changed": changed, "dry_run": dry_run}, output, lambda: text)
 
 
 def _load(path: Path) -> "Profile":
@@ -315,11 +327,11 @@ def _connect(profile: "Profile") -> "Cluster":
 
 
 def _print(answer: Any, output: Output, text: Callable[[], str]) -> None:
-    print(json.dumps(answer, indent=1, ensure_ascii=False) if output is Output.JSON else text())
+    print(json.dumps(answer, indent=1, ensure_ascii=False) if output == "json" else text())
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Rows under their headings, each column as wide as its widest word."""
+    """A text table with the keys as headings; each column is as wide as its widest cell."""
     if not rows:
         return ""
     cells = [list(rows[0]), *([("" if value is None else str(value)) for value in row.values()] for row in rows)]

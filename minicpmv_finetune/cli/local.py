@@ -1,8 +1,7 @@
 """The commands that run on this machine: the demonstration, both pipelines, the estimate, and a question to a model."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,21 +13,10 @@ PANEL = "Run here"
 app = typer.Typer()
 
 
-class RunnerChoice(StrEnum):
-    """Where the steps run."""
-
-    SUBPROCESS = "subprocess"
-    DOCKER = "docker"
-
-
-class PlanOutput(StrEnum):
-    """How the estimate is printed."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-Runner = Annotated[RunnerChoice, typer.Option(help="Run the steps in this environment or in their container images.")]
+RunnerName = Annotated[
+    Literal["subprocess", "docker"],
+    typer.Option("--runner", help="Run the steps in this environment or in their container images."),
+]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -44,22 +32,22 @@ def demo(
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(FINETUNE_INPUTS)
-def run(inputs: Inputs, out: Out = Path("build/run"), runner: Runner = RunnerChoice.SUBPROCESS) -> None:
+def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess") -> None:
     """Run the whole pipeline on this machine, from data to an evaluated, merged model."""
     from minicpmv_finetune.pipelines.local import run_pipeline
-    from minicpmv_finetune.pipelines.summary import show_outcome
+    from minicpmv_finetune.pipelines.summary import print_summary
 
-    show_outcome(run_pipeline(out, _with_absolute_paths(inputs), runner.value), out)
+    print_summary(run_pipeline(out, _with_absolute_paths(inputs), runner), out)
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(RETRAIN_INPUTS)
-def retrain(inputs: Inputs, out: Out = Path("build/retrain"), runner: Runner = RunnerChoice.SUBPROCESS) -> None:
-    """Run the pipeline for schedules on this machine: nothing without new data, else train and promote if better."""
+def retrain(inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess") -> None:
+    """Run the pipeline for schedules on this machine: train if there is new data, and promote a better model."""
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.retraining import RETRAIN
 
-    run_pipeline(out, _with_absolute_paths(inputs), runner.value, RETRAIN)
+    run_pipeline(out, _with_absolute_paths(inputs), runner, RETRAIN)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -74,27 +62,26 @@ def plan(
     eval_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the images held out when there is no evaluation data.")
     ] = 0.1,
-    exif_transpose: Annotated[bool, typer.Option(help="Rotate images as their EXIF orientation says.")] = False,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs to train on.")] = 1,
-    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
-    output: Annotated[PlanOutput, typer.Option(help="Tables for a person, or JSON.")] = PlanOutput.TABLE,
+    exif_transpose: Annotated[bool, typer.Option(help="Rotate images by their EXIF orientation.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="Number of GPUs to train on.")] = 1,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
+    output: Annotated[Literal["table", "json"], typer.Option(help="Tables, or JSON for a program.")] = "table",
 ) -> None:
-    """Estimate what a run will take, before any GPU is requested: samples, tokens, shards, memory, steps."""
+    """Estimate the cost of a run before a GPU is requested: samples, tokens, shards, memory, steps."""
     from minicpmv_finetune.estimate.cost import Recipe
-    from minicpmv_finetune.estimate.plan import plan as estimate
-    from minicpmv_finetune.estimate.plan import show
+    from minicpmv_finetune.estimate.plan import estimate_run, print_estimate
 
     recipe = Recipe(
         devices=devices,
-        batch=inputs["per_device_train_batch_size"],
+        batch_size=inputs["per_device_train_batch_size"],
         epochs=inputs["num_train_epochs"],
         use_lora=inputs["use_lora"],
         tune_vision=inputs["tune_vision"],
         tune_llm=inputs["tune_llm"],
         lora_r=inputs["lora_r"],
-        accumulation=gradient_accumulation_steps,
+        accumulation_steps=gradient_accumulation_steps,
     )
-    planned = estimate(
+    estimate = estimate_run(
         inputs["data_uri"],
         inputs["eval_data_uri"],
         inputs["base_model_uri"],
@@ -104,25 +91,23 @@ def plan(
         exif_transpose,
         recipe,
     )
-    if output is PlanOutput.JSON:
-        print(planned.model_dump_json(indent=1))
+    if output == "json":
+        print(estimate.model_dump_json(indent=1))
     else:
-        show(planned)
+        print_estimate(estimate)
 
 
 @app.command(rich_help_panel=PANEL)
 def predict(
     model: Annotated[
-        str, typer.Option(help="Merged folder, or the base model of --adapter; a path, s3:// URI or hub id.")
+        str, typer.Option(help="Merged model, or the base model of --adapter; a path, an s3:// URI or a hub id.")
     ],
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[
-        list[str] | None, typer.Option(help="Image, a path or s3:// URI; may be given several times.")
-    ] = None,
-    adapter: Annotated[str, typer.Option(help="Adapter folder of the train step, put on top of --model.")] = "",
+    image: Annotated[list[str] | None, typer.Option(help="Image, a path or an s3:// URI; may be repeated.")] = None,
+    adapter: Annotated[str, typer.Option(help="Adapter folder that train wrote, to apply to --model.")] = "",
     max_new_tokens: NewTokens = 128,
 ) -> None:
-    """Ask a tuned model about an image."""
+    """Ask a tuned model a question about an image."""
     from minicpmv_finetune.components.evaluate.predict import predict as answer
 
     print(answer(model, image or [], prompt, adapter, max_new_tokens))

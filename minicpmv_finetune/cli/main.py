@@ -1,7 +1,7 @@
 """The command line: the demonstration, the whole pipeline on this machine, every step on its own, and Kubeflow.
 
-A user's mistake ends with one sentence and exit code 2, a fault worth retrying with 75. Nothing heavy is imported
-before a command needs it, so that help and mistakes in arguments are instant.
+A user's mistake ends with one sentence and exit code 2, a temporary fault with exit code 75. Heavy libraries are
+imported only when a command needs them, so that help and mistakes in arguments appear at once.
 """
 
 import logging
@@ -18,7 +18,7 @@ from . import kubeflow, local, models, steps
 
 app = typer.Typer(
     name="minicpmv-finetune",
-    help="Fine-tune MiniCPM-V with LoRA: as a Kubeflow pipeline, or whole on this machine.",
+    help="Fine-tune MiniCPM-V with LoRA: as a Kubeflow pipeline, or completely on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +31,7 @@ for group in (local, kubeflow, models, steps):
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     _quieten_libraries()
-    # Told to stop, a step removes what it began, as on an error; by default the process would end at once.
+    # After SIGTERM a step removes its incomplete output, as after an error; by default the process would end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with explain_disk_errors():
@@ -43,12 +43,15 @@ def main() -> None:
 
 
 def _quieten_libraries() -> None:
-    """Switch off, before any library is imported, what this program shows itself or does on purpose."""
-    # The libraries' own progress bars, and warnings that reference kernels run where there is no GPU.
+    """Disable progress bars and warnings of libraries before they are imported.
+
+    This program shows its own progress, and uses a CPU on purpose where there is no GPU.
+    """
+    # Progress bars, and warnings that reference kernels run where there is no GPU.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # It recommends kernels for a CPU, which is only for trying things out.
+    # A recommendation of kernels for a CPU, on which this program is only tried out.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not Path("/dev/nvidiactl").exists():
-        # DeepSpeed warns that it falls back to the CPU unless told to use it.
+        # Without this setting DeepSpeed warns that it falls back to the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""The commands that move the champion by hand."""
+"""The commands with which a person changes the champion."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from .options import Model
 
 PANEL = "Models"
 app = typer.Typer()
-Reason = Annotated[str, typer.Option(help="Why; it is kept beside the move.")]
+Reason = Annotated[str, typer.Option(help="Why the champion changes; stored in the log of moves.")]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -17,7 +17,7 @@ def promote(
     reason: Reason,
     model: Model = "minicpmv-finetune",
 ) -> None:
-    """Make a registered version champion by hand, whatever the gate decided."""
+    """Make a registered version the champion, whatever the gate decided."""
     from minicpmv_finetune.tracking.champion import promote as move
 
     print(move(model, version, reason))
@@ -25,7 +25,7 @@ def promote(
 
 @app.command(rich_help_panel=PANEL)
 def rollback(reason: Reason, model: Model = "minicpmv-finetune") -> None:
-    """Make the champion's predecessor champion again; repeated, the one before that."""
+    """Make the champion's predecessor the champion again; a second call goes back one more version."""
     from minicpmv_finetune.tracking.champion import rollback as move
 
     print(move(model, reason))

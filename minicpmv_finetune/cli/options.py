@@ -1,30 +1,22 @@
-"""Options that several commands share; those of a pipeline's inputs come from the table of inputs."""
+"""Options that several commands share; the options for a pipeline's inputs come from the table of inputs."""
 
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.pipelines.inputs import INPUTS, REQUIRED, Input, check_inputs
 
-
-class Output(StrEnum):
-    """For a person or for a program."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
+Output = Literal["text", "json"]
 Inputs = Mapping[str, Any]
 """The parameter of a command that `with_inputs` turns into options."""
 Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
-NewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
+NewTokens = Annotated[int, typer.Option(help="Maximum length of an answer in tokens.")]
 Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
 
 
@@ -54,7 +46,7 @@ def with_inputs(
                 parameters += [_parameter(row, row.name in needed) for row in rows]
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-        # Typer reads both.
+        # Typer reads both attributes.
         checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         checked.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return checked
@@ -84,7 +76,7 @@ def _parameter(row: Input, is_required: bool) -> inspect.Parameter:
 
 
 def _from_json(inputs: Iterable[Input], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with every JSON object read, so that a mistake in one names its option."""
+    """The values with every JSON object parsed, so that the message about a mistake names the option."""
     objects = {row.name for row in inputs if row.type is dict}
     return {
         name: read_json_object(value, f"--{name.replace('_', '-')}") if name in objects else value
@@ -93,10 +85,10 @@ def _from_json(inputs: Iterable[Input], given: Mapping[str, Any]) -> dict[str, A
 
 
 def read_json_object(text: str, option: str) -> dict[str, Any]:
-    """The JSON object that an option holds.
+    """The JSON object in an option's text.
 
     Raises:
-        UserError: The text is something else.
+        UserError: The text is not a JSON object.
     """
     try:
         value = json.loads(text)
@@ -108,5 +100,5 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, since steps may run elsewhere; URIs and hub ids stay as they are."""
+    """The absolute path of a local file, because steps may run in another folder; URIs and hub ids are unchanged."""
     return str(Path(uri).absolute()) if uri and "://" not in uri and Path(uri).exists() else uri

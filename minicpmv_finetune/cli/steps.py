@@ -1,4 +1,4 @@
-"""Every step as a command of its own, so that it can be run and debugged without Kubeflow."""
+"""Every step as a separate command, so that it can be run and debugged without Kubeflow."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +19,14 @@ def import_data(
             help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="JSON Lines file that receives the samples; images may go beside it.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="JSON Lines file that receives the samples; extracted images are written beside it."),
+    ],
     images: Annotated[
         str,
         typer.Option(
-            "--images", "--pictures", help="Folder that images' paths are relative to; the source's own by default."
+            "--images", "--pictures", help="Folder at which the images' relative paths start; by default the source's."
         ),
     ] = "",
 ) -> None:
@@ -42,10 +45,13 @@ def validate_data(
         float, typer.Option(help="Share of the images held out when there is no evaluation data.")
     ] = 0.1,
     exif_transpose: Annotated[
-        bool, typer.Option(help="Rotate images as EXIF says, for training and evaluation; serving must do the same.")
+        bool,
+        typer.Option(
+            help="Rotate images by their EXIF orientation in training and evaluation; serving must do it too."
+        ),
     ] = False,
 ) -> None:
-    """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT show what was found."""
+    """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT contain the findings."""
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings
     from minicpmv_finetune.components.validate_data.validate import validate_data as step
 
@@ -61,12 +67,12 @@ def preprocess(
     dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
     out: Out,
     picture_codec: Annotated[
-        str, typer.Option(help="How images are stored: source, raw, webp-lossless or png; all with the same pixels.")
+        str, typer.Option(help="Format of stored images: source, raw, webp-lossless or png; all keep every pixel.")
     ] = "source",
     cache: Annotated[
-        str, typer.Option(help="Where finished shards are kept for later runs; a folder or s3:// URI, else beside OUT.")
+        str, typer.Option(help="Folder or s3:// URI that keeps finished shards for later runs; by default beside OUT.")
     ] = "",
-    num_workers: Annotated[int, typer.Option(help="Processes; 0 for as many as there are cores.")] = 0,
+    num_workers: Annotated[int, typer.Option(help="Number of processes; 0 means one per core.")] = 0,
 ) -> None:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
@@ -86,9 +92,9 @@ def preprocess(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def train(context: typer.Context) -> None:
-    """Step 3: train with torchrun; takes every flag of the published finetune.py (see `train --help`).
+    """Step 3: train with torchrun; accepts every flag of the published finetune.py (see `train --help`).
 
-    A YAML file of flags may come first. `--print-plan` only says what would be trained, frozen and saved.
+    A YAML file of flags may come first. `--print-plan` only prints what would be trained, frozen and saved.
     """
     if "--help" in context.args:
         from minicpmv_finetune.components.train.arguments import parser
@@ -96,9 +102,9 @@ def train(context: typer.Context) -> None:
         print(parser().format_help())
         return
     if "--print-plan" in context.args or "--print_plan" in context.args:
-        from .training_plan import show_plan
+        from minicpmv_finetune.components.train.print_plan import print_plan
 
-        show_plan([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
+        print_plan([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
         return
     from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.pipelines.raw_data import with_prepared_data
@@ -112,13 +118,14 @@ def merge(
     inputs: Inputs,
     adapter: Annotated[Path, typer.Option(help="Folder that train wrote.")],
     shards: Annotated[
-        Path, typer.Option(help="Folder that preprocess wrote; the parity check runs on some of its samples.")
+        Path, typer.Option(help="Folder that preprocess wrote; the parity check uses some of its samples.")
     ],
     out: Annotated[
-        str, typer.Option(help="Folder or s3:// URI that receives the result; an upload continues if interrupted.")
+        str,
+        typer.Option(help="Folder or s3:// URI that receives the result; a repeated command continues an upload."),
     ],
 ) -> None:
-    """Step 4: merge the adapter into the base model, and prove on real samples that nothing was lost."""
+    """Step 4: merge the adapter into the base model, and check on real samples that the logits agree."""
     import tempfile
 
     from minicpmv_finetune import storage
@@ -144,23 +151,25 @@ def evaluate(
     dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
     out: Out,
     base_model: Annotated[
-        str, typer.Option("--base-model", help="Model to compare with; empty evaluates the merged one alone.")
+        str, typer.Option("--base-model", help="Model to compare with; empty evaluates the merged model alone.")
     ] = "",
-    champion: Annotated[str, typer.Option(help="Model to be beaten; a path or s3:// URI.")] = "",
+    champion: Annotated[str, typer.Option(help="Champion to compare with; a path or an s3:// URI.")] = "",
     max_new_tokens: NewTokens = 128,
-    batch_size: Annotated[int, typer.Option(help="Samples that are answered at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Number of samples that are answered at once.")] = 16,
     gate: Annotated[
-        str, typer.Option(help="What the model must reach, as JSON such as '{\"min_improvement\": 0.01}'.")
+        str, typer.Option(help="Conditions for the model, as JSON such as '{\"min_improvement\": 0.01}'.")
     ] = "{}",
 ) -> None:
-    """Step 5: let base, champion and merged model answer the held-out samples; predictions and report go into OUT."""
+    """Step 5: answer the held-out samples with base, champion and merged model; OUT receives answers and report."""
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
     from minicpmv_finetune.components.evaluate.evaluate import settings_from
 
     options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
-    found = step(model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings, champion)
-    print(f"{'passes' if found.decision.promote else 'is stopped at'} the gate: {found.decision.reason}")
+    decision = step(
+        model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings, champion
+    ).decision
+    print(f"{'passed' if decision.promote else 'failed'} the gate: {decision.reason}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -171,7 +180,7 @@ def register(
     ],
     model: Model = "minicpmv-finetune",
 ) -> None:
-    """Step 6: register a model that passed the gate in MLflow, and make it champion if it beat the champion."""
+    """Step 6: register a model that passed the gate in MLflow, and make it the champion if it beat the champion."""
     from minicpmv_finetune.components.register.register import register as step
 
     step(promotion_record, model)

@@ -1,1 +1,1 @@
-"""What a run will take, before a GPU is claimed: tokens, memory, steps and time."""
+"""Estimate the cost of a run before a GPU is requested: tokens, memory, steps and time."""

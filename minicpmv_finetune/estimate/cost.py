@@ -1,7 +1,7 @@
-"""What a training run takes, estimated from the checkpoint's headers and the data's lengths alone.
+"""Memory, FLOPs and padding of a training, estimated from the checkpoint's headers and the data's lengths alone.
 
-Every formula here is an estimate that docs/performance.md states; none looks at a GPU. Memory is of one device, without
-what the allocator loses to fragmentation.
+docs/performance.md states every formula; none needs a GPU. Memory is that of one device, without fragmentation of the
+allocator.
 """
 
 import json
@@ -16,75 +16,76 @@ from safetensors import safe_open
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
+from minicpmv_finetune.shards.packing import pack_samples
 
-_BF16 = 2
-_TRAINED = 16  # bytes of a trained parameter: weight 2, gradient 2, Adam in float32 12 (Rajbhandari et al. 2020, 3.1)
-_SHARED = 14  # of these, what ZeRO-2 splits between devices: gradient and optimizer
-_NF4 = 4.127 / 8  # bytes of a 4-bit parameter with its doubly quantized scales (Dettmers et al. 2023, 3)
-_LAYER = 34  # bytes of activations a layer keeps per token and width (Korthikanti et al. 2022, eq. 2, no score matrix)
-_LOGIT = 10  # bytes of a logit: bf16, its float32 copy and that one's gradient
-_RUNTIME = 1.5e9  # CUDA context and library workspaces
-STRATEGIES = ("single GPU", "DDP", "ZeRO-2", "ZeRO-3", "QLoRA")
+# Bytes per unit.
+_BF16 = 2  # a number in bf16
+_TRAINED = 16  # a trained parameter: weight 2, gradient 2, Adam in float32 12 (Rajbhandari et al. 2020, 3.1)
+_SHARDED = 14  # the part of these that ZeRO-2 shards over devices: gradient and optimizer state
+_NF4 = 4.127 / 8  # a 4-bit parameter with its doubly quantized scales (Dettmers et al. 2023, 3)
+_ACTIVATIONS = 34  # activations per layer, token and width (Korthikanti et al. 2022, eq. 2, without the score matrix)
+_LOGIT = 10  # a logit: bf16, its float32 copy, and the gradient of this copy
+_RUNTIME = 1.5e9  # the CUDA context and library workspaces, in total
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How it is trained.
+    """The settings of a training.
 
     Attributes:
-        devices: number of GPUs.
-        batch: samples a device sees at once.
-        epochs: how often every sample is seen.
-        use_lora: adapters on the language model.
-        tune_vision: train the vision tower.
-        tune_llm: train the language model's own weights.
-        lora_r: rank of the adapters.
-        accumulation: batches of a step.
+        devices: Number of GPUs.
+        batch_size: Number of samples that a device processes at once.
+        epochs: How often every sample is used.
+        use_lora: Whether to train adapters on the language model.
+        tune_vision: Whether to train the vision tower.
+        tune_llm: Whether to train the language model's own weights.
+        lora_r: Rank of the adapters.
+        accumulation_steps: Number of batches per optimizer step.
     """
 
     devices: int = 1
-    batch: int = 4
+    batch_size: int = 4
     epochs: float = 3.0
     use_lora: bool = True
     tune_vision: bool = True
     tune_llm: bool = False
     lora_r: int = 64
-    accumulation: int = 1
+    accumulation_steps: int = 1
 
 
 @dataclass(frozen=True)
 class Model:
-    """Numbers of parameters, and the widths that activations depend on.
+    """Numbers of parameters, and the sizes that activations depend on.
 
     Attributes:
-        parameters: of `language`, `embeddings`, `head`, `vision` and `merger`.
-        lora_sides: sum of inputs and outputs of the layers that adapters are put on.
-        hidden: width of the language model.
-        layers: of the language model.
-        vocabulary: number of tokens.
-        vision_hidden: width of the vision tower.
-        vision_layers: of the vision tower.
+        parameters: Number of parameters of `language`, `embeddings`, `head`, `vision` and `merger`.
+        lora_features: Sum of the input and output features of all layers that get adapters.
+        hidden_size: Width of the language model.
+        layers: Number of layers of the language model.
+        vocab_size: Number of tokens in the vocabulary.
+        vision_hidden_size: Width of the vision tower.
+        vision_layers: Number of layers of the vision tower.
     """
 
     parameters: Mapping[str, int]
-    lora_sides: int
-    hidden: int
+    lora_features: int
+    hidden_size: int
     layers: int
-    vocabulary: int
-    vision_hidden: int
+    vocab_size: int
+    vision_hidden_size: int
     vision_layers: int
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return sum(self.parameters.values())
 
     def trained(self, recipe: Recipe) -> int:
-        """Parameters that are trained: the adapters, and what is trained whole beside them."""
+        """Number of trained parameters: the adapters, and the modules that are trained completely."""
         parts = self.parameters
         count = parts["merger"] + (parts["vision"] if recipe.tune_vision else 0)
         if recipe.use_lora:
-            return count + parts["embeddings"] + recipe.lora_r * self.lora_sides
+            return count + parts["embeddings"] + recipe.lora_r * self.lora_features
         if recipe.tune_llm:
             return count + parts["language"] + parts["embeddings"] + parts["head"]
         return count
@@ -94,27 +95,27 @@ def read_model(checkpoint: Path) -> Model:
     """Count a checkpoint's parameters from the headers of its safetensors files.
 
     Raises:
-        UserError: there are none, or the configuration lacks a width.
+        UserError: There are no such files, or the configuration lacks a size.
     """
     generation = detect_generation(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
-    sides = 0
+    lora_features = 0
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{checkpoint}: no *.safetensors here; give a whole checkpoint as base model.")
+        raise UserError(f"{checkpoint}: contains no *.safetensors file; give a complete checkpoint as base model.")
     for path in files:
         with safe_open(path, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 shape = tensors.get_slice(name).get_shape()
                 parameters[_part(name, generation)] += math.prod(shape)
                 if len(shape) == 2 and re.fullmatch(generation.lora_target_modules, name.removesuffix(".weight")):
-                    sides += sum(shape)
+                    lora_features += sum(shape)
     try:
         return Model(
             parameters,
-            sides,
+            lora_features,
             int(text["hidden_size"]),
             int(text["num_hidden_layers"]),
             int(text["vocab_size"]),
@@ -122,108 +123,85 @@ def read_model(checkpoint: Path) -> Model:
             int(vision["num_hidden_layers"]),
         )
     except KeyError as error:
-        raise UserError(f"{checkpoint / 'config.json'}: no {error.args[0]}; give a whole checkpoint.") from error
+        raise UserError(f"{checkpoint / 'config.json'}: lacks {error.args[0]}; give a complete checkpoint.") from error
 
 
-def memory(model: Model, recipe: Recipe, tokens: int, patches: int, checkpointing: bool) -> dict[str, float]:
-    """Bytes on each device by strategy, for the largest batch.
+def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, checkpointing: bool) -> dict[str, float]:
+    """Bytes on each device for the largest batch, by strategy.
 
     Args:
-        model: see there.
-        recipe: see there.
-        tokens: of the largest batch, padding included.
-        patches: of its slices.
-        checkpointing: whether activations are computed again on the way back.
+        model: The model.
+        recipe: Settings of the training.
+        tokens: Number of tokens in the largest batch, including padding.
+        patches: Number of patches in the batch's slices.
+        checkpointing: Whether the backward pass computes activations again instead of storing them.
     """
     trained = model.trained(recipe)
-    # A module trained whole beside adapters is a copy: PEFT keeps the original.
+    # PEFT keeps the original of a module that is trained completely beside the adapters.
     frozen = model.total - (0 if recipe.use_lora else trained)
-    kept = _BF16 * tokens * model.hidden * model.layers + _BF16 * patches * model.vision_hidden * model.vision_layers
-    text_layer, vision_layer = _LAYER * tokens * model.hidden, _LAYER * patches * model.vision_hidden
+    text_width, vision_width = tokens * model.hidden_size, patches * model.vision_hidden_size
     if checkpointing:
-        activations = kept + max(text_layer, vision_layer)
+        layer_inputs = _BF16 * (text_width * model.layers + vision_width * model.vision_layers)
+        activations = layer_inputs + _ACTIVATIONS * max(text_width, vision_width)
     else:
-        activations = text_layer * model.layers + vision_layer * model.vision_layers
-    rest = activations + _LOGIT * tokens * model.vocabulary + _RUNTIME
+        activations = _ACTIVATIONS * (text_width * model.layers + vision_width * model.vision_layers)
+    rest = activations + _LOGIT * tokens * model.vocab_size + _RUNTIME
     weights, devices = _BF16 * frozen, recipe.devices
-    # One layer at a time is gathered; the embeddings are the largest.
+    # ZeRO-3 gathers one layer at a time; the embeddings are usually the largest.
     gathered = _BF16 * max(model.parameters["embeddings"], model.parameters["language"] // max(model.layers, 1))
-    four_bit = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
+    quantized = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
     return {
         "single GPU": weights + _TRAINED * trained + rest,
-        # Buckets of gradients that are being averaged.
+        # DDP averages gradients in separate buckets.
         "DDP": weights + (_TRAINED + _BF16) * trained + rest,
-        "ZeRO-2": weights + _BF16 * trained + _SHARED * trained / devices + rest,
+        "ZeRO-2": weights + _BF16 * trained + _SHARDED * trained / devices + rest,
         "ZeRO-3": (weights + _TRAINED * trained) / devices + gathered + rest,
-        **({"QLoRA": four_bit + _TRAINED * trained + rest} if recipe.use_lora else {}),
+        **({"QLoRA": quantized + _TRAINED * trained + rest} if recipe.use_lora else {}),
     }
 
 
-def flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches: int, checkpointing: bool) -> float:
+def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches: int, checkpointing: bool) -> float:
     """Floating point operations of one epoch.
 
-    Two for each parameter and token forwards (Kaplan et al. 2020, 2.1), as many backwards through the activations and
-    once more for the gradient of each trained parameter; the scores of attention on top. Recomputing adds a forward.
+    The forward pass takes two operations per parameter and token (Kaplan et al. 2020, 2.1). The backward pass takes
+    two for the gradients of the activations, and two for the gradient of each trained parameter. Attention scores are
+    added. Checkpointing adds a forward pass.
 
     Args:
-        model: see there.
-        recipe: see there.
-        lengths: tokens of each sample.
-        patches: of all slices.
-        checkpointing: whether activations are computed again on the way back.
+        model: The model.
+        recipe: Settings of the training.
+        lengths: Number of tokens of each sample.
+        patches: Number of patches in all slices.
+        checkpointing: Whether the backward pass computes activations again instead of storing them.
     """
     parts = model.parameters
     tokens = np.asarray(lengths, dtype=np.float64)
     text = 2.0 * (parts["language"] + (parts["head"] or parts["embeddings"])) * float(tokens.sum())
-    scores = 2.0 * model.layers * model.hidden * float(np.square(tokens).sum())  # causal: half of 4·layers·width·n²
+    # Half of 4 · layers · width · n², because attention is causal.
+    scores = 2.0 * model.layers * model.hidden_size * float(np.square(tokens).sum())
     vision = 2.0 * (parts["vision"] + parts["merger"]) * patches
     share = min(1.0, model.trained(recipe) / model.total)
     return (text + scores + vision) * (2.0 + share + (1.0 if checkpointing else 0.0))
 
 
-def padding_waste(lengths: Sequence[int], batch: int, seed: int = 0) -> float:
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     """Share of tokens that are padding when batches are drawn in random order."""
     if not lengths:
         return 0.0
-    order = np.random.default_rng(seed).permutation(np.asarray(lengths))
-    padded = sum(
-        int(order[start : start + batch].max()) * len(order[start : start + batch])
-        for start in range(0, len(order), batch)
-    )
-    return 1.0 - int(order.sum()) / padded
+    order = np.random.default_rng(0).permutation(np.asarray(lengths))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return 1.0 - int(order.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)
 
 
-def packing_waste(lengths: Sequence[int], size: int) -> float:
-    """Share of tokens that are padding when samples are packed into rows of `size` tokens, first fit decreasing."""
+def packing_share(lengths: Sequence[int], capacity: int) -> float:
+    """Share of tokens that are padding when samples are packed into rows of `capacity` tokens."""
     if not lengths:
         return 0.0
-    return 1.0 - sum(lengths) / (size * pack(lengths, size))
-
-
-def pack(lengths: Sequence[int], size: int) -> int:
-    """How many rows of `size` tokens first fit decreasing needs; no length is larger than `size`.
-
-    A binary tree over the rows tells the most room below each of its nodes, so the first row with room enough is found
-    in a step a level.
-    """
-    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
-    room = [size] * (2 * leaves)
-    rows = 0
-    for length in sorted(lengths, reverse=True):
-        node = 1
-        while node < leaves:
-            node *= 2
-            if room[node] < length:
-                node += 1
-        rows = max(rows, node - leaves + 1)
-        room[node] -= length
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return rows
+    return 1.0 - sum(lengths) / (capacity * len(pack_samples(lengths, capacity)))
 
 
 def _part(name: str, generation: Generation) -> str:
+    """The part of the model that a tensor belongs to."""
     prefixes = {
         "embeddings": generation.embed_tokens,
         "vision": generation.vision_tower,

@@ -1,1 +1,1 @@
-"""Everything that talks to a Kubeflow server: client, profile, preflight, submit, schedule, runs, gc."""
+"""Everything that talks to a Kubeflow server: profiles, preflight, submitting, schedules, runs and clean-up."""

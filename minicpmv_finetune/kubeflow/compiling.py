@@ -1,4 +1,4 @@
-"""A pipeline with a cluster's settings on its tasks, and the files that Kubeflow Pipelines takes."""
+"""A pipeline with the settings of a cluster on its tasks, and the files that Kubeflow Pipelines reads."""
 
 import hashlib
 import json
@@ -20,16 +20,16 @@ def pipeline_for(pipeline: Pipeline, profile: Profile) -> GraphComponent:
 
 
 def write_pipeline(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
-    """Write the pipeline with a cluster's settings as the YAML file that Kubeflow Pipelines takes."""
+    """Write the pipeline with a cluster's settings as the YAML file that Kubeflow Pipelines reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(pipeline_for(pipeline, profile), str(path))
     return path
 
 
 def write_objects(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
-    """Write the pipeline as `Pipeline` and `PipelineVersion` objects, for clusters that keep pipelines in Kubernetes.
+    """Write the pipeline as `Pipeline` and `PipelineVersion` objects, for clusters that store pipelines in Kubernetes.
 
-    A version cannot be changed once it is applied, so its name holds a digest of its content.
+    A version cannot be changed after it is applied, so its name contains a digest of its content.
     """
     component = pipeline_for(pipeline, profile)
     options = KubernetesManifestOptions(
@@ -47,6 +47,6 @@ def write_objects(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
 
 
 def content_digest(component: GraphComponent) -> str:
-    """Twelve hexadecimal digits that change when the pipeline or its cluster's settings do."""
+    """Twelve hexadecimal digits that change whenever the pipeline or its cluster's settings change."""
     content = [MessageToDict(component.pipeline_spec), MessageToDict(component.platform_spec)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,13 +1,14 @@
-"""Find what nothing refers to any more: artifacts of runs that are gone, shards and checkpoints that nobody will read.
+"""Find folders that nothing refers to: artifacts of deleted runs, unused shards, and checkpoints that are not needed.
 
-Below `<root>/<pipeline>/` Kubeflow keeps a folder a run, and preprocess its `shards-cache`. Something is unused when
+Below `<root>/<pipeline>/` Kubeflow stores one folder per run, and preprocess stores its `shards-cache`. These folders
+are unused:
 
-- its run is no longer on the server, and no registered model of MLflow lies in the run's folder;
-- it is the shards of a key that no run's manifest points to;
-- it is the checkpoints of a run that succeeded: they are for going on after an interruption.
+- the folder of a run that is no longer on the server, if it contains no registered model of MLflow;
+- shards whose cache key is in no run's manifest;
+- checkpoints of a run that succeeded, because they serve only to continue after an interruption.
 
-What was written to lately is left alone whatever else is true: it may belong to a run that has just begun. Where the
-server or MLflow cannot be asked, nothing is unused.
+Folders that were written to recently are never unused, because they may belong to a run that has just started. If the
+server or MLflow does not answer, nothing is unused.
 """
 
 import json
@@ -26,15 +27,21 @@ from minicpmv_finetune.tracking.step_runs import mlflow_client
 
 from .client import Cluster
 from .profile import use_storage
-from .runs import OVER
 
 _RUN_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
-class Unused:
-    """A folder that may go."""
+class UnusedFolder:
+    """A folder that can be deleted.
+
+    Attributes:
+        uri: Address of the folder.
+        bytes: Size of its files.
+        written: Day when a file in it was last written.
+        why: Reason why it is unused.
+    """
 
     uri: str
     bytes: int
@@ -44,35 +51,35 @@ class Unused:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A folder that may be removed if nothing refers to it."""
+    """A folder that is unused if no registered model and no manifest refers to it."""
 
     why: str
     files: list[storage.StoredFile] = field(default_factory=list)
 
     @property
     def written(self) -> datetime:
-        """When a file in it was last written."""
+        """When a file in the folder was last written."""
         return max(file.written for file in self.files)
 
 
-def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[Unused]:
+def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFolder]:
     """Folders below the pipeline root that nothing refers to.
 
     Args:
-        cluster: whose runs count. Every run below `root` must be of this server and namespace.
-        root: the pipeline root; empty takes the profile's.
-        min_age_days: how long ago a folder must last have been written to.
+        cluster: The server whose runs count. Every run below `root` must belong to this server and namespace.
+        root: The pipeline root; empty uses the profile's.
+        min_age_days: Days since the folder was last written to.
 
     Raises:
-        UserError: no root is known.
-        RetryableError: the server, the store or MLflow does not answer.
+        UserError: The pipeline root is not known.
+        RetryableError: The server, the store or MLflow does not answer.
     """
     root = root or cluster.profile.pipeline_root
     if not root:
-        raise UserError("gc: where artifacts lie is not known; give --root, the pipeline root of kfp-launcher.")
+        raise UserError("gc: the profile has no pipeline_root; give --root, the pipeline root of kfp-launcher.")
     use_storage(cluster.profile)
     states = {str(run.run_id): str(run.state) for run in cluster.runs()}
-    kept = _registered_models(cluster)
+    referenced = _list_registered_models(cluster)
     candidates: dict[str, _Candidate] = {}
     for pipeline in (FINETUNE, RETRAIN):
         base = storage.join(root, pipeline.name)
@@ -81,49 +88,50 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[Unused]:
             if why:
                 candidates.setdefault(storage.join(base, folder), _Candidate(why)).files.append(file)
             elif name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
-                kept.append(_location(storage.join(base, name)))
+                referenced.append(_read_shards_location(storage.join(base, name)))
     newest = datetime.now(UTC) - timedelta(days=min_age_days)
     return [
-        Unused(uri, sum(file.bytes for file in candidate.files), f"{candidate.written:%Y-%m-%d}", candidate.why)
+        UnusedFolder(uri, sum(file.bytes for file in candidate.files), f"{candidate.written:%Y-%m-%d}", candidate.why)
         for uri, candidate in sorted(candidates.items())
-        if candidate.written <= newest and not any(f"{place}/".startswith(f"{uri}/") for place in kept)
+        if candidate.written <= newest and not any(f"{place}/".startswith(f"{uri}/") for place in referenced)
     ]
 
 
-def remove(item: Unused) -> None:
-    """Delete a folder, its manifests first: what has none does not exist, so nobody finds a half-deleted one.
+def delete(folder: UnusedFolder) -> None:
+    """Delete a folder, its manifests first: shards without a manifest do not exist, so none are found half deleted.
 
     Raises:
-        UserError: access is denied.
-        RetryableError: the store does not answer; the rest goes next time.
+        UserError: Access is denied.
+        RetryableError: The store does not answer; the next call deletes the rest.
     """
-    names = sorted(storage.walk(item.uri), key=lambda name: not name.endswith(".json"))
+    names = sorted(storage.walk(folder.uri), key=lambda name: not name.endswith(".json"))
     for name in names:
-        storage.remove_file(storage.join(item.uri, name))
+        storage.remove_file(storage.join(folder.uri, name))
 
 
 def _candidate_of(name: str, states: dict[str, str]) -> tuple[str, str]:
-    """The folder that a file would go with, and why it might; no reason if it stays in any case."""
+    """The folder with which a file would be deleted, and the reason; both are empty if the file must stay."""
     parts = name.split("/")
     if parts[0] == CACHE_NAME and len(parts) > 2:
-        return "/".join(parts[:2]), "no run's shards lie here"
+        return "/".join(parts[:2]), "no run uses these shards"
     if not _RUN_FOLDER.fullmatch(parts[0]):
         return "", ""
     if parts[0] not in states:
-        return parts[0], "its run is gone"
-    if states[parts[0]] in OVER and states[parts[0]] == "SUCCEEDED" and _CHECKPOINTS in parts[:-1]:
+        return parts[0], "its run was deleted"
+    if states[parts[0]] == "SUCCEEDED" and _CHECKPOINTS in parts[:-1]:
         return "/".join(parts[: parts.index(_CHECKPOINTS) + 1]), "its run succeeded"
     return "", ""
 
 
-def _location(manifest_uri: str) -> str:
+def _read_shards_location(manifest_uri: str) -> str:
+    """The folder with the shards of a manifest, or the manifest itself if it names none."""
     try:
         return str(json.loads(storage.read_bytes(manifest_uri)).get("location") or manifest_uri)
     except (ValueError, AttributeError):
         return manifest_uri
 
 
-def _registered_models(cluster: Cluster) -> list[str]:
-    """Where the versions of registered models lie."""
+def _list_registered_models(cluster: Cluster) -> list[str]:
+    """Addresses of all versions of registered models."""
     os.environ.setdefault(environment.TRACKING_URI.name, cluster.profile.mlflow.tracking_uri)
     return [str(version.source) for version in list_versions(mlflow_client()) if version.source]

@@ -1,10 +1,10 @@
-"""What differs between clusters, in one file: `k8s/profiles/NAME.yaml`.
+"""The settings of one cluster, in one file: `k8s/profiles/NAME.yaml`.
 
-The pipeline itself says nothing of nodes, secrets or limits. A profile does, and `with_profile` gives its settings to
-every task: who it runs as, what it may use, how long it may take, where its credentials come from. What is compiled is
-an ordinary pipeline, so the Kubeflow UI, the SDK and schedules need to know nothing of profiles.
+The pipeline itself contains nothing about nodes, secrets or limits. A profile does, and `with_profile` applies its
+settings to every task: user, resources, time limit and credentials. The result is an ordinary pipeline, so the
+Kubeflow UI, the SDK and schedules need no support for profiles.
 
-Secrets are named here, never held: their keys become environment variables of the containers.
+A profile names Secrets and never contains their values: their keys become environment variables of the containers.
 """
 
 import difflib
@@ -14,7 +14,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from kfp import dsl, kubernetes
 from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
@@ -25,17 +24,19 @@ from minicpmv_finetune.errors import UserError, describe_validation_error
 from minicpmv_finetune.pipelines.finetuning import FINETUNE
 from minicpmv_finetune.pipelines.retraining import RETRAIN
 
+from .yaml_files import read_mapping
+
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
-def _pinned(image: str) -> str:
+def _require_pinned(image: str) -> str:
     if not re.search(r"(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})$", image) or image.endswith(":latest"):
-        raise ValueError("an image needs a digest (…@sha256:…) or a tag other than latest")
+        raise ValueError("a container image needs a digest (…@sha256:…) or a tag other than latest")
     return image
 
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[KMGTPE]i?)?$")]
-Image = Annotated[str, AfterValidator(_pinned)]
+ContainerImage = Annotated[str, AfterValidator(_require_pinned)]
 Label = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 
@@ -45,22 +46,22 @@ class _Section(BaseModel):
 
 
 class Images(_Section):
-    """The two images, by digest or an explicit tag; `latest` is refused."""
+    """The two container images, by digest or an explicit tag; `latest` is refused."""
 
-    data: Image
-    trainer: Image
+    data: ContainerImage
+    trainer: ContainerImage
     pull_secrets: tuple[Name, ...] = ()
 
 
 class Identity(_Section):
-    """Whom containers run as: the user the images are built for, never root."""
+    """User and group of the containers, for which the container images are built; never root."""
 
     user: int = Field(default=1000, ge=1)
     group: int = Field(default=1000, ge=1)
 
 
 class Retry(_Section):
-    """How often a failed task is tried again; the wait grows from backoff by factor up to longest_backoff."""
+    """Attempts after a failed one; the wait grows from `backoff` by `factor` up to `longest_backoff`."""
 
     attempts: int = Field(default=3, ge=0, le=10)
     backoff: str = Field(default="60s", pattern=r"^\d+s$")
@@ -69,7 +70,7 @@ class Retry(_Section):
 
 
 class SecretEnvironment(_Section):
-    """A Secret of the run's namespace, and which of its keys become which environment variables."""
+    """A Secret in the run's namespace, and its keys with the environment variables that they become."""
 
     secret: Name
     variables: dict[str, str] = Field(min_length=1)
@@ -78,7 +79,7 @@ class SecretEnvironment(_Section):
 class S3(SecretEnvironment):
     """Object storage: its address, and the Secret with its credentials."""
 
-    endpoint: str = Field(default="", description="empty means the provider's own")
+    endpoint: str = Field(default="", description="Address of the store; empty means the provider's own.")
     region: str = "us-east-1"
     variables: dict[str, str] = {
         "AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
@@ -87,7 +88,7 @@ class S3(SecretEnvironment):
 
 
 class MLflow(_Section):
-    """The tracking server, and the Secret with its credentials if it asks for any."""
+    """The tracking server, and the Secret with its credentials if it requires any."""
 
     tracking_uri: str
     experiment: str = "minicpmv-finetune"
@@ -95,22 +96,24 @@ class MLflow(_Section):
 
 
 class KubeflowPipelines(_Section):
-    """Where the API server is; `KF_PIPELINES_ENDPOINT` and `KF_PIPELINES_UI_ENDPOINT` in the environment win."""
+    """The API server; `KF_PIPELINES_ENDPOINT` and `KF_PIPELINES_UI_ENDPOINT` in the environment have priority."""
 
     endpoint: str = ""
     ui_endpoint: str = ""
-    time_zone: str = Field(default="UTC", description="in which the server reads schedules (CRON_SCHEDULE_TIMEZONE)")
+    time_zone: str = Field(
+        default="UTC", description="Time zone in which the server reads schedules (CRON_SCHEDULE_TIMEZONE)."
+    )
 
 
 class Accelerator(_Section):
-    """Devices of a task, by the name under which the cluster offers them."""
+    """Devices of a task, by the name of the cluster's resource."""
 
     resource: str = "nvidia.com/gpu"
     count: int = Field(default=1, ge=1)
 
 
 class Toleration(_Section):
-    """A taint that a task's pod accepts."""
+    """A taint that a task's pod tolerates."""
 
     key: str
     operator: Literal["Exists", "Equal"] = "Exists"
@@ -119,45 +122,49 @@ class Toleration(_Section):
 
 
 class Scratch(_Section):
-    """Disk for downloads and temporary files: of the node, or of a storage class for as long as the task runs.
+    """Disk for downloads and temporary files: the node's own, or a volume of a storage class while the task runs.
 
-    Kubeflow cannot set a pod's `fsGroup`, so a storage class must hand out volumes that any user may write.
+    Kubeflow cannot set a pod's `fsGroup`, so the storage class must provide volumes that any user may write to.
     """
 
     size: Quantity
-    storage_class: str | None = Field(default=None, description="none takes the node's own disk")
+    storage_class: str | None = Field(default=None, description="Storage class; none uses the node's own disk.")
 
 
-class Task(_Section):
-    """What one step may use."""
+class StepSettings(_Section):
+    """The settings of one step: resources, time limit, volumes and nodes."""
 
-    cpu: tuple[Quantity, Quantity] = Field(description="requested and at most")
-    memory: tuple[Quantity, Quantity] = Field(description="requested and at most; shared memory counts as memory")
+    cpu: tuple[Quantity, Quantity] = Field(description="Request and limit.")
+    memory: tuple[Quantity, Quantity] = Field(description="Request and limit; shared memory counts as memory.")
     timeout_seconds: int = Field(ge=60)
     scratch: Scratch
-    shared_memory: Quantity | None = Field(default=None, description="size of /dev/shm; the runtime's 64 MB if none")
+    shared_memory: Quantity | None = Field(
+        default=None, description="Size of /dev/shm; without it the container runtime's 64 MB."
+    )
     accelerator: Accelerator | None = None
     tolerations: tuple[Toleration, ...] = ()
     node_selector: dict[str, str] = {}
-    queue: Name | None = Field(default=None, description="Kueue LocalQueue that admits the task")
+    queue: Name | None = Field(default=None, description="Kueue LocalQueue that admits the task.")
 
 
 class ModelVolume(_Section):
-    """A claim with base models; `base_model_uri: /models/NAME` then reads from it."""
+    """A persistent volume claim with base models, from which `base_model_uri: /models/NAME` is read."""
 
     claim: Name
     mount: str = Field(default="/models", pattern=r"^/")
 
 
 class Profile(_Section):
-    """One cluster's settings."""
+    """The settings of one cluster."""
 
-    schema_version: Literal[1] = Field(default=1, description="a newer one needs a newer program")
+    schema_version: Literal[1] = Field(default=1, description="Version of this format.")
     name: str = ""
     namespace: Name
     service_account: Name
     kubeflow_pipelines: KubeflowPipelines = KubeflowPipelines()
-    pipeline_root: str = Field(default="", description="empty leaves it to the namespace's kfp-launcher")
+    pipeline_root: str = Field(
+        default="", description="Folder for artifacts; empty leaves the choice to the namespace's kfp-launcher."
+    )
     images: Images
     identity: Identity = Identity()
     labels: dict[str, Label] = {}
@@ -166,17 +173,18 @@ class Profile(_Section):
     mlflow: MLflow
     base_models: ModelVolume | None = None
     allowed_uris: tuple[str, ...] = Field(
-        default=(), description="folders that data, and the images it names, may lie in; none allows every place"
+        default=(),
+        description="Folders from which data and the images that it names may be read; none allows every place.",
     )
-    runtime: Name | None = Field(default=None, description="TrainingRuntime for training on several nodes")
-    preprocess_partitions: int = Field(default=1, ge=1, description="pods that share the work of preprocess")
-    default: Task = Field(description="what a step without an entry of its own under `steps` may use")
-    steps: dict[str, Task] = {}
+    runtime: Name | None = Field(default=None, description="TrainingRuntime for training on several nodes.")
+    preprocess_partitions: int = Field(default=1, ge=1, description="Number of pods that share preprocess.")
+    default: StepSettings = Field(description="Settings of every step without an entry in `steps`.")
+    steps: dict[str, StepSettings] = {}
 
     @field_validator("steps")
     @classmethod
-    def _known_steps(cls, steps: dict[str, Task]) -> dict[str, Task]:
-        # Where several pods share preprocess, each part is a task of its own.
+    def _known_steps(cls, steps: dict[str, StepSettings]) -> dict[str, StepSettings]:
+        # Where several pods share preprocess, each part is a separate task.
         known = {*FINETUNE.steps, *RETRAIN.steps, "preprocess-part"}
         for name in steps:
             if name not in known:
@@ -185,12 +193,12 @@ class Profile(_Section):
                 raise ValueError(f"no pipeline has a step {name!r}; {meant}the steps are {', '.join(sorted(known))}")
         return steps
 
-    def task(self, step: str) -> Task:
+    def step_settings(self, step: str) -> StepSettings:
         """The settings of a step."""
         return self.steps.get(step, self.default)
 
     def secrets(self) -> dict[str, set[str]]:
-        """Every Secret that a run needs in its namespace, with the keys it must hold."""
+        """Every Secret that a run needs in its namespace, with the keys that it must contain."""
         needed = {self.s3.secret: set(self.s3.variables)}
         if credentials := self.mlflow.credentials:
             needed.setdefault(credentials.secret, set()).update(credentials.variables)
@@ -198,7 +206,7 @@ class Profile(_Section):
 
 
 def use_storage(profile: Profile) -> None:
-    """Let this process reach the storage that the profile names, unless the environment names another."""
+    """Make this process use the storage that the profile names, unless the environment names another one."""
     if profile.s3.endpoint:
         os.environ.setdefault("AWS_ENDPOINT_URL", profile.s3.endpoint)
     os.environ.setdefault("AWS_DEFAULT_REGION", profile.s3.region)
@@ -208,16 +216,11 @@ def load_profile(path: Path) -> Profile:
     """Read a profile.
 
     Raises:
-        UserError: there is no such file, or it says something a profile cannot say.
+        UserError: The file cannot be read, or a field is unknown or has a wrong value.
     """
+    content = read_mapping(path, "a profile's fields", "use a file of k8s/profiles, or see k8s/README.md")
     try:
-        said = yaml.safe_load(path.read_text())
-        return Profile.model_validate({"name": path.stem, **said})
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give one of k8s/profiles.") from error
-    except (yaml.YAMLError, TypeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise UserError(f"{path}: not a YAML mapping ({reason:.200}); see k8s/README.md.") from error
+        return Profile.model_validate({"name": path.stem, **content})
     except ValidationError as error:
         raise UserError(f"{path}: {describe_validation_error(error, 'profile')}; see k8s/README.md.") from error
 
@@ -229,33 +232,33 @@ def with_profile(pipeline: GraphComponent, profile: Profile) -> GraphComponent:
     def build(*inputs: Any) -> Any:
         outputs = pipeline.pipeline_func(*inputs)
         for name, task in pipeline_context.Pipeline.get_default_pipeline().tasks.items():
-            # A pipeline used as a task has no container of its own.
+            # A task that is itself a pipeline has no container.
             if task.container_spec is not None:
                 _apply(profile, name, task)
         return outputs
 
-    about = pipeline.pipeline_spec.pipeline_info
-    return dsl.pipeline(name=about.name, display_name=about.display_name, description=about.description)(build)
+    info = pipeline.pipeline_spec.pipeline_info
+    return dsl.pipeline(name=info.name, display_name=info.display_name, description=info.description)(build)
 
 
 def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
-    settings = profile.task(step)
+    settings = profile.step_settings(step)
     variant = container_images.variant(task.container_spec.image)
     task.set_container_image(profile.images.data if variant == "data" else profile.images.trainer)
     kubernetes.set_image_pull_policy(task, "IfNotPresent")
     if profile.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.images.pull_secrets))
     kubernetes.set_security_context(task, profile.identity.user, profile.identity.group, run_as_non_root=True)
-    _label(profile, step, task)
-    _limit(profile, settings, task)
-    _place(settings, task)
-    _mount(profile, settings, task)
-    _connect(profile, task)
+    _add_labels(profile, step, task)
+    _set_limits(profile, settings, task)
+    _select_nodes(settings, task)
+    _mount_volumes(profile, settings, task)
+    _set_environment(profile, task)
     if step == "train" and profile.runtime:
         task.set_env_variable(environment.TRAINING_RUNTIME.name, profile.runtime)
 
 
-def _label(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
+def _add_labels(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     labels = {
         "app.kubernetes.io/name": "minicpmv-finetune",
         "app.kubernetes.io/component": step,
@@ -266,7 +269,7 @@ def _label(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
         kubernetes.add_pod_label(task, key, value)
 
 
-def _limit(profile: Profile, settings: Task, task: dsl.PipelineTask) -> None:
+def _set_limits(profile: Profile, settings: StepSettings, task: dsl.PipelineTask) -> None:
     task.set_cpu_request(settings.cpu[0]).set_cpu_limit(settings.cpu[1])
     task.set_memory_request(settings.memory[0]).set_memory_limit(settings.memory[1])
     kubernetes.set_timeout(task, settings.timeout_seconds)
@@ -274,7 +277,7 @@ def _limit(profile: Profile, settings: Task, task: dsl.PipelineTask) -> None:
     task.set_retry(retry.attempts, retry.backoff, retry.factor, retry.longest_backoff)
 
 
-def _place(settings: Task, task: dsl.PipelineTask) -> None:
+def _select_nodes(settings: StepSettings, task: dsl.PipelineTask) -> None:
     if settings.accelerator:
         task.set_accelerator_type(settings.accelerator.resource).set_accelerator_limit(settings.accelerator.count)
     for toleration in settings.tolerations:
@@ -285,7 +288,7 @@ def _place(settings: Task, task: dsl.PipelineTask) -> None:
         kubernetes.add_pod_label(task, QUEUE_LABEL, settings.queue)
 
 
-def _mount(profile: Profile, settings: Task, task: dsl.PipelineTask) -> None:
+def _mount_volumes(profile: Profile, settings: StepSettings, task: dsl.PipelineTask) -> None:
     scratch = settings.scratch
     if scratch.storage_class is None:
         kubernetes.empty_dir_mount(task, "scratch", "/scratch", size_limit=scratch.size)
@@ -293,17 +296,17 @@ def _mount(profile: Profile, settings: Task, task: dsl.PipelineTask) -> None:
         kubernetes.add_ephemeral_volume(
             task, "scratch", "/scratch", ["ReadWriteOnce"], scratch.size, scratch.storage_class
         )
-    # Downloads, and what libraries cache; a user without a home directory has no other place.
+    # For downloads and the caches of libraries; a user without a home directory has no other writable folder.
     for name, folder in {"TMPDIR": "/scratch", "HOME": "/scratch", "HF_HOME": "/scratch/huggingface"}.items():
         task.set_env_variable(name, folder)
     if settings.shared_memory:
-        # Processes that load data hand tensors over through it; 64 MB end in a bus error.
+        # Data loader processes pass tensors through it; with the default of 64 MB they end with a bus error.
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", "Memory", settings.shared_memory)  # noqa: S108
     if profile.base_models:
         kubernetes.mount_pvc(task, profile.base_models.claim, profile.base_models.mount)
 
 
-def _connect(profile: Profile, task: dsl.PipelineTask) -> None:
+def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
     variables = {
         "AWS_ENDPOINT_URL": profile.s3.endpoint,
         "AWS_DEFAULT_REGION": profile.s3.region,

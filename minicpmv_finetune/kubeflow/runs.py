@@ -1,9 +1,9 @@
-"""What a person wants after submitting: which runs there are, how far one is, what its steps said, and to stop it."""
+"""Commands for submitted runs: list them, show their steps, follow them to the end, read logs, and stop them."""
 
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -18,16 +18,27 @@ from minicpmv_finetune.errors import RetryableError, UserError
 
 from .client import Cluster
 
-OVER = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
-_FAILURES_IN_A_ROW = 30  # of looking at a run before following it is given up: some minutes of a server being moved
+FINISHED_STATES = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
+_MAX_FAILURES = 30  # consecutive failed polls, some minutes, which a server needs to move to another node
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_AROUND = re.compile(r"-driver$|^condition-\d+$")
-_COLOURS = {"SUCCEEDED": "green", "RUNNING": "cyan", "FAILED": "red", "CANCELED": "yellow"}
+# Tasks that Kubeflow adds around the steps.
+_WRAPPER_NAMES = {"root", "root-driver", "executor"}
+_WRAPPER = re.compile(r"-driver$|^condition-\d+$")
+_COLORS = {"SUCCEEDED": "green", "RUNNING": "cyan", "FAILED": "red", "CANCELED": "yellow"}
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run as a list shows it; times in UTC, the duration in seconds."""
+    """One run in a list.
+
+    Attributes:
+        run_id: Id of the run.
+        name: Name of the run.
+        state: State on the server, such as RUNNING.
+        created_at: When the run was created, in UTC.
+        seconds: Duration so far; None if the run has not started.
+        link: Address of the run in the UI.
+    """
 
     run_id: str
     name: str
@@ -39,7 +50,14 @@ class RunRow:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step of a run."""
+    """One step of a run.
+
+    Attributes:
+        step: Name of the step.
+        state: State on the server, such as RUNNING.
+        seconds: Duration so far; None if the step has not started.
+        pod: Name of the step's pod; empty if it has not started.
+    """
 
     step: str
     state: str
@@ -47,101 +65,105 @@ class StepRow:
     pod: str
 
 
-def list_runs(cluster: Cluster, experiment: str, most: int) -> list[RunRow]:
-    """The newest runs of an experiment, or of the whole namespace if none is named."""
+def list_runs(cluster: Cluster, experiment: str, limit: int) -> list[RunRow]:
+    """The newest runs of an experiment, or of the whole namespace if `experiment` is empty."""
     experiment_id = None
     if experiment:
         experiment_id = cluster.experiment_id(experiment)
         if experiment_id is None:
             return []
-    return [_row(cluster, run) for run in islice(cluster.runs(experiment_id), most)]
+    return [_row(cluster, run) for run in islice(cluster.runs(experiment_id), limit)]
 
 
-def find_run(cluster: Cluster, wanted: str) -> kfp_server_api.V2beta1Run:
-    """A run with its tasks, by id, or the newest of that name.
+def find_run(cluster: Cluster, id_or_name: str) -> kfp_server_api.V2beta1Run:
+    """The run with this id, or the newest run with this name, with its tasks.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such run.
     """
-    if _ID.fullmatch(wanted):
-        return cluster.run(wanted)
-    for run in cluster.runs(name=wanted):
+    if _ID.fullmatch(id_or_name):
+        return cluster.run(id_or_name)
+    for run in cluster.runs(name=id_or_name):
         return cluster.run(run.run_id)
-    raise UserError(f"{wanted}: no run has this id or name; see `minicpmv-finetune runs`.")
+    raise UserError(f"{id_or_name}: no run has this id or name; see `minicpmv-finetune runs`.")
 
 
-def steps(run: kfp_server_api.V2beta1Run) -> list[StepRow]:
-    """The steps of a run in the order they started, without what Kubeflow puts around them."""
+def list_steps(run: kfp_server_api.V2beta1Run) -> list[StepRow]:
+    """The steps of a run in the order in which they started, without the tasks that Kubeflow adds."""
     details = (run.run_details.task_details if run.run_details else None) or []
-    known = [task for task in details if task.display_name not in {"root", "root-driver", "executor"}]
-    named = [task for task in known if not _AROUND.search(task.display_name or "")]
-    named.sort(key=lambda task: task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC))
+    tasks = [
+        task
+        for task in details
+        if task.display_name not in _WRAPPER_NAMES and not _WRAPPER.search(task.display_name or "")
+    ]
+    tasks.sort(key=lambda task: task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC))
     return [
         StepRow(task.display_name, task.state or "PENDING", _seconds(task.start_time, task.end_time), _pod(task))
-        for task in named
+        for task in tasks
     ]
 
 
 def follow(
-    cluster: Cluster, run_id: str, show: Callable[[kfp_server_api.V2beta1Run], None], timeout: float, poll: float
+    cluster: Cluster, run_id: str, report: Callable[[kfp_server_api.V2beta1Run], None], timeout: float, poll: float
 ) -> kfp_server_api.V2beta1Run:
-    """Look at a run until it is over; a server that is away meanwhile is waited for.
+    """Poll a run until it has finished, also while the server is temporarily away.
 
     Args:
-        cluster: where it runs.
-        run_id: of the run.
-        show: is given the run each time.
-        timeout: seconds after which to give up; the run itself goes on.
-        poll: seconds between looks.
+        cluster: The server of the run.
+        run_id: Id of the run.
+        report: Receives the run after each poll.
+        timeout: Seconds until this function stops waiting; the run itself continues.
+        poll: Seconds between two polls.
 
     Raises:
-        UserError: the server no longer lets this user look.
-        RetryableError: the time is over, or the server stays away.
+        UserError: The server no longer accepts the credentials.
+        RetryableError: The timeout is over, or the server does not come back.
     """
-    give_up, failures = time.monotonic() + timeout, 0
+    deadline, failures = time.monotonic() + timeout, 0
     while True:
         try:
             run = cluster.run(run_id)
             failures = 0
-            show(run)
-            if run.state in OVER:
+            report(run)
+            if run.state in FINISHED_STATES:
                 return run
         except RetryableError:
             failures += 1
-            if failures >= _FAILURES_IN_A_ROW:
+            if failures >= _MAX_FAILURES:
                 raise
-        if time.monotonic() >= give_up:
-            link = cluster.link(f"runs/details/{run_id}")
-            raise RetryableError(f"{run_id}: not over after {timeout:.0f} s, and goes on; look at {link}.")
-        time.sleep(min(poll, max(give_up - time.monotonic(), 0)))
+        if time.monotonic() >= deadline:
+            raise RetryableError(
+                f"{run_id}: has not finished after {timeout:.0f} s, and continues; see {cluster.run_link(run_id)}."
+            )
+        time.sleep(min(poll, max(deadline - time.monotonic(), 0)))
 
 
-def watch(cluster: Cluster, run_id: str, timeout: float, poll: float) -> kfp_server_api.V2beta1Run:
-    """Follow a run with a live table on a terminal, or a line for each change elsewhere; on stderr either way."""
+def follow_visibly(cluster: Cluster, run_id: str, timeout: float, poll: float) -> kfp_server_api.V2beta1Run:
+    """Follow a run and show its steps on stderr: as a live table on a terminal, else as one line per change."""
     console = Console(file=sys.stderr, highlight=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             return follow(cluster, run_id, lambda run: live.update(_table(run), refresh=True), timeout, poll)
-    seen: dict[str, str] = {}
+    states: dict[str, str] = {}
 
-    def tell(run: kfp_server_api.V2beta1Run) -> None:
-        for step in steps(run):
-            if seen.get(step.step) != step.state:
-                seen[step.step] = step.state
+    def print_changes(run: kfp_server_api.V2beta1Run) -> None:
+        for step in list_steps(run):
+            if states.get(step.step) != step.state:
+                states[step.step] = step.state
                 console.print(f"{step.step}: {step.state}")
 
-    return follow(cluster, run_id, tell, timeout, poll)
+    return follow(cluster, run_id, print_changes, timeout, poll)
 
 
-def outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
-    """How a run that is over ended, in a sentence; with what the step that failed said last, where that is known."""
-    link = cluster.link(f"runs/details/{run.run_id}")
+def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
+    """A sentence about a finished run, with the error message of the step that failed, where it is known."""
+    link = cluster.run_link(run.run_id)
     if run.state == "SUCCEEDED":
         return f"{run.display_name}: succeeded; {link}"
-    failed = [step for step in steps(run) if step.state == "FAILED"]
+    failed = [step for step in list_steps(run) if step.state == "FAILED"]
     if run.state == "FAILED" and failed:
-        said = _last_error(cluster, run, failed[0]) or (run.error.message if run.error else "") or "see its log"
-        return f"{run.display_name}: failed in {failed[0].step}: {said}; {link}"
+        message = _last_error(cluster, run, failed[0]) or (run.error.message if run.error else "") or "see its log"
+        return f"{run.display_name}: failed in {failed[0].step}: {message}; {link}"
     return f"{run.display_name}: {(run.state or 'unknown').lower()}; {link}"
 
 
@@ -149,11 +171,11 @@ def read_log(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) ->
     """What a step's container has written so far.
 
     Raises:
-        UserError: the server has no log of it.
+        UserError: The step has not started, or the server has no log for it.
     """
     if not step.pod:
         raise UserError(f"{step.step}: has not started, so there is no log; try again once it runs.")
-    # The generated services lack this one; it is the address from which Kubeflow's own UI reads.
+    # The generated services lack this call; Kubeflow's own UI uses it.
     api = cluster.client.runs.run_service_get_run.__self__.api_client
     answer = cluster.call(
         api.call_api,
@@ -168,8 +190,8 @@ def read_log(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) ->
 
 
 def cancel(cluster: Cluster, run: kfp_server_api.V2beta1Run, dry_run: bool) -> bool:
-    """Stop a run; whether there was anything to stop."""
-    if run.state in OVER or run.state == "CANCELING":
+    """Stop a run; returns False if it has finished or is being stopped already."""
+    if run.state in FINISHED_STATES or run.state == "CANCELING":
         return False
     if not dry_run:
         cluster.call(cluster.client.runs.run_service_terminate_run, run.run_id)
@@ -178,19 +200,19 @@ def cancel(cluster: Cluster, run: kfp_server_api.V2beta1Run, dry_run: bool) -> b
 
 def _row(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> RunRow:
     created = run.created_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S") if run.created_at else ""
-    finished = run.finished_at if run.state in OVER else None
+    finished = run.finished_at if run.state in FINISHED_STATES else None
     return RunRow(
         run.run_id,
         run.display_name,
         run.state or "PENDING",
         created,
         _seconds(run.created_at, finished),
-        cluster.link(f"runs/details/{run.run_id}"),
+        cluster.run_link(run.run_id),
     )
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> int | None:
-    # A time that has not come is sent as the first second of 1970, or not at all.
+    # The server sends a time that is not known yet as the first second of 1970, or not at all.
     if start is None or start.year <= 1970:
         return None
     ended = end if end and end.year > 1970 else datetime.now(UTC)
@@ -206,16 +228,16 @@ def _table(run: kfp_server_api.V2beta1Run) -> Table:
     table = Table(title=f"{run.display_name}: {run.state or 'PENDING'}", title_justify="left", box=None)
     for heading in ("step", "state", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
-    for step in steps(run):
-        colour = _COLOURS.get(step.state, "")
-        table.add_row(step.step, f"[{colour}]{step.state}" if colour else step.state, str(step.seconds or ""))
+    for step in list_steps(run):
+        color = _COLORS.get(step.state, "")
+        table.add_row(step.step, f"[{color}]{step.state}" if color else step.state, str(step.seconds or ""))
     return table
 
 
 def _last_error(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
+    """The last error message in a step's log; empty if there is none or no log."""
     try:
         lines = read_log(cluster, run, step).splitlines()
     except (UserError, RetryableError):
         return ""
-    said: Iterator[str] = (line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: "))
-    return next(said, "")
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")

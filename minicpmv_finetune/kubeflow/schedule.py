@@ -1,14 +1,14 @@
-"""Recurring runs as code: a file says which there are, and `apply` makes the server agree, by name.
+"""Recurring runs as code: a file lists them, and `apply` makes the server match the file.
 
-Kubeflow cannot change a recurring run, only switch it on and off, so one that differs is replaced: the old one is
-switched off, the new one made, the old one deleted; a failure on the way leaves one that runs. Whether one differs is
-told by a digest in its description, since the server rewrites what it is given. `version: latest` refers to the
-pipeline alone, and the server then takes the newest version at every tick; kfp's own client cannot ask for that.
+Schedules are identified by name. Kubeflow cannot change a recurring run, only enable and disable it, so a schedule
+that differs is replaced: the old run is disabled, the new one is created, and the old one is deleted; after a failure
+on the way, one of the two is still enabled. A digest in the description shows whether a schedule differs, because the
+server rewrites the definition that it receives. `version: latest` refers to the pipeline alone, and the server then
+uses the newest version at every tick; kfp's own client cannot request that.
 
-Kubeflow's times have six fields, seconds first, and it reads five as the first five of them: `0 3 * * 1` would mean
-three minutes past every hour of January. So five are accepted here in the meaning everyone else gives them, and sent
-with the second 0 in front.
-They are in the server's time zone, and never converted.
+Kubeflow's cron expressions have six fields, seconds first, and it reads five fields as the first five of these:
+`0 3 * * 1` would mean three minutes past every hour in January. Therefore five fields are accepted here with their
+usual meaning, and sent with the second 0 in front. Times are in the server's time zone and never converted.
 """
 
 import hashlib
@@ -20,52 +20,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import kfp_server_api
-import yaml
 from cron_descriptor import ExpressionDescriptor, Options
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune.errors import RetryableError, UserError, describe_validation_error
 from minicpmv_finetune.pipelines import PipelineChoice, pipeline_of
 
-from .client import Cluster, equals
+from .client import Cluster, name_filter
 from .compiling import content_digest, pipeline_for
-from .submit import (
-    DEFAULT_EXPERIMENT,
-    check_parameters,
-    ensure_version,
-    find_version,
-    pin_base_model,
-    plugins_input,
-    runtime_config,
-)
+from .parameters import resolve_parameters
+from .submit import DEFAULT_EXPERIMENT, ensure_version, plugins_input, runtime_config
+from .yaml_files import read_mapping
 
 LATEST = "latest"
 _DIGEST = re.compile(r"\[definition ([0-9a-f]{12})\]")
-_LOWEST_HIGHEST = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
-_NAMES = {
+_FIELD_RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+_NUMBERS = {
     name: str(number)
     for names, first in (("jan feb mar apr may jun jul aug sep oct nov dec", 1), ("sun mon tue wed thu fri sat", 0))
     for number, name in enumerate(names.split(), first)
 }
 
-Verb = Literal["create", "replace", "pause", "resume", "delete", "keep"]
+Action = Literal["create", "replace", "pause", "resume", "delete", "keep"]
 
 
-def six_fields(cron: str) -> str:
-    """A cron expression as Kubeflow reads it, seconds first.
+def to_six_fields(cron: str) -> str:
+    """A cron expression in Kubeflow's format, seconds first.
 
     Raises:
-        ValueError: it is none, or one that the server would read otherwise.
+        ValueError: The expression is invalid, or the server would read it differently.
     """
     fields = cron.split()
     if len(fields) == 5:
         fields = ["0", *fields]
     if len(fields) != 6:
-        raise ValueError(f"{cron!r} has {len(fields)} fields; a time has five, or six with seconds first")
-    for field, (lowest, highest) in zip(fields, _LOWEST_HIGHEST, strict=True):
+        raise ValueError(
+            f"{cron!r} has {len(fields)} fields; a cron expression has five, or six with the seconds first"
+        )
+    for field, (lowest, highest) in zip(fields, _FIELD_RANGES, strict=True):
         for part in field.lower().split(","):
             match = re.fullmatch(r"(\*|\?|\w+(-\w+)?)(/[1-9]\d*)?", part)
-            bounds = [_NAMES.get(bound, bound) for bound in match[1].split("-")] if match else [""]
+            bounds = [_NUMBERS.get(bound, bound) for bound in match[1].split("-")] if match else [""]
             if bounds not in (["*"], ["?"]) and not all(
                 bound.isdecimal() and lowest <= int(bound) <= highest for bound in bounds
             ):
@@ -73,40 +68,47 @@ def six_fields(cron: str) -> str:
     return " ".join(fields)
 
 
-def in_words(cron: str, time_zone: str) -> str:
-    """A time as a sentence, with the server's time zone."""
+def describe_time(cron: str, time_zone: str) -> str:
+    """A cron expression in words, with the server's time zone."""
     options = Options()
     options.use_24hour_time_format = True
     options.verbose = True
-    said = ExpressionDescriptor(cron.replace("?", "*"), options).get_description()
-    return f"{said}, in the server's time zone ({time_zone})"
+    words = ExpressionDescriptor(cron.replace("?", "*"), options).get_description()
+    return f"{words}, in the server's time zone ({time_zone})"
 
 
 class Schedule(BaseModel):
-    """One recurring run."""
+    """One recurring run in a file of schedules."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=128)
-    cron: Annotated[str, AfterValidator(six_fields)]
-    pipeline: PipelineChoice = Field(default="retrain", description="which pipeline runs")
+    cron: Annotated[str, AfterValidator(to_six_fields)]
+    pipeline: PipelineChoice = Field(default="retrain", description="Pipeline that runs.")
     parameters: dict[str, Any]
     description: str = ""
     version: str = Field(
-        default=LATEST, description="latest, current (as this checkout compiles it), or a version's name"
+        default=LATEST, description="latest, current (as this checkout compiles it), or the name of a version."
     )
-    paused: bool | None = Field(default=None, description="none leaves on or off what somebody switched")
-    no_catchup: bool = Field(default=True, description="runs missed while paused are not made up for")
+    paused: bool | None = Field(default=None, description="Whether it is paused; none leaves it as it is.")
+    no_catchup: bool = Field(default=True, description="Whether runs that were missed during a pause are skipped.")
     max_concurrency: int = Field(default=1, ge=1, le=10)
     experiment: str = DEFAULT_EXPERIMENT
     mlflow_experiment: str = ""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One thing that `apply` does, or would do, and why."""
+class Change:
+    """One change that `apply` makes, or would make.
 
-    verb: Verb
+    Attributes:
+        verb: What happens to the schedule.
+        name: Name of the schedule.
+        why: Reason of the change.
+        when: Times of the schedule in words.
+    """
+
+    verb: Action
     name: str
     why: str
     when: str
@@ -114,7 +116,16 @@ class Step:
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """One recurring run as a list shows it."""
+    """One recurring run in a list.
+
+    Attributes:
+        name: Name of the schedule.
+        recurring_run_id: Id on the server.
+        enabled: Whether it starts runs.
+        cron: Cron expression with six fields; empty if a period decides the times.
+        when: The same in words.
+        version: Id of the pipeline version, or `latest`.
+    """
 
     name: str
     recurring_run_id: str
@@ -125,46 +136,38 @@ class ScheduleRow:
 
 
 def load_schedules(path: Path) -> list[Schedule]:
-    """Read `schedules:` of a YAML file.
+    """Read the list `schedules` of a YAML file.
 
     Raises:
-        UserError: there is no such file, it says something a schedule cannot say, or two have one name.
+        UserError: The file cannot be read, a field is unknown or has a wrong value, or two schedules have one name.
     """
+    remedy = "see docs/kubeflow-schedule.md"
+    listed = read_mapping(path, "schedules", remedy).get("schedules")
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: contains no list `schedules`; {remedy}.")
     try:
-        said = yaml.safe_load(path.read_text())
-        schedules = [Schedule.model_validate(item) for item in said["schedules"]]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of schedules.") from error
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a YAML file with a list `schedules`; see docs/kubeflow-schedule.md.") from error
+        schedules = [Schedule.model_validate(item) for item in listed]
     except ValidationError as error:
-        what = describe_validation_error(error, "schedule")
-        raise UserError(f"{path}: {what}; see docs/kubeflow-schedule.md.") from error
+        raise UserError(f"{path}: {describe_validation_error(error, 'schedule')}; {remedy}.") from error
     names = [schedule.name for schedule in schedules]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{path}: two schedules are called {name}; give each a name of its own.")
+            raise UserError(f"{path}: two schedules have the name {name}; give each its own name.")
     return schedules
 
 
-def apply(cluster: Cluster, schedules: Sequence[Schedule], dry_run: bool) -> list[Step]:
-    """Make the server's recurring runs of these names be what the file says; others are left alone.
+def apply(cluster: Cluster, schedules: Sequence[Schedule], dry_run: bool) -> list[Change]:
+    """Make the server's recurring runs with these names match the schedules; others are left alone.
 
     Raises:
-        UserError: an input of a schedule is wrong, or the server refuses.
-        RetryableError: the server does not answer; apply again.
+        UserError: An input of a schedule is wrong, or the server refuses.
+        RetryableError: The server does not answer; apply the schedules again.
     """
-    checked = [
-        schedule.model_copy(
-            update={
-                "parameters": pin_base_model(
-                    check_parameters(pipeline_of(schedule.pipeline), schedule.parameters, cluster.profile)
-                )
-            }
-        )
-        for schedule in schedules
-    ]
-    return [step for schedule in checked for step in _reconcile(cluster, schedule, dry_run)]
+    resolved = []
+    for schedule in schedules:
+        parameters = resolve_parameters(pipeline_of(schedule.pipeline), schedule.parameters, cluster.profile)
+        resolved.append(schedule.model_copy(update={"parameters": parameters}))
+    return [change for schedule in resolved for change in _reconcile(cluster, schedule, dry_run)]
 
 
 def list_schedules(cluster: Cluster) -> list[ScheduleRow]:
@@ -173,74 +176,79 @@ def list_schedules(cluster: Cluster) -> list[ScheduleRow]:
         ScheduleRow(
             found.display_name,
             found.recurring_run_id,
-            found.status == "ENABLED",
+            _is_enabled(found),
             _cron(found),
-            in_words(_cron(found), _time_zone(cluster)) if _cron(found) else "",
+            describe_time(_cron(found), _time_zone(cluster)) if _cron(found) else "",
             (found.pipeline_version_reference and found.pipeline_version_reference.pipeline_version_id) or LATEST,
         )
-        for found in _existing(cluster, None)
+        for found in _list_existing(cluster)
     ]
 
 
-def switch(cluster: Cluster, name: str, on: bool, dry_run: bool) -> bool:
-    """Pause or resume the recurring runs of a name; whether any was not so already.
+def set_enabled(cluster: Cluster, name: str, enabled: bool, dry_run: bool) -> bool:
+    """Resume or pause the recurring runs with a name; returns whether this changes any of them.
 
     Raises:
-        UserError: there is none.
+        UserError: No recurring run has this name.
     """
-    changed = [found for found in _named(cluster, name) if (found.status == "ENABLED") != on]
+    existing = list(_list_existing(cluster, name))
+    if not existing:
+        raise UserError(f"{name}: no schedule has this name; see `minicpmv-finetune schedule list`.")
+    changed = [found for found in existing if _is_enabled(found) != enabled]
     for found in [] if dry_run else changed:
-        _switch(cluster, found, on)
+        _set_enabled(cluster, found, enabled)
     return bool(changed)
 
 
 def delete(cluster: Cluster, name: str, dry_run: bool) -> bool:
-    """Delete the recurring runs of a name; whether there were any. Runs that they started stay."""
-    found = list(_existing(cluster, name))
-    for item in [] if dry_run else found:
-        _delete(cluster, item)
-    return bool(found)
+    """Delete the recurring runs with a name; returns whether there are any. Runs that they started remain."""
+    existing = list(_list_existing(cluster, name))
+    for found in [] if dry_run else existing:
+        _delete(cluster, found)
+    return bool(existing)
 
 
-def _reconcile(cluster: Cluster, schedule: Schedule, dry_run: bool) -> Iterator[Step]:
-    when = in_words(schedule.cron, _time_zone(cluster))
-    existing = list(_existing(cluster, schedule.name))
-    reference = _reference(cluster, schedule, dry_run)
-    wanted = _definition(cluster, schedule, reference)
-    same = [found for found in existing if _digest_of(found) == wanted]
+def _reconcile(cluster: Cluster, schedule: Schedule, dry_run: bool) -> Iterator[Change]:
+    """Make the recurring runs with the schedule's name match it, and yield every change."""
+    when = describe_time(schedule.cron, _time_zone(cluster))
+    existing = list(_list_existing(cluster, schedule.name))
+    reference = _pipeline_reference(cluster, schedule, dry_run)
+    digest = _definition_digest(cluster, schedule, reference)
+    same = [found for found in existing if _stored_digest(found) == digest]
     if not same:
-        verb: Verb = "replace" if existing else "create"
-        yield Step(verb, schedule.name, "differs from the file" if existing else "not there yet", when)
+        action: Action = "replace" if existing else "create"
+        yield Change(action, schedule.name, "differs from the file" if existing else "does not exist yet", when)
         if not dry_run:
-            _replace(cluster, schedule, reference, wanted, existing)
+            _replace(cluster, schedule, reference, digest, existing)
         return
     kept, surplus = same[0], [found for found in existing if found is not same[0]]
     for found in surplus:
-        yield Step("delete", schedule.name, f"{found.recurring_run_id} has the same name", when)
+        yield Change("delete", schedule.name, f"{found.recurring_run_id} has the same name", when)
         if not dry_run:
             _delete(cluster, found)
-    on = kept.status == "ENABLED"
-    if schedule.paused is None or on != schedule.paused:
-        yield Step("keep", schedule.name, "as the file says", when)
+    is_enabled = _is_enabled(kept)
+    if schedule.paused is None or is_enabled != schedule.paused:
+        yield Change("keep", schedule.name, "matches the file", when)
         return
-    yield Step("pause" if on else "resume", schedule.name, "the file says so", when)
+    reason = f"the file contains paused: {'true' if schedule.paused else 'false'}"
+    yield Change("pause" if is_enabled else "resume", schedule.name, reason, when)
     if not dry_run:
-        _switch(cluster, kept, not on)
+        _set_enabled(cluster, kept, not is_enabled)
 
 
 def _replace(
     cluster: Cluster,
     schedule: Schedule,
     reference: kfp_server_api.V2beta1PipelineVersionReference,
-    definition: str,
+    digest: str,
     existing: Sequence[kfp_server_api.V2beta1RecurringRun],
 ) -> None:
-    was_on = [found for found in existing if found.status == "ENABLED"]
-    enabled = not schedule.paused if schedule.paused is not None else bool(was_on) or not existing
-    experiment_id = cluster.experiment_id(schedule.experiment) or cluster.create_experiment(schedule.experiment)
+    """Create the schedule's recurring run and delete the existing ones; if creating fails, these are enabled again."""
+    were_enabled = [found for found in existing if _is_enabled(found)]
+    enabled = not schedule.paused if schedule.paused is not None else bool(were_enabled) or not existing
     body = kfp_server_api.V2beta1RecurringRun(
         display_name=schedule.name,
-        description=f"{schedule.description} [definition {definition}]".strip(),
+        description=f"{schedule.description} [definition {digest}]".strip(),
         pipeline_version_reference=reference,
         runtime_config=runtime_config(cluster.profile, schedule.parameters),
         service_account=cluster.profile.service_account,
@@ -249,40 +257,47 @@ def _replace(
         mode="ENABLE" if enabled else "DISABLE",
         no_catchup=schedule.no_catchup,
         namespace=cluster.namespace,
-        experiment_id=experiment_id,
+        experiment_id=cluster.ensure_experiment(schedule.experiment),
         plugins_input=plugins_input(schedule.mlflow_experiment),
     )
-    for found in was_on:
-        _switch(cluster, found, False)
+    for found in were_enabled:
+        _set_enabled(cluster, found, False)
     try:
         cluster.call(cluster.client.recurring_runs.recurring_run_service_create_recurring_run, body)
     except (UserError, RetryableError):
-        for found in was_on:
-            _switch(cluster, found, True)
+        for found in were_enabled:
+            _set_enabled(cluster, found, True)
         raise
     for found in existing:
         _delete(cluster, found)
 
 
-def _reference(cluster: Cluster, schedule: Schedule, dry_run: bool) -> kfp_server_api.V2beta1PipelineVersionReference:
-    """Which pipeline, and which version of it unless the newest at every tick; uploaded if there is none yet."""
+def _pipeline_reference(
+    cluster: Cluster, schedule: Schedule, dry_run: bool
+) -> kfp_server_api.V2beta1PipelineVersionReference:
+    """The schedule's pipeline and version, uploaded if the server lacks them; `latest` refers to no version."""
     pipeline = pipeline_of(schedule.pipeline)
     pipeline_id = cluster.pipeline_id(pipeline.name)
     version_id = None
     if schedule.version not in (LATEST, "current"):
-        version_id = find_version(cluster, pipeline_id, schedule.version)
+        version_id = cluster.version_id(pipeline_id, schedule.version)
         if version_id is None:
-            raise UserError(f"{schedule.name}: no version {schedule.version} of {pipeline.name}; submit it once first.")
+            raise UserError(
+                f"{schedule.name}: {pipeline.name} has no version {schedule.version}; submit this version once, or "
+                "use latest or current."
+            )
     elif not dry_run and (pipeline_id is None or schedule.version == "current"):
         pipeline_id, current = ensure_version(cluster, pipeline)
         version_id = current if schedule.version == "current" else None
     elif schedule.version == "current":
-        version_id = find_version(cluster, pipeline_id, content_digest(pipeline_for(pipeline, cluster.profile)))
+        version_id = cluster.version_id(pipeline_id, content_digest(pipeline_for(pipeline, cluster.profile)))
     return kfp_server_api.V2beta1PipelineVersionReference(pipeline_id=pipeline_id, pipeline_version_id=version_id)
 
 
-def _definition(cluster: Cluster, schedule: Schedule, reference: kfp_server_api.V2beta1PipelineVersionReference) -> str:
-    """Twelve digits that change with anything that only replacing can change."""
+def _definition_digest(
+    cluster: Cluster, schedule: Schedule, reference: kfp_server_api.V2beta1PipelineVersionReference
+) -> str:
+    """Twelve hexadecimal digits that differ where the recurring run must be replaced."""
     content = {
         **schedule.model_dump(exclude={"paused"}),
         "pipeline": [reference.pipeline_id, reference.pipeline_version_id],
@@ -292,31 +307,30 @@ def _definition(cluster: Cluster, schedule: Schedule, reference: kfp_server_api.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _digest_of(found: kfp_server_api.V2beta1RecurringRun) -> str:
+def _stored_digest(found: kfp_server_api.V2beta1RecurringRun) -> str:
+    """The digest in a recurring run's description; empty if there is none."""
     match = _DIGEST.search(found.description or "")
     return match[1] if match else ""
 
 
-def _existing(cluster: Cluster, name: str | None) -> Iterator[kfp_server_api.V2beta1RecurringRun]:
+def _list_existing(cluster: Cluster, name: str | None = None) -> Iterator[kfp_server_api.V2beta1RecurringRun]:
+    """The namespace's recurring runs, or those with a name."""
     options = {"namespace": cluster.namespace} if cluster.namespace else {}
     if name is not None:
-        options["filter"] = equals(name)
+        options["filter"] = name_filter(name)
     service = cluster.client.recurring_runs.recurring_run_service_list_recurring_runs
-    return cluster.every(service, "recurring_runs", **options)
+    return cluster.list_all(service, "recurring_runs", **options)
 
 
-def _named(cluster: Cluster, name: str) -> list[kfp_server_api.V2beta1RecurringRun]:
-    found = list(_existing(cluster, name))
-    if not found:
-        raise UserError(f"{name}: no schedule has this name; see `minicpmv-finetune schedule list`.")
-    return found
+def _is_enabled(found: kfp_server_api.V2beta1RecurringRun) -> bool:
+    return bool(found.status == "ENABLED")
 
 
-def _switch(cluster: Cluster, found: kfp_server_api.V2beta1RecurringRun, on: bool) -> None:
+def _set_enabled(cluster: Cluster, found: kfp_server_api.V2beta1RecurringRun, enabled: bool) -> None:
     services = cluster.client.recurring_runs
     enable = services.recurring_run_service_enable_recurring_run
     disable = services.recurring_run_service_disable_recurring_run
-    cluster.call(enable if on else disable, found.recurring_run_id)
+    cluster.call(enable if enabled else disable, found.recurring_run_id)
 
 
 def _delete(cluster: Cluster, found: kfp_server_api.V2beta1RecurringRun) -> None:

@@ -1,7 +1,7 @@
-"""How the steps are chained: the pipelines, the run on this machine, and the demonstration.
+"""The pipelines, their run on this machine, and the demonstration.
 
-`from minicpmv_finetune.pipelines import finetune, retrain` gives the pipelines, as users of the kfp SDK expect; kfp is
-imported and the pipeline built only then, so that the command line starts at once.
+`from minicpmv_finetune.pipelines import finetune, retrain` imports the pipelines for the kfp SDK. Only this import
+loads kfp and builds a pipeline, so that the command line starts at once.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ PipelineChoice = Literal["finetune", "retrain"]
 
 
 def pipeline_of(choice: PipelineChoice) -> "Pipeline":
-    """The pipeline that a person chooses by a short name."""
+    """The pipeline with this short name."""
     from .finetuning import FINETUNE
     from .retraining import RETRAIN
 

@@ -1,8 +1,8 @@
-"""The demonstration: real handwritten digits, a tiny MiniCPM-V 4.6, and the whole pipeline on them.
+"""The demonstration: real handwritten digits, a tiny MiniCPM-V 4.6, and the whole pipeline.
 
-The digits ship inside scikit-learn (1,797 scans of 8 × 8 grey levels from the UCI repository), so nothing is
+The digits are part of scikit-learn (1,797 scans with 8 × 8 gray levels from the UCI repository), so nothing is
 downloaded. The base checkpoint has about a million random parameters in the exact architecture, tokenizer layout and
-processor of MiniCPM-V 4.6; it knows nothing, and what the tuned model knows afterwards it has learnt in this run.
+processor of MiniCPM-V 4.6. Everything that the tuned model knows afterwards, it learned in this run.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from minicpmv_finetune.minicpmv.tiny_checkpoint import IMAGE_SIDE, write_tiny_ch
 
 QUESTION = "Which digit is written in the picture?"
 DEMO_CORPUS = (QUESTION, *(f"The digit is {digit}." for digit in range(10)))
-"""Every text of the demonstration's data, for the tokenizer of its checkpoint."""
+"""Every text in the demonstration's data, for the tokenizer of its checkpoint."""
 
-# Peaks at 3e-3 after three of ten epochs: 1.5 million weights bear that, and learn in a minute.
+# The learning rate peaks at 3e-3 after 30 % of the steps: 1.5 million weights train stably with it, in a minute.
 DEMO_INPUTS: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32,
@@ -33,22 +33,22 @@ DEMO_INPUTS: dict[str, Any] = {
 
 
 def run_demo(out: Path, seed: int) -> None:
-    """Make data and base checkpoint, compile and run the pipeline, and show what came out.
+    """Create data and base checkpoint, compile and run the pipeline, and print the results.
 
     Args:
-        out: receives everything, and `summary.json`.
-        seed: decides which digits are held out and how the training starts.
+        out: Folder that receives all files, and `summary.json`.
+        seed: Seed for the split of the digits and for the training.
     """
     from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
     from .finetuning import FINETUNE
     from .local import run_pipeline
-    from .summary import show_outcome, shown
+    from .summary import print_summary, short_path
 
     train_data, eval_data = write_digits(out / "digits", seed)
     base = write_tiny_checkpoint(out / "base", corpus=DEMO_CORPUS)
     compiled = FINETUNE.write(out / "minicpmv-finetune.yaml")
-    print("Handwritten digits, a tiny MiniCPM-V 4.6 that knows nothing, and the whole pipeline:\n")
+    print("Handwritten digits, a tiny untrained MiniCPM-V 4.6, and the whole pipeline:\n")
     inputs = {
         "data_uri": str(train_data.absolute()),
         "eval_data_uri": str(eval_data.absolute()),
@@ -66,25 +66,27 @@ def run_demo(out: Path, seed: int) -> None:
         "base": {"exact_match": scores["base_exact_match"]},
         "tuned": {"exact_match": scores["tuned_exact_match"]},
         "tuned_with_lora_b_zero": {"exact_match": without_lora},
-        "gate": read_promotion_record(run.output("evaluate", "verdict")).model_dump(include={"promote", "reason"}),
+        "gate": read_promotion_record(run.output("evaluate", "promotion_record")).model_dump(
+            include={"promote", "reason"}
+        ),
         "seconds": dict(run.seconds),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     image = json.loads(eval_data.read_text())[0]["image"]
-    show_outcome(
+    print_summary(
         run,
         out,
-        further={"tuned, lora_B set to zero": without_lora},
+        more_rows={"tuned, lora_B set to zero": without_lora},
         compiled=compiled,
-        question={"image": shown(eval_data.parent / image), "prompt": QUESTION},
+        question={"image": short_path(eval_data.parent / image), "prompt": QUESTION},
     )
 
 
 def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:
-    """How well the tuned model does on held-out data when the adapter's lora_B are set to zero.
+    """The exact match of the tuned model on held-out data with every lora_B of the adapter set to zero.
 
-    What was trained whole beside the adapter (embeddings, merger, vision tower) stays as trained, so the drop is what
-    the low-rank updates alone contribute.
+    The modules that are trained completely (embeddings, merger, vision tower) keep their trained weights, so the
+    difference to the tuned model is the contribution of the low-rank updates alone.
     """
     import torch
 
@@ -109,12 +111,12 @@ def write_digits(folder: Path, seed: int, held_out: int = 300) -> tuple[Path, Pa
     """Write the digits as PNG images with questions and answers in MiniCPM-V's JSON format.
 
     Args:
-        folder: receives `images/`, `train.json` and `eval.json`.
-        seed: decides which digits are held out.
-        held_out: number of digits in `eval.json`.
+        folder: Folder that receives `images/`, `train.json` and `eval.json`.
+        seed: Seed for the split.
+        held_out: Number of digits in `eval.json`.
 
     Returns:
-        The two JSON files. No image of the one is equal to any of the other.
+        Paths of the two JSON files. No image in one file equals an image in the other.
     """
     from sklearn.datasets import load_digits
 
@@ -133,7 +135,7 @@ def write_digits(folder: Path, seed: int, held_out: int = 300) -> tuple[Path, Pa
         elif pixels in held_out_pixels:
             continue
         name = f"images/{number:04d}.png"
-        # IMAGE_SIDE is 8 patches, one for each of the scan's 8 × 8 cells.
+        # IMAGE_SIDE is 8 patches, one patch for each row and column of the scan.
         Image.fromarray(cells).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.NEAREST).save(folder / name)
         rows[split].append(
             {

@@ -1,9 +1,9 @@
-"""Takes the place of the published finetune.py in a launch script of one's own.
+"""A replacement for the published finetune.py in your own launch script.
 
     torchrun $DISTRIBUTED_ARGS -m minicpmv_finetune.pipelines.finetune_script --data_path train.json …
 
-The flags are the published ones, raw JSON included: the first process of a machine validates and prepares it, the
-others wait. `minicpmv-finetune train` does the same and starts torchrun itself.
+The flags are the published ones. The data may be raw JSON: the first process of each machine validates and prepares
+it, and the others wait. `minicpmv-finetune train` does the same and starts torchrun itself.
 """
 
 import sys
@@ -21,20 +21,20 @@ from .raw_data import prepare_data, with_prepared_data
 
 
 def run(flags: list[str]) -> None:
-    """Prepare raw data once a machine, then train."""
+    """Prepare raw data once per machine, then train."""
     try:
-        # Every process reads the flags first: under torchrun that is where they meet, each waiting for the others.
-        flags = with_prepared_data(flags, prepare=_prepare_once_a_machine)
+        # Every process parses the flags, because under torchrun this initializes the process group together.
+        flags = with_prepared_data(flags, prepare=_prepare_once_per_machine)
     except (UserError, RetryableError) as error:
         end_process(error)
     main(flags)
 
 
-def _prepare_once_a_machine(arguments: Arguments) -> None:
+def _prepare_once_per_machine(arguments: Arguments) -> None:
     if environment.LOCAL_RANK.read() == "0":
         prepare_data(arguments)
     if distributed.is_initialized():
-        # A group of its own, because NCCL's ends after a timeout that preparing a large dataset outlasts.
+        # A separate group, because NCCL's times out sooner than a large dataset is prepared.
         group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         distributed.monitored_barrier(cast(distributed.ProcessGroup, group), timedelta(days=7))
 

@@ -1,9 +1,9 @@
-"""Every input of the pipelines, written once: name, type, default, range, help and group.
+"""Every input of the pipelines in one table: name, type, default, range, help text and group.
 
-From this table come the signatures of the pipelines, the options of `minicpmv-finetune run` and `retrain`, the help
-texts, and the checks before a run begins. A component's own signature is literal, because Kubeflow Pipelines reads its
-source; a test compares it with this table. To add an input: add a row here, add the parameter to the component that
-takes it, and use it in the step.
+The signatures of the pipelines, the options of `minicpmv-finetune run` and `retrain`, the help texts, and the checks
+before a run are made from this table. A component's own signature is literal, because Kubeflow Pipelines reads its
+source; a test compares it with the table. To add an input: add a row here, add the parameter to the component that
+needs it, and use it in the step.
 """
 
 import difflib
@@ -27,14 +27,14 @@ class Input:
     Attributes:
         name: Name in the pipeline and in the components that take it.
         type: str, int, float, bool or dict.
-        help: What it decides, for the command line, the documentation and the pipeline's description.
-        group: Which part of the run it belongs to.
-        default: Its default; `REQUIRED` for none.
-        option: Its option on the command line, where that is not the name with dashes.
-        choices: The only accepted values; empty accepts all.
-        at_least: The smallest accepted value.
-        above: A value that must be exceeded.
-        at_most: The largest accepted value.
+        help: Meaning of the input, for the command line, the documentation and the pipeline's description.
+        group: Part of the run that it belongs to.
+        default: Default value; `REQUIRED` if there is none.
+        option: Option on the command line, if it is not the name with dashes.
+        choices: Accepted values; empty accepts all.
+        at_least: Smallest accepted value.
+        above: Bound that the value must exceed.
+        at_most: Largest accepted value.
     """
 
     name: str
@@ -65,14 +65,15 @@ class Input:
             value = int(value)
         if not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
             raise self._wrong_type(value)
-        if complaint := self._out_of_range(value):
-            raise UserError(f"{self.name}: {value!r} is not accepted; {complaint}.")
+        if remedy := self._range_remedy(value):
+            raise UserError(f"{self.name}: {value!r} is not accepted; {remedy}.")
         return value
 
     def _wrong_type(self, value: Any) -> UserError:
         return UserError(f"{self.name}: {value!r} is not {_TYPE_NAMES[self.type]}; correct it.")
 
-    def _out_of_range(self, value: Any) -> str:
+    def _range_remedy(self, value: Any) -> str:
+        """What to give instead of a value out of range; empty if the value is accepted."""
         if self.choices and value not in self.choices:
             close = difflib.get_close_matches(str(value), self.choices, 1)
             meant = f"did you mean {close[0]}? " if close else ""
@@ -90,7 +91,7 @@ _TABLE = (
     Input(
         "data_uri",
         str,
-        "Training data in MiniCPM-V's JSON format (array or JSON Lines); a path, an s3:// URI or a pattern.",
+        "Training data in MiniCPM-V's JSON format (array or JSON Lines): a path, an s3:// URI or a pattern.",
         "data",
         option="--data",
     ),
@@ -121,7 +122,7 @@ _TABLE = (
     Input(
         "seed",
         int,
-        "Decides the evaluation split, the initial adapters and the order of samples.",
+        "Seed for the evaluation split, the initial adapters and the order of samples.",
         "data",
         42,
         at_least=0,
@@ -130,7 +131,7 @@ _TABLE = (
     Input(
         "base_model_uri",
         str,
-        "Base checkpoint; a path, an s3:// URI or a hub id.",
+        "Base checkpoint: a path, an s3:// URI or a hub id.",
         "model",
         "openbmb/MiniCPM-V-4.6",
         option="--base-model",
@@ -138,7 +139,7 @@ _TABLE = (
     Input(
         "max_slice_nums",
         int,
-        "Most slices of an image beside its overview; more show finer detail and cost more tokens.",
+        "Maximum number of slices of an image, besides its overview; more show finer detail and need more tokens.",
         "model",
         9,
         at_least=1,
@@ -146,7 +147,7 @@ _TABLE = (
     Input(
         "model_max_length",
         int,
-        "Longest sample in tokens; a longer one is rejected with its length, never cut.",
+        "Maximum length of a sample in tokens; a longer sample is rejected with its length, never truncated.",
         "model",
         2048,
         at_least=1,
@@ -158,31 +159,31 @@ _TABLE = (
     Input(
         "lora_alpha",
         int,
-        "Scale of the adapters; their update is multiplied by alpha / r.",
+        "Scale of the adapters; their update is multiplied by lora_alpha / lora_r.",
         "training",
         64,
         at_least=1,
     ),
     Input("learning_rate", float, "Peak learning rate.", "training", 1e-4, above=0),
-    Input("num_train_epochs", float, "How often every sample is seen.", "training", 3.0, above=0),
+    Input("num_train_epochs", float, "Number of passes over the training data.", "training", 3.0, above=0),
     Input("per_device_train_batch_size", int, "Samples that a device processes at once.", "training", 4, at_least=1),
     Input(
         "training_flags",
         dict,
-        'Any further flag of the training script by name, such as {"gradient_accumulation_steps": 4}; "num_nodes" '
-        "above 1 trains on that many nodes.",
+        'Further flags of the training script by name, such as {"gradient_accumulation_steps": 4}; "num_nodes" above '
+        "1 trains on that many nodes.",
         "training",
         {},
     ),
     Input(
         "start_from",
         str,
-        "base, or champion to continue from the champion's adapter.",
+        "Start of the training: base, or champion to continue from the champion's adapter.",
         "training",
         "base",
         choices=("base", "champion"),
     ),
-    Input("metric", str, "How answers are scored, such as exact_match or anls.", "evaluation", "exact_match"),
+    Input("metric", str, "Metric that scores the answers, such as exact_match or anls.", "evaluation", "exact_match"),
     Input(
         "evaluation_options",
         dict,
@@ -222,7 +223,7 @@ def defaults(inputs: Iterable[Input]) -> dict[str, Any]:
 
 
 def check_inputs(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given values in their types; a value that is not given keeps the pipeline's default.
+    """The given values in their types; the result contains no defaults for other inputs.
 
     Args:
         inputs: The inputs of the pipeline.

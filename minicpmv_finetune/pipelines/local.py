@@ -1,43 +1,29 @@
-"""Run the pipeline here, by kfp.local: in this environment, or in containers; no cluster.
-
-kfp.local prints everything a step prints. A person wants to see one line a step: what runs, how far it is, and what
-came out; so all of it goes to a log file, and `_Narrator` shows what matters.
-"""
+"""Run a pipeline on this machine by kfp.local, in this environment or in containers; without a cluster."""
 
 import contextlib
-import io
 import json
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from kfp import local
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.permanent_errors import MARKER_NAME
-from minicpmv_finetune.progress import OUTCOME_MARK
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.registry import champion_of
 
 from .finetuning import FINETUNE
 from .pipeline import Pipeline
+from .run_display import RunDisplay
 
 Runner = Literal["subprocess", "docker"]
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_STARTED = re.compile(r"Executing task '(?P<step>[\w-]+)'")
-_ENDED = re.compile(r"Task '(?P<step>[\w-]+)' finished with status (?P<status>\w+)")
-_PROGRESS = re.compile(r"^\w[\w ]*?\s+\d+% \|")
 
 
 @dataclass(frozen=True)
@@ -45,19 +31,19 @@ class LocalRun:
     """A finished run.
 
     Attributes:
-        folder: holds a folder a step with its outputs.
-        seconds: duration of each step.
+        folder: Folder that contains one folder per step with its outputs.
+        seconds: Duration of each step.
     """
 
     folder: Path
     seconds: Mapping[str, float]
 
     def output(self, step: str, name: str) -> Path:
-        """Where a step's output lies."""
+        """The path of a step's output."""
         return self.folder / step / name
 
     def metrics(self, step: str) -> dict[str, float]:
-        """The figures a step logged to its Metrics artifact."""
+        """The values that a step logged to its Metrics artifact."""
         document = json.loads((self.folder / step / "executor_output.json").read_text())
         return dict(document["artifacts"]["metrics"]["artifacts"][0]["metadata"])
 
@@ -68,71 +54,73 @@ def run_pipeline(
     """Run a whole pipeline on this machine.
 
     Args:
-        out: receives `artifacts/`, `run.log`, the links `report.html` and `model` to the newest results, and, unless
-            `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
-        inputs: of the pipeline, by name.
-        runner: `subprocess` runs the steps in this environment, `docker` in the steps' images.
-        pipeline: which one.
+        out: Folder that receives `artifacts/`, `run.log`, the links `report.html` and `model` to the newest results,
+            and, unless `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
+        inputs: Inputs of the pipeline by name.
+        runner: `subprocess` runs the steps in this environment, `docker` in the steps' container images.
+        pipeline: Pipeline to run.
 
     Raises:
-        RetryableError: the model registry does not answer, and nothing was begun; or a step met a fault that may be
-            gone next time.
-        UserError: a step found a mistake only the user can mend.
-        SystemExit: a step ended with a bug; its traceback is in `run.log`.
+        RetryableError: The model registry does not answer, and nothing was started; or a step met a temporary fault.
+        UserError: A step found a mistake that only the user can fix.
+        SystemExit: A step ended with a bug; its traceback is in `run.log`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    name = f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
+    name = f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     variables = {
         environment.TRACKING_URI.name: environment.TRACKING_URI.read() or f"sqlite:///{out.absolute()}/mlflow.db",
         environment.PIPELINE_RUN_ID.name: name,
         environment.PROGRESS_SECONDS.name: "0.5",
     }
     artifacts = out / "artifacts"
-    known = set(artifacts.glob("*"))
+    earlier = set(artifacts.glob("*"))
     with _environment(variables):
-        # A server may be down; a database file is not.
+        # Unlike a database file, a server may be down.
         if variables[environment.TRACKING_URI.name].startswith("http"):
             champion_of(inputs.get("registered_model", ""))
-    with (out / "run.log").open("w") as log, _environment(variables), _Narrator(log) as narrator:
+    with (out / "run.log").open("w") as log, _environment(variables), RunDisplay(log) as display:
         local.init(_kfp_runner(runner, variables, out.absolute()), pipeline_root=str(artifacts))
         status = "FAILED"
         try:
-            # In subprocesses the images are not used, so it does not matter that their names say nothing of Python.
-            with warnings.catch_warnings(), contextlib.redirect_stdout(narrator.stream):
+            # Subprocesses do not use the container images, so a name that does not mention Python is no problem.
+            with warnings.catch_warnings(), contextlib.redirect_stdout(display.stream):
                 warnings.filterwarnings("ignore", message="You may be attemping to run a task")
                 pipeline.build()(**inputs)
             status = "FINISHED"
         except (RuntimeError, ValueError) as error:
-            # A container that has failed may be gone before kfp.local asks how it ended; that counts as a success, and
-            # the next step then misses its outputs, which is a ValueError.
-            if isinstance(error, ValueError) and not narrator.sentence:
+            # A failed container may have disappeared before kfp.local reads its exit code. kfp.local then counts it as
+            # a success, and the next step finds no inputs, which is a ValueError.
+            if isinstance(error, ValueError) and not display.error:
                 raise
-            for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
-                if marker.parent.parent not in known:
-                    raise UserError(narrator.sentence or str(error)) from None
-            if narrator.sentence and not narrator.crashed:
-                raise RetryableError(narrator.sentence) from None
-            print(f"error: {narrator.step} failed; its traceback is in {out / 'run.log'}", file=sys.stderr)
-            raise SystemExit(1) from None
+            raise _explain_failure(error, display, artifacts, earlier, out / "run.log") from None
         finally:
             step_runs.finish_pipeline_run(status)
-    (folder,) = set(artifacts.glob("*")) - known
-    run = LocalRun(folder, narrator.seconds)
-    for link, target in {
-        "report.html": run.output("evaluate", "report"),
-        "model": run.output("merge", "model"),
-    }.items():
-        _point(out / link, target)
+    (folder,) = set(artifacts.glob("*")) - earlier
+    run = LocalRun(folder, display.seconds)
+    _link(out / "report.html", run.output("evaluate", "report"))
+    _link(out / "model", run.output("merge", "model"))
     return run
 
 
-def _point(link: Path, target: Path) -> None:
-    """Let a link name the newest result, at every moment either the old one or the new."""
-    beside = link.with_name(f".{link.name}")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target.relative_to(link.parent))
-    beside.replace(link)
+def _explain_failure(
+    error: Exception, display: RunDisplay, artifacts: Path, earlier: Set[Path], log: Path
+) -> UserError | RetryableError | SystemExit:
+    """The error of a failed run: the step's own message, or a reference to the log after a crash."""
+    for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
+        if marker.parent.parent not in earlier:
+            return UserError(display.error or str(error))
+    if display.error and not display.crashed:
+        return RetryableError(display.error)
+    print(f"error: {display.step} failed; its traceback is in {log}", file=sys.stderr)
+    return SystemExit(1)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make a link lead to the newest result; at every moment it leads to the old or the new one."""
+    temporary = link.with_name(f".{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    temporary.replace(link)
 
 
 def _kfp_runner(runner: Runner, variables: Mapping[str, str], out: Path) -> local.SubprocessRunner | local.DockerRunner:
@@ -143,7 +131,7 @@ def _kfp_runner(runner: Runner, variables: Mapping[str, str], out: Path) -> loca
     from minicpmv_finetune.shards.format import CACHE_NAME
 
     passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
-    # Of this machine's files a container sees the pipeline root; shards are kept beside it, for later runs.
+    # A container sees only the pipeline root of this machine's files; the shard cache for later runs is beside it.
     cache = out / CACHE_NAME
     cache.mkdir(exist_ok=True)
     mounts = [Mount(str(cache), str(cache), "bind")]
@@ -152,6 +140,7 @@ def _kfp_runner(runner: Runner, variables: Mapping[str, str], out: Path) -> loca
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a block, and restore the whole environment afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -159,76 +148,3 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@dataclass
-class _Narrator:
-    """Shows a line a step, live, out of what kfp.local prints."""
-
-    log: TextIO
-    step: str = ""
-    sentence: str = ""
-    crashed: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    stream: "_Lines" = field(init=False)
-    _outcome: str = ""
-    _progress: str = ""
-    _started: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.stream = _Lines(self._hear)
-        # This very stream: what the steps print goes to another while they run.
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True, redirect_stdout=False)
-
-    def __enter__(self) -> "_Narrator":
-        self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._live.stop()
-
-    def _hear(self, raw: str) -> None:
-        line = _ANSI.sub("", raw).rstrip()
-        self.log.write(f"{line}\n")
-        self.log.flush()
-        line = line.strip()
-        if started := _STARTED.search(line):
-            self.step, self._outcome, self._progress, self._started = started["step"], "", "", time.monotonic()
-            self.sentence, self.crashed = "", False
-        elif ended := _ENDED.search(line):
-            self._end(ended["status"] == "SUCCESS")
-        elif line.startswith(OUTCOME_MARK):
-            self._outcome = line.removeprefix(OUTCOME_MARK)
-        elif line.startswith("Traceback (most recent call last)"):
-            self.crashed = True
-        elif line.startswith("error: "):
-            self.sentence = line.removeprefix("error: ")
-        elif _PROGRESS.match(line):
-            self._progress = line
-        self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step else Text(""))
-
-    def _end(self, succeeded: bool) -> None:
-        took = time.monotonic() - self._started
-        self.seconds[self.step] = round(took, 1)
-        mark, colour = ("✓", "green") if succeeded else ("✗", "red")
-        self._console.print(self._line(mark, colour, f"{self._outcome:<70} {took:5.0f} s"))
-        self.step = "" if succeeded else self.step
-
-    def _line(self, mark: str, colour: str, text: str) -> Text:
-        return Text.assemble((f"  {mark} ", colour), (f"{self.step:<17}", "bold"), text)
-
-
-class _Lines(io.TextIOBase):
-    """A text stream that hands on whole lines."""
-
-    def __init__(self, hear: Any) -> None:
-        self.hear = hear
-        self.pending = ""
-
-    def write(self, text: str) -> int:
-        *lines, self.pending = (self.pending + text).split("\n")
-        for line in lines:
-            if line.strip():
-                self.hear(line)
-        return len(text)

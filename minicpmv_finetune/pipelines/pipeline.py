@@ -1,7 +1,7 @@
-"""What a pipeline is: a name, its steps, its inputs, and the function that chains its tasks.
+"""A pipeline as a value: its name, its steps, its inputs, and the function that adds its tasks.
 
-Everything that handles pipelines (compile, submit, schedule, clean up, the local run, the documentation) takes such a
-value, so none of it knows how many pipelines there are or what they do.
+All code that handles pipelines (compile, submit, schedule, clean-up, local run, documentation) takes such a value, so
+that it does not depend on how many pipelines there are or what they do.
 """
 
 import inspect
@@ -24,12 +24,13 @@ class Pipeline:
     """A pipeline of this project.
 
     Attributes:
-        name: Its name on a server, and of the folder of its artifacts below the pipeline root.
-        display_name: Its title in the Kubeflow UI.
-        description: What it does, for the Kubeflow UI.
-        steps: Names of its tasks, which a profile may give settings of their own.
-        inputs: What a run is given.
-        chain: Makes the tasks from the inputs' values by name and the number of pods that share preprocess.
+        name: Name of the pipeline on a server, and of its artifacts' folder below the pipeline root.
+        display_name: Title of the pipeline in the Kubeflow UI.
+        description: What the pipeline does, for the Kubeflow UI.
+        steps: Names of its tasks; a profile may contain settings for each.
+        inputs: Inputs of a run.
+        add_tasks: Function that adds the tasks, given the inputs' values by name and the number of pods that share
+            preprocess.
     """
 
     name: str
@@ -37,18 +38,18 @@ class Pipeline:
     description: str
     steps: tuple[str, ...]
     inputs: tuple[Input, ...]
-    chain: Callable[[Mapping[str, Any], int], None]
+    add_tasks: Callable[[Mapping[str, Any], int], None]
 
     def build(self, partitions: int = 1) -> GraphComponent:
-        """The pipeline as kfp knows it.
+        """Build kfp's representation of the pipeline.
 
         Args:
-            partitions: Pods that prepare a part of the data each, before preprocess itself adds the manifest. The
-                number is fixed when the pipeline is built, so that the usual pipeline has no loop in its graph.
+            partitions: Number of pods that each prepare a part of the data, before preprocess itself adds the
+                manifest. It is fixed when the pipeline is built, so that the usual pipeline has no loop in its graph.
         """
 
         def pipeline(*values: Any) -> None:
-            self.chain(dict(zip([item.name for item in self.inputs], values, strict=True)), partitions)
+            self.add_tasks(dict(zip([item.name for item in self.inputs], values, strict=True)), partitions)
             _choose_container_images()
 
         pipeline.__signature__ = inspect.Signature([_parameter(item) for item in self.inputs])  # type: ignore[attr-defined]
@@ -60,19 +61,19 @@ class Pipeline:
         return component
 
     def write(self, path: Path, partitions: int = 1) -> Path:
-        """Write the pipeline as the YAML file that Kubeflow Pipelines takes."""
+        """Write the pipeline as the YAML file that Kubeflow Pipelines reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
         compiler.Compiler().compile(self.build(partitions), str(path))
         return path
 
 
-def taken_by(component: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_of(component: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that a component declares, by name."""
     return {name: value for name, value in inputs.items() if name in component.component_spec.inputs}
 
 
 def set_run_id(*tasks: dsl.PipelineTask) -> None:
-    """Give tasks the run's id, which ties a step's MLflow run to its pipeline run, also on a retry."""
+    """Pass the run's id to tasks; it connects a step's MLflow run with its pipeline run, also after a retry."""
     for task in tasks:
         kubernetes.use_field_path_as_env(task, environment.PIPELINE_RUN_ID.name, "metadata.labels['pipeline/runid']")
 
@@ -84,6 +85,6 @@ def _parameter(item: Input) -> inspect.Parameter:
 
 def _choose_container_images() -> None:
     for task in pipeline_context.Pipeline.get_default_pipeline().tasks.values():
-        # A pipeline used as a task has no container of its own.
+        # A task that is itself a pipeline has no container.
         if task.container_spec is not None:
             task.set_container_image(container_images.chosen(task.container_spec.image))

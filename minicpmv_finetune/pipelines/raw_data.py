@@ -1,4 +1,4 @@
-"""Training flags that name raw JSON, as the published script takes it: the data is validated and prepared first."""
+"""Training flags that name raw JSON, which the published script accepts: validate and prepare the data first."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 
 
 def with_prepared_data(flags: Sequence[str], prepare: Callable[[Arguments], None] | None = None) -> list[str]:
-    """The same flags with `--data_path` naming shards; those are written beside the output folder if need be.
+    """The same flags with the shards as `--data_path`; raw JSON is prepared in a folder beside the output folder.
 
     Args:
-        flags: as the published script takes them.
-        prepare: called in place of `prepare_data` when the flags name raw JSON.
+        flags: Flags of the published script.
+        prepare: Function that replaces `prepare_data`.
 
     Raises:
-        UserError: the flags or the data are not usable.
+        UserError: The flags or the data cannot be used.
     """
     arguments = parse(flags, announce=lambda sentence: None)
     if not arguments.data.data_path.endswith((".json", ".jsonl")):
@@ -33,7 +33,7 @@ def prepare_data(arguments: Arguments) -> None:
         arguments.data.eval_data_path,
         prepared / "dataset",
         prepared / "rejects.jsonl",
-        # The published script evaluates only on data of its own.
+        # The published script evaluates only on separate evaluation data.
         ValidationSettings(eval_fraction=0.0),
     )
     preprocess(

@@ -3,9 +3,9 @@
     validate data → plan retraining ──nothing new──▶ done
                                     └─something new─▶ preprocess → train → merge → evaluate → register
 
-Data that equals the champion's ends the run successfully before any GPU is requested. Whatever happens, the last task
-posts the outcome to a webhook, whose address comes from the Secret `minicpmv-webhook` (key `url`) where the namespace
-has one.
+If the data equals the champion's training data, the run ends successfully before a GPU is requested. In every case the
+last task posts the outcome to a webhook; its address comes from the Secret `minicpmv-webhook` (key `url`), if the
+namespace has one.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from minicpmv_finetune import environment
 from minicpmv_finetune.components.notify.component import notify
 from minicpmv_finetune.components.plan_retraining.component import plan_retraining
 
-from .finetuning import tune, validated
+from .finetuning import add_tuning, add_validation
 from .inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, defaults
-from .pipeline import Pipeline, set_run_id, taken_by
+from .pipeline import Pipeline, inputs_of, set_run_id
 
 NAME = "minicpmv-retrain"
 WEBHOOK_SECRET = "minicpmv-webhook"
@@ -30,13 +30,13 @@ def _retrain(inputs: Mapping[str, Any], partitions: int) -> None:
     notified.set_caching_options(False)
     kubernetes.use_secret_as_env(notified, WEBHOOK_SECRET, {"url": environment.WEBHOOK_URL.name}, optional=True)
     with dsl.ExitHandler(notified, name="tell-the-outcome"):
-        dataset = validated(inputs)
-        planned = plan_retraining(dataset=dataset, **taken_by(plan_retraining, inputs))
+        dataset = add_validation(inputs)
+        planned = plan_retraining(dataset=dataset, **inputs_of(plan_retraining, inputs))
         planned.set_caching_options(False)
         with dsl.If(planned.outputs["Output"] == "something new", name="something-new"):
-            # What is no input here is trained with the other pipeline's defaults; the flags win over each of them.
+            # Settings that are no inputs here have the other pipeline's defaults; the flags override all of them.
             training = {**defaults(FINETUNE_INPUTS), **inputs, "training_flags": planned.outputs["flags"]}
-            tune(dataset, training, partitions)
+            add_tuning(dataset, training, partitions)
     set_run_id(notified, planned)
 
 
@@ -46,12 +46,12 @@ RETRAIN = Pipeline(
     description="For schedules: does nothing without new data; promotes a model that beats the champion, and reports.",
     steps=("validate-data", "plan-retraining", "preprocess", "train", "merge", "evaluate", "register", "notify"),
     inputs=RETRAIN_INPUTS,
-    chain=_retrain,
+    add_tasks=_retrain,
 )
 
 
 def __getattr__(name: str) -> Any:
-    """`retrain`, as `finetune` in the module beside."""
+    """The pipeline `retrain`, like `finetune` in `finetuning.py`."""
     if name == "retrain":
         return RETRAIN.build()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

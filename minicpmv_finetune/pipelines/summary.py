@@ -1,4 +1,4 @@
-"""What a person reads when a run is over: how much better the model got, and where everything lies."""
+"""The summary of a finished run: how much the model improved, and where the results are stored."""
 
 import shlex
 import shutil
@@ -17,23 +17,46 @@ from .local import LocalRun
 _QUESTION = {"image": "IMAGE", "prompt": "QUESTION"}
 
 
-def show_outcome(
+def print_summary(
     run: LocalRun,
     out: Path,
-    further: Mapping[str, float] | None = None,
+    more_rows: Mapping[str, float] | None = None,
     compiled: Path | None = None,
     question: Mapping[str, str] | None = None,
 ) -> None:
-    """Print the comparison on held-out data, and the places of the results.
+    """Print the comparison on held-out data, and the paths of the results.
 
     Args:
-        run: the finished run.
-        out: its folder.
-        further: more rows of the table, by name, with their exact match.
-        compiled: the pipeline's YAML file, if one was written.
-        question: options of `predict` that show how the model is asked.
+        run: The finished run.
+        out: Folder of the run.
+        more_rows: Further models and their exact match, as rows of the table.
+        compiled: The pipeline's YAML file, if one was written.
+        question: Options of `predict` for the printed example.
     """
-    scores = run.metrics("evaluate")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    console.print(_score_table(run.metrics("evaluate"), more_rows or {}))
+    console.print()
+    record = read_promotion_record(run.output("evaluate", "promotion_record"))
+    registered = run.output("register", "summary")
+    passed = registered.read_text().strip() if registered.exists() else f"passed, {record.reason}"
+    options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
+    lines = {
+        "gate": passed if record.promote else f"failed, {record.reason}",
+        "report": short_path(out / "report.html"),
+        "merged model": short_path(out / "model"),
+        "pipeline": short_path(compiled) if compiled else "",
+        "logs of the steps": short_path(out / "run.log"),
+        "ask the model": f"{_program('minicpmv-finetune')} predict --model {short_path(out / 'model')} {options}",
+        "MLflow page": f"{_program('mlflow')} server --backend-store-uri sqlite:///{short_path(out / 'mlflow.db')}",
+    }
+    for name, text in lines.items():
+        if text:
+            console.print(f"  {name:<19}{text}")
+
+
+def _score_table(scores: Mapping[str, float], more_rows: Mapping[str, float]) -> Table:
+    """One row per model and one column per metric."""
     table = Table(title=f"{scores['samples']:,.0f} held-out samples, free generation", title_justify="left", box=None)
     table.add_column("")
     metrics = [name.removeprefix("tuned_") for name in scores if name.startswith("tuned_")]
@@ -42,37 +65,18 @@ def show_outcome(
         table.add_column(metric, justify="right")
     for model in [name for name in ("base", "champion", "tuned") if f"{name}_{metrics[0]}" in scores]:
         table.add_row(model, *(f"{scores[f'{model}_{metric}']:.3f}" for metric in metrics))
-    for model, exact_match in (further or {}).items():
+    for model, exact_match in more_rows.items():
         table.add_row(model, *(f"{exact_match:.3f}" if metric == "exact_match" else "" for metric in metrics))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print()
-    console.print(table)
-    console.print()
-    verdict = read_promotion_record(run.output("evaluate", "verdict"))
-    registered = run.output("register", "summary")
-    passed = registered.read_text().strip() if registered.exists() else f"passed, {verdict.reason}"
-    console.print(f"  {'gate':<19}{passed if verdict.promote else f'stopped, {verdict.reason}'}")
-    asked = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
-    places = {
-        "report": shown(out / "report.html"),
-        "merged model": shown(out / "model"),
-        "pipeline": shown(compiled) if compiled else "",
-        "logs of the steps": shown(out / "run.log"),
-        "ask the model": f"{command('minicpmv-finetune')} predict --model {shown(out / 'model')} {asked}",
-        "MLflow page": f"{command('mlflow')} server --backend-store-uri sqlite:///{shown(out / 'mlflow.db')}",
-    }
-    for name, place in places.items():
-        if place:
-            console.print(f"  {name:<19}{place}")
+    return table
 
 
-def command(name: str) -> str:
-    """How to call a program of this environment from here, whether or not it is activated."""
-    return name if shutil.which(name) else shown(Path(sys.executable).parent / name)
+def _program(name: str) -> str:
+    """A command that starts a program of this Python environment, whether or not the environment is activated."""
+    return name if shutil.which(name) else short_path(Path(sys.executable).parent / name)
 
 
-def shown(path: Path) -> str:
-    """A path as short as it can be from here."""
+def short_path(path: Path) -> str:
+    """The path relative to the current folder if it is inside, else the absolute path."""
     here = Path.cwd()
     absolute = path.absolute()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -1,4 +1,4 @@
-"""The options of the commands, and their help."""
+"""Options and help texts of the commands."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, REQUIRED, RETRAI
 
 
 def _commands(group: Any, before: str = "") -> dict[str, Any]:
-    """Every command by its words; a group has commands of its own."""
+    """Every command by its words, including the commands of groups."""
     found: dict[str, Any] = {}
     for name, command in group.commands.items():
         is_group = hasattr(command, "commands")
@@ -26,7 +26,7 @@ COMMANDS = _commands(typer.main.get_command(app))
 
 
 @pytest.mark.parametrize(("command", "inputs"), [("run", FINETUNE_INPUTS), ("retrain", RETRAIN_INPUTS)])
-def test_a_pipeline_here_offers_every_input_with_its_default(command: str, inputs: tuple[Input, ...]) -> None:
+def test_local_pipelines_have_an_option_for_every_input(command: str, inputs: tuple[Input, ...]) -> None:
     offered = {option.name: option for option in COMMANDS[command].params}
     assert set(offered) == {item.name for item in inputs} | {"out", "runner"}
     for item in inputs:
@@ -39,7 +39,7 @@ def test_a_pipeline_here_offers_every_input_with_its_default(command: str, input
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_worth_reading(name: str) -> None:
+def test_every_command_and_option_has_help(name: str) -> None:
     command = COMMANDS[name]
     assert len(command.help or "") > 30
     for option in command.params:
@@ -57,7 +57,7 @@ def test_every_command_has_help_worth_reading(name: str) -> None:
         (["run", "--data", "d.json", "--data-options", "{"], "--data-options: invalid JSON"),
     ],
 )
-def test_a_mistake_is_refused_before_any_work(
+def test_a_mistake_is_reported_before_any_work(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

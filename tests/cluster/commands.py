@@ -1,4 +1,4 @@
-"""How the tests call the command line, and with what."""
+"""What the tests of cluster commands share: inputs, and the type of a function that calls the command line."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ INPUTS = ["-p", "data_uri=s3://bucket/train.json", "-p", f"base_model_uri={BASE_
 
 @dataclass(frozen=True)
 class Answer:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str

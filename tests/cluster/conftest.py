@@ -13,7 +13,7 @@ from tests.cluster.fake_kubeflow import FakeKubeflow, serving
 
 @pytest.fixture
 def kubeflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKubeflow]:
-    """A server of its own, which the environment leads to."""
+    """A new server, whose address is in the environment."""
     with serving(FakeKubeflow()) as fake:
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", fake.url)
         monkeypatch.delenv("KF_PIPELINES_TOKEN", raising=False)
@@ -23,7 +23,7 @@ def kubeflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKu
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line here, against the development profile."""
+    """A function that runs the command line in this process with the development profile."""
     monkeypatch.setenv("MINICPMV_FINETUNE_PROFILE", str(ROOT / "k8s" / "profiles" / "dev.yaml"))
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -34,20 +34,20 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             main.main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
-        said = capsys.readouterr()
-        return Answer(code, said.out, said.err)
+        output = capsys.readouterr()
+        return Answer(code, output.out, output.err)
 
     return run
 
 
 @pytest.fixture
 def profile(tmp_path: Path) -> Callable[..., Path]:
-    """The development profile with some of it changed."""
+    """A function that writes the development profile with some fields changed."""
 
     def write(**change: Any) -> Path:
-        said = yaml.safe_load((ROOT / "k8s" / "profiles" / "dev.yaml").read_text())
+        content = yaml.safe_load((ROOT / "k8s" / "profiles" / "dev.yaml").read_text())
         path = tmp_path / "profile.yaml"
-        path.write_text(yaml.safe_dump({**said, **change}))
+        path.write_text(yaml.safe_dump({**content, **change}))
         return path
 
     return write

@@ -1,24 +1,25 @@
-"""A Kubeflow Pipelines API server for tests: the v2beta1 REST over real HTTP, with state, as strict as the real one.
+"""A Kubeflow Pipelines API server for tests: the v2beta1 REST API over real HTTP, with state and the real checks.
 
-What the real server does, and where (paths below backend/src/apiserver of kubeflow/pipelines):
+It behaves like the real server in these points (paths below backend/src/apiserver of kubeflow/pipelines):
 
 - lists come in pages of 20 by default and at most 200, with an opaque token (list/list.go);
 - filters are JSON predicates (filter/filter.go); sorting is by one field, `desc` after it (list/list.go);
 - uploads are multipart with the field `uploadfile`, names in the query (server/pipeline_upload_server.go), and a
-  duplicate is answered 409; the file must parse as a pipeline spec (template/v2_template.go);
+  duplicate is answered with 409; the file must parse as a pipeline spec (template/v2_template.go);
 - names are unique: pipelines and experiments in a namespace, versions in a pipeline (storage/*_store.go), while runs
-  and recurring runs may share theirs;
-- inputs are checked against the spec: unknown and missing ones are refused (template/v2_template.go);
-- a run brings its own spec, or names a version, or a pipeline alone, whose newest version it gets
+  and recurring runs may have equal names;
+- inputs are checked against the spec: unknown and missing inputs are refused (template/v2_template.go);
+- a run contains its own spec, or names a version, or a pipeline alone, and then gets its newest version
   (resource/resource_manager.go);
 - recurring runs can be created, deleted, enabled and disabled, not updated; concurrency is 1 to 10, and times are
   those of robfig/cron: six fields (server/job_server.go);
-- with one user, lists refuse a namespace (server/experiment_server.go, TestListExperiments_SingleUser…); with many,
-  they demand one, and callers are known by bearer token: 401 without, 403 outside their namespaces (auth/);
-- terminating a run that is over is refused (resource/resource_manager.go).
+- with a single user, lists refuse a namespace (server/experiment_server.go, TestListExperiments_SingleUser…); with
+  several users, they require one, and callers are identified by bearer token: 401 without a token, 403 outside their
+  namespaces (auth/);
+- terminating a finished run is refused (resource/resource_manager.go).
 
-Which fields requests and answers may have is decided by the models of `kfp-server-api`. Below /apis/ of other groups
-and /api/v1 there are a few reads of the Kubernetes API, for what `preflight` looks at.
+The models of `kfp-server-api` decide which fields requests and answers may have. Below /apis/ of other groups and
+/api/v1 there are a few reads of the Kubernetes API, for the checks of `preflight`.
 """
 
 import base64
@@ -44,20 +45,20 @@ from werkzeug.serving import make_server
 Record = dict[str, Any]
 
 _START = datetime(2026, 1, 1, tzinfo=UTC)
-_BOUNDS = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+_FIELD_RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 
 
 @dataclass
 class FakeKubeflow:
-    """The server's state, and what a test may do behind its back.
+    """The server's state, which a test may change.
 
     Attributes:
-        tokens: the namespaces that each bearer token may use; empty means that the server has one user.
-        outcomes: how steps end, for those that do not succeed.
-        faults: answers to give instead, in order, to requests whose "METHOD path" matches.
-        logs: of pods, by name.
-        kubernetes: objects of the Kubernetes API by path; a number is answered as that status.
-        requests: every request that came, as "METHOD path".
+        tokens: Namespaces that each bearer token may use; empty means that the server has a single user.
+        outcomes: Final states of steps that do not succeed, by step.
+        faults: Answers that replace the usual ones, in order, for requests whose "METHOD path" matches.
+        logs: Logs of pods by name.
+        kubernetes: Objects of the Kubernetes API by path; a number is answered as this HTTP status.
+        requests: Every received request as "METHOD path".
     """
 
     tokens: dict[str, set[str]] = field(default_factory=dict)
@@ -74,15 +75,15 @@ class FakeKubeflow:
     hangs: threading.Event = field(default_factory=threading.Event)
     url: str = ""
     _specs: dict[str, Record] = field(default_factory=dict)
-    _looks: dict[str, int] = field(default_factory=dict)
+    _polls: dict[str, int] = field(default_factory=dict)
     _clock: int = 0
 
     def answer_next(self, pattern: str, *answers: Any) -> None:
-        """Answer the next requests that match with a status, a text, or "hang"."""
+        """Answer the next matching requests with an HTTP status, with a text, or not at all ("hang")."""
         self.faults += [(pattern, answer) for answer in answers]
 
     def tick(self, recurring_run_id: str) -> Record | None:
-        """What the schedule's controller does when the time has come."""
+        """Start a recurring run as the server's controller does at the scheduled time."""
         schedule = self.recurring_runs[recurring_run_id]
         if schedule["status"] != "ENABLED":
             return None
@@ -91,7 +92,7 @@ class FakeKubeflow:
         return self.create_run(body, recurring_run_id)
 
     def now(self) -> str:
-        """A time that is later at every call."""
+        """A time that grows with every call."""
         self._clock += 1
         return (_START + timedelta(seconds=self._clock)).isoformat().replace("+00:00", "Z")
 
@@ -125,15 +126,15 @@ class FakeKubeflow:
 
     def check_parameters(self, spec: Record, given: Record) -> None:
         pipeline = spec.get("pipeline_spec", spec)
-        taken = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
+        inputs = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
         for name in given:
-            name in taken or _refuse(400, f"parameter: {name} is not found in pipeline")
-        for name, about in taken.items():
-            if name not in given and "defaultValue" not in about and not about.get("isOptional"):
+            name in inputs or _refuse(400, f"parameter: {name} is not found in pipeline")
+        for name, description in inputs.items():
+            if name not in given and "defaultValue" not in description and not description.get("isOptional"):
                 _refuse(400, f"parameter {name} is not optional, yet has neither default value nor user provided value")
 
     def advance(self, run: Record) -> None:
-        """Let a run get on by one step each time it is looked at."""
+        """Advance a run by one step, which happens every time somebody reads the run."""
         if run["state"] in {"SUCCEEDED", "FAILED", "CANCELED"}:
             return
         if run["state"] == "CANCELING":
@@ -141,17 +142,17 @@ class FakeKubeflow:
             return
         spec = self._specs[run["run_id"]]
         order = list(_tasks(spec.get("pipeline_spec", spec)))
-        look = self._looks[run["run_id"]] = self._looks.get(run["run_id"], -1) + 1
+        poll = self._polls[run["run_id"]] = self._polls.get(run["run_id"], -1) + 1
         tasks = run["run_details"]["task_details"]
         if tasks and tasks[-1]["state"] == "RUNNING":
             tasks[-1].update(state=self.outcomes.get(tasks[-1]["display_name"], "SUCCEEDED"), end_time=self.now())
             if tasks[-1]["state"] == "FAILED":
                 self._finish(run, "FAILED")
                 return
-        if look < len(order):
+        if poll < len(order):
             run["state"] = "RUNNING"
-            driver = {"display_name": f"{order[look]}-driver", "state": "SUCCEEDED"}
-            step = {"display_name": order[look], "state": "RUNNING", "pod_name": f"pod-{order[look]}"}
+            driver = {"display_name": f"{order[poll]}-driver", "state": "SUCCEEDED"}
+            step = {"display_name": order[poll], "state": "RUNNING", "pod_name": f"pod-{order[poll]}"}
             for task in (driver, step):
                 tasks.append({"run_id": run["run_id"], "task_id": str(uuid.uuid4()), "start_time": self.now(), **task})
         else:
@@ -162,7 +163,7 @@ class FakeKubeflow:
 
 
 def _tasks(pipeline: Record) -> Iterator[str]:
-    """The tasks in the order they run, a condition as a task before those in it."""
+    """The tasks in their order, a condition as a task before the tasks inside it."""
     step_order = ["validate-data", "preprocess", "train", "merge", "evaluate", "condition-1"]
     tasks = pipeline["root"]["dag"]["tasks"]
     for name in sorted(tasks, key=step_order.index):
@@ -172,7 +173,7 @@ def _tasks(pipeline: Record) -> Iterator[str]:
 
 @contextmanager
 def serving(fake: FakeKubeflow) -> Iterator[FakeKubeflow]:
-    """Answer HTTP while the block runs."""
+    """Answer HTTP requests during a block."""
     server = make_server("127.0.0.1", 0, _routes(fake), threaded=True)
     fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -195,16 +196,16 @@ def _refuse(status: int, message: str) -> Any:
 
 
 def _body(model: str) -> Record:
-    """The request's body, if the model knows every field of it and accepts its values."""
-    said = request.get_json()
+    """The request's body; refused unless the model has all its fields and accepts their values."""
+    body = request.get_json()
     known = set(getattr(kfp_server_api, model).attribute_map.values())
-    if unknown := set(said) - known:
+    if unknown := set(body) - known:
         _refuse(400, f"unknown field {sorted(unknown)}")
     try:
-        kfp_server_api.ApiClient().deserialize(SimpleNamespace(data=json.dumps(said)), model)
+        kfp_server_api.ApiClient().deserialize(SimpleNamespace(data=json.dumps(body)), model)
     except (ValueError, TypeError) as error:
         _refuse(400, str(error))
-    return said
+    return body
 
 
 def _answer(record: Record, model: str) -> Response:
@@ -214,7 +215,7 @@ def _answer(record: Record, model: str) -> Response:
 
 
 def _page(records: list[Record], name: str, model: str) -> Response:
-    """One page of what passes the filter, sorted."""
+    """One page of the records that match the filter, sorted."""
     for predicate in json.loads(request.args.get("filter") or "{}").get("predicates", []):
         assert predicate["operation"] in (1, "EQUALS")
         records = [item for item in records if item.get(predicate["key"]) == predicate["stringValue"]]
@@ -238,12 +239,12 @@ def _check_cron(cron: str) -> None:
     fields = cron.split()
     if len(fields) != 6:
         _refuse(400, f"Schedule cron is not a supported format: {cron}")
-    for text, (lowest, highest) in zip(fields, _BOUNDS, strict=True):
+    for text, (lowest, highest) in zip(fields, _FIELD_RANGES, strict=True):
         for number in re.findall(r"(?<!/)\b\d+", text):
             lowest <= int(number) <= highest or _refuse(400, f"Schedule cron is not a supported format: {cron}")
 
 
-def _parsed_upload() -> Record:
+def _parse_upload() -> Record:
     file = request.files.get("uploadfile") or _refuse(400, "Failed to read pipeline from file")
     pipeline, *platform = yaml.safe_load_all(file.read())
     try:
@@ -285,7 +286,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
     def _token() -> str:
         return request.headers.get("authorization", "").removeprefix("Bearer ")
 
-    def allow(namespace: str | None) -> None:
+    def check_access(namespace: str | None) -> None:
         if not fake.tokens:
             if namespace:
                 _refuse(400, "In single-user mode, namespace cannot be used.")
@@ -295,7 +296,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
         if namespace not in fake.tokens[_token()]:
             _refuse(403, f"User is not authorized in namespace {namespace}")
 
-    def unique(records: dict[str, Record], **fields: Any) -> None:
+    def check_unique(records: dict[str, Record], **fields: Any) -> None:
         if any(all(item.get(key) == value for key, value in fields.items()) for item in records.values()):
             _refuse(409, f"already exists: {fields}")
 
@@ -305,28 +306,28 @@ def _routes(fake: FakeKubeflow) -> Flask:
 
     @app.get(f"{api}/pipelines")
     def list_pipelines() -> Any:
-        allow(request.args.get("namespace"))
+        check_access(request.args.get("namespace"))
         wanted = request.args.get("namespace")
         found = [item for item in fake.pipelines.values() if item.get("namespace") == wanted]
         return _page(found, "pipelines", "V2beta1Pipeline")
 
     @app.post(f"{api}/pipelines")
     def create_pipeline() -> Any:
-        said = _body("V2beta1Pipeline")
-        allow(said.get("namespace"))
-        unique(fake.pipelines, display_name=said["display_name"], namespace=said.get("namespace"))
-        made = {**said, "pipeline_id": str(uuid.uuid4()), "name": said["display_name"], "created_at": fake.now()}
-        fake.pipelines[made["pipeline_id"]] = made
-        return _answer(made, "V2beta1Pipeline")
+        body = _body("V2beta1Pipeline")
+        check_access(body.get("namespace"))
+        check_unique(fake.pipelines, display_name=body["display_name"], namespace=body.get("namespace"))
+        created = {**body, "pipeline_id": str(uuid.uuid4()), "name": body["display_name"], "created_at": fake.now()}
+        fake.pipelines[created["pipeline_id"]] = created
+        return _answer(created, "V2beta1Pipeline")
 
     @app.post(f"{api}/pipelines/upload_version")
     def upload_version() -> Any:
         pipeline = fake.pipelines.get(request.args.get("pipelineid", "")) or _refuse(400, "no such pipeline")
-        allow(pipeline.get("namespace"))
-        spec = _parsed_upload()
+        check_access(pipeline.get("namespace"))
+        spec = _parse_upload()
         name = request.args.get("name") or _refuse(400, "no name")
-        unique(fake.versions, display_name=name, pipeline_id=pipeline["pipeline_id"])
-        made = {
+        check_unique(fake.versions, display_name=name, pipeline_id=pipeline["pipeline_id"])
+        created = {
             "pipeline_id": pipeline["pipeline_id"],
             "pipeline_version_id": str(uuid.uuid4()),
             "display_name": name,
@@ -334,67 +335,67 @@ def _routes(fake: FakeKubeflow) -> Flask:
             "created_at": fake.now(),
             "pipeline_spec": spec,
         }
-        fake.versions[made["pipeline_version_id"]] = made
-        return _answer(made, "V2beta1PipelineVersion")
+        fake.versions[created["pipeline_version_id"]] = created
+        return _answer(created, "V2beta1PipelineVersion")
 
     @app.get(f"{api}/pipelines/<pipeline_id>/versions")
     def list_versions(pipeline_id: str) -> Any:
         pipeline = fake.pipelines.get(pipeline_id) or _refuse(404, "no such pipeline")
-        allow(pipeline.get("namespace"))
+        check_access(pipeline.get("namespace"))
         found = [item for item in fake.versions.values() if item["pipeline_id"] == pipeline_id]
         return _page(found, "pipeline_versions", "V2beta1PipelineVersion")
 
     @app.get(f"{api}/experiments")
     def list_experiments() -> Any:
         wanted = request.args.get("namespace")
-        allow(wanted)
+        check_access(wanted)
         found = [item for item in fake.experiments.values() if item.get("namespace") == wanted]
         return _page(found, "experiments", "V2beta1Experiment")
 
     @app.post(f"{api}/experiments")
     def create_experiment() -> Any:
-        said = _body("V2beta1Experiment")
-        allow(said.get("namespace"))
-        unique(fake.experiments, display_name=said["display_name"], namespace=said.get("namespace"))
-        made = {**said, "experiment_id": str(uuid.uuid4()), "created_at": fake.now()}
-        fake.experiments[made["experiment_id"]] = made
-        return _answer(made, "V2beta1Experiment")
+        body = _body("V2beta1Experiment")
+        check_access(body.get("namespace"))
+        check_unique(fake.experiments, display_name=body["display_name"], namespace=body.get("namespace"))
+        created = {**body, "experiment_id": str(uuid.uuid4()), "created_at": fake.now()}
+        fake.experiments[created["experiment_id"]] = created
+        return _answer(created, "V2beta1Experiment")
 
-    def space(experiment_id: str | None) -> str | None:
+    def namespace_of(experiment_id: str | None) -> str | None:
         experiment = fake.experiments.get(experiment_id or "") or _refuse(404, "no such experiment")
         return experiment.get("namespace")
 
     @app.get(f"{api}/runs")
     def list_runs() -> Any:
         if experiment := request.args.get("experiment_id"):
-            allow(space(experiment))
+            check_access(namespace_of(experiment))
             found = [item for item in fake.runs.values() if item["experiment_id"] == experiment]
         else:
             wanted = request.args.get("namespace")
-            allow(wanted)
-            found = [item for item in fake.runs.values() if space(item["experiment_id"]) == wanted]
+            check_access(wanted)
+            found = [item for item in fake.runs.values() if namespace_of(item["experiment_id"]) == wanted]
         return _page(found, "runs", "V2beta1Run")
 
     @app.post(f"{api}/runs")
     def create_run() -> Any:
-        said = _body("V2beta1Run")
-        allow(space(said.get("experiment_id")))
-        return _answer(fake.create_run(said), "V2beta1Run")
+        body = _body("V2beta1Run")
+        check_access(namespace_of(body.get("experiment_id")))
+        return _answer(fake.create_run(body), "V2beta1Run")
 
-    def the_run(run_id: str) -> Record:
+    def find_run(run_id: str) -> Record:
         run = fake.runs.get(run_id) or _refuse(404, f"Run {run_id} not found")
-        allow(space(run["experiment_id"]))
+        check_access(namespace_of(run["experiment_id"]))
         return run
 
     @app.get(f"{api}/runs/<run_id>")
     def get_run(run_id: str) -> Any:
-        run = the_run(run_id)
+        run = find_run(run_id)
         fake.advance(run)
         return _answer(run, "V2beta1Run")
 
     @app.post(f"{api}/runs/<run_id>:terminate")
     def terminate(run_id: str) -> Any:
-        run = the_run(run_id)
+        run = find_run(run_id)
         if run["state"] in {"SUCCEEDED", "FAILED", "CANCELED"}:
             _refuse(400, "Failed to terminate a run. The run is over")
         run["state"] = "CANCELING"
@@ -402,7 +403,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
 
     @app.get("/apis/v1alpha1/runs/<run_id>/nodes/<node_id>/log")
     def read_log(run_id: str, node_id: str) -> Any:
-        the_run(run_id)
+        find_run(run_id)
         if node_id not in fake.logs:
             _refuse(500, "error reading log")
         return Response(fake.logs[node_id], mimetype="text/plain")
@@ -410,47 +411,47 @@ def _routes(fake: FakeKubeflow) -> Flask:
     @app.get(f"{api}/recurringruns")
     def list_recurring() -> Any:
         wanted = request.args.get("namespace")
-        allow(wanted)
+        check_access(wanted)
         found = [item for item in fake.recurring_runs.values() if item.get("namespace") == wanted]
         return _page(found, "recurringRuns", "V2beta1RecurringRun")
 
     @app.post(f"{api}/recurringruns")
     def create_recurring() -> Any:
-        said = _body("V2beta1RecurringRun")
-        allow(said.get("namespace"))
-        space(said.get("experiment_id"))
-        reference = said.get("pipeline_version_reference") or {}
+        body = _body("V2beta1RecurringRun")
+        check_access(body.get("namespace"))
+        namespace_of(body.get("experiment_id"))
+        reference = body.get("pipeline_version_reference") or {}
         if not reference.get("pipeline_id"):
             _refuse(400, "no pipeline source")
         version = fake.version_of(reference)
-        fake.check_parameters(version["pipeline_spec"], said["runtime_config"].get("parameters", {}))
-        _check_cron(said["trigger"]["cron_schedule"]["cron"])
-        if not 1 <= int(said["max_concurrency"]) <= 10:
+        fake.check_parameters(version["pipeline_spec"], body["runtime_config"].get("parameters", {}))
+        _check_cron(body["trigger"]["cron_schedule"]["cron"])
+        if not 1 <= int(body["max_concurrency"]) <= 10:
             _refuse(400, "The max concurrency of the recurring run is out of range. Support 1-10.")
-        status = "ENABLED" if said["mode"] == "ENABLE" else "DISABLED"
-        made = {**said, "recurring_run_id": str(uuid.uuid4()), "created_at": fake.now(), "status": status}
-        del made["mode"]
-        fake.recurring_runs[made["recurring_run_id"]] = made
-        return _answer(made, "V2beta1RecurringRun")
+        status = "ENABLED" if body["mode"] == "ENABLE" else "DISABLED"
+        created = {**body, "recurring_run_id": str(uuid.uuid4()), "created_at": fake.now(), "status": status}
+        del created["mode"]
+        fake.recurring_runs[created["recurring_run_id"]] = created
+        return _answer(created, "V2beta1RecurringRun")
 
-    def the_recurring(recurring_run_id: str) -> Record:
+    def find_recurring(recurring_run_id: str) -> Record:
         found = fake.recurring_runs.get(recurring_run_id) or _refuse(404, "no such recurring run")
-        allow(found.get("namespace"))
+        check_access(found.get("namespace"))
         return found
 
     @app.post(f"{api}/recurringruns/<recurring_run_id>:enable")
     def enable(recurring_run_id: str) -> Any:
-        the_recurring(recurring_run_id)["status"] = "ENABLED"
+        find_recurring(recurring_run_id)["status"] = "ENABLED"
         return jsonify({})
 
     @app.post(f"{api}/recurringruns/<recurring_run_id>:disable")
     def disable(recurring_run_id: str) -> Any:
-        the_recurring(recurring_run_id)["status"] = "DISABLED"
+        find_recurring(recurring_run_id)["status"] = "DISABLED"
         return jsonify({})
 
     @app.delete(f"{api}/recurringruns/<recurring_run_id>")
     def delete(recurring_run_id: str) -> Any:
-        the_recurring(recurring_run_id)
+        find_recurring(recurring_run_id)
         del fake.recurring_runs[recurring_run_id]
         return jsonify({})
 

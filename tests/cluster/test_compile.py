@@ -1,6 +1,7 @@
-"""`minicpmv-finetune compile`: what it writes for whom, and what it refuses."""
+"""`minicpmv-finetune compile`: the files that it writes, and the options that it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,8 +11,9 @@ from tests.cluster.commands import ROOT, Command
 PROFILE = ROOT / "k8s" / "profiles" / "dev.yaml"
 
 
-def _first(path: Path) -> dict:
-    return next(iter(yaml.safe_load_all(path.read_text())))
+def _first_document(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = next(iter(yaml.safe_load_all(path.read_text())))
+    return document
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ def _first(path: Path) -> dict:
         (["--retrain"], "minicpmv-retrain"),
         (["--pipeline", "retrain"], "minicpmv-retrain"),
     ],
-    ids=["finetune", "retrain-as-before", "retrain"],
+    ids=["finetune", "old-option", "retrain"],
 )
 @pytest.mark.parametrize("settings", [[], ["--profile", PROFILE]], ids=["plain", "profile"])
 def test_each_pipeline_is_written_with_or_without_a_profile(
@@ -31,18 +33,18 @@ def test_each_pipeline_is_written_with_or_without_a_profile(
     done = command("compile", path, *options, *settings)
     assert done.code == 0, done.err
     assert str(path) in done.out
-    assert _first(path)["pipelineInfo"]["name"] == name
+    assert _first_document(path)["pipelineInfo"]["name"] == name
     assert ("secretName: minicpmv-s3" in path.read_text()) == bool(settings)
 
 
 @pytest.mark.parametrize("name", ["finetune", "retrain"])
-def test_objects_are_written_for_the_profiles_namespace(name: str, command: Command, tmp_path: Path) -> None:
+def test_objects_belong_to_the_profiles_namespace(name: str, command: Command, tmp_path: Path) -> None:
     path = tmp_path / "objects.yaml"
     assert command("compile", path, "--objects", "--pipeline", name, "--profile", PROFILE).code == 0
     kinds = {document["kind"]: document for document in yaml.safe_load_all(path.read_text())}
     assert set(kinds) == {"Pipeline", "PipelineVersion"}
     assert kinds["Pipeline"]["metadata"]["name"] == f"minicpmv-{name}"
-    assert {document["metadata"]["namespace"] for document in kinds.values()} == {_first(PROFILE)["namespace"]}
+    assert {document["metadata"]["namespace"] for document in kinds.values()} == {_first_document(PROFILE)["namespace"]}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_objects_are_written_for_the_profiles_namespace(name: str, command: Comm
         (["--partitions", "2", "--profile", PROFILE], "set preprocess_partitions there"),
     ],
 )
-def test_what_cannot_be_written_is_refused(
+def test_contradicting_options_are_refused(
     command: Command, tmp_path: Path, options: list[str | Path], sentence: str
 ) -> None:
     done = command("compile", tmp_path / "pipeline.yaml", *options)

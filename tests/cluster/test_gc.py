@@ -1,4 +1,4 @@
-"""gc, on a real object store and a real MLflow registry."""
+"""`gc` with a real object store and a real MLflow registry."""
 
 import json
 import uuid
@@ -12,19 +12,19 @@ from minicpmv_finetune import storage
 from tests.cluster.commands import INPUTS, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 
-GONE = str(uuid.UUID(int=1))
+DELETED_RUN = str(uuid.UUID(int=1))
 
 
 @pytest.fixture
 def root(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A pipeline root in an empty bucket, beside an MLflow without models."""
+    """A pipeline root in an empty bucket, and an MLflow registry without models."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return f"{s3_uri}/pipelines"
 
 
 @pytest.fixture
 def unused(kubeflow: FakeKubeflow, command: Command, root: str) -> Callable[..., list[str]]:
-    """Names of the folders that gc lists."""
+    """A function that returns the names of the folders that `gc` lists."""
 
     def names(*words: str) -> list[str]:
         done = command("gc", "--root", root, "--min-age-days", "0", "--output", "json", *words)
@@ -39,55 +39,57 @@ def _write(root: str, *names: str, content: bytes = b"x") -> None:
         storage.write_bytes(f"{root}/minicpmv-finetune/{name}", content)
 
 
-def test_only_what_nothing_refers_to_is_listed(
+def test_only_folders_without_references_are_listed(
     unused: Callable[..., list[str]], command: Command, kubeflow: FakeKubeflow, root: str
 ) -> None:
     succeeded = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json").json["run_id"]
     running = command("submit", *INPUTS, "--output", "json").json["run_id"]
     place = f"{root}/minicpmv-finetune/shards-cache/used"
     _write(root, f"{running}/preprocess/shards/manifest.json", content=json.dumps({"location": place}).encode())
-    _write(root, "shards-cache/used/train-0.parquet", "shards-cache/lost/train-0.parquet", "shards-cache/lost/a.json")
+    _write(
+        root, "shards-cache/used/train-0.parquet", "shards-cache/unused/train-0.parquet", "shards-cache/unused/a.json"
+    )
     _write(root, f"{succeeded}/merge/model/config.json", f"{succeeded}/train/checkpoints/checkpoint-1.json")
-    _write(root, f"{running}/train/checkpoints/checkpoint-1.json", f"{GONE}/merge/model/config.json")
+    _write(root, f"{running}/train/checkpoints/checkpoint-1.json", f"{DELETED_RUN}/merge/model/config.json")
     _write(root, "notes/readme.txt")
-    assert sorted(unused()) == sorted([GONE, f"{succeeded}/train/checkpoints", "shards-cache/lost"])
+    assert sorted(unused()) == sorted([DELETED_RUN, f"{succeeded}/train/checkpoints", "shards-cache/unused"])
 
 
 @pytest.mark.parametrize("pipeline", ["minicpmv-finetune", "minicpmv-retrain"])
 def test_both_pipelines_are_cleaned_up(pipeline: str, kubeflow: FakeKubeflow, command: Command, root: str) -> None:
-    storage.write_bytes(f"{root}/{pipeline}/{GONE}/merge/model/config.json", b"x")
+    storage.write_bytes(f"{root}/{pipeline}/{DELETED_RUN}/merge/model/config.json", b"x")
     done = command("gc", "--root", root, "--min-age-days", "0", "--delete", "--output", "json")
-    assert [item["uri"] for item in done.json] == [f"{root}/{pipeline}/{GONE}"]
+    assert [item["uri"] for item in done.json] == [f"{root}/{pipeline}/{DELETED_RUN}"]
     assert storage.walk(root) == {}
 
 
-def test_nothing_is_deleted_until_it_is_asked_for(unused: Callable[..., list[str]], root: str) -> None:
-    _write(root, f"{GONE}/merge/model/config.json", f"{GONE}/merge/model/model.safetensors")
-    assert unused() == [GONE]
-    assert unused() == [GONE]
-    assert unused("--delete") == [GONE]
+def test_folders_are_deleted_only_with_the_option_delete(unused: Callable[..., list[str]], root: str) -> None:
+    _write(root, f"{DELETED_RUN}/merge/model/config.json", f"{DELETED_RUN}/merge/model/model.safetensors")
+    assert unused() == [DELETED_RUN]
+    assert unused() == [DELETED_RUN]
+    assert unused("--delete") == [DELETED_RUN]
     assert unused() == []
     assert storage.walk(root) == {}
 
 
-def test_a_registered_model_keeps_its_run(unused: Callable[..., list[str]], root: str) -> None:
-    _write(root, f"{GONE}/merge/model/config.json")
+def test_the_folder_of_a_registered_model_is_kept(unused: Callable[..., list[str]], root: str) -> None:
+    _write(root, f"{DELETED_RUN}/merge/model/config.json")
     client = MlflowClient()
     client.create_registered_model("receipts")
-    client.create_model_version("receipts", source=f"{root}/minicpmv-finetune/{GONE}/merge/model")
+    client.create_model_version("receipts", source=f"{root}/minicpmv-finetune/{DELETED_RUN}/merge/model")
     assert unused("--delete") == []
-    assert storage.read_bytes(f"{root}/minicpmv-finetune/{GONE}/merge/model/config.json") == b"x"
+    assert storage.read_bytes(f"{root}/minicpmv-finetune/{DELETED_RUN}/merge/model/config.json") == b"x"
 
 
-def test_what_is_new_is_left_alone(kubeflow: FakeKubeflow, command: Command, root: str) -> None:
-    _write(root, f"{GONE}/merge/model/config.json")
+def test_a_recently_written_folder_is_kept(kubeflow: FakeKubeflow, command: Command, root: str) -> None:
+    _write(root, f"{DELETED_RUN}/merge/model/config.json")
     assert command("gc", "--root", root, "--output", "json").json == []
 
 
 def test_nothing_is_unused_where_mlflow_does_not_answer(
     kubeflow: FakeKubeflow, command: Command, root: str, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _write(root, f"{GONE}/merge/model/config.json")
+    _write(root, f"{DELETED_RUN}/merge/model/config.json")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", unreachable)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     done = command("gc", "--root", root, "--min-age-days", "0", "--delete")
@@ -97,13 +99,15 @@ def test_nothing_is_unused_where_mlflow_does_not_answer(
 
 
 def test_nothing_is_unused_where_kubeflow_does_not_answer(kubeflow: FakeKubeflow, command: Command, root: str) -> None:
-    _write(root, f"{GONE}/merge/model/config.json")
+    _write(root, f"{DELETED_RUN}/merge/model/config.json")
     kubeflow.answer_next(r"GET .*/runs", 503)
     assert command("gc", "--root", root, "--min-age-days", "0", "--delete").code == 75
     assert storage.walk(root)
 
 
-def test_no_root_is_a_mistake(kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]) -> None:
+def test_without_a_pipeline_root_the_option_root_is_required(
+    kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]
+) -> None:
     done = command("gc", "--profile", profile(pipeline_root=""))
     assert done.code == 2
     assert "--root" in done.err

@@ -1,4 +1,4 @@
-"""The rendered manifests: valid for the API server, and what a platform team asks about, a test for each rule."""
+"""The rendered manifests: they are valid for the API server, and meet every rule of a platform team."""
 
 import re
 import shutil
@@ -24,8 +24,8 @@ OVERLAYS = ["overlays/dev", "overlays/prod", "jobs/fetch-base-model"]
 
 Manifest = dict[str, Any]
 
-# What the project's own objects of foreign kinds may say: the kind's required fields (True) and those it uses (False).
-_FOREIGN = {
+# Fields of custom resources that the project's objects may have: required ones (True) and used optional ones (False).
+_CUSTOM_RESOURCES = {
     # kueue.x-k8s.io/v1beta1, config/components/crd/bases/kueue.x-k8s.io_localqueues.yaml
     "LocalQueue": {"clusterQueue": True, "stopPolicy": False},
     # external-secrets.io/v1, config/crds/bases/external-secrets.io_externalsecrets.yaml
@@ -35,7 +35,7 @@ _FOREIGN = {
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
-    """Every kustomization, as `kubectl apply -k` would send it."""
+    """Every kustomization, as `kubectl apply -k` sends it."""
     folder = shutil.copytree(ROOT / "k8s", tmp_path_factory.mktemp("manifests") / "k8s")
     (folder / "components" / "secrets" / "s3.env").write_text("AWS_ACCESS_KEY_ID=key\nAWS_SECRET_ACCESS_KEY=secret\n")
     return {name: list(yaml.safe_load_all(_render(folder / name))) for name in OVERLAYS}
@@ -61,7 +61,7 @@ def _named(manifests: list[Manifest], kind: str, name: str) -> Manifest:
 
 
 def _pods(manifests: list[Manifest]) -> list[tuple[str, Manifest]]:
-    """Every pod template with the name of what makes pods of it."""
+    """Every pod template, with the name of the object that creates its pods."""
     found = []
     for item in manifests:
         spec = item.get("spec", {})
@@ -81,25 +81,25 @@ def _containers(pod: Manifest) -> list[Manifest]:
 
 def test_every_object_is_valid(manifests: list[Manifest]) -> None:
     for item in manifests:
-        if item["kind"] in _FOREIGN:
-            fields = _FOREIGN[item["kind"]]
+        if item["kind"] in _CUSTOM_RESOURCES:
+            fields = _CUSTOM_RESOURCES[item["kind"]]
             assert set(item["spec"]) <= set(fields)
             assert {name for name, required in fields.items() if required} <= set(item["spec"])
         elif item["kind"] == "TrainingRuntime":
-            _accepted_by_trainer(TrainerV1alpha1TrainingRuntime, item)
+            _check_trainer_object(TrainerV1alpha1TrainingRuntime, item)
         else:
             kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_example_of_a_training_job_is_valid(rendered: dict[str, list[Manifest]]) -> None:
+def test_the_example_trainjob_is_valid(rendered: dict[str, list[Manifest]]) -> None:
     job = yaml.safe_load((ROOT / "k8s" / "examples" / "trainjob.yaml").read_text())
-    _accepted_by_trainer(TrainerV1alpha1TrainJob, job)
+    _check_trainer_object(TrainerV1alpha1TrainJob, job)
     reference = job["spec"]["runtimeRef"]
     assert _named(rendered["overlays/prod"], reference["kind"], reference["name"])
 
 
-def _accepted_by_trainer(model: Any, item: Manifest) -> None:
-    """Kubeflow's own models ignore fields they do not know; what survives the way there and back is known."""
+def _check_trainer_object(model: Any, item: Manifest) -> None:
+    """Check that Kubeflow's own model has all fields; it drops unknown ones, so they are missing afterwards."""
     known = model.from_dict(item).to_dict()
     assert _without_empty(known) == _without_empty(item)
 
@@ -112,21 +112,21 @@ def _without_empty(value: Any) -> Any:
     return value
 
 
-def test_everything_lives_in_the_namespace(manifests: list[Manifest]) -> None:
+def test_every_object_is_in_the_namespace(manifests: list[Manifest]) -> None:
     for item in manifests:
         assert item["kind"] == "Namespace" or item["metadata"]["namespace"] == "minicpmv-finetune", item["metadata"]
 
 
-def test_nothing_reaches_beyond_the_namespace(manifests: list[Manifest]) -> None:
+def test_no_object_is_cluster_wide(manifests: list[Manifest]) -> None:
     assert not {item["kind"] for item in manifests} & {"ClusterRole", "ClusterRoleBinding"}
 
 
-def test_namespace_is_restricted(overlay: list[Manifest]) -> None:
+def test_the_namespace_has_pod_security_restricted(overlay: list[Manifest]) -> None:
     labels = _named(overlay, "Namespace", "minicpmv-finetune")["metadata"]["labels"]
     assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {"restricted"}
 
 
-def test_pods_are_what_pod_security_restricted_admits(manifests: list[Manifest]) -> None:
+def test_pods_meet_pod_security_restricted(manifests: list[Manifest]) -> None:
     for name, pod in _pods(manifests):
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["runAsUser"] > 0, name
@@ -138,27 +138,27 @@ def test_pods_are_what_pod_security_restricted_admits(manifests: list[Manifest])
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, container["name"]
 
 
-def test_services_cannot_write_to_their_image(manifests: list[Manifest]) -> None:
+def test_services_cannot_write_to_their_root_filesystem(manifests: list[Manifest]) -> None:
     for name, pod in _pods(manifests):
         for container in _containers(pod):
-            # Training compiles kernels at run time and writes them beside libraries.
+            # Training compiles kernels at run time and stores them beside the libraries.
             assert name == "node" or container["securityContext"]["readOnlyRootFilesystem"] is True, container["name"]
 
 
-def test_containers_say_what_they_need_and_what_they_may_take(manifests: list[Manifest]) -> None:
+def test_containers_have_requests_and_limits(manifests: list[Manifest]) -> None:
     for _, pod in _pods(manifests):
         for container in _containers(pod):
             for bound in ("requests", "limits"):
                 assert {"cpu", "memory"} <= set(container["resources"][bound]), container["name"]
 
 
-def test_images_are_pinned(manifests: list[Manifest]) -> None:
+def test_container_images_are_pinned(manifests: list[Manifest]) -> None:
     for _, pod in _pods(manifests):
         for container in _containers(pod):
             assert re.search(r"(@sha256:[0-9a-f]{64}|:(?!latest)[\w.-]+)$", container["image"]), container["image"]
 
 
-def test_services_are_probed(overlay: list[Manifest]) -> None:
+def test_services_have_probes(overlay: list[Manifest]) -> None:
     for kind, name in (("Deployment", "mlflow"), ("StatefulSet", "s3")):
         for item in overlay:
             if (item["kind"], item["metadata"]["name"]) == (kind, name):
@@ -166,18 +166,18 @@ def test_services_are_probed(overlay: list[Manifest]) -> None:
                 assert {"readinessProbe", "livenessProbe"} <= set(container)
 
 
-def test_pods_that_ask_nothing_of_kubernetes_get_no_token(manifests: list[Manifest]) -> None:
+def test_pods_get_no_service_account_token(manifests: list[Manifest]) -> None:
     for name, pod in _pods(manifests):
         assert pod["automountServiceAccountToken"] is False, name
 
 
-def test_temporary_volumes_are_bounded(manifests: list[Manifest]) -> None:
+def test_temporary_volumes_have_a_size_limit(manifests: list[Manifest]) -> None:
     for name, pod in _pods(manifests):
         for volume in pod.get("volumes", []):
             assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], name
 
 
-def test_roles_are_least(overlay: list[Manifest]) -> None:
+def test_roles_have_least_privilege(overlay: list[Manifest]) -> None:
     for role in (item for item in overlay if item["kind"] == "Role"):
         for rule in role["rules"]:
             assert "*" not in rule["apiGroups"] + rule["resources"] + rule["verbs"]
@@ -188,18 +188,18 @@ def test_roles_are_least(overlay: list[Manifest]) -> None:
                 assert set(rule["verbs"]) <= {"get", "list", "watch"}
 
 
-def test_runs_are_bound_to_their_own_role(overlay: list[Manifest]) -> None:
+def test_runs_have_their_own_role(overlay: list[Manifest]) -> None:
     binding = _named(overlay, "RoleBinding", "minicpmv-finetune-run")
     assert [subject["name"] for subject in binding["subjects"]] == ["minicpmv-finetune"]
 
 
-def test_the_train_step_may_do_what_it_asks_of_trainer(rendered: dict[str, list[Manifest]]) -> None:
+def test_the_train_step_may_manage_trainjobs(rendered: dict[str, list[Manifest]]) -> None:
     rules = _named(rendered["overlays/prod"], "Role", "minicpmv-finetune-nodes")["rules"]
     allowed = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     assert allowed == {("trainjobs", "get"), ("trainjobs", "create"), ("trainjobs", "delete"), ("pods/log", "get")}
 
 
-def test_a_users_mistake_ends_a_training_job_and_a_lost_node_does_not(rendered: dict[str, list[Manifest]]) -> None:
+def test_a_users_mistake_ends_a_trainjob_and_a_lost_node_does_not(rendered: dict[str, list[Manifest]]) -> None:
     (runtime,) = [item for item in rendered["overlays/prod"] if item["kind"] == "TrainingRuntime"]
     jobset = runtime["spec"]["template"]["spec"]
     (job,) = jobset["replicatedJobs"]
@@ -213,7 +213,7 @@ def test_a_users_mistake_ends_a_training_job_and_a_lost_node_does_not(rendered: 
     assert jobset["failurePolicy"]["maxRestarts"] > 0
 
 
-def test_nobody_talks_unless_a_policy_says_so(overlay: list[Manifest]) -> None:
+def test_traffic_is_denied_unless_a_policy_allows_it(overlay: list[Manifest]) -> None:
     deny = _named(overlay, "NetworkPolicy", "default-deny")["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for policy in (item for item in overlay if item["kind"] == "NetworkPolicy"):
@@ -230,18 +230,18 @@ def test_nobody_talks_unless_a_policy_says_so(overlay: list[Manifest]) -> None:
     ("policy", "port"),
     [("dns", 53), ("run-to-kubeflow", 8887), ("run-to-mlflow", 5000), ("to-s3", None), ("notify-to-webhook", 443)],
 )
-def test_what_a_run_needs_is_let_out(policy: str, port: int | None, overlay: list[Manifest]) -> None:
+def test_policies_allow_the_traffic_that_a_run_needs(policy: str, port: int | None, overlay: list[Manifest]) -> None:
     rules = _named(overlay, "NetworkPolicy", policy)["spec"]["egress"]
     ports = {item["port"] for rule in rules for item in rule["ports"]}
     assert port in ports if port else ports
 
 
-def test_development_storage_stays_inside(rendered: dict[str, list[Manifest]]) -> None:
+def test_development_storage_is_inside_the_namespace(rendered: dict[str, list[Manifest]]) -> None:
     (rule,) = _named(rendered["overlays/dev"], "NetworkPolicy", "to-s3")["spec"]["egress"]
     assert rule["to"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "s3"}}}]
 
 
-def test_namespace_is_bounded_and_speaks_for_pods_that_name_no_limits(overlay: list[Manifest]) -> None:
+def test_the_namespace_has_a_quota_and_default_limits(overlay: list[Manifest]) -> None:
     hard = _named(overlay, "ResourceQuota", "minicpmv-finetune")["spec"]["hard"]
     assert {"requests.cpu", "limits.memory", "requests.nvidia.com/gpu", "pods", "requests.storage"} <= set(hard)
     (limit,) = _named(overlay, "LimitRange", "minicpmv-finetune")["spec"]["limits"]
@@ -259,13 +259,13 @@ def test_no_secret_is_in_the_repository() -> None:
     assert ignored.returncode == 0
 
 
-def test_artifacts_go_through_mlflow(overlay: list[Manifest]) -> None:
+def test_mlflow_serves_its_artifacts(overlay: list[Manifest]) -> None:
     (container,) = _named(overlay, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
     assert "--serve-artifacts" in container["command"]
     assert {"name": "MLFLOW_ARTIFACTS_DESTINATION", "value": "s3://minicpmv-finetune/mlflow"} in container["env"]
 
 
-def test_one_mlflow_writes_a_file_and_two_a_database(rendered: dict[str, list[Manifest]]) -> None:
+def test_mlflow_uses_a_file_in_development_and_a_database_in_production(rendered: dict[str, list[Manifest]]) -> None:
     development = _named(rendered["overlays/dev"], "Deployment", "mlflow")["spec"]
     assert (development["replicas"], development["strategy"]["type"]) == (1, "Recreate")
     production = _named(rendered["overlays/prod"], "Deployment", "mlflow")["spec"]
@@ -281,7 +281,7 @@ def test_one_mlflow_writes_a_file_and_two_a_database(rendered: dict[str, list[Ma
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
-def test_profiles_name_what_the_overlay_makes(name: str, rendered: dict[str, list[Manifest]]) -> None:
+def test_profiles_name_objects_of_the_overlay(name: str, rendered: dict[str, list[Manifest]]) -> None:
     profile, manifests = load_profile(ROOT / "k8s" / "profiles" / f"{name}.yaml"), rendered[f"overlays/{name}"]
     assert _named(manifests, "Namespace", profile.namespace)
     assert _named(manifests, "ServiceAccount", profile.service_account)
@@ -305,7 +305,7 @@ def test_profiles_name_what_the_overlay_makes(name: str, rendered: dict[str, lis
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
-def test_artifacts_go_where_runs_may_read_them(name: str, rendered: dict[str, list[Manifest]]) -> None:
+def test_runs_may_read_the_pipeline_root(name: str, rendered: dict[str, list[Manifest]]) -> None:
     manifests = rendered[f"overlays/{name}"]
     providers = yaml.safe_load(_named(manifests, "ConfigMap", "kfp-launcher")["data"]["providers"])
     credentials = providers["s3"]["default"]["credentials"]["secretRef"]
@@ -327,10 +327,10 @@ def _listens(address: str) -> bool:
         return client.connect_ex((host, int(port))) == 0
 
 
-def test_development_storage_lets_in_who_has_the_secret(
+def test_development_storage_accepts_only_the_secrets_credentials(
     rendered: dict[str, list[Manifest]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The very command and environment, run here: how a list is written in rclone's environment is easily wrong."""
+    """Run the manifest's own command and environment, because rclone's syntax for lists is easily wrong."""
     (container,) = _named(rendered["overlays/dev"], "StatefulSet", "s3")["spec"]["template"]["spec"]["containers"]
     (keys,) = [item["value"] for item in container["env"] if item["name"] == "RCLONE_AUTH_KEY"]
     secret = {"AWS_ACCESS_KEY_ID": "some-key", "AWS_SECRET_ACCESS_KEY": "some-secret"}

@@ -1,4 +1,4 @@
-"""What preflight says of a cluster where everything is there, and of each thing that is not."""
+"""`preflight` on a cluster that has everything, and with each requirement missing."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ GROUPS = {"queue": "kueue.x-k8s.io/v1beta1", "runtime": "trainer.kubeflow.org/v1
 def production(
     kubeflow: FakeKubeflow, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """The production profile, and a cluster that has all it names; some of the profile changed."""
+    """A function that writes the production profile, and a cluster that has everything that it names."""
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(
         yaml.safe_dump(
@@ -50,9 +50,9 @@ def production(
     )
 
     def write(**change: Any) -> Path:
-        said = yaml.safe_load((ROOT / "k8s" / "profiles" / "prod.yaml").read_text())
+        content = yaml.safe_load((ROOT / "k8s" / "profiles" / "prod.yaml").read_text())
         path = tmp_path / "prod.yaml"
-        path.write_text(yaml.safe_dump({**said, "pipeline_root": f"{s3_uri}/pipelines", **change}))
+        path.write_text(yaml.safe_dump({**content, "pipeline_root": f"{s3_uri}/pipelines", **change}))
         return path
 
     return write
@@ -63,14 +63,14 @@ def _states(command: Command, *words: str | Path) -> dict[str, tuple[str, str]]:
     return {check["name"]: (check["state"], check["detail"]) for check in done.json}
 
 
-def test_all_is_well(
+def test_no_check_fails_on_a_complete_cluster(
     production: Callable[..., Path], command: Command, s3_uri: str, s3_client: Any, tmp_path: Path
 ) -> None:
     bucket = s3_uri.removeprefix("s3://")
     s3_client.put_object(Bucket=bucket, Key="train.json", Body=b"[]")
     s3_client.put_object(Bucket=bucket, Key="model/config.json", Body=b"{}")
     before = s3_client.list_objects_v2(Bucket=bucket)["KeyCount"]
-    words = ["--profile", production(), "--data", f"{s3_uri}/train.json", "--base-model", f"{s3_uri}/model"]
+    words = ("--profile", production(), "--data", f"{s3_uri}/train.json", "--base-model", f"{s3_uri}/model")
     states = _states(command, *words)
     assert {name for name, (state, _) in states.items() if state != "ok"} == {"shared memory of merge"}
     assert "2.17.0" in states["Kubeflow Pipelines"][1]
@@ -83,10 +83,10 @@ def test_all_is_well(
 
 
 @pytest.mark.parametrize(
-    ("path", "answer", "name", "state", "said"),
+    ("path", "answer", "name", "state", "message"),
     [
         (f"{SPACE}/secrets/minicpmv-s3", 404, "Secret minicpmv-s3", "failed", "create it with the keys"),
-        (f"{SPACE}/secrets/minicpmv-s3", 403, "Secret minicpmv-s3", "skipped", "not allowed to look"),
+        (f"{SPACE}/secrets/minicpmv-s3", 403, "Secret minicpmv-s3", "skipped", "no permission to read it"),
         (
             f"{SPACE}/secrets/minicpmv-mlflow",
             {"data": {"username": ""}},
@@ -115,12 +115,12 @@ def test_all_is_well(
         ("/version", 500, "MLflow", "unreachable", "500"),
     ],
 )
-def test_what_is_missing_is_told_with_what_to_do(
+def test_a_missing_requirement_is_reported_with_a_remedy(
     path: str,
     answer: Any,
     name: str,
     state: str,
-    said: str,
+    message: str,
     production: Callable[..., Path],
     kubeflow: FakeKubeflow,
     command: Command,
@@ -128,7 +128,7 @@ def test_what_is_missing_is_told_with_what_to_do(
     kubeflow.kubernetes[path] = answer
     found = _states(command, "--profile", production())
     assert found[name][0] == state
-    assert said in found[name][1]
+    assert message in found[name][1]
     code = command("preflight", "--profile", production()).code
     assert code == {"failed": 2, "unreachable": 75, "skipped": 0}[state]
 
@@ -136,12 +136,12 @@ def test_what_is_missing_is_told_with_what_to_do(
 def test_an_old_server_is_refused(production: Callable[..., Path], kubeflow: FakeKubeflow, command: Command) -> None:
     old = '{"multi_user": false, "tag_name": "2.4.0"}'
     kubeflow.answer_next(r"healthz", old, old)
-    state, said = _states(command, "--profile", production())["Kubeflow Pipelines"]
+    state, message = _states(command, "--profile", production())["Kubeflow Pipelines"]
     assert state == "failed"
-    assert "2.17 or newer" in said
+    assert "2.17 or newer" in message
 
 
-def test_a_server_that_is_not_there(
+def test_unreachable_servers_are_temporary_faults(
     production: Callable[..., Path], command: Command, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("KF_PIPELINES_ENDPOINT", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
@@ -173,7 +173,7 @@ def test_addresses_are_printed_without_their_password(
         assert "hidden" not in printed.out + printed.err
 
 
-def test_a_tracking_address_that_is_no_server_is_printed_without_its_password(
+def test_a_tracking_address_that_is_not_a_server_is_printed_without_its_password(
     production: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:hidden@database/mlflow")
@@ -182,14 +182,14 @@ def test_a_tracking_address_that_is_no_server_is_printed_without_its_password(
     assert "postgresql://database/mlflow" in detail
 
 
-def test_storage_that_lets_nobody_in(
+def test_storage_that_denies_access_is_reported(
     production: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     assert _states(command, "--profile", production())["object storage"][0] == "failed"
 
 
-def test_without_access_to_kubernetes_the_rest_is_checked(
+def test_without_access_to_kubernetes_everything_else_is_checked(
     production: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", os.devnull)
@@ -198,34 +198,39 @@ def test_without_access_to_kubernetes_the_rest_is_checked(
     assert found["Kubeflow Pipelines"][0] == "ok"
 
 
-@pytest.mark.parametrize(("size", "said"), [(None, "64 MB"), ("200Gi", "leaves nothing")])
+@pytest.mark.parametrize(("size", "message"), [(None, "64 MB"), ("200Gi", "leaves nothing")])
 def test_shared_memory_is_checked(
-    size: str | None, said: str, production: Callable[..., Path], command: Command
+    size: str | None, message: str, production: Callable[..., Path], command: Command
 ) -> None:
     steps = yaml.safe_load((ROOT / "k8s" / "profiles" / "prod.yaml").read_text())["steps"]
     steps["train"]["shared_memory"] = size
     state, detail = _states(command, "--profile", production(steps=steps))["shared memory of train"]
     assert state == "failed"
-    assert said in detail
+    assert message in detail
 
 
-def test_data_and_model_that_are_not_there(production: Callable[..., Path], command: Command, s3_uri: str) -> None:
-    words = ["--profile", production(), "--data", f"{s3_uri}/no.json", "--base-model", f"{s3_uri}/model"]
+def test_missing_data_and_a_missing_model_are_reported(
+    production: Callable[..., Path], command: Command, s3_uri: str
+) -> None:
+    words = ("--profile", production(), "--data", f"{s3_uri}/no.json", "--base-model", f"{s3_uri}/model")
     found = _states(command, *words)
     assert found["data"][0] == "failed"
     assert found["base model"][0] == "failed"
     mounted = _states(command, "--profile", production(), "--base-model", "/models/MiniCPM-V-4.6")
     assert mounted["base model"][0] == "skipped"
+    local = _states(command, "--profile", production(), "--base-model", "./MiniCPM-V-4.6")
+    assert local["base model"][0] == "failed"
+    assert "is a path on this machine" in local["base model"][1]
 
 
-def test_an_image_is_checked_from_within(command: Command) -> None:
+def test_a_container_image_is_checked_from_inside(command: Command) -> None:
     found = _states(command, "--image")
     assert {"import torch", "import kfp.dsl", "compiler", "user"} <= set(found)
     assert found["import pyarrow"][0] == "ok"
     assert found["user"][0] == ("failed" if os.getuid() == 0 else "ok")
 
 
-def test_nothing_to_check_is_a_mistake(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_without_anything_to_check_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINICPMV_FINETUNE_PROFILE")
     done = command("preflight")
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""Recurring runs as code, reconciled against a server that cannot change one."""
+"""Recurring runs as code, on a server that cannot change a recurring run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from minicpmv_finetune.kubeflow.schedule import in_words, six_fields
+from minicpmv_finetune.kubeflow.schedule import describe_time, to_six_fields
 from tests.cluster.commands import BASE_MODEL, INPUTS, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 
@@ -16,7 +16,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def schedules(tmp_path: Path) -> Write:
-    """A file with one schedule, some of it changed."""
+    """A function that writes a file with one schedule, with some fields changed, and others."""
 
     def write(*others: dict[str, Any], **change: Any) -> Path:
         schedule = {
@@ -31,24 +31,25 @@ def schedules(tmp_path: Path) -> Write:
     return write
 
 
-def _verbs(command: Command, file: Path, *words: str) -> list[str]:
+def _apply(command: Command, file: Path, *words: str) -> list[str]:
+    """Apply the schedules in a file, and return what happened to each."""
     done = command("schedule", "apply", "-f", file, "--output", "json", *words)
     assert done.code == 0, done.err
-    return [step["verb"] for step in done.json]
+    return [change["verb"] for change in done.json]
 
 
-def test_apply_creates_then_leaves_alone(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    assert _verbs(command, schedules(), "--dry-run") == ["create"]
+def test_apply_creates_a_schedule_once(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    assert _apply(command, schedules(), "--dry-run") == ["create"]
     assert kubeflow.recurring_runs == {}
     assert kubeflow.pipelines == {}
-    assert _verbs(command, schedules()) == ["create"]
-    (made,) = kubeflow.recurring_runs.values()
-    assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1-5"
-    assert (made["no_catchup"], made["max_concurrency"], made["status"]) == (True, "1", "ENABLED")
-    assert made["service_account"] == "minicpmv-finetune"
+    assert _apply(command, schedules()) == ["create"]
+    (created,) = kubeflow.recurring_runs.values()
+    assert created["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1-5"
+    assert (created["no_catchup"], created["max_concurrency"], created["status"]) == (True, "1", "ENABLED")
+    assert created["service_account"] == "minicpmv-finetune"
     before = dict(kubeflow.recurring_runs)
     kubeflow.requests.clear()
-    assert _verbs(command, schedules()) == ["keep"]
+    assert _apply(command, schedules()) == ["keep"]
     assert kubeflow.recurring_runs == before
     assert all(line.startswith("GET") for line in kubeflow.requests)
 
@@ -65,23 +66,23 @@ def test_apply_creates_then_leaves_alone(kubeflow: FakeKubeflow, command: Comman
         {"pipeline": "finetune"},
     ],
 )
-def test_what_differs_is_replaced(
+def test_a_schedule_that_differs_is_replaced(
     change: dict[str, Any], kubeflow: FakeKubeflow, command: Command, schedules: Write
 ) -> None:
-    _verbs(command, schedules())
+    _apply(command, schedules())
     (old,) = kubeflow.recurring_runs
-    assert _verbs(command, schedules(**change), "--dry-run") == ["replace"]
+    assert _apply(command, schedules(**change), "--dry-run") == ["replace"]
     assert list(kubeflow.recurring_runs) == [old]
-    assert _verbs(command, schedules(**change)) == ["replace"]
+    assert _apply(command, schedules(**change)) == ["replace"]
     (new,) = kubeflow.recurring_runs
     assert new != old
-    assert _verbs(command, schedules(**change)) == ["keep"]
+    assert _apply(command, schedules(**change)) == ["keep"]
 
 
-def test_the_latest_version_is_taken_at_every_tick(
+def test_latest_uses_the_newest_version_at_every_tick(
     kubeflow: FakeKubeflow, command: Command, schedules: Write, profile: Callable[..., Path]
 ) -> None:
-    _verbs(command, schedules(pipeline="finetune"))
+    _apply(command, schedules(pipeline="finetune"))
     (schedule,) = kubeflow.recurring_runs
     first = kubeflow.tick(schedule)
     command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
@@ -89,7 +90,7 @@ def test_the_latest_version_is_taken_at_every_tick(
     assert first
     assert second
     assert first["pipeline_version_reference"] != second["pipeline_version_reference"]
-    assert _verbs(command, schedules(pipeline="finetune")) == ["keep"]
+    assert _apply(command, schedules(pipeline="finetune")) == ["keep"]
 
 
 @pytest.mark.parametrize(
@@ -100,26 +101,28 @@ def test_the_latest_version_is_taken_at_every_tick(
         ({"pipeline": "finetune"}, "minicpmv-finetune"),
     ],
 )
-def test_a_schedule_runs_the_pipeline_for_schedules_unless_told_otherwise(
+def test_the_default_pipeline_is_retrain(
     choice: dict[str, Any], name: str, kubeflow: FakeKubeflow, command: Command, schedules: Write
 ) -> None:
-    _verbs(command, schedules(**choice))
-    (made,) = kubeflow.recurring_runs.values()
+    _apply(command, schedules(**choice))
+    (created,) = kubeflow.recurring_runs.values()
     (pipeline,) = kubeflow.pipelines.values()
     assert pipeline["display_name"] == name
-    assert made["pipeline_version_reference"]["pipeline_id"] == pipeline["pipeline_id"]
+    assert created["pipeline_version_reference"]["pipeline_id"] == pipeline["pipeline_id"]
 
 
-def test_inputs_are_those_of_the_schedules_pipeline(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+def test_inputs_are_checked_for_the_schedules_pipeline(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
     parameters = {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL, "num_train_epochs": 1}
     assert command("schedule", "apply", "-f", schedules(parameters=parameters)).code == 2
-    assert _verbs(command, schedules(parameters=parameters, pipeline="finetune")) == ["create"]
+    assert _apply(command, schedules(parameters=parameters, pipeline="finetune")) == ["create"]
 
 
-def test_a_version_can_be_held(
+def test_current_uses_the_same_version_at_every_tick(
     kubeflow: FakeKubeflow, command: Command, schedules: Write, profile: Callable[..., Path]
 ) -> None:
-    _verbs(command, schedules(version="current", pipeline="finetune"))
+    _apply(command, schedules(version="current", pipeline="finetune"))
     (schedule,) = kubeflow.recurring_runs
     first = kubeflow.tick(schedule)
     command("submit", *INPUTS, "--profile", profile(labels={"environment": "new"}))
@@ -133,88 +136,88 @@ def test_a_version_can_be_held(
 
 
 def test_duplicates_are_reduced_to_one(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    _verbs(command, schedules())
+    _apply(command, schedules())
     ((kept, record),) = kubeflow.recurring_runs.items()
-    kubeflow.recurring_runs["twin"] = {**record, "recurring_run_id": "twin", "created_at": kubeflow.now()}
-    kubeflow.recurring_runs["stranger"] = {**record, "recurring_run_id": "stranger", "description": "by hand"}
-    assert _verbs(command, schedules()) == ["delete", "delete", "keep"]
+    kubeflow.recurring_runs["copy"] = {**record, "recurring_run_id": "copy", "created_at": kubeflow.now()}
+    kubeflow.recurring_runs["other"] = {**record, "recurring_run_id": "other", "description": "by hand"}
+    assert _apply(command, schedules()) == ["delete", "delete", "keep"]
     assert list(kubeflow.recurring_runs) == [kept]
 
 
-def test_a_schedule_made_by_hand_is_taken_over_by_name(
+def test_a_schedule_created_by_hand_is_replaced_by_name(
     kubeflow: FakeKubeflow, command: Command, schedules: Write
 ) -> None:
-    _verbs(command, schedules())
+    _apply(command, schedules())
     (record,) = kubeflow.recurring_runs.values()
     record["description"] = ""
-    assert _verbs(command, schedules()) == ["replace"]
+    assert _apply(command, schedules()) == ["replace"]
     assert len(kubeflow.recurring_runs) == 1
 
 
 def test_other_schedules_are_left_alone(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    _verbs(command, schedules())
-    _verbs(command, schedules(name="weekly"))
+    _apply(command, schedules())
+    _apply(command, schedules(name="weekly"))
     assert sorted(item["display_name"] for item in kubeflow.recurring_runs.values()) == ["nightly", "weekly"]
 
 
-def test_a_failed_replacement_leaves_the_old_one_running(
+def test_after_a_failed_replacement_the_old_schedule_is_enabled(
     kubeflow: FakeKubeflow, command: Command, schedules: Write
 ) -> None:
-    _verbs(command, schedules())
+    _apply(command, schedules())
     (old,) = kubeflow.recurring_runs
     kubeflow.answer_next(r"POST .*/recurringruns$", 500)
     assert command("schedule", "apply", "-f", schedules(cron="0 4 * * *")).code == 75
     assert list(kubeflow.recurring_runs) == [old]
     assert kubeflow.recurring_runs[old]["status"] == "ENABLED"
-    assert _verbs(command, schedules(cron="0 4 * * *")) == ["replace"]
+    assert _apply(command, schedules(cron="0 4 * * *")) == ["replace"]
 
 
 def test_pause_and_resume(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    _verbs(command, schedules())
-    (made,) = kubeflow.recurring_runs.values()
+    _apply(command, schedules())
+    (created,) = kubeflow.recurring_runs.values()
     assert command("schedule", "pause", "nightly", "--dry-run", "--output", "json").json["changed"] is True
-    assert made["status"] == "ENABLED"
+    assert created["status"] == "ENABLED"
     assert command("schedule", "pause", "nightly", "--output", "json").json["changed"] is True
     assert command("schedule", "pause", "nightly", "--output", "json").json["changed"] is False
-    assert kubeflow.tick(made["recurring_run_id"]) is None
-    assert _verbs(command, schedules()) == ["keep"]
-    assert made["status"] == "DISABLED"
+    assert kubeflow.tick(created["recurring_run_id"]) is None
+    assert _apply(command, schedules()) == ["keep"]
+    assert created["status"] == "DISABLED"
     assert command("schedule", "resume", "nightly", "--output", "json").json["changed"] is True
-    assert made["status"] == "ENABLED"
+    assert created["status"] == "ENABLED"
     unknown = command("schedule", "pause", "hourly")
     assert unknown.code == 2
     assert "hourly" in unknown.err
 
 
 def test_a_pause_survives_a_replacement(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    _verbs(command, schedules())
+    _apply(command, schedules())
     command("schedule", "pause", "nightly")
-    _verbs(command, schedules(cron="0 4 * * *"))
-    (made,) = kubeflow.recurring_runs.values()
-    assert made["status"] == "DISABLED"
+    _apply(command, schedules(cron="0 4 * * *"))
+    (created,) = kubeflow.recurring_runs.values()
+    assert created["status"] == "DISABLED"
 
 
-def test_the_file_may_say_whether_it_is_paused(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    _verbs(command, schedules(paused=True))
-    (made,) = kubeflow.recurring_runs.values()
-    assert made["status"] == "DISABLED"
-    assert _verbs(command, schedules(paused=False)) == ["resume"]
-    assert made["status"] == "ENABLED"
-    assert _verbs(command, schedules(paused=True)) == ["pause"]
+def test_the_file_can_pause_and_resume(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    _apply(command, schedules(paused=True))
+    (created,) = kubeflow.recurring_runs.values()
+    assert created["status"] == "DISABLED"
+    assert _apply(command, schedules(paused=False)) == ["resume"]
+    assert created["status"] == "ENABLED"
+    assert _apply(command, schedules(paused=True)) == ["pause"]
 
 
 def test_delete_by_name_and_by_file(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
     file = schedules()
-    _verbs(command, file)
+    _apply(command, file)
     assert command("schedule", "delete", "nightly", "--dry-run", "--output", "json").json == {"nightly": True}
     assert len(kubeflow.recurring_runs) == 1
     assert command("schedule", "delete", "-f", file, "--output", "json").json == {"nightly": True}
     assert kubeflow.recurring_runs == {}
-    assert "not there" in command("schedule", "delete", "nightly").out
+    assert "does not exist" in command("schedule", "delete", "nightly").out
     assert command("schedule", "delete").code == 2
 
 
-def test_list_says_when_in_words(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+def test_list_shows_the_times_in_words(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
     assert command("schedule", "list").out == "no schedules\n"
     done = command("schedule", "apply", "-f", schedules())
     assert "At 03:00, Monday through Friday, in the server's time zone (UTC)" in done.out
@@ -223,19 +226,19 @@ def test_list_says_when_in_words(kubeflow: FakeKubeflow, command: Command, sched
     assert "in the server's time zone (UTC)" in command("schedule", "list").out
 
 
-def test_several_users_are_kept_apart(
+def test_a_user_without_access_to_the_namespace_is_refused(
     kubeflow: FakeKubeflow, command: Command, schedules: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kubeflow.tokens.update({"mine": {"minicpmv-finetune"}, "other": {"elsewhere"}})
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "other")
     assert command("schedule", "apply", "-f", schedules()).code == 2
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "mine")
-    assert _verbs(command, schedules()) == ["create"]
+    assert _apply(command, schedules()) == ["create"]
     assert len(command("schedule", "list", "--output", "json").json) == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"cron": "0 3 * *"}, "4 fields"),
         ({"cron": "0 3 * * 7"}, "between 0 and 6"),
@@ -247,24 +250,24 @@ def test_several_users_are_kept_apart(
         ({"pipeline": "retrian"}, "pipeline"),
     ],
 )
-def test_mistakes_are_told_by_their_place(
-    change: dict[str, Any], said: str, kubeflow: FakeKubeflow, command: Command, schedules: Write
+def test_the_message_about_a_mistake_names_its_place(
+    change: dict[str, Any], message: str, kubeflow: FakeKubeflow, command: Command, schedules: Write
 ) -> None:
     done = command("schedule", "apply", "-f", schedules(**change))
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert kubeflow.recurring_runs == {}
 
 
-def test_two_of_one_name_are_a_mistake(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
-    twin = {"name": "nightly", "cron": "0 0 * * *", "parameters": {}}
-    done = command("schedule", "apply", "-f", schedules(twin))
+def test_two_schedules_with_one_name_are_refused(kubeflow: FakeKubeflow, command: Command, schedules: Write) -> None:
+    duplicate = {"name": "nightly", "cron": "0 0 * * *", "parameters": {}}
+    done = command("schedule", "apply", "-f", schedules(duplicate))
     assert done.code == 2
-    assert "two schedules are called nightly" in done.err
+    assert "two schedules have the name nightly" in done.err
 
 
 @pytest.mark.parametrize("content", [None, "schedules", "- 1", "a: ["])
-def test_no_file_of_schedules_is_one_sentence(
+def test_a_file_without_schedules_is_refused_in_one_sentence(
     content: str | None, kubeflow: FakeKubeflow, command: Command, tmp_path: Path
 ) -> None:
     path = tmp_path / "schedules.yaml"
@@ -283,12 +286,12 @@ def test_no_file_of_schedules_is_one_sentence(
         ("0 0 3 1,15 JAN-MAR ?", "0 0 3 1,15 JAN-MAR ?"),
     ],
 )
-def test_five_fields_are_given_their_second(given: str, sent: str) -> None:
-    assert six_fields(given) == sent
-    assert six_fields(sent) == sent
+def test_five_fields_get_the_second_zero(given: str, sent: str) -> None:
+    assert to_six_fields(given) == sent
+    assert to_six_fields(sent) == sent
 
 
-def test_words_name_the_time_zone_and_convert_nothing() -> None:
-    assert in_words("0 30 22 * * 0", "Europe/Berlin") == (
+def test_described_times_name_the_time_zone_and_are_not_converted() -> None:
+    assert describe_time("0 30 22 * * 0", "Europe/Berlin") == (
         "At 22:30, only on Sunday, in the server's time zone (Europe/Berlin)"
     )

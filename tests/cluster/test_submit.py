@@ -16,7 +16,7 @@ from tests.cluster.fake_kubeflow import FakeKubeflow
 NAMESPACE = "minicpmv-finetune"
 
 
-def test_submit_uploads_starts_and_prints_the_link(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_submit_uploads_the_pipeline_starts_a_run_and_prints_its_link(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", *INPUTS)
     assert done.code == 0, done.err
     (run,) = kubeflow.runs.values()
@@ -31,12 +31,12 @@ def test_submit_uploads_starts_and_prints_the_link(kubeflow: FakeKubeflow, comma
     assert version["pipeline_spec"]["platform_spec"]
 
 
-def test_what_did_not_change_is_not_uploaded_again(
+def test_an_unchanged_pipeline_is_not_uploaded_again(
     kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]
 ) -> None:
     assert command("submit", *INPUTS).code == 0
     again = command("submit", *INPUTS)
-    assert "there already" in again.out
+    assert "already uploaded" in again.out
     assert (len(kubeflow.versions), len(kubeflow.runs), len(kubeflow.experiments)) == (1, 2, 1)
     changed = command("submit", *INPUTS, "--profile", profile(labels={"environment": "other"}))
     assert changed.code == 0
@@ -54,7 +54,7 @@ def test_a_named_run_is_started_once(kubeflow: FakeKubeflow, command: Command) -
     assert len(kubeflow.runs) == 1
 
 
-def test_a_named_run_that_failed_may_be_started_again(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_a_named_run_that_failed_is_started_again(kubeflow: FakeKubeflow, command: Command) -> None:
     kubeflow.outcomes["train"] = "FAILED"
     assert command("submit", *INPUTS, "--name", "monday", "--wait", "--poll", "0").code == 1
     assert command("submit", *INPUTS, "--name", "monday").code == 0
@@ -78,7 +78,7 @@ def test_dry_run_changes_nothing(kubeflow: FakeKubeflow, command: Command) -> No
     assert not [line for line in kubeflow.requests if not line.startswith("GET")]
 
 
-def test_wait_follows_to_the_end(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_wait_follows_the_run_to_its_end(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 0
     assert "succeeded" in done.out
@@ -88,11 +88,9 @@ def test_wait_follows_to_the_end(kubeflow: FakeKubeflow, command: Command) -> No
     assert "driver" not in done.err
 
 
-def test_wait_tells_what_the_step_that_failed_said(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_wait_prints_the_error_of_the_failed_step(kubeflow: FakeKubeflow, command: Command) -> None:
     kubeflow.outcomes["validate-data"] = "FAILED"
-    kubeflow.logs["pod-validate-data"] = (
-        "some\nerror: s3://bucket/train.json: not found; check it.\nI0101 launcher\n"
-    )
+    kubeflow.logs["pod-validate-data"] = "some\nerror: s3://bucket/train.json: not found; check it.\nI0101 launcher\n"
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 1
     assert "failed in validate-data: s3://bucket/train.json: not found; check it.;" in done.out
@@ -111,20 +109,20 @@ def test_wait_shows_a_table_on_a_terminal(
     assert (states["train"], states["merge"]) == ("SUCCEEDED", "FAILED")
 
 
-def test_wait_answers_a_program_with_one_document(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_wait_prints_one_json_document(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json")
     assert done.json["state"] == "SUCCEEDED"
 
 
-def test_wait_outlives_a_server_that_is_away(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_wait_continues_after_temporary_faults_of_the_server(kubeflow: FakeKubeflow, command: Command) -> None:
     kubeflow.answer_next(r"GET /apis/v2beta1/runs/", 503, 500, 502)
     assert command("submit", *INPUTS, "--wait", "--poll", "0").code == 0
 
 
-def test_wait_gives_up_on_a_server_that_stays_away(
+def test_wait_ends_when_the_server_does_not_come_back(
     kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_FAILURES_IN_A_ROW", 3)
+    monkeypatch.setattr(runs, "_MAX_FAILURES", 3)
     kubeflow.answer_next(r"GET /apis/v2beta1/runs/", 503, 503, 503)
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 75
@@ -138,44 +136,46 @@ def test_wait_ends_at_once_when_the_token_expires(kubeflow: FakeKubeflow, comman
     assert "KF_PIPELINES_TOKEN" in done.err
 
 
-def test_wait_has_an_end_and_the_run_goes_on(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_wait_ends_at_its_timeout_and_the_run_continues(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", *INPUTS, "--wait", "--poll", "0", "--timeout", "0")
     assert done.code == 75
-    assert "goes on" in done.err
+    assert "continues" in done.err
     (run,) = kubeflow.runs.values()
     assert run["state"] == "RUNNING"
 
 
-def test_mlflow_experiment_reaches_the_servers_plugin(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_the_mlflow_experiment_is_passed_to_the_servers_plugin(kubeflow: FakeKubeflow, command: Command) -> None:
     command("submit", *INPUTS, "--mlflow-experiment", "receipts")
     (run,) = kubeflow.runs.values()
     assert run["plugins_input"] == {"mlflow": {"experiment_name": "receipts"}}
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["-p", "data_urri=s3://b/x"], "did you mean data_uri"),
         (["-p", "seed=1"], "data_uri: missing"),
         (["-p", "data_uri=s3://b/x", "-p", "seed=one"], "seed: 'one' is not a whole number"),
         (["-p", "data_uri=s3://b/x", "-p", "seed=1.5"], "seed: 1.5 is not a whole number"),
         (["-p", "data_uri=s3://b/x", "-p", "use_lora=maybe"], "use_lora: 'maybe' is not true or false"),
-        (["-p", "data_uri=train.json"], "train.json lies on this machine"),
-        (["-p", "data_uri=s3://b/x", "-p", "base_model_uri=/home/me/model"], "lies on this machine"),
+        (["-p", "data_uri=train.json"], "train.json is a path on this machine"),
+        (["-p", "data_uri=s3://b/x", "-p", "base_model_uri=/home/me/model"], "is a path on this machine"),
         (["-p", "data_uri"], "write it as name=value"),
         (["--parameters", "missing.yaml"], "missing.yaml: cannot be read"),
     ],
 )
-def test_mistakes_in_inputs_are_told_before_anything_happens(
-    words: list[str], said: str, kubeflow: FakeKubeflow, command: Command
+def test_mistakes_in_inputs_are_reported_before_any_request(
+    words: list[str], message: str, kubeflow: FakeKubeflow, command: Command
 ) -> None:
     done = command("submit", *words)
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert kubeflow.requests == []
 
 
-def test_inputs_come_from_a_file_and_words_win(kubeflow: FakeKubeflow, command: Command, tmp_path: Path) -> None:
+def test_options_have_priority_over_the_file_of_inputs(
+    kubeflow: FakeKubeflow, command: Command, tmp_path: Path
+) -> None:
     file = tmp_path / "inputs.yaml"
     file.write_text("data_uri: s3://b/x\nbase_model_uri: /models/m\nseed: 1\nuse_lora: true\ntraining_flags: {a: 1}\n")
     command(
@@ -191,7 +191,7 @@ def test_inputs_come_from_a_file_and_words_win(kubeflow: FakeKubeflow, command: 
     }
 
 
-def test_a_base_model_without_a_revision_is_not_run(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_a_base_model_without_a_revision_is_not_used(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", "-p", "data_uri=s3://b/x")
     assert done.code == 75
     assert "openbmb/MiniCPM-V-4.6@COMMIT" in done.err
@@ -199,7 +199,7 @@ def test_a_base_model_without_a_revision_is_not_run(kubeflow: FakeKubeflow, comm
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "said"),
+    ("answer", "code", "message"),
     [
         (401, 2, "KF_PIPELINES_TOKEN"),
         (403, 2, "minicpmv-finetune-submit"),
@@ -210,29 +210,29 @@ def test_a_base_model_without_a_revision_is_not_run(kubeflow: FakeKubeflow, comm
     ],
 )
 @pytest.mark.parametrize("place", [r"GET .*/healthz", r"GET .*/pipelines", r"POST .*/runs"])
-def test_refusals_are_sentences(
-    answer: int | str, code: int, said: str, place: str, kubeflow: FakeKubeflow, command: Command
+def test_errors_of_the_server_are_reported_in_one_sentence(
+    answer: int | str, code: int, message: str, place: str, kubeflow: FakeKubeflow, command: Command
 ) -> None:
     kubeflow.answer_next(place, answer)
     done = command("submit", *INPUTS)
     assert done.code == code
-    assert said in done.err
+    assert message in done.err
     assert done.err.count("\n") == 1
 
 
-def test_a_server_that_hangs_is_given_up(
+def test_a_call_to_a_server_that_hangs_ends_with_a_timeout(
     kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kubeflow.answer_next(r"POST .*/runs", "hang")
     with monkeypatch.context() as patch:
-        patch.setattr(client, "SECONDS_A_CALL", (2, 2))
+        patch.setattr(client, "TIMEOUT_SECONDS", (2, 2))
         done = command("submit", *INPUTS, "--name", "monday")
     assert done.code == 75
     assert command("submit", *INPUTS, "--name", "monday").code == 0
     assert len(kubeflow.runs) == 1
 
 
-def test_a_server_that_is_not_there_is_worth_another_try(
+def test_an_unreachable_server_is_a_temporary_fault(
     command: Command, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", unreachable)
@@ -241,7 +241,7 @@ def test_a_server_that_is_not_there_is_worth_another_try(
     assert unreachable in done.err
 
 
-def test_no_address_is_a_mistake(
+def test_a_missing_address_is_a_mistake(
     command: Command, profile: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
@@ -250,7 +250,7 @@ def test_no_address_is_a_mistake(
     assert "KF_PIPELINES_ENDPOINT" in done.err
 
 
-def test_several_users_are_kept_apart(
+def test_a_user_without_access_to_the_namespace_is_refused(
     kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kubeflow.tokens.update({"mine": {NAMESPACE}, "other": {"elsewhere"}})
@@ -273,9 +273,9 @@ def test_a_pods_own_token_is_used(
     assert command("submit", *INPUTS).code == 0
 
 
-def test_somebody_faster_is_no_error(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_a_version_that_another_process_uploaded_first_is_used(kubeflow: FakeKubeflow, command: Command) -> None:
     assert command("submit", *INPUTS).code == 0
-    # Lists that are a moment behind do not have the version yet.
+    # The lists do not contain the version yet.
     (version_id,) = kubeflow.versions
     kubeflow.answer_next(r"GET .*/versions", json.dumps({}), json.dumps({}))
     done = command("submit", *INPUTS)
@@ -283,8 +283,10 @@ def test_somebody_faster_is_no_error(kubeflow: FakeKubeflow, command: Command) -
     assert list(kubeflow.versions) == [version_id]
 
 
-def test_lists_are_read_to_their_end(kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_PAGE", 2)
+def test_all_pages_of_a_list_are_read(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_PAGE_SIZE", 2)
     for number in range(5):
         command("submit", *INPUTS, "--name", f"run-{number}")
     listed = command("runs", "--output", "json").json
@@ -293,7 +295,7 @@ def test_lists_are_read_to_their_end(kubeflow: FakeKubeflow, command: Command, m
     assert command("runs", "--experiment", "nothing", "--output", "json").json == []
 
 
-def test_runs_shows_the_steps_of_one(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_runs_lists_the_steps_of_one_run(kubeflow: FakeKubeflow, command: Command) -> None:
     command("submit", *INPUTS, "--name", "monday", "--wait", "--poll", "0")
     rows = command("runs", "monday", "--output", "json").json
     assert [row["step"] for row in rows] == ["validate-data", "preprocess", "train", "merge", "evaluate", "register"]
@@ -303,7 +305,7 @@ def test_runs_shows_the_steps_of_one(kubeflow: FakeKubeflow, command: Command) -
     assert "tuesday" in nothing.err
 
 
-def test_logs_are_those_of_the_step_that_failed(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_logs_prints_the_log_of_the_failed_step(kubeflow: FakeKubeflow, command: Command) -> None:
     kubeflow.outcomes["preprocess"] = "FAILED"
     kubeflow.logs.update({"pod-preprocess": "it broke\n", "pod-validate-data": "all well\n"})
     run_id = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json").json["run_id"]
@@ -314,7 +316,7 @@ def test_logs_are_those_of_the_step_that_failed(kubeflow: FakeKubeflow, command:
     assert "validate-data, preprocess" in missing.err
 
 
-def test_cancel_stops_once(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_cancel_stops_a_run_once(kubeflow: FakeKubeflow, command: Command) -> None:
     run_id = command("submit", *INPUTS, "--output", "json").json["run_id"]
     assert command("cancel", run_id, "--dry-run", "--output", "json").json["changed"] is True
     assert kubeflow.runs[run_id]["state"] == "RUNNING"
@@ -323,7 +325,7 @@ def test_cancel_stops_once(kubeflow: FakeKubeflow, command: Command) -> None:
     assert kubeflow.runs[run_id]["state"] == "CANCELED"
 
 
-def test_a_run_being_stopped_is_shown_as_that(kubeflow: FakeKubeflow, command: Command) -> None:
+def test_a_run_that_is_being_stopped_is_listed(kubeflow: FakeKubeflow, command: Command) -> None:
     command("submit", *INPUTS, "--name", "monday")
     (run,) = kubeflow.runs.values()
     run["state"] = "CANCELING"
@@ -334,7 +336,7 @@ def test_a_run_being_stopped_is_shown_as_that(kubeflow: FakeKubeflow, command: C
 
 
 @pytest.mark.filterwarnings("ignore:This client only works")
-def test_the_sdk_starts_the_pipeline_as_it_is(kubeflow: FakeKubeflow) -> None:
+def test_the_sdk_starts_the_pipeline_without_changes(kubeflow: FakeKubeflow) -> None:
     kubeflow.tokens["mine"] = {NAMESPACE}
     client = kfp.Client(host=kubeflow.url, namespace=NAMESPACE, existing_token="mine")
     result = client.create_run_from_pipeline_func(finetune, arguments={"data_uri": "s3://b/x"})

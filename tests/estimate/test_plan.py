@@ -17,7 +17,8 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.estimate import cost
 from minicpmv_finetune.estimate.cost import Recipe
-from minicpmv_finetune.estimate.plan import Plan, plan
+from minicpmv_finetune.estimate.plan import Estimate, estimate_run
+from minicpmv_finetune.shards.codecs import CODECS
 from minicpmv_finetune.shards.format import read_manifest
 
 ANSWER = {"role": "assistant", "content": "The digit is 7."}
@@ -49,7 +50,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "train.json"
 
 
-def planned(data: Path, base: Path, eval_data: str = "", recipe: Recipe | None = None, **settings: Any) -> Plan:
+def estimate(data: Path, base: Path, eval_data: str = "", recipe: Recipe | None = None, **settings: Any) -> Estimate:
     settings = {
         "max_slice_nums": 9,
         "model_max_length": 2048,
@@ -57,17 +58,18 @@ def planned(data: Path, base: Path, eval_data: str = "", recipe: Recipe | None =
         "exif_transpose": False,
         **settings,
     }
-    return plan(str(data), eval_data, str(base), recipe=recipe or Recipe(), **settings)
+    return estimate_run(str(data), eval_data, str(base), recipe=recipe or Recipe(), **settings)
 
 
 @pytest.mark.parametrize("exif_transpose", [False, True])
-def test_counts_are_those_of_preprocess(exif_transpose: bool, data: Path, tiny_46: Path, tmp_path: Path) -> None:
-    found = planned(data, tiny_46, str(tmp_path / "eval.json"), exif_transpose=exif_transpose)
+def test_counts_equal_those_of_preprocess(exif_transpose: bool, data: Path, tiny_46: Path, tmp_path: Path) -> None:
+    found = estimate(data, tiny_46, str(tmp_path / "eval.json"), exif_transpose=exif_transpose)
     settings = ValidationSettings(max_reject_ratio=1.0, exif_transpose=exif_transpose)
     rejects = tmp_path / "rejects.jsonl"
     validate_data(str(data), str(tmp_path / "eval.json"), tmp_path / "dataset", rejects, settings)
-    for codec in ("raw", "source"):
-        options = PreprocessSettings(max_reject_ratio=1.0, codec=codec)  # type: ignore[arg-type]
+    codecs = [codec for codec in CODECS if codec in ("raw", "source")]
+    for codec in codecs:
+        options = PreprocessSettings(max_reject_ratio=1.0, codec=codec)
         preprocess(tmp_path / "dataset", str(tiny_46), tmp_path / codec, rejects, options, num_workers=1)
     manifest = read_manifest(tmp_path / "raw")
     lengths = [*manifest.lengths["train"], *manifest.lengths["eval"]]
@@ -78,74 +80,75 @@ def test_counts_are_those_of_preprocess(exif_transpose: bool, data: Path, tiny_4
     assert found.token_percentiles[100] == max(lengths)
     assert found.rejected == {"special_token": 1, "too_long": 1}
     assert found.longest[0].index == len(SIZES)
-    for codec in ("raw", "source"):
+    for codec in codecs:
         assert found.estimated_shard_bytes[codec] == pytest.approx(read_manifest(tmp_path / codec).bytes, rel=0.1)
 
 
 def test_only_headers_are_read(data: Path, tiny_46: Path) -> None:
-    whole = planned(data, tiny_46)
+    complete = estimate(data, tiny_46)
     for path in data.parent.glob("*.jpg"):
         path.write_bytes(path.read_bytes()[:700])
-    cut = planned(data, tiny_46)
-    assert (cut.tokens, cut.slices) == (whole.tokens, whole.slices)
+    truncated = estimate(data, tiny_46)
+    assert (truncated.tokens, truncated.slices) == (complete.tokens, complete.slices)
 
 
-def test_what_headers_tell_against_a_sample_is_counted(data: Path, tiny_46: Path) -> None:
+def test_samples_with_wrong_headers_are_counted_as_rejected(data: Path, tiny_46: Path) -> None:
     (data.parent / "0.jpg").unlink()
     (data.parent / "1.jpg").write_bytes(b"no image")
     Image.new("I;16", (50, 50)).save(data.parent / "2.jpg", "PNG")
     frames = [Image.new("L", (50, 50), level) for level in (0, 255)]
     frames[0].save(data.parent / "3.jpg", "GIF", save_all=True, append_images=frames[1:])
-    found = planned(data, tiny_46)
+    found = estimate(data, tiny_46)
     assert found.samples == 1
     codes = {"image_missing": 3, "image_unreadable": 1, "image_depth": 1, "image_animated": 1}
     assert found.rejected == codes
 
 
-def test_images_in_shards_and_in_a_store(s3_uri: str, data: Path, tiny_46: Path) -> None:
-    local = planned(data, tiny_46)
+def test_images_in_archives_and_in_a_store_are_measured(s3_uri: str, data: Path, tiny_46: Path) -> None:
+    local = estimate(data, tiny_46)
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for path in sorted(data.parent.glob("*.jpg")):
             archive.add(path, path.name)
             storage.write_bytes(f"{s3_uri}/data/{path.name}", path.read_bytes())
-    storage.write_bytes(f"{s3_uri}/data/pictures.tar", file.getvalue())
+    storage.write_bytes(f"{s3_uri}/data/images.tar", file.getvalue())
     samples = json.loads(data.read_text())
     for number in (1, 3):
-        samples[number]["image"] = f"pictures.tar!{samples[number]['image']}"
+        samples[number]["image"] = f"images.tar!{samples[number]['image']}"
     storage.write_bytes(f"{s3_uri}/data/train.json", json.dumps(samples).encode())
-    remote = plan(f"{s3_uri}/data/train.json", "", str(tiny_46), 9, 2048, 0.0, False, Recipe())
+    remote = estimate_run(f"{s3_uri}/data/train.json", "", str(tiny_46), 9, 2048, 0.0, False, Recipe())
     assert remote.model_copy(update={"longest": local.longest}) == local
 
 
-def test_a_shorter_model_max_length_costs_samples(data: Path, tiny_46: Path) -> None:
-    found = planned(data, tiny_46, model_max_length=16384)
+def test_samples_longer_than_model_max_length_are_counted(data: Path, tiny_46: Path) -> None:
+    found = estimate(data, tiny_46, model_max_length=16384)
     assert (found.too_long, found.too_long_at) == (0, {1024: 1, 2048: 1, 4096: 1, 8192: 1})
-    assert planned(data, tiny_46).too_long == 1
+    assert estimate(data, tiny_46).too_long == 1
 
 
-def test_no_usable_sample_is_a_mistake(data: Path, tiny_46: Path) -> None:
-    with pytest.raises(UserError, match=r"no usable sample; the shortest takes \d+ tokens"):
-        planned(data, tiny_46, model_max_length=5)
+def test_data_without_a_usable_sample_is_refused(data: Path, tiny_46: Path) -> None:
+    with pytest.raises(UserError, match=r"no usable sample; the shortest has \d+ tokens"):
+        estimate(data, tiny_46, model_max_length=5)
 
 
 def test_steps_follow_from_batches_and_epochs(data: Path, tiny_46: Path) -> None:
-    assert planned(data, tiny_46, recipe=Recipe(batch=2, epochs=2.0)).steps == 6
-    assert planned(data, tiny_46, recipe=Recipe(batch=1, devices=2, accumulation=3, epochs=3.0)).steps == 3
+    assert estimate(data, tiny_46, recipe=Recipe(batch_size=2, epochs=2.0)).steps == 6
+    recipe = Recipe(batch_size=1, devices=2, accumulation_steps=3, epochs=3.0)
+    assert estimate(data, tiny_46, recipe=recipe).steps == 3
 
 
 def test_parameters_are_counted_from_headers(tiny_46: Path) -> None:
     model = cost.read_model(tiny_46)
-    loaded = AutoModelForImageTextToText.from_pretrained(tiny_46)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(tiny_46)
     assert model.total == sum(parameter.numel() for parameter in loaded.parameters())
     assert model.parameters["vision"] == sum(p.numel() for p in loaded.model.vision_tower.parameters())
     assert model.parameters["merger"] == sum(p.numel() for p in loaded.model.merger.parameters())
     assert model.parameters["embeddings"] == loaded.get_input_embeddings().weight.numel()
     assert model.parameters["head"] == loaded.lm_head.weight.numel()
-    assert (model.hidden, model.layers, model.vocabulary) == (128, 4, 512)
+    assert (model.hidden_size, model.layers, model.vocab_size) == (128, 4, 512)
 
 
-def test_trained_parameters_are_those_of_training(tiny_46: Path, tmp_path: Path) -> None:
+def test_trained_parameters_equal_those_of_training(tiny_46: Path, tmp_path: Path) -> None:
     from minicpmv_finetune.components.train.arguments import parse
     from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
     from minicpmv_finetune.minicpmv.checkpoint import load_model
@@ -162,53 +165,40 @@ def test_trained_parameters_are_those_of_training(tiny_46: Path, tmp_path: Path)
         assert model.trained(recipe) == count_parameters(trained)[0]
 
 
-def big() -> cost.Model:
+def large_model() -> cost.Model:
     parts = {"language": 7 * 10**9, "embeddings": 10**9, "head": 10**9, "vision": 4 * 10**8, "merger": 10**8}
     return cost.Model(parts, 10**6, 4096, 32, 150_000, 1152, 27)
 
 
-def test_strategies_save_what_they_split() -> None:
+def test_strategies_save_the_memory_that_they_shard() -> None:
     full = Recipe(use_lora=False, tune_llm=True, devices=8)
-    found = cost.memory(big(), full, 4096, 10_000, checkpointing=True)
+    found = cost.estimate_memory(large_model(), full, 4096, 10_000, checkpointing=True)
     assert found["DDP"] > found["single GPU"] > found["ZeRO-2"] > found["ZeRO-3"]
-    trained = big().total
+    trained = large_model().total
     assert found["single GPU"] - found["ZeRO-2"] == pytest.approx(14 * trained * 7 / 8)
     assert "QLoRA" not in found
-    lora = cost.memory(big(), Recipe(), 4096, 10_000, checkpointing=True)
+    lora = cost.estimate_memory(large_model(), Recipe(), 4096, 10_000, checkpointing=True)
     assert lora["single GPU"] - lora["QLoRA"] == pytest.approx(7e9 * (2 - 4.127 / 8))
-    plain = cost.memory(big(), Recipe(), 4096, 10_000, checkpointing=False)
+    plain = cost.estimate_memory(large_model(), Recipe(), 4096, 10_000, checkpointing=False)
     assert all(plain[name] > lora[name] for name in lora)
 
 
-def test_more_of_the_model_trained_is_more_work() -> None:
+def test_flops_grow_with_the_trained_parameters_and_with_checkpointing() -> None:
     lora, full = Recipe(), Recipe(use_lora=False, tune_llm=True)
-    few = cost.flops(big(), lora, [1000], 1000, checkpointing=False)
-    many = cost.flops(big(), full, [1000], 1000, checkpointing=False)
+    few = cost.estimate_flops(large_model(), lora, [1000], 1000, checkpointing=False)
+    many = cost.estimate_flops(large_model(), full, [1000], 1000, checkpointing=False)
     assert many == pytest.approx(6 * (8e9 * 1000 + 5e8 * 1000), rel=0.05)
-    assert few < many < cost.flops(big(), full, [1000], 1000, checkpointing=True)
+    assert few < many < cost.estimate_flops(large_model(), full, [1000], 1000, checkpointing=True)
 
 
-def test_packing_is_first_fit_decreasing() -> None:
-    def plain(lengths: list[int], size: int) -> int:
-        rooms: list[int] = []
-        for length in sorted(lengths, reverse=True):
-            place = next((place for place, room in enumerate(rooms) if room >= length), None)
-            if place is None:
-                rooms.append(size - length)
-            else:
-                rooms[place] -= length
-        return len(rooms)
-
-    random = np.random.default_rng(0)
-    for count in (1, 2, 5, 100, 333):
-        lengths = random.integers(1, 101, count).tolist()
-        assert cost.pack(lengths, 100) == plain(lengths, 100)
-    assert cost.packing_waste([50, 50, 100], 100) == 0.0
+def test_padding_of_packed_rows_is_counted() -> None:
+    assert cost.packing_share([50, 50, 100], 100) == 0.0
+    assert cost.packing_share([50, 100], 100) == pytest.approx(0.25)
 
 
 def test_padding_is_counted_in_batches() -> None:
-    assert cost.padding_waste([10, 10, 10, 10], 2) == 0.0
-    assert cost.padding_waste([10, 5], 2) == pytest.approx(0.25)
+    assert cost.padding_share([10, 10, 10, 10], 2) == 0.0
+    assert cost.padding_share([10, 5], 2) == pytest.approx(0.25)
 
 
 def test_the_command_prints_tables_or_json(data: Path, tiny_46: Path) -> None:
@@ -216,5 +206,5 @@ def test_the_command_prints_tables_or_json(data: Path, tiny_46: Path) -> None:
     table = CliRunner().invoke(app, arguments)
     assert table.exit_code == 0
     assert "QLoRA" in table.stdout
-    found = Plan.model_validate_json(CliRunner().invoke(app, [*arguments, "--output", "json"]).stdout)
+    found = Estimate.model_validate_json(CliRunner().invoke(app, [*arguments, "--output", "json"]).stdout)
     assert found.samples == len(SIZES)

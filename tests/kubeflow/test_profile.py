@@ -1,4 +1,4 @@
-"""The rendered pipelines: what a platform team asks of every task, and that nothing in the repository is stale."""
+"""The compiled pipelines meet every requirement of a platform team, and the committed files are up to date."""
 
 import copy
 import inspect
@@ -41,7 +41,7 @@ def _tasks(pipeline: dict[str, Any], dag: dict[str, Any]) -> Iterator[tuple[str,
 
 
 def violations(document: Document) -> Iterator[str]:
-    """What a platform team would send back, in one compiled pipeline."""
+    """Yield the requirements that a compiled pipeline does not meet."""
     pipeline, platform = document
     executors = pipeline["deploymentSpec"]["executors"]
     for name, task in _tasks(pipeline, pipeline["root"]["dag"]):
@@ -49,7 +49,7 @@ def violations(document: Document) -> Iterator[str]:
         container, pod = executors[label]["container"], platform.get(label, {})
         resources, retry = container.get("resources", {}), task.get("retryPolicy", {})
         labels = pod.get("podMetadata", {}).get("labels", {})
-        demands = {
+        requirements = {
             "image": re.search(r"(@sha256:[0-9a-f]{64}|:(?!latest)[\w.-]+)$", container["image"]),
             "non-root": pod.get("securityContext", {}).get("runAsNonRoot") is True,
             "user": int(pod.get("securityContext", {}).get("runAsUser", 0)) > 0,
@@ -64,12 +64,12 @@ def violations(document: Document) -> Iterator[str]:
             "credentials": {
                 key["envVar"] for secret in pod.get("secretAsEnv", []) for key in secret["keyToEnv"]
             }.issuperset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}),
-            "no secret in sight": not re.search(
+            "no visible secret": not re.search(
                 r"(?i)secret|password|token", " ".join(item["name"] for item in container.get("env", []))
             ),
         }
         if name == "train":
-            demands |= {
+            requirements |= {
                 "accelerator": int(resources.get("accelerator", {}).get("resourceCount", 0)) > 0,
                 "shared memory": any(
                     mount["mountPath"] == "/dev/shm" and mount.get("medium") == "Memory" and mount.get("sizeLimit")
@@ -78,17 +78,17 @@ def violations(document: Document) -> Iterator[str]:
                 "tolerations": pod.get("tolerations"),
                 "node selector": pod.get("nodeSelector", {}).get("labels"),
             }
-        yield from (f"{name}: {demand}" for demand, met in demands.items() if not met)
+        yield from (f"{name}: {requirement}" for requirement, is_met in requirements.items() if not is_met)
 
 
 @BY_NAME
-def test_committed_pipelines_meet_every_demand(profile: Path) -> None:
+def test_committed_pipelines_meet_every_requirement(profile: Path) -> None:
     document = _read(profile.stem)
     assert {name for name, _ in _tasks(document[0], document[0]["root"]["dag"])} == set(FINETUNE.steps)
     assert list(violations(document)) == []
 
 
-_TAKEN_AWAY: dict[str, Callable[[dict, dict, dict], object]] = {
+_REMOVALS: dict[str, Callable[[Any, Any, Any], object]] = {
     "image": lambda container, pod, task: container.update(image="minicpmv-finetune/trainer:latest"),
     "non-root": lambda container, pod, task: pod["securityContext"].pop("runAsNonRoot"),
     "user": lambda container, pod, task: pod["securityContext"].update(runAsUser="0"),
@@ -101,7 +101,7 @@ _TAKEN_AWAY: dict[str, Callable[[dict, dict, dict], object]] = {
     "scratch": lambda container, pod, task: pod["emptyDirMounts"].pop(0),
     "pull policy": lambda container, pod, task: pod.pop("imagePullPolicy"),
     "credentials": lambda container, pod, task: pod["secretAsEnv"].pop(0),
-    "no secret in sight": lambda container, pod, task: container["env"].append({"name": "AWS_SECRET_ACCESS_KEY"}),
+    "no visible secret": lambda container, pod, task: container["env"].append({"name": "AWS_SECRET_ACCESS_KEY"}),
     "accelerator": lambda container, pod, task: container["resources"].pop("accelerator"),
     "shared memory": lambda container, pod, task: pod["emptyDirMounts"].pop(1),
     "tolerations": lambda container, pod, task: pod.pop("tolerations"),
@@ -109,21 +109,21 @@ _TAKEN_AWAY: dict[str, Callable[[dict, dict, dict], object]] = {
 }
 
 
-@pytest.mark.parametrize("demand", _TAKEN_AWAY)
-def test_a_missing_item_is_found(demand: str) -> None:
+@pytest.mark.parametrize("requirement", _REMOVALS)
+def test_a_requirement_that_is_not_met_is_found(requirement: str) -> None:
     pipeline, platform = copy.deepcopy(_read("prod"))
     container = pipeline["deploymentSpec"]["executors"]["exec-train"]["container"]
-    _TAKEN_AWAY[demand](container, platform["exec-train"], pipeline["root"]["dag"]["tasks"]["train"])
-    assert list(violations((pipeline, platform))) == [f"train: {demand}"]
+    _REMOVALS[requirement](container, platform["exec-train"], pipeline["root"]["dag"]["tasks"]["train"])
+    assert list(violations((pipeline, platform))) == [f"train: {requirement}"]
 
 
-def test_the_shared_cluster_hands_out_gpus_by_its_queue() -> None:
+def test_in_production_steps_with_gpus_have_a_queue() -> None:
     _, platform = _read("prod")
     queued = {label for label, pod in platform.items() if "kueue.x-k8s.io/queue-name" in pod["podMetadata"]["labels"]}
     assert queued == {"exec-train", "exec-evaluate"}
 
 
-def test_the_train_step_knows_the_runtime_of_its_cluster() -> None:
+def test_the_train_step_gets_the_clusters_training_runtime() -> None:
     executors = _read("prod")[0]["deploymentSpec"]["executors"]
     named = {
         label: variable["value"]
@@ -135,7 +135,7 @@ def test_the_train_step_knows_the_runtime_of_its_cluster() -> None:
 
 
 @BY_NAME
-def test_committed_files_are_what_is_compiled_now(profile: Path, tmp_path: Path) -> None:
+def test_committed_files_equal_newly_compiled_ones(profile: Path, tmp_path: Path) -> None:
     settings = load_profile(profile)
     write_pipeline(FINETUNE, settings, tmp_path / f"{profile.stem}.yaml")
     write_objects(FINETUNE, settings, tmp_path / f"{profile.stem}.objects.yaml")
@@ -143,7 +143,7 @@ def test_committed_files_are_what_is_compiled_now(profile: Path, tmp_path: Path)
         assert path.read_text() == (COMPILED / path.name).read_text(), "run make compiled"
 
 
-def test_every_pod_of_a_shared_preprocess_gets_the_settings(tmp_path: Path) -> None:
+def test_every_pod_of_a_shared_preprocess_has_the_settings(tmp_path: Path) -> None:
     settings = load_profile(PROFILES[0]).model_copy(update={"preprocess_partitions": 3})
     pipeline, platform = yaml.safe_load_all(write_pipeline(FINETUNE, settings, tmp_path / "p.yaml").read_text())
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
@@ -152,7 +152,7 @@ def test_every_pod_of_a_shared_preprocess_gets_the_settings(tmp_path: Path) -> N
 
 
 @BY_NAME
-def test_objects_hold_the_same_pipeline(profile: Path) -> None:
+def test_objects_contain_the_same_pipeline(profile: Path) -> None:
     pipeline, version = yaml.safe_load_all((COMPILED / f"{profile.stem}.objects.yaml").read_text())
     plain, platform = yaml.safe_load_all((COMPILED / f"{profile.stem}.yaml").read_text())
     assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
@@ -162,22 +162,22 @@ def test_objects_hold_the_same_pipeline(profile: Path) -> None:
     assert version["metadata"]["name"].endswith(content_digest(with_profile(finetune, load_profile(profile))))
 
 
-def test_run_form_shows_names_and_sentences() -> None:
+def test_the_run_form_has_a_title_and_a_sentence_for_every_input() -> None:
     pipeline, _ = _read("dev")
-    about = pipeline["pipelineInfo"]
-    assert about["displayName"]
-    assert about["description"]
+    info = pipeline["pipelineInfo"]
+    assert info["displayName"]
+    assert info["description"]
     offered = pipeline["root"]["inputDefinitions"]["parameters"]
     assert set(offered) == set(inspect.signature(finetune.pipeline_func).parameters)
     assert all(item["description"].endswith(".") for item in offered.values())
 
 
-def test_data_overwritten_in_place_is_read_again() -> None:
+def test_kubeflow_does_not_cache_the_validation() -> None:
     pipeline, _ = _read("dev")
     assert "enableCache" not in pipeline["root"]["dag"]["tasks"]["validate-data"]["cachingOptions"]
 
 
-def test_the_pipeline_itself_is_left_alone() -> None:
+def test_the_pipeline_itself_is_not_changed() -> None:
     before = content_digest(finetune)
     with_profile(finetune, load_profile(PROFILES[0]))
     assert content_digest(finetune) == before
@@ -195,17 +195,17 @@ def test_the_pipeline_itself_is_left_alone() -> None:
         ({"s3": {"secret": "s3", "password": "hunter2"}}, "s3.password"),
     ],
 )
-def test_a_wrong_profile_is_told_by_its_place(change: dict, place: str, tmp_path: Path) -> None:
-    said = yaml.safe_load(PROFILES[0].read_text()) | change
+def test_the_message_about_a_wrong_profile_names_the_place(change: dict[str, Any], place: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(PROFILES[0].read_text()) | change
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(said))
+    path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=re.escape(place)) as caught:
         load_profile(path)
     assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "- 1"])
-def test_no_profile_at_all_is_one_sentence(content: str | None, tmp_path: Path) -> None:
+def test_a_file_without_a_profile_is_refused_in_one_sentence(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     if content is not None:
         path.write_text(content)

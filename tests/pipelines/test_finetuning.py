@@ -17,6 +17,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def dags(compiled: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every component that contains tasks."""
     return [compiled["root"], *(component for component in compiled["components"].values() if "dag" in component)]
 
 
@@ -25,7 +26,7 @@ def test_every_step_is_a_task(compiled: dict[str, Any]) -> None:
     assert {name for name in tasks if not name.startswith("condition-")} == set(FINETUNE.steps)
 
 
-def test_only_what_passes_the_gate_is_registered(compiled: dict[str, Any]) -> None:
+def test_only_a_model_that_passes_the_gate_is_registered(compiled: dict[str, Any]) -> None:
     (condition,) = [task for name, task in compiled["root"]["dag"]["tasks"].items() if name.startswith("condition-")]
     assert condition["triggerPolicy"]["condition"].endswith("== 'promote'")
     assert list(compiled["components"][condition["componentRef"]["name"]]["dag"]["tasks"]) == ["register"]
@@ -54,7 +55,7 @@ def test_nothing_is_installed_at_run_time(compiled: dict[str, Any]) -> None:
         assert "pip install" not in " ".join(executor["container"]["command"])
 
 
-def test_compiling_takes_no_torch(tmp_path: Path) -> None:
+def test_compiling_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from minicpmv_finetune.pipelines.finetuning import FINETUNE; "
         f"FINETUNE.write(Path({str(tmp_path / 'p.yaml')!r})); "

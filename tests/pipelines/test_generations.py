@@ -1,4 +1,4 @@
-"""The five steps, one after the other, on a tiny checkpoint of every generation."""
+"""The five steps in sequence, on a tiny checkpoint of every generation."""
 
 import json
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from minicpmv_finetune.components.train.finetune import finetune
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 
-WORDS_ALONE = {
-    "id": "words",
+TEXT_ONLY = {
+    "id": "text",
     "conversations": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The digit is 3."}],
 }
 
 
 @pytest.mark.parametrize("version", [generation.version for generation in GENERATIONS])
-def test_every_generation_goes_from_data_to_a_report(
+def test_all_steps_work_with_every_generation(
     version: str, tiny: Callable[[str], Path], digits: Path, tmp_path: Path
 ) -> None:
     base = tiny(version)
     data = {split: json.loads((digits / f"{split}.json").read_text())[:count] for split, count in SIZES.items()}
-    data["train"].append(WORDS_ALONE)
+    data["train"].append(TEXT_ONLY)
     for split, rows in data.items():
         located = [row | ({"image": str(digits / row["image"])} if "image" in row else {}) for row in rows]
         (tmp_path / f"{split}.json").write_text(json.dumps(located))

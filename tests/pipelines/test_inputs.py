@@ -1,4 +1,4 @@
-"""The table of inputs, and that everything which comes from it agrees with it."""
+"""The table of inputs, and everything that is made from it."""
 
 import inspect
 from typing import Any
@@ -34,7 +34,7 @@ KFP_TYPES = {str: "String", int: "Integer", float: "Float", bool: "Boolean", dic
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.name)
-def test_a_component_declares_an_input_as_the_table_does(component: Any) -> None:
+def test_components_declare_inputs_like_the_table(component: Any) -> None:
     declared = component.component_spec.inputs
     shared = [name for name in declared if name in INPUTS]
     assert shared
@@ -43,11 +43,11 @@ def test_a_component_declares_an_input_as_the_table_does(component: Any) -> None
     for name in shared:
         assert declared[name].type.partition("[")[0] == KFP_TYPES[INPUTS[name].type], name
         assert name in described
-        assert declared[name].default is None, "the pipeline's default is the table's"
+        assert declared[name].default is None, "the table contains the default"
 
 
 @pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=lambda pipeline: pipeline.name)
-def test_a_pipeline_offers_its_rows_with_their_defaults_and_help(pipeline: Pipeline) -> None:
+def test_a_pipeline_has_the_defaults_and_help_texts_of_the_table(pipeline: Pipeline) -> None:
     offered = pipeline.build().component_spec.inputs
     assert list(offered) == [item.name for item in pipeline.inputs]
     for item in pipeline.inputs:
@@ -57,12 +57,12 @@ def test_a_pipeline_offers_its_rows_with_their_defaults_and_help(pipeline: Pipel
 
 
 @pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=lambda pipeline: pipeline.name)
-def test_every_input_reaches_a_step(pipeline: Pipeline) -> None:
+def test_every_input_is_passed_to_a_step(pipeline: Pipeline) -> None:
     taken = {name for component in COMPONENTS for name in component.component_spec.inputs}
     assert {item.name for item in pipeline.inputs} <= taken
 
 
-def test_rows_are_few_and_help_in_a_sentence() -> None:
+def test_inputs_are_few_and_have_help_in_a_sentence() -> None:
     for inputs in (FINETUNE_INPUTS, RETRAIN_INPUTS):
         assert len(inputs) <= 20
         assert [item.name for item in inputs if item.default is REQUIRED] == ["data_uri"]
@@ -95,28 +95,28 @@ def test_a_default_is_accepted(item: Input) -> None:
         ("metric", 3, "metric: 3 is not a text"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused(name: str, value: object, sentence: str) -> None:
+def test_an_invalid_value_is_refused(name: str, value: object, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         check_inputs(FINETUNE_INPUTS, {**GIVEN, name: value})
     assert sentence in str(caught.value)
 
 
-def test_a_choice_names_the_nearest_one() -> None:
+def test_the_message_about_a_wrong_choice_suggests_the_nearest_one() -> None:
     with pytest.raises(UserError, match="did you mean champion"):
         check_inputs(RETRAIN_INPUTS, {**GIVEN, "start_from": "champoin"})
 
 
-def test_an_unknown_name_gets_the_nearest_known_one() -> None:
+def test_the_message_about_an_unknown_name_suggests_the_nearest_one() -> None:
     with pytest.raises(UserError, match="lora_rr: the pipeline has no such input; did you mean lora_r"):
         check_inputs(FINETUNE_INPUTS, {**GIVEN, "lora_rr": 8})
 
 
-def test_all_mistakes_are_named_at_once() -> None:
+def test_one_message_names_all_mistakes() -> None:
     with pytest.raises(UserError, match=r"3 inputs are wrong\. lora_r: .* seed: .* data_uri: missing"):
         check_inputs(FINETUNE_INPUTS, {"lora_r": 0, "seed": -1})
 
 
-def test_text_is_read_in_the_inputs_type() -> None:
+def test_text_is_parsed_as_the_inputs_type() -> None:
     given = {**GIVEN, "lora_r": "8", "learning_rate": "1e-3", "use_lora": "False", "training_flags": '{"a": 1}'}
     assert check_inputs(FINETUNE_INPUTS, given) == {
         **GIVEN,
@@ -127,7 +127,7 @@ def test_text_is_read_in_the_inputs_type() -> None:
     }
 
 
-def test_what_is_not_given_keeps_its_default() -> None:
+def test_inputs_that_are_not_given_are_left_to_their_defaults() -> None:
     assert check_inputs(FINETUNE_INPUTS, GIVEN) == GIVEN
     assert set(defaults(FINETUNE_INPUTS)) == {item.name for item in FINETUNE_INPUTS} - {"data_uri"}
 

@@ -1,4 +1,4 @@
-"""The pipeline whole, by kfp.local: on digits, on data of other kinds, and on mistakes."""
+"""The whole pipeline with kfp.local: on digits, on other kinds of data, and with mistakes."""
 
 import json
 import os
@@ -16,11 +16,9 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
-from minicpmv_finetune.pipelines.summary import show_outcome
+from minicpmv_finetune.pipelines.summary import print_summary
 
 QUICK = {**DEMO_INPUTS, "num_train_epochs": 1.0}
-
-
 SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -40,7 +38,7 @@ def finished(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFacto
         return run_pipeline(out, {**inputs, "base_model_uri": str(tiny_46), **QUICK}), out
 
 
-def test_all_steps_ran_and_left_what_they_promise(finished: tuple[LocalRun, Path]) -> None:
+def test_all_steps_ran_and_wrote_their_outputs(finished: tuple[LocalRun, Path]) -> None:
     run, out = finished
     assert list(run.seconds)[:5] == ["validate-data", "preprocess", "train", "merge", "evaluate"]
     assert (out / "model" / "config.json").is_file()
@@ -51,7 +49,7 @@ def test_all_steps_ran_and_left_what_they_promise(finished: tuple[LocalRun, Path
     assert run.metrics("merge")
 
 
-def test_tracking_holds_one_run_with_a_run_a_step(finished: tuple[LocalRun, Path]) -> None:
+def test_mlflow_contains_one_run_with_one_nested_run_per_step(finished: tuple[LocalRun, Path]) -> None:
     _, out = finished
     client = MlflowClient(f"sqlite:///{out}/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
@@ -64,22 +62,22 @@ def test_tracking_holds_one_run_with_a_run_a_step(finished: tuple[LocalRun, Path
     assert len(client.get_metric_history(train.info.run_id, "train/loss")) >= 4
 
 
-def test_the_merged_model_answers(finished: tuple[LocalRun, Path], digits: Path) -> None:
+def test_the_merged_model_answers_a_question(finished: tuple[LocalRun, Path], digits: Path) -> None:
     _, out = finished
     image = json.loads((digits / "eval.json").read_text())[0]["image"]
     command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "predict"]
-    asked = ["--model", str(out / "model"), "--image", str(digits / image), "--prompt", "Which digit is written?"]
-    done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
+    options = ["--model", str(out / "model"), "--image", str(digits / image), "--prompt", "Which digit is written?"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert done.stdout.strip()
     assert done.stderr == ""
 
 
-def test_the_outcome_is_a_table_and_the_places(
+def test_the_summary_contains_scores_and_paths(
     finished: tuple[LocalRun, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = finished
     monkeypatch.chdir(out)
-    show_outcome(run, out, {"without": 0.125}, out / "pipeline.yaml", {"image": "a b.png", "prompt": "Which digit?"})
+    print_summary(run, out, {"without": 0.125}, out / "pipeline.yaml", {"image": "a b.png", "prompt": "Which digit?"})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     scores = run.metrics("evaluate")
     assert ["300", "held-out", "samples,", "free", "generation"] in lines
@@ -87,48 +85,52 @@ def test_the_outcome_is_a_table_and_the_places(
         (row,) = (line for line in lines if line[:1] == [model])
         assert row[1] == f"{scores[f'{model}_exact_match']:.3f}"
     assert ["without", "0.125"] in lines
-    places = {" ".join(line[:-1]): line[-1] for line in lines if line}
-    assert places["report"] == "report.html"
-    assert places["merged model"] == "model"
-    assert places["pipeline"] == "pipeline.yaml"
-    (asked,) = (line for line in lines if line[:3] == ["ask", "the", "model"])
-    assert " ".join(asked).endswith("predict --model model --image 'a b.png' --prompt 'Which digit?'")
+    paths = {" ".join(line[:-1]): line[-1] for line in lines if line}
+    assert paths["report"] == "report.html"
+    assert paths["merged model"] == "model"
+    assert paths["pipeline"] == "pipeline.yaml"
+    (example,) = (line for line in lines if line[:3] == ["ask", "the", "model"])
+    assert " ".join(example).endswith("predict --model model --image 'a b.png' --prompt 'Which digit?'")
 
 
-def test_what_the_low_rank_updates_contribute_can_be_told(finished: tuple[LocalRun, Path], tiny_46: Path) -> None:
+def test_the_contribution_of_the_low_rank_updates_is_measured(finished: tuple[LocalRun, Path], tiny_46: Path) -> None:
     run, _ = finished
-    share = exact_match_without_lora(tiny_46, run.output("train", "adapter"), run.output("validate-data", "dataset"))
-    assert share < run.metrics("evaluate")["tuned_exact_match"]
+    without_lora = exact_match_without_lora(
+        tiny_46, run.output("train", "adapter"), run.output("validate-data", "dataset")
+    )
+    assert without_lora < run.metrics("evaluate")["tuned_exact_match"]
 
 
-def test_no_secret_is_written_anywhere(finished: tuple[LocalRun, Path]) -> None:
+def test_no_secret_is_written_to_a_file(finished: tuple[LocalRun, Path]) -> None:
     _, out = finished
     written = [path for path in out.rglob("*") if path.is_file()]
     assert {"run.log", "mlflow.db", "executor_output.json", "training.json"} <= {path.name for path in written}
     assert [path for path in written if b"canary-" in path.read_bytes()] == []
 
 
-def test_the_merge_command_writes_into_a_store(
+def test_the_merge_command_writes_to_a_store(
     finished: tuple[LocalRun, Path], tiny_46: Path, s3_uri: str, tmp_path: Path
 ) -> None:
     run, _ = finished
     model = run.output("merge", "model")
-    places = {
+    inputs = {
         "base-model": tiny_46,
         "adapter": run.output("train", "adapter"),
         "shards": run.output("preprocess", "shards"),
     }
-    flags = [word for name, place in places.items() for word in (f"--{name}", str(place))]
+    flags = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
     command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "merge"]
     done = subprocess.run([*command, *flags, "--out", f"{s3_uri}/models/digits"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    there = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
-    assert {path.name for path in there.iterdir()} == {path.name for path in model.iterdir()}
-    assert (there / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    uploaded = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
+    assert {path.name for path in uploaded.iterdir()} == {path.name for path in model.iterdir()}
+    assert (uploaded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert json.loads(storage.read_bytes(f"{s3_uri}/models/merge-report.json"))["changed"]
 
 
-def test_photographs_several_images_several_turns_and_text_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_photographs_several_images_several_turns_and_text_only_samples_work(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
         Image.fromarray(pixels).save(tmp_path / f"{name}.jpg")
     samples = [
@@ -171,7 +173,7 @@ def test_photographs_several_images_several_turns_and_text_alone(tiny: Callable[
     assert run.metrics("evaluate")["samples"] == 3
 
 
-def test_a_mistake_is_told_in_its_own_sentence(tiny_46: Path, tmp_path: Path) -> None:
+def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(UserError, match=r"no usable sample|the array is empty"):
         run_pipeline(tmp_path / "out", {"data_uri": str(tmp_path / "data.json"), "base_model_uri": str(tiny_46)})
@@ -187,7 +189,9 @@ def test_a_mistake_is_told_in_its_own_sentence(tiny_46: Path, tmp_path: Path) ->
         (["merge", "--base-model", "x", "--adapter", "a", "--shards", "b", "--out", "c"], "training.json"),
     ],
 )
-def test_wrong_arguments_end_with_two_and_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+def test_wrong_arguments_end_with_exit_code_2_and_one_sentence(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
     command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -196,7 +200,9 @@ def test_wrong_arguments_end_with_two_and_one_sentence(tmp_path: Path, arguments
     assert done.stderr.count("error: ") == 1
 
 
-def test_a_step_whose_store_is_down_ends_the_run_with_75(tiny_46: Path, unreachable: str, tmp_path: Path) -> None:
+def test_a_step_without_its_store_ends_the_run_with_exit_code_75(
+    tiny_46: Path, unreachable: str, tmp_path: Path
+) -> None:
     environment = {
         **os.environ,
         "AWS_ENDPOINT_URL": unreachable,

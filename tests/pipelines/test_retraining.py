@@ -1,4 +1,4 @@
-"""The pipeline for schedules: as it is compiled, and as it runs here."""
+"""The pipeline for schedules: compiled, and run on this machine."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,7 @@ def test_every_step_is_a_task(compiled: Documents) -> None:
     }
 
 
-def test_the_webhook_comes_from_a_secret_that_need_not_be_there(
-    compiled: Documents,
-) -> None:
+def test_the_webhook_comes_from_an_optional_secret(compiled: Documents) -> None:
     pipeline, platform = compiled
     executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-notify"]
     (secret,) = executor["secretAsEnv"]
@@ -60,12 +58,12 @@ def inputs(tiny_46: Path, digits: Path, tmp_path: Path, database: Path) -> dict[
             "lora_r": 2,
             "learning_rate": 1e-3,
         },
-        # As bad as the base model is good enough here.
+        # A score equal to the base model's is enough here.
         "evaluation_options": {"max_new_tokens": 2, "gate": {"min_improvement": -1}},
     }
 
 
-def test_new_data_makes_a_champion_and_the_same_again_does_nothing(
+def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
     inputs: dict[str, object], tmp_path: Path, webhook: Webhook
 ) -> None:
     first = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
@@ -85,7 +83,7 @@ def test_new_data_makes_a_champion_and_the_same_again_does_nothing(
     assert nothing_new["outcome"] == "nothing new: version 1 of digits was tuned on this data"
 
 
-def test_a_failed_run_is_told(inputs: dict[str, object], tmp_path: Path, webhook: Webhook) -> None:
+def test_a_failed_run_is_reported_to_the_webhook(inputs: dict[str, object], tmp_path: Path, webhook: Webhook) -> None:
     Path(str(inputs["data_uri"])).write_text("[")
     with pytest.raises(UserError):
         run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)

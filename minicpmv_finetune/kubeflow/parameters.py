@@ -1,0 +1,100 @@
+"""The inputs of a run on a cluster: read from the command line and a file, checked, and the base model pinned.
+
+All checks happen before anything is sent: names, types and ranges by the table of inputs, and whether the cluster can
+read the addresses.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.pipelines.inputs import INPUTS, check_inputs
+from minicpmv_finetune.pipelines.pipeline import Pipeline
+
+from .profile import Profile
+from .yaml_files import read_mapping
+
+BaseModelPlace = Literal["object storage", "volume", "hub", "this machine"]
+
+
+def read_parameters(assignments: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """Inputs from a YAML file and from `name=value` words; a word replaces the file's value.
+
+    Raises:
+        UserError: The file cannot be read, or a word has no value.
+    """
+    given = {}
+    if file:
+        given = read_mapping(file, "inputs by name", "give a YAML file with lines like data_uri: s3://…")
+    for assignment in assignments:
+        name, mark, value = assignment.partition("=")
+        if not mark:
+            raise UserError(f"{assignment}: no value; write it as name=value.")
+        given[name] = value
+    return given
+
+
+def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """The inputs in the pipeline's types, with a base model on the hub pinned to its current commit.
+
+    Without the commit, a schedule or a retry would fetch whatever the branch contains by then, and results would be
+    compared with a base model that nobody chose.
+
+    Raises:
+        UserError: An input is unknown, missing, of the wrong type, or an address that the cluster cannot read; or the
+            hub has no such model.
+        RetryableError: The hub does not answer.
+    """
+    checked = check_inputs(pipeline.inputs, given)
+    for name in ("data_uri", "eval_data_uri"):
+        address = str(checked.get(name, ""))
+        if address and not storage.is_object_uri(address) and not address.startswith("hf://"):
+            raise not_reachable(name, address)
+    base_model = str(checked.get("base_model_uri") or INPUTS["base_model_uri"].default)
+    place = base_model_place(base_model, profile)
+    if place == "this machine":
+        raise not_reachable("base_model_uri", base_model)
+    return {**checked, "base_model_uri": pin_to_commit(base_model) if place == "hub" else base_model}
+
+
+def base_model_place(address: str, profile: Profile) -> BaseModelPlace:
+    """Where a base model is stored: in an object store, on the profile's volume, on the hub, or only here."""
+    if storage.is_object_uri(address):
+        return "object storage"
+    if profile.base_models and Path(address).is_relative_to(profile.base_models.mount):
+        return "volume"
+    return "this machine" if address.startswith((".", "/", "~")) else "hub"
+
+
+def not_reachable(name: str, address: str) -> UserError:
+    """The error for an address of this machine."""
+    return UserError(
+        f"{name}: {address} is a path on this machine, which the cluster cannot read; copy it to s3:// first."
+    )
+
+
+def pin_to_commit(model: str) -> str:
+    """The address of a model on the hub with its current commit, `owner/name@COMMIT`; unchanged with a revision.
+
+    Raises:
+        UserError: The hub has no such model.
+        RetryableError: The hub does not answer.
+    """
+    name, _, revision = model.removeprefix("hf://").partition("@")
+    if revision:
+        return model
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        commit = HfApi().model_info(name, timeout=10).sha
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{name}: the hub has no such model; check the spelling, or set HF_TOKEN.") from error
+    except Exception as error:
+        # The hub's client passes its HTTP library's exceptions on, and has changed that library before.
+        raise RetryableError(
+            f"{name}: the hub does not answer, so the current commit is not known; write {name}@COMMIT, or try again."
+        ) from error
+    return f"{model}@{commit}"
