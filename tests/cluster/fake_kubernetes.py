@@ -1,8 +1,9 @@
 """A Kubernetes API server for tests: TrainJobs, pods and their logs over real HTTP, with state.
 
-What the real one does, and this one too: a create with `fieldValidation=Strict` refuses unknown fields (400), here by
-the models that Kubeflow Trainer publishes; a taken name is answered 409; an object deleted in the foreground stays
-visible with its deletion time until what it owns is gone; a followed log comes in chunks while the container runs.
+It behaves like a real server in these points: a create with `fieldValidation=Strict` refuses unknown fields (400), here
+by the models that Kubeflow Trainer publishes; a name that exists already is answered with 409; an object deleted in the
+foreground stays visible with its deletion time until everything that it owns is deleted; a followed log comes in chunks
+while the container runs.
 """
 
 import json
@@ -26,11 +27,11 @@ _TRUE = {"1", "t", "T", "true", "TRUE", "True"}  # Go's strconv.ParseBool
 
 @dataclass
 class PodLog:
-    """What a container has written so far."""
+    """The lines that a container has written so far."""
 
     lines: list[str] = field(default_factory=list)
     has_ended: bool = False
-    cut_after: int | None = None  # lines, once: then the connection breaks
+    cut_after: int | None = None  # the connection breaks once, after this number of lines
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def write(self, *lines: str) -> None:
@@ -46,17 +47,24 @@ class PodLog:
 
 @dataclass
 class FakeKubernetes:
-    """The server's state, and what a test may do behind its back.
+    """The server's state, which a test may change directly.
 
     Attributes:
-        forgotten: fields that this release of Trainer does not know, as they begin.
-        happens: what goes on in the cluster, a step each time somebody looks at the TrainJob.
-        on_create: what the controller does with a new TrainJob.
-        faults: answers to give instead, in order, to requests whose "METHOD path" matches.
+        versions: Versions of Trainer's API that the cluster serves.
+        unsupported: Beginnings of the paths of fields that this release of Trainer does not have.
+        jobs: TrainJobs by name.
+        pods: Pods by name.
+        logs: Logs by the pod's name.
+        requests: Every request, as "METHOD path".
+        created: Every TrainJob that was created, as it was sent.
+        deleted: The propagation policy of every deletion.
+        faults: Patterns of "METHOD path" with the error that is answered once to a matching request, in order.
+        events: Changes of the cluster; the next one happens each time a client gets the TrainJob.
+        on_create: What the controller does with a new TrainJob.
     """
 
     versions: list[str] = field(default_factory=lambda: ["v1alpha1"])
-    forgotten: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     jobs: dict[str, Record] = field(default_factory=dict)
     pods: dict[str, Record] = field(default_factory=dict)
     logs: dict[str, PodLog] = field(default_factory=dict)
@@ -64,7 +72,7 @@ class FakeKubernetes:
     created: list[Record] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     faults: list[tuple[str, int]] = field(default_factory=list)
-    happens: Iterator[object] = field(default_factory=lambda: iter(()))
+    events: Iterator[object] = field(default_factory=lambda: iter(()))
     on_create: Callable[[Record], None] = lambda job: None
 
     @property
@@ -73,7 +81,7 @@ class FakeKubernetes:
         return job
 
     def add_pod(self, index: int, image: str = "", **more: Any) -> Record:
-        """A pod of the only TrainJob."""
+        """Create a pod of the only TrainJob."""
         name = f"{self.job['metadata']['name']}-node-0-{index}-{len(self.pods):05}"
         labels = {
             "jobset.sigs.k8s.io/jobset-name": self.job["metadata"]["name"],
@@ -92,18 +100,18 @@ class FakeKubernetes:
         return pod
 
     def run(self, pod: Record, *lines: str) -> None:
-        """A container starts, and writes."""
+        """Start a pod's container, which writes lines."""
         _set_state(pod, "Running", {"running": {}})
         self.logs[pod["metadata"]["name"]].write(*lines)
 
     def end(self, pod: Record, code: int = 0, message: str = "") -> None:
-        """A container ends."""
+        """End a pod's container."""
         state = {"exitCode": code, **({"message": message} if message else {})}
         _set_state(pod, "Failed" if code else "Succeeded", {"terminated": state})
         self.logs[pod["metadata"]["name"]].end()
 
     def conclude(self, kind: str, message: str = "", reason: str = "ByTest") -> None:
-        """The TrainJob gets a condition."""
+        """Add a condition to the TrainJob."""
         conditions = self.job.setdefault("status", {}).setdefault("conditions", [])
         conditions.append(
             {
@@ -120,7 +128,7 @@ def _set_state(pod: Record, phase: str, state: Record) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[FakeKubernetes, Path]]:
-    """A server with the configuration file that leads to it."""
+    """Start a server, and write a kubeconfig with its address."""
     state = FakeKubernetes()
     handler = type("Handler", (_Handler,), {"state": state})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -181,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, query: Mapping[str, str], job: Record) -> None:
         name = job["metadata"]["name"]
-        if query.get("fieldValidation") == "Strict" and (unknown := unknown_fields(job, self.state.forgotten)):
+        if query.get("fieldValidation") == "Strict" and (unknown := unknown_fields(job, self.state.unsupported)):
             return self._refuse(400, f"strict decoding error: unknown field {unknown}")
         if name in self.state.jobs:
             return self._refuse(409, f'trainjobs.trainer.kubeflow.org "{name}" already exists')
@@ -191,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(job, 201)
 
     def _job(self, query: Mapping[str, str], body: Any, name: str) -> None:
-        next(self.state.happens, None)
+        next(self.state.events, None)
         job = self.state.jobs.get(name)
         if job is None:
             return self._refuse(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
@@ -267,12 +275,14 @@ _ROUTES: dict[str, Callable[..., None]] = {
 }
 
 
-def unknown_fields(job: Record, forgotten: tuple[str, ...] = ()) -> Sequence[str]:
-    """Where a TrainJob says something that Trainer's own models do not know; they drop it on the way there and back."""
+def unknown_fields(job: Record, unsupported: tuple[str, ...] = ()) -> Sequence[str]:
+    """The paths of a TrainJob's fields that Trainer's own models drop, and of those that are declared unsupported."""
     model = TrainerV1alpha1TrainJob.from_dict(job)
     assert model is not None
-    said = _paths(job)
-    return sorted(said - _paths(model.to_dict()) | {path for path in said if forgotten and path.startswith(forgotten)})
+    paths = _paths(job)
+    return sorted(
+        paths - _paths(model.to_dict()) | {path for path in paths if unsupported and path.startswith(unsupported)}
+    )
 
 
 def _paths(value: Any, path: str = "") -> set[str]:

@@ -1,7 +1,10 @@
-"""The flags of the published finetune.py, same names and defaults, on top of every transformers.TrainingArguments flag.
+"""The flags of the published finetune.py, with their defaults, and every flag of transformers.TrainingArguments.
 
-Flags that transformers 5 removed are mapped to today's, or refused with one sentence; a launch script written for the
-published Python file keeps working.
+Flags that transformers 5 removed are mapped to their successors, or refused with one sentence. So a launch script that
+was written for the published Python file keeps working.
+
+Each flag of ours states in its metadata (`IN_DIGEST`) whether it takes part in the digest by which an interrupted
+training finds its checkpoints; `training_identity` has the same for the flags of transformers.
 """
 
 import json
@@ -18,6 +21,7 @@ from transformers import HfArgumentParser
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
 
+IN_DIGEST = "in_digest"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 _STRATEGY_FOLDER = Path(__file__).parent / "strategies"
 
@@ -27,102 +31,137 @@ class ModelArguments:
     """Which model is trained."""
 
     model_name_or_path: str = field(
-        default="openbmb/MiniCPM-V-4.6", metadata={"help": "Base checkpoint: a folder, an s3:// URI or a hub id."}
+        default="openbmb/MiniCPM-V-4.6",
+        metadata={"help": "Base checkpoint: a folder, an s3:// URI or a hub id.", IN_DIGEST: True},
     )
 
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """Which data it is trained on."""
 
     data_path: str = field(
-        default="", metadata={"help": "Training data: a shards folder, or raw JSON, which is prepared first."}
+        default="",
+        metadata={"help": "Training data: a shards folder, or raw JSON, which is prepared first.", IN_DIGEST: True},
     )
     eval_data_path: str = field(
-        default="", metadata={"help": "Evaluation data as raw JSON; with a shards folder its own eval split is used."}
+        default="",
+        metadata={
+            "help": "Evaluation data as raw JSON; with a shards folder its own eval split is used.",
+            IN_DIGEST: True,
+        },
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """How it is trained; every transformers.TrainingArguments flag is accepted too."""
+    """How it is trained; every flag of transformers.TrainingArguments is accepted too."""
 
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded checkpoints are kept."})
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for downloads and stored vision features.", IN_DIGEST: False}
+    )
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer.", IN_DIGEST: True})
     model_max_length: int = field(
         default=2048,
-        metadata={"help": "Longest sample in tokens; longer ones are rejected in preprocessing, never cut."},
+        metadata={
+            "help": "Longest sample in tokens; longer ones are rejected in preprocessing, never cut.",
+            IN_DIGEST: True,
+        },
     )
-    tune_vision: bool = field(default=True, metadata={"help": "Train the vision tower."})
-    tune_llm: bool = field(default=True, metadata={"help": "Train the language model's own weights."})
+    tune_vision: bool = field(default=True, metadata={"help": "Train the vision tower.", IN_DIGEST: True})
+    tune_llm: bool = field(default=True, metadata={"help": "Train the language model's own weights.", IN_DIGEST: True})
     llm_type: str | None = field(
         default=None,
         metadata={
-            "help": "Published name of the chat format (minicpm, llama3, qwen); derived from the checkpoint, and "
-            "checked against it when given."
+            "help": "Published name of the chat format (minicpm, llama3, qwen); by default derived from the "
+            "checkpoint, otherwise compared with it.",
+            IN_DIGEST: True,
         },
     )
-    use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on the language model."})
-    max_slice_nums: int = field(default=9, metadata={"help": "Most slices of an image."})
+    use_lora: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters on the language model.", IN_DIGEST: True}
+    )
+    max_slice_nums: int = field(default=9, metadata={"help": "Maximum number of slices of an image.", IN_DIGEST: True})
     # The collator needs every column.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for compatibility; always false."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Accepted for compatibility; always false.", IN_DIGEST: True}
+    )
 
     strategy: str = field(
         default="ddp",
         metadata={
             "choices": list(STRATEGIES),
-            "help": "How several processes share the work: a copy of the model each (ddp; also for one process), or "
-            "DeepSpeed's zero2 or zero3, or fsdp2. A --deepspeed or --fsdp configuration of your own goes before it.",
+            "help": "How several processes share the work: each has a copy of the model (ddp; also for one process), "
+            "or DeepSpeed's zero2 or zero3, or fsdp2. Your own --deepspeed or --fsdp configuration takes precedence.",
+            IN_DIGEST: True,
         },
     )
     bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Compute in bfloat16; by default where the GPU can and fp16 was not asked for."}
+        default=None,
+        metadata={"help": "Compute in bfloat16; by default if the GPU supports it and fp16 is off.", IN_DIGEST: True},
     )
     dataloader_persistent_workers: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Keep the loader's workers from one epoch to the next; by default where there are any."},
+        metadata={
+            "help": "Keep the data loader's workers from one epoch to the next; by default if there are any.",
+            IN_DIGEST: False,
+        },
     )
     checkpoint_uri: str = field(
         default="",
         metadata={
-            "help": "Where checkpoints are kept and found again, a folder or s3:// URI; by default beside output_dir "
-            "until the training is over."
+            "help": "Folder or s3:// URI of checkpoints, from which an interrupted training continues; by default "
+            "beside output_dir until the training has finished.",
+            IN_DIGEST: False,
         },
     )
     supervised_logits_only: bool = field(
         default=True,
-        metadata={"help": "Compute logits only where something is learnt; loss and gradients are the same."},
+        metadata={
+            "help": "Compute logits only for supervised tokens; loss and gradients are the same.",
+            IN_DIGEST: True,
+        },
     )
     fused_lora: bool = field(
         default=True,
-        metadata={"help": "Compute a layer and its adapter in one step; loss and gradients are the same."},
+        metadata={
+            "help": "Compute a layer and its adapter in one operation; loss and gradients are the same.",
+            IN_DIGEST: True,
+        },
     )
     reuse_vision_features: bool = field(
         default=True,
         metadata={
-            "help": "Compute what a frozen vision tower sees once and keep it in --cache_dir, where training runs over "
-            "the data more than once; needs --tune_vision false."
+            "help": "Compute the outputs of a frozen vision tower once and store them in --cache_dir, if the training "
+            "uses the data more than once; needs --tune_vision false.",
+            IN_DIGEST: True,
         },
     )
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Put several samples into one row of at most model_max_length tokens, without padding and without "
-            "their seeing each other; the batch size then counts such rows."
+            "help": "Put several samples into one row of at most model_max_length tokens, without padding; no sample "
+            "attends to another. The batch size then counts such rows.",
+            IN_DIGEST: True,
         },
     )
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many evaluations without a better loss; 0 never stops early."}
+        default=0,
+        metadata={
+            "help": "Stop after this number of evaluations without a better loss; 0 never stops early.",
+            IN_DIGEST: True,
+        },
     )
 
     def __post_init__(self) -> None:
         """Complete the arguments as transformers does."""
-        # Said outright, since without a GPU transformers takes a DeepSpeed run for a single process.
+        # Set explicitly, because without a GPU transformers treats a DeepSpeed run as a single process.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.ddp_find_unused_parameters is None:
-            # All take part in every step: where a batch has no image the models run a blank one.
+            # Every parameter takes part in every step: if a batch has no image, the models process a blank one.
             self.ddp_find_unused_parameters = False
-        # Starting them anew each epoch took a fifth of the training from stored features of a small model.
+        # Starting the workers again in each epoch took a fifth of the training time of a small model with stored
+        # features.
         self.dataloader_persistent_workers = (
             self.dataloader_num_workers > 0 and self.dataloader_persistent_workers is not False
         )
@@ -145,37 +184,53 @@ class TrainingArguments(transformers.TrainingArguments):
 class LoraArguments:
     """Which adapters are trained."""
 
-    lora_r: int = field(default=64, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale; the update is multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_r: int = field(default=64, metadata={"help": "Rank.", IN_DIGEST: True})
+    lora_alpha: int = field(
+        default=64, metadata={"help": "Scale; the update is multiplied by alpha / r.", IN_DIGEST: True}
+    )
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout rate of the adapters' inputs.", IN_DIGEST: True}
+    )
     lora_target_modules: str = field(
         default=PUBLISHED_LORA_TARGETS,
-        metadata={"help": "Regular expression of module names; `llm.` means the language model in every generation."},
+        metadata={
+            "help": "Regular expression of module names; `llm.` means the language model in every generation.",
+            IN_DIGEST: True,
+        },
     )
-    lora_weight_path: str = field(default="", metadata={"help": "Continue from this adapter."})
-    lora_bias: str = field(default="none", metadata={"help": "Biases to train: none, all or lora_only."})
-    q_lora: bool = field(default=False, metadata={"help": "Load the language model in 4 bits."})
+    lora_weight_path: str = field(default="", metadata={"help": "Continue from this adapter.", IN_DIGEST: True})
+    lora_bias: str = field(
+        default="none", metadata={"help": "Biases that are trained: none, all or lora_only.", IN_DIGEST: True}
+    )
+    q_lora: bool = field(default=False, metadata={"help": "Load the language model in 4 bits.", IN_DIGEST: True})
     lora_modules_to_save: str = field(
         default="",
         metadata={
-            "help": "Modules trained and saved whole beside embeddings and merger, separated by commas; `none` leaves "
-            "those two frozen."
+            "help": "Modules that are trained and saved whole, besides embeddings and merger, separated by commas; "
+            "`none` leaves those two frozen.",
+            IN_DIGEST: True,
         },
     )
     lora_layer_replication: str | None = field(
-        default=None, metadata={"help": "Stack the language model's layers from ranges, such as 0:4,2:6."}
+        default=None,
+        metadata={"help": "Stack the language model's layers from ranges, such as 0:4,2:6.", IN_DIGEST: True},
     )
     lora_layers_to_transform: str | None = field(
-        default=None, metadata={"help": "Only these layers of the language model get adapters, such as 0,1,5."}
+        default=None,
+        metadata={"help": "Put adapters only on these layers of the language model, such as 0,1,5.", IN_DIGEST: True},
     )
     lora_layers_pattern: str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that lora_layers_to_transform counts in."}
+        default=None,
+        metadata={
+            "help": "Name of the list of layers that the numbers of lora_layers_to_transform refer to.",
+            IN_DIGEST: True,
+        },
     )
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """All groups, parsed and checked."""
+    """All groups of flags, parsed and checked."""
 
     model: ModelArguments
     data: DataArguments
@@ -187,14 +242,14 @@ _RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "warmup_ratio": "warmup_steps",  # transformers 5 takes a fraction there
+    "warmup_ratio": "warmup_steps",  # in transformers 5 it may be a fraction
     "no_cuda": "use_cpu",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 _WITHOUT_EFFECT = {
-    "logging_dir": "curves go to MLflow and the report",
-    "overwrite_output_dir": "a finished result is always replaced as a whole",
+    "logging_dir": "metrics go to MLflow and the report",
+    "overwrite_output_dir": "a finished result is always replaced completely",
     "save_safetensors": "safetensors is the only format",
     "include_inputs_for_metrics": "evaluation during training needs no inputs",
     "use_legacy_prediction_loop": "there is only one loop",
@@ -204,11 +259,11 @@ _WITHOUT_EFFECT = {
     "push_to_hub_organization": "publishing is a step of its own",
     "push_to_hub_token": "publishing is a step of its own",
     "xpu_backend": "the backend follows from the device",
-    "half_precision_backend": "torch's own is the only one",
-    "fp16_backend": "torch's own is the only one",
+    "half_precision_backend": "torch's own backend is the only one",
+    "fp16_backend": "torch's own backend is the only one",
     "fp16_opt_level": "torch's own mixed precision has no levels",
-    "jit_mode_eval": "transformers has no such mode any more",
-    "use_ipex": "transformers has no such mode any more",
+    "jit_mode_eval": "transformers no longer has this mode",
+    "use_ipex": "transformers no longer has this mode",
     "ray_scope": "hyperparameter search is outside this script",
     "tpu_num_cores": "TPUs are not supported",
     "tpu_metrics_debug": "TPUs are not supported",
@@ -217,9 +272,18 @@ _WITHOUT_EFFECT = {
 _GROUPED_BY_LENGTH = "group_by_length"
 
 
+class _Parser(HfArgumentParser):
+    """Reads flags into the groups; hides our own metadata from argparse."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add a flag."""
+        options.pop(IN_DIGEST, None)
+        return super().add_argument(*names, **options)
+
+
 def parser() -> HfArgumentParser:
-    """The parser of all groups; its help lists every flag."""
-    return HfArgumentParser(
+    """Create the parser of all groups; its help lists every flag."""
+    return _Parser(
         (ModelArguments, DataArguments, TrainingArguments, LoraArguments),  # type: ignore[arg-type]
         prog="minicpmv-finetune train",
         allow_abbrev=False,
@@ -227,22 +291,22 @@ def parser() -> HfArgumentParser:
 
 
 def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Arguments:
-    """Read a published launch script's flags.
+    """Parse flags, such as those of a published launch script.
 
     Args:
-        argv: without the program's name; a YAML file of flags may come first.
-        announce: takes a sentence for each flag that was mapped or has no effect any more.
+        argv: Flags without the program's name; a YAML file of flags may come first.
+        announce: Receives a sentence for each flag that no longer has an effect.
 
     Raises:
-        UserError: an unknown flag or value, or flags that contradict each other.
+        UserError: A flag or value is unknown, or flags contradict each other.
     """
-    flags = _modernised(_with_file(list(argv)), announce)
+    flags = _replace_removed_flags(_expand_file(list(argv)), announce)
     instance = parser()
     known = {option for action in instance._actions for option in action.option_strings}
     unknown = [flag for flag in flags if flag.startswith("--") and flag.split("=")[0] not in known]
     if unknown:
         raise UserError(f"{unknown[0]}: no such flag; see `minicpmv-finetune train --help`.")
-    instance.error = _refuse  # type: ignore[method-assign, assignment]
+    instance.error = _fail  # type: ignore[method-assign, assignment]
     try:
         groups = instance.parse_args_into_dataclasses(args=flags)
     except (ValueError, ImportError) as error:
@@ -259,23 +323,23 @@ def _check(arguments: Arguments) -> None:
     if training.use_lora and training.tune_llm:
         raise UserError("The model cannot simultaneously adjust LLM parameters and apply LoRA.")
     if training.fsdp and training.use_cpu:
-        # accelerate would train plain DDP there without a word.
-        raise UserError("--strategy fsdp2: FSDP needs GPUs here; without any use ddp, zero2 or zero3.")
+        # accelerate would train plain DDP without a warning.
+        raise UserError("--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3.")
     if arguments.lora.q_lora:
         if not training.use_lora:
             raise UserError("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
         if training.fsdp or _shards_parameters(training):
             raise UserError(
-                "--q_lora: ZeRO-3 and FSDP cut weights into parts, which 4-bit weights do not allow; use --strategy "
+                "--q_lora: ZeRO-3 and FSDP partition weights, which is impossible for 4-bit weights; use --strategy "
                 "ddp or zero2, or train LoRA without q_lora."
             )
     if training.packing and training.train_sampling_strategy != "random":
         raise UserError(
-            "--packing leaves no padding that batches of like length would save; leave --group_by_length out."
+            "--packing leaves no padding that batches of similar lengths could save; leave --group_by_length out."
         )
     if training.early_stopping_patience and training.eval_strategy == "no":
         raise UserError(
-            "--early_stopping_patience: nothing is evaluated; give --eval_strategy and --eval_steps or epoch too."
+            "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
         )
 
 
@@ -284,8 +348,8 @@ def _shards_parameters(training: TrainingArguments) -> bool:
     return config is not None and config.is_zero3()
 
 
-def _with_file(argv: list[str]) -> list[str]:
-    """Put a configuration file's flags before those of the command line, which go first."""
+def _expand_file(argv: list[str]) -> list[str]:
+    """Put a configuration file's flags before those of the command line, which take precedence."""
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return argv
     path = Path(argv[0])
@@ -294,16 +358,16 @@ def _with_file(argv: list[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file of training flags.") from error
     except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f" at line {place.line + 1}" if place else ""
-        raise UserError(f"{path}: invalid YAML{line}; write one flag a line, such as `lora_r: 16`.") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: invalid YAML{line}; write one flag per line, such as `lora_r: 16`.") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: must hold flags by name, such as `lora_r: 16`.")
+        raise UserError(f"{path}: must contain flags by name, such as `lora_r: 16`.")
     return [*as_flags(document), *argv[1:]]
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same as a mapping: `{"lora_r": 16}` becomes `--lora_r 16`."""
+    """Convert a mapping to a command line: `{"lora_r": 16}` becomes `--lora_r 16`."""
     flags: list[str] = []
     for name, value in settings.items():
         if value is None or value == "":
@@ -318,10 +382,10 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def pop_num_nodes(settings: dict[str, Any]) -> int:
-    """Take the number of nodes out of the pipeline's training flags; it is no flag of the script.
+    """Remove the number of nodes from the pipeline's training flags; the script has no such flag.
 
     Raises:
-        UserError: it is no whole number above zero.
+        UserError: The number is not a whole number above zero.
     """
     wanted = _with_whole_numbers(settings.pop("num_nodes", 1))
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
@@ -330,7 +394,7 @@ def pop_num_nodes(settings: dict[str, Any]) -> int:
 
 
 def _with_whole_numbers(value: Any) -> Any:
-    """Kubeflow hands every number of a JSON object on as a float; flags that count want 2, not 2.0."""
+    """Convert floats without a fraction: Kubeflow passes every number of a JSON object as a float, but flags need 2."""
     if isinstance(value, dict):
         return {name: _with_whole_numbers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -338,14 +402,14 @@ def _with_whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _modernised(flags: list[str], announce: Callable[[str], None]) -> list[str]:
-    """Replace flags that transformers 5 removed."""
+def _replace_removed_flags(flags: list[str], announce: Callable[[str], None]) -> list[str]:
+    """Replace flags that transformers 5 removed, or announce that they have no effect."""
     result: list[str] = []
     position = 0
     while position < len(flags):
         name, equals, value = flags[position].removeprefix("--").partition("=")
         is_flag = flags[position].startswith("--")
-        # A switch may stand alone; else the next word is its value.
+        # A switch may have no value; otherwise the following words are its values.
         values = [value] if equals else []
         end = position + 1
         if is_flag and not equals:
@@ -369,5 +433,5 @@ def _modernised(flags: list[str], announce: Callable[[str], None]) -> list[str]:
     return result
 
 
-def _refuse(message: str) -> None:
+def _fail(message: str) -> None:
     raise UserError(f"Training arguments: {message}; see `minicpmv-finetune train --help`.")

@@ -1,4 +1,4 @@
-"""What happens around the Trainer's steps: the bar, the curves, MLflow, seals, and an orderly stop on SIGTERM."""
+"""Callbacks of the Trainer: the progress bar, metrics for MLflow, sealed checkpoints, and an orderly end on SIGTERM."""
 
 import ctypes
 import math
@@ -20,47 +20,58 @@ from minicpmv_finetune.tracking.step_runs import StepRun
 from .checkpoints import Checkpoints
 
 
-class Watcher(TrainerCallback):
-    """Shows one progress bar and sends the curves to MLflow, each step once, also after a resume."""
+class TrainingMonitor(TrainerCallback):
+    """Draws one progress bar and sends metrics to MLflow, those of each step once, also after a resumption."""
 
     def __init__(self, run: StepRun, lengths: Sequence[int], unit: str = " samples") -> None:
-        """The lengths are those of the training rows, in tokens; the unit is what a batch is counted in."""
+        """Create the monitor; measuring begins with the training.
+
+        Args:
+            run: MLflow run that receives the metrics.
+            lengths: Number of tokens of each training sample.
+            unit: Plural name of what a batch consists of, for the bar.
+        """
         self.run = run
         self.lengths = lengths
         self.unit = unit
-        self.logged_until = run.last_step("train/loss")
+        self.last_logged_step = run.last_step("train/loss")
         self.loss = float("nan")
         self.bar: Any = None
         self.samples = 0
         self.tokens = 0
-        self.padded = 0
-        self.waited = 0.0
+        self.positions = 0
+        self.seconds_waiting = 0.0
         self.started = 0.0
 
-    def count(self, rows: Sequence[int], positions: int) -> None:
-        """Take note of the rows of a batch and of its positions, for tokens and the share of padding."""
+    def count_batch(self, rows: Sequence[int], positions: int) -> None:
+        """Count a batch's samples, tokens and padding.
+
+        Args:
+            rows: Numbers of the samples in the batch.
+            positions: Number of positions in the batch, padding included.
+        """
         self.samples += len(rows)
         self.tokens += sum(self.lengths[row] for row in rows)
-        self.padded += positions
+        self.positions += positions
 
     @property
     def seconds(self) -> float:
-        """Since training began, by a clock that nobody sets."""
+        """Seconds since the training began, by a clock that nobody sets."""
         return max(time.perf_counter() - self.started, 1e-9)
 
     def samples_per_second(self, processes: int) -> float:
-        """Of all processes together, each of which counts about as many."""
+        """Samples per second of all processes together; each process is assumed to have as many as this one."""
         return self.samples * processes / self.seconds
 
     @property
     def waiting(self) -> float:
-        """Share of the time since training began that went by waiting for batches."""
-        return self.waited / self.seconds
+        """Share of the time since the training began that was spent on waiting for batches."""
+        return self.seconds_waiting / self.seconds
 
     @property
     def padding(self) -> float:
-        """Share of the positions computed so far that held no token."""
-        return 1 - self.tokens / self.padded if self.padded else 0.0
+        """Share of the positions computed so far that were padding."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0
 
     def on_train_begin(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +86,7 @@ class Watcher(TrainerCallback):
     def on_step_end(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update(self.bar.samples_per_step)
 
@@ -87,23 +98,23 @@ class Watcher(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Send the figures; a resumed run does not send again what it sent before it was stopped."""
+        """Send metrics; a resumed run does not send again what it sent before it was stopped."""
         if not state.is_world_process_zero or not logs:
             return
-        figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        # A training of fewer steps than --logging_steps tells its mean alone.
-        logged = figures.get("train_loss", self.loss) if math.isnan(self.loss) else self.loss
-        self.loss = figures.get("loss", logged)
-        if "train_runtime" in figures:
+        metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        # A training of fewer steps than --logging_steps logs only its mean loss.
+        last_loss = metrics.get("train_loss", self.loss) if math.isnan(self.loss) else self.loss
+        self.loss = metrics.get("loss", last_loss)
+        if "train_runtime" in metrics:
             speed = self.samples_per_second(args.world_size)
-            figures |= {"train_runtime": self.seconds, "train_samples_per_second": speed}
-        figures |= {"padding": self.padding, "waiting": self.waiting, "peak_memory_mb": peak_memory() / 1e6}
-        if state.global_step > self.logged_until:
-            self.run.log_metrics({f"train/{name}": value for name, value in figures.items()}, state.global_step)
-        if self.bar is not None and "loss" in figures:
+            metrics |= {"train_runtime": self.seconds, "train_samples_per_second": speed}
+        metrics |= {"padding": self.padding, "waiting": self.waiting, "peak_memory_mb": peak_memory() / 1e6}
+        if state.global_step > self.last_logged_step:
+            self.run.log_metrics({f"train/{name}": value for name, value in metrics.items()}, state.global_step)
+        if self.bar is not None and "loss" in metrics:
             seconds = max(self.bar.format_dict["elapsed"], 1e-9)
             self.bar.set_postfix_str(
-                f"loss {figures['loss']:.4f}, {self.tokens * args.world_size / seconds:,.0f} tok/s, "
+                f"loss {metrics['loss']:.4f}, {self.tokens * args.world_size / seconds:,.0f} tok/s, "
                 f"{self.padding:.0%} pad",
                 refresh=False,
             )
@@ -116,30 +127,31 @@ class Watcher(TrainerCallback):
             self.bar.close()
 
 
-class Sealer(TrainerCallback):
+class CheckpointSealer(TrainerCallback):
     """Seals each checkpoint when all processes have written their part."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
-        """The checkpoints are those the Trainer writes."""
+        """Create the callback for the checkpoints that the Trainer writes."""
         self.checkpoints = checkpoints
 
     def on_save(self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal what was just written."""
-        elsewhere = self._parts_of_other_nodes(args, state.global_step) if torch.distributed.is_initialized() else {}
+        """Seal the checkpoint that was just written."""
+        uploaded = self._gather_parts_of_other_nodes(args, state.global_step) if _is_distributed() else {}
         if state.is_world_process_zero:
-            self.checkpoints.seal(state.global_step, elsewhere)
+            self.checkpoints.seal(state.global_step, uploaded)
 
-    def _parts_of_other_nodes(self, args: TransformersArguments, step: int) -> dict[str, str]:
-        """Wait until every process has written, and those on other nodes have uploaded, their part.
+    def _gather_parts_of_other_nodes(self, args: TransformersArguments, step: int) -> dict[str, str]:
+        """Wait until every process has written its part, and the other nodes have uploaded theirs.
 
         Raises:
-            RetryableError: a node's store does not answer; every process raises it, so that none waits for another.
+            RetryableError: A node's store does not answer. Every process raises the error, so that none waits for
+                another.
         """
         torch.distributed.barrier()
-        is_elsewhere = args.local_process_index == 0 and args.process_index != 0
+        uploads = args.local_process_index == 0 and args.process_index != 0
         part: dict[str, str] | str = {}
         try:
-            part = self.checkpoints.upload_part(step) if is_elsewhere else {}
+            part = self.checkpoints.upload_part(step) if uploads else {}
         except RetryableError as error:
             part = str(error)
         parts: list[Any] = [None] * args.world_size
@@ -150,41 +162,41 @@ class Sealer(TrainerCallback):
         return {file: digest for part in parts for file, digest in part.items()}
 
 
-class Stopper(TrainerCallback):
-    """Turns SIGTERM into: finish the step, save, stop.
+class SigtermStopper(TrainerCallback):
+    """On SIGTERM the step is finished, a checkpoint is saved, and the training stops.
 
-    A parent that dies without passing the signal on (Kubeflow's launcher does) is noticed too: the kernel then sends
-    SIGTERM itself (`PR_SET_PDEATHSIG`), so no orphan goes on training beside its successor.
+    If the parent process dies without passing the signal on (Kubeflow's launcher does that), the kernel sends SIGTERM
+    itself (`PR_SET_PDEATHSIG`). So no orphan process continues to train beside its successor.
     """
 
     def __init__(self) -> None:
-        """Listens from now on."""
-        self.told = False
-        signal.signal(signal.SIGTERM, self._listen)
+        """Install the signal handler."""
+        self.stop_requested = False
+        signal.signal(signal.SIGTERM, self._request_stop)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def on_step_end(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop after this step, if any process was told to."""
-        told = self.told
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # All must take the same step last, though the signal may reach them during different ones.
-            votes = torch.tensor([float(told)], device=args.device)
+        """Stop after this step if any process has received the signal."""
+        stop = self.stop_requested
+        if _is_distributed() and torch.distributed.get_world_size() > 1:
+            # All processes must stop after the same step, though the signal may reach them during different ones.
+            votes = torch.tensor([float(stop)], device=args.device)
             torch.distributed.all_reduce(votes)
-            told = bool(votes.item())
-        if told:
-            self.told = control.should_save = control.should_training_stop = True
+            stop = bool(votes.item())
+        if stop:
+            self.stop_requested = control.should_save = control.should_training_stop = True
 
-    def _listen(self, number: int, frame: object) -> None:
-        self.told = True
+    def _request_stop(self, number: int, frame: object) -> None:
+        self.stop_requested = True
 
 
-def leave_stopping_to_trainer(worker: int) -> None:
-    """Make a loader's worker outlive SIGTERM, which torchrun sends to all of a training's processes.
+def ignore_sigterm(worker_id: int) -> None:
+    """Let a worker of a data loader survive SIGTERM, which torchrun sends to all of a training's processes.
 
-    The step that is being finished may still want its batches; workers end when their trainer does.
+    The step that is being finished may still need batches; the workers end when their trainer ends.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -192,8 +204,12 @@ def leave_stopping_to_trainer(worker: int) -> None:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def _is_distributed() -> bool:
+    return torch.distributed.is_initialized()
+
+
 def peak_memory() -> int:
-    """Most bytes this process has held: of GPU memory where there is one, else of main memory."""
+    """Largest number of bytes that this process has held: of GPU memory if there is a GPU, else of main memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

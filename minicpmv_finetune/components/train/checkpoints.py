@@ -1,11 +1,10 @@
 """Checkpoints that survive the pod: sealed when complete, uploaded in the background, found again by a retry.
 
-The Trainer writes `checkpoint-N/` file after file, so a killed process leaves a part of one. A checkpoint counts only
-when its seal `checkpoint-N.json`, written last, lies beside it and every file has the sha256 that the seal names;
-otherwise the one before is taken. The same layout serves a folder and an object store.
+The Trainer writes `checkpoint-N/` file after file, so a killed process leaves an incomplete checkpoint. A checkpoint
+counts only if its seal `checkpoint-N.json`, written last, is beside it and every file has the sha256 in the seal;
+otherwise the checkpoint before it is used. The layout is the same in a folder and in an object store.
 """
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -22,29 +21,29 @@ SCHEMA_VERSION = 1
 
 
 class Seal(BaseModel):
-    """`checkpoint-N.json`: the checkpoint is complete, and this is what it holds."""
+    """`checkpoint-N.json`: the checkpoint is complete, and these are its files."""
 
     model_config = ConfigDict(frozen=True)
 
     schema_version: int = SCHEMA_VERSION
     step: int
-    world_size: int = Field(description="number of processes that wrote it; each keeps its own random state")
-    training: str = Field(description="digest of what is trained on what, so that no other training is continued")
-    files: dict[str, str] = Field(description="sha256 of each file by its path in the checkpoint")
+    world_size: int = Field(description="Number of processes that wrote it; each keeps its own random state.")
+    training: str = Field(description="Digest of settings, data and base model; no other training continues from it.")
+    files: dict[str, str] = Field(description="sha256 of each file by its path in the checkpoint.")
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a local folder and, when asked for, in an object store."""
+    """The checkpoints of one training, in a local folder and, if wanted, in an object store."""
 
     def __init__(self, folder: Path, uri: str, keep: int, training: str, world_size: int) -> None:
-        """Nothing is read or written yet.
+        """Describe where the checkpoints are; nothing is read or written yet.
 
         Args:
-            folder: where the Trainer writes.
-            uri: `s3://` folder that receives a copy, or empty.
-            keep: how many of the newest stay in the store.
-            training: digest of what is trained on what.
-            world_size: number of processes.
+            folder: Folder that the Trainer writes to.
+            uri: `s3://` folder that receives a copy; empty for none.
+            keep: Number of the newest checkpoints that stay in the store.
+            training: Digest of the training, see `training_identity`.
+            world_size: Number of processes.
         """
         self.folder = folder
         self.uri = uri
@@ -55,13 +54,13 @@ class Checkpoints:
         self._upload: Future[None] | None = None
 
     def upload_part(self, step: int) -> dict[str, str]:
-        """Upload what this node's processes wrote of a checkpoint that another node will seal, and forget it here.
+        """Upload this node's files of a checkpoint that another node will seal, and delete them here.
 
         Returns:
-            The sha256 of each file by its path in the checkpoint; nothing where the nodes share a folder.
+            sha256 of each file by its path in the checkpoint; nothing if the nodes share a folder.
 
         Raises:
-            RetryableError: the store does not answer.
+            RetryableError: The store does not answer.
         """
         if not self.uri:
             return {}
@@ -72,44 +71,44 @@ class Checkpoints:
         shutil.rmtree(checkpoint, ignore_errors=True)
         return files
 
-    def seal(self, step: int, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
+    def seal(self, step: int, uploaded: Mapping[str, str] = MappingProxyType({})) -> None:
         """Declare a finished checkpoint complete, and begin to upload it.
 
         Args:
-            step: of the checkpoint.
-            elsewhere: files that other nodes have uploaded, as `upload_part` tells.
+            step: Step of the checkpoint.
+            uploaded: Files that other nodes have uploaded, as `upload_part` returns them.
 
         Raises:
-            RetryableError: the upload before this one failed.
+            RetryableError: The upload before this one failed.
         """
         checkpoint = self.folder / f"checkpoint-{step}"
-        files = {**elsewhere, **_hashes(checkpoint)}
+        files = {**uploaded, **_hashes(checkpoint)}
         seal = Seal(step=step, world_size=self.world_size, training=self.training, files=files)
         storage.write_bytes(str(_seal_path(checkpoint)), seal.model_dump_json(indent=1).encode())
         for stale in self.folder.glob("checkpoint-*.json"):
             if not stale.with_suffix("").is_dir():
                 stale.unlink()
         if self.uri:
-            # The Trainer keeps the newest two, so what is being uploaded is not deleted underneath.
+            # The Trainer keeps the newest two checkpoints, so it does not delete one that is being uploaded.
             self.finish_upload()
-            self._upload = self._uploads.submit(self._upload_checkpoint, seal, set(files) - set(elsewhere))
+            self._upload = self._uploads.submit(self._upload_checkpoint, seal, set(files) - set(uploaded))
 
     def finish_upload(self) -> None:
-        """Wait until the store holds what was sealed.
+        """Wait until every sealed checkpoint is in the store.
 
         Raises:
-            RetryableError: it does not answer.
+            RetryableError: The store does not answer.
         """
         if self._upload is not None:
             self._upload.result()
             self._upload = None
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint of this training, in the local folder.
+        """Find this training's newest complete checkpoint, and download it if it is only in the store.
 
         Raises:
-            UserError: it was written by another number of processes, or by a newer program.
-            RetryableError: the store does not answer.
+            UserError: The checkpoint was written by another number of processes, or by a newer program.
+            RetryableError: The store does not answer.
         """
         for step in sorted(self._steps(str(self.folder)) | self._steps(self.uri), reverse=True):
             seal = self._read_seal(step)
@@ -123,16 +122,16 @@ class Checkpoints:
             if seal.world_size != self.world_size:
                 raise UserError(
                     f"{self.uri or self.folder}/checkpoint-{step}: written by {seal.world_size} processes, but "
-                    f"{self.world_size} run now, which would see the samples in another order; run as many, or give "
-                    "another --checkpoint_uri to start anew."
+                    f"{self.world_size} run now, which would use the samples in another order; start as many "
+                    "processes, or give another --checkpoint_uri to train from the beginning."
                 )
             if self._is_whole(seal) or self._download(seal):
                 return self.folder / f"checkpoint-{step}"
-            print(f"checkpoint-{step} is damaged; the one before it is tried.", file=sys.stderr)
+            print(f"checkpoint-{step} is damaged; the checkpoint before it is used.", file=sys.stderr)
         return None
 
-    def discard_local(self) -> None:
-        """Remove the local folder, once the training's result is in place."""
+    def delete_local(self) -> None:
+        """Delete the local folder, when the training's result is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _steps(self, uri: str) -> set[int]:
@@ -144,17 +143,12 @@ class Checkpoints:
         }
 
     def _read_seal(self, step: int) -> Seal | None:
-        for place in filter(None, (str(self.folder), self.uri)):
-            try:
-                return Seal.model_validate_json(storage.read_bytes(storage.join(place, f"checkpoint-{step}.json")))
-            except (UserError, ValidationError):
-                continue
-        return None
+        return _read_seal_at(str(self.folder), step) or (_read_seal_at(self.uri, step) if self.uri else None)
 
     def _is_whole(self, seal: Seal) -> bool:
         checkpoint = self.folder / f"checkpoint-{seal.step}"
         return all(
-            (checkpoint / name).is_file() and _sha256(checkpoint / name) == digest
+            (checkpoint / name).is_file() and storage.file_sha256(checkpoint / name) == digest
             for name, digest in seal.files.items()
         )
 
@@ -164,20 +158,14 @@ class Checkpoints:
             storage.upload_file(self.folder / name / file, f"{self.uri}/{name}/{file}")
         storage.write_bytes(f"{self.uri}/{name}.json", seal.model_dump_json(indent=1).encode())
         for step in sorted(self._steps(self.uri), reverse=True)[self.keep :]:
-            # The seal goes first: without it what is left of the files does not count.
-            old = self._read_remote_seal(step)
+            # The seal is deleted first: without it the remaining files do not count.
+            old = _read_seal_at(self.uri, step)
             storage.remove_file(f"{self.uri}/checkpoint-{step}.json")
             for file in old.files if old else ():
                 storage.remove_file(f"{self.uri}/checkpoint-{step}/{file}")
 
-    def _read_remote_seal(self, step: int) -> Seal | None:
-        try:
-            return Seal.model_validate_json(storage.read_bytes(f"{self.uri}/checkpoint-{step}.json"))
-        except (UserError, ValidationError):
-            return None
-
     def _download(self, seal: Seal) -> bool:
-        """Fetch a checkpoint from the store; False when there is none or it is damaged."""
+        """Download a checkpoint from the store; False if there is none, or it is damaged."""
         if not self.uri:
             return False
         name = f"checkpoint-{seal.step}"
@@ -186,9 +174,8 @@ class Checkpoints:
                 for file, digest in seal.files.items():
                     target = staging / file
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    storage.download_file(f"{self.uri}/{name}/{file}", target)
-                    if _sha256(target) != digest:
-                        raise UserError(f"{self.uri}/{name}/{file}: differs from its seal.")
+                    if storage.download_file(f"{self.uri}/{name}/{file}", target) != digest:
+                        raise UserError(f"{self.uri}/{name}/{file}: its content differs from its seal.")
         except UserError:
             return False
         storage.write_bytes(str(_seal_path(self.folder / name)), seal.model_dump_json(indent=1).encode())
@@ -199,10 +186,14 @@ def _seal_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.json")
 
 
+def _read_seal_at(uri: str, step: int) -> Seal | None:
+    """A checkpoint's seal; None if there is none that can be read."""
+    try:
+        return Seal.model_validate_json(storage.read_bytes(storage.join(uri, f"checkpoint-{step}.json")))
+    except (UserError, ValidationError):
+        return None
+
+
 def _hashes(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): storage.file_sha256(path) for path in paths}

@@ -26,26 +26,26 @@ def train(
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Train with torchrun, one process a device; on several nodes by a TrainJob that this step follows.
+    """Train with torchrun, one process per device; on several nodes by a TrainJob that this step follows.
 
     Args:
         shards: The prepared samples of preprocess.
-        base_model_uri: Base checkpoint; a path, s3:// URI or hub id.
+        base_model_uri: Base checkpoint: a path, an s3:// URI or a hub id.
         use_lora: Train LoRA adapters on the language model.
         tune_vision: Train the vision tower too.
         tune_llm: Train the language model's own weights; needs use_lora false.
         lora_r: Rank of the adapters.
-        lora_alpha: Scale of the adapters; their update is multiplied by alpha / r.
+        lora_alpha: Scale of the adapters; their update is multiplied by lora_alpha / lora_r.
         learning_rate: Peak learning rate.
-        num_train_epochs: How often every sample is seen.
-        per_device_train_batch_size: Samples a device sees at once.
-        seed: Decides the initial adapters and the order of samples.
-        training_flags: Any further flag of the training script by name, those of the published finetune.py and of
-            transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}; and "num_nodes", which above 1
-            trains on so many nodes by Kubeflow Trainer.
-        adapter: A PEFT adapter folder, or a whole checkpoint when no LoRA was asked for.
-        metrics: Final losses, and how many parameters were trained.
-        summary: The same as a table.
+        num_train_epochs: Number of passes over the training data.
+        per_device_train_batch_size: Samples that a device processes at once.
+        seed: Seed for the initial adapters and the order of samples.
+        training_flags: Any further flags of the training script by name, those of the published finetune.py and of
+            transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}; and "num_nodes": above 1,
+            Kubeflow Trainer trains on that many nodes.
+        adapter: A PEFT adapter folder, or a whole checkpoint if use_lora is false.
+        metrics: Final loss, speed and memory.
+        summary: The same as a table, with the number of trained parameters.
         report: Curves, hardware and the exact command as a page.
     """
     import shutil
@@ -72,12 +72,12 @@ def train(
         "model_name_or_path": base_model_uri,
     }
     with permanent_error_marked(adapter.uri, {"shards": shards.uri, "flags": flags}):
-        # A retried pod looks for checkpoints there, and goes on from the newest.
+        # A retried pod searches this folder for checkpoints, and continues from the newest.
         checkpoints = {"checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints")}
         nodes = pop_num_nodes(flags)
         if nodes > 1:
-            onwards = as_flags({**flags, **checkpoints, "data_path": shards.uri})
-            train_on_nodes(onwards, nodes, adapter.uri, Path(adapter.path))
+            node_flags = as_flags({**flags, **checkpoints, "data_path": shards.uri})
+            train_on_nodes(node_flags, nodes, adapter.uri, Path(adapter.path))
         else:
             launch(as_flags({**flags, **checkpoints, "data_path": shards.path, "output_dir": adapter.path}))
         record = read_record(Path(adapter.path))

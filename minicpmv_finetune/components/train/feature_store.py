@@ -1,14 +1,15 @@
-"""What a frozen vision tower sees, computed once and kept.
+"""The outputs of a frozen vision tower, computed once and stored.
 
-Where nothing upstream of the merger (or resampler) is trained, the tower says the same of an image in every epoch. So
-its output, the merger's input, is computed once before training, by all processes together and in batches of many
-images, and lies in one memory-mapped file on each machine; training then neither decodes an image nor runs the
-tower. The price is disk: about as much as the slices' plain pixels for 4.6 in bfloat16, four times that for 2.6. The
-size is known, and said, before anything is computed.
+If nothing before the merger (or resampler) is trained, the tower's output for an image is the same in every epoch.
+Therefore this output, which is the merger's input, is computed once before training, by all processes together and in
+batches of many images, and is stored in one memory-mapped file on each machine. Training then neither decodes an image
+nor runs the tower. The price is disk space: about as much as the slices' uncompressed pixels for 4.6 in bfloat16, four
+times as much for 2.6. The size is known, and reported, before anything is computed.
 
-A store's name is a digest of all that decides its content: the tower's weights, type and code, the rows' images and
-the libraries that cut them. So a stale feature cannot be read: another tower looks elsewhere. Where the disk has no
-room for a new store, those that nobody has open go, the one not used for longest first.
+The name of a store is a digest of everything that determines its content: the tower's weights, type and version of its
+code (`FEATURES_VERSION`), the rows' images, and the libraries that slice them. So outdated features cannot be read:
+another tower has another name. If the disk has no room for a new store, stores that no process has open are deleted,
+the one that was not used for the longest time first.
 """
 
 import fcntl
@@ -37,31 +38,33 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.data.samples import Split
-from minicpmv_finetune.minicpmv import batch, modeling, modeling_qwen3_5
+from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.format import ShardReader
 
-from .callbacks import leave_stopping_to_trainer
+from .callbacks import ignore_sigterm
 
-PATCHES_AT_ONCE = 2**14
-"""Of one pass through the tower: sixteen slices of 448 × 448."""
+FEATURES_VERSION = 1
+"""Raise it when a change of `minicpmv/` changes the features; `test_features_match_the_golden_values` detects that."""
 
-_PATCHES, _INDEX = "patches.bin", "index.safetensors"
-_SPARE_BYTES = 2**30  # of the disk, left to others
-_JUST_FOUND = 3600  # seconds after which a store that somebody found is surely open
-_BLANK = 4  # patches a side of the image that tells how many vectors come of a slice
-_CODE = (batch, modeling, modeling_qwen3_5)
+MIN_BATCH_PATCHES = 2**14
+"""Patches of one pass through the tower, at least: 16 slices of 448 × 448."""
+
+_PATCHES_FILE, _INDEX_FILE = "patches.bin", "index.safetensors"
+_SPARE_BYTES = 2**30  # of the disk, which a store leaves free
+_RECENT_USE = 3600  # seconds; the process that has just found a store has opened it after this time
+_BLANK_SIDE = 4  # patches on each side of the blank image that shows how many vectors a slice has
 _LIBRARIES = ("pillow", "torch", "torchvision", "transformers")
 
 
 @dataclass(frozen=True)
 class PatchFeatures:
-    """Of one row.
+    """The features of one row.
 
     Attributes:
-        patches: [patches of all slices, vision width].
+        patches: Outputs of the vision tower, [patches of all slices, vision width].
         sizes: int32 [slices, 2], (rows, columns) of each slice in patches, before any merging.
     """
 
@@ -70,16 +73,16 @@ class PatchFeatures:
 
 
 @dataclass(frozen=True)
-class StorePlan:
-    """A store that is there or is to be made.
+class StoreLayout:
+    """Where each row's features are in a store, which may not exist yet.
 
     Attributes:
-        folder: of its own, named by what decides the content.
-        sizes: int32 [slices, 2], of all rows' slices in patches.
+        folder: Folder of the store, named by the digest of its content.
+        sizes: int32 [slices, 2], (rows, columns) in patches of all slices of all rows.
         first_slice: int [rows + 1], number of each row's first slice.
         first_patch: int [rows + 1], number of each row's first vector.
-        width: of a vector.
-        dtype: of its numbers.
+        width: Width of a vector.
+        dtype: Type of the numbers.
     """
 
     folder: Path
@@ -91,31 +94,32 @@ class StorePlan:
 
     @property
     def bytes(self) -> int:
-        """That it takes on disk."""
+        """Size of the features on disk."""
         return int(self.first_patch[-1]) * self.width * self.dtype.itemsize
 
     @property
-    def is_there(self) -> bool:
-        """Whether it is finished."""
-        return (self.folder / _INDEX).is_file()
+    def is_finished(self) -> bool:
+        """Whether the store exists completely."""
+        return (self.folder / _INDEX_FILE).is_file()
 
 
 class FeatureStore:
-    """A finished store, which stays while it is open; a copy sent to another process opens the file anew."""
+    """A finished store. It is not deleted while it is open; a copy sent to another process opens the file again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = (folder / _INDEX).open("rb")
+        self._open = (folder / _INDEX_FILE).open("rb")
         fcntl.flock(self._open, fcntl.LOCK_SH)
-        index = load_file(folder / _INDEX)
-        with safe_open(folder / _INDEX, framework="pt") as file:
-            described = file.metadata()
+        index = load_file(folder / _INDEX_FILE)
+        with safe_open(folder / _INDEX_FILE, framework="pt") as file:
+            metadata = file.metadata()
         self._sizes, self._first_slice, self._first_patch = (
             index[name] for name in ("sizes", "first_slice", "first_patch")
         )
-        width, dtype = int(described["width"]), getattr(torch, described["dtype"])
+        width, dtype = int(metadata["width"]), getattr(torch, metadata["dtype"])
         count = int(self._first_patch[-1])
-        stored = torch.from_file(str(folder / _PATCHES), False, count * width, dtype=dtype) if count else torch.empty(0)
+        path = str(folder / _PATCHES_FILE)
+        stored = torch.from_file(path, False, count * width, dtype=dtype) if count else torch.empty(0)
         self._patches = stored.to(dtype).view(count, width)
 
     def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path]]:
@@ -128,69 +132,58 @@ class FeatureStore:
 
 
 def is_reusable(model: nn.Module, tower: nn.Module) -> bool:
-    """Whether the tower, a part of the model, says the same of an image at every time."""
+    """Whether a model's vision tower gives the same output for an image each time."""
     config = getattr(model, "config", None)
     vision = getattr(config, "vision_config", None)
-    drops = bool(getattr(vision, "attention_dropout", 0.0))
-    return not drops and not any(parameter.requires_grad for parameter in tower.parameters())
+    has_dropout = bool(getattr(vision, "attention_dropout", 0.0))
+    return not has_dropout and not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-def make_stores(
+def prepare_stores(
     model: PreTrainedModel,
     generation: Generation,
     shards: Path,
     splits: list[Split],
     cache: Path,
     training: TransformersArguments,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict[Split, Path]:
-    """Find or compute the features of all rows; every process takes part, and each does a share of its machine's.
+    """Find or compute the features of all rows; each process computes a share of its machine's rows.
+
+    Every process must call this function.
 
     Args:
-        model: the base model, whose tower is frozen.
-        generation: its description.
-        shards: the folder with the rows.
-        splits: of them.
-        cache: the stores lie in `features/` here.
-        training: for the device, the type that is computed in, and the workers that decode.
-        say: takes a sentence.
+        model: The base model, whose tower is frozen.
+        generation: The model's generation.
+        shards: Folder of the shards with the rows.
+        splits: Splits whose features are needed.
+        cache: Folder whose subfolder `features/` contains the stores.
+        training: Determines the device, the type of the computation, and the number of workers that decode images.
+        report: Receives a sentence about what is done.
 
     Returns:
-        The stores' folders by split; empty where the disk has no room for them, which is said.
+        The folder of each split's store; nothing if the disk has no room for them, which is reported.
     """
     tower = model.get_submodule(generation.vision_tower)
-    with _whole(tower), torch.no_grad(), _precision(training):
+    with _gathered(tower), torch.no_grad(), _autocast(training):
         tower.to(training.device)
         was_training = tower.training
         tower.eval()
-        key = _digest(model, tower, training)
-        plans = {split: _plan(model, training.device, ShardReader(shards, split), cache, key) for split in splits}
-        for plan in plans.values():
-            if plan.is_there:
-                os.utime(plan.folder / _INDEX)  # when it was last used
-        missing = {split: plan for split, plan in plans.items() if not plan.is_there}
-        wanted = sum(plan.bytes for plan in missing.values())
-        cache.mkdir(parents=True, exist_ok=True)
-        if wanted and training.local_process_index == 0:
-            _make_room(cache / "features", wanted, {plan.folder for plan in plans.values()})
-        _meet(training)
-        free = shutil.disk_usage(cache).free - _SPARE_BYTES
-        where = f"vision features of {sum(len(plan.sizes) for plan in plans.values()):,} slices"
-        if not _all_agree(wanted <= free, training):
-            say(
-                f"{where} would take {wanted / 1e9:.2f} GB, and {cache} has {max(free, 0) / 1e9:.2f} GB to spare: they "
-                "are computed anew in each epoch; --cache_dir leads to another disk."
-            )
+        key = _tower_digest(model, tower, training)
+        readers = {split: ShardReader(shards, split) for split in splits}
+        layouts = {split: _layout(model, training.device, readers[split], cache, key) for split in splits}
+        missing = {split for split, layout in layouts.items() if not layout.is_finished}
+        for split in layouts.keys() - missing:
+            os.utime(layouts[split].folder / _INDEX_FILE)  # the time of the last use
+        if not _reserve_space(layouts, missing, cache, training, report):
             return {}
-        found = "found in" if not missing else f"computed once, {wanted / 1e9:.2f} GB in"
-        say(f"{where}: {found} {cache / 'features'}")
-        for split, plan in plans.items():
-            _make(model, plan, ShardReader(shards, split), training, split not in missing)
+        for split, layout in layouts.items():
+            _write_store(model, layout, readers[split], training, split not in missing)
         tower.train(was_training)
-    return {split: plan.folder for split, plan in plans.items()}
+    return {split: layout.folder for split, layout in layouts.items()}
 
 
-def join(rows: list[PatchFeatures]) -> dict[str, torch.Tensor]:
+def feature_arguments(rows: list[PatchFeatures]) -> dict[str, torch.Tensor]:
     """The model's arguments for the features of a batch."""
     return {
         "patch_features": torch.cat([row.patches for row in rows]),
@@ -198,11 +191,31 @@ def join(rows: list[PatchFeatures]) -> dict[str, torch.Tensor]:
     }
 
 
-def _plan(model: PreTrainedModel, device: torch.device, reader: ShardReader, cache: Path, key: str) -> StorePlan:
+def compute_features(
+    model: PreTrainedModel, device: torch.device, pixels: torch.Tensor, sizes: torch.Tensor
+) -> torch.Tensor:
+    """Compute the tower's outputs for slices.
+
+    Args:
+        model: The base model.
+        device: Device of the model.
+        pixels: `pixel_values` of `batch.collate`.
+        sizes: `target_sizes` of `batch.collate`.
+
+    Returns:
+        [vectors of all slices, vision width].
+    """
+    encode: Any = model.encode_patches
+    features: torch.Tensor = encode(pixels.to(device), sizes.to(device))
+    return features
+
+
+def _layout(model: PreTrainedModel, device: torch.device, reader: ShardReader, cache: Path, key: str) -> StoreLayout:
     rows = reader.slice_sizes()
-    pixels = torch.zeros(1, 3, reader.manifest.patch_size, reader.manifest.patch_size * _BLANK**2)
-    of_blank = _encode(model, device, pixels, torch.full((1, 2), _BLANK, dtype=torch.int32))
-    merged = _BLANK**2 // len(of_blank)
+    patch_size = reader.manifest.patch_size
+    pixels = torch.zeros(1, 3, patch_size, patch_size * _BLANK_SIDE**2)
+    blank_features = compute_features(model, device, pixels, torch.full((1, 2), _BLANK_SIDE, dtype=torch.int32))
+    patches_per_vector = _BLANK_SIDE**2 // len(blank_features)
     images = {
         "shards": [shard.sha256 for shard in reader.manifest.shards.get(reader.split, [])],
         "codec": reader.manifest.codec,
@@ -211,16 +224,45 @@ def _plan(model: PreTrainedModel, device: torch.device, reader: ShardReader, cac
     name = hashlib.sha256(json.dumps([key, images], sort_keys=True).encode()).hexdigest()[:32]
     sizes = torch.tensor([size for row in rows for size in row], dtype=torch.int32).view(-1, 2)
     first_slice = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    first_patch = torch.cat([torch.zeros(1, dtype=torch.long), (sizes.long().prod(1) // merged).cumsum(0)])[first_slice]
-    return StorePlan(cache / "features" / name, sizes, first_slice, first_patch, of_blank.shape[-1], of_blank.dtype)
+    vectors = sizes.long().prod(1) // patches_per_vector
+    first_patch = torch.cat([torch.zeros(1, dtype=torch.long), vectors.cumsum(0)])[first_slice]
+    folder = cache / "features" / name
+    return StoreLayout(folder, sizes, first_slice, first_patch, blank_features.shape[-1], blank_features.dtype)
 
 
-def _make_room(stores: Path, wanted: int, keep: set[Path]) -> None:
-    """Delete stores not used for longest, if so many bytes come free by it; those in use or to keep stay."""
-    lacking = wanted - (shutil.disk_usage(stores.parent).free - _SPARE_BYTES)
+def _reserve_space(
+    layouts: dict[Split, StoreLayout],
+    missing: set[Split],
+    cache: Path,
+    training: TransformersArguments,
+    report: Callable[[str], None],
+) -> bool:
+    """Make room for the missing stores; False if the disk of any machine is too small for them."""
+    needed = sum(layouts[split].bytes for split in missing)
+    cache.mkdir(parents=True, exist_ok=True)
+    if needed and training.local_process_index == 0:
+        _delete_unused_stores(cache / "features", needed, {layout.folder for layout in layouts.values()})
+    _wait_for_all(training)
+    free = shutil.disk_usage(cache).free - _SPARE_BYTES
+    subject = f"vision features of {sum(len(layout.sizes) for layout in layouts.values()):,} slices"
+    if not _all_agree(needed <= free, training):
+        report(
+            f"{subject} need {needed / 1e9:.2f} GB, but {cache} has room for {max(free, 0) / 1e9:.2f} GB, so they are "
+            "computed again in each epoch; give --cache_dir a folder on a larger disk to store them."
+        )
+        return False
+    stores = cache / "features"
+    where = f"computed once and stored in {stores} ({needed / 1e9:.2f} GB)" if missing else f"found in {stores}"
+    report(f"{subject} are {where}")
+    return True
+
+
+def _delete_unused_stores(stores: Path, needed: int, keep: set[Path]) -> None:
+    """Delete the stores that were not used for the longest time, if that makes enough room; open ones stay."""
+    lacking = needed - (shutil.disk_usage(stores.parent).free - _SPARE_BYTES)
     deleted: list[Path] = []
-    for index in sorted(stores.glob(f"[!.]*/{_INDEX}"), key=lambda index: index.stat().st_mtime):
-        if lacking <= 0 or index.parent in keep or time.time() - index.stat().st_mtime < _JUST_FOUND:
+    for index in sorted(stores.glob(f"[!.]*/{_INDEX_FILE}"), key=lambda index: index.stat().st_mtime):
+        if lacking <= 0 or index.parent in keep or time.time() - index.stat().st_mtime < _RECENT_USE:
             continue
         with index.open("rb") as file:
             try:
@@ -228,77 +270,81 @@ def _make_room(stores: Path, wanted: int, keep: set[Path]) -> None:
             except BlockingIOError:
                 continue
         deleted.append(index.parent)
-        lacking -= (index.parent / _PATCHES).stat().st_size
+        lacking -= (index.parent / _PATCHES_FILE).stat().st_size
     if lacking <= 0:
         for store in deleted:
             shutil.rmtree(store, ignore_errors=True)
 
 
-def _make(
-    model: PreTrainedModel, plan: StorePlan, reader: ShardReader, training: TransformersArguments, is_there: bool
+def _write_store(
+    model: PreTrainedModel,
+    layout: StoreLayout,
+    reader: ShardReader,
+    training: TransformersArguments,
+    is_finished: bool,
 ) -> None:
-    """Write a store into a folder beside its own, each process its share, and rename it."""
-    first = training.local_process_index == 0
+    """Write a store into a temporary folder beside its own, each process its share, and rename the folder."""
+    is_first = training.local_process_index == 0
     launch = f"{environment.TORCHELASTIC_RUN_ID.read() or os.getpid()}-{environment.GROUP_RANK.read()}"
-    staging = plan.folder.with_name(f".{plan.folder.name}.{launch}")
+    staging = layout.folder.with_name(f".{layout.folder.name}.{launch}")
     try:
-        if first and not is_there:
+        if is_first and not is_finished:
             staging.mkdir(parents=True)
-            with (staging / _PATCHES).open("wb") as file:
-                file.truncate(plan.bytes)
-        _meet(training)
-        if not is_there and plan.bytes:
-            _fill(staging / _PATCHES, model, plan, reader, training)
-        _meet(training)
-        if first and not is_there:
+            with (staging / _PATCHES_FILE).open("wb") as file:
+                file.truncate(layout.bytes)
+        _wait_for_all(training)
+        if not is_finished and layout.bytes:
+            _write_features(staging / _PATCHES_FILE, model, layout, reader, training)
+        _wait_for_all(training)
+        if is_first and not is_finished:
             save_file(
-                {name: getattr(plan, name) for name in ("sizes", "first_slice", "first_patch")},
-                staging / _INDEX,
-                {"width": str(plan.width), "dtype": str(plan.dtype).removeprefix("torch.")},
+                {name: getattr(layout, name) for name in ("sizes", "first_slice", "first_patch")},
+                staging / _INDEX_FILE,
+                {"width": str(layout.width), "dtype": str(layout.dtype).removeprefix("torch.")},
             )
-            if not plan.is_there:
-                staging.rename(plan.folder)
-        _meet(training)
+            if not layout.is_finished:
+                staging.rename(layout.folder)
+        _wait_for_all(training)
     finally:
-        if first:
+        if is_first:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _fill(
-    path: Path, model: PreTrainedModel, plan: StorePlan, reader: ShardReader, training: TransformersArguments
+def _write_features(
+    path: Path, model: PreTrainedModel, layout: StoreLayout, reader: ShardReader, training: TransformersArguments
 ) -> None:
-    """Compute this process's share of the rows into the file."""
+    """Compute the features of this process's share of the rows, and write them into the file."""
     processes = int(environment.LOCAL_WORLD_SIZE.read() or 1)
     share = np.array_split(np.arange(len(reader)), processes)[training.local_process_index]
     manifest = reader.manifest
     loader = DataLoader(
-        _Images(reader),
-        batch_sampler=_batches(share.tolist(), plan.first_patch),
+        _RowDataset(reader),
+        batch_sampler=_batches(share.tolist(), layout.first_patch),
         collate_fn=partial(
-            batch.collate,
+            collate,
             pad_token_id=manifest.pad_token_id,
             patch_size=manifest.patch_size,
             padding_side="right",
             resampler=manifest.slicing["resampler"],
         ),
         num_workers=training.dataloader_num_workers,
-        worker_init_fn=leave_stopping_to_trainer,
+        worker_init_fn=ignore_sigterm,
     )
-    total = int(plan.first_patch[-1]) * plan.width
-    file = torch.from_file(str(path), True, total, dtype=plan.dtype).view(-1, plan.width)
-    place = int(plan.first_patch[share[0]]) if len(share) else 0
-    with progress("vision features", len(plan.sizes), " slices") as bar:
+    total = int(layout.first_patch[-1]) * layout.width
+    file = torch.from_file(str(path), True, total, dtype=layout.dtype).view(-1, layout.width)
+    position = int(layout.first_patch[share[0]]) if len(share) else 0
+    with progress("vision features", len(layout.sizes), " slices") as bar:
         for images in loader:
             if "pixel_values" not in images:
                 continue
-            features = _encode(model, training.device, images["pixel_values"], images["target_sizes"])
-            file[place : place + len(features)] = features.cpu()
-            place += len(features)
+            features = compute_features(model, training.device, images["pixel_values"], images["target_sizes"])
+            file[position : position + len(features)] = features.cpu()
+            position += len(features)
             bar.update(len(images["target_sizes"]) * processes)
 
 
-class _Images(Dataset[ModelInput]):
-    """The rows with their images; workers open the files anew."""
+class _RowDataset(Dataset[ModelInput]):
+    """The rows with their images; a loader's workers open the files again."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
@@ -312,26 +358,20 @@ class _Images(Dataset[ModelInput]):
 
 
 def _batches(rows: list[int], first_patch: torch.Tensor) -> list[list[int]]:
-    """Neighbouring rows with at least `PATCHES_AT_ONCE` vectors together."""
+    """Divide rows into batches of neighbors with at least `MIN_BATCH_PATCHES` vectors each, except the last one."""
     batches: list[list[int]] = [[]]
     patches = 0
     for row in rows:
         batches[-1].append(row)
         patches += int(first_patch[row + 1] - first_patch[row])
-        if patches >= PATCHES_AT_ONCE:
+        if patches >= MIN_BATCH_PATCHES:
             batches.append([])
             patches = 0
     return [numbers for numbers in batches if numbers]
 
 
-def _encode(model: PreTrainedModel, device: torch.device, pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    encode: Any = model.encode_patches
-    features: torch.Tensor = encode(pixels.to(device), sizes.to(device))
-    return features
-
-
-def _digest(model: PreTrainedModel, tower: nn.Module, training: TransformersArguments) -> str:
-    """Of all that decides what the tower says of given pixels."""
+def _tower_digest(model: PreTrainedModel, tower: nn.Module, training: TransformersArguments) -> str:
+    """Digest of everything that determines the tower's output for given pixels."""
     digest = hashlib.sha256()
     settings = {
         "model": type(model).__name__,
@@ -340,7 +380,7 @@ def _digest(model: PreTrainedModel, tower: nn.Module, training: TransformersArgu
         "attention": getattr(getattr(tower, "config", None), "_attn_implementation", None),
         "mixed": [training.bf16, training.fp16],
         "device": training.device.type,
-        "code": [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in _CODE],
+        "features": FEATURES_VERSION,
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -351,8 +391,8 @@ def _digest(model: PreTrainedModel, tower: nn.Module, training: TransformersArgu
 
 
 @contextmanager
-def _whole(module: nn.Module) -> Iterator[None]:
-    """A module with all its weights here, also where ZeRO-3 cuts them into parts."""
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Gather all weights of a module on this device if ZeRO-3 partitions them."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -362,14 +402,15 @@ def _whole(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _precision(training: TransformersArguments) -> Any:
-    """As the Trainer computes, so that the features are those of a training that computes them anew."""
+def _autocast(training: TransformersArguments) -> Any:
+    """The Trainer's mixed precision, so that stored features equal those that a training would compute."""
     if not (training.bf16 or training.fp16):
         return nullcontext()
     return torch.autocast(training.device.type, torch.bfloat16 if training.bf16 else torch.float16)
 
 
 def _all_agree(answer: bool, training: TransformersArguments) -> bool:
+    """Whether the answer is true in all processes."""
     if not torch.distributed.is_initialized():
         return answer
     votes = torch.tensor([float(answer)], device=training.device)
@@ -377,6 +418,6 @@ def _all_agree(answer: bool, training: TransformersArguments) -> bool:
     return bool(votes.item())
 
 
-def _meet(training: TransformersArguments) -> None:
-    """Wait for all processes; not by a barrier alone, which some backends do not wait in."""
+def _wait_for_all(training: TransformersArguments) -> None:
+    """Wait for all processes. A barrier alone is not enough, because some backends do not block in it."""
     _all_agree(True, training)

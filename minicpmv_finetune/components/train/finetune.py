@@ -1,82 +1,76 @@
-"""The training script that torchrun starts, one process a device.
+"""The training script that torchrun starts, one process per device.
 
     torchrun --nproc_per_node 2 -m minicpmv_finetune.components.train.finetune --data_path SHARDS …
 
-It takes the flags of OpenBMB's published finetune.py, reads shards, trains with transformers' Trainer and PEFT, and
-leaves a PEFT adapter (or, for a full fine-tune, a whole checkpoint) in `--output_dir`, with `training.json` beside it:
-what was trained, on what, and how the loss went. A run that was cut off goes on from its newest complete checkpoint.
+It accepts the flags of OpenBMB's published finetune.py, reads shards, trains with transformers' Trainer and PEFT, and
+writes a PEFT adapter (or, for a full fine-tune, a whole checkpoint) to `--output_dir`. The file `training.json` in that
+folder records what was trained, on which data, and how the loss changed. A training that was interrupted continues from
+its newest complete checkpoint.
 """
 
-import dataclasses
-import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
-from transformers import TrainingArguments as TransformersArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalPrediction
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
-from minicpmv_finetune.minicpmv.batch import collate, collate_packed
-from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files, fingerprint, load_model
-from minicpmv_finetune.minicpmv.generations import Generation, detect_generation, write_max_slices
-from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
+from minicpmv_finetune.git_commit import git_commit
+from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
+from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.progress import report_outcome
-from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.reports.training_record import TrainingRecord
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
+from minicpmv_finetune.shards.packing import pack_samples
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
-from .arguments import Arguments, parse
-from .callbacks import Sealer, Stopper, Watcher, peak_memory
+from .arguments import Arguments, TrainingArguments, parse
+from .callbacks import CheckpointSealer, SigtermStopper, TrainingMonitor, peak_memory
 from .checkpoints import Checkpoints
-from .feature_store import FeatureStore, PatchFeatures, is_reusable, join, make_stores
+from .datasets import Collator, ExampleDataset, PackDataset
+from .feature_store import is_reusable, prepare_stores
 from .fused_lora import fuse_adapters
 from .liger import use_liger
-from .packing import plan_packs
 from .quantized import four_bit_options, prepare_four_bit
-from .report import write_report
+from .result import save_result
+from .token_accuracy import predicted_tokens, token_accuracy
 from .trainable import count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
+from .training_identity import chosen_settings, training_digest
 from .watchdog import Watchdog
-from .worker_exit import end_again, leave
+from .worker_exit import record_exit
 
-REPORT_FILE = "training.html"
 UNSENT_FILE = "unsent_metrics.jsonl"
-_NOT_PART_OF_THE_TRAINING = {
-    *("output_dir", "checkpoint_uri", "cache_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm"),
-    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_strategy", "save_steps"),
-    *("save_total_limit", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory"),
-    *("local_rank", "project", "hub_token"),
-}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the flags say; exits 2 with one sentence on a user's mistake, 75 when a retry goes on."""
-    end_again()
+    """Train with the given flags; exits with one sentence and 2 for a user's mistake, 75 if a retry may succeed."""
     try:
         with explain_disk_errors():
-            finetune(parse(argv, announce=_say), argv)
+            finetune(parse(argv, announce=_log), argv)
     except (UserError, RetryableError) as error:
-        if leave(error.exit_code, str(error)):
+        if record_exit(error.exit_code, str(error)):
             sys.exit(error.exit_code)
         end_process(error)
     except RuntimeError:
-        # It may be no more than that another process was killed, in the midst of a collective.
+        # Perhaps another process was killed during a collective operation, so a restart may succeed.
         raise
     except Exception:
-        leave(1)
+        record_exit(1)
         raise
     finally:
         if torch.distributed.is_initialized():
@@ -84,341 +78,310 @@ def main(argv: Sequence[str]) -> None:
 
 
 def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
-    """Train, save, and leave a record; the story of the step, top to bottom."""
+    """Train, save the result, and record the training; this function is the whole step from top to bottom."""
     training = arguments.training
-    stopper = Stopper()
-    _join_processes(training)
-    shards = open_shards(arguments.data.data_path, _path(training.cache_dir))
+    out = Path(str(training.output_dir))
+    stopper = SigtermStopper()
+    _join_process_group(training)
+    inputs = _fetch_inputs(arguments)
+    model = _prepare_model(inputs, arguments)
+    checkpoints = _open_checkpoints(arguments, inputs, out)
+    resume_from = _find_checkpoint(training, checkpoints)
+    train_dataset, eval_dataset = _open_datasets(inputs, model, arguments)
+    with _open_run(training, out) as run:
+        run.log_parameters(_run_parameters(arguments, inputs))
+        run.log_metrics({"parameters/trainable": model.trainable, "parameters/total": model.total})
+        monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
+        trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
+        trainer.add_callback(CheckpointSealer(checkpoints))
+        trainer.add_callback(stopper)
+        outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        checkpoints.finish_upload()
+        if stopper.stop_requested:
+            raise RetryableError(
+                f"Training was stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"its state is saved in {training.checkpoint_uri or checkpoints.folder}, and running the same command "
+                "again continues from there."
+            )
+        record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics)
+        save_result(trainer, inputs.base, out, record, argv, run)
+        # No process ends, and so closes the process group, while another one still works.
+        trainer.accelerator.wait_for_everyone()
+        if training.process_index == 0 and not training.checkpoint_uri:
+            checkpoints.delete_local()
+    if training.process_index == 0:
+        report_outcome(f"loss {monitor.loss:.4f}, {model.share} trained")
+
+
+def _join_process_group(training: TrainingArguments) -> None:
+    """Let transformers create the process group, and let DeepSpeed use it."""
+    _ = training.device
+    several_nodes = int(environment.LOCAL_WORLD_SIZE.read() or training.world_size) < training.world_size
+    if several_nodes and training.deepspeed and training.load_best_model_at_end:
+        # Each process would look for its part of that checkpoint on its own disk.
+        raise UserError(
+            "--early_stopping_patience: DeepSpeed cannot return to the best checkpoint on several nodes; leave this "
+            "flag and --load_best_model_at_end out, or use --strategy ddp."
+        )
+    if training.deepspeed and torch.distributed.is_initialized():
+        import deepspeed
+
+        # ZeRO-3 needs the process group before the model is loaded.
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a training starts from.
+
+    Attributes:
+        shards: Local folder of the verified shards.
+        manifest: Manifest of the shards.
+        base: Local folder of the base model's checkpoint.
+        base_fingerprint: Fingerprint of the base model's weights.
+        generation: Generation of the base model.
+    """
+
+    shards: Path
+    manifest: Manifest
+    base: Path
+    base_fingerprint: str
+    generation: Generation
+
+
+def _fetch_inputs(arguments: Arguments) -> _Inputs:
+    cache = _path(arguments.training.cache_dir)
+    shards = open_shards(arguments.data.data_path, cache)
     manifest = read_manifest(shards)
-    base = storage.fetch(arguments.model.model_name_or_path, _path(training.cache_dir))
-    model, generation = _load(base, arguments)
+    base = storage.fetch(arguments.model.model_name_or_path, cache)
+    generation = detect_generation(base)
     if generation.version != manifest.generation:
         raise UserError(
             f"{shards}: prepared for MiniCPM-V {manifest.generation}, but {arguments.model.model_name_or_path} is "
             f"{generation.version}; run preprocess with this base model."
         )
-    # Before the adapters' random start, which the Trainer's own seeding comes too late for.
+    return _Inputs(shards, manifest, base, fingerprint(base), generation)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model that is trained.
+
+    Attributes:
+        base: The base model itself.
+        trained: The base model, or PEFT's wrapper around it.
+        trainable: Number of parameters that are trained.
+        total: Number of all parameters.
+    """
+
+    base: PreTrainedModel
+    trained: PreTrainedModel | PeftModel
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> str:
+        """The trained share of the parameters, for a person."""
+        return f"{self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.1%})"
+
+
+def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
+    """Load the base model, and make it trainable as the flags describe."""
+    training = arguments.training
+    base = _load_base_model(inputs, arguments)
+    # The adapters' random initialization comes before the Trainer's own seeding.
     set_seed(training.seed)
-    trained = make_trainable(model, generation, arguments)
+    trained = make_trainable(base, inputs.generation, arguments)
     if training.use_lora and training.fused_lora and not (is_deepspeed_zero3_enabled() or training.fsdp):
         fuse_adapters(trained)
     if training.fp16:
-        # Gradient scaling needs what is trained in float32.
+        # Gradient scaling needs the trained parameters in float32.
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()
-    trainable, total = count_parameters(trained)
-    share = f"{trainable:,} of {total:,} parameters ({trainable / total:.1%})"
-    _say(f"{share} are trained on {manifest.rows('train'):,} samples")
-
-    is_first = training.process_index == 0
-    out = Path(str(training.output_dir))
-    base_fingerprint = fingerprint(base)
-    checkpoints = _checkpoints(arguments, manifest, base_fingerprint, out)
-    training.output_dir = str(checkpoints.folder)
-    resumed = _resume_from(training, checkpoints)
-    stores = _vision_features(model, generation, shards, manifest, arguments)
-    if training.packing:
-        enable_packing(model, generation.language_model)
-    train_rows: Dataset[Any] = _Rows(shards, "train", stores.get("train"))
-    if training.packing:
-        packs = plan_packs(manifest.lengths["train"], training.model_max_length, training.seed)
-        _say(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
-        train_rows = _Packs(train_rows, packs)
-    run = open_step_run("train") if is_first else StepRun()
-    run.log_parameters(_settings(arguments) | {"base_fingerprint": base_fingerprint} | _surroundings(manifest))
-    run.log_metrics({"parameters/trainable": trainable, "parameters/total": total})
-    watchdog = Watchdog(training.ddp_timeout, training.process_index)
-    watcher = Watcher(run, manifest.lengths["train"], " packs" if training.packing else " samples")
-    trainer = MiniCPMVTrainer(
-        model=trained,
-        args=training,
-        train_dataset=train_rows,
-        eval_dataset=_Rows(shards, "eval", stores.get("eval")) if manifest.rows("eval") else None,
-        data_collator=_Collator(manifest),
-        compute_metrics=_token_accuracy,
-        preprocess_logits_for_metrics=_most_likely,
-        callbacks=[watcher, watchdog, Sealer(checkpoints), stopper],
-        watcher=watcher,
-        watchdog=watchdog,
-        name_rows=lambda rows: [ShardReader(shards, "train", images=False)[row].id for row in rows],
-        lengths=manifest.lengths["train"],
-    )
-    if training.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
-    # Both print every log line; the watcher shows one bar.
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    status = "FAILED"
-    try:
-        outcome = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        checkpoints.finish_upload()
-        if stopper.told:
-            raise RetryableError(
-                f"Training was told to stop after step {trainer.state.global_step} of {trainer.state.max_steps}; it is "
-                f"kept in {training.checkpoint_uri or checkpoints.folder}, and running it again goes on from there."
-            )
-        record = TrainingRecord(
-            base_model=arguments.model.model_name_or_path,
-            base_fingerprint=base_fingerprint,
-            generation=manifest.generation,
-            data_fingerprint=manifest.data_fingerprint,
-            max_slice_nums=manifest.max_slice_nums,
-            use_lora=training.use_lora,
-            parameters={"trainable": trainable, "total": total},
-            metrics=_final_figures(outcome.metrics, watcher, training.world_size),
-            arguments=json.loads(json.dumps(_settings(arguments), default=str)),
-            history=[
-                {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-                for entry in trainer.state.log_history
-            ],
-        )
-        _save(trainer, base, out, record, argv, run)
-        # None leaves, and takes the process group down, while another still works.
-        trainer.accelerator.wait_for_everyone()
-        if is_first and not training.checkpoint_uri:
-            checkpoints.discard_local()
-        status = "FINISHED"
-    finally:
-        run.finish(status)
-        if is_first and run.unsent and status == "FINISHED":
-            points = [{"name": one.key, "value": one.value, "step": one.step} for one in run.unsent]
-            (out / UNSENT_FILE).write_text("".join(f"{json.dumps(point)}\n" for point in points))
-    if is_first:
-        report_outcome(f"loss {watcher.loss:.4f}, {share} trained")
+    model = _Model(base, trained, *count_parameters(trained))
+    _log(f"{model.share} are trained on {inputs.manifest.rows('train'):,} samples")
+    return model
 
 
-def _join_processes(training: TransformersArguments) -> None:
-    _ = training.device
-    several_nodes = int(environment.LOCAL_WORLD_SIZE.read() or training.world_size) < training.world_size
-    if several_nodes and training.deepspeed and training.load_best_model_at_end:
-        # Each process would look for its part of that checkpoint on its own disk.
-        raise UserError(
-            "--early_stopping_patience: DeepSpeed cannot go back to the best checkpoint on several nodes; leave it and "
-            "--load_best_model_at_end out, or use --strategy ddp."
-        )
-    if training.deepspeed and torch.distributed.is_initialized():
-        import deepspeed
-
-        # Learns of the process group that transformers has joined, which ZeRO-3 needs before the model is loaded.
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
-
-
-def _load(base: Path, arguments: Arguments) -> tuple[PreTrainedModel, Generation]:
-    training = arguments.training
-    if not arguments.lora.q_lora:
-        model, generation = load_model(base, _compute_dtype(training))
-    else:
-        generation = detect_generation(base)
-        model, generation = load_model(base, _compute_dtype(training), **four_bit_options(generation, training))
+def _load_base_model(inputs: _Inputs, arguments: Arguments) -> PreTrainedModel:
+    training, generation = arguments.training, inputs.generation
+    # As in the published script, the flags bf16 and fp16 choose the type of the frozen weights.
+    dtype = torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else torch.float32
+    if arguments.lora.q_lora:
+        model, _ = load_model(inputs.base, dtype, **four_bit_options(generation, training))
         prepare_four_bit(model, training)
+    else:
+        model, _ = load_model(inputs.base, dtype)
     if training.use_liger_kernel:
         use_liger(model.get_submodule(generation.language_model))
-        training.use_liger_kernel = False  # transformers would try again, by the whole model's name
+        training.use_liger_kernel = False  # transformers would try again, with the type of the whole model
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
-    return model, generation
+    return model
 
 
-def _checkpoints(arguments: Arguments, manifest: Manifest, base_fingerprint: str, out: Path) -> Checkpoints:
-    """Where this training's checkpoints lie, and what tells them from another's."""
+def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Checkpoints:
+    """Describe where this training's checkpoints are, and let the Trainer write there."""
     training = arguments.training
-    settings = {name: value for name, value in _settings(arguments).items() if name not in _NOT_PART_OF_THE_TRAINING}
-    # Addresses differ between a pod and its successor; what lies there does not.
-    settings["data_path"], settings["model_name_or_path"] = manifest.data_fingerprint, base_fingerprint
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     uri = training.checkpoint_uri
+    is_remote = storage.is_object_uri(uri)
+    digest = training_digest(arguments, inputs.manifest.data_fingerprint, inputs.base_fingerprint)
     keep = training.save_total_limit or 2
-    local = Path(uri) if uri and not storage.is_object_uri(uri) else out.with_name(f".{out.name}.checkpoints")
-    if storage.is_object_uri(uri) or not uri:
+    folder = Path(uri) if uri and not is_remote else out.with_name(f".{out.name}.checkpoints")
+    if is_remote or not uri:
         training.save_total_limit = min(keep, 2)
-    return Checkpoints(local, uri if storage.is_object_uri(uri) else "", keep, digest, training.world_size)
+    training.output_dir = str(folder)
+    return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size)
 
 
-def _resume_from(training: TransformersArguments, checkpoints: Checkpoints) -> Path | None:
-    """The checkpoint to go on from: the one asked for, or the newest complete one of this very training."""
-    asked = training.resume_from_checkpoint
-    if asked and str(asked).lower() not in {"true", "false"}:
-        if not Path(asked).is_dir():
-            raise UserError(f"--resume_from_checkpoint {asked}: no such folder; leave the flag out to find the newest.")
-        return Path(asked)
+def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to resume from: the one that a flag names, or this training's newest complete one."""
+    named = training.resume_from_checkpoint
+    if named and str(named).lower() not in {"true", "false"}:
+        if not Path(named).is_dir():
+            raise UserError(
+                f"--resume_from_checkpoint {named}: there is no such folder; leave the flag out to resume from the "
+                "newest checkpoint."
+            )
+        return Path(named)
     with training.main_process_first(desc="looking for checkpoints"):
         newest = checkpoints.newest()
     if newest:
-        _say(f"going on from {newest.name}")
+        _log(f"continuing from {newest.name}")
     return newest
 
 
-def _save(
-    trainer: MiniCPMVTrainer, base: Path, out: Path, record: TrainingRecord, argv: Sequence[str], run: StepRun
-) -> None:
-    """Write the adapter or the whole model so that it is there complete or not at all."""
-    weights = trainer.gathered_weights()
-    if not trainer.is_world_process_zero():
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    with storage.staged_folder(out) as folder:
-        if record.use_lora:
-            _check_adapter_moved(weights)
-            for config in model.peft_config.values():
-                # The address the user gave, not the place it was downloaded to.
-                config.base_model_name_or_path = record.base_model
-            model.save_pretrained(folder, state_dict=weights)
-        else:
-            copy_non_weight_files(base, folder)
-            if is_deepspeed_zero3_enabled():
-                # Loading under ZeRO-3 notes every renaming there is for the architecture, used or not; saving would
-                # undo them all.
-                model._weight_conversions = None
-            model.save_pretrained(folder, state_dict=weights)
-            write_max_slices(folder, record.max_slice_nums)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
-        write_report(folder / REPORT_FILE, record, argv)
-        run.log_file(str(folder / REPORT_FILE))
-        run.log_file(str(folder / RECORD_FILE))
+def _open_datasets(inputs: _Inputs, model: _Model, arguments: Arguments) -> tuple[Dataset[Any], ExampleDataset | None]:
+    """Open the samples for training and, if there are any, for evaluation."""
+    training, manifest = arguments.training, inputs.manifest
+    stores = _prepare_features(inputs, model, training)
+    train_dataset: Dataset[Any] = ExampleDataset(inputs.shards, "train", stores.get("train"))
+    if training.packing:
+        enable_packing(model.base, inputs.generation.language_model)
+        packs = pack_samples(manifest.lengths["train"], training.model_max_length, training.seed)
+        _log(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
+        train_dataset = PackDataset(train_dataset, packs)
+    has_eval = bool(manifest.rows("eval"))
+    return train_dataset, ExampleDataset(inputs.shards, "eval", stores.get("eval")) if has_eval else None
 
 
-def _check_adapter_moved(weights: Mapping[str, torch.Tensor]) -> None:
-    """A LoRA update is B·A with B zero at first: if every B is still zero, nothing was learnt."""
-    updates = [value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
-    if updates and not any(bool(value.any()) for value in updates):
-        raise UserError("Training left every adapter at zero; raise --learning_rate or the number of steps.")
-
-
-def _vision_features(
-    model: PreTrainedModel, generation: Generation, shards: Path, manifest: Manifest, arguments: Arguments
-) -> dict[Split, Path]:
-    """Stores of what the vision tower sees, by split; empty where it has to run in each step."""
-    training = arguments.training
-    tower = model.get_submodule(generation.vision_tower)
+def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArguments) -> dict[Split, Path]:
+    """The feature stores by split; none if the vision tower has to run in each step."""
+    manifest, generation = inputs.manifest, inputs.generation
+    tower = model.base.get_submodule(generation.vision_tower)
     samples = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
-    passes = samples * training.world_size / manifest.rows("train") if samples > 0 else training.num_train_epochs
-    if not training.reuse_vision_features or passes <= 1 or not is_reusable(model, tower):
+    epochs = samples * training.world_size / manifest.rows("train") if samples > 0 else training.num_train_epochs
+    if not training.reuse_vision_features or epochs <= 1 or not is_reusable(model.base, tower):
         return {}
     splits: list[Split] = ["train"]
     if training.eval_strategy != "no" and manifest.rows("eval"):
         splits.append("eval")
     cache = storage.cache_folder(_path(training.cache_dir))
-    return make_stores(model, generation, shards, splits, cache, training, _say)
+    return prepare_stores(model.base, generation, inputs.shards, splits, cache, training, _log)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Example:
-    """A row with its number, and what the vision tower saw where that is stored."""
-
-    number: int
-    row: ModelInput
-    features: PatchFeatures | None
-
-
-class _Rows(Dataset[_Example]):
-    """One split's rows; workers open the files anew."""
-
-    def __init__(self, shards: Path, split: Split, features: Path | None) -> None:
-        self.features = FeatureStore(features) if features else None
-        self.reader = ShardReader(shards, split, images=self.features is None)
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, position: int) -> _Example:
-        return _Example(position, self.reader[position], self.features[position] if self.features else None)
+@contextmanager
+def _open_run(training: TrainingArguments, out: Path) -> Iterator[StepRun]:
+    """The MLflow run; metrics that the server did not accept are written to a file in the result."""
+    is_first = training.process_index == 0
+    run = open_step_run("train") if is_first else StepRun()
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    finally:
+        run.finish(status)
+        if is_first and run.unsent and status == "FINISHED":
+            points = [{"name": metric.key, "value": metric.value, "step": metric.step} for metric in run.unsent]
+            (out / UNSENT_FILE).write_text("".join(f"{json.dumps(point)}\n" for point in points))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Packs(Dataset[list[_Example]]):
-    """Rows that share a row of the batch."""
-
-    rows: Dataset[_Example]
-    packs: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, number: int) -> list[_Example]:
-        return [self.rows[row] for row in self.packs[number]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Collator:
-    """Makes a batch of rows, and notes which they are."""
-
-    manifest: Manifest
-
-    def __call__(self, items: Sequence[_Example | list[_Example]]) -> dict[str, Any]:
-        examples = [example for item in items for example in (item if isinstance(item, list) else [item])]
-        rows = [example.row for example in examples]
-        patch_size, resampler = self.manifest.patch_size, self.manifest.slicing["resampler"]
-        if isinstance(items[0], list):
-            batch = collate_packed(rows, patch_size, resampler)
-        else:
-            batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler)
-        features = [example.features for example in examples if example.features is not None]
-        return {**batch, **(join(features) if features else {}), "rows": [example.number for example in examples]}
-
-
-def _most_likely(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The token each position would say: all that evaluation keeps of the logits, if there are any."""
-    said: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return said.argmax(dim=-1) if said.is_floating_point() else said
-
-
-def _token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of supervised tokens that would be said."""
-    said, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
-    supervised = labels != IGNORED_LABEL
-    return {"token_accuracy": float((said == labels)[supervised].mean())}
-
-
-def _compute_dtype(training: TransformersArguments) -> torch.dtype | None:
-    """bf16 and fp16 flags choose the frozen weights' type, as in the published script; else that of the file."""
-    if training.fp16:
-        return torch.float16
-    return torch.bfloat16 if training.bf16 else torch.float32
-
-
-def _settings(arguments: Arguments) -> dict[str, Any]:
-    """What was asked for, without transformers' hundred defaults."""
-    settings: dict[str, Any] = {}
-    for group in (arguments.model, arguments.data, arguments.training, arguments.lora):
-        for item in dataclasses.fields(group):
-            value = getattr(group, item.name)
-            default = item.default if item.default is not dataclasses.MISSING else None
-            own = not isinstance(group, TransformersArguments) or item.name in type(group).__annotations__
-            if own or value != default:
-                settings[item.name] = value
-    settings.pop("hub_token", None)
-    return settings
-
-
-def _surroundings(manifest: Manifest) -> dict[str, str]:
-    """What else a figure hangs on: the data, the packages' versions, the code's commit."""
-    from importlib.metadata import version
-
+def _run_parameters(arguments: Arguments, inputs: _Inputs) -> dict[str, Any]:
+    """Everything that the metrics of a training depend on: settings, base model, data, code and libraries."""
     packages = ("minicpmv-finetune", "torch", "transformers", "peft", "accelerate", "deepspeed")
     return {
-        "data_fingerprint": manifest.data_fingerprint,
-        "git_commit": environment.GIT_COMMIT.read(),
+        **chosen_settings(arguments),
+        "base_fingerprint": inputs.base_fingerprint,
+        "data_fingerprint": inputs.manifest.data_fingerprint,
+        "git_commit": git_commit(),
         **{f"version/{name}": version(name) for name in packages},
     }
 
 
-def _final_figures(metrics: Mapping[str, float], watcher: Watcher, processes: int) -> dict[str, float]:
-    """What a person wants to see at a glance, of what was measured."""
-    measured = {"loss": metrics["train_loss"], "epochs": metrics["epoch"]}
-    speed = {"samples/s": watcher.samples_per_second(processes), "seconds": watcher.seconds}
-    counted = {"padding": watcher.padding, "waiting": watcher.waiting, "peak_memory_mb": peak_memory() / 1e6}
-    return {**measured, **speed, **counted}
+def _make_trainer(
+    arguments: Arguments,
+    inputs: _Inputs,
+    model: _Model,
+    train_dataset: Dataset[Any],
+    eval_dataset: ExampleDataset | None,
+    monitor: TrainingMonitor,
+) -> MiniCPMVTrainer:
+    training = arguments.training
+    watchdog = Watchdog(training.ddp_timeout, training.process_index)
+    trainer = MiniCPMVTrainer(
+        model=model.trained,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=Collator(inputs.manifest),
+        compute_metrics=token_accuracy,
+        preprocess_logits_for_metrics=predicted_tokens,
+        callbacks=[monitor, watchdog],
+        monitor=monitor,
+        watchdog=watchdog,
+        sample_ids=lambda rows: [ShardReader(inputs.shards, "train", images=False)[row].id for row in rows],
+        lengths=inputs.manifest.lengths["train"],
+    )
+    if training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    # Both would print every logged metric; the monitor draws one bar.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _make_record(
+    arguments: Arguments,
+    inputs: _Inputs,
+    model: _Model,
+    monitor: TrainingMonitor,
+    trainer: MiniCPMVTrainer,
+    metrics: Mapping[str, float],
+) -> TrainingRecord:
+    return TrainingRecord(
+        base_model=arguments.model.model_name_or_path,
+        base_fingerprint=inputs.base_fingerprint,
+        generation=inputs.manifest.generation,
+        data_fingerprint=inputs.manifest.data_fingerprint,
+        max_slice_nums=inputs.manifest.max_slice_nums,
+        use_lora=arguments.training.use_lora,
+        parameters={"trainable": model.trainable, "total": model.total},
+        metrics={
+            "loss": metrics["train_loss"],
+            "epochs": metrics["epoch"],
+            "samples/s": monitor.samples_per_second(arguments.training.world_size),
+            "seconds": monitor.seconds,
+            "padding": monitor.padding,
+            "waiting": monitor.waiting,
+            "peak_memory_mb": peak_memory() / 1e6,
+        },
+        arguments=json.loads(json.dumps(chosen_settings(arguments), default=str)),
+        history=[
+            {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+            for entry in trainer.state.log_history
+        ],
+    )
 
 
 def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
-def _say(sentence: str) -> None:
+def _log(sentence: str) -> None:
+    """Print a sentence once, in the first process."""
     if environment.RANK.read() == "0":
         print(sentence, file=sys.stderr, flush=True)
 

@@ -1,10 +1,10 @@
-"""A linear layer with its adapter as one step of autograd: y = W·x + b + s·B·A·dropout(x).
+"""A linear layer and its adapter as one autograd operation: y = W·x + b + s·B·A·dropout(x).
 
-PEFT computes the same in six, and keeps the dropped-out input of every layer for the backward pass. Here scaling and
-sums happen within the products, and on a CPU dropout draws sixteen bits for an element instead of a float, whose share
-of a training step there was a tenth. (A rate of 0.05 is then 3,277 / 65,536, and the scale is that of the rate in
-fact.) `make bench` tells what it gains. What PEFT does beside plain LoRA (DoRA, several adapters at once, adapters that
-are merged or turned off) and weights that are quantized, or parted between devices, go PEFT's own way.
+PEFT computes the same in six operations, and stores the dropped-out input of every layer for the backward pass. Here
+scaling and sums are part of the matrix products. On a CPU dropout draws sixteen bits per element instead of a float,
+which took a tenth of a training step there. (A rate of 0.05 is then 3,277 / 65,536, and the scale is that of the actual
+rate.) `make bench` measures the gain. What PEFT offers beyond plain LoRA (DoRA, several adapters at once, adapters that
+are merged or turned off), and weights that are quantized or partitioned between devices, use PEFT's own computation.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ _LEVELS = 2**16
 
 
 def fuse_adapters(model: nn.Module) -> None:
-    """Make a model's plain adapters, on layers that are whole on this device, compute in one step.
+    """Make a model's plain adapters compute in one operation, if their layers are whole on this device.
 
     Args:
-        model: as PEFT wrapped it; weights and names stay.
+        model: Model wrapped by PEFT; weights and names stay.
     """
     for module in model.modules():
         if type(module) is LoraLinear and _is_plain(module):
@@ -34,10 +34,10 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 
 class FusedLoraLinear(LoraLinear):
-    """See the module."""
+    """PEFT's LoRA layer, computed in one operation where that is possible."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the class above, [..., inputs] to [..., outputs]."""
+        """Compute the layer's output [..., outputs] from x [..., inputs]."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or len(active) != 1 or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
@@ -47,17 +47,17 @@ class FusedLoraLinear(LoraLinear):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         elif any(matrix is not None and matrix.dtype != dtype for matrix in matrices):
-            # Adapters of float32 on a model of bfloat16 compute in float32, which is another product.
+            # Adapters in float32 on a model in bfloat16 compute in float32, which is a separate product.
             return super().forward(x)
         rate = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-        kept = _kept(x, dtype, rate) if rate else None
+        dropout_mask = _dropout_mask(x, dtype, rate) if rate else None
         cast = [None if matrix is None else matrix.to(dtype) for matrix in matrices]
-        output: torch.Tensor = _Fused.apply(x.to(dtype), *cast, self.scaling[name], kept)
+        output: torch.Tensor = _FusedLora.apply(x.to(dtype), *cast, self.scaling[name], dropout_mask)
         return output
 
 
-def _kept(x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
-    """Of each element of x what is left by dropout: 0, or the scale of the others."""
+def _dropout_mask(x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
+    """The factor of each element of x: 0 if it is dropped, otherwise 1 / (1 - rate)."""
     if x.device.type != "cpu":
         return F.dropout(torch.ones_like(x, dtype=dtype), rate)
     dropped = round(rate * _LEVELS)
@@ -65,13 +65,13 @@ def _kept(x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
         return torch.zeros_like(x, dtype=dtype)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     drawn = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    # Compared straight into the type it is multiplied in, which saves a pass.
-    kept = torch.ge(drawn, dropped - _LEVELS // 2, out=torch.empty_like(x, dtype=dtype))
-    return kept.mul_(_LEVELS / (_LEVELS - dropped))
+    # The comparison writes directly in the type of the multiplication, which saves a pass over the data.
+    mask = torch.ge(drawn, dropped - _LEVELS // 2, out=torch.empty_like(x, dtype=dtype))
+    return mask.mul_(_LEVELS / (_LEVELS - dropped))
 
 
-class _Fused(torch.autograd.Function):
-    """Of x [..., inputs], W [outputs, inputs], its bias, A [rank, inputs], B [outputs, rank], s, dropout's factors."""
+class _FusedLora(torch.autograd.Function):
+    """Output and gradients of a linear layer with its adapter."""
 
     @staticmethod
     def forward(
@@ -79,36 +79,48 @@ class _Fused(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
         scale: float,
-        kept: torch.Tensor | None,
+        dropout_mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Compute the output.
+
+        Args:
+            ctx: Autograd's context.
+            x: [..., inputs].
+            weight: W, [outputs, inputs].
+            bias: b, [outputs].
+            lora_a: A, [rank, inputs].
+            lora_b: B, [outputs, rank].
+            scale: s.
+            dropout_mask: Factors of x's elements, [..., inputs]; None without dropout.
+        """
         output = F.linear(x, weight, bias)
-        inner = F.linear(x if kept is None else x * kept, a)
-        output.view(-1, output.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), b.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, kept, inner)
+        hidden = F.linear(x if dropout_mask is None else x * dropout_mask, lora_a)
+        output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, dropout_mask, hidden)
         ctx.scale = scale
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b, kept, inner = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_a, lora_b, dropout_mask, hidden = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        outer = gradients[0].reshape(-1, gradients[0].shape[-1])
-        flat, inner = x.reshape(-1, x.shape[-1]), inner.view(-1, inner.shape[-1])
-        factors = None if kept is None else kept.view(flat.shape)
-        through = (outer @ b).mul_(ctx.scale)
-        of_x = None
+        grad_output = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        flat_x, hidden = x.reshape(-1, x.shape[-1]), hidden.view(-1, hidden.shape[-1])
+        mask = None if dropout_mask is None else dropout_mask.view(flat_x.shape)
+        grad_hidden = (grad_output @ lora_b).mul_(ctx.scale)
+        grad_x = None
         if needs_x:
-            of_x = outer @ weight
-            if factors is None:
-                of_x.addmm_(through, a)
+            grad_x = grad_output @ weight
+            if mask is None:
+                grad_x.addmm_(grad_hidden, lora_a)
             else:
-                of_x.addcmul_(through @ a, factors)
-            of_x = of_x.view(x.shape)
-        of_a = through.t() @ (flat if factors is None else flat * factors) if needs_a else None
-        of_b = (outer.t() @ inner).mul_(ctx.scale) if needs_b else None
-        of_weight = outer.t() @ flat if needs_weight else None
-        of_bias = outer.sum(0) if needs_bias else None
-        return of_x, of_weight, of_bias, of_a, of_b, None, None
+                grad_x.addcmul_(grad_hidden @ lora_a, mask)
+            grad_x = grad_x.view(x.shape)
+        grad_a = grad_hidden.t() @ (flat_x if mask is None else flat_x * mask) if needs_a else None
+        grad_b = (grad_output.t() @ hidden).mul_(ctx.scale) if needs_b else None
+        grad_weight = grad_output.t() @ flat_x if needs_weight else None
+        grad_bias = grad_output.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None

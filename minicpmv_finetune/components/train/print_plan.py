@@ -1,16 +1,22 @@
-"""What a training would train, freeze and save, told from the base model's configuration without reading a weight."""
+"""`minicpmv-finetune train --print-plan`: what a training would train, freeze and save.
 
+Only the base model's configuration is read, no weight.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import Generation
 
-from .arguments import Arguments
+from .arguments import Arguments, parse
 from .trainable import count_parameters, make_trainable
 
 
@@ -19,9 +25,9 @@ class Part:
     """A part of the model.
 
     Attributes:
-        name: as people call it.
-        parameters: of the base model in this part.
-        trained: parameters that get gradients, adapters included.
+        name: Common name of the part.
+        parameters: Number of the base model's parameters in this part.
+        trained: Number of parameters that get gradients, adapters included.
         how: "frozen", "trained", "adapters" or "trained whole beside the adapters".
     """
 
@@ -31,27 +37,46 @@ class Part:
     how: str
 
 
-def plan_training(arguments: Arguments) -> tuple[list[Part], str]:
-    """The model's parts and what will be saved.
+def print_plan(flags: Sequence[str]) -> None:
+    """Print as a table what a training with these flags would train, freeze and save.
 
     Raises:
-        UserError: the arguments contradict each other or the base model.
+        UserError: The flags contradict each other or the base model.
+    """
+    parts, saved = describe_training(parse(flags))
+    table = Table("part", box=None)
+    table.add_column("parameters", justify="right")
+    table.add_column("trained", justify="right")
+    table.add_column("")
+    for part in parts:
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", part.how)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"\nSaved: {saved}")
+
+
+def describe_training(arguments: Arguments) -> tuple[list[Part], str]:
+    """Find out what a training would train and save.
+
+    Returns:
+        The model's parts, and what will be saved.
+
+    Raises:
+        UserError: The arguments contradict each other or the base model.
     """
     cache = Path(arguments.training.cache_dir) if arguments.training.cache_dir else None
     base = storage.fetch(arguments.model.model_name_or_path, cache)
     model, generation = load_model(base, device_map="meta")
     with torch.device("meta"):
         trained = make_trainable(model, generation, arguments)
-    parts = [_part(trained, name, prefix) for name, prefix in _parts(generation).items()]
-    if not arguments.training.use_lora:
-        return (
-            parts,
-            f"a whole checkpoint of MiniCPM-V {generation.version}, {count_parameters(trained)[1]:,} parameters",
-        )
-    return parts, f"a PEFT adapter of {sum(part.trained for part in parts):,} parameters"
+    parts = [_describe_part(trained, name, prefix) for name, prefix in _module_prefixes(generation).items()]
+    if arguments.training.use_lora:
+        return parts, f"a PEFT adapter of {sum(part.trained for part in parts):,} parameters"
+    _, total = count_parameters(trained)
+    return parts, f"a whole checkpoint of MiniCPM-V {generation.version}, {total:,} parameters"
 
 
-def _parts(generation: Generation) -> dict[str, str]:
+def _module_prefixes(generation: Generation) -> dict[str, str]:
     return {
         "vision tower": generation.vision_tower,
         "resampler / merger": generation.merger,
@@ -61,18 +86,18 @@ def _parts(generation: Generation) -> dict[str, str]:
     }
 
 
-def _part(model: nn.Module, name: str, prefix: str) -> Part:
+def _describe_part(model: nn.Module, name: str, prefix: str) -> Part:
     total = trained = 0
     ways: set[str] = set()
-    for full, parameter in model.named_parameters():
-        path = full.removeprefix("base_model.model.")
+    for full_name, parameter in model.named_parameters():
+        path = full_name.removeprefix("base_model.model.")
         inside = path.startswith(f"{prefix}.") or (name == "head" and f".{prefix}." in f".{path}")
         if not inside or (name == "language model" and (".embed_tokens." in path or ".lm_head." in path)):
             continue
-        adapter = ".lora_" in path
-        copy = ".modules_to_save." in path
-        total += 0 if adapter or copy else parameter.numel()
+        is_adapter = ".lora_" in path
+        is_copy = ".modules_to_save." in path
+        total += 0 if is_adapter or is_copy else parameter.numel()
         if parameter.requires_grad:
             trained += parameter.numel()
-            ways.add("adapters" if adapter else "trained whole beside the adapters" if copy else "trained")
+            ways.add("adapters" if is_adapter else "trained whole beside the adapters" if is_copy else "trained")
     return Part(name, total, trained, " and ".join(sorted(ways)) or "frozen")

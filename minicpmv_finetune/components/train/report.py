@@ -1,4 +1,4 @@
-"""The training as one HTML page that needs no other file: curves, figures, hardware, and the exact command."""
+"""The report of a training, one HTML page without other files: curves, metrics, hardware, and the exact command."""
 
 import os
 import platform
@@ -18,13 +18,13 @@ def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> 
     """Write the page.
 
     Args:
-        path: of the HTML file.
-        record: of the training.
-        command: flags of the training script.
+        path: HTML file to write.
+        record: Record of the training.
+        command: Flags of the training script.
     """
     values = {
         "record": record,
-        # Too short a training logs none but its mean.
+        # A training shorter than --logging_steps logs only its mean loss.
         "loss": next((entry["loss"] for entry in reversed(record.history) if "loss" in entry), record.metrics["loss"]),
         "steps": int(max(entry.get("step", 0) for entry in record.history)),
         "curves": curves_of(record),
@@ -41,7 +41,7 @@ def _facts(record: TrainingRecord) -> dict[str, str]:
         "Base model": record.base_model,
         "Generation": f"MiniCPM-V {record.generation}",
         "Trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
-        "Most slices of an image": str(record.max_slice_nums),
+        "Maximum slices of an image": str(record.max_slice_nums),
         "Data fingerprint": record.data_fingerprint,
         **{name: f"{value:,.4g}" for name, value in record.metrics.items()},
         "Device": f"{device} ({platform.machine()})",

@@ -1,4 +1,4 @@
-"""What of the model is trained: full weights, adapters, and modules trained whole beside the adapters."""
+"""Which parts of the model are trained: full weights, adapters, and modules trained whole beside the adapters."""
 
 import re
 import warnings
@@ -19,23 +19,23 @@ _LANGUAGE_MODEL_PREFIX = re.compile(r"^(\^?)llm\\\.")
 
 
 def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> PreTrainedModel | PeftModel:
-    """Freeze what is not tuned, and put adapters on the language model when asked.
+    """Freeze the parts that are not tuned, and put adapters on the language model if the flags ask for them.
 
     Args:
-        model: the loaded base model.
-        generation: its description.
+        model: The loaded base model.
+        generation: The model's generation.
         arguments: `tune_vision`, `tune_llm`, `use_lora` and every `lora_*` take effect here.
 
     Returns:
         The model itself, or PEFT's wrapper around it.
 
     Raises:
-        UserError: the arguments contradict the model.
+        UserError: The arguments contradict the model.
     """
     training, lora = arguments.training, arguments.lora
     if training.llm_type not in {None, generation.llm_type, *generation.older_llm_types}:
         raise UserError(
-            f"--llm_type {training.llm_type} contradicts the checkpoint: MiniCPM-V {generation.version} speaks "
+            f"--llm_type {training.llm_type} contradicts the checkpoint: MiniCPM-V {generation.version} uses "
             f"{generation.llm_type}; leave the flag out or correct it."
         )
     if not training.tune_vision:
@@ -46,15 +46,9 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     if not training.use_lora:
         return model
     if lora.lora_weight_path:
-        source = lora.lora_weight_path
-        adapter = storage.fetch(source) if storage.is_object_uri(source) else Path(source)
-        if not (adapter / ADAPTER_CONFIG).is_file():
-            raise UserError(f"--lora_weight_path {adapter}: no {ADAPTER_CONFIG} here; give an adapter folder.")
-        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-        update_layer_types(model)
-        return adapted
+        return _load_adapter(model, lora.lora_weight_path)
     with warnings.catch_warnings():
-        # PEFT asks for it by the name it had before.
+        # PEFT reads this attribute by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         adapted = get_peft_model(model, lora_config(model, generation, arguments))
     update_layer_types(model)
@@ -64,36 +58,64 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     return adapted
 
 
+def _load_adapter(model: PreTrainedModel, uri: str) -> PeftModel:
+    """Put an existing adapter on the model, to train it further."""
+    folder = storage.fetch(uri) if storage.is_object_uri(uri) else Path(uri)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"--lora_weight_path {folder}: no {ADAPTER_CONFIG} here; give an adapter folder.")
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    update_layer_types(model)
+    return adapted
+
+
 def lora_config(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> LoraConfig:
-    """The PEFT configuration that the `lora_*` arguments describe, with this generation's module names."""
+    """The PEFT configuration that the `lora_*` arguments describe, with this generation's module names.
+
+    Raises:
+        UserError: The arguments contradict the model.
+    """
     lora = arguments.lora
     if lora.lora_bias not in {"none", "all", "lora_only"}:
         raise UserError(f"--lora_bias {lora.lora_bias}: must be none, all or lora_only.")
-    asked = [part.strip() for part in lora.lora_modules_to_save.split(",") if part.strip()]
-    whole = [generation.embed_tokens, generation.merger]
-    if asked == ["none"]:
-        asked, whole = [], []
-    if arguments.training.tune_vision:
-        whole.append(generation.vision_tower)
-    names = {name for name, _ in model.named_modules()}
-    for name in asked:
-        if not any(known == name or known.endswith(f".{name}") for known in names):
-            raise UserError(f"--lora_modules_to_save {name}: the model has no such module.")
-        whole.append(name)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.lora_bias,  # type: ignore[arg-type]
-        target_modules=_targets(model, generation, lora),
-        modules_to_save=whole,
-        layer_replication=_replication(model, generation, lora.lora_layer_replication),
+        target_modules=_target_modules(model, generation, lora),
+        modules_to_save=_modules_to_save(model, generation, arguments),
+        layer_replication=_layer_replication(model, generation, lora.lora_layer_replication),
         task_type="CAUSAL_LM",
     )
 
 
-def _targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
-    """A regular expression, or the names it means when only some layers are wanted (PEFT takes no both)."""
+def _modules_to_save(model: nn.Module, generation: Generation, arguments: Arguments) -> list[str]:
+    """The modules that are trained whole beside the adapters."""
+    named = [part.strip() for part in arguments.lora.lora_modules_to_save.split(",") if part.strip()]
+    whole = [generation.embed_tokens, generation.merger]
+    if named == ["none"]:
+        named, whole = [], []
+    if arguments.training.tune_vision:
+        whole.append(generation.vision_tower)
+    existing = {name for name, _ in model.named_modules()}
+    for name in named:
+        if not any(module == name or module.endswith(f".{name}") for module in existing):
+            raise UserError(f"--lora_modules_to_save {name}: the model has no such module; correct the name.")
+        whole.append(name)
+    return whole
+
+
+def _target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
+    """A regular expression of module names; the names themselves if only some layers are wanted.
+
+    PEFT does not accept an expression together with a choice of layers.
+    """
+    pattern, matched = _match_targets(model, generation, lora)
+    return pattern if lora.lora_layers_to_transform is None else _select_layers(matched, lora)
+
+
+def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
+    """The expression with this generation's module names, and the linear layers that it matches."""
     pattern = lora.lora_target_modules
     if pattern == PUBLISHED_LORA_TARGETS:
         pattern = generation.lora_target_modules
@@ -101,7 +123,7 @@ def _targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> s
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched: list[str] = []
     try:
-        # As it stands where the language model is called `llm`, else with the name it has.
+        # First as given, for models whose language model is called `llm`; then with this generation's name for it.
         for candidate in (pattern, _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)):
             if not matched:
                 pattern = candidate
@@ -113,26 +135,31 @@ def _targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> s
             f"--lora_target_modules {pattern!r}: matches no linear layer of MiniCPM-V {generation.version}, whose "
             f"language model's layers are named {generation.language_model}.layers.N.…"
         )
-    if lora.lora_layers_to_transform is None:
-        return pattern
+    return pattern, matched
+
+
+def _select_layers(names: list[str], lora: LoraArguments) -> list[str]:
+    """Those of the target modules that are in the layers of `lora_layers_to_transform`."""
     try:
-        wanted = {int(number) for number in lora.lora_layers_to_transform.split(",")}
+        wanted = {int(number) for number in str(lora.lora_layers_to_transform).split(",")}
     except ValueError:
         raise UserError(
             f"--lora_layers_to_transform {lora.lora_layers_to_transform}: give layer numbers such as 0,1,5."
         ) from None
     counter = re.compile(rf"\.{re.escape(lora.lora_layers_pattern or 'layers')}\.(\d+)\.")
-    numbered = {name: int(found.group(1)) for name in matched if (found := counter.search(name))}
+    numbered = {name: int(found.group(1)) for name in names if (found := counter.search(name))}
     if not wanted <= set(numbered.values()):
         raise UserError(
-            f"--lora_layers_to_transform: layers {sorted(wanted - set(numbered.values()))} hold no target; those "
-            f"with one are {sorted(set(numbered.values()))}."
+            f"--lora_layers_to_transform: layers {sorted(wanted - set(numbered.values()))} contain no target; choose "
+            f"from {sorted(set(numbered.values()))}."
         )
     return [name for name, number in numbered.items() if number in wanted]
 
 
-def _replication(model: PreTrainedModel, generation: Generation, ranges: str | None) -> list[tuple[int, int]] | None:
-    """The ranges of the language model's layers to stack, from `0:4,2:6`."""
+def _layer_replication(
+    model: PreTrainedModel, generation: Generation, ranges: str | None
+) -> list[tuple[int, int]] | None:
+    """The ranges of the language model's layers to stack, parsed from text such as `0:4,2:6`."""
     if not ranges:
         return None
     if not generation.interchangeable_layers:
@@ -145,19 +172,23 @@ def _replication(model: PreTrainedModel, generation: Generation, ranges: str | N
     stacked = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
     if len(stacked) != len(pairs) or not all(start < end <= count for start, end in stacked):
         raise UserError(
-            f"--lora_layer_replication {ranges}: give ranges of the {count} layers, first and one past the last, such "
-            f"as 0:{count},{count // 2}:{count}."
+            f"--lora_layer_replication {ranges}: give ranges of the {count} layers as FIRST:END, where END is one past "
+            f"the last, such as 0:{count},{count // 2}:{count}."
         )
     return stacked
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) number of parameters, right also where ZeRO-3 keeps only a part of each here."""
+    """Count parameters, correctly also if ZeRO-3 keeps only a part of each parameter in this process.
+
+    Returns:
+        Number of trainable parameters, and of all.
+    """
     trainable = total = 0
     for parameter in model.parameters():
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
         if type(parameter).__name__ == "Params4bit":
-            size *= 2  # bitsandbytes keeps two in a byte
+            size *= 2  # bitsandbytes stores two weights in a byte
         total += size
         trainable += size if parameter.requires_grad else 0
     return trainable, total

@@ -1,4 +1,4 @@
-"""transformers' Trainer, which also stops at numbers that are none, and gathers weights wherever they lie."""
+"""transformers' Trainer, which also stops at a loss or gradient that is not finite, and gathers distributed weights."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,49 +12,56 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from minicpmv_finetune.errors import UserError
 
 from .arguments import TrainingArguments
-from .callbacks import Watcher, leave_stopping_to_trainer
-from .packing import LengthGroupedSampler
-from .watchdog import Watchdog
+from .callbacks import TrainingMonitor, ignore_sigterm
+from .sampler import LengthGroupedSampler
+from .watchdog import BACKWARD, FORWARD, Watchdog
+
+_MAX_LISTED_SAMPLES = 16
 
 
 class MiniCPMVTrainer(Trainer):
-    """Each batch carries the numbers of its rows, so that a failure can name its samples."""
+    """A Trainer whose batches contain the numbers of their rows, so that an error can name the samples."""
 
     args: TrainingArguments
 
     def __init__(
         self,
         *,
-        watcher: Watcher,
+        monitor: TrainingMonitor,
         watchdog: Watchdog,
-        name_rows: Callable[[Sequence[int]], list[str]],
+        sample_ids: Callable[[Sequence[int]], list[str]],
         lengths: Sequence[int],
         **arguments: Any,
     ) -> None:
-        """The watcher counts what is trained on; `name_rows` gives the ids of samples by row number.
+        """Create the trainer.
 
-        Lengths are those of the training samples in tokens, so that none is read to learn its own.
+        Args:
+            monitor: Counts samples, tokens, padding, and the time spent on waiting for batches.
+            watchdog: Is informed of each stage of a step.
+            sample_ids: Returns the ids of samples by their row numbers.
+            lengths: Number of tokens of each training sample, so that no sample is read to find its length.
+            **arguments: Arguments of transformers' Trainer.
         """
         super().__init__(**arguments)
-        self._watcher = watcher
+        self._monitor = monitor
         self._watchdog = watchdog
         self._lengths = lengths
-        self._name_rows = name_rows
-        self._rows: list[int] = []  # of the batches since the last optimizer step
+        self._sample_ids = sample_ids
+        self._rows: list[int] = []  # row numbers of the batches since the last optimizer step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Train on a batch; a loss that is no number ends the run before it reaches a weight.
+        """Compute the gradients of a batch.
 
         Raises:
-            UserError: with the samples of the batch, or memory did not suffice for it.
+            UserError: The loss is not finite, and the message names the samples; or the batch does not fit in memory.
         """
         rows = inputs.pop("rows")
-        self._watcher.count(rows, inputs["input_ids"].numel())
+        self._monitor.count_batch(rows, inputs["input_ids"].numel())
         self._rows += rows
-        self._watchdog.reached(1)
+        self._watchdog.enter_stage(FORWARD)
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the allocator of main memory has none of its own
+        except RuntimeError as error:  # includes torch.OutOfMemoryError; the CPU's allocator has no class of its own
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
             raise self._out_of_memory(inputs) from error
@@ -63,38 +70,23 @@ class MiniCPMVTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
-        """The loss; smoothed labels alone need all logits, and nobody the keys and values that generation keeps."""
+        """Compute the loss without a key-value cache, and without logits that nothing needs.
+
+        Only label smoothing needs the logits of all tokens.
+        """
         inputs = {**inputs, "use_cache": False}
         if self.args.supervised_logits_only and self.label_smoother is None:
             inputs["loss_only"] = True
         loss = super().compute_loss(model, inputs, *rest, **options)
-        self._watchdog.reached(2)
+        self._watchdog.enter_stage(BACKWARD)
         return loss
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
-        """The next batches; how long they are waited for is counted."""
+        """Get the next batches, and measure the time spent on waiting for them."""
         started = time.perf_counter()
         batches = super().get_batch_samples(*arguments, **options)
-        self._watcher.waited += time.perf_counter() - started
+        self._monitor.seconds_waiting += time.perf_counter() - started
         return batches
-
-    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        """Batches, whose workers leave stopping to the trainer, and whose start draws no number that dropout would.
-
-        Workers that stay start once, and in a resumed training once more: by torch's common generator the two would
-        not train the same. (Rows have nothing random, so workers need no seeds.)
-        """
-        loader: Any = super()._get_dataloader(*arguments, **options)
-        own = getattr(loader, "base_dataloader", loader)
-        own.generator = torch.Generator()
-        own.worker_init_fn = leave_stopping_to_trainer
-        return loader
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self._lengths, together, self.args.data_seed or self.args.seed)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """Evaluate a batch."""
@@ -102,11 +94,11 @@ class MiniCPMVTrainer(Trainer):
         return super().prediction_step(model, inputs, *rest, **options)
 
     def gathered_weights(self) -> dict[str, torch.Tensor]:
-        """The trained weights by name, whole on the first process; every process takes part.
+        """Gather the trained weights on the first process; every process must call this method.
 
         Returns:
-            For LoRA the adapter's and what is trained whole, else all weights; empty on the other processes where the
-            strategy cuts weights into parts.
+            Weights by name: for LoRA those of the adapter and of the modules that are trained whole, otherwise all.
+            Empty on the other processes if the strategy partitions weights.
         """
         model = self.accelerator.unwrap_model(self.model)
         if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
@@ -118,29 +110,48 @@ class MiniCPMVTrainer(Trainer):
             return dict(self.accelerator.get_state_dict(self.model_wrapped))
         return dict(model.state_dict())
 
+    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """Make a data loader whose workers ignore SIGTERM, and whose start draws no number from torch's generator.
+
+        Persistent workers start once, and once more in a resumed training. If their start drew from the generator that
+        dropout uses, the two trainings would differ. (Nothing in a row is random, so workers need no seeds.)
+        """
+        loader: Any = super()._get_dataloader(*arguments, **options)
+        base_loader = getattr(loader, "base_dataloader", loader)
+        base_loader.generator = torch.Generator()
+        base_loader.worker_init_fn = ignore_sigterm
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(self._lengths, batch_size, self.args.data_seed or self.args.seed)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         rows, self._rows = self._rows, []
-        # With loss scaling a gradient that overflows is found and skipped by the scaler.
+        # With loss scaling, the scaler detects a gradient that overflows, and skips it.
         if norm is not None and not self.args.fp16 and not bool(torch.isfinite(torch.as_tensor(norm))):
             raise self._not_finite("gradient's norm", float(norm), rows)
         return norm
 
-    def _not_finite(self, what: str, value: float, rows: Sequence[int]) -> UserError:
-        names = ", ".join(self._name_rows(rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    def _not_finite(self, quantity: str, value: float, rows: Sequence[int]) -> UserError:
+        names = ", ".join(self._sample_ids(rows[:_MAX_LISTED_SAMPLES]))
+        rest = f" and {len(rows) - _MAX_LISTED_SAMPLES} more" if len(rows) > _MAX_LISTED_SAMPLES else ""
         return UserError(
-            f"The {what} is {value} at step {self.state.global_step + 1}, on the samples {names}; look at them, lower "
-            "--learning_rate, or compute in float32; the last good checkpoint is kept."
+            f"The {quantity} is {value} at step {self.state.global_step + 1}, on the samples {names}{rest}; check "
+            "these samples, lower --learning_rate, or compute in float32; the last good checkpoint is kept."
         )
 
     def _out_of_memory(self, inputs: dict[str, Any]) -> UserError:
         rows, length = inputs["input_ids"].shape
         slices = len(inputs.get("target_sizes", ()))
-        ways = [f"lower --per_device_train_batch_size (now {self.args.train_batch_size})"] if rows > 1 else []
-        ways += ["preprocess with a smaller --max-slice-nums"] if slices > 1 else []
-        ways += [] if self.args.activation_checkpointing else ["turn on --gradient_checkpointing"]
-        ways += [] if self.args.deepspeed else ["share the weights between devices by --strategy zero3"]
+        remedies = [f"lower --per_device_train_batch_size (now {self.args.train_batch_size})"] if rows > 1 else []
+        remedies += ["preprocess with a smaller --max-slice-nums"] if slices > 1 else []
+        remedies += [] if self.args.activation_checkpointing else ["turn on --gradient_checkpointing"]
+        remedies += [] if self.args.deepspeed else ["partition the weights over several devices by --strategy zero3"]
         return UserError(
             f"Training process {self.args.process_index} ran out of memory at step {self.state.global_step + 1}, on a "
-            f"batch of {rows} × {length:,} tokens and {slices} slices; {', or '.join(ways)}."
+            f"batch of {rows} × {length:,} tokens and {slices} slices; {', or '.join(remedies)}."
         )

@@ -1,9 +1,9 @@
-"""What each pod of a TrainJob runs: torchrun with this machine's processes, and then the result goes to the store.
+"""What each pod of a TrainJob runs: torchrun with this machine's processes; the first pod uploads the result.
 
     python -m minicpmv_finetune.components.train.trainjob_pod OUTPUT_URI --data_path s3://…/shards …
 
-Kubeflow Trainer says in PET_* variables how many nodes there are and where they meet. How the pod ended stands in its
-exit code, and the sentence in its termination message, where the step that follows the TrainJob reads it.
+Kubeflow Trainer sets PET_* variables with the number of nodes and the address where they meet. The step that follows
+the TrainJob reads how the pod ended from its exit code, and the sentence of an error from its termination message.
 """
 
 import sys
@@ -20,19 +20,20 @@ from minicpmv_finetune.reports.training_record import RECORD_FILE
 from .launch import launch
 
 TERMINATION_MESSAGE = Path("/dev/termination-log")
-"""Where Kubernetes looks for a container's last words, unless its manifest says otherwise."""
+"""Kubernetes reads a container's termination message from this file, unless the manifest names another one."""
 
 
 def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = TERMINATION_MESSAGE) -> None:
-    """Train as one node among several; the first one's result is uploaded.
+    """Train as one node among several; the first node uploads the result.
 
     Args:
-        output_uri: `s3://` folder that receives the result; its record comes last, and without it nothing counts.
-        flags: of the training script, without an output folder.
-        termination_message: receives the sentence of an error.
+        output_uri: `s3://` folder that receives the result. The record is uploaded last; a result without it does not
+            count.
+        flags: Flags of the training script, without an output folder.
+        termination_message: File that receives the sentence of an error.
 
     Raises:
-        SystemExit: with the exit code of a user's mistake or of a fault worth retrying, its sentence printed.
+        SystemExit: With the exit code of a user's mistake or of a temporary fault, after its sentence was printed.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +42,7 @@ def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = 
             if environment.NODE_RANK.read() == "0":
                 _upload(trained, output_uri)
     except (UserError, RetryableError) as error:
-        # Outside of a pod there is no such file.
+        # Outside a pod this file cannot be written.
         with suppress(OSError):
             termination_message.write_text(str(error))
         end_process(error)
@@ -53,7 +54,7 @@ def _upload(folder: Path, uri: str) -> None:
 
     record = folder / RECORD_FILE
     first, *others = sorted(path for path in folder.rglob("*") if path.is_file() and path != record)
-    # Alone: threads that import boto3 for the first time at once disturb each other.
+    # The first upload imports boto3; first imports in several threads at once interfere with each other.
     upload(first)
     with ThreadPoolExecutor(storage.FILES_AT_ONCE) as pool:
         for _ in pool.map(upload, others):

@@ -1,9 +1,9 @@
-"""Ends a training that stands still, says which process the others waited for, and shows where it stood.
+"""Ends a training that makes no progress, and reports which process the others waited for and where it was.
 
-A process that hangs (a stuck disk, a frozen container, a deadlock) leaves the others waiting in a collective, and what
-they report after their timeout is that they waited. So each process notes how far it is in a file beside the others',
-and a thread looks at them: it works while the main thread does not. Slow steps are no hang: the patience grows with the
-longest step seen.
+If a process hangs (a stuck disk, a frozen container, a deadlock), the other processes wait in a collective operation,
+and after their timeout they report only that they waited. Therefore each process records its step and stage in a file
+beside those of the others, and a thread reads these files; the thread runs while the main thread is blocked. Slow
+steps are no hang: the time limit grows with the longest step so far.
 """
 
 import faulthandler
@@ -19,116 +19,123 @@ from transformers import TrainingArguments as TransformersArguments
 
 from minicpmv_finetune.errors import RETRY_EXIT
 
-from .worker_exit import Place, ending_folder, note_place, read_places
+from .worker_exit import ERROR_FILE, StepProgress, exit_folder, read_progress, write_progress
 
+WAITING_FOR_DATA, FORWARD, BACKWARD, STEP_DONE = range(4)
 STAGES = ("waiting for data", "in its forward pass", "in its backward pass", "after its step")
-# Before torch's own --ddp_timeout ends whoever waits in a collective, with a sentence that only says it waited.
-_OF_THE_TIMEOUT = 0.8
-_TIMES_THE_LONGEST_STEP = 10
-_NOTED_EVERY = 5.0  # seconds, or more often where patience is short
+# The limit is below torch's own --ddp_timeout, which would end the waiting processes and only report that they waited.
+_SHARE_OF_TIMEOUT = 0.8
+_LONGEST_STEP_FACTOR = 10
+_WRITE_INTERVAL = 5.0  # seconds; shorter if the time limit is short
 
 
 class Watchdog(TrainerCallback):
     """Watches this process from the first step to the last."""
 
     def __init__(self, timeout: float, rank: int) -> None:
-        """The timeout is torch's own, in seconds; the rank is counted over all nodes."""
+        """Create the watchdog; watching begins with the training.
+
+        Args:
+            timeout: torch's own timeout of collective operations, in seconds.
+            rank: Rank of this process among the processes of all nodes.
+        """
         self.timeout = timeout
         self.rank = rank
-        self.step, self.stage = 0, 0
-        self.moved = self.step_began = time.monotonic()
+        self.step, self.stage = 0, WAITING_FOR_DATA
+        self.last_progress = self.step_began = time.monotonic()
         self.longest_step = 0.0
-        self.over = threading.Event()
+        self.training_ended = threading.Event()
 
     @property
-    def patience(self) -> float:
-        """Seconds without a move that are taken for standing still."""
-        return max(_OF_THE_TIMEOUT * self.timeout, _TIMES_THE_LONGEST_STEP * self.longest_step)
+    def time_limit(self) -> float:
+        """Seconds without progress after which the training is ended."""
+        return max(_SHARE_OF_TIMEOUT * self.timeout, _LONGEST_STEP_FACTOR * self.longest_step)
 
-    def reached(self, stage: int) -> None:
-        """Note that this process got on."""
-        self.stage, self.moved = stage, time.monotonic()
+    def enter_stage(self, stage: int) -> None:
+        """Record that this process made progress."""
+        self.stage, self.last_progress = stage, time.monotonic()
 
     def on_train_begin(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to watch."""
         self.step = state.global_step + 1
-        self.reached(0)
+        self.enter_stage(WAITING_FOR_DATA)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def on_step_begin(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step's data is there."""
+        """Record that a step's data has arrived."""
         self.step, self.step_began = state.global_step + 1, time.monotonic()
-        self.reached(1)
-        self._note()
+        self.enter_stage(FORWARD)
+        write_progress(self._progress())
 
     def on_step_end(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Learn how long steps take."""
+        """Measure how long the step took."""
         self.longest_step = max(self.longest_step, time.monotonic() - self.step_began)
-        self.reached(3)
+        self.enter_stage(STEP_DONE)
 
     def on_prediction_step(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluation gets on too."""
-        self.reached(3)
+        """Count a step of an evaluation as progress."""
+        self.enter_stage(STEP_DONE)
 
     def on_save(self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """So does saving."""
-        self.reached(3)
+        """Count a saved checkpoint as progress."""
+        self.enter_stage(STEP_DONE)
 
     def on_train_end(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop watching."""
-        self.over.set()
+        self.training_ended.set()
 
     def _watch(self) -> None:
-        while not self.over.wait(min(self.patience / 10, _NOTED_EVERY)):
-            self._note()
-            waited = time.monotonic() - self.moved
-            if waited > self.patience:
-                self._end(waited)
+        while not self.training_ended.wait(min(self.time_limit / 10, _WRITE_INTERVAL)):
+            write_progress(self._progress())
+            waited = time.monotonic() - self.last_progress
+            if waited > self.time_limit:
+                self._end_process(waited)
 
-    def _note(self) -> None:
-        note_place(self._place())
+    def _progress(self) -> StepProgress:
+        return StepProgress(self.rank, self.step, self.stage)
 
-    def _place(self) -> Place:
-        return Place(self.rank, self.step, self.stage)
-
-    def _end(self, waited: float) -> NoReturn:
-        folder = ending_folder()
-        behind = whom_the_others_wait_for(read_places(folder) if folder else []) or self._place()
+    def _end_process(self, waited: float) -> NoReturn:
+        folder = exit_folder()
+        stalled = find_stalled_process(read_progress(folder) if folder else []) or self._progress()
         sentence = (
-            f"Training process {behind.rank} stood still {STAGES[behind.stage]}, step {behind.step}, for {waited:.0f} "
-            "s; above is where each process stood; another try goes on from the newest checkpoint, and if steps are as "
-            f"slow as that, raise --ddp_timeout (now {self.timeout:.0f} s)."
+            f"Training process {stalled.rank} made no progress for {waited:.0f} s {STAGES[stalled.stage]}, step "
+            f"{stalled.step}; the log above shows the stacks of the processes; another attempt continues from the "
+            f"newest checkpoint; if steps do take that long, raise --ddp_timeout (now {self.timeout:.0f} s)."
         )
-        print(f"Where training process {self.rank} stands:", file=sys.stderr, flush=True)
+        print(f"Stacks of training process {self.rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        if behind.rank != self.rank and behind.seen <= 2 * _NOTED_EVERY:
-            # The first to end takes the others with it; who hangs shall show its stacks before.
+        if stalled.rank != self.rank and stalled.age <= 2 * _WRITE_INTERVAL:
+            # torchrun ends all processes when the first one ends; the stalled one prints its stacks before that.
             time.sleep(5)
         if folder:
-            (folder / "sentence").write_text(sentence)
+            (folder / ERROR_FILE).write_text(sentence)
         else:
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(RETRY_EXIT)
 
 
-def whom_the_others_wait_for(places: Iterable[Place]) -> Place | None:
-    """The process that froze, or else the one least far; None where several are equally far."""
-    known = sorted(places, key=lambda place: (place.step, place.stage))
-    if not known:
+def find_stalled_process(processes: Iterable[StepProgress]) -> StepProgress | None:
+    """Find the process that the others wait for.
+
+    Returns:
+        The process that is frozen, or otherwise the one that is least far; None if several are equally far.
+    """
+    ordered = sorted(processes, key=lambda process: (process.step, process.stage))
+    if not ordered:
         return None
-    frozen = max(known, key=lambda place: place.seen)
-    if frozen.seen > 2 * _NOTED_EVERY:
-        return frozen
-    first = known[0]
-    alone = len(known) == 1 or (first.step, first.stage) < (known[1].step, known[1].stage)
-    return first if alone else None
+    oldest = max(ordered, key=lambda process: process.age)
+    if oldest.age > 2 * _WRITE_INTERVAL:
+        return oldest
+    first = ordered[0]
+    is_last_alone = len(ordered) == 1 or (first.step, first.stage) < (ordered[1].step, ordered[1].stage)
+    return first if is_last_alone else None

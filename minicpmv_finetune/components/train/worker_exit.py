@@ -1,8 +1,9 @@
-"""How training processes tell the one that started them why they ended, and how far they were.
+"""How training processes report to the launcher why they ended, and how far they were.
 
-They share a folder that the launcher names in the environment. `sentence` is for a person; `verdict` holds the exit
-code of a process that knew why it ended, so that torchrun's restart of it, which would find the same, ends at once;
-`place-N` says where process N is. One that was killed leaves no verdict, and its restart goes on from a checkpoint.
+They share a folder that the launcher names in the environment. `error` contains a sentence for a person. `exit_code`
+contains the exit code of a process that ended for a known reason: torchrun starts such a process again, and the new
+process, which would fail in the same way, ends at once with that code. `progress-N` contains the step and stage of
+process N. A process that was killed leaves no `exit_code`, and its successor continues from a checkpoint.
 """
 
 import sys
@@ -12,67 +13,73 @@ from pathlib import Path
 
 from minicpmv_finetune import environment
 
+ERROR_FILE, EXIT_CODE_FILE = "error", "exit_code"
 
-def ending_folder() -> Path | None:
-    """The folder, or None where torchrun was started by someone else."""
+
+def exit_folder() -> Path | None:
+    """The shared folder; None if another program than our launcher has started torchrun."""
     named = environment.WORKER_EXIT_FOLDER.read()
     return Path(named) if named else None
 
 
-def end_again() -> None:
-    """End a restarted process as the one before it did, if that knew why; else forget what that said.
+def repeat_exit() -> None:
+    """End a restarted process if its predecessor ended for a known reason; otherwise delete the old error.
 
     Raises:
-        SystemExit: with its exit code.
+        SystemExit: With the predecessor's exit code.
     """
-    folder = ending_folder()
+    folder = exit_folder()
     if folder is None:
         return
-    if (folder / "verdict").exists():
-        sys.exit(int((folder / "verdict").read_text() or "1"))
+    if (folder / EXIT_CODE_FILE).exists():
+        sys.exit(int((folder / EXIT_CODE_FILE).read_text() or "1"))
     if environment.LOCAL_RANK.read() == "0":
-        (folder / "sentence").unlink(missing_ok=True)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
 
 
-def leave(code: int, sentence: str = "") -> bool:
-    """Write down why this process ends; False where nobody would read it."""
-    folder = ending_folder()
+def record_exit(code: int, error: str = "") -> bool:
+    """Record why this process ends.
+
+    Returns:
+        False if there is no launcher that would read it.
+    """
+    folder = exit_folder()
     if folder is None:
         return False
-    if sentence:
-        (folder / "sentence").write_text(sentence)
-    (folder / "verdict").write_text(str(code))
+    if error:
+        (folder / ERROR_FILE).write_text(error)
+    (folder / EXIT_CODE_FILE).write_text(str(code))
     return True
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process was when it last moved.
+class StepProgress:
+    """The position of a training process.
 
     Attributes:
-        rank: of the process.
-        step: it is in, from 1.
-        stage: of the step, as the watchdog counts them.
-        seen: seconds since its watchdog last wrote; a frozen process writes no more.
+        rank: Rank of the process.
+        step: Number of the step that the process is in, from 1.
+        stage: Stage of the step, an index of the watchdog's `STAGES`.
+        age: Seconds since the process's watchdog last wrote; a frozen process no longer writes.
     """
 
     rank: int
     step: int
     stage: int
-    seen: float = 0.0
+    age: float = 0.0
 
 
-def note_place(place: Place) -> None:
-    """Write down where this process is."""
-    if folder := ending_folder():
-        (folder / f"place-{place.rank}").write_text(f"{place.rank} {place.step} {place.stage}")
+def write_progress(progress: StepProgress) -> None:
+    """Record the position of this process, if there is a launcher."""
+    if folder := exit_folder():
+        (folder / f"progress-{progress.rank}").write_text(f"{progress.rank} {progress.step} {progress.stage}")
 
 
-def read_places(folder: Path) -> list[Place]:
-    """Where the processes are that wrote it down."""
+def read_progress(folder: Path) -> list[StepProgress]:
+    """The last recorded positions of all processes."""
     now = time.time()
-    places = []
-    for file in folder.glob("place-*"):
+    found = []
+    for file in folder.glob("progress-*"):
         rank, step, stage = file.read_text().split() or ("0", "0", "0")
-        places.append(Place(int(rank), int(step), int(stage), now - file.stat().st_mtime))
-    return places
+        found.append(StepProgress(int(rank), int(step), int(stage), now - file.stat().st_mtime))
+    return found

@@ -1,7 +1,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,14 +8,14 @@ from torch import nn
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.train.arguments import TrainingArguments
+from minicpmv_finetune.components.train.callbacks import TrainingMonitor
 from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.pipelines.demo import write_digits
 from minicpmv_finetune.reports.training_record import read_record
-
-LORA = "--use_lora true --tune_llm false --lora_r 4 --learning_rate 1e-3"
+from minicpmv_finetune.tracking.step_runs import StepRun
 
 
 @pytest.fixture(scope="session")
@@ -52,27 +51,27 @@ def _prepared(folder: Path, train: Path, evaluation: Path, base: Path) -> Path:
 
 @pytest.fixture
 def losses(tiny_46: Path, tmp_path: Path) -> Callable[..., list[float]]:
-    """Trains, and gives the losses step by step."""
+    """A function that trains and returns the losses step by step."""
 
     def train(shards: Path, flags: str, processes: int = 1, out: str = "out") -> list[float]:
-        where = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / out)]
-        launch([*where, *flags.split(), "--logging_steps", "1"], processes)
+        paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / out)]
+        launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
         return [entry["loss"] for entry in read_record(tmp_path / out).history if "loss" in entry]
 
     return train
 
 
 @pytest.fixture
-def trainer_of(tmp_path: Path) -> Callable[..., MiniCPMVTrainer]:
-    """Makes a trainer of a model, without data, by settings."""
+def make_trainer(tmp_path: Path) -> Callable[..., MiniCPMVTrainer]:
+    """A function that makes a trainer of a model, without data."""
 
     def make(model: nn.Module, **settings: Any) -> MiniCPMVTrainer:
         return MiniCPMVTrainer(
             model=model,
             args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings),
-            watcher=SimpleNamespace(count=lambda rows, positions: None),
+            monitor=TrainingMonitor(StepRun(), [0] * 4),
             watchdog=Watchdog(100, 0),
-            name_rows=lambda rows: [str(row) for row in rows],
+            sample_ids=lambda rows: [str(row) for row in rows],
             lengths=[],
         )
 

@@ -1,6 +1,6 @@
 import pytest
 
-from minicpmv_finetune.components.train.arguments import PUBLISHED_LORA_TARGETS, as_flags, parse
+from minicpmv_finetune.components.train.arguments import PUBLISHED_LORA_TARGETS, Arguments, as_flags, parse
 from minicpmv_finetune.errors import UserError
 
 # The flags of the published finetune_lora.sh, as users have them in their launch scripts.
@@ -17,14 +17,13 @@ PUBLISHED_LORA_SCRIPT = """
 """.split()
 
 
-def _parse(*flags: str) -> tuple[object, list[str]]:
-    said: list[str] = []
-    return parse(["--output_dir", "out", "--data_path", "data", *flags], announce=said.append), said
+def _parse(*flags: str) -> Arguments:
+    return parse(["--output_dir", "out", "--data_path", "data", *flags], announce=lambda sentence: None)
 
 
-def test_published_launch_script_is_understood() -> None:
-    said: list[str] = []
-    arguments = parse(PUBLISHED_LORA_SCRIPT, announce=said.append)
+def test_a_published_launch_script_is_accepted() -> None:
+    announced: list[str] = []
+    arguments = parse(PUBLISHED_LORA_SCRIPT, announce=announced.append)
     training = arguments.training
     assert training.use_lora
     assert training.tune_vision
@@ -34,11 +33,11 @@ def test_published_launch_script_is_understood() -> None:
     assert training.llm_type == "qwen"
     assert training.activation_checkpointing
     assert arguments.lora.lora_target_modules == PUBLISHED_LORA_TARGETS
-    assert [sentence for sentence in said if "logging_dir" in sentence]
+    assert [sentence for sentence in announced if "logging_dir" in sentence]
 
 
 def test_defaults_are_the_published_ones() -> None:
-    arguments, _ = _parse("--use_lora", "true", "--tune_llm", "false")
+    arguments = _parse("--use_lora", "true", "--tune_llm", "false")
     lora, training = arguments.lora, arguments.training
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (64, 64, 0.05)
     assert (training.model_max_length, training.max_slice_nums, training.optim) == (2048, 9, "adamw_torch")
@@ -62,8 +61,8 @@ def test_mistakes_are_one_sentence(flags: str, sentence: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_removed_flags_map_to_todays() -> None:
-    arguments, _ = _parse("--group_by_length", "true")
+def test_a_removed_flag_is_mapped_to_its_successor() -> None:
+    arguments = _parse("--group_by_length", "true")
     assert arguments.training.train_sampling_strategy == "group_by_length"
 
 
@@ -72,13 +71,13 @@ def test_settings_become_flags() -> None:
         *("--lora_r", "16", "--use_lora", "True"),
         *("--label_names", "labels", "more"),
     ]
-    # As Kubeflow hands on a JSON object.
+    # Numbers as Kubeflow passes those of a JSON object.
     assert as_flags({"max_steps": 2.0, "warmup_steps": 0.5, "fsdp_config": {"version": 2.0}}) == [
         *("--max_steps", "2", "--warmup_steps", "0.5"),
         *("--fsdp_config", '{"version": 2}'),
     ]
 
 
-def test_data_must_be_named() -> None:
+def test_data_is_required() -> None:
     with pytest.raises(UserError, match="--data_path: missing"):
         parse(["--output_dir", "out"])

@@ -1,6 +1,7 @@
-"""A layer that computes with its adapter in one step gives what PEFT's gives."""
+"""A layer that is computed with its adapter in one operation has the output and gradients of PEFT's layer."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ def _adapted(
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def _learn(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def _output_and_gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     x = x.clone().requires_grad_()
     output = model(x)
     output.float().square().sum().backward()
+    assert x.grad is not None
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     return {"output": output.detach(), "input": x.grad, **gradients}
 
@@ -50,21 +52,25 @@ def _is_fused(model: nn.Module) -> bool:
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (2, 3, 4, 12)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-def test_output_and_gradients_are_pefts(shape: tuple[int, ...], bias: bool, whole: bool) -> None:
+def test_output_and_gradients_equal_those_of_peft(shape: tuple[int, ...], bias: bool, whole: bool) -> None:
     model, x = _adapted(bias=bias).train(), torch.randn(shape)
     model.requires_grad_(True) if whole else None
-    plain = _learn(model, x)
+    plain = _output_and_gradients(model, x)
     fuse_adapters(model)
     assert _is_fused(model)
-    fused = _learn(model, x)
+    fused = _output_and_gradients(model, x)
     assert plain.keys() == fused.keys()
     for name in plain:
-        torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5, msg=partial(_prefixed, name))
+
+
+def _prefixed(name: str, message: str) -> str:
+    return f"{name}: {message}"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("generation", GENERATIONS, ids=lambda one: one.version)
-def test_whole_models_learn_the_same(generation: Any, tiny: Callable[[str], Path]) -> None:
+def test_whole_models_have_the_same_gradients(generation: Any, tiny: Callable[[str], Path]) -> None:
     folder = tiny(generation.version)
     model = load_model(folder, torch.float32)[0]
     torch.manual_seed(0)
@@ -72,7 +78,7 @@ def test_whole_models_learn_the_same(generation: Any, tiny: Callable[[str], Path
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).train()
     ids = torch.randint(20, 60, (2, 17))
 
-    def learn() -> dict[str, torch.Tensor]:
+    def loss_and_gradients() -> dict[str, torch.Tensor]:
         adapted.zero_grad()
         loss = adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()
@@ -80,56 +86,58 @@ def test_whole_models_learn_the_same(generation: Any, tiny: Callable[[str], Path
             name: value.grad.clone() for name, value in adapted.named_parameters() if value.grad is not None
         }
 
-    plain = learn()
+    plain = loss_and_gradients()
     fuse_adapters(adapted)
     assert _is_fused(adapted)
-    fused = learn()
+    fused = loss_and_gradients()
     largest = max(float(value.abs().max()) for value in plain.values())
     assert plain.keys() == fused.keys()
     for name in plain:
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-6 * largest)
 
 
-def test_dropout_gives_the_gradients_of_the_elements_it_drew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's own path, its dropout changed for the same factors, is what must come out."""
+def test_gradients_are_those_of_the_elements_that_dropout_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected values are PEFT's own, with its dropout replaced by the same mask."""
     model, x = _adapted(dropout=0.4).train(), torch.randn(3, 5, 12)
-    factors: dict[torch.Size, torch.Tensor] = {}
+    masks: dict[torch.Size, torch.Tensor] = {}
 
-    def drawn(of: torch.Tensor, *_: object) -> torch.Tensor:
-        return factors.setdefault(of.shape, torch.nn.functional.dropout(torch.ones(of.shape), 0.4))
+    def mask(x: torch.Tensor, *_: object) -> torch.Tensor:
+        return masks.setdefault(x.shape, torch.nn.functional.dropout(torch.ones(x.shape), 0.4))
 
-    monkeypatch.setattr(fused_lora, "_kept", drawn)
-    kept = model.state_dict().keys()
+    monkeypatch.setattr(fused_lora, "_dropout_mask", mask)
+    names = model.state_dict().keys()
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    hooks = [one.register_forward_hook(lambda _, given, made: given[0] * drawn(given[0])) for one in dropouts]
-    plain = _learn(model, x)
+    hooks = [
+        dropout.register_forward_hook(lambda _, inputs, output: inputs[0] * mask(inputs[0])) for dropout in dropouts
+    ]
+    plain = _output_and_gradients(model, x)
     for hook in hooks:
         hook.remove()
     fuse_adapters(model)
-    fused = _learn(model, x)
+    fused = _output_and_gradients(model, x)
     for name in plain:
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5)
-    assert model.state_dict().keys() == kept
+    assert model.state_dict().keys() == names
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
-def test_dropout_leaves_the_share_asked_for_and_the_mean_as_it_was(rate: float) -> None:
+def test_dropout_drops_the_given_share_and_preserves_the_mean(rate: float) -> None:
     torch.manual_seed(0)
     x = torch.empty(1001, 999)
-    kept = fused_lora._kept(x, torch.float32, rate)
-    assert kept.shape == x.shape
-    assert float((kept == 0).float().mean()) == pytest.approx(rate, abs=0.002)
-    assert bool((kept[kept != 0] == kept.max()).all())
+    mask = fused_lora._dropout_mask(x, torch.float32, rate)
+    assert mask.shape == x.shape
+    assert float((mask == 0).float().mean()) == pytest.approx(rate, abs=0.002)
+    assert bool((mask[mask != 0] == mask.max()).all())
     if rate == 1:
-        assert not kept.any()
+        assert not mask.any()
     else:
-        assert float(kept.mean()) == pytest.approx(1, abs=0.003)
-    # Neighbours are drawn from the same number; they know nothing of each other.
-    gone = (kept == 0).float() - rate
-    assert float((gone[:, 1:] * gone[:, :-1]).mean()) == pytest.approx(0, abs=0.003)
+        assert float(mask.mean()) == pytest.approx(1, abs=0.003)
+    # Neighbors come from one random number, but are not correlated.
+    deviation = (mask == 0).float() - rate
+    assert float((deviation[:, 1:] * deviation[:, :-1]).mean()) == pytest.approx(0, abs=0.003)
 
 
-def test_nothing_is_dropped_in_evaluation_and_a_seed_draws_the_same() -> None:
+def test_nothing_is_dropped_in_evaluation_and_a_seed_gives_the_same_mask() -> None:
     model, x = _adapted(dropout=0.5), torch.randn(4, 12)
     fuse_adapters(model)
     model.train()
@@ -142,14 +150,14 @@ def test_nothing_is_dropped_in_evaluation_and_a_seed_draws_the_same() -> None:
     assert torch.equal(model(x), model(x))
 
 
-def test_a_step_computed_again_drops_the_same() -> None:
+def test_a_recomputed_step_drops_the_same_elements() -> None:
     model, x = _adapted(dropout=0.5).train(), torch.randn(4, 12)
     fuse_adapters(model)
     torch.manual_seed(1)
-    plain = _learn(model, x)
+    plain = _output_and_gradients(model, x)
     torch.manual_seed(1)
-    again = _learn(_Recomputed(model), x)
-    assert torch.equal(plain["input"], again["input"])
+    recomputed = _output_and_gradients(_Recomputed(model), x)
+    assert torch.equal(plain["input"], recomputed["input"])
 
 
 class _Recomputed(nn.Module):
@@ -164,10 +172,10 @@ class _Recomputed(nn.Module):
 def test_mixed_precision_computes_as_peft_does() -> None:
     model, x = _adapted().train(), torch.randn(8, 12)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = _learn(model, x)
+        plain = _output_and_gradients(model, x)
     fuse_adapters(model)
     with torch.autocast("cpu", torch.bfloat16):
-        fused = _learn(model, x)
+        fused = _output_and_gradients(model, x)
     assert fused["output"].dtype == plain["output"].dtype == torch.bfloat16
     for name in plain:
         assert fused[name].dtype == plain[name].dtype, name
@@ -175,28 +183,29 @@ def test_mixed_precision_computes_as_peft_does() -> None:
         torch.testing.assert_close(fused[name], plain[name], rtol=0.05, atol=0.02 * largest)
 
 
-def test_what_is_more_than_plain_lora_goes_pefts_way() -> None:
-    rich = _adapted(use_dora=True)
-    fuse_adapters(rich)
-    assert not any(isinstance(module, FusedLoraLinear) for module in rich.modules())
+def test_everything_beyond_plain_lora_is_computed_by_peft() -> None:
+    dora = _adapted(use_dora=True)
+    fuse_adapters(dora)
+    assert not any(isinstance(module, FusedLoraLinear) for module in dora.modules())
 
     x = torch.randn(4, 12)
     plain, fused = _adapted().eval(), _adapted().eval()
     fuse_adapters(fused)
-    for change in (
+    changes: tuple[Callable[[Any], object], ...] = (
         lambda model: model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)),
         lambda model: model.base_model.set_adapter(["default", "second"]),
         lambda model: model.base_model.merge_adapter(["default"]),
         lambda model: model.base_model.unmerge_adapter(),
         lambda model: model.base_model.disable_adapter_layers(),
-    ):
+    )
+    for change in changes:
         for model in (plain, fused):
             torch.manual_seed(3)
             change(model)
         torch.testing.assert_close(fused(x), plain(x))
 
 
-def test_adapters_of_another_type_than_the_model_compute_in_their_own() -> None:
+def test_adapters_of_another_type_than_the_model_are_computed_in_their_own_type() -> None:
     model, x = _adapted(dtype=torch.bfloat16), torch.randn(4, 12, dtype=torch.bfloat16)
     for name, value in model.named_parameters():
         value.data = value.data.float() if "lora" in name else value.data

@@ -21,8 +21,8 @@ LORA = (
 
 
 def _flags(base: Path, shards: Path, out: Path, more: str = LORA) -> list[str]:
-    where = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(out)]
-    return [*where, *more.split(), "--logging_steps", "1"]
+    paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(out)]
+    return [*paths, *more.split(), "--logging_steps", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -32,13 +32,13 @@ def adapter(tiny_46: Path, shards: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def test_adapter_is_plain_peft_and_has_moved(tiny_46: Path, adapter: Path) -> None:
+def test_the_adapter_is_plain_peft_and_has_changed(tiny_46: Path, adapter: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
     load_with_adapter(tiny_46, adapter)
 
 
-def test_record_tells_what_was_trained(tiny_46: Path, adapter: Path) -> None:
+def test_the_record_describes_the_training(tiny_46: Path, adapter: Path) -> None:
     record = read_record(adapter)
     assert record.base_model == str(tiny_46)
     assert record.use_lora
@@ -49,13 +49,13 @@ def test_record_tells_what_was_trained(tiny_46: Path, adapter: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_same_seed_trains_to_the_same_bits(tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bits(tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path) -> None:
     launch(_flags(tiny_46, shards, tmp_path / "again", f"{LORA} --num_train_epochs 2"))
     first, again = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_training_continues_from_an_adapter_in_a_store(
+def test_a_training_starts_from_an_adapter_in_a_store(
     tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path, s3_uri: str
 ) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -67,7 +67,7 @@ def test_training_continues_from_an_adapter_in_a_store(
     assert started_at < fresh
 
 
-def test_full_fine_tune_leaves_a_whole_checkpoint(
+def test_a_full_fine_tune_saves_a_whole_checkpoint(
     tiny_46: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = _flags(tiny_46, shards, tmp_path / "full", "--max_steps 2 --save_strategy no --learning_rate 1e-3")
@@ -76,18 +76,18 @@ def test_full_fine_tune_leaves_a_whole_checkpoint(
     assert f"→ loss {mean:.4f}, " in capfd.readouterr().err, "no step was logged"
     tuned, _ = load_model(tmp_path / "full")
     base, _ = load_model(tiny_46)
-    moved = [name for name, weight in tuned.state_dict().items() if not torch.equal(weight, base.state_dict()[name])]
-    assert len(moved) > 100
+    changed = [name for name, weight in tuned.state_dict().items() if not torch.equal(weight, base.state_dict()[name])]
+    assert len(changed) > 100
 
 
-def test_a_users_mistake_in_a_worker_is_one_sentence(tiny_46: Path, tmp_path: Path) -> None:
+def test_a_users_mistake_in_a_training_process_is_one_sentence(tiny_46: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json here") as error:
         launch(_flags(tiny_46, tmp_path, tmp_path / "out"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_mistake_ends_the_command_with_two_and_no_traceback(tiny_46: Path, tmp_path: Path) -> None:
+def test_a_mistake_ends_the_script_with_2_and_no_traceback(tiny_46: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minicpmv_finetune.components.train.finetune"]
     done = subprocess.run([*command, *_flags(tiny_46, tmp_path, tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 2
@@ -95,11 +95,11 @@ def test_mistake_ends_the_command_with_two_and_no_traceback(tiny_46: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_record_is_json(adapter: Path) -> None:
+def test_the_record_is_json(adapter: Path) -> None:
     assert json.loads((adapter / "training.json").read_text())["generation"] == "4.6"
 
 
-def test_loss_that_is_no_number_stops_within_a_step_and_names_the_samples(
+def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_samples(
     tiny_46: Path, shards: Path, tmp_path: Path
 ) -> None:
     flags = (
@@ -112,12 +112,14 @@ def test_loss_that_is_no_number_stops_within_a_step_and_names_the_samples(
     assert list((tmp_path / "kept").glob("checkpoint-*.json"))
 
 
-def test_untouched_adapter_fails_the_step(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_unchanged_adapter_is_an_error(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="left every adapter at zero"):
         launch(_flags(tiny_46, shards, tmp_path / "out", f"{LORA} --max_steps 1 --learning_rate 0"))
 
 
-def test_evaluation_keeps_loss_and_token_accuracy_and_stops_early(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+def test_evaluation_records_loss_and_token_accuracy_and_stops_early(
+    tiny_46: Path, shards: Path, tmp_path: Path
+) -> None:
     flags = (
         "--use_lora true --tune_llm false --per_device_train_batch_size 16 --learning_rate 1e-9 --max_steps 40 "
         "--eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --early_stopping_patience 2"
@@ -129,7 +131,7 @@ def test_evaluation_keeps_loss_and_token_accuracy_and_stops_early(tiny_46: Path,
     assert len(evaluated) < 40
 
 
-def test_a_yaml_file_says_the_same_as_flags(tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_yaml_file_means_the_same_as_flags(tiny_46: Path, shards: Path, adapter: Path, tmp_path: Path) -> None:
     document = {
         "model_name_or_path": str(tiny_46),
         "data_path": str(shards),
@@ -149,9 +151,9 @@ def test_a_yaml_file_says_the_same_as_flags(tiny_46: Path, shards: Path, adapter
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_raw_json_is_prepared_first_also_under_torchrun(tiny_46: Path, digits: Path, tmp_path: Path) -> None:
-    where = ["--model_name_or_path", str(tiny_46), "--data_path", str(digits / "train.json")]
-    flags = [*where, *f"{LORA} --max_steps 1 --output_dir {tmp_path / 'out'}".split()]
+def test_raw_json_is_prepared_first_also_with_torchrun(tiny_46: Path, digits: Path, tmp_path: Path) -> None:
+    paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(digits / "train.json")]
+    flags = [*paths, *f"{LORA} --max_steps 1 --output_dir {tmp_path / 'out'}".split()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*torchrun, "-m", "minicpmv_finetune.pipelines.finetune_script", *flags], capture_output=True, text=True
@@ -160,7 +162,7 @@ def test_raw_json_is_prepared_first_also_under_torchrun(tiny_46: Path, digits: P
     assert read_record(tmp_path / "out").history
 
 
-def test_report_draws_the_curves_and_tells_the_command(adapter: Path, page: Page) -> None:
+def test_the_report_shows_the_curves_and_the_command(adapter: Path, page: Page) -> None:
     page.goto((adapter / "training.html").as_uri())
     assert page.locator("polyline").count() >= 3
     assert page.locator("polyline").first.is_visible()

@@ -1,4 +1,4 @@
-"""liger-kernel is handed the language model inside, or the flag is refused; its kernels need a GPU to run."""
+"""liger-kernel is applied to the language model inside, or the flag is refused; its kernels need a GPU."""
 
 import importlib.util
 import sys
@@ -15,8 +15,8 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 
 
-def _language_model(kind: str) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(model_type=kind))
+def _language_model(model_type: str) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(model_type=model_type))
 
 
 def test_without_a_gpu_or_the_package_the_flag_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,15 +30,15 @@ def test_without_a_gpu_or_the_package_the_flag_is_refused(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.5", "4.6", "4.7"])
-def test_the_language_model_inside_is_handed_over(
+def test_the_language_model_inside_gets_the_kernels(
     version: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known: dict[str, Callable[..., None]] = {}
-    given: list[tuple[str, Any, dict[str, bool]]] = []
-    for kind in ("qwen2", "qwen3", "qwen3_5_text"):
-        known[kind] = lambda model, kind=kind, **options: given.append((kind, model, options))
+    supported: dict[str, Callable[..., None]] = {}
+    calls: list[tuple[str, Any, dict[str, bool]]] = []
+    for model_type in ("qwen2", "qwen3", "qwen3_5_text"):
+        supported[model_type] = lambda model, name=model_type, **options: calls.append((name, model, options))
     package = ModuleType("liger_kernel.transformers.monkey_patch")
-    package.MODEL_TYPE_TO_APPLY_LIGER_FN = known  # type: ignore[attr-defined]
+    package.MODEL_TYPE_TO_APPLY_LIGER_FN = supported  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     for name in ("liger_kernel", "liger_kernel.transformers"):
@@ -48,9 +48,9 @@ def test_the_language_model_inside_is_handed_over(
     model, generation = load_model(tiny(version), torch.float32)
     inside = model.get_submodule(generation.language_model)
     use_liger(inside)
-    ((kind, handed, options),) = given
-    assert handed is inside
-    assert kind == inside.config.model_type
+    ((name, patched, options),) = calls
+    assert patched is inside
+    assert name == inside.config.model_type
     assert options == {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    with pytest.raises(UserError, match="does not know language models of type mamba"):
+    with pytest.raises(UserError, match="does not support language models of type mamba"):
         use_liger(_language_model("mamba"))

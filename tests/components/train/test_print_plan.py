@@ -1,4 +1,4 @@
-"""What a training would do, told before it: the same figures as of the model that is then trained."""
+"""The description of a training has the same numbers as the model that is then trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.components.train.arguments import parse
-from minicpmv_finetune.components.train.print_plan import plan_training
+from minicpmv_finetune.components.train.print_plan import describe_training
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 
@@ -27,7 +27,7 @@ def _flags(base: Path, flags: list[str]) -> list[str]:
 )
 def test_the_parts_add_up_to_the_model(version: str, flags: list[str], tiny: Callable[[str], Path]) -> None:
     arguments = parse(_flags(tiny(version), flags))
-    parts, saved = plan_training(arguments)
+    parts, saved = describe_training(arguments)
     model, generation = load_model(tiny(version), torch.float32)
     base = sum(parameter.numel() for parameter in model.parameters())
     trained, _ = count_parameters(make_trainable(model, generation, arguments))
@@ -36,8 +36,8 @@ def test_the_parts_add_up_to_the_model(version: str, flags: list[str], tiny: Cal
     assert f"{trained if flags[:1] == LORA[:1] else base:,} parameters" in saved
 
 
-def test_each_part_says_how_it_is_trained(tiny_46: Path) -> None:
-    parts, saved = plan_training(parse(_flags(tiny_46, [*LORA, "--tune_vision", "false"])))
+def test_each_part_states_how_it_is_trained(tiny_46: Path) -> None:
+    parts, saved = describe_training(parse(_flags(tiny_46, [*LORA, "--tune_vision", "false"])))
     assert {part.name: part.how for part in parts} == {
         "vision tower": "frozen",
         "resampler / merger": "trained whole beside the adapters",
@@ -46,12 +46,12 @@ def test_each_part_says_how_it_is_trained(tiny_46: Path) -> None:
         "head": "frozen",
     }
     assert saved.startswith("a PEFT adapter of ")
-    parts, saved = plan_training(parse(_flags(tiny_46, FULL)))
+    parts, saved = describe_training(parse(_flags(tiny_46, FULL)))
     assert {part.how for part in parts} == {"trained"}
     assert saved.startswith("a whole checkpoint of MiniCPM-V 4.6, ")
 
 
-def test_the_command_shows_it_as_a_table(tiny_46: Path) -> None:
+def test_the_command_prints_a_table(tiny_46: Path) -> None:
     done = CliRunner().invoke(app, ["train", *_flags(tiny_46, LORA), "--print-plan"])
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines() if line]

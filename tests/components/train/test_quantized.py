@@ -1,6 +1,7 @@
-"""QLoRA as far as a CPU takes it; its speed and memory need a GPU and are not tested here."""
+"""QLoRA on a CPU; its speed and memory need a GPU and are not tested here."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from minicpmv_finetune.reports.training_record import read_record
 QLORA = "--use_lora true --tune_llm false --q_lora true --lora_r 4 --learning_rate 3e-3 --save_strategy no"
 
 
-def test_language_model_is_in_four_bits_and_what_sees_is_not(tiny_46: Path) -> None:
+def test_the_language_model_is_in_four_bits_and_the_vision_side_is_not(tiny_46: Path) -> None:
     generation = detect_generation(tiny_46)
     training = parse(["--output_dir", "out", "--data_path", "data", *QLORA.split()]).training
     model, _ = load_model(tiny_46, torch.float32, **four_bit_options(generation, training))
@@ -27,17 +28,18 @@ def test_language_model_is_in_four_bits_and_what_sees_is_not(tiny_46: Path) -> N
     assert any(name.startswith(f"{generation.language_model}.layers.") for name in quantized)
     assert not any(name.startswith((generation.vision_tower, generation.merger, "lm_head")) for name in quantized)
     (first, *_) = (module for module in model.modules() if isinstance(module, Linear4bit))
-    assert first.weight.quant_type == "nf4"
-    assert first.weight.quant_state.nested
+    weight: Any = first.weight
+    assert weight.quant_type == "nf4"
+    assert weight.quant_state.nested
     plain, _ = load_model(tiny_46, torch.float32)
     assert count_parameters(model)[1] == count_parameters(plain)[1]
 
 
-def test_adapter_learns_on_four_bits_and_merges_into_the_whole_base(
+def test_an_adapter_trains_on_four_bits_and_merges_into_the_full_precision_base(
     tiny_46: Path, shards: Path, tmp_path: Path
 ) -> None:
-    where = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / "out")]
-    launch([*where, *QLORA.split(), "--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "16"])
+    paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / "out")]
+    launch([*paths, *QLORA.split(), "--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "16"])
     losses = [entry["loss"] for entry in read_record(tmp_path / "out").history if "loss" in entry]
     assert losses[-1] < losses[0]
     report = merge(
@@ -48,7 +50,7 @@ def test_adapter_learns_on_four_bits_and_merges_into_the_whole_base(
 
 
 @pytest.mark.parametrize("strategy", ["zero3"])
-def test_strategies_that_cut_weights_say_what_to_use_instead(strategy: str) -> None:
+def test_strategies_that_partition_weights_are_refused(strategy: str) -> None:
     with pytest.raises(UserError, match="use --strategy ddp or zero2"):
         parse(["--output_dir", "out", "--data_path", "data", *QLORA.split(), "--strategy", strategy])
 

@@ -1,4 +1,4 @@
-"""Training that is cut off goes on as if nothing had happened."""
+"""An interrupted training continues, and its result equals that of an uninterrupted one."""
 
 import os
 import signal
@@ -24,8 +24,8 @@ FLAGS = (
 
 
 def _flags(base: Path, shards: Path, out: Path, more: str = "") -> list[str]:
-    where = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(out)]
-    return [*where, *FLAGS.split(), *more.split()]
+    paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(out)]
+    return [*paths, *FLAGS.split(), *more.split()]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def _same(one: Path, two: Path) -> bool:
 
 
 @pytest.mark.parametrize("step", [4, 7, 11])
-def test_killed_training_resumes_to_the_same_bits(
+def test_a_killed_training_resumes_to_the_same_bits(
     tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, step: int
 ) -> None:
     flags = _flags(tiny_46, shards, tmp_path / "adapter")
@@ -83,27 +83,27 @@ def test_sigterm_saves_and_ends_with_75(tiny_46: Path, shards: Path, undisturbed
     with _start(flags) as process:
         _wait_for_step(process, 4)
         process.send_signal(signal.SIGTERM)
-        said = process.stderr.read() if process.stderr else ""
+        log = process.stderr.read() if process.stderr else ""
     assert process.returncode == 75
-    assert "told to stop after step" in said
-    assert "Traceback" not in said
+    assert "stopped by SIGTERM after step" in log
+    assert "Traceback" not in log
     launch(flags)
     assert _same(tmp_path / "adapter", undisturbed)
 
 
-def test_a_parent_that_dies_silently_leaves_no_orphan(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_parent_that_is_killed_leaves_no_orphan_process(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with _start(_flags(tiny_46, shards, tmp_path / "adapter", "--num_train_epochs 10000")) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("train ") and "loss" in line:
                 break
         process.kill()
-        # The worker holds the pipe's other end: this returns when it has ended, and else never.
+        # The training process has the other end of the pipe open, so this returns only when that process has ended.
         process.stderr.read()
     assert list(tmp_path.glob(".adapter.checkpoints/checkpoint-*.json"))
 
 
-def test_checkpoints_go_to_a_store_and_come_back(
+def test_checkpoints_are_uploaded_and_downloaded_again(
     tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, s3_uri: str
 ) -> None:
     flags = f"--checkpoint_uri {s3_uri}/run --save_total_limit 3"
@@ -112,7 +112,7 @@ def test_checkpoints_go_to_a_store_and_come_back(
         process.send_signal(signal.SIGTERM)
         process.communicate()
     assert process.returncode == 75
-    # Another pod: nothing of the first one's disk is there.
+    # Another pod, whose disk is empty.
     launch(_flags(tiny_46, shards, tmp_path / "second" / "adapter", flags))
     assert _same(tmp_path / "second" / "adapter", undisturbed)
 
@@ -124,7 +124,7 @@ def test_another_number_of_processes_is_refused(tiny_46: Path, shards: Path, tmp
         launch(flags, 2)
 
 
-def test_another_training_starts_anew(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
+def test_another_training_starts_from_the_beginning(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     kept = f"--checkpoint_uri {tmp_path / 'kept'} --max_steps 3"
     launch(_flags(tiny_46, shards, tmp_path / "one", kept))
     launch(_flags(tiny_46, shards, tmp_path / "two", f"{kept} --lora_alpha 1"))
@@ -132,7 +132,7 @@ def test_another_training_starts_anew(tiny_46: Path, shards: Path, tmp_path: Pat
     assert steps == [1, 2, 3]
 
 
-def _written(folder: Path, step: int, content: bytes = b"weights") -> None:
+def _write_checkpoint(folder: Path, step: int, content: bytes = b"weights") -> None:
     checkpoint = folder / f"checkpoint-{step}" / "deep"
     checkpoint.mkdir(parents=True)
     (checkpoint / "file").write_bytes(content)
@@ -145,7 +145,7 @@ def _checkpoints(folder: Path, uri: str = "", training: str = "this", world_size
 def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = _checkpoints(tmp_path)
     for step in (5, 10, 15):
-        _written(tmp_path, step)
+        _write_checkpoint(tmp_path, step)
     checkpoints.seal(5)
     checkpoints.seal(10)
     assert checkpoints.newest() == tmp_path / "checkpoint-10"
@@ -154,27 +154,27 @@ def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: p
     assert "checkpoint-10 is damaged" in capsys.readouterr().err
 
 
-def test_store_keeps_the_newest_and_replaces_a_damaged_local_copy(tmp_path: Path, s3_uri: str) -> None:
+def test_the_store_keeps_the_newest_and_replaces_a_damaged_local_copy(tmp_path: Path, s3_uri: str) -> None:
     checkpoints = _checkpoints(tmp_path / "local", f"{s3_uri}/kept")
     for step in (1, 2, 3):
-        _written(tmp_path / "local", step, b"%d" % step)
+        _write_checkpoint(tmp_path / "local", step, b"%d" % step)
         checkpoints.seal(step)
     checkpoints.finish_upload()
     (tmp_path / "local" / "checkpoint-3" / "deep" / "file").write_bytes(b"x")
     assert (_checkpoints(tmp_path / "local", f"{s3_uri}/kept").newest() or tmp_path).name == "checkpoint-3"
     assert (tmp_path / "local" / "checkpoint-3" / "deep" / "file").read_bytes() == b"3"
-    elsewhere = _checkpoints(tmp_path / "elsewhere", f"{s3_uri}/kept")
-    assert elsewhere.newest() == tmp_path / "elsewhere" / "checkpoint-3"
-    assert elsewhere._steps(f"{s3_uri}/kept") == {2, 3}
+    other_pod = _checkpoints(tmp_path / "other", f"{s3_uri}/kept")
+    assert other_pod.newest() == tmp_path / "other" / "checkpoint-3"
+    assert other_pod._steps(f"{s3_uri}/kept") == {2, 3}
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "a file is missing"])
-def test_a_checkpoint_damaged_in_the_store_gives_way_to_the_one_before(
+def test_if_a_checkpoint_in_the_store_is_damaged_the_one_before_is_used(
     tmp_path: Path, s3_uri: str, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     checkpoints = _checkpoints(tmp_path / "local", f"{s3_uri}/kept")
     for step in (1, 2):
-        _written(tmp_path / "local", step, b"%d" % step)
+        _write_checkpoint(tmp_path / "local", step, b"%d" % step)
         checkpoints.seal(step)
     checkpoints.finish_upload()
     file = f"{s3_uri}/kept/checkpoint-2/deep/file"
@@ -182,22 +182,22 @@ def test_a_checkpoint_damaged_in_the_store_gives_way_to_the_one_before(
         storage.write_bytes(file, b"3")
     else:
         storage.remove_file(file)
-    found = _checkpoints(tmp_path / "elsewhere", f"{s3_uri}/kept").newest()
-    assert found == tmp_path / "elsewhere" / "checkpoint-1"
+    found = _checkpoints(tmp_path / "other", f"{s3_uri}/kept").newest()
+    assert found == tmp_path / "other" / "checkpoint-1"
     assert (found / "deep" / "file").read_bytes() == b"1"
-    assert "checkpoint-2 is damaged; the one before it is tried" in capsys.readouterr().err
-    assert not (tmp_path / "elsewhere" / "checkpoint-2").exists()
-    assert not (tmp_path / "elsewhere" / "checkpoint-2.json").exists()
+    assert "checkpoint-2 is damaged; the checkpoint before it is used" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "checkpoint-2").exists()
+    assert not (tmp_path / "other" / "checkpoint-2.json").exists()
 
 
-def test_a_checkpoint_of_two_nodes_is_whole_in_the_store(tmp_path: Path, s3_uri: str) -> None:
+def test_a_checkpoint_of_two_nodes_is_complete_in_the_store(tmp_path: Path, s3_uri: str) -> None:
     first, second = (_checkpoints(tmp_path / name, f"{s3_uri}/kept", world_size=2) for name in ("first", "second"))
-    _written(tmp_path / "first", 1)
+    _write_checkpoint(tmp_path / "first", 1)
     (tmp_path / "second" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "second" / "checkpoint-1" / "rng_state_1.pth").write_bytes(b"state")
     parts = second.upload_part(1)
     assert parts.keys() == {"rng_state_1.pth"}
-    assert not (tmp_path / "second" / "checkpoint-1").exists(), "its disk stays free"
+    assert not (tmp_path / "second" / "checkpoint-1").exists(), "it is deleted from the node's disk"
     first.seal(1, parts)
     first.finish_upload()
     found = _checkpoints(tmp_path / "again", f"{s3_uri}/kept", world_size=2).newest()
@@ -207,14 +207,14 @@ def test_a_checkpoint_of_two_nodes_is_whole_in_the_store(tmp_path: Path, s3_uri:
 
 
 def test_nodes_that_share_a_folder_upload_no_parts(tmp_path: Path) -> None:
-    _written(tmp_path, 1)
+    _write_checkpoint(tmp_path, 1)
     assert _checkpoints(tmp_path).upload_part(1) == {}
     assert (tmp_path / "checkpoint-1" / "deep" / "file").exists()
 
 
 def test_a_checkpoint_of_a_newer_program_is_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
-    _written(tmp_path, 1)
+    _write_checkpoint(tmp_path, 1)
     checkpoints.seal(1)
     seal = tmp_path / "checkpoint-1.json"
     seal.write_text(seal.read_text().replace('"schema_version": 1', '"schema_version": 2'))

@@ -13,8 +13,8 @@ STEPS = "--max_steps 10 --warmup_steps 2"
 def test_two_processes_train_adapters_as_one_does(
     uneven_shards: Path, losses: Callable[..., list[float]], tmp_path: Path, strategy: str
 ) -> None:
-    # Every other sample has no image and the lengths differ: each rank counts its tokens into the global mean, and
-    # one that sees text alone must not let the other wait.
+    # Every other sample has no image, and the lengths differ: the loss is the mean over the tokens of all ranks, and a
+    # rank with text alone must not make the other one wait.
     one = losses(uneven_shards, f"{LORA} {STEPS} --per_device_train_batch_size 4", out="one")
     two = losses(uneven_shards, f"{LORA} {STEPS} --per_device_train_batch_size 2 --strategy {strategy}", 2, out="two")
     assert len(two) == 10
@@ -32,7 +32,7 @@ def test_two_processes_train_the_whole_model_as_one_does(
     assert _largest_difference(tmp_path, "model.safetensors") < 1e-3
 
 
-def test_accumulation_counts_tokens_over_the_whole_batch(
+def test_accumulated_losses_are_means_over_the_tokens_of_the_whole_batch(
     uneven_shards: Path, losses: Callable[..., list[float]]
 ) -> None:
     at_once = losses(uneven_shards, f"{LORA} --max_steps 5 --per_device_train_batch_size 4", out="one")
@@ -44,8 +44,8 @@ def test_accumulation_counts_tokens_over_the_whole_batch(
     assert accumulated == pytest.approx(at_once, rel=1e-4)
 
 
-def test_one_rank_without_any_image(uneven_shards: Path, losses: Callable[..., list[float]]) -> None:
-    # Batches of one: rank 0 and rank 1 often differ in whether they see an image.
+def test_one_rank_may_have_no_image(uneven_shards: Path, losses: Callable[..., list[float]]) -> None:
+    # Batches of one sample: often only one of the two ranks has an image.
     flags = f"{LORA} --max_steps 6 --per_device_train_batch_size 1"
     assert losses(uneven_shards, f"{flags} --strategy zero3", 2, out="three") == pytest.approx(
         losses(uneven_shards, f"{flags} --strategy ddp", 2, out="ddp"), rel=1e-4

@@ -1,9 +1,10 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
@@ -14,13 +15,13 @@ from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
 LORA = ["--use_lora", "true", "--tune_llm", "false", "--lora_r", "4"]
 
 
-def _trained(checkpoint: Path, *flags: str) -> PreTrainedModel:
+def _trained(checkpoint: Path, *flags: str) -> Any:
     model, generation = load_model(checkpoint, torch.float32)
     arguments = parse(["--output_dir", "out", "--data_path", "data", *flags])
     return make_trainable(model, generation, arguments)
 
 
-def _trainable_names(model: PreTrainedModel) -> set[str]:
+def _trainable_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -44,17 +45,17 @@ def test_lora_trains_adapters_and_the_whole_modules(tiny_46: Path) -> None:
     assert not any("o_proj" in name and "vision" not in name for name in names)
 
 
-def test_tune_vision_false_leaves_the_tower_alone(tiny_46: Path) -> None:
+def test_tune_vision_false_freezes_the_vision_tower(tiny_46: Path) -> None:
     names = _trainable_names(_trained(tiny_46, *LORA, "--tune_vision", "false", "--lora_bias", "all"))
     assert not any(MINICPMV_4_6.vision_tower in name for name in names)
 
 
-def test_target_modules_by_the_published_name_of_the_language_model(tiny_46: Path) -> None:
+def test_target_modules_accept_the_published_name_of_the_language_model(tiny_46: Path) -> None:
     names = _trainable_names(_trained(tiny_46, *LORA, "--lora_target_modules", r"llm\..*layers\.\d+\.mlp\.up_proj"))
     assert {name.split(".mlp.")[1].split(".")[0] for name in names if "lora_A" in name} == {"up_proj"}
 
 
-def test_layers_to_transform_narrows_the_targets(tiny_46: Path) -> None:
+def test_layers_to_transform_selects_layers(tiny_46: Path) -> None:
     names = _trainable_names(_trained(tiny_46, *LORA, "--lora_layers_to_transform", "1"))
     layers = {name.split(".layers.")[1].split(".")[0] for name in names if "lora_A" in name}
     assert layers == {"1"}
@@ -85,10 +86,10 @@ def test_none_leaves_embeddings_and_merger_frozen(tiny_46: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--llm_type", "minicpm"], "contradicts the checkpoint: MiniCPM-V 4.6 speaks qwen"),
+        (["--llm_type", "minicpm"], "contradicts the checkpoint: MiniCPM-V 4.6 uses qwen"),
         ([*LORA, "--lora_target_modules", "nothing"], "matches no linear layer"),
         ([*LORA, "--lora_target_modules", "("], "not a regular expression"),
-        ([*LORA, "--lora_layers_to_transform", "99"], "layers .99. hold no target"),
+        ([*LORA, "--lora_layers_to_transform", "99"], "layers .99. contain no target"),
         ([*LORA, "--lora_layers_to_transform", "first"], "give layer numbers"),
         ([*LORA, "--lora_layer_replication", "0:2,1:3"], "mixes linear and full attention"),
         ([*LORA, "--lora_bias", "some"], "must be none, all or lora_only"),

@@ -1,4 +1,4 @@
-"""Several nodes: the TrainJob that is created, followed, found again and deleted, and what its pods run."""
+"""Several nodes: a TrainJob is created, followed, found again and deleted; and what its pods run."""
 
 import json
 import os
@@ -31,10 +31,16 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 RECORD = TrainingRecord(
-    **{"base_model": "base", "generation": "4.6", "data_fingerprint": "f", "max_slice_nums": 9, "use_lora": True},
-    **{"parameters": {"trainable": 1, "total": 2}, "metrics": {}, "arguments": {}, "history": []},
+    base_model="base",
+    generation="4.6",
+    data_fingerprint="f",
+    max_slice_nums=9,
+    use_lora=True,
+    parameters={"trainable": 1, "total": 2},
+    metrics={},
+    arguments={},
+    history=[],
 )
-RUN_LABEL = {"fieldRef": {"fieldPath": "metadata.labels['pipeline/runid']"}}
 SECRET = {"secretKeyRef": {"name": "minicpmv-s3", "key": "AWS_SECRET_ACCESS_KEY"}}
 STEP_POD: Record = {
     "apiVersion": "v1",
@@ -81,7 +87,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKub
 
 @pytest.fixture
 def result(s3_uri: str) -> str:
-    """Where the nodes have put a result."""
+    """Folder in the store where the nodes have written a result."""
     storage.write_bytes(f"{s3_uri}/adapter/{RECORD_FILE}", RECORD.model_dump_json().encode())
     storage.write_bytes(f"{s3_uri}/adapter/adapter_model.safetensors", b"weights")
     return f"{s3_uri}/adapter"
@@ -92,25 +98,25 @@ def _train(output_uri: str, out: Path) -> None:
 
 
 def _job(**more: Any) -> Record:
-    values = {"name": "train-1", "nodes": 2, "output_uri": "s3://b/o", "flags": [], "pod": STEP_POD, "variables": {}}
-    return build_job(**{**values, **more})
+    arguments: dict[str, Any] = {"name": "train-1", "nodes": 2, "output_uri": "s3://b/o", "flags": []}
+    return build_job(**{**arguments, "pod": STEP_POD, "variables": {}, **more})
 
 
-def test_the_job_is_what_the_published_schema_knows() -> None:
+def test_the_job_has_only_fields_of_the_published_schema() -> None:
     job = _job(flags=["--lora_r", "4"], variables={"KFP_RUN_ID": "run-1", "AWS_REGION": "x"})
     assert not unknown_fields(job)
-    # The same comparison sees a field of another release.
+    # The comparison finds a field of another release.
     assert unknown_fields({**job, "spec": {**job["spec"], "podTemplateOverrides": [{"x": 1}]}})
     assert job["spec"]["trainer"]["image"] == "registry/trainer@sha256:1"
     assert job["spec"]["trainer"]["numNodes"] == 2
     assert job["spec"]["trainer"]["args"] == ["s3://b/o", "--lora_r", "4"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
-    # No controller, so the workflow's own cleaning up takes it along and nothing else changes.
+    # The workflow is the owner, but not the controller: only its deletion affects the job.
     (owner,) = job["metadata"]["ownerReferences"]
     assert owner == {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "7"}
 
 
-def test_credentials_go_by_reference_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_credentials_are_forwarded_only_by_reference(capsys: pytest.CaptureFixture[str]) -> None:
     variables = {
         "AWS_ACCESS_KEY_ID": "the-id",
         "AWS_SECRET_ACCESS_KEY": "hidden-1",
@@ -133,35 +139,35 @@ def test_credentials_go_by_reference_only(capsys: pytest.CaptureFixture[str]) ->
         "MLFLOW_RUN_ID": {"value": "opened-by-kubeflow"},
         "KFP_RUN_ID": {"value": "run-1"},
     }
-    told = capsys.readouterr().err
-    assert "hidden" not in json.dumps(job) + told
+    log = capsys.readouterr().err
+    assert "hidden" not in json.dumps(job) + log
     for name in ("AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"):
-        assert f"{name} is not handed on" in told
+        assert f"{name} is not forwarded to the nodes" in log
 
 
 def test_kubernetes_replaces_nothing_in_arguments() -> None:
-    # `$(…)` names a variable there, and `$$` is how a dollar is written.
+    # In Kubernetes `$(…)` names a variable, and `$$` means a dollar.
     job = _job(flags=["--lora_target_modules", r"(q|k)$|$(HOME)"])
     assert job["spec"]["trainer"]["args"][-1] == r"(q|k)$$|$$(HOME)"
 
 
-def test_a_name_is_of_one_task_of_one_run() -> None:
+def test_each_task_of_each_run_has_its_own_name() -> None:
     name = job_name("run-1", "s3://b/1/adapter")
     assert name == job_name("run-1", "s3://b/1/adapter")
     assert len({name, job_name("run-2", "s3://b/1/adapter"), job_name("run-1", "s3://b/2/adapter")}) == 3
-    # Trainer's demand on the name, and Kubernetes' on the pods' made from it.
+    # Trainer's rule for the name, and Kubernetes' for the names of pods that contain it.
     assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name)
     assert len(f"{name}-node-0-999-abcde") <= 63
 
 
 @pytest.mark.parametrize("wanted", [0, -1, 1.5, "two", True])
-def test_a_number_of_nodes_that_is_none_is_refused(wanted: object) -> None:
+def test_an_invalid_number_of_nodes_is_refused(wanted: object) -> None:
     with pytest.raises(UserError, match="num_nodes is"):
         pop_num_nodes({"num_nodes": wanted})
 
 
-def test_the_number_of_nodes_is_no_flag_of_the_script() -> None:
-    flags = {"num_nodes": 2.0, "lora_r": 4}  # Kubeflow makes floats of a JSON object's numbers
+def test_the_number_of_nodes_is_not_passed_to_the_script() -> None:
+    flags = {"num_nodes": 2.0, "lora_r": 4}  # Kubeflow converts the numbers of a JSON object to floats
     assert pop_num_nodes(flags) == 2
     assert flags == {"lora_r": 4}
     assert pop_num_nodes(flags) == 1
@@ -170,11 +176,11 @@ def test_the_number_of_nodes_is_no_flag_of_the_script() -> None:
 def test_a_job_is_created_followed_and_its_result_fetched(
     cluster: FakeKubernetes, result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def happens() -> Iterator[None]:
-        yield  # the look before it is created
+    def events() -> Iterator[None]:
+        yield  # the query before the job is created
         first, second = cluster.add_pod(0), cluster.add_pod(1)
         yield
-        cluster.run(second, "of the second node")
+        cluster.run(second, "line of the second node")
         cluster.run(first, "loss 2.0")
         yield
         cluster.logs[first["metadata"]["name"]].write("loss 1.0")
@@ -184,7 +190,7 @@ def test_a_job_is_created_followed_and_its_result_fetched(
         cluster.conclude("Complete")
         yield
 
-    cluster.happens = happens()
+    cluster.events = events()
     _train(result, tmp_path / "adapter")
     shown = capsys.readouterr()
     assert shown.out.splitlines() == ["loss 2.0", "loss 1.0"]
@@ -195,10 +201,10 @@ def test_a_job_is_created_followed_and_its_result_fetched(
     assert not cluster.deleted
 
 
-def test_a_log_whose_connection_breaks_is_shown_once(
+def test_a_log_whose_connection_breaks_is_printed_once(
     cluster: FakeKubernetes, result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def happens() -> Iterator[None]:
+    def events() -> Iterator[None]:
         yield
         first = cluster.add_pod(0)
         cluster.logs[first["metadata"]["name"]].cut_after = 2
@@ -210,14 +216,14 @@ def test_a_log_whose_connection_breaks_is_shown_once(
         cluster.conclude("Complete")
         yield
 
-    cluster.happens = happens()
+    cluster.events = events()
     _train(result, tmp_path / "adapter")
     assert capsys.readouterr().out.splitlines() == ["one", "two", "three", "four"]
 
 
 @contextmanager
 def _following(result: str, out: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A step of its own process, at the point where its TrainJob waits for nodes."""
+    """A step in a process of its own, whose TrainJob waits for nodes."""
     code = (
         "import sys; from pathlib import Path\n"
         "from minicpmv_finetune.errors import RetryableError, end_process\n"
@@ -235,57 +241,57 @@ def test_sigterm_deletes_the_job(cluster: FakeKubernetes, result: str, tmp_path:
     with _following(result, tmp_path / "adapter") as process:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
-        said = process.stderr.read()
+        log = process.stderr.read()
     assert process.returncode == 75
-    assert re.search("TrainJob train-.* is deleted; running it again goes on from the newest checkpoint", said)
+    assert re.search("TrainJob train-.* is deleted; running the step again continues from the newest checkpoint", log)
     assert cluster.deleted == ["Foreground"]
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_retry_finds_the_job_of_a_killed_pod_again(
+def test_a_retry_follows_the_job_of_a_killed_pod(
     cluster: FakeKubernetes, result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _following(result, tmp_path / "adapter") as process:
         process.kill()
     cluster.conclude("Complete")
     _train(result, tmp_path / "adapter")
-    assert "of an earlier attempt is found again" in capsys.readouterr().err
+    assert "of an earlier attempt exists; this attempt follows it" in capsys.readouterr().err
     assert len(cluster.created) == 1
     assert not cluster.deleted
 
 
-def test_a_job_that_cannot_be_followed_is_not_left_behind(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_followed_is_deleted(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
     cluster.faults = [("GET .*/pods$", 403)]
-    with pytest.raises(UserError, match=r"may not list pods in team .*; give it the right"):
+    with pytest.raises(UserError, match=r"may not list pods in team .*; grant it this right"):
         _train(result, tmp_path / "adapter")
     assert cluster.deleted == ["Foreground"]
 
 
 def test_a_job_that_failed_before_is_replaced(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
-    def happens() -> Iterator[None]:
+    def events() -> Iterator[None]:
         yield
         cluster.conclude("Failed", "the node was taken away")
         yield
 
-    cluster.happens = happens()
-    with pytest.raises(RetryableError, match=r"failed \(the node was taken away\); running it again goes on"):
+    cluster.events = events()
+    with pytest.raises(RetryableError, match=r"failed \(the node was taken away\); running the step again continues"):
         _train(result, tmp_path / "adapter")
     cluster.on_create = lambda job: cluster.conclude("Complete")
     _train(result, tmp_path / "adapter")
-    # Its pods must be gone before its name is taken again: they would be found by the same labels.
+    # Its pods must be deleted before the name is used again, because they have the same labels.
     assert cluster.deleted == ["Foreground"]
     assert [job["metadata"]["name"] for job in cluster.created] == [job_name("run-1", result)] * 2
 
 
 def test_a_mistake_on_any_node_ends_the_job_at_once(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
-    def happens() -> Iterator[None]:
+    def events() -> Iterator[None]:
         yield
         first, second = cluster.add_pod(0), cluster.add_pod(1)
         cluster.run(first, "waiting for the others")
         cluster.end(second, 2, "s3://shards: prepared for another model.")
         yield
 
-    cluster.happens = happens()
+    cluster.events = events()
     with pytest.raises(UserError, match="prepared for another model"):
         _train(result, tmp_path / "adapter")
     assert cluster.deleted == ["Foreground"]
@@ -305,7 +311,7 @@ def test_a_job_fails_as_its_nodes_did(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def happens() -> Iterator[None]:
+    def events() -> Iterator[None]:
         yield
         first = cluster.add_pod(0)
         cluster.run(first, "Traceback")
@@ -313,7 +319,7 @@ def test_a_job_fails_as_its_nodes_did(
         cluster.conclude("Failed", "jobset failed")
         yield
 
-    cluster.happens = happens()
+    cluster.events = events()
     with pytest.raises(expected) as raised:
         _train(result, tmp_path / "adapter")
     assert message in str(raised.value)
@@ -322,36 +328,36 @@ def test_a_job_fails_as_its_nodes_did(
     assert "Traceback" in capsys.readouterr().out
 
 
-def test_a_job_that_somebody_deletes_is_told(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
-    cluster.happens = iter(lambda: cluster.jobs.clear(), 1)
+def test_a_job_that_somebody_else_deletes_is_reported(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
+    cluster.events = iter(lambda: cluster.jobs.clear(), 1)
     with pytest.raises(RetryableError, match="deleted by somebody else"):
         _train(result, tmp_path / "adapter")
 
 
-def test_a_kubernetes_that_is_away_for_a_moment_ends_nothing(
-    cluster: FakeKubernetes, result: str, tmp_path: Path
-) -> None:
-    def happens() -> Iterator[None]:
+def test_a_short_outage_of_kubernetes_is_survived(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
+    def events() -> Iterator[None]:
         yield
         cluster.faults = [("GET .*/pods$", 503), ("GET .*/trainjobs/", 500)]
         yield
         cluster.conclude("Complete")
         yield
 
-    cluster.happens = happens()
+    cluster.events = events()
     _train(result, tmp_path / "adapter")
     assert not cluster.faults
 
 
-def test_a_release_that_spells_a_field_otherwise_is_told(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
-    cluster.forgotten = (".spec.trainer.numNodes",)
-    # Unless it is told to refuse, Kubernetes drops such a field, and one node would train.
+def test_a_field_that_the_cluster_does_not_have_is_reported(
+    cluster: FakeKubernetes, result: str, tmp_path: Path
+) -> None:
+    cluster.unsupported = (".spec.trainer.numNodes",)
+    # By default Kubernetes drops an unknown field, and only one node would train.
     cluster.on_create = lambda job: cluster.conclude("Complete")
     with pytest.raises(UserError, match=r"refuses to create trainjobs: strict decoding error: .*numNodes=2"):
         _train(result, tmp_path / "adapter")
 
 
-def test_what_the_cluster_lacks_is_explained(
+def test_a_cluster_that_lacks_something_is_explained(
     cluster: FakeKubernetes, result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.versions = []
@@ -364,11 +370,11 @@ def test_what_the_cluster_lacks_is_explained(
     cluster.faults = [("POST", 403)]
     with pytest.raises(UserError, match="may not create trainjobs in team"):
         _train(result, tmp_path / "adapter")
-    cluster.faults = [("POST", 422)]  # what Trainer's webhook says of a runtime that is not there
+    cluster.faults = [("POST", 422)]  # the answer of Trainer's webhook if there is no such runtime
     with pytest.raises(UserError, match="refuses to create trainjobs: by the test"):
         _train(result, tmp_path / "adapter")
     monkeypatch.setenv("KFP_POD_NAME", "nowhere")
-    with pytest.raises(UserError, match="no pod nowhere in team"):
+    with pytest.raises(UserError, match="there is no pod nowhere in team"):
         _train(result, tmp_path / "adapter")
     monkeypatch.delenv("KUBECONFIG")
     with pytest.raises(UserError, match="no access to Kubernetes"):
@@ -378,17 +384,18 @@ def test_what_the_cluster_lacks_is_explained(
     assert not cluster.jobs
 
 
-def test_the_step_hands_several_nodes_on_to_a_job(
+def test_the_step_creates_a_job_for_several_nodes(
     cluster: FakeKubernetes, result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Kubeflow mounts nothing there: its launcher copies artifacts of s3://bucket to /s3/bucket.
+    # Kubeflow mounts nothing here: its launcher copies artifacts of s3://bucket to /s3/bucket.
     monkeypatch.setattr("kfp.dsl.types.artifact_types._S3_LOCAL_MOUNT_PREFIX", f"{tmp_path}/s3/")
     storage.write_bytes(f"{result}/training.html", b"curves")
     cluster.on_create = lambda job: cluster.conclude("Complete")
     root = storage.parent(result)
     adapter = dsl.Model(uri=result)
     settings = {"use_lora": True, "tune_vision": True, "tune_llm": False, "lora_r": 4, "lora_alpha": 8, "seed": 1}
-    train.python_func(
+    step: Any = train
+    step.python_func(
         **settings,
         **{"learning_rate": 1e-3, "num_train_epochs": 1.0, "per_device_train_batch_size": 4},
         base_model_uri="s3://models/base",
@@ -399,28 +406,28 @@ def test_the_step_hands_several_nodes_on_to_a_job(
         **{name: SimpleNamespace(path=str(tmp_path / name)) for name in ("summary", "report")},
     )
     trainer = cluster.job["spec"]["trainer"]
-    given = dict(zip(trainer["args"][1::2], trainer["args"][2::2], strict=True))
+    flags = dict(zip(trainer["args"][1::2], trainer["args"][2::2], strict=True))
     assert trainer["numNodes"] == 3
     assert trainer["args"][0] == result
-    # Places that mean the same on every node.
-    assert given["--data_path"] == f"{root}/shards"
-    assert given["--checkpoint_uri"] == f"{root}/checkpoints"
-    assert given["--logging_steps"] == "5"
-    assert not {"--num_nodes", "--output_dir"} & set(given)
+    # URIs that are valid on every node.
+    assert flags["--data_path"] == f"{root}/shards"
+    assert flags["--checkpoint_uri"] == f"{root}/checkpoints"
+    assert flags["--logging_steps"] == "5"
+    assert not {"--num_nodes", "--output_dir"} & set(flags)
     assert adapter.metadata["generation"] == "4.6"
     assert (tmp_path / "report").read_bytes() == b"curves"
     assert read_record(Path(adapter.path)) == RECORD
 
 
-def test_a_node_leaves_its_last_words_for_the_step(tmp_path: Path) -> None:
-    words = tmp_path / "termination-log"
+def test_a_node_writes_its_error_to_the_termination_message(tmp_path: Path) -> None:
+    message = tmp_path / "termination-log"
     with pytest.raises(SystemExit) as raised:
-        run_node("s3://bucket/adapter", ["--data_path", str(tmp_path), "--no_such_flag", "1"], words)
+        run_node("s3://bucket/adapter", ["--data_path", str(tmp_path), "--no_such_flag", "1"], message)
     assert raised.value.code == 2
-    assert words.read_text() == "--no_such_flag: no such flag; see `minicpmv-finetune train --help`."
+    assert message.read_text() == "--no_such_flag: no such flag; see `minicpmv-finetune train --help`."
 
 
-def test_two_nodes_train_and_go_on_from_the_store(
+def test_two_nodes_train_and_resume_from_the_store(
     cluster: FakeKubernetes,
     tiny_46: Path,
     shards: Path,
@@ -429,7 +436,7 @@ def test_two_nodes_train_and_go_on_from_the_store(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The pods are run for real here, each with a disk of its own and nothing but what the TrainJob gives it."""
+    """Here each pod is a real process, with its own folder as disk and only the variables of the TrainJob."""
     for path in shards.iterdir():
         if path.is_file():
             storage.upload_file(path, f"{s3_uri}/shards/{path.name}")
@@ -444,17 +451,17 @@ def test_two_nodes_train_and_go_on_from_the_store(
     assert [entry["step"] for entry in record.history if "loss" in entry] == [1, 2, 3, 4]
     assert "are trained on 64 samples" in capfd.readouterr().out
 
-    # Each process keeps its own random state on its own node's disk; the checkpoint holds both.
+    # Each process writes its random state on its own node's disk; the checkpoint contains both.
     seal = Seal.model_validate_json(storage.read_bytes(f"{s3_uri}/checkpoints/checkpoint-4.json"))
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(seal.files)
     assert seal.world_size == 2
 
-    # Taken away after the second step: new pods with empty disks go on from there.
+    # As if the nodes had been lost after the second step: new pods with empty disks continue from there.
     storage.remove_file(f"{s3_uri}/checkpoints/checkpoint-4.json")
     storage.remove_file(f"{s3_uri}/adapter/{RECORD_FILE}")
     cluster.jobs.clear()
     train_on_nodes(flags, 2, f"{s3_uri}/adapter", tmp_path / "again", interval=0.5)
-    assert "going on from checkpoint-2" in capfd.readouterr().out
+    assert "continuing from checkpoint-2" in capfd.readouterr().out
     assert _losses(read_record(tmp_path / "again")) == _losses(record)
     weights = "adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "adapter" / weights).read_bytes()
@@ -465,10 +472,10 @@ def _losses(record: TrainingRecord) -> list[float]:
 
 
 def _run_pods(cluster: FakeKubernetes, job: Record, folder: Path) -> None:
-    """What Trainer's torch runtime and the kubelet do, with processes for containers."""
+    """Do what Trainer's torch runtime and the kubelet do, with processes instead of containers."""
     trainer = job["spec"]["trainer"]
     secrets = {"id": os.environ["AWS_ACCESS_KEY_ID"], "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"]}
-    given = {
+    variables = {
         entry["name"]: entry.get("value", "").replace("$$", "$") or secrets[entry["valueFrom"]["secretKeyRef"]["key"]]
         for entry in trainer["env"]
     }
@@ -478,11 +485,11 @@ def _run_pods(cluster: FakeKubernetes, job: Record, folder: Path) -> None:
     for rank in range(trainer["numNodes"]):
         disk = folder / f"disk-{len(cluster.pods)}"
         disk.mkdir()
-        meeting = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": str(rank)}
-        meeting |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+        rendezvous = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": str(rank)}
+        rendezvous |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
         process = subprocess.Popen(
             [sys.executable, *trainer["command"][1:], *(word.replace("$$", "$") for word in trainer["args"])],
-            env={**kept, **given, **meeting, "TMPDIR": str(disk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**kept, **variables, **rendezvous, "TMPDIR": str(disk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -490,11 +497,13 @@ def _run_pods(cluster: FakeKubernetes, job: Record, folder: Path) -> None:
         pod = cluster.add_pod(rank)
         cluster.run(pod)
         running.append((pod, process))
-    threads = [threading.Thread(target=_watch, args=(cluster, *one), daemon=True) for one in running]
+    threads = [
+        threading.Thread(target=_copy_log, args=(cluster, pod, process), daemon=True) for pod, process in running
+    ]
     threading.Thread(target=_conclude, args=(cluster, threads, [process for _, process in running])).start()
 
 
-def _watch(cluster: FakeKubernetes, pod: Record, process: "subprocess.Popen[str]") -> None:
+def _copy_log(cluster: FakeKubernetes, pod: Record, process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None
     with process:
         for line in process.stdout:

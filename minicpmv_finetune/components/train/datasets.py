@@ -1,0 +1,103 @@
+"""The samples of a training as datasets, and their collation into batches.
+
+Every item carries its row number in the shards, so that a failure can name the samples of its batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from minicpmv_finetune.data.samples import Split
+from minicpmv_finetune.minicpmv.batch import collate, collate_packed
+from minicpmv_finetune.minicpmv.model_input import ModelInput
+from minicpmv_finetune.shards.format import Manifest, ShardReader
+
+from .feature_store import FeatureStore, PatchFeatures, feature_arguments
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample.
+
+    Attributes:
+        number: Number of its row in the shards.
+        row: Tokens, labels and, if no features are stored, images.
+        features: Stored outputs of the vision tower, if there are any.
+    """
+
+    number: int
+    row: ModelInput
+    features: PatchFeatures | None
+
+
+class ExampleDataset(Dataset[Example]):
+    """The samples of one split; a loader's workers open the files again."""
+
+    def __init__(self, shards: Path, split: Split, features: Path | None) -> None:
+        """Open the files.
+
+        Args:
+            shards: Folder of the shards.
+            split: Which of the splits.
+            features: Folder of the split's feature store; without it the images are read.
+        """
+        self.features = FeatureStore(features) if features else None
+        self.reader = ShardReader(shards, split, images=self.features is None)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, position: int) -> Example:
+        return Example(position, self.reader[position], self.features[position] if self.features else None)
+
+
+@dataclass(frozen=True)
+class PackDataset(Dataset[list[Example]]):
+    """Packs of samples, each of which becomes one row of a batch.
+
+    The packs are computed once for the whole training and then shuffled as samples are; so a training that resumes
+    from a checkpoint finds its position among them by counting.
+
+    Attributes:
+        examples: The samples.
+        packs: The packs, each as the positions of its samples.
+    """
+
+    examples: Dataset[Example]
+    packs: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, number: int) -> list[Example]:
+        return [self.examples[position] for position in self.packs[number]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes the model's arguments from samples or packs, and adds the samples' row numbers as `rows`.
+
+    Attributes:
+        manifest: Manifest of the shards.
+    """
+
+    manifest: Manifest
+
+    def __call__(self, items: Sequence[Example | list[Example]]) -> dict[str, Any]:
+        """Collate the items of a dataset."""
+        examples = [example for item in items for example in (item if isinstance(item, list) else [item])]
+        rows = [example.row for example in examples]
+        patch_size, resampler = self.manifest.patch_size, self.manifest.slicing["resampler"]
+        if isinstance(items[0], list):
+            batch = collate_packed(rows, patch_size, resampler)
+        else:
+            batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler)
+        features = [example.features for example in examples if example.features is not None]
+        return {
+            **batch,
+            **(feature_arguments(features) if features else {}),
+            "rows": [example.number for example in examples],
+        }

@@ -1,0 +1,81 @@
+"""Writes the result of a training: an adapter or a whole checkpoint, with the training's record and report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files
+from minicpmv_finetune.minicpmv.generations import write_max_slices
+from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.tracking.step_runs import StepRun
+
+from .report import write_report
+from .trainer import MiniCPMVTrainer
+
+REPORT_FILE = "training.html"
+
+
+def save_result(
+    trainer: MiniCPMVTrainer, base: Path, out: Path, record: TrainingRecord, command: Sequence[str], run: StepRun
+) -> None:
+    """Write the result completely or not at all; every process takes part, and the first one writes.
+
+    Args:
+        trainer: The trainer after its training.
+        base: Local folder of the base model.
+        out: Folder that receives the result.
+        record: Record of the training.
+        command: Flags of the training script, for the report.
+        run: MLflow run that receives the record and the report.
+
+    Raises:
+        UserError: The training changed no adapter.
+    """
+    weights = trainer.gathered_weights()
+    if not trainer.is_world_process_zero():
+        return
+    with storage.staged_folder(out) as folder:
+        if record.use_lora:
+            _save_adapter(trainer, weights, folder, record)
+        else:
+            _save_checkpoint(trainer, weights, folder, record, base)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
+        write_report(folder / REPORT_FILE, record, command)
+        run.log_file(str(folder / REPORT_FILE))
+        run.log_file(str(folder / RECORD_FILE))
+
+
+def _save_adapter(
+    trainer: MiniCPMVTrainer, weights: dict[str, torch.Tensor], folder: Path, record: TrainingRecord
+) -> None:
+    _require_changed_adapter(weights)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for config in model.peft_config.values():
+        # The address that the user gave, instead of the folder of the download.
+        config.base_model_name_or_path = record.base_model
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def _save_checkpoint(
+    trainer: MiniCPMVTrainer, weights: dict[str, torch.Tensor], folder: Path, record: TrainingRecord, base: Path
+) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    copy_non_weight_files(base, folder)
+    if is_deepspeed_zero3_enabled():
+        # Loading under ZeRO-3 records every possible renaming of weights for the architecture, whether it was used or
+        # not; saving would undo all of them.
+        model._weight_conversions = None
+    model.save_pretrained(folder, state_dict=weights)
+    write_max_slices(folder, record.max_slice_nums)
+
+
+def _require_changed_adapter(weights: Mapping[str, torch.Tensor]) -> None:
+    """Fail if every B is zero: a LoRA update is B·A, and B is zero at the start of a training."""
+    updates = [value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
+    if updates and not any(bool(value.any()) for value in updates):
+        raise UserError("Training left every adapter at zero; raise --learning_rate or the number of steps.")

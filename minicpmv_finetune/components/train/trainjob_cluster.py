@@ -1,0 +1,189 @@
+"""The Kubernetes API as the train step uses it: this pod, TrainJobs, their pods and logs.
+
+Every failure is one of the project's two kinds of error.
+"""
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from minicpmv_finetune import environment
+from minicpmv_finetune.errors import RetryableError, UserError
+
+if TYPE_CHECKING:
+    from kubernetes.client import V1Pod
+
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+CONTAINER = "node"  # Trainer's name for the container, and the replicated job, that trains
+CALL_TIMEOUT = (5, 30)  # seconds to connect, and between two parts of an answer
+_LOG_TIMEOUT = (5, 600)  # a log may be silent for a long time
+_JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"
+_ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_REQUEST: dict[str, Any] = {"_request_timeout": CALL_TIMEOUT}
+
+Answer = TypeVar("Answer")
+
+
+class Cluster:
+    """Access to this pod's namespace."""
+
+    def __init__(self) -> None:
+        from kubernetes import client, config
+
+        settings = client.Configuration()
+        try:
+            if kubeconfig := environment.KUBECONFIG.read():
+                config.load_kube_config(kubeconfig, client_configuration=settings)
+                context = config.list_kube_config_contexts(kubeconfig)[1]["context"]
+                self.namespace = str(context.get("namespace", "default"))
+            else:
+                config.load_incluster_config(client_configuration=settings)
+                self.namespace = _NAMESPACE_FILE.read_text().strip()
+        except (config.ConfigException, OSError) as error:
+            raise UserError(
+                f"num_nodes: this process has no access to Kubernetes ({error}); run the pipeline on a cluster, with a "
+                "service account whose token is mounted, or leave num_nodes out."
+            ) from error
+        self._client = client.ApiClient(settings)
+        self._core = client.CoreV1Api(self._client)
+        self._custom = client.CustomObjectsApi(self._client)
+        self._groups = client.ApisApi(self._client)
+
+    def own_pod(self) -> dict[str, Any]:
+        """The pod that this process runs in, as a Kubernetes object."""
+        name = environment.POD_NAME.read() or socket.gethostname()
+        pod = self._call("get pods", lambda: self._core.read_namespaced_pod(name, self.namespace, **_REQUEST))
+        if pod is None:
+            raise UserError(f"num_nodes: there is no pod {name} in {self.namespace}; run the pipeline on a cluster.")
+        manifest: dict[str, Any] = self._client.sanitize_for_serialization(pod)
+        return manifest
+
+    def require_trainer(self) -> None:
+        """Fail unless the cluster serves TrainJobs in the version that is created here."""
+        listed = self._call("list API groups", lambda: self._groups.get_api_versions(**_REQUEST))
+        served = [version.version for group in listed.groups if group.name == GROUP for version in group.versions or []]
+        if VERSION not in served:
+            found = f"serves {GROUP} as {', '.join(served)}" if served else f"does not serve {GROUP}"
+            raise UserError(f"num_nodes: the cluster {found}; install Kubeflow Trainer 2.2 or newer with {VERSION}.")
+
+    def create(self, job: Mapping[str, Any]) -> bool:
+        """Create a TrainJob; False if one with its name exists already."""
+        created: bool = self._call(
+            "create trainjobs",
+            lambda: (
+                self._custom.create_namespaced_custom_object(
+                    # Without this, unknown fields would be dropped without a warning.
+                    *(GROUP, VERSION, self.namespace, PLURAL, job),
+                    field_validation="Strict",
+                    **_REQUEST,
+                )
+                is not None
+            ),
+            conflict=False,
+        )
+        return created
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """Get a TrainJob by its name; None if there is none."""
+        job: dict[str, Any] | None = self._call(
+            "get trainjobs",
+            lambda: self._custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name, **_REQUEST),
+        )
+        return job
+
+    def delete(self, name: str) -> None:
+        """Delete a TrainJob; it stays visible until its pods are deleted."""
+        self._call(
+            "delete trainjobs",
+            lambda: self._custom.delete_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, name, propagation_policy="Foreground", **_REQUEST
+            ),
+        )
+
+    def pods(self, name: str) -> list["V1Pod"]:
+        """List the pods of a TrainJob that train."""
+        selector = f"{_JOB_LABEL}={name},{_ROLE_LABEL}={CONTAINER}"
+        listed = self._call(
+            "list pods",
+            lambda: self._core.list_namespaced_pod(self.namespace, label_selector=selector, **_REQUEST),
+        )
+        return list(listed.items)
+
+    def log(self, pod: str, follow: bool) -> Iterator[str]:
+        """Read a pod's log.
+
+        Args:
+            pod: Name of the pod.
+            follow: Whether to wait for further lines until the container ends.
+
+        Yields:
+            Each line after its timestamp. A log that cannot be read further ends; that is no error.
+        """
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            stream = self._core.read_namespaced_pod_log(
+                pod,
+                self.namespace,
+                container=CONTAINER,
+                follow=follow,
+                timestamps=True,
+                _preload_content=False,
+                _request_timeout=_LOG_TIMEOUT,
+            )
+            try:
+                for line in stream:
+                    yield line.decode(errors="replace").rstrip("\n")
+            finally:
+                stream.release_conn()
+        except (ApiException, HTTPError, OSError):
+            return
+
+    def _call(self, action: str, send: Callable[[], Answer], conflict: Any = None) -> Any:
+        """Call Kubernetes.
+
+        Args:
+            action: What the request does, as verb and resource.
+            send: Sends the request.
+            conflict: The value to return if the object exists already.
+
+        Returns:
+            The answer; None if there is no such object.
+
+        Raises:
+            UserError: Kubernetes refuses the request.
+            RetryableError: Kubernetes does not answer, or has an internal error.
+        """
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            return send()
+        except ApiException as error:
+            if error.status == 404 and not action.startswith("create"):
+                return None
+            if error.status == 409:
+                return conflict
+            reason = _reason(error)
+            if error.status in (401, 403):
+                raise UserError(
+                    f"Kubernetes: this pod's service account may not {action} in {self.namespace} ({reason}); grant it "
+                    "this right, see k8s/README.md."
+                ) from error
+            if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
+                raise UserError(f"Kubernetes refuses to {action}: {reason}; fix it and run again.") from error
+            raise RetryableError(f"Kubernetes answered {error.status} to {action}; try again.") from error
+        except (HTTPError, OSError) as error:
+            raise RetryableError(f"Kubernetes does not answer ({type(error).__name__}); try again.") from error
+
+
+def _reason(error: Any) -> str:
+    """The message of Kubernetes' answer, which is a Status object."""
+    try:
+        return str(json.loads(error.body)["message"]).rstrip(".")[:1000]
+    except (TypeError, ValueError, KeyError):
+        return str(error.reason)

@@ -1,0 +1,90 @@
+"""The digest of a training: which flags take part, and that checkpoints of earlier versions are found again."""
+
+import dataclasses
+
+import pytest
+import transformers
+
+from minicpmv_finetune.components.train.arguments import (
+    IN_DIGEST,
+    Arguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse,
+)
+from minicpmv_finetune.components.train.training_identity import (
+    TRANSFORMERS_IN_DIGEST,
+    TRANSFORMERS_NOT_IN_DIGEST,
+    training_digest,
+)
+
+REQUIRED = "--model_name_or_path m --data_path d --output_dir o --use_cpu true"
+LORA = f"{REQUIRED} --use_lora true --tune_llm false"
+
+
+def _parse(flags: str) -> Arguments:
+    return parse(flags.split(), announce=lambda sentence: None)
+
+
+def _digest(flags: str) -> str:
+    return training_digest(_parse(flags), "data", "base")
+
+
+def test_every_flag_is_classified() -> None:
+    from_transformers = {item.name for item in dataclasses.fields(transformers.TrainingArguments)}
+    own: set[str] = set()
+    for group in (ModelArguments, DataArguments, TrainingArguments, LoraArguments):
+        for item in dataclasses.fields(group):
+            if IN_DIGEST in item.metadata:
+                own.add(item.name)
+            else:
+                assert item.name in from_transformers, f"--{item.name}: state {IN_DIGEST} in its metadata"
+    tables = TRANSFORMERS_IN_DIGEST | TRANSFORMERS_NOT_IN_DIGEST
+    assert not TRANSFORMERS_IN_DIGEST & TRANSFORMERS_NOT_IN_DIGEST
+    assert not from_transformers - own - tables, "add these flags to one of the two tables of training_identity.py"
+    assert not tables - (from_transformers - own), "transformers no longer has these flags"
+
+
+@pytest.mark.parametrize(
+    ("flags", "digest"),
+    [
+        (f"{LORA} --lora_r 4", "738d014d518c456184ea62b91f35c94ab58fe5d71ca4065f631f4a0255b6b94c"),
+        (
+            f"{REQUIRED} --bf16 false --max_steps 7 --learning_rate 1e-3 --save_strategy no --logging_steps 1 "
+            "--ddp_timeout 15",
+            "c34bad53489082b8c64d495040613cbc8fbb1de00f7645162200ab0113a3f14f",
+        ),
+        (
+            f"{LORA} --packing true --num_train_epochs 2 --dataloader_num_workers 2 --save_steps 3 --checkpoint_uri /x "
+            "--eval_strategy steps --eval_steps 1 --save_strategy steps --early_stopping_patience 2",
+            "bc9f8a62c58a1d323bb2ff187b200f8188880406dd9b6b708325c2ffdcad16cd",
+        ),
+    ],
+    ids=["lora", "full", "packing"],
+)
+def test_digests_are_those_of_0_1_0(flags: str, digest: str) -> None:
+    """Otherwise a training that began with an earlier version would start from the beginning."""
+    assert _digest(flags) == digest
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["--output_dir p", "--data_path e", "--logging_steps 1", "--save_steps 3", "--cache_dir c", "--checkpoint_uri u"],
+)
+def test_flags_that_change_no_weight_keep_the_digest(more: str) -> None:
+    assert _digest(f"{LORA} {more}") == _digest(LORA)
+
+
+@pytest.mark.parametrize(
+    "more", ["--lora_r 8", "--learning_rate 1e-3", "--seed 7", "--strategy zero2", "--packing true"]
+)
+def test_other_flags_change_the_digest(more: str) -> None:
+    assert _digest(f"{LORA} {more}") != _digest(LORA)
+
+
+def test_other_data_and_other_base_models_change_the_digest() -> None:
+    arguments = _parse(LORA)
+    digests = {training_digest(arguments, *fingerprints) for fingerprints in (("d", "b"), ("e", "b"), ("d", "c"))}
+    assert len(digests) == 3
