@@ -175,3 +175,12 @@ def test_python_examples_import_what_exists() -> None:
                 body = ast.parse(block.text).body
                 imports = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
                 exec(compile(imports, str(page), "exec"), {})
+
+
+def test_names_of_code_in_contributing_exist() -> None:
+    names = {
+        span for span in spans(read("CONTRIBUTING.md")) if re.fullmatch(r"_\w+|[A-Z]+(_[A-Z]+)+|[A-Z]\w+[a-z]", span)
+    }
+    assert len(names) > 8
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    assert {name for name in names if not re.search(rf"\b{name}\b", source)} <= {"MINICPMV_FINETUNE_"}
