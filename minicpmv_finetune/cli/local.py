@@ -22,7 +22,7 @@ RunnerName = Annotated[
 @app.command(rich_help_panel=PANEL)
 def demo(
     out: Out = Path("build/demo"),
-    seed: Annotated[int, typer.Option(help="Decides which digits are held out and how the training starts.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed for the split of the digits and for the training.")] = 42,
 ) -> None:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
     from minicpmv_finetune.pipelines.demo import run_demo

@@ -6,6 +6,7 @@ The estimate needs only the data's JSON, the headers of its images, and the base
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -113,17 +114,9 @@ def estimate_run(
         eval_samples = sum(sample.tokens <= model_max_length for sample in by_uri[eval_data_uri])
     else:
         eval_samples = round(eval_fraction * len(fitting))
-    lengths = [sample.tokens for sample in fitting]
     return Estimate(
         generation=encoder.generation.version,
-        samples=len(fitting),
-        eval_samples=eval_samples,
         rejected=dict(sorted(rejected.items())),
-        images=sum(sample.images for sample in fitting),
-        slices=sum(sample.slices for sample in fitting),
-        tokens=sum(lengths),
-        token_percentiles=_percentiles(lengths),
-        slice_percentiles=_percentiles([sample.slices for sample in fitting]),
         model_max_length=model_max_length,
         too_long=len(too_long),
         longest=_longest(too_long),
@@ -133,16 +126,40 @@ def estimate_run(
             if length != model_max_length and (count := sum(sample.tokens > length for sample in measured))
         },
         estimated_shard_bytes=_estimate_shard_bytes(fitting, encoder.slicing.patch_size),
-        padding_waste=padding_share(lengths, recipe.batch_size),
-        packing_waste=packing_share(lengths, model_max_length),
-        parameters=model.total,
-        trained_parameters=model.trained(recipe),
-        devices=recipe.devices,
-        steps=_count_steps(len(fitting) - eval_samples, recipe),
-        estimated_gpu_bytes=_estimate_gpu_bytes(model, recipe, fitting, checkpointing=False),
-        estimated_gpu_bytes_with_checkpointing=_estimate_gpu_bytes(model, recipe, fitting, checkpointing=True),
-        estimated_flops=_estimate_training_flops(model, recipe, fitting, len(fitting) - eval_samples),
+        packing_waste=packing_share([sample.tokens for sample in fitting], model_max_length),
+        **_describe_samples(fitting, eval_samples),
+        **_describe_training(model, recipe, fitting, len(fitting) - eval_samples),
     )
+
+
+def _describe_samples(samples: Sequence[SampleSize], eval_samples: int) -> dict[str, Any]:
+    """The fields of an estimate that count samples, images, slices and tokens."""
+    lengths = [sample.tokens for sample in samples]
+    return {
+        "samples": len(samples),
+        "eval_samples": eval_samples,
+        "images": sum(sample.images for sample in samples),
+        "slices": sum(sample.slices for sample in samples),
+        "tokens": sum(lengths),
+        "token_percentiles": _percentiles(lengths),
+        "slice_percentiles": _percentiles([sample.slices for sample in samples]),
+    }
+
+
+def _describe_training(
+    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int
+) -> dict[str, Any]:
+    """The fields of an estimate that depend on the settings of the training."""
+    return {
+        "padding_waste": padding_share([sample.tokens for sample in samples], recipe.batch_size),
+        "parameters": model.total,
+        "trained_parameters": model.trained(recipe),
+        "devices": recipe.devices,
+        "steps": _count_steps(train_samples, recipe),
+        "estimated_gpu_bytes": _estimate_gpu_bytes(model, recipe, samples, checkpointing=False),
+        "estimated_gpu_bytes_with_checkpointing": _estimate_gpu_bytes(model, recipe, samples, checkpointing=True),
+        "estimated_flops": _estimate_training_flops(model, recipe, samples, train_samples),
+    }
 
 
 def print_estimate(estimate: Estimate) -> None:

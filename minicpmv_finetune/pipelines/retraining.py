@@ -29,7 +29,7 @@ def _retrain(inputs: Mapping[str, Any], partitions: int) -> None:
     notified = notify(pipeline=NAME)
     notified.set_caching_options(False)
     kubernetes.use_secret_as_env(notified, WEBHOOK_SECRET, {"url": environment.WEBHOOK_URL.name}, optional=True)
-    with dsl.ExitHandler(notified, name="tell-the-outcome"):
+    with dsl.ExitHandler(notified, name="report-outcome"):
         dataset = add_validation(inputs)
         planned = plan_retraining(dataset=dataset, **inputs_of(plan_retraining, inputs))
         planned.set_caching_options(False)
