@@ -32,7 +32,7 @@ app.add_typer(schedule_app, name="schedule", rich_help_panel=PANEL)
 
 
 _PROFILE_HELP = "Settings of the cluster, such as k8s/profiles/dev.yaml."
-Profiled = Annotated[Path, typer.Option("--profile", envvar=environment.PROFILE.name, help=_PROFILE_HELP)]
+ProfilePath = Annotated[Path, typer.Option("--profile", envvar=environment.PROFILE.name, help=_PROFILE_HELP)]
 OutputFormat = Annotated[Output, typer.Option("--output", help="Text, or one JSON document for a program.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")]
 Parameters = Annotated[
@@ -112,7 +112,7 @@ def preflight(
 
 @app.command(rich_help_panel=PANEL)
 def submit(
-    profile: Profiled,
+    profile: ProfilePath,
     parameter: Parameters = None,
     parameters: ParametersFile = None,
     name: Annotated[
@@ -161,7 +161,7 @@ def _describe_submission(submission: "Submission", dry_run: bool) -> str:
 
 @app.command(rich_help_panel=PANEL)
 def runs(
-    profile: Profiled,
+    profile: ProfilePath,
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="Id or name of one run, to list its steps.")] = "",
     experiment: Annotated[str, typer.Option(help="Experiment to list; empty lists the whole namespace.")] = "",
     most: Annotated[int, typer.Option("--most", min=1, help="Maximum number of runs, newest first.")] = 20,
@@ -181,7 +181,7 @@ def runs(
 @app.command(rich_help_panel=PANEL)
 def logs(
     run: RunName,
-    profile: Profiled,
+    profile: ProfilePath,
     step: Annotated[
         str, typer.Option(help="Step, such as train; by default the step that failed, or the last one.")
     ] = "",
@@ -202,7 +202,7 @@ def logs(
 
 
 @app.command(rich_help_panel=PANEL)
-def cancel(run: RunName, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+def cancel(run: RunName, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
     """Stop a run; a run that has finished stays as it is."""
     from minicpmv_finetune.kubeflow.runs import cancel as stop
     from minicpmv_finetune.kubeflow.runs import find_run
@@ -218,7 +218,7 @@ def cancel(run: RunName, profile: Profiled, dry_run: DryRun = False, output: Out
 
 @app.command(rich_help_panel=PANEL)
 def gc(
-    profile: Profiled,
+    profile: ProfilePath,
     root: Annotated[
         str, typer.Option(help="Folder that contains the runs' folders; by default the profile's pipeline root.")
     ] = "",
@@ -247,7 +247,7 @@ def gc(
 
 @schedule_app.command("apply")
 def apply_schedules(
-    file: SchedulesFile, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text"
+    file: SchedulesFile, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text"
 ) -> None:
     """Make the server's schedules match the file: create them, or replace those that differ."""
     from minicpmv_finetune.kubeflow.schedule import apply, load_schedules
@@ -263,7 +263,7 @@ def apply_schedules(
 
 
 @schedule_app.command("list")
-def list_schedules(profile: Profiled, output: OutputFormat = "text") -> None:
+def list_schedules(profile: ProfilePath, output: OutputFormat = "text") -> None:
     """List the schedules on the server, with their times in words."""
     from minicpmv_finetune.kubeflow.schedule import list_schedules as find
 
@@ -272,20 +272,20 @@ def list_schedules(profile: Profiled, output: OutputFormat = "text") -> None:
 
 
 @schedule_app.command()
-def pause(name: ScheduleName, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+def pause(name: ScheduleName, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
     """Stop a schedule from starting runs, until it is resumed."""
     _set_enabled(name, profile, False, dry_run, output)
 
 
 @schedule_app.command()
-def resume(name: ScheduleName, profile: Profiled, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+def resume(name: ScheduleName, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
     """Let a paused schedule start runs again."""
     _set_enabled(name, profile, True, dry_run, output)
 
 
 @schedule_app.command("delete")
 def delete_schedules(
-    profile: Profiled,
+    profile: ProfilePath,
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the schedule.")] = "",
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Delete the schedules in this file.")] = None,
     dry_run: DryRun = False,
