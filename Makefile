@@ -100,14 +100,16 @@ build/docs-venv/installed: Makefile
 		mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1
 	touch $@
 
+COMPILED := minicpmv_finetune/pipelines/compiled
 PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
 
-compiled: install  ## compile the pipelines for each profile into minicpmv_finetune/pipelines/compiled
-	for profile in $(PROFILES); do \
-		$(BIN)/minicpmv-finetune compile minicpmv_finetune/pipelines/compiled/$$profile.yaml --profile k8s/profiles/$$profile.yaml && \
-		$(BIN)/minicpmv-finetune compile minicpmv_finetune/pipelines/compiled/$$profile.objects.yaml --objects \
-			--profile k8s/profiles/$$profile.yaml || exit 1; \
-	done
+compiled: install  ## compile both pipelines for each profile into minicpmv_finetune/pipelines/compiled
+	for profile in $(PROFILES); do for pipeline in finetune retrain; do \
+		name=$$profile; test $$pipeline = finetune || name=$$profile.$$pipeline; \
+		options="--pipeline $$pipeline --profile k8s/profiles/$$profile.yaml"; \
+		$(BIN)/minicpmv-finetune compile $(COMPILED)/$$name.yaml $$options && \
+		$(BIN)/minicpmv-finetune compile $(COMPILED)/$$name.objects.yaml --objects $$options || exit 1; \
+	done; done
 
 dist:  ## build the source distribution and the wheel into dist
 	rm -rf dist

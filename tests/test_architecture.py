@@ -66,7 +66,7 @@ def test_a_room_imports_only_from_layers_below_its_own(module: Path) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
-def test_libraries_are_imported_where_the_picture_says(module: Path) -> None:
+def test_libraries_are_imported_in_their_rooms_only(module: Path) -> None:
     path = module.relative_to(PACKAGE)
     libraries = {name[0] for name in _imports(module)}
     if "kfp" in libraries:
@@ -75,12 +75,12 @@ def test_libraries_are_imported_where_the_picture_says(module: Path) -> None:
         assert _room(path.with_suffix("").parts) in (*MAY_IMPORT_TORCH, "pipelines")
 
 
-def test_every_room_has_its_place_in_the_picture() -> None:
+def test_every_room_has_a_layer() -> None:
     rooms = {_room(module.relative_to(PACKAGE).with_suffix("").parts) for module in MODULES}
     assert rooms - {"__init__", "components", "components/__init__"} == set(LEVEL)
 
 
-def test_rooms_and_steps_are_told_apart() -> None:
+def test_components_holds_the_steps_and_nothing_else() -> None:
     assert {path.name for path in (PACKAGE / "components").iterdir() if (path / "component.py").exists()} == set(STEPS)
     assert {path.stem for path in (PACKAGE / "components").glob("*.py")} == {"__init__"}
 
@@ -96,8 +96,26 @@ def test_environment_variables_are_read_in_one_place() -> None:
         if module.name == "environment.py":
             continue
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
-                pytest.fail(f"{module.relative_to(PACKAGE)}:{node.lineno} reads {ast.unparse(node.args[0])}")
+            is_call = isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv")
+            is_item = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)
+            is_item = is_item and ast.unparse(node.value) == "os.environ"
+            is_test = isinstance(node, ast.Compare) and "os.environ" in map(ast.unparse, node.comparators)
+            if is_call or is_item or is_test:
+                pytest.fail(f"{module.relative_to(PACKAGE)} reads the environment: {ast.unparse(node)}")
+
+
+def test_imports_are_absolute_across_rooms_and_relative_within() -> None:
+    for module in MODULES:
+        package = module.relative_to(PACKAGE).parts[:-1]
+        # A component's body is copied into the compiled pipeline, where nothing is relative.
+        if not package or module.name == "component.py" or package == ("components",):
+            continue
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                own = ".".join(("minicpmv_finetune", *package))
+                place = f"{module.relative_to(PACKAGE)}:{node.lineno}"
+                assert node.level <= 1, f"{place}: write an absolute import"
+                assert node.level or not f"{node.module}.".startswith(f"{own}."), f"{place}: write a relative import"
 
 
 @pytest.mark.parametrize("step", STEPS)

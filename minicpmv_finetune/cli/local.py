@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, RETRAIN_INPUTS
+from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
 
-from .options import Inputs, NewTokens, Out, absolute, rows, with_inputs
+from .options import Inputs, NewTokens, Out, absolute, with_inputs
 
 PANEL = "Run here"
 app = typer.Typer()

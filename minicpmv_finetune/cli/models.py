@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Model
+from .options import DEFAULT_MODEL, Model
 
 PANEL = "Models"
 app = typer.Typer()
@@ -15,7 +15,7 @@ Reason = Annotated[str, typer.Option(help="Why the champion changes; stored in t
 def promote(
     version: Annotated[str, typer.Argument(help="Number of the version that becomes champion.")],
     reason: Reason,
-    model: Model = "minicpmv-finetune",
+    model: Model = DEFAULT_MODEL,
 ) -> None:
     """Make a registered version the champion, whatever the gate decided."""
     from minicpmv_finetune.tracking.champion import promote as move
@@ -24,7 +24,7 @@ def promote(
 
 
 @app.command(rich_help_panel=PANEL)
-def rollback(reason: Reason, model: Model = "minicpmv-finetune") -> None:
+def rollback(reason: Reason, model: Model = DEFAULT_MODEL) -> None:
     """Make the champion's predecessor the champion again; a second call goes back one more version."""
     from minicpmv_finetune.tracking.champion import rollback as move
 

@@ -18,6 +18,7 @@ Inputs = Mapping[str, Any]
 Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
 NewTokens = Annotated[int, typer.Option(help="Maximum length of an answer in tokens.")]
 Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
+DEFAULT_MODEL: str = INPUTS["registered_model"].default
 
 
 def with_inputs(
@@ -52,11 +53,6 @@ def with_inputs(
         return checked
 
     return decorate
-
-
-def rows(names: str) -> tuple[Input, ...]:
-    """Rows of the table of inputs by their names, separated by spaces."""
-    return tuple(INPUTS[name] for name in names.split())
 
 
 def _parameter(row: Input, is_required: bool) -> inspect.Parameter:

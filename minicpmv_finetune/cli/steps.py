@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .options import Inputs, Model, NewTokens, Out, read_json_object, rows, with_inputs
+from minicpmv_finetune.pipelines.inputs import rows
+
+from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, read_json_object, with_inputs
 
 PANEL = "One step"
 app = typer.Typer()
@@ -178,7 +180,7 @@ def register(
         Path,
         typer.Option("--promotion-record", "--verdict", help="Promotion record that evaluate wrote in a pipeline."),
     ],
-    model: Model = "minicpmv-finetune",
+    model: Model = DEFAULT_MODEL,
 ) -> None:
     """Step 6: register a model that passed the gate in MLflow, and make it the champion if it beat the champion."""
     from minicpmv_finetune.components.register.register import register as step

@@ -43,14 +43,14 @@ class Recipe:
         accumulation_steps: Number of batches per optimizer step.
     """
 
-    devices: int = 1
-    batch_size: int = 4
-    epochs: float = 3.0
-    use_lora: bool = True
-    tune_vision: bool = True
-    tune_llm: bool = False
-    lora_r: int = 64
-    accumulation_steps: int = 1
+    devices: int
+    batch_size: int
+    epochs: float
+    use_lora: bool
+    tune_vision: bool
+    tune_llm: bool
+    lora_r: int
+    accumulation_steps: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The estimate needs only the data's JSON, the headers of its images, and the base
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -120,20 +120,27 @@ def estimate_run(
         model_max_length=model_max_length,
         too_long=len(too_long),
         longest=_longest(too_long),
-        too_long_at={
-            length: count
-            for length in _LENGTHS
-            if length != model_max_length and (count := sum(sample.tokens > length for sample in measured))
-        },
+        too_long_at=_count_too_long_at(measured, model_max_length),
         estimated_shard_bytes=_estimate_shard_bytes(fitting, encoder.slicing.patch_size),
         packing_waste=packing_share([sample.tokens for sample in fitting], model_max_length),
-        **_describe_samples(fitting, eval_samples),
-        **_describe_training(model, recipe, fitting, len(fitting) - eval_samples),
+        **_count_samples(fitting, eval_samples),
+        **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples),
     )
 
 
-def _describe_samples(samples: Sequence[SampleSize], eval_samples: int) -> dict[str, Any]:
+class _SampleCounts(TypedDict):
     """The fields of an estimate that count samples, images, slices and tokens."""
+
+    samples: int
+    eval_samples: int
+    images: int
+    slices: int
+    tokens: int
+    token_percentiles: dict[int, int]
+    slice_percentiles: dict[int, int]
+
+
+def _count_samples(samples: Sequence[SampleSize], eval_samples: int) -> _SampleCounts:
     lengths = [sample.tokens for sample in samples]
     return {
         "samples": len(samples),
@@ -146,10 +153,22 @@ def _describe_samples(samples: Sequence[SampleSize], eval_samples: int) -> dict[
     }
 
 
-def _describe_training(
-    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int
-) -> dict[str, Any]:
+class _TrainingCosts(TypedDict):
     """The fields of an estimate that depend on the settings of the training."""
+
+    padding_waste: float
+    parameters: int
+    trained_parameters: int
+    devices: int
+    steps: int
+    estimated_gpu_bytes: dict[str, int]
+    estimated_gpu_bytes_with_checkpointing: dict[str, int]
+    estimated_flops: float
+
+
+def _estimate_training(
+    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int
+) -> _TrainingCosts:
     return {
         "padding_waste": padding_share([sample.tokens for sample in samples], recipe.batch_size),
         "parameters": model.total,
@@ -160,6 +179,12 @@ def _describe_training(
         "estimated_gpu_bytes_with_checkpointing": _estimate_gpu_bytes(model, recipe, samples, checkpointing=True),
         "estimated_flops": _estimate_training_flops(model, recipe, samples, train_samples),
     }
+
+
+def _count_too_long_at(samples: Sequence[SampleSize], model_max_length: int) -> dict[int, int]:
+    """How many samples other maximum lengths would reject."""
+    counts = {length: sum(sample.tokens > length for sample in samples) for length in _LENGTHS}
+    return {length: count for length, count in counts.items() if length != model_max_length and count}
 
 
 def print_estimate(estimate: Estimate) -> None:

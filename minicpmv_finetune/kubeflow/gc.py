@@ -19,8 +19,7 @@ from datetime import UTC, datetime, timedelta
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.pipelines.finetuning import FINETUNE
-from minicpmv_finetune.pipelines.retraining import RETRAIN
+from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE
 from minicpmv_finetune.tracking.registry import list_versions
 from minicpmv_finetune.tracking.step_runs import mlflow_client
@@ -81,7 +80,7 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
     states = {str(run.run_id): str(run.state) for run in cluster.runs()}
     referenced = _list_registered_models(cluster)
     candidates: dict[str, _Candidate] = {}
-    for pipeline in (FINETUNE, RETRAIN):
+    for pipeline in all_pipelines().values():
         base = storage.join(root, pipeline.name)
         for name, file in storage.walk(base).items():
             folder, why = _candidate_of(name, states)
@@ -90,11 +89,19 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
             elif name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
                 referenced.append(_read_shards_location(storage.join(base, name)))
     newest = datetime.now(UTC) - timedelta(days=min_age_days)
+    kept = [f"{_as_s3(uri)}/" for uri in referenced]
     return [
-        UnusedFolder(uri, sum(file.bytes for file in candidate.files), f"{candidate.written:%Y-%m-%d}", candidate.why)
-        for uri, candidate in sorted(candidates.items())
-        if candidate.written <= newest and not any(f"{place}/".startswith(f"{uri}/") for place in referenced)
+        UnusedFolder(
+            folder, sum(file.bytes for file in candidate.files), f"{candidate.written:%Y-%m-%d}", candidate.why
+        )
+        for folder, candidate in sorted(candidates.items())
+        if candidate.written <= newest and not any(uri.startswith(f"{_as_s3(folder)}/") for uri in kept)
     ]
+
+
+def _as_s3(uri: str) -> str:
+    """The URI with the scheme that the registry uses; `minio://` names the same objects."""
+    return f"s3://{uri.removeprefix('minio://')}" if uri.startswith("minio://") else uri
 
 
 def delete(folder: UnusedFolder) -> None:

@@ -23,7 +23,7 @@ from kubernetes.utils.quantity import parse_quantity
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError, without_password
-from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines import all_pipelines
 
 from .checks import Check, SkippedError, run_check
 from .client import connect
@@ -63,8 +63,9 @@ def _check_kubeflow(profile: Profile) -> str:
     if (match := re.match(r"v?(\d+)\.(\d+)", release)) and (int(match[1]), int(match[2])) < _OLDEST_KUBEFLOW:
         raise UserError(f"{cluster.endpoint} has version {release}; upgrade it to 2.17 or newer.")
     users = "several users" if cluster.namespace else "one user"
-    pipeline = "not uploaded yet" if cluster.pipeline_id(FINETUNE.name) is None else "uploaded"
-    return f"{cluster.endpoint}, version {release}, {users}, pipeline {pipeline}"
+    uploaded = [pipeline.name for pipeline in all_pipelines().values() if cluster.pipeline_id(pipeline.name)]
+    pipelines = f"uploaded: {', '.join(uploaded)}" if uploaded else "no pipeline uploaded yet"
+    return f"{cluster.endpoint}, version {release}, {users}, {pipelines}"
 
 
 def _check_object_storage(profile: Profile) -> str:

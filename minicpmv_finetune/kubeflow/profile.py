@@ -21,8 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import UserError, describe_validation_error
-from minicpmv_finetune.pipelines.finetuning import FINETUNE
-from minicpmv_finetune.pipelines.retraining import RETRAIN
+from minicpmv_finetune.pipelines import all_pipelines
 
 from .yaml_files import read_mapping
 
@@ -185,7 +184,7 @@ class Profile(_Section):
     @classmethod
     def _known_steps(cls, steps: dict[str, StepSettings]) -> dict[str, StepSettings]:
         # Where several pods share preprocess, each part is a separate task.
-        known = {*FINETUNE.steps, *RETRAIN.steps, "preprocess-part"}
+        known = {step for pipeline in all_pipelines().values() for step in pipeline.steps} | {"preprocess-part"}
         for name in steps:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)

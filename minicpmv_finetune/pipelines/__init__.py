@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 PipelineChoice = Literal["finetune", "retrain"]
 
 
-def pipeline_of(choice: PipelineChoice) -> "Pipeline":
-    """The pipeline with this short name."""
+def all_pipelines() -> "dict[PipelineChoice, Pipeline]":
+    """Every pipeline by its short name."""
     from .finetuning import FINETUNE
     from .retraining import RETRAIN
 
-    return {"finetune": FINETUNE, "retrain": RETRAIN}[choice]
+    return {"finetune": FINETUNE, "retrain": RETRAIN}
+
+
+def pipeline_of(choice: PipelineChoice) -> "Pipeline":
+    """The pipeline with this short name."""
+    return all_pipelines()[choice]
 
 
 def __getattr__(name: str) -> Any:

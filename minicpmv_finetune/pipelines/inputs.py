@@ -202,16 +202,17 @@ _TABLE = (
 INPUTS: Mapping[str, Input] = {item.name: item for item in _TABLE}
 
 
-def _rows(names: str) -> tuple[Input, ...]:
+def rows(names: str) -> tuple[Input, ...]:
+    """Rows of the table by their names, separated by spaces."""
     return tuple(INPUTS[name] for name in names.split())
 
 
-FINETUNE_INPUTS = _rows(
+FINETUNE_INPUTS = rows(
     "data_uri eval_data_uri base_model_uri max_slice_nums model_max_length max_reject_ratio data_options use_lora "
     "tune_vision tune_llm lora_r lora_alpha learning_rate num_train_epochs per_device_train_batch_size training_flags "
     "seed metric evaluation_options registered_model"
 )
-RETRAIN_INPUTS = _rows(
+RETRAIN_INPUTS = rows(
     "data_uri eval_data_uri base_model_uri registered_model start_from max_slice_nums model_max_length "
     "max_reject_ratio data_options training_flags seed metric evaluation_options"
 )

@@ -81,6 +81,20 @@ def test_the_folder_of_a_registered_model_is_kept(unused: Callable[..., list[str
     assert storage.read_bytes(f"{root}/minicpmv-finetune/{DELETED_RUN}/merge/model/config.json") == b"x"
 
 
+def test_a_registered_model_is_kept_whichever_scheme_names_its_store(
+    kubeflow: FakeKubeflow, command: Command, root: str
+) -> None:
+    """Kubeflow writes `minio://` for a store that the registry knows as `s3://`."""
+    _write(root, f"{DELETED_RUN}/merge/model/config.json")
+    client = MlflowClient()
+    client.create_registered_model("receipts")
+    client.create_model_version("receipts", source=f"{root}/minicpmv-finetune/{DELETED_RUN}/merge/model")
+    minio_root = root.replace("s3://", "minio://")
+    done = command("gc", "--root", minio_root, "--min-age-days", "0", "--delete", "--output", "json")
+    assert done.json == []
+    assert storage.walk(root)
+
+
 def test_a_recently_written_folder_is_kept(kubeflow: FakeKubeflow, command: Command, root: str) -> None:
     _write(root, f"{DELETED_RUN}/merge/model/config.json")
     assert command("gc", "--root", root, "--output", "json").json == []

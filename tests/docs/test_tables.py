@@ -69,7 +69,7 @@ def test_every_module_and_top_level_folder_is_in_the_tree() -> None:
     assert top <= listed
 
 
-def test_the_picture_of_layers_is_the_one_that_is_tested() -> None:
+def test_the_diagram_of_layers_is_the_tested_one() -> None:
     (block,) = blocks(section("docs/architecture.md", "Layers"))
     shown = [
         {room.removesuffix("/<step>") for room in line.split()} for line in block.text.splitlines() if line.strip()

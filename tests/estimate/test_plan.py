@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "train.json"
 
 
+def recipe_with(**changes: Any) -> Recipe:
+    """The recipe of the pipelines' defaults, on one GPU, with changes."""
+    plain = Recipe(
+        devices=1,
+        batch_size=4,
+        epochs=3.0,
+        use_lora=True,
+        tune_vision=True,
+        tune_llm=False,
+        lora_r=64,
+        accumulation_steps=1,
+    )
+    return replace(plain, **changes)
+
+
 def estimate(data: Path, base: Path, eval_data: str = "", recipe: Recipe | None = None, **settings: Any) -> Estimate:
     settings = {
         "max_slice_nums": 9,
@@ -58,7 +74,7 @@ def estimate(data: Path, base: Path, eval_data: str = "", recipe: Recipe | None 
         "exif_transpose": False,
         **settings,
     }
-    return estimate_run(str(data), eval_data, str(base), recipe=recipe or Recipe(), **settings)
+    return estimate_run(str(data), eval_data, str(base), recipe=recipe or recipe_with(), **settings)
 
 
 @pytest.mark.parametrize("exif_transpose", [False, True])
@@ -116,7 +132,7 @@ def test_images_in_archives_and_in_a_store_are_measured(s3_uri: str, data: Path,
     for number in (1, 3):
         samples[number]["image"] = f"images.tar!{samples[number]['image']}"
     storage.write_bytes(f"{s3_uri}/data/train.json", json.dumps(samples).encode())
-    remote = estimate_run(f"{s3_uri}/data/train.json", "", str(tiny_46), 9, 2048, 0.0, False, Recipe())
+    remote = estimate_run(f"{s3_uri}/data/train.json", "", str(tiny_46), 9, 2048, 0.0, False, recipe_with())
     assert remote.model_copy(update={"longest": local.longest}) == local
 
 
@@ -132,8 +148,8 @@ def test_data_without_a_usable_sample_is_refused(data: Path, tiny_46: Path) -> N
 
 
 def test_steps_follow_from_batches_and_epochs(data: Path, tiny_46: Path) -> None:
-    assert estimate(data, tiny_46, recipe=Recipe(batch_size=2, epochs=2.0)).steps == 6
-    recipe = Recipe(batch_size=1, devices=2, accumulation_steps=3, epochs=3.0)
+    assert estimate(data, tiny_46, recipe=recipe_with(batch_size=2, epochs=2.0)).steps == 6
+    recipe = recipe_with(batch_size=1, devices=2, accumulation_steps=3, epochs=3.0)
     assert estimate(data, tiny_46, recipe=recipe).steps == 3
 
 
@@ -155,9 +171,9 @@ def test_trained_parameters_equal_those_of_training(tiny_46: Path, tmp_path: Pat
 
     model = cost.read_model(tiny_46)
     for flags, recipe in (
-        ("--use_lora true --tune_llm false --lora_r 8", Recipe(lora_r=8)),
-        ("--use_lora true --tune_llm false --tune_vision false --lora_r 8", Recipe(lora_r=8, tune_vision=False)),
-        ("--tune_llm true", Recipe(use_lora=False, tune_llm=True)),
+        ("--use_lora true --tune_llm false --lora_r 8", recipe_with(lora_r=8)),
+        ("--use_lora true --tune_llm false --tune_vision false --lora_r 8", recipe_with(lora_r=8, tune_vision=False)),
+        ("--tune_llm true", recipe_with(use_lora=False, tune_llm=True)),
     ):
         common = f"--model_name_or_path {tiny_46} --data_path nowhere --output_dir {tmp_path} {flags}"
         arguments = parse(common.split(), announce=lambda sentence: None)
@@ -171,20 +187,20 @@ def large_model() -> cost.Model:
 
 
 def test_strategies_save_the_memory_that_they_shard() -> None:
-    full = Recipe(use_lora=False, tune_llm=True, devices=8)
+    full = recipe_with(use_lora=False, tune_llm=True, devices=8)
     found = cost.estimate_memory(large_model(), full, 4096, 10_000, checkpointing=True)
     assert found["DDP"] > found["single GPU"] > found["ZeRO-2"] > found["ZeRO-3"]
     trained = large_model().total
     assert found["single GPU"] - found["ZeRO-2"] == pytest.approx(14 * trained * 7 / 8)
     assert "QLoRA" not in found
-    lora = cost.estimate_memory(large_model(), Recipe(), 4096, 10_000, checkpointing=True)
+    lora = cost.estimate_memory(large_model(), recipe_with(), 4096, 10_000, checkpointing=True)
     assert lora["single GPU"] - lora["QLoRA"] == pytest.approx(7e9 * (2 - 4.127 / 8))
-    plain = cost.estimate_memory(large_model(), Recipe(), 4096, 10_000, checkpointing=False)
+    plain = cost.estimate_memory(large_model(), recipe_with(), 4096, 10_000, checkpointing=False)
     assert all(plain[name] > lora[name] for name in lora)
 
 
 def test_flops_grow_with_the_trained_parameters_and_with_checkpointing() -> None:
-    lora, full = Recipe(), Recipe(use_lora=False, tune_llm=True)
+    lora, full = recipe_with(), recipe_with(use_lora=False, tune_llm=True)
     few = cost.estimate_flops(large_model(), lora, [1000], 1000, checkpointing=False)
     many = cost.estimate_flops(large_model(), full, [1000], 1000, checkpointing=False)
     assert many == pytest.approx(6 * (8e9 * 1000 + 5e8 * 1000), rel=0.05)

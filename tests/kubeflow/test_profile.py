@@ -16,6 +16,7 @@ from minicpmv_finetune.kubeflow.compiling import content_digest, write_objects, 
 from minicpmv_finetune.kubeflow.profile import load_profile, with_profile
 from minicpmv_finetune.pipelines import finetune
 from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted((ROOT / "k8s" / "profiles").glob("*.yaml"))
@@ -137,8 +138,9 @@ def test_the_train_step_gets_the_clusters_training_runtime() -> None:
 @BY_NAME
 def test_committed_files_equal_newly_compiled_ones(profile: Path, tmp_path: Path) -> None:
     settings = load_profile(profile)
-    write_pipeline(FINETUNE, settings, tmp_path / f"{profile.stem}.yaml")
-    write_objects(FINETUNE, settings, tmp_path / f"{profile.stem}.objects.yaml")
+    for pipeline, name in ((FINETUNE, profile.stem), (RETRAIN, f"{profile.stem}.retrain")):
+        write_pipeline(pipeline, settings, tmp_path / f"{name}.yaml")
+        write_objects(pipeline, settings, tmp_path / f"{name}.objects.yaml")
     for path in tmp_path.iterdir():
         assert path.read_text() == (COMPILED / path.name).read_text(), "run make compiled"
 

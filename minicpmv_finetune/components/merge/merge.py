@@ -86,6 +86,7 @@ def merge(
         _add_other_files(staging, base, adapter, streamed, generation, record, report)
         started = time.monotonic()
         check = _run_parity_check(base, adapter, staging, shards, settings.parity_rows)
+        # "gate" is what 0.1.0 called the parity check, and its key in the file.
         seconds = {**report.seconds, "gate": time.monotonic() - started}
         report = report.model_copy(update={"parity_check": check, "seconds": seconds})
         _write_report(report_file, report)

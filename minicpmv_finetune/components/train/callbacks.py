@@ -56,7 +56,7 @@ class TrainingMonitor(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Seconds since the training began, by a clock that nobody sets."""
+        """Seconds since the training began, by the monotonic clock."""
         return max(time.perf_counter() - self.started, 1e-9)
 
     def samples_per_second(self, processes: int) -> float:

@@ -92,8 +92,8 @@ def _prepare_environment(processes: int) -> None:
 
 def _restart_options() -> list[str]:
     """Options of torchrun for a single machine; on several nodes they are in Kubeflow Trainer's variables."""
-    options = [] if environment.NODES.name in os.environ else ["--standalone"]
-    if not {environment.NODES.name, environment.MAX_RESTARTS.name} & set(os.environ):
+    options = [] if environment.NODES.read() else ["--standalone"]
+    if not environment.NODES.read() and not environment.MAX_RESTARTS.read():
         options.append("--max-restarts=3")
     return options
 
