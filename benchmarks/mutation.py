@@ -43,8 +43,8 @@ TARGETS = {
     "minicpmv_finetune/minicpmv/conversation.py": ["tests/minicpmv/test_conversation.py"],
     "minicpmv_finetune/shards/format.py": [
         "tests/shards/test_format.py",
-        "tests/shards/test_cache.py::test_a_manifest_leads_to_where_its_shards_are",
-        "tests/shards/test_cache.py::test_damage_is_found_in_rows_from_the_store",
+        "tests/shards/test_cache.py::test_a_manifest_without_files_leads_to_its_location",
+        "tests/shards/test_cache.py::test_damage_is_found_in_rows_read_from_the_store",
     ],
     "minicpmv_finetune/components/merge/weights.py": ["tests/components/merge/test_weights.py"],
     "minicpmv_finetune/components/merge/update.py": ["tests/components/merge/test_streaming.py"],
