@@ -97,8 +97,11 @@ def test_environment_variables_are_read_in_one_place() -> None:
             continue
         for node in ast.walk(ast.parse(module.read_text())):
             is_call = isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv")
-            is_item = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)
-            is_item = is_item and ast.unparse(node.value) == "os.environ"
+            is_item = (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.ctx, ast.Load)
+                and ast.unparse(node.value) == "os.environ"
+            )
             is_test = isinstance(node, ast.Compare) and "os.environ" in map(ast.unparse, node.comparators)
             if is_call or is_item or is_test:
                 pytest.fail(f"{module.relative_to(PACKAGE)} reads the environment: {ast.unparse(node)}")
