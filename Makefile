@@ -86,9 +86,10 @@ lock:  ## resolve the newest versions and write requirements.lock
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras \
 		--output-file requirements.lock pyproject.toml
 
-readmes: install  ## write the README of each step from its component, and the table of environment variables
+readmes: install  ## write the README of each step from its component, and the tables of environment variables and inputs
 	$(BIN)/python docs/component_readmes.py
 	$(BIN)/python docs/environment_table.py
+	$(BIN)/python docs/inputs_table.py
 
 # The site needs no torch: the API reference is read from the source, not imported.
 docs: build/docs-venv/installed  ## build the documentation site into build/site; a warning ends the build

@@ -10,8 +10,8 @@ from tests.docs.pages import ROOT, prose
 GLOSSARY = ROOT / "docs" / "glossary.md"
 ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n)+)\n((?:.+\n)+)", re.MULTILINE)
 ENTRIES = ENTRY.findall(GLOSSARY.read_text())
-# docs/environment.md is generated.
-PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in {GLOSSARY.name, "environment.md"}]
+GENERATED = {"environment.md", "inputs.md"}
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in {GLOSSARY.name, *GENERATED}]
 # How a term is written in a sentence, where that is not the term with an optional plural.
 WRITTEN = {
     "archive": r"tar archives?",
