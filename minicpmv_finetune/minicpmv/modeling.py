@@ -605,15 +605,30 @@ def _frequencies(width: int) -> NDArray[np.float32]:
 def _nearest_position_table(side: int, longest: int) -> NDArray[np.int64]:
     """Entry [n, i] is the learned position, of `side` positions along an axis, for patch i of n patches.
 
-    The fractions i / n and the borders k / side are float32, as in Idefics2 and the published code: if n divides
-    `side`, rounding decides on which side of a border a patch is.
+    It is the number of borders k / side that are not above the fraction i / n, both in float32, as in Idefics2 and the
+    published code: where a patch begins on a border, rounding decides on which side of it the patch is.
     """
-    borders = torch.arange(1 / side, 1.0, 1 / side, device="cpu")
+    borders = (1 / side + 1 / side * np.arange(side - 1)).astype(np.float32)
     table = np.zeros((longest + 1, longest), dtype=np.int64)
     for number in range(1, longest + 1):
-        fractions = torch.arange(0, 1 - 1e-6, 1 / number, device="cpu")
-        table[number, :number] = torch.bucketize(fractions, borders, right=True).numpy()
+        table[number, :number] = np.searchsorted(borders, _patch_fractions(number), side="right")
     return table
+
+
+def _patch_fractions(number: int) -> NDArray[np.float32]:
+    """The fractions i / number of all patches along an axis, rounded as the published code rounds them.
+
+    The published code computes `torch.arange(0, 1 - 1e-6, 1 / number)` where `number` is an int32 tensor, so the step
+    is a float32 number. PyTorch computes the values in pairs of blocks of eight, in which each value is the block's
+    first value, rounded to float32, plus a multiple of the step; values after the last pair are multiples of the step.
+    PyTorch itself is not used: on processors with AVX-512 its blocks have sixteen values, and some positions differ
+    from those of the table that was recorded with the published code.
+    """
+    step = float(np.float32(1) / np.float32(number))
+    index = np.arange(number)
+    first = np.where(index < number // 16 * 16, index // 8 * 8, 0)
+    block = (step * first).astype(np.float32).astype(np.float64)
+    return (block + step * (index - first)).astype(np.float32)
 
 
 AutoModelForImageTextToText.register(MiniCPMVConfig, MiniCPMVForConditionalGeneration)

@@ -17,10 +17,17 @@ from minicpmv_finetune.components.train.trainable import make_trainable
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.generations import detect_generation
-from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration, PatchGrid, pad_groups, sincos_table
+from minicpmv_finetune.minicpmv.modeling import (
+    MiniCPMVForConditionalGeneration,
+    PatchGrid,
+    _nearest_position_table,
+    pad_groups,
+    sincos_table,
+)
 
 SIZES = torch.tensor([[4, 6], [7, 3], [1, 1]])
 QUERIES = 16
+PARITY = Path(__file__).parents[1] / "parity" / "golden"
 
 
 @pytest.fixture(scope="module", params=["2.6", "4.0", "4.5"])
@@ -261,3 +268,12 @@ def test_sines_come_before_cosines() -> None:
         [[0.0, 0.0, 1.0, 1.0], [*torch.tensor([3.0, 0.03]).sin(), *torch.tensor([3.0, 0.03]).cos()]]
     )
     torch.testing.assert_close(table, expected)
+
+
+def test_positions_equal_those_of_the_published_code() -> None:
+    recorded = json.loads((PARITY / "positions" / "axis70.json").read_text())
+    numbers = range(1, 141)
+    table = _nearest_position_table(recorded["side"], max(numbers))
+    found = {str(number): table[number, :number].tolist() for number in numbers}
+    differing = [number for number, positions in found.items() if positions != recorded["axis"][number]]
+    assert differing == []

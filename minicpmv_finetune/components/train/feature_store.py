@@ -46,7 +46,7 @@ from minicpmv_finetune.shards.format import ShardReader
 
 from .callbacks import ignore_sigterm
 
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 """Raise it when a change of `minicpmv/` changes the features; `test_features_match_the_golden_values` detects that."""
 
 MIN_BATCH_PATCHES = 2**14
