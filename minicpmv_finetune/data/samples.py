@@ -21,7 +21,7 @@ from minicpmv_finetune.errors import UserError
 
 from . import image_files
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: turns may have `loss`, which 0.1.0 would ignore
 DATASET_FILE = "dataset.json"
 _EXAMPLES = 3  # rejects of each reason that are kept in memory
 Split = Literal["train", "eval"]
@@ -51,6 +51,7 @@ class Turn(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[str | int, ...]
+    loss: bool = Field(default=True, description="Whether an answer is trained on and scored; true for other roles.")
 
     @property
     def text(self) -> str:
@@ -71,7 +72,14 @@ class Sample(BaseModel):
     index: int | None = Field(default=None, description="Position among the samples of that file, from 0.")
     metric: str | None = Field(default=None, description="Metric of this sample, in place of the evaluation's own.")
     tags: tuple[str, ...] = Field(default=(), description="Groups that evaluation reports separately.")
-    answers: tuple[str, ...] = Field(default=(), description="Accepted answers; empty for the last turn alone.")
+    answers: tuple[str, ...] = Field(default=(), description="Accepted answers; empty for the scored turn alone.")
+
+    def up_to_scored_turn(self) -> "Sample":
+        """The sample as evaluation sees it: its last turn is the last answer that is trained on, which is scored."""
+        answers = [number for number, turn in enumerate(self.turns) if turn.role == "assistant" and turn.loss]
+        if not answers or answers[-1] + 1 == len(self.turns):
+            return self
+        return self.model_copy(update={"turns": self.turns[: answers[-1] + 1]})
 
 
 class Reject(BaseModel):
@@ -198,6 +206,8 @@ def content_digest(sample: Sample) -> str:
         "turns": [[turn.role, *turn.parts] for turn in sample.turns],
         "evaluation": [sample.metric, sample.tags, sample.answers],
     }
+    if untrained := [number for number, turn in enumerate(sample.turns) if not turn.loss]:
+        content["untrained"] = untrained  # absent otherwise, so that the digests of 0.1.0 stay
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 

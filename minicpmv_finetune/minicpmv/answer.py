@@ -27,7 +27,7 @@ class Answer:
     """The answer of a model to one sample.
 
     Attributes:
-        text: Generated text without special tokens and without white space at its ends.
+        text: Generated text without the token that ends it and without white space at its ends.
         new_tokens: Number of generated tokens, including the one that ends the turn.
         hit_limit: Whether generation ended because of `max_new_tokens`, so that the text may be cut off.
     """
@@ -60,7 +60,7 @@ def answer(
         The answers in the order of the samples.
 
     Raises:
-        SampleError: A text contains a special token.
+        SampleError: A text contains a token of the format itself.
         UserError: An image changed since it was validated.
     """
     prompts = [encoder.encode_prompt(sample) for sample in samples]
@@ -141,8 +141,7 @@ def _generate(model: PreTrainedModel, encoder: Encoder, inputs: Sequence[ModelIn
 
 
 def _decode_answer(generated: Sequence[int], encoder: Encoder, config: GenerationConfig) -> Answer:
-    """Remove the padding after the first stop token and decode the tokens."""
+    """Decode the tokens before the first stop token; what follows it is padding."""
     end = next((place for place, token in enumerate(generated) if token in config.eos_token_id), None)
-    kept = list(generated if end is None else generated[: end + 1])
-    text = str(encoder.tokenizer.decode(kept, skip_special_tokens=True)).strip()
-    return Answer(text=text, new_tokens=len(kept), hit_limit=end is None)
+    new_tokens = len(generated) if end is None else end + 1
+    return Answer(text=encoder.decode(generated[:end]), new_tokens=new_tokens, hit_limit=end is None)

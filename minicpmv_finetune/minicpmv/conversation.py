@@ -5,11 +5,12 @@ text is tokenized once. The ids equal those of the model's processor at serving 
 training sees what serving sends.
 
 Answers are found in the rendered text: each is between the assistant's header and the end of the turn. Text that
-contains a special token is refused, so no user can write such a header. The character offsets of the tokenizer then
-give the supervised tokens.
+contains a token of the format itself is refused, so no user can write such a header. The character offsets of the
+tokenizer then give the supervised tokens.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,13 @@ from .slicing import SlicePlan, SlicingConfig, plan_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Beside the generation's own: the marks of images and videos, and the start of a turn.
+_STRUCTURAL_TOKENS = (
+    *("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<unk>", "<s>", "</s>"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,23 @@ class Encoder:
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[token] for token in self.generation.stop_tokens if token in vocabulary]
 
+    @cached_property
+    def structural_tokens(self) -> frozenset[str]:
+        """The special tokens that the format itself writes: marks of images, headers and ends of turns, and fillers.
+
+        A text that contains one would be read as something else than text. All other special tokens, such as `<box>`
+        or `<ref>`, are words that users train on.
+        """
+        tokenizer = self.tokenizer
+        fillers = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+        named = {*_STRUCTURAL_TOKENS, *self.generation.stop_tokens, self.generation.image_token, *fillers}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return frozenset(special & named)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, with special tokens such as `<box>`, without white space at its ends."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False)).strip()
+
     @property
     def pad_token_id(self) -> int:
         """Id of the padding token, or 0 if there is none; any id is correct, because the attention mask hides it."""
@@ -132,14 +157,30 @@ class Encoder:
         """Tokenize a complete conversation for training.
 
         Raises:
-            SampleError: A text contains a special token.
+            SampleError: A text contains a token of the format itself.
         """
-        return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False))
+        trained = [turn.loss for turn in sample.turns if turn.role == "assistant"]
+        return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False), trained)
 
-    def encode_text(self, text: str) -> EncodedConversation:
-        """Tokenize a rendered conversation; the supervised tokens are each answer and the end of its turn."""
+    def encode_text(self, text: str, trained: Sequence[bool] | None = None) -> EncodedConversation:
+        """Tokenize a rendered conversation; the supervised tokens are each answer and the end of its turn.
+
+        Args:
+            text: The conversation as the chat template writes it.
+            trained: Whether each answer is supervised; None for all.
+
+        Raises:
+            UserError: The chat template wrote another number of answers.
+        """
         tokens = self.tokenizer(text, return_offsets_mapping=True)
         answers = [match.span(1) for match in self._answer_pattern.finditer(text)]
+        if trained is not None and not all(trained):
+            if len(trained) != len(answers):
+                raise UserError(
+                    f"The chat template wrote {len(answers)} answers for {len(trained)}; use the chat template of "
+                    f"MiniCPM-V {self.generation.version}."
+                )
+            answers = [span for span, is_trained in zip(answers, trained, strict=True) if is_trained]
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
         labels = [IGNORED_LABEL] * len(ids)
         position = 0
@@ -159,7 +200,7 @@ class Encoder:
             enable_thinking: Whether the prompt requests reasoning before the answer, in generations that support it.
 
         Raises:
-            SampleError: A text contains a special token.
+            SampleError: A text contains a token of the format itself.
         """
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         text = self._render(sample, turns, add_generation_prompt=True, enable_thinking=enable_thinking)
@@ -172,15 +213,15 @@ class Encoder:
         return re.compile(f"{header}{unsupervised}(.*?{end})", re.DOTALL)
 
     @cached_property
-    def _special_token_pattern(self) -> re.Pattern[str]:
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+    def _structural_token_pattern(self) -> re.Pattern[str]:
+        by_length = sorted(self.structural_tokens, key=len, reverse=True)
+        return re.compile("|".join(re.escape(token) for token in by_length))
 
     def _render(
         self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool, enable_thinking: bool = False
     ) -> str:
         for turn in turns:
-            found = self._special_token_pattern.search(turn.text)
+            found = self._structural_token_pattern.search(turn.text)
             if found:
                 raise SampleError(
                     "special_token",

@@ -79,6 +79,32 @@ def test_the_content_digest_covers_texts_images_and_evaluation_fields() -> None:
         assert content_digest(sample()) != content_digest(sample(**change))
 
 
+def conversation(*trained: bool) -> Sample:
+    turns: list[dict[str, object]] = []
+    for number, loss in enumerate(trained):
+        turns.append({"role": "user", "parts": [f"question {number}"]})
+        turns.append({"role": "assistant", "parts": [f"answer {number}"], "loss": loss})
+    return sample(turns=turns, pictures=[])
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored"),
+    [((True,), 0), ((True, True), 1), ((True, False), 0), ((False, True, False, False), 1), ((False,), 0)],
+)
+def test_evaluation_scores_the_last_answer_that_is_trained(trained: tuple[bool, ...], scored: int) -> None:
+    cut = conversation(*trained).up_to_scored_turn()
+    assert cut.turns == conversation(*trained).turns[: 2 * scored + 2]
+
+
+def test_an_answer_without_loss_changes_the_digest_and_no_other_digest_changes() -> None:
+    assert content_digest(conversation(True, True)) == (
+        "3ec0a1fee09d00ede740ef96faabf40573ffed144390dd3e9f28e5b2a8a9ba98"
+    )
+    assert (
+        len({content_digest(conversation(*trained)) for trained in ((True, True), (True, False), (False, True))}) == 3
+    )
+
+
 def test_samples_have_the_keys_of_published_files() -> None:
     image = ImageRef(uri="a.png", sha256="0" * 64, width=3, height=2, rotated=True)
     written = sample(pictures=[image]).model_dump_json(exclude_defaults=True)

@@ -82,9 +82,20 @@ def test_batched_answers_equal_single_answers_and_plain_greedy_decoding(
     for sample, answered in zip(samples, batched, strict=True):
         tokens = greedy_tokens(model, encoder, sample, 12)
         end = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)
-        kept = tokens[: tokens.index(end) + 1] if end in tokens else tokens
-        expected = str(encoder.tokenizer.decode(kept, skip_special_tokens=True)).strip()
-        assert answered == Answer(expected, len(kept), hit_limit=end not in tokens)
+        kept = tokens[: tokens.index(end)] if end in tokens else tokens
+        expected = str(encoder.tokenizer.decode(kept, skip_special_tokens=False)).strip()
+        assert answered == Answer(expected, len(kept) + (end in tokens), hit_limit=end not in tokens)
+
+
+def test_marks_that_users_train_on_are_part_of_an_answer_and_stop_tokens_are_not(
+    model: Any, encoder: Encoder, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder.tokenizer.add_special_tokens({"additional_special_tokens": ["<box>", "</box>"]})
+    ids = encoder.tokenizer("<box>1 2 3 4</box><|im_end|>")["input_ids"]
+    monkeypatch.setattr("minicpmv_finetune.minicpmv.answer._generate", lambda *_: [[*ids, encoder.pad_token_id]])
+    (answered,) = answer(model, encoder, samples[:1])
+    assert answered.text.removeprefix("<s>") == "<box>1 2 3 4</box>"
+    assert (answered.new_tokens, answered.hit_limit) == (len(ids), False)
 
 
 def test_an_answer_stops_at_the_end_of_the_turn(model: Any, encoder: Encoder, samples: list[Sample]) -> None:

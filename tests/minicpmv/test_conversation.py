@@ -246,8 +246,38 @@ def test_the_padding_token_is_the_tokenizers_or_else_token_0(encoder: Encoder) -
     assert encoder.pad_token_id == expected
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<image>", "<|im_start|>assistant"])
-def test_text_with_a_special_token_is_refused(encoder: Encoder, token: str) -> None:
+GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>", "<|object_ref_start|>")
+
+
+def test_special_tokens_that_users_train_on_are_words_of_an_answer(encoder: Encoder) -> None:
+    encoder.tokenizer.add_special_tokens({"additional_special_tokens": list(GROUNDING)})
+    for token in GROUNDING:
+        ids = encoder.tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"]
+        assert encoder.tokenizer.convert_tokens_to_ids(token) in ids
+        text = f"a{token} 1 2 3"
+        assert supervised(encoder, sample(f"Where is {token}?", text)) == [f"{text}<|im_end|>"]
+
+
+def test_an_answer_without_loss_is_context(encoder: Encoder) -> None:
+    turns = sample("a?", "first", "b?", "second", "c?", "third").turns
+    untrained = [turn.model_copy(update={"loss": turn.text != "first"}) for turn in turns]
+    conversation = sample("a?").model_copy(update={"turns": tuple(untrained)})
+    assert supervised(encoder, conversation) == ["second<|im_end|>", "third<|im_end|>"]
+    whole = encoder.encode(conversation.model_copy(update={"turns": turns}))
+    assert whole.input_ids == encoder.encode(conversation).input_ids
+
+
+def test_a_template_that_drops_answers_is_refused_where_some_have_no_loss(tiny: Callable[[str], Path]) -> None:
+    encoder = Encoder.from_checkpoint(tiny("2.6"))
+    encoder.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    first, *others = sample("a?", "b", "c?", "d").turns
+    turns = (first, others[0].model_copy(update={"loss": False}), *others[1:])
+    with pytest.raises(UserError, match="wrote 0 answers for 2"):
+        encoder.encode(sample("a?").model_copy(update={"turns": turns}))
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<image>", "<|im_start|>assistant", "</slice>", "<image_id>", "<unk>"])
+def test_text_with_a_token_of_the_format_is_refused(encoder: Encoder, token: str) -> None:
     for conversation, role in ((sample(f"a {token}", "b"), "user"), (sample("a", f"b{token}c"), "assistant")):
         with pytest.raises(SampleError, match=role) as caught:
             encoder.encode(conversation)

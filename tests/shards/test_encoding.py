@@ -89,6 +89,16 @@ SAMPLES: dict[str, tuple[Sample, list[bytes]]] = {
         ),
         [png(112, 112), png(60, 300)],
     ),
+    "an answer without loss": (
+        sample(
+            "an answer without loss",
+            tuple(
+                turn.model_copy(update={"loss": turn.text != "The digit is 4."})
+                for turn in conversation("Which digit?", "The digit is 4.", "Sure?", "The digit is 5.")
+            ),
+        ),
+        [],
+    ),
 }
 
 

@@ -164,7 +164,8 @@ def _outcome_sentence(evaluation: Evaluation) -> str:
 def _samples_to_evaluate(dataset: Path, encoders: Sequence[Encoder]) -> tuple[list[Sample], int]:
     """The evaluation samples, and the number of those left out because their text contains a special token."""
     samples, left_out = [], 0
-    for sample in read_samples(dataset, "eval"):
+    for whole in read_samples(dataset, "eval"):
+        sample = whole.up_to_scored_turn()
         try:
             for encoder in encoders:
                 encoder.encode_prompt(sample)

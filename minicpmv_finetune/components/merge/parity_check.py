@@ -157,12 +157,9 @@ def _answer_first_question(model: _Model, encoder: Encoder, sample: ModelInput, 
         pad_token_id=manifest.pad_token_id,
     )
     new = output[0, len(prompt) :].tolist()
-    decode = encoder.tokenizer.decode
-    return GeneratedAnswer(
-        id=sample.id,
-        expected=str(decode(expected, skip_special_tokens=True)).strip(),
-        answer=str(decode(new, skip_special_tokens=True)).strip(),
-    )
+    if end_of_turn in new:
+        new = new[: new.index(end_of_turn)]
+    return GeneratedAnswer(id=sample.id, expected=encoder.decode(expected), answer=encoder.decode(new))
 
 
 def _round_as_stored(reference: _Model, model: Path) -> _Model:

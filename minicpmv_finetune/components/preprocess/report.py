@@ -168,8 +168,8 @@ def _preview(row: ModelInput, split: Split, encoder: Encoder) -> _Preview:
         start += length
     image_runs = [run for run in runs if run.kind == "image"]
     pairs = list(zip(row.slices, image_runs, strict=True))[:_SLICES_PER_PREVIEW]
-    text_tokens = [token for token, kind in zip(row.input_ids, kinds, strict=True) if kind != "image"]
-    text = str(encoder.tokenizer.decode(text_tokens, skip_special_tokens=True)).strip()
+    structural = {encoder.tokenizer.convert_tokens_to_ids(token) for token in encoder.structural_tokens}
+    text = encoder.decode([token for token in row.input_ids if token not in structural])
     return _Preview(
         split=split,
         id=row.id,

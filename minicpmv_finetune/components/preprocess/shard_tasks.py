@@ -165,6 +165,6 @@ def _row_content(sample: Sample) -> bytes:
         [
             sample.id,
             [[image.sha256, image.width, image.height, image.rotated] for image in sample.images],
-            [[turn.role, *turn.parts] for turn in sample.turns],
+            [[turn.role, turn.loss, *turn.parts] for turn in sample.turns],
         ]
     ).encode()
