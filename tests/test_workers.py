@@ -1,19 +1,26 @@
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import count
 
 import psutil
 import pytest
 
 from minicpmv_finetune.errors import RetryableError
-from minicpmv_finetune.workers import map_in_order
+from minicpmv_finetune.workers import map_in_order, require_living_workers, worker_pool
 
 PARENT = """
-import time
+import signal, sys, time
 from minicpmv_finetune.workers import map_in_order
+
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as the command line does
 
 def work(number):
     if number > 8:
@@ -60,17 +67,65 @@ def test_a_killed_process_is_reported_as_lack_of_memory() -> None:
         list(map_in_order("step", kill_process_at_five, ((number,) for number in range(20))))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_its_parent(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == 4:
-                break
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_step_that_ends_in_the_middle_of_its_tasks_leaves_no_process(number: signal.Signals) -> None:
+    with _parent() as process:
         workers = psutil.Process(process.pid).children()
         process.send_signal(number)
-        ended, alive = psutil.wait_procs(workers, timeout=10)
-    for worker in alive:
-        worker.kill()
-    assert ended
+        _, alive = psutil.wait_procs([*workers, psutil.Process(process.pid)], timeout=10)
+    for survivor in alive:
+        survivor.kill()
+    assert workers
     assert not alive
+
+
+def test_a_step_ends_when_one_of_its_busy_workers_is_killed() -> None:
+    with _parent() as process:
+        workers = psutil.Process(process.pid).children()
+        workers[0].kill()
+        try:
+            _, log = process.communicate(timeout=10)
+        finally:
+            process.kill()
+        _, alive = psutil.wait_procs(workers, timeout=10)
+    assert "the operating system killed a worker process" in log
+    assert not alive
+
+
+def _parent() -> "subprocess.Popen[str]":
+    """A process whose pool's workers are in the middle of tasks that take an hour."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 4:
+            break
+    return process
+
+
+def test_a_worker_that_is_killed_while_it_writes_a_result_ends_the_pool() -> None:
+    with pytest.raises(BrokenProcessPool):
+        _kill_while_writing()
+
+
+def _kill_while_writing() -> None:
+    with worker_pool(2) as pool:
+        unfinished = pool.submit(time.sleep, 3600)
+        pid = pool.submit(os.getpid).result()
+        # The beginning of a message, of which the rest never comes.
+        os.write(pool._result_queue._writer.fileno(), struct.pack("!i", 1000))  # type: ignore[attr-defined]
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        while not wait([unfinished], 0.2).done:
+            require_living_workers(pool)
+
+
+def test_without_shared_memory_the_error_names_it() -> None:
+    unshare = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs the permission to mount")
+    code = "from minicpmv_finetune.workers import map_in_order; list(map_in_order('step', print, [(1,)]))"
+    done = subprocess.run([*unshare, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "UserError: /dev/shm: Read-only file system; " in done.stderr
+    assert "`shared_memory` in a profile" in done.stderr

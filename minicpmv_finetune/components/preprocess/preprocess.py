@@ -36,7 +36,7 @@ from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
-from minicpmv_finetune.workers import CONTEXT, cores, worker_pool
+from minicpmv_finetune.workers import cores, kill_workers, require_living_workers, shared_counter, worker_pool
 
 from .finished_shards import FinishedShards
 from .report import write_report
@@ -206,7 +206,7 @@ def _write_missing(
     counts_images = any(task.images for task in tasks)
     counts = {task.name: task.images if counts_images else task.rows for task in tasks}
     workers = min(num_workers or cores(), len(missing))
-    done = CONTEXT.Value("q", 0)
+    done = shared_counter()
     # Otherwise the garbage collector of each process would write to, and so copy, the memory that the processes share.
     gc.freeze()
     with (
@@ -230,10 +230,15 @@ def _write_missing(
             waiting = set(futures)
             while waiting:
                 finished, waiting = wait(waiting, timeout=1 / _UPDATES_PER_SECOND)
+                require_living_workers(processes)
                 bar.update(before + done.value - bar.n)
                 for future in finished:
                     written[futures[future].name] = future.result()
-        except BrokenProcessPool as error:
+        except BaseException as error:
+            # The threads wait for the processes.
+            kill_workers(processes)
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise RetryableError(
                 "A process of preprocess was killed, most likely for lack of memory; give the step more memory, or "
                 "fewer num_workers."
@@ -241,7 +246,6 @@ def _write_missing(
         finally:
             for future in futures:
                 future.cancel()
-            processes.shutdown(cancel_futures=True)
             gc.unfreeze()
     return written
 
