@@ -20,9 +20,10 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.errors import UserError, describe_validation_error
+from minicpmv_finetune.errors import UserError
 
 from . import image_files
+from .other_formats import find_ignored_fields, kind_of
 from .reading import Record
 from .samples import ImageRef, Reject, Sample, SampleError, Turn, content_digest
 
@@ -40,6 +41,7 @@ class _RawTurn(BaseModel):
 
     role: str
     content: str
+    loss: bool | None = None
 
 
 class _RawSample(BaseModel):
@@ -48,11 +50,11 @@ class _RawSample(BaseModel):
     model_config = ConfigDict(strict=True)
 
     id: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
-    image: str | dict[str, str] | None = None
+    image: Annotated[str | dict[str, str] | None, BeforeValidator(lambda value: _single_image(value))] = None
     conversations: list[_RawTurn]
     metric: str | None = None
-    tags: list[str] = []
-    answers: list[str] = []
+    tags: list[str] | None = None
+    answers: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class AcceptedSample:
         turns: Number of turns.
         images: The inspected images of the sample.
         notes: Codes of noteworthy properties of the sample or its images.
+        ignored: Names of its fields that have no meaning.
     """
 
     line: str
@@ -87,6 +90,7 @@ class AcceptedSample:
     turns: int
     images: tuple[InspectedImage, ...]
     notes: frozenset[str]
+    ignored: tuple[str, ...] = ()
 
 
 # The byte range of each archive member by its address, or why the archive cannot be listed.
@@ -128,7 +132,7 @@ def clear_image_cache() -> None:
 
 def image_addresses(record: Record) -> list[str]:
     """The addresses of the images that an item names, as far as the item can be parsed."""
-    image = record.content.get("image") if isinstance(record.content, dict) else None
+    image = _single_image(record.content.get("image")) if isinstance(record.content, dict) else None
     references = image.values() if isinstance(image, dict) else [image]
     found = []
     for reference in references:
@@ -171,7 +175,7 @@ def inspect_image(address: str, span: image_files.Span | None = None, exif_trans
         # Decoders raise many kinds of error for damaged bytes (struct.error, KeyError, …); all are about this image.
         raise SampleError(
             "image_unreadable",
-            f"{image_files.shortened(address)}: not a readable image ({type(error).__name__}: {error}); replace it.",
+            f"{image_files.shortened(address)}: {image_files.explain_unreadable(content, error)}",
         ) from error
     if problem:
         raise problem
@@ -250,6 +254,7 @@ def check_record(record: Record, inspect: Callable[[str], InspectedImage | Sampl
         if record.problem:
             raise record.problem
         raw = _parse(record.content)
+        ignored = find_ignored_fields(record.content)
         images = []
         for reference in _references(raw):
             image = inspect(_resolve(reference, record))
@@ -274,6 +279,7 @@ def check_record(record: Record, inspect: Callable[[str], InspectedImage | Sampl
         turns=len(sample.turns),
         images=tuple(images),
         notes=notes.union(*(image.notes for image in images)),
+        ignored=tuple(ignored),
     )
 
 
@@ -295,13 +301,14 @@ def _parse(content: Any) -> _RawSample:
         raise SampleError(
             "video", "the field `video` names a video, which is not supported; give frames as images instead."
         )
+    if not isinstance(content, dict):
+        raise SampleError("schema", f"the sample is {kind_of(content)}, not an object; see docs/data-format.md.")
     try:
-        raw = _RawSample.model_validate(content)
         json.dumps(content, ensure_ascii=False).encode()
+        raw = _RawSample.model_validate(content)
     except ValidationError as error:
-        raise SampleError(
-            "schema", f"{describe_validation_error(error, 'the sample')}; see docs/data-format.md."
-        ) from error
+        find_ignored_fields(content)  # raises if the sample has another program's format
+        raise SampleError("schema", f"{_describe_problem(error)}; see docs/data-format.md.") from error
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise SampleError(
@@ -309,6 +316,24 @@ def _parse(content: Any) -> _RawSample:
             f"contains {half!r}, half of a surrogate pair, which is not a character; correct the text.",
         ) from error
     return raw
+
+
+def _describe_problem(error: ValidationError) -> str:
+    """The first field that has another type than it should have, and what it is."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part not in ("str", "dict[str,str]"))
+    if first["type"] == "missing":
+        return f"{place}: Field required"
+    wanted = {"string": "text", "list": "an array", "bool": "true or false", "model": "an object"}
+    kind = "an image, or an object with an image for each placeholder"
+    if first["loc"] != ("image", "str"):
+        kind = wanted[first["type"].partition("_")[0]]
+    return f"{place}: should be {kind}, not {kind_of(first['input'])}"
+
+
+def _single_image(value: Any) -> Any:
+    """The image of a list that contains one; anything else is unchanged."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
 
 
 def _references(raw: _RawSample) -> list[str]:
@@ -335,9 +360,12 @@ def _interpret(raw: _RawSample, images: list[ImageRef], record: Record) -> tuple
         first = 1 if raw.conversations[0].role == "system" else 0
         texts[first] = f"{_UNNAMED_PLACEHOLDER}\n{texts[first]}"
     turns = [
-        _turn(number, raw_turn.role, text, placeholders)
+        _turn(number, raw_turn, text, placeholders)
         for number, (raw_turn, text) in enumerate(zip(raw.conversations, texts, strict=True))
     ]
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if not any(turn.loss for turn in answers):
+        raise SampleError("nothing_supervised", "every answer has loss false, so that nothing is trained; remove it.")
     sample = Sample(
         id=str(record.index) if raw.id is None else raw.id,
         images=tuple(images),
@@ -345,15 +373,20 @@ def _interpret(raw: _RawSample, images: list[ImageRef], record: Record) -> tuple
         source=record.file,
         index=record.index,
         metric=raw.metric,
-        tags=tuple(raw.tags),
-        answers=tuple(raw.answers),
+        tags=tuple(raw.tags or ()),
+        answers=tuple(raw.answers or ()),
     )
     order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
-    return sample, frozenset({"order_by_text"} if order != sorted(order) else ())
+    noted = {"order_by_text": order != sorted(order), "untrained_answer": not all(turn.loss for turn in answers)}
+    return sample, frozenset(code for code, applies in noted.items() if applies)
 
 
-def _turn(number: int, role: str, text: str, placeholders: dict[str, int]) -> Turn:
-    turn = Turn(role=_role(role), parts=tuple(_split_at_placeholders(text, placeholders)))
+def _turn(number: int, raw: _RawTurn, text: str, placeholders: dict[str, int]) -> Turn:
+    role = _role(raw.role)
+    if raw.loss and role != "assistant":
+        raise SampleError("schema", f"turn {number} ({role}) has loss true, but only answers are trained; remove it.")
+    parts = tuple(_split_at_placeholders(text, placeholders))
+    turn = Turn(role=role, parts=parts, loss=raw.loss is not False or role != "assistant")
     has_image = any(isinstance(part, int) for part in turn.parts)
     if has_image and turn.role != "user":
         raise SampleError(
@@ -377,8 +410,8 @@ def _check_roles(turns: list[_RawTurn]) -> None:
         if turn.role != expected:
             raise SampleError(
                 "roles",
-                f"turn {number + len(turns) - len(dialog)} has the role {turn.role!r} where {expected!r} is expected; "
-                "user and assistant alternate, after at most one system turn.",
+                f"turn {number + len(turns) - len(dialog)} has the role {turn.role!r:.60} where {expected!r} is "
+                "expected; user and assistant alternate, after at most one system turn.",
             )
     if dialog[-1].role != "assistant":
         raise SampleError("roles", "the last turn is the user's; training needs the assistant's answer to it.")

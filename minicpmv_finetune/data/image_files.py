@@ -15,7 +15,7 @@ import tarfile
 from typing import Literal
 from urllib.parse import unquote
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
@@ -147,8 +147,59 @@ def decode(content: bytes, rotate: bool = False) -> Image.Image:
     return ImageOps.exif_transpose(image) if rotate else image
 
 
+# What users have in place of an image: the first bytes, from some position, what they are, and the remedy.
+_OTHER_CONTENTS = (
+    (0, b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "fetch the image with git lfs pull"),
+    (0, b"/annex/objects/", "a git-annex pointer", "fetch the image with git annex get"),
+    (0, b"<!doctype html", "a web page", "download the image again"),
+    (0, b"<html", "a web page", "download the image again"),
+    (0, b"<svg", "an SVG drawing", "convert it to PNG"),
+    (0, b"<?xml", "an XML document", "replace it by an image, such as a PNG"),
+    (0, b"{", "text, such as JSON", "download the image again"),
+    (0, b"%pdf", "a PDF", "convert its pages to PNG"),
+    (0, b"%!ps", "PostScript", "convert it to PNG"),
+    (0, b"\xc5\xd0\xd3\xc6", "PostScript", "convert it to PNG"),
+    (0, b"8bps", "a Photoshop document", "convert it to PNG"),
+    (0, b"pk\x03\x04", "a ZIP archive", "unpack it"),
+    (0, b"\x1f\x8b", "compressed by gzip", "unpack it"),
+    (0, b"data:image/", "text: a data: URI", "write the URI itself in place of the file's name"),
+    (0, b"\xff\x0a", "JPEG XL", "convert it to PNG"),
+    (4, b"jxl ", "JPEG XL", "convert it to PNG"),
+    (128, b"dicm", "a DICOM image", "convert it to PNG"),
+    *((8, brand, "HEIC, Apple's photo format", "convert it to JPEG") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
+    (4, b"ftyp", "a video, or an image in a format of videos", "convert it to JPEG"),
+)
+_ADDRESS_IN_MEMORY = re.compile(r" object at 0x[0-9a-f]+")
+
+
+def explain_unreadable(content: bytes, error: Exception) -> str:
+    """Why bytes are not a readable image and what to do, the same in each run, as the end of a sentence.
+
+    Args:
+        content: The bytes of the file.
+        error: The decoder's error.
+    """
+    if not content:
+        return "not a readable image: the file is empty; write the image again."
+    start = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for position, signature, kind, remedy in _OTHER_CONTENTS:
+        if start.startswith(signature, position):
+            return f"not a readable image: it is {kind}; {remedy}."
+    if isinstance(error, UnidentifiedImageError):
+        return (
+            f"not a readable image: its first bytes {content[:12]!r} are of no known format; convert it to PNG or JPEG."
+        )
+    reason = _ADDRESS_IN_MEMORY.sub("", f"{type(error).__name__}: {error}")
+    return f"not a readable image ({reason:.200}); replace it."
+
+
 def has_exif_rotation(image: Image.Image) -> bool:
-    """Whether the EXIF orientation says that the image is to be rotated or mirrored."""
+    """Whether the EXIF orientation says that the image is to be rotated or mirrored, which Pillow has not done itself.
+
+    Pillow rotates TIFF images, and no others, while it decodes them.
+    """
+    if image.format == "TIFF":
+        return False
     try:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     except Exception:  # damaged EXIF data gives no orientation

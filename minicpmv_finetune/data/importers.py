@@ -1,17 +1,17 @@
-"""Convert data of other formats: LLaVA, OpenAI's chat messages, and folders of Hugging Face datasets.
+"""Convert data files of other programs, and folders of Hugging Face datasets.
 
-All three are conversations that name images, in a list beside the turns or within them, so one conversion is enough:
-images are named `<image_00>`, `<image_01>`, … in the order in which the turns show them. The conversion repeats no
-check of validate-data; items that cannot be converted at all, such as videos, are listed with the reason. Images that
-are stored in a dataset's own files are written to one tar archive beside the output.
+`other_formats` converts a sample. Those that cannot be converted, such as videos, are listed with the reason. Images
+that are stored in a dataset's own files are written to one tar archive beside the output.
 """
 
 import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,15 +24,12 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import progress, report_outcome
 
 from . import image_files
+from .other_formats import convert, describe_ignored, kind_of
 from .reading import local_copy, read_records
 from .samples import Reject, RejectLog, SampleError
 
 _TABLES = (".parquet", ".arrow")
 _BATCH = 16  # rows of a table in memory at once
-_ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "model": "assistant"}
-_QUESTIONS = ("question", "query", "prompt", "instruction")
-_ANSWERS = ("answer", "answers", "response", "output")
-_PLACEHOLDER = "<image>"
 
 
 @dataclass
@@ -79,6 +76,7 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
         UserError: There is no file at the source, its format is unknown, or no item of it can be used.
     """
     imported = 0
+    ignored: Counter[str] = Counter()
     archive = _ImageArchive(out.with_name(f"{out.stem}.pictures.tar"))
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     with RejectLog(out.with_name(f"{out.stem}.rejects.jsonl")) as rejects, ExitStack() as cleanup:
@@ -90,7 +88,7 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
                     if problem:
                         raise problem
                     folder = image_folder or storage.parent(file)
-                    sample = _convert(item, partial(_reference_of, folder=folder, out=out, archive=archive))
+                    sample = convert(item, partial(_reference_of, folder=folder, out=out, archive=archive))
                 except SampleError as error:
                     name = item.get("id") if isinstance(item, dict) else None
                     rejects.append(
@@ -104,15 +102,18 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
                         "train",
                     )
                 else:
-                    lines.write(f"{json.dumps(sample, ensure_ascii=True)}\n")
+                    lines.write(f"{json.dumps(sample.content, ensure_ascii=True)}\n")
+                    ignored.update(sample.ignored)
                     imported += 1
         if not imported:
             rejects.refuse_nothing_left("train")
         cleanup.pop_all()
         archive.close(keep=True)
         staging.replace(out)
-    rejected = rejects.counts.total()
-    listed = f", {rejected:,} rejected, listed in {rejects.path}" if rejected else ""
+    if ignored:
+        print(f"note: {describe_ignored(ignored)}", file=sys.stderr)
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejects.counts.most_common())
+    listed = f", {rejects.counts.total():,} rejected ({reasons}), listed in {rejects.path}" if reasons else ""
     report_outcome(f"{imported:,} samples in {out}{listed}")
 
 
@@ -197,114 +198,15 @@ def _video_columns(schema: Any) -> set[str]:
     return {name for name, feature in features.items() if "'Video'" in str(feature)}
 
 
-def _convert(item: Any, refer: Callable[[Any], str]) -> dict[str, Any]:
-    """Convert an item to a sample of this project's format.
-
-    Args:
-        item: A sample of another format.
-        refer: Returns the reference of an image.
-
-    Raises:
-        SampleError: The item cannot be converted.
-    """
-    if not isinstance(item, dict):
-        raise SampleError("schema", f"the sample is {type(item).__name__}, not an object; see docs/data-format.md.")
-    if video := item.get("video") or item.get("videos"):
-        name = video if isinstance(video, str) else "one"
-        raise SampleError("video", f"contains a video ({name:.100}), which is not supported; give frames as images.")
-    listed = item.get("image") or item.get("images") or []
-    unplaced = list(listed) if isinstance(listed, list) else [listed]
-    placed: dict[str, str] = {}
-
-    def place(image: Any) -> str:
-        placeholder = f"<image_{len(placed):02}>"
-        placed[placeholder] = refer(image)
-        return placeholder
-
-    turns = []
-    for role, content in _read_turns(item):
-        text = _turn_text(content, unplaced, place)
-        turns.append({"role": _ROLES.get(role, role), "content": text})
-    if unplaced and placed:
-        raise SampleError(
-            "placeholder_missing", f"the turns show {len(placed)} of its images and not the others; mark all of them."
-        )
-    if unplaced:
-        first = next((turn for turn in turns if turn["role"] == "user"), None)
-        if first is None:
-            raise SampleError("roles", "there is no user turn that its images could belong to; add one.")
-        first["content"] = "\n".join([*map(place, unplaced), first["content"]])
-    answers = item.get("answers")
-    return {
-        **({"id": item["id"]} if isinstance(item.get("id"), str | int) else {}),
-        **({"image": placed} if placed else {}),
-        "conversations": turns,
-        **({"answers": answers} if isinstance(answers, list) and all(isinstance(a, str) for a in answers) else {}),
-    }
-
-
-def _read_turns(item: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The role and content of each turn."""
-    turns = item.get("messages") or item.get("conversations") or item.get("conversation")
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        pairs = [
-            (turn.get("role") or turn.get("from"), turn["content"] if "content" in turn else turn.get("value"))
-            for turn in turns
-        ]
-        if all(isinstance(role, str) for role, _ in pairs):
-            return pairs
-    question = next((item[name] for name in _QUESTIONS if isinstance(item.get(name), str)), None)
-    answer = next((item[name] for name in _ANSWERS if item.get(name)), None)
-    if isinstance(answer, list):
-        answer = answer[0]
-    if question is None or not isinstance(answer, str):
-        raise SampleError(
-            "schema",
-            f"none of its fields {', '.join(map(str, item))[:200]} is messages, conversations, or a question with an "
-            "answer; rename them.",
-        )
-    return [("user", question), ("assistant", answer)]
-
-
-def _turn_text(content: Any, unplaced: list[Any], place: Callable[[Any], str]) -> str:
-    """The text of a turn, with a placeholder for each image."""
-    if isinstance(content, str):
-        text, *rest = content.split(_PLACEHOLDER)
-        for piece in rest:
-            text += (place(unplaced.pop(0)) if unplaced else _PLACEHOLDER) + piece
-        return text
-    if not isinstance(content, list):
-        raise SampleError("schema", f"a turn's content is {type(content).__name__}, not text; see docs/data-format.md.")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else "text"
-        if kind in ("text", "input_text", "output_text"):
-            part_text = part.get("text") if isinstance(part, dict) else part
-            if not isinstance(part_text, str):
-                raise SampleError("schema", f"a turn has {type(part_text).__name__} in place of a text; correct it.")
-            parts.append(part_text)
-        elif kind in ("image_url", "input_image") or (kind == "image" and not unplaced):
-            image = part.get("image_url") or part.get("image")
-            parts.append(place(image["url"] if isinstance(image, dict) and "url" in image else image))
-        elif kind == "image":
-            parts.append(place(unplaced.pop(0)))
-        elif "video" in str(kind):
-            raise SampleError("video", "a turn contains a video, which is not supported; give frames as images.")
-        else:
-            raise SampleError("schema", f"a turn contains {kind!r}, which is neither text nor an image; remove it.")
-    # The published code joins the parts of a turn in the same way.
-    return "\n".join(parts)
-
-
 def _reference_of(image: Any, folder: str, out: Path, archive: _ImageArchive) -> str:
     """The name of an image in the written file."""
     if isinstance(image, dict):  # from `datasets`: bytes, or a path
-        name = image.get("path") or ""
+        name = image.get("path") or image.get("url") or ""
         if image.get("bytes"):
             return archive.add(image["bytes"], PurePosixPath(name).suffix.lower())
         image = name
     if not isinstance(image, str) or not image:
-        raise SampleError("schema", f"an image is {type(image).__name__}, not a path or data: URI; correct it.")
+        raise SampleError("schema", f"an image is {kind_of(image)}, not a path or data: URI; correct it.")
     if image.startswith("file://"):
         image = unquote(urlsplit(image).path)
     try:

@@ -8,6 +8,7 @@ question mark, and its errors have no line.)
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,41 @@ from .samples import SampleError
 _CHUNK = 1 << 18  # bytes read at once, at least
 LONGEST_SAMPLE = 1 << 27  # characters; otherwise a file with an unclosed quote would be read completely
 _LONGEST_TOKEN = 16  # characters; no JSON token that a window's end may cut is longer, except numbers and strings
-_DECODER = json.JSONDecoder()
 _SPACE = " \t\n\r"
+
+
+class _Decoder:
+    """Python's JSON decoder, which also notes the keys that an object has twice; of their values it keeps the last."""
+
+    def __init__(self) -> None:
+        self._doubled: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._make_object)
+
+    def decode(self, text: str, position: int) -> tuple[Any, int, SampleError | None]:
+        """Parse the value at a position; returns it, the position after it, and what is wrong with its keys."""
+        self._doubled.clear()
+        value, end = self._decoder.raw_decode(text, position)
+        return value, end, self._problem()
+
+    def decode_line(self, line: str) -> tuple[Any, SampleError | None]:
+        """Parse a line that contains one value; returns it, and what is wrong with its keys."""
+        self._doubled.clear()
+        return self._decoder.decode(line), self._problem()
+
+    def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            self._doubled += (key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return content
+
+    def _problem(self) -> SampleError | None:
+        if not self._doubled:
+            return None
+        names = ", ".join(repr(key[:100]) for key in dict.fromkeys(self._doubled))
+        return SampleError(
+            "doubled_key",
+            f"an object has the key {names:.300} more than once; keep one, or name images <image_00>, <image_01>.",
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +68,7 @@ class Record:
         index: Position among the items of the file, from 0.
         line: Line of the file, from 1, that could not be parsed.
         content: The parsed JSON.
-        problem: The reason why the item could not be parsed.
+        problem: The reason why the item could not be parsed, or cannot be used.
         is_last: Whether the rest of the file cannot be read because of the problem.
         length: Number of characters of the item in the file.
     """
@@ -113,6 +147,7 @@ class _Window:
         position: Index in `text` up to which it is parsed.
         dropped: Number of characters of the file before `text`.
         has_ended: Whether `text` reaches the end of the file.
+        problem: What is wrong with the keys of the value that was parsed last.
     """
 
     def __init__(self, uri: str, file: BinaryIO, report_bytes: Callable[[int], object]) -> None:
@@ -121,6 +156,8 @@ class _Window:
         self.position = 0
         self.dropped = 0
         self.has_ended = False
+        self.problem: SampleError | None = None
+        self._json = _Decoder()
         self._held: int | None = None
         self._file, self._report_bytes = file, report_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -191,7 +228,7 @@ class _Window:
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.position)
+                value, end, self.problem = self._json.decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 # The value may continue behind the window's end. The position of an unclosed string is its start.
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _LONGEST_TOKEN
@@ -245,7 +282,8 @@ def _items(window: _Window, then: Callable[[_Window], None]) -> Iterator[Record]
             window.peek()
             before = window.dropped + window.position
             item = window.value()
-            yield Record(window.uri, index, None, item, length=window.dropped + window.position - before)
+            length = window.dropped + window.position - before
+            yield Record(window.uri, index, None, item, window.problem, length=length)
             index += 1
             if window.peek() == "]":
                 break
@@ -265,7 +303,8 @@ def _finish_object(window: _Window) -> None:
     """Parse the members that follow the samples in `{"data": […], …}`."""
     while window.peek() == ",":
         window.position += 1
-        _key(window)
+        if _key(window) == "data":
+            raise window.error("data occurs twice, and only its first samples would be used", window.position)
         window.value()
     window.take("}", "Expecting ',' delimiter")
     _expect_end(window)
@@ -287,7 +326,8 @@ def _document_or_lines(window: _Window) -> Iterator[Record]:
         is_whole = False
     window.rewind()
     if is_whole:
-        yield Record(window.uri, 0, None, window.value())
+        content = window.value()
+        yield Record(window.uri, 0, None, content, window.problem)
     else:
         yield from _lines(window)
 
@@ -341,6 +381,7 @@ def _is_one_document(window: _Window) -> bool:
 
 def _lines(window: _Window) -> Iterator[Record]:
     index = 0
+    decoder = _Decoder()
     number = window.line_number(window.position)
     while True:
         try:
@@ -352,7 +393,8 @@ def _lines(window: _Window) -> Iterator[Record]:
             return
         if line.strip():
             try:
-                yield Record(window.uri, index, number, json.loads(line), length=len(line))
+                content, doubled = decoder.decode_line(line)
+                yield Record(window.uri, index, number, content, doubled, length=len(line))
             except json.JSONDecodeError as error:
                 problem = _InvalidJsonError(error.msg, number, error.colno).problem
                 yield Record(window.uri, index, number, None, problem)

@@ -110,6 +110,10 @@ class DatasetInfo(BaseModel):
     rows: dict[Split, int]
     rejected: dict[str, int] = Field(description="Number of rejected samples by reason.")
     noted: dict[str, int] = Field(default={}, description="Number of accepted samples by noteworthy property.")
+    with_images: dict[Split, int] = Field(default={}, description="Number of samples that show an image.")
+    ignored_fields: dict[str, int] = Field(
+        default={}, description="Number of accepted samples by the name of a field that has no meaning."
+    )
     exif_transpose: bool = Field(
         default=False,
         description="Whether images are rotated as EXIF says; a server of the model must then do the same.",

@@ -150,6 +150,157 @@ def test_items_that_cannot_be_converted_are_listed(item: Any, reason: str, folde
     assert reject.message.endswith(".")
 
 
+ASK = {"role": "user", "content": "Color?"}
+ANSWER = {"role": "assistant", "content": "Red."}
+HUMAN, GPT = {"from": "human", "value": "Color?"}, {"from": "gpt", "value": "Red."}
+ASKED = [("user", "Color?"), ("assistant", "Red.")]
+BEFORE = [("user", "Hi."), ("assistant", "Hello.")]
+
+
+@pytest.mark.parametrize(
+    ("item", "turns", "ignored"),
+    [
+        # LLaMA-Factory
+        ({"instruction": "Color?", "output": "Red."}, ASKED, ""),
+        (
+            {"instruction": "Color?", "input": "The sky.", "output": "Red."},
+            [("user", "Color?\nThe sky."), ASKED[1]],
+            "",
+        ),
+        (
+            {"system": "Be brief.", "history": [["Hi.", "Hello."]], "instruction": "Color?", "output": "Red."},
+            [("system", "Be brief."), *BEFORE, *ASKED],
+            "",
+        ),
+        ({"conversations": [HUMAN, GPT], "system": "Be brief."}, [("system", "Be brief."), *ASKED], ""),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, ASKED, "rejected"),
+        ({"conversations": [HUMAN, GPT], "kto_tag": True}, ASKED, ""),
+        # ms-swift
+        ({"query": "Color?", "response": "Red.", "history": [["Hi.", "Hello."]]}, [*BEFORE, *ASKED], ""),
+        (
+            {"system": "Be.", "conversation": [{"human": "Color?", "assistant": "Red."}]},
+            [("system", "Be."), *ASKED],
+            "",
+        ),
+        ({"messages": [ASK, ANSWER], "rejected_response": "Blue.", "channel": "a"}, ASKED, "rejected_response channel"),
+        ({"messages": [ASK, ANSWER], "label": True}, ASKED, ""),
+        # TRL
+        ({"prompt": [ASK], "completion": [ANSWER]}, ASKED, ""),
+        ({"prompt": "Color?", "completion": "Red.", "label": True}, ASKED, ""),
+        ({"prompt": "Color?", "chosen": "Red.", "rejected": "Blue."}, ASKED, "rejected"),
+        ({"chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]}, ASKED, "rejected"),
+        # OpenAI
+        (
+            {"input": {"messages": [ASK]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]},
+            ASKED,
+            "non_pre",
+        ),
+        ({"messages": [{**ASK, "name": "Ann"}, ANSWER]}, ASKED, "messages.name"),
+        (
+            {"messages": [ASK, {**ANSWER, "reasoning_content": "It is bright."}]},
+            [ASKED[0], ("assistant", "<think>\nIt is bright.\n</think>\n\nRed.")],
+            "",
+        ),
+        # Hugging Face datasets
+        ({"Question": "Color?", "Answer": "Red.", "label": False, "split": "a"}, ASKED, "label split"),
+    ],
+    ids=str,
+)
+def test_fields_of_other_formats_are_converted_or_named(
+    item: dict[str, Any], turns: list[tuple[str, str]], ignored: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "data.jsonl").write_text(json.dumps(item))
+    (sample,) = run_import(folder / "data.jsonl", folder / "train.jsonl")
+    assert [(turn["role"], turn["content"]) for turn in sample["conversations"]] == turns
+    note = capsys.readouterr().err
+    assert ("are ignored" in note) == bool(ignored)
+    assert all(f"'{name}" in note for name in ignored.split())
+
+
+@pytest.mark.parametrize("field", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}], ids=str)
+def test_answers_that_are_not_to_be_trained_stay_so(field: dict[str, Any], folder: Path) -> None:
+    turns = [ASK, {**ANSWER, **field}, ASK, {**ANSWER, "loss": True, "weight": 1}]
+    (folder / "data.jsonl").write_text(json.dumps({"messages": turns}))
+    run_import(folder / "data.jsonl", folder / "train.jsonl")
+    (sample,) = validate(folder / "train.jsonl", folder)
+    assert [turn.loss for turn in sample.turns] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"messages": [ASK, ANSWER], "label": False}, "undesired_answer"),
+        ({"prompt": "Color?", "completion": "Red.", "label": False}, "undesired_answer"),
+        ({"conversations": [HUMAN, GPT], "kto_tag": False}, "undesired_answer"),
+        ({"messages": [ASK, ANSWER], "weight": 0}, "nothing_supervised"),
+        ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "unsupported"),
+        ({"messages": [{**ASK, "loss": True}, ANSWER]}, "unsupported"),
+        ({"messages": [ASK, ANSWER], "tools": "[{}]"}, "unsupported"),
+        ({"messages": [ASK, {**ANSWER, "tool_calls": [{}]}]}, "unsupported"),
+        ({"messages": [ASK, {"role": "tool", "content": "7"}, ANSWER]}, "unsupported"),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "f()"}, GPT]}, "unsupported"),
+        ({"messages": [ASK, ANSWER], "objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}}, "unsupported"),
+        ({"messages": [ASK, ANSWER], "audios": ["a.wav"]}, "unsupported"),
+        ({"messages": [ASK, ANSWER], "videos": ["a.mp4"]}, "video"),
+        ({"messages": [ASK, {**ANSWER, "images": ["red.png"]}]}, "unsupported"),
+        ({"question": "Color?", "options": ["Red.", "Blue."], "answer": "Red."}, "unsupported"),
+        ({"instruction": "Color?", "context": "A sky.", "response": "Red."}, "unsupported"),
+        ({"instruction": "Color?", "history": ["Hi."], "output": "Red."}, "schema"),
+        ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, "two_system_turns"),
+        ({"messages": [ASK, ANSWER], "completion": "Blue."}, "schema"),
+        ({"image": "red.png", "images": ["blue.png"], "messages": [ASK, ANSWER]}, "schema"),
+        ({"image": "red.png", "Image": "blue.png", "messages": [ASK, ANSWER]}, "doubled_key"),
+        ({"messages": [[ASK, ANSWER]]}, "schema"),
+        ({"messages": [{"content": "Color?"}, ANSWER]}, "schema"),
+    ],
+    ids=str,
+)
+def test_what_would_be_trained_otherwise_than_meant_is_refused(
+    item: dict[str, Any], reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [LLAVA[2], item])))
+    assert len(run_import(folder / "data.jsonl", folder / "train.jsonl")) == 1
+    (reject,) = read_rejects(folder / "train.jsonl")
+    assert (reject.reason, reject.message[-1]) == (reason, ".")
+    assert f"1 rejected ({reason} 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "names"),
+    [
+        (["red.png"], "Color?", ["red.png"]),
+        ({"<image_00>": "red.png", "<image_01>": "blue.png"}, "<image_01> or <image_00>?", ["red.png", "blue.png"]),
+        ({"<image>": "red.png"}, "<image> Color?", ["red.png"]),
+    ],
+    ids=str,
+)
+def test_this_projects_own_format_passes_through(image: Any, text: str, names: list[str], folder: Path) -> None:
+    turns = [{"role": "user", "content": text}, {**ANSWER}, ASK, {**ANSWER, "loss": False}]
+    item = {"image": image, "conversations": turns, "metric": "anls", "tags": ["a"], "answers": ["Crimson."]}
+    (folder / "own.jsonl").write_text(json.dumps(item))
+    run_import(folder / "own.jsonl", folder / "train.jsonl")
+    (sample,) = validate(folder / "train.jsonl", folder)
+    assert [Path(ref.uri).name for ref in sample.images] == names
+    assert (sample.metric, sample.tags, sample.answers) == ("anls", ("a",), ("Crimson.",))
+    if isinstance(image, dict):
+        (direct,) = validate(folder / "own.jsonl", folder)
+        assert direct.model_copy(update={"source": ""}) == sample.model_copy(update={"source": ""})
+
+
+@pytest.mark.parametrize("name", ["images", "img", "image_path", "image_url", "Image", "image_file", "picture"])
+def test_images_have_many_names(name: str, folder: Path) -> None:
+    (folder / "data.jsonl").write_text(json.dumps({name: "red.png", "question": "Color?", "answer": "Red."}))
+    (sample,) = run_import(folder / "data.jsonl", folder / "train.jsonl")
+    assert sample["image"] == {"<image_00>": "red.png"}
+
+
+def test_all_of_several_answers_are_accepted(folder: Path) -> None:
+    (folder / "data.jsonl").write_text(json.dumps({"question": "Color?", "answer": ["Red.", "Crimson."]}))
+    (sample,) = run_import(folder / "data.jsonl", folder / "train.jsonl")
+    assert sample["answers"] == ["Red.", "Crimson."]
+    assert sample["conversations"][1]["content"] == "Red."
+
+
 def with_image_feature(table: pa.Table, kind: str = "Image") -> pa.Table:
     metadata = {"info": {"features": {"image": {"_type": kind}}}}
     return table.replace_schema_metadata({"huggingface": json.dumps(metadata)})

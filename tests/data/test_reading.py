@@ -111,3 +111,37 @@ def test_memory_is_bounded_by_a_piece(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 4e6, "bytes for a file of 20 MB"
     finally:
         tracemalloc.stop()
+
+
+DOUBLED = '{"id": 1, "image": {"<image>": "a.png", "<image>": "b.png"}, "x": {"\\ud83d": 1, "\\ud83d": 2}}'
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 18])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'[{{"id": 0}}, {DOUBLED}, {{"id": 2}}]',
+        f'{{"id": 0}}\n{DOUBLED}\n{{"id": 2}}\n',
+        f'{{"data": [0, {DOUBLED}, 2]}}',
+    ],
+)
+def test_an_item_with_doubled_keys_is_reported_and_the_others_are_read(
+    text: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = records(tmp_path, text, piece, monkeypatch)
+    assert [record.problem is not None for record in found] == [False, True, False]
+    problem = found[1].problem
+    assert problem is not None
+    assert (problem.reason, found[1].index, found[1].content["id"]) == ("doubled_key", 1, 1)
+    assert "has the key '<image>', '\\ud83d' more than once" in str(problem)
+
+
+def test_a_single_sample_with_doubled_keys_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = records(tmp_path, DOUBLED, 5, monkeypatch)
+    assert record.problem is not None
+
+
+def test_samples_that_occur_twice_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, last = records(tmp_path, '{"data": [1],\n "data": [2]}', 64, monkeypatch)
+    assert (last.is_last, last.line) == (True, 2)
+    assert "data occurs twice" in str(last.problem)

@@ -19,6 +19,7 @@ from minicpmv_finetune.data.checking import GRAY_SIDE, AcceptedSample
 _IMAGE = np.dtype([("sample", "<u4"), ("sha256", "V32"), ("address", "<u8"), ("width", "<u4"), ("height", "<u4")])
 _IMAGE_ROW = struct.Struct("<I32s8sII")
 _DIGEST = 32
+_NAMED_FIELDS = 1000  # names that are counted one by one, so that memory does not grow with the number of names
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Inventory:
         notes: Number of samples by the code of a noteworthy property.
         turns: Number of samples by their number of turns.
         images: Number of samples by their number of images.
+        ignored: Number of samples by the name of a field that has no meaning.
     """
 
     lines: Path
@@ -38,6 +40,7 @@ class Inventory:
     notes: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     _digests: bytearray = field(default_factory=bytearray)
     _images: bytearray = field(default_factory=bytearray)
 
@@ -67,6 +70,8 @@ class Inventory:
         self.notes.update(accepted.notes)
         self.turns[accepted.turns] += 1
         self.images[len(accepted.images)] += 1
+        for name in accepted.ignored:
+            self.ignored[name if name in self.ignored or len(self.ignored) < _NAMED_FIELDS else "…"] += 1
 
     def digests(self) -> NDArray[np.void]:
         """The hash of each sample's content, 32 bytes each."""

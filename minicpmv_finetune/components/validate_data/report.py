@@ -32,11 +32,13 @@ _LONGEST_TEXT = 600  # characters
 _MANY = 10  # turns or images; all larger numbers share one bar
 _SIDES = (0, 112, 224, 448, 896, 1344, 1792, 2688, 4032)  # pixels
 _SHAPES = {"1:4": 1 / 4, "1:2": 1 / 2, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "2:1": 2.0, "4:1": 4.0}
+_SPLITS: dict[Split, str] = {"train": "training", "eval": "evaluation"}
 _NOTES = {
     "exif_rotated": "samples with an image that EXIF says to rotate",
     "cmyk": "samples with an image in CMYK, converted by Pillow",
     "palette": "samples with an image of palette colors",
     "transparent": "samples with an image that has an alpha channel or a transparent color",
+    "untrained_answer": "samples with an answer that is neither trained nor scored, because it has loss false",
     "order_by_text": "samples whose text shows the images in another order than their list; the text decides",
     "duplicate_samples": "samples equal to an earlier one of their split",
     "equal_pictures": "images that occur at several addresses, or in both splits",
@@ -150,6 +152,12 @@ def data_warnings(info: DatasetInfo) -> list[str]:
     """Warnings for the reader before training on the data, a sentence each."""
     noted, evaluated = info.noted, info.rows.get("eval", 0)
     warnings = []
+    for split, name in _SPLITS.items():
+        if info.rows.get(split) and info.with_images.get(split) == 0:
+            warnings.append(
+                f"none of the {info.rows[split]:,} {name} samples shows an image; if they should, name it in the field "
+                "image."
+            )
     for code, which in {
         "leaked_equal": "that is in the training data too",
         "leaked_near": "that looks the same as one in the training data",

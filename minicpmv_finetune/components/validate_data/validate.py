@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field
 from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import AcceptedSample, check_records, clear_image_cache, image_addresses
+from minicpmv_finetune.data.other_formats import describe_ignored
 from minicpmv_finetune.data.reading import Record, local_copy, read_records
 from minicpmv_finetune.data.samples import (
     DATASET_FILE,
@@ -133,6 +134,8 @@ def validate_data(
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
     for warning in data_warnings(info):
         print(f"warning: {warning}", file=sys.stderr)
+    if info.ignored_fields:
+        print(f"note: {describe_ignored(info.ignored_fields)}", file=sys.stderr)
     report_outcome(
         f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
         f"{sum(info.rejected.values()):,} rejected"
@@ -187,6 +190,8 @@ def _write_dataset(
         rows={"train": int((~is_eval).sum()), "eval": int(is_eval.sum())},
         rejected=dict(rejects.counts),
         noted=dict(sorted((inventory.notes + duplicate_counts).items())),  # a sum of Counters drops zeros
+        with_images=_count_with_images(inventory, is_eval),
+        ignored_fields=dict(sorted(inventory.ignored.items())),
         exif_transpose=settings.exif_transpose,
     )
     return Findings(
@@ -200,6 +205,11 @@ def _write_dataset(
         repetitions=repetitions,
         samples=[("eval" if is_eval[number] else "train", samples[number]) for number in chosen],
     )
+
+
+def _count_with_images(inventory: Inventory, is_eval: NDArray[np.bool_]) -> dict[Split, int]:
+    shown = is_eval[np.unique(inventory.image_rows()["sample"])]
+    return {"train": int((~shown).sum()), "eval": int(shown.sum())}
 
 
 def _check_files(pattern: str, exif_transpose: bool) -> Iterator[AcceptedSample | Reject]:

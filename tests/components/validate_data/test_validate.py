@@ -480,15 +480,144 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
         "schema",
         "conversations.1.content",
     ),
-    "list of images": ({"image": ["a.png"], TURNS: [ASK, ANSWER]}, "schema", "image"),
-    "no object": ("words", "schema", "the sample"),
-    "null": (None, "schema", "the sample"),
+    "list of images": ({"image": ["a.png"] * 2, TURNS: [ASK, ANSWER]}, "schema", "image: should be an image, or an"),
+    "image that is a number": ({"image": 7, TURNS: [ASK, ANSWER]}, "schema", "image: .*, not a number"),
+    "named image that is null": ({"image": {"<image>": None}, TURNS: [ASK, ANSWER]}, "schema", "image"),
+    "no object": ("words", "schema", "the sample is text, not an object"),
+    "null": (None, "schema", "the sample is null, not an object"),
+    "nested array": ([TEXT_ONLY], "schema", "the sample is an array, not an object"),
+    "turn that is text": ({TURNS: ["Hi."]}, "schema", r"conversations\.0: should be an object, not text"),
+    "turns that are an object": ({TURNS: {"role": "user"}}, "schema", "conversations: should be an array, not an obj"),
+    "loss that is a number": ({TURNS: [ASK_WORDS, {**ANSWER, "loss": 0}]}, "schema", "true or false, not a number"),
+    "loss of a question": ({TURNS: [{**ASK_WORDS, "loss": True}, ANSWER]}, "schema", r"turn 0 \(user\) has loss true"),
+    "no loss at all": ({TURNS: [ASK_WORDS, {**ANSWER, "loss": False}]}, "nothing_supervised", "every answer"),
     "half a character": (
         {"id": "\ud83d", TURNS: [ASK_WORDS, {"role": "assistant", "content": "\ud83d"}]},
         "invalid_unicode",
         "surrogate pair",
     ),
 }
+
+
+FOREIGN_FIELDS: list[Json] = [
+    *({name: "a.png"} for name in ("images", "img", "image_path", "image_url", "Image", "file_name", "image ")),
+    *({name: ["a.png"]} for name in ("images", "image_urls", "imgs")),
+    *({name: "clip"} for name in ("videos", "audio", "audios")),
+    *({name: "Be brief."} for name in ("system", "chosen", "rejected", "rejected_response", "reasoning_content")),
+    *({name: [{}]} for name in ("messages", "history", "tools", "objects", "functions")),
+    *({name: False} for name in ("label", "kto_tag", "weight", "loss")),
+    {"weight": 0},
+    {"conversation": TEXT_ONLY[TURNS], TURNS: None},
+    {"messages": TEXT_ONLY[TURNS], TURNS: None},
+    {"query": "What?", "response": "That.", TURNS: None},
+    {"instruction": "What?", "output": "That.", TURNS: None},
+    {"Conversations": TEXT_ONLY[TURNS], TURNS: None},
+    {TURNS: [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]},
+    *({TURNS: [ASK_WORDS, {**ANSWER, **field}]} for field in ({"weight": 0}, {"train": False}, {"Content": "Else."})),
+    *({TURNS: [ASK_WORDS, {**ANSWER, name: [{}]}]} for name in ("tool_calls", "images", "reasoning_content")),
+]
+
+
+@pytest.mark.parametrize("fields", FOREIGN_FIELDS, ids=str)
+def test_fields_of_other_formats_are_refused_and_not_lost(fields: Json, folder: DataFolder) -> None:
+    reject = folder.rejected({**TEXT_ONLY, **fields})
+    assert reject.reason in ("other_format", "video")
+    if reject.reason == "other_format":
+        named = next(name for name in fields if fields[name] is not None)
+        assert f"`{named}" in reject.message
+        assert "minicpmv-finetune import-data" in reject.message
+
+
+def test_fields_without_a_meaning_are_counted_and_named(folder: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    remark = {"category": "x", "label": "cat", "weight": 3, "images": [], "system": None, "question": "What?"}
+    info = folder.check(
+        [{**TEXT_ONLY, **remark}, {**TEXT_ONLY, "category": "y", TURNS: [ASK_WORDS, {**ANSWER, "name": 1}]}]
+    )
+    assert info.ignored_fields == {"category": 2, "conversations.name": 1, "label": 1, "question": 1, "weight": 1}
+    assert "note: fields without a meaning here are ignored: 'category' (2), 'conv" in capsys.readouterr().err
+    shown = folder.accepted({"image": "a.png", "image_url": "https://e.org/a.png", TURNS: [ASK, ANSWER]})
+    assert len(shown.images) == 1
+
+
+def test_many_different_fields_do_not_fill_the_memory(folder: DataFolder) -> None:
+    info = folder.check([{**TEXT_ONLY, f"field {number}": 1} for number in range(1100)])
+    assert len(info.ignored_fields) == 1001
+    assert info.ignored_fields["…"] == 100
+
+
+def test_a_set_without_images_is_noted(folder: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    info = folder.check([TEXT_ONLY, TEXT_ONLY])
+    assert info.with_images == {"train": 0, "eval": 0}
+    assert "warning: none of the 2 training samples shows an image" in capsys.readouterr().err
+    info = folder.check([TEXT_ONLY, {"image": "a.png", TURNS: [ASK, ANSWER]}])
+    assert info.with_images == {"train": 1, "eval": 0}
+    assert "training samples shows" not in capsys.readouterr().err
+
+
+def test_a_list_of_one_image_is_this_image(folder: DataFolder) -> None:
+    one, listed = (folder.accepted({"image": image, TURNS: [ASK, ANSWER]}) for image in ("a.png", ["a.png"]))
+    assert one == listed
+
+
+def test_nulls_say_nothing(folder: DataFolder) -> None:
+    nulls = dict.fromkeys(("id", "image", "metric", "tags", "answers", "system", "images"))
+    sample = folder.accepted({**nulls, TURNS: [ASK_WORDS, {**ANSWER, "loss": None, "weight": None}]})
+    assert (sample.tags, sample.answers, sample.metric, sample.turns[1].loss) == ((), (), None, True)
+
+
+def test_answers_may_have_no_loss(folder: DataFolder) -> None:
+    plain = {TURNS: [ASK_WORDS, ANSWER, ASK_WORDS, ANSWER]}
+    partly = {TURNS: [ASK_WORDS, {**ANSWER, "loss": False}, ASK_WORDS, {**ANSWER, "loss": True}]}
+    info = folder.check([plain, partly])
+    assert [[turn.loss for turn in sample.turns] for sample in folder.samples] == [
+        [True] * 4,
+        [True, False, True, True],
+    ]
+    assert info.noted == {"untrained_answer": 1}, "the two samples are not duplicates"
+
+
+def test_a_sample_with_a_doubled_key_is_rejected(folder: DataFolder) -> None:
+    bad = '{"id": "twice", "image": {"<image>": "a.png", "<image>": "b.png"}, "conversations": []}'
+    for text in (f"[{json.dumps(TEXT_ONLY)}, {bad}]", f"{json.dumps(TEXT_ONLY)}\n{bad}"):
+        folder.check(text)
+        (reject,) = folder.rejects
+        assert (reject.reason, reject.index, reject.id) == ("doubled_key", 1, "twice")
+        assert "'<image>'" in reject.message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer; .*git lfs pull"),
+        (b"\n<!DOCTYPE HTML><html>404", "a web page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC.*convert it to JPEG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0heic", "HEIC"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "a video"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9", "PostScript"),
+        (b"<svg xmlns=''/>", "an SVG drawing"),
+        (b"\x0a\x05\x01\x08" + bytes(200), r"its first bytes b'\\n\\x05"),
+        (b"words and words", "its first bytes b'words and wo' are of no known format"),
+    ],
+)
+def test_what_a_file_has_in_place_of_an_image_is_named(content: bytes, words: str, folder: DataFolder) -> None:
+    (folder.path / "photo.jpg").write_bytes(content)
+    reject = folder.rejected({"image": "photo.jpg", TURNS: [ASK, ANSWER]})
+    assert reject.reason == "image_unreadable"
+    assert re.search(rf"photo\.jpg: not a readable image: .*{words}", reject.message)
+    assert " object at " not in reject.message, "the message is the same in each run"
+
+
+def test_pillow_rotates_a_tiff_itself(folder: DataFolder) -> None:
+    image = Image.open(io.BytesIO(rotated_jpeg()))
+    image.save(folder.path / "rotated.tiff", exif=image.getexif())
+    for exif_transpose in (False, True):
+        info = folder.check([{"image": "rotated.tiff", TURNS: [ASK, ANSWER]}], exif_transpose=exif_transpose)
+        (ref,) = folder.samples[0].images
+        assert (ref.width, ref.height, ref.rotated) == (8, 12, False)
+        assert red_level(open_image(ref), (7, 0)) > 200
+        assert "exif_rotated" not in info.noted
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLES)

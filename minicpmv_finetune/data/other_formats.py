@@ -1,0 +1,408 @@
+"""Fields of other programs' data, and the conversion of their samples to this project's format.
+
+The formats are those of LLaMA-Factory (Alpaca, ShareGPT, OpenAI and KTO), ms-swift, TRL, LLaVA and OpenAI, and rows of
+Hugging Face datasets with a question and an answer. All are conversations that name images, in a list beside the turns
+or within them, so one conversion is enough: images are named `<image_00>`, `<image_01>`, … in the order in which the
+turns show them. A field is converted, or its sample is refused, or it is counted as ignored; none is lost silently.
+The conversion repeats no check of validate-data.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .samples import SampleError
+
+_PLACEHOLDER = "<image>"
+_OWN_PLACEHOLDER = re.compile(r"<image>|<image_\d+>")
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "model": "assistant", "bot": "assistant"}
+_SPEAKERS = {"system", "human", "user", "assistant", "gpt", "bot"}
+_TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation")
+_TURNS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("question", "query", "prompt", "instruction", "input")
+_ANSWERS = ("answer", "answers", "response", "output", "completion")
+_PREFERRED = ("chosen", "completion", "preferred_output")
+_IMAGES = (
+    *("image", "images", "img", "imgs", "image_path", "image_paths", "img_path", "image_url", "image_urls"),
+    *("image_file", "image_files", "picture", "pictures", "photo", "file_name"),
+)
+_VIDEOS = ("video", "videos", "video_path", "video_url")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = ("loss", "weight", "loss_scale", "train")
+
+_TOOLS = "tool calls are not supported; write the conversation without them"
+# Fields of a row that change what is trained in a way that this project does not offer.
+_REFUSED_IN_ROWS = {
+    **dict.fromkeys(("audio", "audios"), "audio is not supported; write what is said as text"),
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    "objects": "boxes beside the text are not supported; write them into the text as the model answers them",
+}
+# Fields of a question that no rule places.
+_REFUSED_IN_QUESTIONS = ("context", "options", "choices", "hint")
+_REFUSED_IN_TURNS = {
+    **dict.fromkeys(("tool_calls", "function_call"), _TOOLS),
+    "audio": "audio is not supported; write what is said as text",
+    "refusal": "a refusal beside the content is not supported; write it as the content",
+    **dict.fromkeys(("image", "images"), "images of a turn are named in the row or within the content"),
+    **dict.fromkeys(("video", "videos"), "videos are not supported; give frames as images"),
+}
+
+# Where a row has `conversations` already, these fields are more than a remark: what they say would not be trained.
+_MEANINGFUL_IN_ROWS = frozenset(
+    {"images", *_VIDEOS, *_REFUSED_IN_ROWS, *_REASONING, "system", "history", "messages"}
+    | {"chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output", "kto_tag"}
+)
+_MEANINGFUL_IN_TURNS = frozenset({"from", "value", *_WEIGHTS, *_REASONING, *_REFUSED_IN_TURNS} - {"loss"})
+_OWN = ("id", "image", "conversations", "metric", "tags", "answers")
+_SHOWN_FIELDS = 20
+_REMEDY = "convert the data with minicpmv-finetune import-data, or remove them"
+
+
+@dataclass(frozen=True)
+class ConvertedSample:
+    """A sample in this project's format.
+
+    Attributes:
+        content: The sample as a data file contains it.
+        ignored: Names of the fields that the conversion did not use.
+    """
+
+    content: dict[str, Any]
+    ignored: tuple[str, ...]
+
+
+def find_ignored_fields(content: Mapping[str, Any]) -> list[str]:
+    """The fields of a sample in this project's format that have no meaning in it.
+
+    Raises:
+        SampleError: A field has a meaning in another program's format, so that ignoring it would lose something.
+    """
+    fields = _filled(content)
+    # Further names of images are remarks where `image` names them.
+    meaningful = _MEANINGFUL_IN_ROWS if "image" in fields else _MEANINGFUL_IN_ROWS.union(_IMAGES)
+    if "conversations" not in fields:
+        meaningful = meaningful.union(_TURNS, _QUESTIONS, _ANSWERS)
+    others = [name for name in fields if name not in _OWN]
+    foreign = [name for name in others if _plain(name) in meaningful or _plain(name) in _OWN]
+    foreign += [name for name in others if _plain(name) == "label" and isinstance(fields[name], bool)]
+    foreign += [name for name in others if _plain(name) in ("loss", "weight") and fields[name] in (0, False)]
+    ignored = [name for name in others if name not in foreign]
+    turns = fields.get("conversations")
+    for turn in turns if isinstance(turns, list) else []:
+        for name in _filled(turn) if isinstance(turn, dict) else ():
+            if name in ("role", "content", "loss"):
+                continue
+            is_foreign = _plain(name) in _MEANINGFUL_IN_TURNS or _plain(name) in ("role", "content", "loss")
+            (foreign if is_foreign else ignored).append(f"conversations.{name}")
+    if foreign:
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(foreign))
+        raise SampleError(
+            "other_format", f"this format does not have {names:.300}, which would not be trained; {_REMEDY}."
+        )
+    return list(dict.fromkeys(ignored))
+
+
+def convert(item: Any, refer: Callable[[Any], str]) -> ConvertedSample:
+    """Convert a sample of another format.
+
+    Args:
+        item: The sample.
+        refer: Returns the reference of an image.
+
+    Raises:
+        SampleError: The sample cannot be converted.
+    """
+    if not isinstance(item, dict):
+        raise SampleError("schema", f"the sample is {kind_of(item)}, not an object; see docs/data-format.md.")
+    fields: dict[str, Any] = {}
+    for name, value in _filled(item).items():
+        if _plain(name) in fields:
+            raise SampleError("doubled_key", f"has {_plain(name)!r} in two spellings; keep one.")
+        fields[_plain(name)] = value
+    _refuse_unsupported(fields)
+    own = {name: fields.pop(name) for name in ("id", "metric", "tags") if _is_own(name, fields.get(name))}
+    images = _take_images(fields)
+    turns = _take_turns(fields)
+    answers = fields.get("answers")
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        fields.pop("answers", None)
+        own["answers"] = answers
+    ignored = [*fields, *dict.fromkeys(name for turn in turns for name in turn.ignored)]
+    image, conversations = _place_images(turns, images, refer)
+    identity = {"id": own.pop("id")} if "id" in own else {}
+    content = {**identity, **({"image": image} if image else {}), "conversations": conversations, **own}
+    return ConvertedSample(content, tuple(ignored))
+
+
+def describe_ignored(counts: Mapping[str, int]) -> str:
+    """A sentence with the fields that are not used, and the number of samples that have each."""
+    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN_FIELDS]
+    names = ", ".join(f"{name!r:.60} ({count:,})" for name, count in shown)
+    more = f" and {len(counts) - len(shown):,} more" if len(counts) > len(shown) else ""
+    return f"fields without a meaning here are ignored: {names}{more}"
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in the words of messages."""
+    kinds = {type(None): "null", bool: "true or false", str: "text", list: "an array", dict: "an object"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn of another format; `ignored` are the names of its fields that are not used."""
+
+    role: str
+    content: Any
+    loss: bool = True
+    ignored: tuple[str, ...] = ()
+
+
+def _filled(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say something; tables have a null in every row that lacks a field."""
+    return {str(name): value for name, value in content.items() if value not in (None, "", [], {})}
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+def _is_own(name: str, value: Any) -> bool:
+    if name == "tags":
+        return isinstance(value, list) and all(isinstance(tag, str) for tag in value)
+    return isinstance(value, str) or (name == "id" and type(value) is int)
+
+
+def _refuse_unsupported(fields: dict[str, Any]) -> None:
+    for name in _VIDEOS:
+        if name in fields:
+            shown = fields[name] if isinstance(fields[name], str) else "one"
+            raise SampleError(
+                "video", f"contains a video ({shown:.100}), which is not supported; give frames as images."
+            )
+    for name, reason in _REFUSED_IN_ROWS.items():
+        if name in fields:
+            raise SampleError("unsupported", f"has `{name}`: {reason}.")
+    judged = ("kto_tag",) if fields.keys() & {"answer", "answers"} else ("label", "kto_tag")  # or a class, of questions
+    for name in judged:
+        if isinstance(fields.get(name), bool) and not fields.pop(name):
+            raise SampleError(
+                "undesired_answer",
+                f"`{name}` is false, so the answer is one that the model should not give; it is not trained.",
+            )
+    if not _take_loss(fields, ("loss", "weight"), "the sample"):
+        raise SampleError("nothing_supervised", "its weight is 0, so that nothing of it is trained; remove it.")
+
+
+def _take_loss(fields: dict[str, Any], names: Iterable[str], where: str) -> bool:
+    """Whether a row or a turn is trained on, by the fields of these names."""
+    is_trained = True
+    for name in names:
+        value = fields.pop(name, 1)
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise SampleError(
+                "unsupported", f"{where} has `{name}` {value!r:.60}; an answer is trained or not: use 1 or 0."
+            )
+        is_trained = is_trained and bool(value)
+    return is_trained
+
+
+def _take_images(fields: dict[str, Any]) -> dict[str, Any] | list[Any]:
+    """The images that are listed beside the turns, by placeholder or in the order of their places."""
+    found = [name for name in _IMAGES if name in fields]
+    if not found:
+        return []
+    images = fields.pop(found[0])
+    if found[:2] == ["image", "images"] and fields.pop("images") not in (images, [images]):
+        raise SampleError("schema", "`image` and `images` name different images; keep one of them.")
+    if isinstance(images, dict) and all(_OWN_PLACEHOLDER.fullmatch(str(name)) for name in images):
+        return images
+    return list(images) if isinstance(images, list) else [images]
+
+
+def _take_turns(fields: dict[str, Any]) -> list[_Turn]:
+    """All turns of a sample, from the fields that contain them."""
+    if isinstance(request := fields.get("input"), dict):  # OpenAI's preference format
+        fields |= _filled(fields.pop("input"))
+        _refuse_unsupported(fields)
+        if request.get("messages") is None:
+            raise SampleError("schema", "`input` has no `messages`; see docs/data-format.md.")
+    name = next((name for name in (*_TURNS, "prompt") if _are_turns(fields.get(name))), None)
+    turns = _as_turns(fields.pop(name)) if name else []
+    preferred = next((name for name in _PREFERRED if name in fields), None)
+    if preferred and (turns or _are_turns(fields[preferred])):
+        turns = _with_preferred(turns, _as_turns(fields.pop(preferred)))
+    if not turns:
+        turns = _take_question(fields)
+    turns = [*_take_history(fields), *turns]
+    if (system := fields.pop("system", None)) is not None:
+        if not isinstance(system, str):
+            raise SampleError("schema", f"`system` is {kind_of(system)}, not text; correct it.")
+        if turns[0].role != "system":
+            turns = [_Turn("system", system), *turns]
+        elif turns[0].content != system:
+            raise SampleError("two_system_turns", "`system` and the first turn are two system prompts; keep one.")
+    return _with_reasoning(turns, fields)
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _as_turns(value: Any) -> list[_Turn]:
+    """The turns of a list, of a single turn, or of an answer alone."""
+    if isinstance(value, str):
+        return [_Turn("assistant", value)]
+    listed = [value] if isinstance(value, dict) else value
+    if not _are_turns(listed):
+        raise SampleError("schema", f"its turns are {kind_of(value)}; see docs/data-format.md.")
+    return [turn for fields in listed for turn in _as_turn(fields)]
+
+
+def _as_turn(turn: Mapping[str, Any]) -> Iterable[_Turn]:
+    fields = {_plain(str(name)): value for name, value in turn.items()}
+    role = fields.pop("role", None) or fields.pop("from", None)
+    if role is None and fields and fields.keys() <= _SPEAKERS:  # ms-swift's pairs: {"human": …, "assistant": …}
+        return [_Turn(_ROLES.get(name, name), content) for name, content in fields.items() if content is not None]
+    if not isinstance(role, str):
+        raise SampleError("schema", "a turn has neither `role` nor `from`; see docs/data-format.md.")
+    if role in _TOOL_ROLES:
+        raise SampleError("unsupported", f"a turn has the role {role!r}: {_TOOLS}.")
+    content = fields.pop("content", fields.pop("value", None))
+    fields = _filled(fields)
+    for name, reason in _REFUSED_IN_TURNS.items():
+        if name in fields:
+            raise SampleError("unsupported", f"a turn has `{name}`: {reason}.")
+    role = _ROLES.get(role, role)
+    says_loss = any(name in fields for name in _WEIGHTS)
+    loss = _take_loss(fields, _WEIGHTS, "a turn")
+    if says_loss and loss and role != "assistant":
+        raise SampleError("unsupported", f"a turn of the {role} is to be trained, but only answers are; remove that.")
+    [result] = _with_reasoning([_Turn(role, content, loss or role != "assistant")], fields)
+    return [_Turn(result.role, result.content, result.loss, tuple(f"messages.{name}" for name in fields))]
+
+
+def _with_preferred(turns: list[_Turn], preferred: list[_Turn]) -> list[_Turn]:
+    """The conversation with the preferred answer at its end; some programs write the whole conversation there."""
+    if preferred[0].role != "assistant":
+        return preferred
+    if turns and turns[-1].role == "assistant":
+        raise SampleError("schema", "the conversation has an answer, and another one beside it; keep one.")
+    return [*turns, *preferred]
+
+
+def _take_question(fields: dict[str, Any]) -> list[_Turn]:
+    question = next((name for name in _QUESTIONS if isinstance(fields.get(name), str)), None)
+    answer = next((name for name in (*_ANSWERS, "chosen") if name in fields), "")
+    found = fields.get(answer)
+    if isinstance(found, list):
+        fields.setdefault("answers", found)  # all of them are right
+        found = found[0]
+    if question is None or not isinstance(found, str):
+        raise SampleError(
+            "schema",
+            f"none of its fields {', '.join(fields)[:200]} is messages, conversations, or a question with an answer; "
+            "rename them.",
+        )
+    for name in _REFUSED_IN_QUESTIONS:
+        if name in fields:
+            raise SampleError(
+                "unsupported", f"has `{name}`, which no rule places; write it into the text of `{question}`."
+            )
+    if answer != "answers":
+        fields.pop(answer)
+    text = fields.pop(question)
+    if isinstance(fields.get("input"), str):
+        text += f"\n{fields.pop('input')}"  # as LLaMA-Factory and ms-swift join them
+    return [_Turn("user", text), _Turn("assistant", found)]
+
+
+def _take_history(fields: dict[str, Any]) -> list[_Turn]:
+    history = fields.pop("history", [])
+    if _are_turns(history):
+        return _as_turns(history)
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    ):
+        raise SampleError("schema", "`history` is not a list of pairs of question and answer; correct it.")
+    roles = ("user", "assistant")
+    return [_Turn(role, text) for pair in history for role, text in zip(roles, pair, strict=True)]
+
+
+def _with_reasoning(turns: list[_Turn], fields: dict[str, Any]) -> list[_Turn]:
+    """The turns, the last of which begins with the reasoning that is in a field of its own, as Qwen3 writes it."""
+    name = next((name for name in _REASONING if name in fields), None)
+    if name is None:
+        return turns
+    reasoning, last = fields.pop(name), turns[-1]
+    if not isinstance(reasoning, str) or not isinstance(last.content, str) or last.role != "assistant":
+        raise SampleError("unsupported", f"`{name}` belongs to no answer that is text; write it into the answer.")
+    content = f"<think>\n{reasoning.strip()}\n</think>\n\n{last.content.lstrip()}"
+    return [*turns[:-1], _Turn(last.role, content, last.loss, last.ignored)]
+
+
+def _place_images(
+    turns: list[_Turn], images: dict[str, Any] | list[Any], refer: Callable[[Any], str]
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The images by placeholder, and the turns with these placeholders."""
+    placed: dict[str, str] = {}
+    unplaced: list[Any] = []
+    if isinstance(images, dict):  # this project's own format: the text contains the placeholders already
+        placed = {name: refer(image) for name, image in images.items()}
+    else:
+        unplaced = images
+    is_named = bool(placed)
+
+    def place(image: Any) -> str:
+        placeholder = f"<image_{len(placed):02}>"
+        placed[placeholder] = refer(image)
+        return placeholder
+
+    conversations: list[dict[str, Any]] = []
+    for turn in turns:
+        text = turn.content if is_named and isinstance(turn.content, str) else _text(turn.content, unplaced, place)
+        conversations.append({"role": turn.role, "content": text, **({} if turn.loss else {"loss": False})})
+    if unplaced and placed:
+        raise SampleError(
+            "placeholder_missing", f"the turns show {len(placed)} of its images and not the others; mark all of them."
+        )
+    if unplaced:
+        first = next((turn for turn in conversations if turn["role"] == "user"), None)
+        if first is None:
+            raise SampleError("roles", "there is no user turn that its images could belong to; add one.")
+        first["content"] = "\n".join([*map(place, unplaced), first["content"]])
+    return placed, conversations
+
+
+def _text(content: Any, unplaced: list[Any], place: Callable[[Any], str]) -> str:
+    """The text of a turn, with a placeholder for each image."""
+    if isinstance(content, str):
+        text, *rest = content.split(_PLACEHOLDER)
+        for piece in rest:
+            text += (place(unplaced.pop(0)) if unplaced else _PLACEHOLDER) + piece
+        return text
+    if isinstance(content, dict):  # a single part
+        content = [content]
+    if not isinstance(content, list):
+        raise SampleError("schema", f"a turn's content is {kind_of(content)}, not text; see docs/data-format.md.")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        if kind in ("text", "input_text", "output_text"):
+            part_text = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(part_text, str):
+                raise SampleError("schema", f"a turn has {kind_of(part_text)} in place of a text; correct it.")
+            parts.append(part_text)
+        elif kind in ("image_url", "input_image") or (kind == "image" and not unplaced):
+            image = part.get("image_url") or part.get("image") or part.get("url") or part.get("path")
+            parts.append(place(image["url"] if isinstance(image, dict) and "url" in image else image))
+        elif kind == "image":
+            parts.append(place(unplaced.pop(0)))
+        elif "video" in str(kind):
+            raise SampleError("video", "a turn contains a video, which is not supported; give frames as images.")
+        else:
+            raise SampleError("schema", f"a turn contains {kind!r}, which is neither text nor an image; remove it.")
+    # The published code joins the parts of a turn in the same way.
+    return "\n".join(parts)
