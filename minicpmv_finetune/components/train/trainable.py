@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -77,41 +78,81 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
     lora = arguments.lora
     if lora.lora_bias not in {"none", "all", "lora_only"}:
         raise UserError(f"--lora_bias {lora.lora_bias}: must be none, all or lora_only.")
+    whole = _modules_to_save(model, generation, arguments)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.lora_bias,  # type: ignore[arg-type]
-        target_modules=_target_modules(model, generation, lora),
-        modules_to_save=_modules_to_save(model, generation, arguments),
+        target_modules=_target_modules(model, generation, arguments, whole),
+        modules_to_save=whole,
         layer_replication=_layer_replication(model, generation, lora.lora_layer_replication),
         task_type="CAUSAL_LM",
     )
 
 
 def _modules_to_save(model: nn.Module, generation: Generation, arguments: Arguments) -> list[str]:
-    """The modules that are trained whole beside the adapters."""
+    """The full names of the modules that are trained whole beside the adapters; none is inside another.
+
+    PEFT would wrap a module inside a wrapped one too, and could then neither save nor load the adapter.
+    """
     named = [part.strip() for part in arguments.lora.lora_modules_to_save.split(",") if part.strip()]
-    whole = [generation.embed_tokens, generation.merger]
-    if named == ["none"]:
-        named, whole = [], []
+    whole = [] if "none" in named else [generation.embed_tokens, generation.merger]
     if arguments.training.tune_vision:
         whole.append(generation.vision_tower)
-    existing = {name for name, _ in model.named_modules()}
-    for name in named:
-        if not any(module == name or module.endswith(f".{name}") for module in existing):
-            raise UserError(f"--lora_modules_to_save {name}: the model has no such module; correct the name.")
-        whole.append(name)
-    return whole
+    whole += [found for name in named if name != "none" for found in _find_modules(model, generation, arguments, name)]
+    whole = list(dict.fromkeys(whole))
+    return [name for name in whole if not any(_is_inside(name, other) for other in whole)]
 
 
-def _target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
-    """A regular expression of module names; the names themselves if only some layers are wanted.
+def _find_modules(model: nn.Module, generation: Generation, arguments: Arguments, wanted: str) -> list[str]:
+    """The full names of the modules that `--lora_modules_to_save` calls by a full name or by its end."""
+    flag = f"--lora_modules_to_save {wanted}"
+    found = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")}
+    if not found:
+        raise UserError(f"{flag}: the model has no such module; correct the name.")
+    in_tower = [name for name in found if _is_inside(f"{name}.", generation.vision_tower)]
+    if not arguments.training.tune_vision and len(in_tower) == len(found):
+        raise UserError(
+            f"{flag}: lies in the vision tower, which --tune_vision false freezes; leave one of the two out."
+        )
+    usable = []
+    for name in (name for name in found if name not in in_tower):
+        # A list is not called itself, so PEFT cannot wrap it.
+        module = found[name]
+        is_list = isinstance(module, nn.ModuleList)
+        parts = {f"{name}.{number}": part for number, part in enumerate(module)} if is_list else {name: module}
+        usable += [part for part in parts if any(True for _ in parts[part].parameters())]
+    if not usable and not in_tower:
+        raise UserError(f"{flag}: has no parameters that could be trained; leave it out.")
+    return usable
 
-    PEFT does not accept an expression together with a choice of layers.
+
+def _is_inside(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def _target_modules(
+    model: nn.Module, generation: Generation, arguments: Arguments, whole: Sequence[str]
+) -> str | list[str]:
+    """A regular expression of module names; the names themselves if it matches more than the layers that are adapted.
+
+    PEFT refuses an expression that also matches modules that are not linear, and one together with a choice of layers.
     """
+    lora = arguments.lora
     pattern, matched = _match_targets(model, generation, lora)
-    return pattern if lora.lora_layers_to_transform is None else _select_layers(matched, lora)
+    frozen = [] if arguments.training.tune_vision else [generation.vision_tower]
+    adapted = [name for name in matched if not any(_is_inside(f"{name}.", other) for other in (*whole, *frozen))]
+    if not adapted:
+        raise UserError(
+            f"--lora_target_modules {pattern!r}: matches only layers that are frozen or trained whole, such as "
+            f"{matched[0]}; choose layers of {generation.language_model}.layers.N., or leave out the flag (of "
+            "--lora_modules_to_save, --tune_vision) that trains these whole or freezes them."
+        )
+    if lora.lora_layers_to_transform is not None:
+        return _select_layers(adapted, lora)
+    everything = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    return pattern if everything == adapted else adapted
 
 
 def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:

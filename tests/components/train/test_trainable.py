@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
 
 LORA = ["--use_lora", "true", "--tune_llm", "false", "--lora_r", "4"]
@@ -83,6 +84,37 @@ def test_none_leaves_embeddings_and_merger_frozen(tiny_46: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+@pytest.mark.parametrize("named", ["norm", "mlp", "none,mlp", "merger,layer_norm1", "layers.0,norm", "none,norm"])
+def test_a_module_inside_one_that_is_trained_whole_is_trained_with_it(
+    version: str, named: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if version == "2.6":
+        named = named.replace("merger", "resampler")
+    trained = _trained(tiny(version), *LORA, "--lora_modules_to_save", named)
+    wrapped = [name for name, module in trained.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert not [name for name in wrapped for other in wrapped if name.startswith(f"{other}.")]
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += parameter.requires_grad * 0.1
+    trained.save_pretrained(tmp_path)
+    again: Any = load_with_adapter(tiny(version), tmp_path, torch.float32)
+    expected = dict(trained.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in again.named_parameters())
+    assert len(wrapped) > 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--tune_vision", "false"], ["--lora_modules_to_save", "none"]])
+def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46: Path, flags: list[str]) -> None:
+    model = _trained(tiny_46, *LORA, "--lora_target_modules", ".*", *flags)
+    adapted = {name.split(".lora_A")[0] for name in _trainable_names(model) if ".lora_A" in name}
+    assert {name.rsplit(".", 1)[1] for name in adapted} >= {"q_proj", "o_proj", "gate_proj", "in_proj_z"}
+    whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert not [name for name in adapted if any(name.startswith(f"{module}.") for module in whole)]
+    if "--tune_vision" in flags:
+        assert not [name for name in adapted if "vision" in name]
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -94,6 +126,12 @@ def test_none_leaves_embeddings_and_merger_frozen(tiny_46: Path) -> None:
         ([*LORA, "--lora_layer_replication", "0:2,1:3"], "mixes linear and full attention"),
         ([*LORA, "--lora_bias", "some"], "must be none, all or lora_only"),
         ([*LORA, "--lora_modules_to_save", "no_such"], "the model has no such module"),
+        ([*LORA, "--lora_modules_to_save", "layers"], "matches only layers that are frozen or trained whole"),
+        ([*LORA, "--lora_modules_to_save", "rotary_emb"], "has no parameters that could be trained"),
+        ([*LORA, "--lora_modules_to_save", "language_model"], "frozen or trained whole.*lora_modules_to_save"),
+        ([*LORA, "--lora_modules_to_save", "post_layernorm", "--tune_vision", "false"], "--tune_vision false freezes"),
+        ([*LORA, "--lora_target_modules", ".*merger.*"], "matches only layers that are frozen or trained whole"),
+        ([*LORA, "--lora_target_modules", ".*vision.*", "--tune_vision", "false"], "frozen or trained whole"),
         ([*LORA, "--lora_weight_path", "nowhere"], "give an adapter folder"),
     ],
 )
