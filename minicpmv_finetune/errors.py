@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -44,6 +44,19 @@ class UserError(_OneLineError):
     exit_code = USER_ERROR_EXIT
 
 
+class MistakesError(UserError):
+    """Several mistakes of the user, found at once.
+
+    Attributes:
+        sentences: A sentence for each.
+    """
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        count = f"{len(sentences)} inputs are wrong. " if len(sentences) > 1 else ""
+        super().__init__(count + " ".join(sentences))
+        self.sentences = tuple(sentences)
+
+
 class RetryableError(_OneLineError):
     """A fault outside the program (storage, tracking server, preemption) that may be gone at the next attempt."""
 
@@ -57,8 +70,12 @@ def describe_validation_error(error: "ValidationError", whole: str = "") -> str:
 
 
 def end_process(error: UserError | RetryableError) -> NoReturn:
-    """Print the error's sentence and end the process with the error's exit code."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print the error's sentence, or each of its sentences on a line, and end the process with its exit code."""
+    text = str(error)
+    if isinstance(error, MistakesError) and len(error.sentences) > 1:
+        lines = [str(UserError(sentence)) for sentence in error.sentences]
+        text = "\n- ".join([f"{len(lines)} inputs are wrong.", *lines])
+    print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 

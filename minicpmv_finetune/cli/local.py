@@ -7,7 +7,7 @@ import typer
 
 from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
 
-from .options import Inputs, NewTokens, Out, absolute, with_inputs
+from .options import Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
 
 PANEL = "Run here"
 app = typer.Typer()
@@ -31,7 +31,7 @@ def demo(
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(FINETUNE_INPUTS)
+@with_inputs(FINETUNE_INPUTS, check=check_whole_run)
 def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess") -> None:
     """Run the whole pipeline on this machine, from data to an evaluated, merged model."""
     from minicpmv_finetune.pipelines.local import run_pipeline
@@ -41,7 +41,7 @@ def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subp
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(RETRAIN_INPUTS)
+@with_inputs(RETRAIN_INPUTS, check=check_whole_run)
 def retrain(inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess") -> None:
     """Run the pipeline for schedules on this machine: train if there is new data, and promote a better model."""
     from minicpmv_finetune.pipelines.local import run_pipeline
@@ -55,7 +55,8 @@ def retrain(inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName
     rows(
         "data_uri base_model_uri eval_data_uri max_slice_nums model_max_length per_device_train_batch_size "
         "num_train_epochs use_lora tune_vision tune_llm lora_r"
-    )
+    ),
+    check=check_whole_run,
 )
 def plan(
     inputs: Inputs,

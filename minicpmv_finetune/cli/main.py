@@ -50,6 +50,8 @@ def _quieten_libraries() -> None:
     # Progress bars, and warnings that reference kernels run where there is no GPU.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # The hub's client reports each of its attempts; the error at the end says what to do.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # A recommendation of kernels for a CPU, on which this program is only tried out.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not Path("/dev/nvidiactl").exists():

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +21,18 @@ Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (
 DEFAULT_MODEL: str = INPUTS["registered_model"].default
 
 
+Check = Callable[[Sequence[Input], Mapping[str, Any]], dict[str, Any]]
+
+
+def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`check_run`, whose modules are imported when it is called."""
+    from minicpmv_finetune.pipelines.checks import check_run
+
+    return check_run(inputs, given)
+
+
 def with_inputs(
-    inputs: Iterable[Input], required: Iterable[str] = ()
+    inputs: Iterable[Input], required: Iterable[str] = (), check: Check = check_inputs
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of these inputs in place of its parameter `inputs`.
 
@@ -31,6 +41,7 @@ def with_inputs(
     Args:
         inputs: Rows of the table.
         required: Names of inputs whose default does not apply to this command.
+        check: Function that checks the values of the inputs and returns them in their types.
     """
     rows = tuple(inputs)
     needed = set(required)
@@ -39,7 +50,7 @@ def with_inputs(
         @wraps(command)
         def checked(**options: Any) -> None:
             given = {row.name: options.pop(row.name) for row in rows}
-            command(inputs={**given, **check_inputs(rows, _from_json(rows, given))}, **options)
+            command(inputs={**given, **check(rows, _from_json(rows, given))}, **options)
 
         parameters = []
         for parameter in inspect.signature(command).parameters.values():

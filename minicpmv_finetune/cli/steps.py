@@ -104,10 +104,16 @@ def train(context: typer.Context) -> None:
         print(parser().format_help())
         return
     if "--print-plan" in context.args or "--print_plan" in context.args:
+        from minicpmv_finetune.components.train.flags import check_flags
+
+        flags = check_flags([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
         from minicpmv_finetune.components.train.print_plan import print_plan
 
-        print_plan([flag for flag in context.args if flag not in ("--print-plan", "--print_plan")])
+        print_plan(flags)
         return
+    from minicpmv_finetune.pipelines.checks import check_training
+
+    check_training(context.args)
     from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.pipelines.raw_data import with_prepared_data
 
@@ -163,11 +169,12 @@ def evaluate(
     ] = "{}",
 ) -> None:
     """Step 5: answer the held-out samples with base, champion and merged model; OUT receives answers and report."""
-    from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
-    from minicpmv_finetune.components.evaluate.evaluate import settings_from
+    from minicpmv_finetune.components.evaluate.settings import settings_from
 
     options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
+    from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
+
     decision = step(
         model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings, champion
     ).decision

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.pipelines.inputs import INPUTS, check_inputs
+from minicpmv_finetune.pipelines.checks import check_run
+from minicpmv_finetune.pipelines.inputs import INPUTS
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 
 from .profile import Profile
@@ -47,7 +48,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
             hub has no such model.
         RetryableError: The hub does not answer.
     """
-    checked = check_inputs(pipeline.inputs, given)
+    checked = check_run(pipeline.inputs, given, reads_places=False)
     for name in ("data_uri", "eval_data_uri"):
         address = str(checked.get(name, ""))
         if address and not storage.is_object_uri(address) and not address.startswith("hf://"):

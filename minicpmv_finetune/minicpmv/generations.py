@@ -5,6 +5,7 @@ files alone, so a wrong base model is refused in a tenth of a second, before tor
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,20 @@ def detect_generation(checkpoint: Path) -> Generation:
     Raises:
         UserError: The folder is not a checkpoint, or a checkpoint of a model that this project does not support.
     """
-    config = read_json(checkpoint / "config.json")
+    path = checkpoint / "config.json"
+    return generation_of(read_json(path), str(path))
+
+
+def generation_of(config: Mapping[str, Any], place: str) -> Generation:
+    """The generation of a checkpoint with this config.json.
+
+    Args:
+        config: Content of the file.
+        place: Where the file is, for the error message.
+
+    Raises:
+        UserError: It is the configuration of a model that this project does not support.
+    """
     version = config.get("version")
     for generation in GENERATIONS:
         if config.get("model_type") == generation.model_type and (
@@ -165,7 +179,7 @@ def detect_generation(checkpoint: Path) -> Generation:
             return generation
     known = ", ".join(generation.version for generation in GENERATIONS)
     raise UserError(
-        f"{checkpoint / 'config.json'}: model_type {config.get('model_type')!r} (version {version!r}) is "
+        f"{place}: model_type {config.get('model_type')!r} (version {version!r}) is "
         f"none of the supported MiniCPM-V generations {known}; give one of their checkpoints as base model."
     )
 

@@ -7,17 +7,16 @@ needs it, and use it in the step.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.options import Accepted, parse_value, raise_mistakes
 
 Group = Literal["data", "model", "training", "evaluation", "registry"]
 REQUIRED = None
 """The default of an input that has none."""
-_TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a JSON object"}
 
 
 @dataclass(frozen=True)
@@ -48,43 +47,18 @@ class Input:
     above: float | None = None
     at_most: float | None = None
 
+    @property
+    def accepted(self) -> Accepted:
+        """The accepted values of the type."""
+        return Accepted(self.choices, self.at_least, self.above, self.at_most)
+
     def parse(self, value: Any) -> Any:
-        """The value in the input's type; text is read as JSON where the type is not str.
+        """The value in the input's type; see `parse_value`.
 
         Raises:
-            UserError: The value has another type or is out of range.
+            UserError: The value has another type or is not accepted.
         """
-        if isinstance(value, str) and self.type is not str:
-            try:
-                value = json.loads(value.lower() if self.type is bool else value)
-            except ValueError as error:
-                raise self._wrong_type(value) from error
-        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if self.type is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
-            raise self._wrong_type(value)
-        if remedy := self._range_remedy(value):
-            raise UserError(f"{self.name}: {value!r} is not accepted; {remedy}.")
-        return value
-
-    def _wrong_type(self, value: Any) -> UserError:
-        return UserError(f"{self.name}: {value!r} is not {_TYPE_NAMES[self.type]}; correct it.")
-
-    def _range_remedy(self, value: Any) -> str:
-        """What to give instead of a value out of range; empty if the value is accepted."""
-        if self.choices and value not in self.choices:
-            close = difflib.get_close_matches(str(value), self.choices, 1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            return f"{meant}choose one of {', '.join(self.choices)}"
-        if self.at_least is not None and not value >= self.at_least:
-            return f"give at least {self.at_least:g}"
-        if self.above is not None and not value > self.above:
-            return f"give more than {self.above:g}"
-        if self.at_most is not None and not value <= self.at_most:
-            return f"give at most {self.at_most:g}"
-        return ""
+        return parse_value(self.name, value, self.type, self.accepted)
 
 
 _TABLE = (
@@ -143,6 +117,7 @@ _TABLE = (
         "model",
         9,
         at_least=1,
+        at_most=1000,
     ),
     Input(
         "model_max_length",
@@ -151,11 +126,12 @@ _TABLE = (
         "model",
         2048,
         at_least=1,
+        at_most=2**20,
     ),
     Input("use_lora", bool, "Train LoRA adapters on the language model.", "training", True),
     Input("tune_vision", bool, "Train the vision tower too.", "training", True),
     Input("tune_llm", bool, "Train the language model's own weights; needs use_lora false.", "training", False),
-    Input("lora_r", int, "Rank of the adapters.", "training", 64, at_least=1),
+    Input("lora_r", int, "Rank of the adapters.", "training", 64, at_least=1, at_most=8192),
     Input(
         "lora_alpha",
         int,
@@ -163,10 +139,27 @@ _TABLE = (
         "training",
         64,
         at_least=1,
+        at_most=1_000_000,
     ),
-    Input("learning_rate", float, "Peak learning rate.", "training", 1e-4, above=0),
-    Input("num_train_epochs", float, "Number of passes over the training data.", "training", 3.0, above=0),
-    Input("per_device_train_batch_size", int, "Samples that a device processes at once.", "training", 4, at_least=1),
+    Input("learning_rate", float, "Peak learning rate.", "training", 1e-4, above=0, at_most=1),
+    Input(
+        "num_train_epochs",
+        float,
+        "Number of passes over the training data.",
+        "training",
+        3.0,
+        above=0,
+        at_most=100_000,
+    ),
+    Input(
+        "per_device_train_batch_size",
+        int,
+        "Samples that a device processes at once.",
+        "training",
+        4,
+        at_least=1,
+        at_most=65_536,
+    ),
     Input(
         "training_flags",
         dict,
@@ -183,7 +176,27 @@ _TABLE = (
         "base",
         choices=("base", "champion"),
     ),
-    Input("metric", str, "Metric that scores the answers, such as exact_match or anls.", "evaluation", "exact_match"),
+    Input(
+        "metric",
+        str,
+        "Metric that scores the answers, such as exact_match or anls.",
+        "evaluation",
+        "exact_match",
+        # The names in `components/evaluate/metrics.py`, which is not imported for a help text.
+        choices=(
+            "exact_match",
+            "anls",
+            "vqa_accuracy",
+            "relaxed_accuracy",
+            "contains",
+            "token_f1",
+            "cer",
+            "wer",
+            "rouge_l",
+            "multiple_choice",
+            "json_fields",
+        ),
+    ),
     Input(
         "evaluation_options",
         dict,
@@ -233,9 +246,19 @@ def check_inputs(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str,
     Raises:
         UserError: A name is unknown, a required input is missing, or a value is not accepted; all mistakes at once.
     """
+    checked, mistakes = read_inputs(inputs, given)
+    raise_mistakes(mistakes)
+    return checked
+
+
+def read_inputs(inputs: Sequence[Input], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The given values in their types as far as they are accepted, and a sentence for each mistake."""
     known = {item.name: item for item in inputs}
-    checked, mistakes = {}, []
+    checked: dict[str, Any] = {}
+    mistakes = []
     for name, value in given.items():
+        if name in known and known[name].default is REQUIRED and value is None:
+            continue
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             meant = close[0] if close else f"one of {', '.join(known)}"
@@ -246,9 +269,6 @@ def check_inputs(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str,
         except UserError as error:
             mistakes.append(str(error))
     for item in inputs:
-        if item.default is REQUIRED and not checked.get(item.name) and item.name not in given:
+        if item.default is REQUIRED and given.get(item.name) in (None, ""):
             mistakes.append(f"{item.name}: missing; give it as {item.name}=value ({item.help})")
-    if mistakes:
-        count = f"{len(mistakes)} inputs are wrong. " if len(mistakes) > 1 else ""
-        raise UserError(count + " ".join(mistakes))
-    return checked
+    return checked, mistakes

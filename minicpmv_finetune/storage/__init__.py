@@ -8,7 +8,7 @@ Kubeflow Pipelines writes `minio://` for its built-in object store; it means the
 Other packages use only the names below: `storage.read_bytes(uri)`.
 """
 
-from .fetching import cache_folder, fetch
+from .fetching import cache_folder, fetch, read_model_file
 from .files import StoredFile, expand, list_files, open_stream, read_bytes, remove_file, size, walk, write_bytes
 from .staging import staged_folder
 from .transfers import FILES_AT_ONCE, download_file, file_sha256, upload_file, upload_folder
@@ -29,6 +29,7 @@ __all__ = [
     "open_stream",
     "parent",
     "read_bytes",
+    "read_model_file",
     "remove_file",
     "require_allowed",
     "resolve",

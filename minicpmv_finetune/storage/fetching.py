@@ -4,16 +4,20 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from minicpmv_finetune.errors import RetryableError, UserError
 
 from . import s3
 from .failures import explain_failures, fail_missing
+from .files import read_bytes
 from .transfers import FILES_AT_ONCE
-from .uris import is_object_uri, local_path, split_object_uri
+from .uris import is_object_uri, join, local_path, split_object_uri
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.@-]+")
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
@@ -40,7 +44,7 @@ def fetch(uri: str, cache_dir: Path | None = None) -> Path:
     with explain_failures(uri):
         if path.exists():
             return path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.@-]+", uri):
+    if _HUB_ID.fullmatch(uri):
         try:
             return _fetch_model(uri, cache_dir)
         except RetryableError as error:
@@ -121,10 +125,44 @@ def _publish(folder: Path, target: Path) -> None:
             raise
 
 
+def read_model_file(uri: str, name: str, cache_dir: Path | None = None) -> bytes:
+    """One file of a folder or model at `uri`, without the others; see `fetch`.
+
+    Raises:
+        UserError: The URI leads to nothing, the file is missing, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    if is_object_uri(uri):
+        return read_bytes(join(uri, name))
+    path = Path() if uri.startswith("hf://") else local_path(uri)
+    if uri.startswith("hf://") or (not path.exists() and _HUB_ID.fullmatch(uri)):
+        repo, _, revision = uri.removeprefix("hf://").partition("@")
+        with _explain_hub_failures(repo):
+            from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+            found = try_to_load_from_cache(repo, name, cache_dir, revision or None)
+            if not isinstance(found, str):
+                found = hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir, etag_timeout=5)
+            return Path(found).read_bytes()
+    if path.is_dir() and not (path / name).exists():
+        raise UserError(f"{uri}: there is no {name}, so this is not a checkpoint; give its folder.")
+    return read_bytes(str(path / name)) if path.is_dir() else fail_missing(uri)
+
+
 def _fetch_model(name: str, cache_dir: Path | None) -> Path:
     """Download a model from the Hugging Face hub, by `owner/name` or `owner/name@revision`."""
     from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    with _explain_hub_failures(name):
+        return Path(snapshot_download(repo, revision=revision or None, cache_dir=cache_dir))
+
+
+@contextmanager
+def _explain_hub_failures(name: str) -> Iterator[None]:
+    """Turn exceptions of the hub's client into one of the two errors."""
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -132,13 +170,14 @@ def _fetch_model(name: str, cache_dir: Path | None) -> Path:
         RevisionNotFoundError,
     )
 
-    repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, cache_dir=cache_dir))
+        yield
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"{name}: neither a local path nor a model on the hub ({type(error).__name__}); check the spelling, "
             "or set HF_TOKEN if it is gated."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(f"{name}: the model on the hub lacks a file of a checkpoint; give another.") from error
         raise RetryableError(f"hf://{name}: the hub does not answer ({type(error).__name__}); try again.") from error

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from minicpmv_finetune.data.samples import Sample
-from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer
 
 from .comparison import Comparison, Estimate, Outcome, classify_outcome, compare, estimate
@@ -153,20 +152,6 @@ class Evaluation:
             f"{model}_anls": sum(scored.anls for scored in answers) / len(answers),
             f"{model}_hit_limit": sum(scored.answer.hit_limit for scored in answers),
         }
-
-
-def check_metrics(samples: Sequence[Sample], default_metric: str) -> None:
-    """Check before any answer is generated that all samples can be scored.
-
-    Raises:
-        UserError: A metric does not exist or is undefined for a sample, or error rates would be averaged with scores.
-    """
-    metrics = {metric.name: metric for metric in (metric_of(sample, default_metric) for sample in samples)}
-    if len({metric.lower_is_better for metric in metrics.values()}) > 1:
-        raise UserError(
-            f"metric: the samples' metrics {', '.join(sorted(metrics))} mix error rates with scores, and the mean of "
-            "both is meaningless; evaluate them separately."
-        )
 
 
 def assess(

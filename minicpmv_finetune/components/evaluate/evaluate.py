@@ -11,13 +11,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import ConfigDict
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import Sample, SampleError, read_info, read_samples
@@ -25,44 +23,15 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer, answer, inference_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.options import settings_from_options
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 from minicpmv_finetune.tracking.step_runs import step_run
 
-from .assessment import Evaluation, Prediction, assess, check_metrics
-from .gate import Gate
-from .metrics import METRICS_VERSION
+from .assessment import Evaluation, Prediction, assess
+from .metrics import METRICS_VERSION, check_metrics
 from .report import format_percent, metric_title, write_report
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Settings of the evaluation.
-
-    Attributes:
-        metric: Metric of samples that name none; a name in `metrics.METRICS`.
-        max_new_tokens: Longest answer in tokens; the report contains the number of answers that reached it.
-        batch_size: Number of samples that are answered at the same time.
-        gate: Rules that the tuned model must pass to be promoted.
-    """
-
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    metric: str = "exact_match"
-    max_new_tokens: int = 128
-    batch_size: int = 16
-    gate: Gate = field(default_factory=Gate)
-
-
-def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:
-    """Read the settings from a JSON object; see `settings_from_options`."""
-    return settings_from_options(
-        EvaluationSettings,
-        options,
-        "evaluation_options",
-        "max_new_tokens, batch_size and gate, and of the gate min_metric, min_improvement and max_regression",
-    )
+from .settings import EvaluationSettings
+from .settings import settings_from as settings_from  # pipelines that 0.1.0 compiled import it from here
 
 
 def evaluate(

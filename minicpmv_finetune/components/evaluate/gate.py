@@ -7,9 +7,9 @@ one has failed, because a person who reads why a model failed the gate needs all
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-from pydantic import ConfigDict
+from minicpmv_finetune.options import Accepted
 
 _ROUNDING = 1e-9  # in floating-point numbers 0.3 - 0.2 is less than 0.1
 _MAX_TAGS_NAMED = 5  # in the reason of a decision
@@ -25,11 +25,9 @@ class Gate:
         max_regression: Largest accepted loss on any single tag; None accepts every loss.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    min_metric: float | None = None
+    min_metric: Annotated[float | None, Accepted(at_least=0)] = None
     min_improvement: float = 0.0
-    max_regression: float | None = None
+    max_regression: Annotated[float | None, Accepted(at_least=0)] = None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,20 @@ def metric_of(sample: Sample, default: str) -> Metric:
     return metric
 
 
+def check_metrics(samples: Sequence[Sample], default_metric: str) -> None:
+    """Check before any answer is generated that all samples can be scored.
+
+    Raises:
+        UserError: A metric does not exist or is undefined for a sample, or error rates would be averaged with scores.
+    """
+    metrics = {metric.name: metric for metric in (metric_of(sample, default_metric) for sample in samples)}
+    if len({metric.lower_is_better for metric in metrics.values()}) > 1:
+        raise UserError(
+            f"metric: the samples' metrics {', '.join(sorted(metrics))} mix error rates with scores, and the mean of "
+            "both is meaningless; evaluate them separately."
+        )
+
+
 def exact_match(answer: str, expected: Sequence[str]) -> float:
     """1 if the answer equals an expected one except for white space at the ends; HELM (Liang et al. 2022)."""
     return float(any(answer.strip() == text.strip() for text in expected))

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import (
@@ -32,6 +32,7 @@ from minicpmv_finetune.data.samples import (
 )
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.options import Accepted, check_settings
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
@@ -66,10 +67,13 @@ class PreprocessSettings:
         codec: Codec of the images.
     """
 
-    max_slice_nums: int | None = 9
-    model_max_length: int = 2048
-    max_reject_ratio: float = 0.05
+    max_slice_nums: Annotated[int | None, Accepted(at_least=1, at_most=1000)] = 9
+    model_max_length: Annotated[int, Accepted(at_least=1, at_most=2**20)] = 2048
+    max_reject_ratio: Annotated[float, Accepted(at_least=0, at_most=1)] = 0.05
     codec: Codec = DEFAULT_CODEC
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)

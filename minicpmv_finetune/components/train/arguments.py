@@ -7,19 +7,21 @@ Each flag of ours states in its metadata (`IN_DIGEST`) whether it takes part in 
 training finds its checkpoints; `training_identity` has the same for the flags of transformers.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from transformers import HfArgumentParser
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
+
+from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
+from .flags import check_flags
+from .flags import pop_num_nodes as pop_num_nodes
 
 IN_DIGEST = "in_digest"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -238,40 +240,6 @@ class Arguments:
     lora: LoraArguments
 
 
-_RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "warmup_ratio": "warmup_steps",  # in transformers 5 it may be a fraction
-    "no_cuda": "use_cpu",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-_WITHOUT_EFFECT = {
-    "logging_dir": "metrics go to MLflow and the report",
-    "overwrite_output_dir": "a finished result is always replaced completely",
-    "save_safetensors": "safetensors is the only format",
-    "include_inputs_for_metrics": "evaluation during training needs no inputs",
-    "use_legacy_prediction_loop": "there is only one loop",
-    "dispatch_batches": "every process reads its own rows",
-    "split_batches": "every process reads its own rows",
-    "push_to_hub_model_id": "publishing is a step of its own",
-    "push_to_hub_organization": "publishing is a step of its own",
-    "push_to_hub_token": "publishing is a step of its own",
-    "xpu_backend": "the backend follows from the device",
-    "half_precision_backend": "torch's own backend is the only one",
-    "fp16_backend": "torch's own backend is the only one",
-    "fp16_opt_level": "torch's own mixed precision has no levels",
-    "jit_mode_eval": "transformers no longer has this mode",
-    "use_ipex": "transformers no longer has this mode",
-    "ray_scope": "hyperparameter search is outside this script",
-    "tpu_num_cores": "TPUs are not supported",
-    "tpu_metrics_debug": "TPUs are not supported",
-    "past_index": "the models need no past state",
-}
-_GROUPED_BY_LENGTH = "group_by_length"
-
-
 class _Parser(HfArgumentParser):
     """Reads flags into the groups; hides our own metadata from argparse."""
 
@@ -300,12 +268,8 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     Raises:
         UserError: A flag or value is unknown, or flags contradict each other.
     """
-    flags = _replace_removed_flags(_expand_file(list(argv)), announce)
+    flags = check_flags(argv, announce)
     instance = parser()
-    known = {option for action in instance._actions for option in action.option_strings}
-    unknown = [flag for flag in flags if flag.startswith("--") and flag.split("=")[0] not in known]
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such flag; see `minicpmv-finetune train --help`.")
     instance.error = _fail  # type: ignore[method-assign, assignment]
     try:
         groups = instance.parse_args_into_dataclasses(args=flags)
@@ -317,120 +281,21 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
 
 
 def _check(arguments: Arguments) -> None:
+    """Check what depends on this machine's devices or on DeepSpeed's configuration."""
     training = arguments.training
-    if not arguments.data.data_path:
-        raise UserError("--data_path: missing; give a shards folder or the training data.")
-    if training.use_lora and training.tune_llm:
-        raise UserError("The model cannot simultaneously adjust LLM parameters and apply LoRA.")
     if training.fsdp and training.use_cpu:
         # accelerate would train plain DDP without a warning.
         raise UserError("--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3.")
-    if arguments.lora.q_lora:
-        if not training.use_lora:
-            raise UserError("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
-        if training.fsdp or _shards_parameters(training):
-            raise UserError(
-                "--q_lora: ZeRO-3 and FSDP partition weights, which is impossible for 4-bit weights; use --strategy "
-                "ddp or zero2, or train LoRA without q_lora."
-            )
-    if training.packing and training.train_sampling_strategy != "random":
+    if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):
         raise UserError(
-            "--packing leaves no padding that batches of similar lengths could save; leave --group_by_length out."
-        )
-    if training.early_stopping_patience and training.eval_strategy == "no":
-        raise UserError(
-            "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
+            "--q_lora: ZeRO-3 and FSDP partition weights, which is impossible for 4-bit weights; use --strategy ddp or "
+            "zero2, or train LoRA without q_lora."
         )
 
 
 def _shards_parameters(training: TrainingArguments) -> bool:
     config = getattr(training, "hf_deepspeed_config", None)
     return config is not None and config.is_zero3()
-
-
-def _expand_file(argv: list[str]) -> list[str]:
-    """Put a configuration file's flags before those of the command line, which take precedence."""
-    if not argv or not argv[0].endswith((".yaml", ".yml")):
-        return argv
-    path = Path(argv[0])
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file of training flags.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: invalid YAML{line}; write one flag per line, such as `lora_r: 16`.") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: must contain flags by name, such as `lora_r: 16`.")
-    return [*as_flags(document), *argv[1:]]
-
-
-def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Convert a mapping to a command line: `{"lora_r": 16}` becomes `--lora_r 16`."""
-    flags: list[str] = []
-    for name, value in settings.items():
-        if value is None or value == "":
-            continue
-        flags.append(f"--{name}")
-        plain = _with_whole_numbers(value)
-        if isinstance(plain, dict):
-            flags.append(json.dumps(plain))
-        else:
-            flags += [str(item) for item in plain] if isinstance(plain, list) else [str(plain)]
-    return flags
-
-
-def pop_num_nodes(settings: dict[str, Any]) -> int:
-    """Remove the number of nodes from the pipeline's training flags; the script has no such flag.
-
-    Raises:
-        UserError: The number is not a whole number above zero.
-    """
-    wanted = _with_whole_numbers(settings.pop("num_nodes", 1))
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise UserError(f"training_flags: num_nodes is {wanted!r}; give a whole number of nodes, such as 2.")
-    return wanted
-
-
-def _with_whole_numbers(value: Any) -> Any:
-    """Convert floats without a fraction: Kubeflow passes every number of a JSON object as a float, but flags need 2."""
-    if isinstance(value, dict):
-        return {name: _with_whole_numbers(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_with_whole_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _replace_removed_flags(flags: list[str], announce: Callable[[str], None]) -> list[str]:
-    """Replace flags that transformers 5 removed, or announce that they have no effect."""
-    result: list[str] = []
-    position = 0
-    while position < len(flags):
-        name, equals, value = flags[position].removeprefix("--").partition("=")
-        is_flag = flags[position].startswith("--")
-        # A switch may have no value; otherwise the following words are its values.
-        values = [value] if equals else []
-        end = position + 1
-        if is_flag and not equals:
-            while end < len(flags) and not flags[end].startswith("--"):
-                values.append(flags[end])
-                end += 1
-        if not is_flag:
-            result.append(flags[position])
-        elif name in _WITHOUT_EFFECT:
-            if name == "save_safetensors" and values and values[0].lower() in {"false", "0", "no"}:
-                raise UserError("--save_safetensors false: pickled weights are not written; leave the flag out.")
-            announce(f"--{name} has no effect: {_WITHOUT_EFFECT[name]}.")
-        elif name == _GROUPED_BY_LENGTH:
-            if not values or values[0].lower() in {"true", "1", "yes"}:
-                result += ["--train_sampling_strategy", "group_by_length"]
-        elif name in _RENAMED:
-            result += [f"--{_RENAMED[name]}", *values]
-        else:
-            result += [f"--{name}", *values]
-        position = end
-    return result
 
 
 def _fail(message: str) -> None:

@@ -52,7 +52,7 @@ def train(
     from pathlib import Path
 
     from minicpmv_finetune import storage
-    from minicpmv_finetune.components.train.arguments import as_flags, pop_num_nodes
+    from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes
     from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.components.train.trainjob import train_on_nodes
     from minicpmv_finetune.permanent_errors import permanent_error_marked

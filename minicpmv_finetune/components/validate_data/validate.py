@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice, starmap
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
@@ -37,7 +36,7 @@ from minicpmv_finetune.data.samples import (
     Split,
 )
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.options import settings_from_options
+from minicpmv_finetune.options import Accepted, check_settings, settings_from_options
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.workers import map_in_order
 
@@ -65,22 +64,18 @@ class ValidationSettings:
             published code ignores the orientation, so a server of the model must then rotate images too.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    max_reject_ratio: float = 0.05
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    seed: int = 42
+    max_reject_ratio: Annotated[float, Accepted(at_least=0, at_most=1)] = 0.05
+    eval_fraction: Annotated[float, Accepted(at_least=0, below=1)] = 0.1
+    seed: Annotated[int, Accepted(at_least=0, at_most=2**32 - 1)] = 42
     exif_transpose: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def settings_from(options: Mapping[str, Any]) -> ValidationSettings:
     """The settings that a JSON object names; see `settings_from_options`."""
-    return settings_from_options(
-        ValidationSettings,
-        options,
-        "data_options",
-        "eval_fraction and exif_transpose",
-    )
+    return settings_from_options(ValidationSettings, options, "data_options")
 
 
 def validate_data(

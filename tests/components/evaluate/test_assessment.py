@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess, check_metrics
+from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
 from minicpmv_finetune.components.evaluate.gate import Gate
+from minicpmv_finetune.components.evaluate.metrics import check_metrics
 from minicpmv_finetune.data.samples import Sample, Turn
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer

@@ -238,7 +238,7 @@ def test_images_are_rotated_as_exif_says_only_with_the_option(folder: DataFolder
 def test_data_options_are_checked() -> None:
     assert settings_from({"seed": 1, "exif_transpose": True}) == ValidationSettings(seed=1, exif_transpose=True)
     for options in ({"exif": True}, {"eval_fraction": 1.5}, {"exif_transpose": "perhaps"}):
-        with pytest.raises(UserError, match=f"data_options: {next(iter(options))}: .*exif_transpose"):
+        with pytest.raises(UserError, match=f"data_options: {next(iter(options))}: "):
             settings_from(options)
 
 

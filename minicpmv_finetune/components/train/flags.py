@@ -1,0 +1,330 @@
+"""The table of all training flags, and what is checked about them without torch.
+
+`flags.json` contains every flag of the training script with its type and choices. `docs/training_flags.py` writes it
+from the script's own parser, which imports torch and transformers and takes seconds. The ranges are here.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes
+
+TABLE_PATH = Path(__file__).with_name("flags.json")
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+_COUNT = Accepted(at_least=1, at_most=2**31 - 1)
+_MAYBE_COUNT = Accepted(at_least=0, at_most=2**31 - 1)
+_SHARE = Accepted(at_least=0, below=1)
+_NOT_NEGATIVE = Accepted(at_least=0)
+_SEED = Accepted(at_least=0, at_most=2**32 - 1)
+RANGES: Mapping[str, Accepted] = {
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": Accepted(above=0, at_most=1),
+    "data_seed": _SEED,
+    "dataloader_num_workers": Accepted(at_least=0, at_most=1024),
+    "dataloader_prefetch_factor": _COUNT,
+    "ddp_bucket_cap_mb": _COUNT,
+    "ddp_timeout": _COUNT,
+    "early_stopping_patience": _MAYBE_COUNT,
+    "eval_accumulation_steps": _COUNT,
+    "eval_delay": _NOT_NEGATIVE,
+    "eval_steps": Accepted(above=0),
+    "gradient_accumulation_steps": _COUNT,
+    "label_smoothing_factor": _SHARE,
+    "learning_rate": Accepted(above=0, at_most=1),
+    "local_rank": Accepted(at_least=-1, at_most=2**31 - 1),
+    "logging_steps": Accepted(above=0),
+    "lora_alpha": Accepted(at_least=1, at_most=1_000_000),
+    "lora_dropout": _SHARE,
+    "lora_r": Accepted(at_least=1, at_most=8192),
+    "max_grad_norm": _NOT_NEGATIVE,
+    "max_slice_nums": Accepted(at_least=1, at_most=1000),
+    "max_steps": Accepted(at_least=1, at_most=2**31 - 1, also=-1),
+    "model_max_length": Accepted(at_least=1, at_most=2**20),
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "num_train_epochs": Accepted(above=0, at_most=100_000),
+    "per_device_eval_batch_size": Accepted(at_least=1, at_most=65_536),
+    "per_device_train_batch_size": Accepted(at_least=1, at_most=65_536),
+    "save_steps": Accepted(above=0),
+    "save_total_limit": _COUNT,
+    "seed": _SEED,
+    "torch_empty_cache_steps": _COUNT,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+}
+"""Ranges of the numbers; a test makes sure that each number has one."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the training script.
+
+    Attributes:
+        name: Name without dashes.
+        type: Type of its values; `json` is a JSON object as text, and `json_or_file` that or a file's path.
+        values: How many values follow the flag; a switch may have none, and then means true.
+        choices: Accepted values; empty accepts all.
+    """
+
+    name: str
+    type: Literal["int", "float", "bool", "str", "json", "json_or_file"]
+    values: Literal["one", "optional", "several", "none"]
+    choices: tuple[str, ...] = ()
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """The flag's value from the words that follow it.
+
+        Raises:
+            UserError: There are too few or too many words, or one is not accepted.
+        """
+        if not words and self.values in ("one", "several"):
+            raise UserError(f"--{self.name}: no value; write one behind it.")
+        most = {"one": 1, "optional": 1, "none": 0, "several": len(words)}[self.values]
+        if len(words) > most:
+            raise UserError(f"--{self.name}: {words[most]!r} is one value too many; remove it, or quote the value.")
+        values = [self._parse_word(word) for word in words]
+        return values if self.values == "several" else values[0] if values else True
+
+    def _parse_word(self, word: str) -> Any:
+        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        try:
+            value = self._convert(word)
+        except ValueError:
+            raise UserError(
+                f"--{self.name}: {word!r} is not {kinds.get(self.type, 'a JSON object')}; correct it."
+            ) from None
+        accepted = RANGES.get(self.name) or Accepted(self.choices)
+        if remedy := accepted.remedy(value):
+            raise UserError(f"--{self.name}: {word} is not accepted; {remedy}.")
+        return value
+
+    def _convert(self, word: str) -> Any:
+        if self.type == "bool":
+            if word.lower() not in (*_TRUE, *_FALSE):
+                raise ValueError(word)
+            return word.lower() in _TRUE
+        if self.type == "json" or (self.type == "json_or_file" and word.startswith("{")):
+            value = json.loads(word)
+            if not isinstance(value, dict):
+                raise ValueError(word)
+            return value
+        return int(word) if self.type == "int" else float(word) if self.type == "float" else word
+
+
+@cache
+def table() -> Mapping[str, Flag]:
+    """Every flag of the training script by its name."""
+    rows = json.loads(TABLE_PATH.read_text())
+    return {name: Flag(name, row["type"], row["values"], tuple(row["choices"])) for name, row in rows.items()}
+
+
+def check_flags(argv: Sequence[str], announce: Callable[[str], None] = lambda sentence: None) -> list[str]:
+    """The flags under their present names, after all checks that need no torch.
+
+    Args:
+        argv: Flags as the training script gets them; a YAML file of flags may come first.
+        announce: Receives a sentence for each flag that no longer has an effect.
+
+    Raises:
+        UserError: A flag is unknown or has a wrong value, or flags contradict each other; all mistakes at once.
+    """
+    flags = replace_removed_flags(expand_file(list(argv)), announce)
+    values, mistakes = find_mistakes(flags)
+    if not values.get("data_path"):
+        mistakes.append("--data_path: missing; give a shards folder or the training data.")
+    raise_mistakes([*mistakes, *find_contradictions(values)])
+    return flags
+
+
+def find_mistakes(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of flags by name as far as they are accepted, and a sentence for each that is not.
+
+    Args:
+        flags: Flags under their present names.
+    """
+    values: dict[str, Any] = {}
+    mistakes = []
+    for word, following in _split_at_flags(flags):
+        name = word.removeprefix("--").replace("-", "_")
+        flag = table().get(name)
+        if not word.startswith("--"):
+            mistakes.append(f"{word}: not a flag; flags begin with two dashes, such as --lora_r 16.")
+        elif flag is None:
+            meant = did_you_mean(name, table()).replace("mean ", "mean --")
+            mistakes.append(f"{word}: no such flag; {meant}see `minicpmv-finetune train --help`.")
+        else:
+            try:
+                value = flag.parse(following)
+            except UserError as error:
+                mistakes.append(str(error))
+            else:
+                is_negation = flag.values == "none"
+                values[name.removeprefix("no_") if is_negation else name] = not is_negation and value
+    return values, mistakes
+
+
+def _split_at_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words that follow it; words before the first flag stand alone."""
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            found.append((name, [value] if equals else []))
+        elif found and found[-1][0].startswith("--"):
+            found[-1][1].append(word)
+        else:
+            found.append((word, []))
+    return found
+
+
+def find_contradictions(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each pair of flags that contradict each other.
+
+    Args:
+        values: Values of flags by name; a flag that is missing has the published default.
+    """
+    use_lora, tune_llm = values.get("use_lora", False), values.get("tune_llm", True)
+    sentences = []
+    if use_lora and tune_llm:
+        sentences.append(
+            "tune_llm: The model cannot simultaneously adjust LLM parameters and apply LoRA; set tune_llm to false to "
+            "train adapters, or use_lora to false to train the language model's own weights."
+        )
+    if values.get("q_lora") and not use_lora:
+        sentences.append("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
+    if values.get("packing") and values.get("train_sampling_strategy", "random") != "random":
+        sentences.append(
+            "--packing leaves no padding that batches of similar lengths could save; leave --group_by_length out."
+        )
+    if values.get("early_stopping_patience") and values.get("eval_strategy", "no") == "no":
+        sentences.append(
+            "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
+        )
+    return sentences
+
+
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "warmup_ratio": "warmup_steps",  # in transformers 5 it may be a fraction
+    "no_cuda": "use_cpu",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+_WITHOUT_EFFECT = {
+    "logging_dir": "metrics go to MLflow and the report",
+    "overwrite_output_dir": "a finished result is always replaced completely",
+    "save_safetensors": "safetensors is the only format",
+    "include_inputs_for_metrics": "evaluation during training needs no inputs",
+    "use_legacy_prediction_loop": "there is only one loop",
+    "dispatch_batches": "every process reads its own rows",
+    "split_batches": "every process reads its own rows",
+    "push_to_hub_model_id": "publishing is a step of its own",
+    "push_to_hub_organization": "publishing is a step of its own",
+    "push_to_hub_token": "publishing is a step of its own",
+    "xpu_backend": "the backend follows from the device",
+    "half_precision_backend": "torch's own backend is the only one",
+    "fp16_backend": "torch's own backend is the only one",
+    "fp16_opt_level": "torch's own mixed precision has no levels",
+    "jit_mode_eval": "transformers no longer has this mode",
+    "use_ipex": "transformers no longer has this mode",
+    "ray_scope": "hyperparameter search is outside this script",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "past_index": "the models need no past state",
+}
+_GROUPED_BY_LENGTH = "group_by_length"
+
+
+def expand_file(argv: list[str]) -> list[str]:
+    """Put a configuration file's flags before those of the command line, which take precedence."""
+    if not argv or not argv[0].endswith((".yaml", ".yml")):
+        return argv
+    path = Path(argv[0])
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file of training flags.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: invalid YAML{line}; write one flag per line, such as `lora_r: 16`.") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: must contain flags by name, such as `lora_r: 16`.")
+    return [*as_flags(document), *argv[1:]]
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Convert a mapping to a command line: `{"lora_r": 16}` becomes `--lora_r 16`."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None or value == "":
+            continue
+        flags.append(f"--{name}")
+        plain = _with_whole_numbers(value)
+        if isinstance(plain, dict):
+            flags.append(json.dumps(plain))
+        else:
+            flags += [str(item) for item in plain] if isinstance(plain, list) else [str(plain)]
+    return flags
+
+
+def pop_num_nodes(settings: dict[str, Any]) -> int:
+    """Remove the number of nodes from the pipeline's training flags; the script has no such flag.
+
+    Raises:
+        UserError: The number is not a whole number above zero.
+    """
+    wanted = _with_whole_numbers(settings.pop("num_nodes", 1))
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise UserError(f"training_flags: num_nodes is {wanted!r}; give a whole number of nodes, such as 2.")
+    return wanted
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    """Convert floats without a fraction: Kubeflow passes every number of a JSON object as a float, but flags need 2."""
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def replace_removed_flags(flags: list[str], announce: Callable[[str], None]) -> list[str]:
+    """Replace flags that transformers 5 removed, or announce that they have no effect."""
+    result: list[str] = []
+    position = 0
+    while position < len(flags):
+        name, equals, value = flags[position].removeprefix("--").partition("=")
+        is_flag = flags[position].startswith("--")
+        name = name.replace("-", "_") if is_flag else name
+        # A switch may have no value; otherwise the following words are its values.
+        values = [value] if equals else []
+        end = position + 1
+        if is_flag and not equals:
+            while end < len(flags) and not flags[end].startswith("--"):
+                values.append(flags[end])
+                end += 1
+        if not is_flag:
+            result.append(flags[position])
+        elif name in _WITHOUT_EFFECT:
+            if name == "save_safetensors" and values and values[0].lower() in {"false", "0", "no"}:
+                raise UserError("--save_safetensors false: pickled weights are not written; leave the flag out.")
+            announce(f"--{name} has no effect: {_WITHOUT_EFFECT[name]}.")
+        elif name == _GROUPED_BY_LENGTH:
+            if not values or values[0].lower() in {"true", "1", "yes"}:
+                result += ["--train_sampling_strategy", "group_by_length"]
+        elif name in _RENAMED:
+            result += [f"--{_RENAMED[name]}", *values]
+        else:
+            result += [f"--{name}", *values]
+        position = end
+    return result

@@ -1,0 +1,109 @@
+"""The checks of training flags that need no torch, for every flag of the table."""
+
+import subprocess
+import sys
+
+import pytest
+
+from minicpmv_finetune.components.train.flags import (
+    RANGES,
+    Flag,
+    check_flags,
+    find_contradictions,
+    find_mistakes,
+    table,
+)
+from minicpmv_finetune.errors import UserError
+
+NUMBERS = [name for name, flag in table().items() if flag.type in ("int", "float")]
+GOOD = {"int": "3", "float": "0.5", "bool": "true", "str": "text", "json": '{"a": 1}', "json_or_file": "file.json"}
+
+
+def _bad_words(flag: Flag) -> list[str]:
+    """Values that a flag must not accept."""
+    bad = [] if flag.type in ("str", "json_or_file") else ["wrong_type", "[1]"]
+    bad += ["no_such_choice"] if flag.choices else []
+    bad += ["{"] if flag.type == "json_or_file" else []
+    accepted = RANGES.get(flag.name)
+    if accepted:
+        bad += ["nan", "-7", "inf"]
+        bad += ["0"] if accepted.above is not None or (accepted.at_least or 0) > 0 else []
+        bad += [str(int(accepted.at_most) + 1)] if accepted.at_most is not None else []
+    return bad
+
+
+CASES = [(name, word) for name, flag in table().items() for word in _bad_words(flag)]
+
+
+@pytest.mark.parametrize(("name", "word"), CASES)
+def test_a_bad_value_is_one_sentence_that_names_the_flag(name: str, word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_flags(["--data_path", "data", f"--{name}", word])
+    sentence = str(caught.value)
+    assert sentence.startswith(f"--{name}: ")
+    assert sentence.endswith((".", "?"))
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("name", table())
+def test_a_good_value_is_accepted(name: str) -> None:
+    flag = table()[name]
+    word = flag.choices[0] if flag.choices else "1" if flag.type == "int" else GOOD[flag.type]
+    _, mistakes = find_mistakes([f"--{name}", *([] if flag.values == "none" else [word])])
+    assert not mistakes
+
+
+@pytest.mark.parametrize("name", table())
+def test_a_typing_error_in_a_name_gets_the_nearest_name(name: str) -> None:
+    _, mistakes = find_mistakes([f"--{name}x"])
+    assert "no such flag; did you mean --" in mistakes[0]
+
+
+def test_every_number_has_a_range() -> None:
+    assert set(NUMBERS) == set(RANGES)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--lora_r", "--lora_r: no value; write one behind it."),
+        ("--lora_r 8 16", "--lora_r: '16' is one value too many; remove it, or quote the value."),
+        ("stray --lora_r 8", "stray: not a flag; flags begin with two dashes"),
+        ("--warmup-ratio 0.1 --lora-r 0", "--lora_r: 0 is not accepted; give at least 1."),
+        ("--max_steps 0", "--max_steps: 0 is not accepted; give at least 1, or -1."),
+        ("--lr_scheduler_type cosin", "--lr_scheduler_type: cosin is not accepted; did you mean cosine?"),
+        ("--optim adamw", "--optim: adamw is not accepted; did you mean adamw_"),
+        ("--lora_r 0 --seed -1 --sede 3", "3 inputs are wrong. --lora_r: 0"),
+    ],
+)
+def test_mistakes_in_words_are_named(words: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_flags(["--data_path", "data", *words.split()] if not words.startswith("stray") else words.split())
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"use_lora": True}, "set tune_llm to false to train adapters, or use_lora to false"),
+        ({"q_lora": True}, "needs --use_lora true"),
+        ({"packing": True, "train_sampling_strategy": "group_by_length"}, "leave --group_by_length out"),
+        ({"early_stopping_patience": 2}, "nothing is evaluated"),
+    ],
+)
+def test_contradictions_have_a_remedy(values: dict[str, object], sentence: str) -> None:
+    assert sentence in find_contradictions(values)[0]
+
+
+def test_a_negation_is_the_flag_set_to_false() -> None:
+    assert find_mistakes(["--no_tune_llm"]) == ({"tune_llm": False}, [])
+    assert find_mistakes(["--use_lora", "--do_train", "no"])[0] == {"use_lora": True, "do_train": False}
+
+
+def test_the_check_imports_no_torch() -> None:
+    code = (
+        "import sys; from minicpmv_finetune.components.train.flags import check_flags\n"
+        "check_flags(['--data_path', 'data']); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
