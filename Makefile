@@ -90,6 +90,7 @@ readmes: install  ## write the README of each step from its component, and the t
 	$(BIN)/python docs/component_readmes.py
 	$(BIN)/python docs/environment_table.py
 	$(BIN)/python docs/inputs_table.py
+	$(BIN)/python docs/training_flags.py
 
 # The site needs no torch: the API reference is read from the source, not imported.
 docs: build/docs-venv/installed  ## build the documentation site into build/site; a warning ends the build

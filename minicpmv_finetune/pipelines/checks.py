@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.components.evaluate.metrics import check_metrics
+from minicpmv_finetune.components.evaluate.metrics import METRICS, check_metrics
 from minicpmv_finetune.components.evaluate.settings import settings_from as evaluation_settings
 from minicpmv_finetune.components.train.flags import (
     as_flags,
@@ -68,7 +68,8 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], reads_places: b
     if "start_from" in run and not run["registered_model"]:
         mistakes.append("registered_model: empty, so there is no champion to compare with; give a name.")
     if reads_places:
-        mistakes += _base_model_mistakes("base_model_uri", run["base_model_uri"])
+        if "base_model_uri" in checked or "base_model_uri" not in given:
+            mistakes += _base_model_mistakes("base_model_uri", run["base_model_uri"])
         mistakes += _data_mistakes(run)
     raise_mistakes(mistakes)
     return checked
@@ -149,6 +150,8 @@ def _base_model_mistakes(name: str, uri: str) -> list[str]:
 def _data_mistakes(run: Mapping[str, Any]) -> list[str]:
     """What is wrong with the beginning of the data, and with the metrics that its samples name."""
     mistakes = []
+    metric = run["evaluation_options"].get("metric", run["metric"])
+    default_metric = metric if metric in METRICS else "exact_match"
     scored = "eval_data_uri" if run["eval_data_uri"] else "data_uri"
     for name in ("data_uri", "eval_data_uri"):
         uri = run.get(name, "")
@@ -156,7 +159,7 @@ def _data_mistakes(run: Mapping[str, Any]) -> list[str]:
         def read(uri: str = uri, is_scored: bool = name == scored) -> None:
             samples = _read_data(uri)
             if is_scored:
-                check_metrics(samples, run["evaluation_options"].get("metric", run["metric"]))
+                check_metrics(samples, default_metric)
 
         mistakes += _noted(name, read) if uri else []
     return mistakes

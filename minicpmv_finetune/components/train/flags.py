@@ -210,7 +210,7 @@ def find_contradictions(values: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-_RENAMED = {
+RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -322,8 +322,8 @@ def replace_removed_flags(flags: list[str], announce: Callable[[str], None]) -> 
         elif name == _GROUPED_BY_LENGTH:
             if not values or values[0].lower() in {"true", "1", "yes"}:
                 result += ["--train_sampling_strategy", "group_by_length"]
-        elif name in _RENAMED:
-            result += [f"--{_RENAMED[name]}", *values]
+        elif name in RENAMED:
+            result += [f"--{RENAMED[name]}", *values]
         else:
             result += [f"--{name}", *values]
         position = end

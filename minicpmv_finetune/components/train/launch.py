@@ -10,14 +10,16 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 
-from .worker_exit import ERROR_FILE, StepProgress, read_progress
+from .flags import check_flags
+from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,11 +36,12 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
             one if there is no GPU.
 
     Raises:
-        UserError: A training process found a mistake that only the user can fix.
+        UserError: A flag is wrong, or a training process found a mistake that only the user can fix.
         RetryableError: A training process met a fault that may be gone at the next attempt.
         SystemExit: A training process failed for another reason (with its exit code), or signal n ended the training
             (with 128 + n).
     """
+    check_flags(flags)
     processes = processes or _process_count()
     _prepare_environment(processes)
 
@@ -52,7 +55,8 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[environment.WORKER_EXIT_FOLDER.name] = folder
         try:
-            run(parse_args(options))
+            with _without_useless_restarts(Path(folder)):
+                run(parse_args(options))
         except SignalException as stopped:
             # The processes have finished their step and saved it, or took too long.
             error = Path(folder) / ERROR_FILE
@@ -96,6 +100,29 @@ def _restart_options() -> list[str]:
     if not environment.NODES.read() and not environment.MAX_RESTARTS.read():
         options.append("--max-restarts=3")
     return options
+
+
+@contextmanager
+def _without_useless_restarts(folder: Path) -> Iterator[None]:
+    """Keep torchrun from restarting processes that ended for a known reason, because they would end so again."""
+    from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+    from torch.distributed.launcher import api
+
+    class Agent(api.LocalElasticAgent):
+        """torchrun's agent, which looks for the reason of a failure."""
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if result.is_failed() and (folder / EXIT_CODE_FILE).exists():
+                self._remaining_restarts = 0
+            return result
+
+    original = api.LocalElasticAgent
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = original  # type: ignore[misc]
 
 
 def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:

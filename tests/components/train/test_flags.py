@@ -40,7 +40,7 @@ def test_a_bad_value_is_one_sentence_that_names_the_flag(name: str, word: str) -
     with pytest.raises(UserError) as caught:
         check_flags(["--data_path", "data", f"--{name}", word])
     sentence = str(caught.value)
-    assert sentence.startswith(f"--{name}: ")
+    assert sentence.startswith(f"--{RENAMED.get(name, name)}: ")
     assert sentence.endswith((".", "?"))
     assert "\n" not in sentence
 
