@@ -7,6 +7,7 @@ import pytest
 
 from minicpmv_finetune.components.train.flags import (
     RANGES,
+    RENAMED,
     Flag,
     check_flags,
     find_contradictions,
