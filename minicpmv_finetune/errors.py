@@ -44,6 +44,10 @@ class UserError(_OneLineError):
     exit_code = USER_ERROR_EXIT
 
 
+class AccessError(UserError):
+    """This machine may not read a place that another machine, such as a pod of the cluster, may be allowed to read."""
+
+
 class MistakesError(UserError):
     """Several mistakes of the user, found at once.
 

@@ -22,7 +22,9 @@ RunnerName = Annotated[
 @app.command(rich_help_panel=PANEL)
 def demo(
     out: Out = Path("build/demo"),
-    seed: Annotated[int, typer.Option(help="Seed for the split of the digits and for the training.")] = 42,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed for the split of the digits and for the training.")
+    ] = 42,
 ) -> None:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
     from minicpmv_finetune.pipelines.demo import run_demo
@@ -109,6 +111,9 @@ def predict(
     max_new_tokens: NewTokens = 128,
 ) -> None:
     """Ask a tuned model a question about an image."""
+    from minicpmv_finetune.pipelines.checks import check_base_model
+
+    check_base_model("--model", model)
     from minicpmv_finetune.components.evaluate.predict import predict as answer
 
     print(answer(model, image or [], prompt, adapter, max_new_tokens))

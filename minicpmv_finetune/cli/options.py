@@ -16,7 +16,7 @@ Output = Literal["text", "json"]
 Inputs = Mapping[str, Any]
 """The parameter of a command that `with_inputs` turns into options."""
 Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
-NewTokens = Annotated[int, typer.Option(help="Maximum length of an answer in tokens.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")]
 Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
 DEFAULT_MODEL: str = INPUTS["registered_model"].default
 

@@ -74,15 +74,19 @@ def preprocess(
     cache: Annotated[
         str, typer.Option(help="Folder or s3:// URI that keeps finished shards for later runs; by default beside OUT.")
     ] = "",
-    num_workers: Annotated[int, typer.Option(help="Number of processes; 0 means one per core.")] = 0,
+    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0 means one per core.")] = 0,
 ) -> None:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
-    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
-    from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
+    from minicpmv_finetune.pipelines.checks import check_base_model
     from minicpmv_finetune.shards.codecs import check_codec
 
+    codec = check_codec(picture_codec)
+    check_base_model("--base-model", inputs["base_model_uri"])
+    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
+    from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
+
     settings = PreprocessSettings(
-        inputs["max_slice_nums"], inputs["model_max_length"], inputs["max_reject_ratio"], check_codec(picture_codec)
+        inputs["max_slice_nums"], inputs["model_max_length"], inputs["max_reject_ratio"], codec
     )
     rejects, report = (out.parent / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
     step(dataset, inputs["base_model_uri"], out, rejects, settings, cache, num_workers, report)
@@ -137,6 +141,9 @@ def merge(
     import tempfile
 
     from minicpmv_finetune import storage
+    from minicpmv_finetune.pipelines.checks import check_base_model
+
+    check_base_model("--base-model", inputs["base_model_uri"])
     from minicpmv_finetune.components.merge.merge import MergeSettings
     from minicpmv_finetune.components.merge.merge import merge as step
 
@@ -173,6 +180,11 @@ def evaluate(
 
     options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
+    from minicpmv_finetune.pipelines.checks import check_base_model
+
+    for option, uri in (("--model", str(model)), ("--base-model", base_model), ("--champion", champion)):
+        if uri:
+            check_base_model(option, uri)
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
 
     decision = step(

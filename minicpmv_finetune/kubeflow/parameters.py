@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
+from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.checks import check_run
 from minicpmv_finetune.pipelines.inputs import INPUTS
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 
-from .profile import Profile
+from .profile import Profile, use_storage
 from .yaml_files import read_mapping
 
 BaseModelPlace = Literal["object storage", "volume", "hub", "this machine"]
@@ -48,15 +49,22 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
             hub has no such model.
         RetryableError: The hub does not answer.
     """
-    checked = check_run(pipeline.inputs, given, reads_places=False)
+    mistakes = []
     for name in ("data_uri", "eval_data_uri"):
-        address = str(checked.get(name, ""))
+        address = str(given.get(name) or "")
         if address and not storage.is_object_uri(address) and not address.startswith("hf://"):
-            raise not_reachable(name, address)
-    base_model = str(checked.get("base_model_uri") or INPUTS["base_model_uri"].default)
+            mistakes.append(not_reachable(name, address))
+    base_model = str(given.get("base_model_uri") or INPUTS["base_model_uri"].default)
     place = base_model_place(base_model, profile)
     if place == "this machine":
-        raise not_reachable("base_model_uri", base_model)
+        mistakes.append(not_reachable("base_model_uri", base_model))
+    use_storage(profile)
+    checked: dict[str, Any] = {}
+    try:
+        checked = check_run(pipeline.inputs, given, runs_here=False)
+    except MistakesError as error:
+        mistakes += error.sentences
+    raise_mistakes(mistakes)
     return {**checked, "base_model_uri": pin_to_commit(base_model) if place == "hub" else base_model}
 
 
@@ -69,11 +77,9 @@ def base_model_place(address: str, profile: Profile) -> BaseModelPlace:
     return "this machine" if address.startswith((".", "/", "~")) else "hub"
 
 
-def not_reachable(name: str, address: str) -> UserError:
-    """The error for an address of this machine."""
-    return UserError(
-        f"{name}: {address} is a path on this machine, which the cluster cannot read; copy it to s3:// first."
-    )
+def not_reachable(name: str, address: str) -> str:
+    """The sentence about an address of this machine."""
+    return f"{name}: {address} is a path on this machine, which the cluster cannot read; copy it to s3:// first."
 
 
 def pin_to_commit(model: str) -> str:

@@ -223,7 +223,7 @@ def _check_base_model(uri: str, profile: Profile) -> str:
     if place == "volume" and profile.base_models:
         raise SkippedError(f"{uri} is on the claim {profile.base_models.claim}, which only pods can read")
     if place == "this machine":
-        raise not_reachable("base_model_uri", uri)
+        raise UserError(not_reachable("base_model_uri", uri))
     if place == "hub":
         return pin_to_commit(uri)
     if "config.json" not in storage.list_files(uri):

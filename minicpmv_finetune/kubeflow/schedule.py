@@ -23,7 +23,8 @@ import kfp_server_api
 from cron_descriptor import ExpressionDescriptor, Options
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from minicpmv_finetune.errors import RetryableError, UserError, describe_validation_error
+from minicpmv_finetune.errors import MistakesError, RetryableError, UserError, describe_validation_error
+from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines import PipelineChoice, pipeline_of
 
 from .client import Cluster, name_filter
@@ -163,10 +164,15 @@ def apply(cluster: Cluster, schedules: Sequence[Schedule], dry_run: bool) -> lis
         UserError: An input of a schedule is wrong, or the server refuses.
         RetryableError: The server does not answer; apply the schedules again.
     """
-    resolved = []
+    resolved, mistakes = [], []
     for schedule in schedules:
-        parameters = resolve_parameters(pipeline_of(schedule.pipeline), schedule.parameters, cluster.profile)
-        resolved.append(schedule.model_copy(update={"parameters": parameters}))
+        try:
+            parameters = resolve_parameters(pipeline_of(schedule.pipeline), schedule.parameters, cluster.profile)
+        except MistakesError as error:
+            mistakes += [f"schedule {schedule.name}: {sentence}" for sentence in error.sentences]
+        else:
+            resolved.append(schedule.model_copy(update={"parameters": parameters}))
+    raise_mistakes(mistakes)
     return [change for schedule in resolved for change in _reconcile(cluster, schedule, dry_run)]
 
 

@@ -8,7 +8,10 @@ and one error names all mistakes. The steps check again what they get.
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,10 @@ from minicpmv_finetune.components.evaluate.metrics import METRICS, check_metrics
 from minicpmv_finetune.components.evaluate.settings import settings_from as evaluation_settings
 from minicpmv_finetune.components.train.flags import (
     as_flags,
-    check_flags,
     find_contradictions,
     find_mistakes,
     pop_num_nodes,
+    read_flags,
     replace_removed_flags,
 )
 from minicpmv_finetune.components.validate_data.validate import settings_from as validation_settings
@@ -29,7 +32,7 @@ from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import InspectedImage, check_record
 from minicpmv_finetune.data.reading import Record, local_copy, read_records
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
-from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
+from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
 from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of
 from minicpmv_finetune.options import raise_mistakes
 
@@ -49,14 +52,14 @@ _SET_BY_THE_PIPELINE = {
 }
 
 
-def check_run(inputs: Sequence[Input], given: Mapping[str, Any], reads_places: bool = True) -> dict[str, Any]:
+def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool = True) -> dict[str, Any]:
     """The given inputs of a run in their types, after every check that is possible before its first step.
 
     Args:
         inputs: Inputs of the pipeline.
         given: Values by name.
-        reads_places: Whether to read the base model's configuration and the beginning of the data. A cluster's places
-            cannot be read from everywhere.
+        runs_here: Whether the steps run on this machine. For a cluster only stores and the hub are looked up, and a
+            place that this machine may not read is no mistake.
 
     Raises:
         UserError: Inputs, flags, options, the base model or the data cannot be used; all mistakes at once.
@@ -67,10 +70,9 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], reads_places: b
     mistakes += _option_mistakes(run)
     if "start_from" in run and not run["registered_model"]:
         mistakes.append("registered_model: empty, so there is no champion to compare with; give a name.")
-    if reads_places:
-        if "base_model_uri" in checked or "base_model_uri" not in given:
-            mistakes += _base_model_mistakes("base_model_uri", run["base_model_uri"])
-        mistakes += _data_mistakes(run)
+    # A default that is used in place of a wrong value is not looked up.
+    wrong = set(given) - set(checked)
+    mistakes += _place_mistakes([place for place in _places(run) if place.name not in wrong], runs_here)
     raise_mistakes(mistakes)
     return checked
 
@@ -84,20 +86,25 @@ def check_training(argv: Sequence[str]) -> None:
     Raises:
         UserError: Flags, the base model or the data cannot be used; all mistakes at once.
     """
-    values, _ = find_mistakes(check_flags(argv))
-    mistakes = []
+    _, values, mistakes = read_flags(argv)
+    places = []
     if model := values.get("model_name_or_path"):
-        mistakes += _base_model_mistakes("--model_name_or_path", model)
-    data, evaluation = values["data_path"], values.get("eval_data_path", "")
-    if data.endswith((".json", ".jsonl")):
-        for name, uri in (("--data_path", data), ("--eval_data_path", evaluation)):
-            mistakes += _noted(name, lambda uri=uri: _read_data(uri)) if uri else []
-    elif "://" not in data and not Path(data).expanduser().is_dir():
-        mistakes.append(
-            f"--data_path: {data}: no such folder; give the shards folder that preprocess wrote, or a .json or .jsonl "
-            "file."
-        )
-    raise_mistakes(mistakes)
+        places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model)))
+    if data := values.get("data_path"):
+        is_raw = data.endswith((".json", ".jsonl"))
+        places.append(_Place("--data_path", data, lambda: _read_data(data) if is_raw else _check_shards(data)))
+        if is_raw and (evaluation := values.get("eval_data_path")):
+            places.append(_Place("--eval_data_path", evaluation, lambda: _read_data(evaluation)))
+    raise_mistakes(mistakes + _place_mistakes(places, runs_here=True))
+
+
+def check_base_model(option: str, uri: str) -> None:
+    """Check that a base model is there and of a supported kind, before a step imports torch.
+
+    Raises:
+        UserError: It is not.
+    """
+    raise_mistakes(_place_mistakes([_Place(option, uri, lambda: _check_kind(uri))], runs_here=True))
 
 
 def _flag_mistakes(run: Mapping[str, Any]) -> list[str]:
@@ -129,40 +136,107 @@ def _option_mistakes(run: Mapping[str, Any]) -> list[str]:
     return mistakes
 
 
-def _base_model_mistakes(name: str, uri: str) -> list[str]:
-    """Why a base model cannot be used: it is missing, or of a kind that this project does not support."""
+@dataclass(frozen=True)
+class _Place:
+    """A path or URI among the inputs.
 
-    def look_up() -> None:
-        path = Path(uri).expanduser()
-        if "://" not in uri and path.is_dir():
-            detect_generation(path)
-            return
-        place = f"{uri}/config.json"
-        try:
-            config = json.loads(storage.read_model_file(uri, "config.json"))
-        except ValueError as error:
-            raise UserError(f"{place}: not valid JSON ({error}); the checkpoint is damaged.") from error
-        generation_of(config if isinstance(config, dict) else {}, place)
+    Attributes:
+        name: Name of the input, for messages.
+        uri: The path or URI.
+        check: Function that looks it up, and raises one of the two errors.
+    """
 
-    return _noted(name, lambda: _within(_LOOK_UP_SECONDS, look_up))
+    name: str
+    uri: str
+    check: Callable[[], object]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a store or the hub must answer."""
+        is_path = self.uri.startswith((".", "/", "~")) or Path(self.uri).exists()
+        return "://" in self.uri or not (is_path or self.uri.endswith((".json", ".jsonl")))
 
 
-def _data_mistakes(run: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the beginning of the data, and with the metrics that its samples name."""
-    mistakes = []
+def _places(run: Mapping[str, Any]) -> list[_Place]:
+    """The base model and the data of a run."""
+    base, data, evaluation = (run.get(name, "") for name in ("base_model_uri", "data_uri", "eval_data_uri"))
     metric = run["evaluation_options"].get("metric", run["metric"])
     default_metric = metric if metric in METRICS else "exact_match"
-    scored = "eval_data_uri" if run["eval_data_uri"] else "data_uri"
-    for name in ("data_uri", "eval_data_uri"):
-        uri = run.get(name, "")
+    places = [_Place("base_model_uri", base, lambda: _check_kind(base))]
+    if data:
+        read = _read_data if evaluation else partial(_check_scored_data, default_metric=default_metric)
+        places.append(_Place("data_uri", data, lambda: read(data)))
+    if evaluation:
+        places.append(_Place("eval_data_uri", evaluation, lambda: _check_scored_data(evaluation, default_metric)))
+    return places
 
-        def read(uri: str = uri, is_scored: bool = name == scored) -> None:
-            samples = _read_data(uri)
-            if is_scored:
-                check_metrics(samples, default_metric)
 
-        mistakes += _noted(name, read) if uri else []
+def _place_mistakes(places: Sequence[_Place], runs_here: bool) -> list[str]:
+    """Why places cannot be used; the remote ones are looked up at the same time, and not waited for long."""
+    remote = {place.name: _LookUp(place.check) for place in places if place.is_remote}
+    deadline = time.monotonic() + _LOOK_UP_SECONDS
+    mistakes = []
+    for place in places:
+        if place.name in remote:
+            mistakes += _noted(place.name, partial(remote[place.name].finish, deadline), runs_here)
+        elif runs_here:
+            mistakes += _noted(place.name, place.check)
     return mistakes
+
+
+class _LookUp(threading.Thread):
+    """A check that may wait for a store; the end of the process does not wait for it."""
+
+    def __init__(self, check: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._check = check
+        self._raised: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Call the check."""
+        try:
+            self._check()
+        except BaseException as error:
+            self._raised = error
+
+    def finish(self, deadline: float) -> None:
+        """Wait for the check until a time of the monotonic clock, and raise what it raised.
+
+        Raises:
+            RetryableError: It has not ended.
+        """
+        self.join(max(deadline - time.monotonic(), 0))
+        if self.is_alive():
+            raise RetryableError(f"no answer within {_LOOK_UP_SECONDS:g} seconds")
+        if self._raised:
+            raise self._raised
+
+
+def _check_kind(uri: str) -> None:
+    """Check that a base model is of a supported kind, by its config.json."""
+    path = Path(uri).expanduser()
+    if "://" not in uri and path.is_dir():
+        detect_generation(path)
+        return
+    place = f"{uri}/config.json"
+    try:
+        config = json.loads(storage.read_model_file(uri, "config.json"))
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error}); the checkpoint is damaged.") from error
+    generation_of(config if isinstance(config, dict) else {}, place)
+
+
+def _check_shards(uri: str) -> None:
+    if "://" not in uri and not Path(uri).expanduser().is_dir():
+        raise UserError(
+            f"{uri}: no such folder; give the shards folder that preprocess wrote, or a .json or .jsonl file."
+        )
+
+
+def _check_scored_data(pattern: str, default_metric: str) -> None:
+    """Read the beginning of the data from which the evaluation's samples come, and check their metrics."""
+    check_metrics(_read_data(pattern), default_metric)
 
 
 def _read_data(pattern: str) -> list[Sample]:
@@ -173,7 +247,7 @@ def _read_data(pattern: str) -> list[Sample]:
     """
     storage.require_allowed(pattern)
     if storage.is_object_uri(pattern):
-        _within(_LOOK_UP_SECONDS, lambda: storage.size(storage.expand(pattern)[0]))
+        storage.size(storage.expand(pattern)[0])
         return []
     accepted, rejected = [], []
     for record in _first_records(storage.expand(pattern)):
@@ -210,37 +284,15 @@ def _without_decoding(address: str) -> InspectedImage | SampleError:
     return InspectedImage(ImageRef(uri=address, sha256="", width=1, height=1), b"", ())
 
 
-def _within(seconds: float, look_up: Callable[[], object]) -> None:
-    """Call a function that may wait for a store; when it takes too long, go on without its result.
-
-    Raises:
-        UserError: The function raised it.
-    """
-    raised: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            look_up()
-        except BaseException as error:
-            raised.append(error)
-
-    # A daemon, because the end of the process must not wait for it.
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise RetryableError(f"no answer within {seconds:g} seconds")
-    if raised:
-        raise raised[0]
-
-
-def _noted(name: str, check: Callable[[], object]) -> list[str]:
+def _noted(name: str, check: Callable[[], object], must_be_readable: bool = True) -> list[str]:
     """The sentences of the mistakes that a check finds; what cannot be known yet is only a warning."""
     try:
         check()
+    except (RetryableError, AccessError) as error:
+        if isinstance(error, UserError) and must_be_readable:
+            return [f"{name}: {error}"]
+        print(f"warning: {name}: not checked before the run: {error}", file=sys.stderr)
     except UserError as error:
         sentences = error.sentences if isinstance(error, MistakesError) else (str(error),)
         return [one if not name or one.startswith(name) else f"{name}: {one}" for one in sentences]
-    except RetryableError as error:
-        print(f"warning: {name}: not checked before the run: {error}", file=sys.stderr)
     return []

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.errors import AccessError, RetryableError, UserError
 
 from .s3 import load_boto3
 from .uris import shorten
@@ -42,7 +42,7 @@ def explain_failures(uri: str) -> Iterator[None]:
             raise UserError(f"{shown}: invalid path ({error.strerror}); check it.") from error
         raise RetryableError(f"{shown}: {error.strerror or error}; try again.") from error
     except (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.ProfileNotFound) as error:
-        raise UserError(
+        raise AccessError(
             f"{shown}: no S3 credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
             "(and AWS_ENDPOINT_URL for a server of your own)."
         ) from error
@@ -71,7 +71,7 @@ def _explain_response(shown: str, error: "ClientError") -> NoReturn:
     if status in (408, 429) or status >= 500 or code == "RequestTimeout":
         raise RetryableError(f"{shown}: the store answered {code} ({status}); try again.") from error
     if status in (401, 403):
-        raise UserError(f"{shown}: access denied ({code}); check the credentials and the bucket's policy.") from error
+        raise AccessError(f"{shown}: access denied ({code}); check the credentials and the bucket's policy.") from error
     raise UserError(
         f"{shown}: the store refused the request ({code}, {status}); check URI, region and credentials."
     ) from error

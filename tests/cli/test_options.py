@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.pipelines import checks
 from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, REQUIRED, RETRAIN_INPUTS, Input
 
 
@@ -49,7 +50,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run", "--data", "d.json", "--lora-r", "0", "--seed", "-1"], "2 inputs are wrong. lora_r: 0"),
+        (["run", "--data", "d.json", "--lora-r", "0", "--seed", "-1"], "3 inputs are wrong. lora_r: 0"),
         (["retrain", "--data", "d.json", "--start-from", "bse"], "did you mean base"),
         (["plan", "--data", "d.json", "--num-train-epochs", "-3"], "num_train_epochs: -3.0 is not accepted"),
         (["validate-data", "--data", "d.json", "--out", "o", "--max-reject-ratio", "5"], "give at most 1"),
@@ -61,6 +62,7 @@ def test_a_mistake_is_reported_before_any_work(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "_check_kind", lambda uri: None)  # the default is on the hub
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, UserError)
     assert sentence in str(done.exception)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from minicpmv_finetune.components.evaluate.settings import EvaluationSettings
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
 from minicpmv_finetune.components.train.flags import RANGES
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings
-from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
+from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
 from minicpmv_finetune.options import Accepted, _fields
 from minicpmv_finetune.pipelines import checks
 from minicpmv_finetune.pipelines.checks import check_run, check_training
@@ -169,16 +170,35 @@ def test_what_a_store_does_not_answer_is_only_a_warning(
     assert "warning: base_model_uri: not checked before the run: owner/name: the hub" in capsys.readouterr().err
 
 
-def test_a_look_up_has_a_time_limit() -> None:
-    import threading
+def test_look_ups_have_a_time_limit_together(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "_LOOK_UP_SECONDS", 0.01)
+    for name in ("size", "read_model_file"):
+        monkeypatch.setattr(checks.storage, name, lambda *arguments: threading.Event().wait())
+    there = {"data_uri": "s3://bucket/train.json", "base_model_uri": "owner/name"}
+    assert check_run(FINETUNE_INPUTS, there) == there
+    assert capsys.readouterr().err.count("no answer within 0.01 seconds") == 2
 
-    with pytest.raises(RetryableError, match=r"no answer within 0\.01 seconds"):
-        checks._within(0.01, threading.Event().wait)
 
-
-def test_a_cluster_checks_no_places_of_this_machine(given: dict[str, Any]) -> None:
+def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     there = {"data_uri": "/data/train.json", "base_model_uri": "/models/base"}
-    assert check_run(FINETUNE_INPUTS, there, reads_places=False) == there
+    assert check_run(FINETUNE_INPUTS, there, runs_here=False) == there
+
+    def refuse(uri: str) -> int:
+        raise AccessError(f"{uri}: access denied") if "closed" in uri else UserError(f"{uri}: not found")
+
+    monkeypatch.setattr(checks.storage, "size", refuse)
+    with pytest.raises(MistakesError) as caught:
+        check_run(
+            FINETUNE_INPUTS,
+            {**there, "data_uri": "s3://closed/a.json", "eval_data_uri": "s3://b/b.json"},
+            runs_here=False,
+        )
+    assert caught.value.sentences == ("eval_data_uri: s3://b/b.json: not found",)
+    assert "warning: data_uri: not checked before the run: s3://closed/a.json: access" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,7 +235,7 @@ def test_steps_and_flags_accept_what_the_table_accepts() -> None:
 
 @pytest.mark.parametrize("settings", [PreprocessSettings, ValidationSettings])
 def test_a_step_refuses_a_value_out_of_range(settings: Any) -> None:
-    with pytest.raises(UserError, match="max_reject_ratio: 5 is not accepted; give at most 1"):
+    with pytest.raises(UserError, match=r"max_reject_ratio: 5\.0 is not accepted; give at most 1"):
         settings(max_reject_ratio=5)
 
 

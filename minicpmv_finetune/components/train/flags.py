@@ -135,12 +135,24 @@ def check_flags(argv: Sequence[str], announce: Callable[[str], None] = lambda se
     Raises:
         UserError: A flag is unknown or has a wrong value, or flags contradict each other; all mistakes at once.
     """
+    flags, _, mistakes = read_flags(argv, announce)
+    raise_mistakes(mistakes)
+    return flags
+
+
+def read_flags(
+    argv: Sequence[str], announce: Callable[[str], None] = lambda sentence: None
+) -> tuple[list[str], dict[str, Any], list[str]]:
+    """The flags under their present names, their values as far as they are accepted, and a sentence for each mistake.
+
+    Raises:
+        UserError: The YAML file of flags cannot be read.
+    """
     flags = replace_removed_flags(expand_file(list(argv)), announce)
     values, mistakes = find_mistakes(flags)
     if not values.get("data_path"):
         mistakes.append("--data_path: missing; give a shards folder or the training data.")
-    raise_mistakes([*mistakes, *find_contradictions(values)])
-    return flags
+    return flags, values, mistakes + find_contradictions(values)
 
 
 def find_mistakes(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -48,7 +48,10 @@ def test_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--use_lora true --tune_llm true", "The model cannot simultaneously adjust LLM parameters and apply LoRA."),
+        (
+            "--use_lora true --tune_llm true",
+            "The model cannot simultaneously adjust LLM parameters and apply LoRA; set",
+        ),
         ("--q_lora true", "--q_lora trains adapters on a 4-bit model and needs --use_lora true."),
         ("--no_such_flag 1", "--no_such_flag: no such flag"),
         ("--learning_rate fast", "--learning_rate"),
