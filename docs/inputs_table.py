@@ -15,6 +15,12 @@ Every input of the pipelines `finetune` and `retrain`;
 [`pipelines/inputs.py`](../minicpmv_finetune/pipelines/inputs.py) is the table, and `make readmes` writes this page from
 it. On the command line, `minicpmv-finetune run` and `minicpmv-finetune retrain` have an option for each; a JSON object
 is given as text there.
+
+Before the first step, a run is checked as a whole, in about two seconds: these inputs, the flags in `training_flags`
+and the options of the steps with their types and ranges; the kind of the base model, by its `config.json`; and
+existence, format and metrics of the data's first 1,000 samples, without decoding images. One message names all
+mistakes. What a store or the hub does not answer within eight seconds is a warning. For a run on a cluster, what only
+the cluster can read is left to its steps, which check again what they get.
 """
 
 

@@ -50,7 +50,7 @@ def test_defaults_are_the_published_ones() -> None:
     [
         (
             "--use_lora true --tune_llm true",
-            "The model cannot simultaneously adjust LLM parameters and apply LoRA; set",
+            "simultaneously adjust LLM parameters and apply LoRA; set tune_llm",
         ),
         ("--q_lora true", "--q_lora trains adapters on a 4-bit model and needs --use_lora true."),
         ("--no_such_flag 1", "--no_such_flag: no such flag"),

@@ -2,14 +2,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from playwright.sync_api import Page
 from safetensors.torch import load_file
+from torch.distributed.elastic.agent.server import RunResult, WorkerState
+from torch.distributed.launcher import api
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.components.train.launch import launch
+from minicpmv_finetune.components.train.launch import _without_useless_restarts, launch
+from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.reports.training_record import read_record
@@ -65,6 +69,28 @@ def test_a_training_starts_from_an_adapter_in_a_store(
     started_at = next(figures["loss"] for figures in record.history if "loss" in figures)
     fresh = next(figures["loss"] for figures in read_record(adapter).history if "loss" in figures)
     assert started_at < fresh
+
+
+@pytest.mark.parametrize(("recorded", "restarts"), [(True, 0), (False, 3)])
+def test_only_an_end_without_a_known_reason_is_restarted(
+    recorded: bool, restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        """torchrun's agent after a process has failed."""
+
+        _remaining_restarts = 3
+
+        def _monitor_workers(self, worker_group: object) -> RunResult:
+            return RunResult(state=WorkerState.FAILED)
+
+    monkeypatch.setattr(api, "LocalElasticAgent", Failing)
+    if recorded:
+        (tmp_path / EXIT_CODE_FILE).write_text("2")
+    with _without_useless_restarts(tmp_path):
+        agent: Any = api.LocalElasticAgent()  # type: ignore[call-arg]
+        agent._monitor_workers(None)
+    assert agent._remaining_restarts == restarts
+    assert api.LocalElasticAgent is Failing  # type: ignore[comparison-overlap]
 
 
 def test_a_full_fine_tune_saves_a_whole_checkpoint(
