@@ -4,6 +4,7 @@ SEED ?= 42
 BIN := .venv/bin
 
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
+	test-gpu bench-gpu \
 	mutation coverage browser lock readmes docs compiled dist base-image images demo-containers clean
 
 help:  ## list all targets
@@ -20,6 +21,12 @@ test-faults: install browser  ## kill each step at three moments, and fuzz each 
 
 test-faults-long: install browser  ## the same with twenty moments and 12,500 inputs
 	FAULT_MOMENTS=20 FUZZ_EXAMPLES=12500 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/faults
+
+test-gpu: install  ## on a machine with a GPU: the claims of docs/gpu.md that a tiny model can show
+	$(BIN)/python -m pytest -n 8 tests/gpu
+
+bench-gpu: install  ## on a machine with a GPU: tokens per second, MFU and memory at the published sizes
+	$(BIN)/python benchmarks/gpu.py
 
 check: install  ## lint and type check
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def collate(
     patch_size: int,
     padding_side: Literal["left", "right"],
     resampler: ResizingLibrary = "torchvision",
+    normalized: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Pad samples to the longest one and stack them.
 
@@ -31,11 +32,13 @@ def collate(
         patch_size: Side of a patch in pixels.
         padding_side: Side of the padding: right in training, left in generation.
         resampler: Library whose arithmetic the generation's image processor uses; see `pack_patches`.
+        normalized: Whether the pixels are normalized here; otherwise they stay uint8, a quarter of the bytes, and the
+            model normalizes them to the same bits.
 
     Returns:
         `input_ids` and `attention_mask` [B, T]; `labels` [B, T] if the samples have labels. With images also
-        `pixel_values`, float32 [1, 3, patch_size, patch_size * patches], and `target_sizes`, int32 [slices, 2]: the
-        (rows, columns) of each slice in patches.
+        `pixel_values`, float32 or uint8 [1, 3, patch_size, patch_size * patches], and `target_sizes`, int32
+        [slices, 2]: the (rows, columns) of each slice in patches.
     """
     length = max(len(sample.input_ids) for sample in inputs)
     input_ids = torch.full((len(inputs), length), pad_token_id)
@@ -51,11 +54,14 @@ def collate(
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if any(len(sample.labels) for sample in inputs):
         batch["labels"] = labels
-    return {**batch, **_collate_slices(inputs, patch_size, resampler)}
+    return {**batch, **_collate_slices(inputs, patch_size, resampler, normalized)}
 
 
 def collate_packed(
-    inputs: Sequence[ModelInput], patch_size: int, resampler: ResizingLibrary = "torchvision"
+    inputs: Sequence[ModelInput],
+    patch_size: int,
+    resampler: ResizingLibrary = "torchvision",
+    normalized: bool = True,
 ) -> dict[str, Any]:
     """Concatenate samples into one row without padding; see `packed`.
 
@@ -63,6 +69,7 @@ def collate_packed(
         inputs: At least one sample.
         patch_size: Side of a patch in pixels.
         resampler: Library whose arithmetic the generation's image processor uses; see `pack_patches`.
+        normalized: Whether the pixels are normalized here; see `collate`.
 
     Returns:
         `input_ids` and `labels` [1, tokens of all samples], the arguments of `packing_arguments`, and images as from
@@ -76,17 +83,20 @@ def collate_packed(
         "input_ids": torch.cat([torch.as_tensor(sample.input_ids) for sample in inputs]).long().unsqueeze(0),
         "labels": torch.cat(labels).long().unsqueeze(0),
         **packing_arguments([len(sample.input_ids) for sample in inputs]),
-        **_collate_slices(inputs, patch_size, resampler),
+        **_collate_slices(inputs, patch_size, resampler, normalized),
     }
 
 
 def _collate_slices(
-    inputs: Sequence[ModelInput], patch_size: int, resampler: ResizingLibrary
+    inputs: Sequence[ModelInput], patch_size: int, resampler: ResizingLibrary, normalized: bool
 ) -> dict[str, torch.Tensor]:
     slices = [pixels for sample in inputs for pixels in sample.slices]
     if not slices:
         return {}
-    packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
+    if normalized:
+        packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
+    else:
+        packed = [_place_side_by_side(pixels, patch_size, torch.uint8) for pixels in slices]
     return {
         "pixel_values": torch.cat(packed, dim=-1).unsqueeze(0),
         "target_sizes": torch.tensor(
@@ -109,13 +119,39 @@ def pack_patches(
     Returns:
         float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
     """
+    return _normalize(_place_side_by_side(pixels, patch_size, torch.float32), resampler)
+
+
+def _place_side_by_side(pixels: NDArray[np.uint8], patch_size: int, dtype: torch.dtype) -> torch.Tensor:
     height, width, channels = pixels.shape
     patches = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
     # A pixel row of the slice stays contiguous, so one pass both reorders and converts the pixels.
-    packed = torch.empty(channels, patch_size, height // patch_size, width).copy_(patches.permute(3, 1, 0, 2))
-    packed = packed.view(channels, patch_size, -1)
+    packed = torch.empty(channels, patch_size, height // patch_size, width, dtype=dtype)
+    return packed.copy_(patches.permute(3, 1, 0, 2)).view(channels, patch_size, -1)
+
+
+def _normalize(values: torch.Tensor, resampler: ResizingLibrary) -> torch.Tensor:
+    """Normalize float32 values from 0 to 255 in place, by the arithmetic of an image processor."""
     if resampler == "pillow":
         # That processor scales to [0, 1] first and then normalizes with mean 0.5 and standard deviation 0.5.
-        return packed.div_(255).sub_(0.5).div_(0.5)
+        return values.div_(255).sub_(0.5).div_(0.5)
     # That processor normalizes in one step: mean 0.5 and standard deviation 0.5, multiplied by 255.
-    return packed.sub_(127.5).div_(127.5)
+    return values.sub_(127.5).div_(127.5)
+
+
+def normalize_pixels(pixels: torch.Tensor, resampler: ResizingLibrary, dtype: torch.dtype) -> torch.Tensor:
+    """Convert the pixels of a batch to the type of the vision tower, and normalize them if they are uint8.
+
+    A pixel has 256 values, so a table contains all results. The table is computed on the CPU: a GPU divides by
+    multiplying with the reciprocal, which changes the last bit.
+
+    Args:
+        pixels: Pixels in any shape; of a floating type if they are normalized already.
+        resampler: Library whose arithmetic the generation's image processor uses.
+        dtype: Type of the result.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels.to(dtype)
+    table = _normalize(torch.arange(256, dtype=torch.float32), resampler)
+    table = table.to(pixels.device, dtype, non_blocking=True)
+    return table.index_select(0, pixels.flatten().int()).view(pixels.shape)

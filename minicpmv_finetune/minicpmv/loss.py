@@ -89,7 +89,10 @@ def supervised_loss(
     """
     targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden_states.device)
     supervised = targets != IGNORED_LABEL
-    states, target_ids = hidden_states[supervised], targets[supervised]
+    # Their number must be known here, so a GPU is waited for once; an index by the mask would wait four times.
+    positions = supervised.flatten().nonzero().squeeze(1)
+    states = hidden_states.flatten(0, 1).index_select(0, positions)
+    target_ids = targets.flatten().index_select(0, positions)
     needs_gradient = torch.is_grad_enabled()
     divisor = len(target_ids) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, torch.Tensor):

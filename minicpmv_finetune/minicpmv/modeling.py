@@ -17,6 +17,7 @@ The names of the tensors (`llm.*`, `vpm.*`, `resampler.*`) are those of the publ
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from .batch import normalize_pixels
 from .configuration import IMAGE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
+from .generations import MINICPMV_2_6
 from .loss import SupervisedOutput, drop_redundant_mask, supervised_loss
 
 UNTIMED = -1
@@ -89,13 +92,17 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, grid: PatchGrid) -> torch.Tensor:
-        """Embed packed pixels, [1, channels, patch size, patch size * patches], to [patches, width]."""
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))[0, :, 0].transpose(0, 1)
+        """Embed packed pixels, [1, channels, patch size, patch size * patches], to [patches, width].
+
+        The grid is on the CPU.
+        """
+        pixels = normalize_pixels(pixel_values, MINICPMV_2_6.resampler, self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(pixels)[0, :, 0].transpose(0, 1)
         # Rounded up to a multiple of 64, so that most batches use the same cached table.
         longest = -(-int(torch.maximum(grid.rows, grid.columns).max()) // 64) * 64
-        nearest = torch.from_numpy(_nearest_position_table(self.side, longest)).to(patches.device)
+        nearest = torch.from_numpy(_nearest_position_table(self.side, longest))
         position = nearest[grid.rows, grid.row] * self.side + nearest[grid.columns, grid.column]
-        return patches + self.position_embedding(position)
+        return patches + self.position_embedding(position.to(patches.device, non_blocking=True))
 
 
 class VisionTower(PreTrainedModel):
@@ -131,17 +138,18 @@ class VisionTower(PreTrainedModel):
         Returns:
             Packed features, [patches of all slices, width].
         """
-        grid = PatchGrid.from_target_sizes(target_sizes)
+        grid = PatchGrid.from_target_sizes(target_sizes.cpu())
         patches = pixel_values.shape[-1] // self.config.patch_size
         if patches != len(grid.slice_ids):
             raise ValueError(
                 f"pixel_values has {patches} patches, but target_sizes describes {len(grid.slice_ids)}; give both for "
                 "the same slices."
             )
-        padded, attention_mask = pad_groups(self.embeddings(pixel_values, grid), grid.lengths, grid.slice_ids)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=attention_mask)
+        groups = Groups.from_lengths(grid.lengths, grid.slice_ids, pixel_values.device)
+        padded = groups.pad(self.embeddings(pixel_values, grid))
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=groups.mask)
         encoded = self.encoder(inputs_embeds=padded, attention_mask=mask).last_hidden_state
-        return self.post_layernorm(encoded[attention_mask])
+        return self.post_layernorm(groups.unpad(encoded))
 
 
 class ResamplerAttention(nn.Module):
@@ -220,29 +228,30 @@ class Resampler(nn.Module):
         Returns:
             [groups, query_num, width].
         """
+        target_sizes, device = target_sizes.cpu(), patches.device
         grid = PatchGrid.from_target_sizes(target_sizes)
         values = self.ln_kv(self.kv_proj(patches))
         longest = int(target_sizes.max())
-        positions = sincos_table(torch.arange(longest, device=patches.device), self.width // 2)
+        positions = sincos_table(torch.arange(longest, device=device), self.width // 2)
         # Half of the width encodes the column and half the row. Only keys have positions, values have none.
-        keys = values + torch.cat([positions[grid.column], positions[grid.row]], dim=-1).to(values.dtype)
+        column, row = (part.to(device, non_blocking=True) for part in (grid.column, grid.row))
+        keys = values + torch.cat([positions[column], positions[row]], dim=-1).to(values.dtype)
         lengths, group = grid.lengths, grid.slice_ids
         if temporal_ids is not None:
-            frames = torch.tensor([frame for frames in temporal_ids for frame in frames], device=patches.device)
+            frames = torch.tensor([frame for frames in temporal_ids for frame in frames], device=device)
             if len(frames) != len(target_sizes):
                 raise ValueError(
                     f"temporal_ids has {len(frames)} frames, but there are {len(target_sizes)} slices; give one frame "
                     "number for each slice."
                 )
             times = sincos_table(frames, self.width) * (frames != UNTIMED).unsqueeze(-1)
-            keys = keys + times.to(values.dtype)[grid.slice_ids]
-            sizes = torch.tensor([len(frames) for frames in temporal_ids], device=patches.device)
+            keys = keys + times.to(values.dtype)[grid.slice_ids.to(device)]
+            sizes = torch.tensor([len(frames) for frames in temporal_ids])
             group_of_slice = torch.repeat_interleave(sizes)
             lengths = torch.zeros_like(sizes).index_add(0, group_of_slice, grid.lengths)
             group = group_of_slice[grid.slice_ids]
-        key, attention_mask = pad_groups(keys, lengths, group)
-        value, _ = pad_groups(values, lengths, group)
-        attended = self.attn(self.ln_q(self.query), key, value, attention_mask)
+        groups = Groups.from_lengths(lengths, group, device)
+        attended = self.attn(self.ln_q(self.query), groups.pad(keys), groups.pad(values), groups.mask)
         return self.ln_post(attended) @ self.proj
 
 
@@ -335,6 +344,8 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if target_sizes is None:
             raise ValueError("target_sizes is missing; with images, give each slice's rows and columns in patches.")
+        # Once for tower and resampler, which compute on the CPU where each patch is.
+        target_sizes = target_sizes.cpu()
         if patch_features is None:
             if pixel_values is None:
                 raise ValueError("pixel_values is missing; with target_sizes, give pixel_values or patch_features.")
@@ -344,7 +355,8 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_patches(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
         """Run the vision tower on all slices; returns the resampler's input, [patches of all slices, vision width]."""
-        patches: torch.Tensor = self.vpm(pixel_values, target_sizes)
+        with gradients_if_trained(self.vpm):
+            patches: torch.Tensor = self.vpm(pixel_values, target_sizes)
         return patches
 
     def forward(
@@ -466,15 +478,15 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "input_ids is missing; with images, give input_ids, where image tokens mark the positions."
             )
-        is_image = self._image_token_mask(input_ids, attention_mask)
+        positions = self._image_token_mask(input_ids, attention_mask).flatten().nonzero().squeeze(1)
         features = features.flatten(0, -2)
-        tokens = int(is_image.sum())
-        if tokens != len(features):
+        if len(positions) != len(features):
             raise ValueError(
-                f"input_ids has {tokens} image tokens, but the images have {len(features)} features; give the images "
-                "for which the tokens were made."
+                f"input_ids has {len(positions)} image tokens, but the images have {len(features)} features; give the "
+                "images for which the tokens were made."
             )
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
+        tokens = inputs_embeds.flatten(0, 1).index_copy(0, positions, features.to(inputs_embeds))
+        return tokens.view(inputs_embeds.shape)
 
     def _image_token_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Return the mask of image tokens, bool [batch, length]."""
@@ -563,22 +575,51 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs | {name: value for name, value in given.items() if value is not None}
 
 
-def pad_groups(packed: torch.Tensor, lengths: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unpack vectors into one row for each group, padded to the longest group.
+def gradients_if_trained(module: nn.Module) -> torch.set_grad_enabled:
+    """A context in which nothing is recorded for the backward pass if no parameter of a module is trained.
 
-    Args:
-        packed: [total, width], one group after the other.
-        lengths: [groups], number of vectors of each group.
-        group: [total], number of each vector's group.
-
-    Returns:
-        The vectors, [groups, longest, width], with zeros as padding, and the mask, bool [groups, longest], which is
-        false on padding.
+    With gradient checkpointing the embeddings' output requires gradients in every sub-model, also in a frozen tower;
+    its backward pass would be computed and thrown away.
     """
-    mask = torch.arange(int(lengths.max()), device=packed.device) < lengths.unsqueeze(1)
-    offset = torch.arange(len(packed), device=packed.device) - (lengths.cumsum(0) - lengths)[group]
-    padded = packed.new_zeros(*mask.shape, packed.shape[-1])
-    return padded.index_put((group, offset), packed), mask
+    is_trained = any(parameter.requires_grad for parameter in module.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How packed vectors are unpacked into one row for each group, padded to the longest group.
+
+    Attributes:
+        mask: bool [groups, longest], false on padding.
+        group: [total], number of each vector's group.
+        offset: [total], the vector's place within its group.
+    """
+
+    mask: torch.Tensor
+    group: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: torch.Tensor, group: torch.Tensor, device: torch.device) -> "Groups":
+        """Compute on the CPU, where the lengths are known without waiting for a GPU.
+
+        Args:
+            lengths: [groups], number of vectors of each group, on the CPU.
+            group: [total], number of each vector's group, on the CPU.
+            device: Device of the vectors.
+        """
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        offset = torch.arange(len(group)) - (lengths.cumsum(0) - lengths)[group]
+        return cls(*(part.to(device, non_blocking=True) for part in (mask, group, offset)))
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """From [total, width] to [groups, longest, width], with zeros as padding."""
+        padded = packed.new_zeros(*self.mask.shape, packed.shape[-1])
+        return padded.index_put((self.group, self.offset), packed)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """From [groups, longest, width] to [total, width]."""
+        return padded[self.group, self.offset]
 
 
 def sincos_table(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -587,7 +628,7 @@ def sincos_table(positions: torch.Tensor, width: int) -> torch.Tensor:
     The frequencies are float32 powers, as the published code computes them: at frame 70,000 of a video, their last bit
     changes the result by several thousandths.
     """
-    frequencies = torch.from_numpy(_frequencies(width)).to(positions.device)
+    frequencies = torch.from_numpy(_frequencies(width)).to(positions.device, non_blocking=True)
     angles = positions.float().unsqueeze(-1) * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

@@ -16,6 +16,7 @@ slices again. Here each loop is one computation.
 
 from collections.abc import Callable
 from functools import wraps
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,18 +29,26 @@ from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration 
 from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import (
     MiniCPMV4_6Merger,
     MiniCPMV4_6VisionAttention,
+    MiniCPMV4_6VisionModel,
 )
 from transformers.models.minicpmv4_7 import MiniCPMV4_7Config, MiniCPMV4_7Model
 from transformers.models.minicpmv4_7 import MiniCPMV4_7ForConditionalGeneration as Transformers47
+from transformers.models.minicpmv4_7.modeling_minicpmv4_7 import MiniCPMV4_7VisionModel
 from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import get_vision_nearest_position_ids
 
+from .batch import normalize_pixels
+from .generations import MINICPMV_4_6
 from .linear_attention import LinearAttention
 from .loss import drop_redundant_mask, supervised_loss
-from .modeling import PatchGrid
+from .modeling import PatchGrid, gradients_if_trained
 from .packed import PackedSamples, packed_samples
 
 _BLANK_SIDE = 4
 """Side of the blank image in patches, the smallest that can be merged twice."""
+
+_LENGTHS, _DEVICE = "slice_lengths", "patch_device"
+"""Names by which our tower passes the slices' lengths to its layers, and the device of the patches to its merger."""
 
 _WINDOW = 2
 """Side of the square of patches that is merged into one feature."""
@@ -49,6 +58,10 @@ def _window_order(target_sizes: torch.Tensor) -> torch.Tensor:
     """Return the indices, int [patches], that reorder packed patches by windows.
 
     Windows are in row order within each slice, and patches are in row order within each window.
+
+    Args:
+        target_sizes: int [slices, 2], (rows, columns) of each slice in patches; best on the CPU, because the number of
+            patches must be known.
 
     Raises:
         ValueError: The sides of a slice are not multiples of a window's side.
@@ -77,9 +90,12 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
     ) -> Any:
         if is_flash_attention_requested(self.config):
             return super().forward(hidden_states, cu_seqlens, max_seqlen, **options)
+        if max_seqlen is not None:  # windows, which have one size
+            lengths = [max_seqlen] * (hidden_states.shape[1] // max_seqlen)
+        else:
+            lengths = options.get(_LENGTHS) or cu_seqlens.diff().tolist()
         # A run is a sequence of adjacent slices of the same length.
-        run_lengths, counts = cu_seqlens.diff().unique_consecutive(return_counts=True)
-        runs = list(zip(counts.tolist(), run_lengths.tolist(), strict=True))
+        runs = [(len(list(run)), length) for length, run in groupby(lengths)]
         patches = [count * length for count, length in runs]
         projected = [project(hidden_states[0]).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
         dropout = self.attention_dropout if self.training else 0.0
@@ -111,6 +127,8 @@ def _window_index(
         The order of the patches, the cumulative lengths of the windows, and the number of patches in a window.
     """
     order, size = _window_order(target_sizes), _WINDOW**2
+    if kwargs and _DEVICE in kwargs:
+        order = order.to(kwargs[_DEVICE], non_blocking=True)
     return order, torch.arange(0, len(order) + 1, size, dtype=torch.int32, device=order.device), size
 
 
@@ -121,9 +139,9 @@ class _Merger(MiniCPMV4_6Merger):
         DeepSpeed's ZeRO-3 records each tensor that a module returns and requires the same number of tensors in every
         step and process.
         """
-        features = hidden_states[0]
+        features, target_sizes = hidden_states[0], target_sizes.cpu()
         for mlp in self.mlp:
-            windows = features[_window_order(target_sizes).to(features.device)]
+            windows = features[_window_order(target_sizes).to(features.device, non_blocking=True)]
             features = mlp(windows.view(-1, _WINDOW**2 * features.shape[-1]))
             target_sizes = target_sizes // _WINDOW
         return [features]
@@ -132,6 +150,8 @@ class _Merger(MiniCPMV4_6Merger):
 def _replace_classes(model: Any) -> None:
     """Change the classes of a model's modules to the faster classes of this package, which have the same weights."""
     tower, merger = model.vision_tower, model.merger
+    if tuple(tower.vit_merger.window_kernel_size) == (_WINDOW, _WINDOW):
+        tower.__class__ = _Tower47 if type(tower) is MiniCPMV4_7VisionModel else _Tower46
     if tuple(merger.merge_kernel_size) == (_WINDOW, _WINDOW):
         merger.__class__ = _Merger
     attentions = [layer.self_attn for layer in tower.encoder.layers]
@@ -146,11 +166,51 @@ def _replace_classes(model: Any) -> None:
             layer.linear_attn.__class__ = LinearAttention
 
 
+class _Tower:
+    """Replaces the forward pass of transformers' vision tower: where each patch is, is computed once, on the CPU.
+
+    transformers' class computes it on the device of the patches, slice by slice and in each layer, and the program
+    waits for a GPU each time.
+    """
+
+    def forward(
+        self, pixel_values: torch.Tensor, target_sizes: torch.Tensor, use_vit_merger: bool = True, **options: Any
+    ) -> Any:
+        tower: Any = self
+        if is_flash_attention_requested(tower.config):
+            original: Any = super().forward  # type: ignore[misc]  # of transformers' tower
+            return original(pixel_values, target_sizes=target_sizes, use_vit_merger=use_vit_merger, **options)
+        sizes, device = target_sizes.cpu(), pixel_values.device
+        positions = get_vision_nearest_position_ids(sizes, tower.embeddings.num_patches_per_side)
+        positions = positions.to(device, non_blocking=True)
+        states = tower.embeddings(pixel_values, target_sizes=sizes, position_ids=positions)
+        lengths = sizes.prod(1).tolist()
+        for number, layer in enumerate(tower.encoder.layers):
+            states = layer(states, None, cu_seqlens=None, max_seqlen=None, **{_LENGTHS: lengths})
+            if use_vit_merger and number == tower.config.insert_layer_id:
+                states = tower.vit_merger(states, sizes, **{_DEVICE: device})
+                lengths = [length // _WINDOW**2 for length in lengths]
+        return BaseModelOutputWithPooling(last_hidden_state=tower.post_layernorm(states))
+
+
+class _Tower46(_Tower, MiniCPMV4_6VisionModel):
+    pass
+
+
+class _Tower47(_Tower, MiniCPMV4_7VisionModel):
+    pass
+
+
+def _run_tower(model: Any, pixel_values: torch.Tensor, target_sizes: torch.Tensor, merged_twice: bool) -> Any:
+    """Run the vision tower on all slices; returns its output, whose last state is [1, patches, vision width]."""
+    pixels = normalize_pixels(pixel_values, MINICPMV_4_6.resampler, model.vision_tower.dtype)
+    with gradients_if_trained(model.vision_tower):
+        return model.vision_tower(pixels, target_sizes=target_sizes, use_vit_merger=merged_twice)
+
+
 def _encode_patches(model: Any, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
     """Run the vision tower on all slices; returns the merger's input, [patches, vision width]."""
-    pixels = pixel_values.to(model.vision_tower.dtype)
-    merged_twice = model.config.downsample_mode != "4x"
-    tower = model.vision_tower(pixels, target_sizes=target_sizes, use_vit_merger=merged_twice)
+    tower = _run_tower(model, pixel_values, target_sizes, model.config.downsample_mode != "4x")
     features: torch.Tensor = tower.last_hidden_state[0]
     return features
 
@@ -220,12 +280,50 @@ def _embed_tokens(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return embeds if embeds is not None else model.get_input_embeddings()(inputs["input_ids"])
 
 
-class _Model46(MiniCPMV4_6Model):
+class _ImageFeatures:
+    """Replaces transformers' `get_image_features`: a frozen tower records nothing for the backward pass."""
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, target_sizes: torch.Tensor, downsample_mode: str | None = None, **options: Any
+    ) -> BaseModelOutputWithPooling:
+        model: Any = self
+        merged_twice = (downsample_mode or model.config.downsample_mode) != "4x"
+        target_sizes = target_sizes.cpu()  # once for tower and merger
+        output: BaseModelOutputWithPooling = _run_tower(model, pixel_values, target_sizes, merged_twice)
+        merged_sizes = target_sizes // _WINDOW if merged_twice else target_sizes
+        output.pooler_output = model.merger(output.last_hidden_state, merged_sizes)
+        return output
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        token_id: int,
+    ) -> torch.Tensor:
+        """Return the mask of image tokens, bool [batch, length, width].
+
+        Raises:
+            ValueError: The numbers of image tokens and of image features differ.
+        """
+        if input_ids is None:
+            original: Any = super().get_placeholder_mask  # type: ignore[misc]  # of transformers' model
+            return original(input_ids, inputs_embeds, features, token_id)
+        mask = input_ids == token_id
+        tokens = int(mask.sum())
+        if tokens != features.shape[0]:
+            raise ValueError(
+                f"Multimodal features and tokens do not match, tokens: {tokens}, features: {features.shape[0]}"
+            )
+        return mask.unsqueeze(-1).expand_as(inputs_embeds)
+
+
+class _Model46(_ImageFeatures, MiniCPMV4_6Model):
     def forward(self, **inputs: Any) -> Any:
         return super().forward(**_use_vision_modules(self, inputs))
 
 
-class _Model47(MiniCPMV4_7Model):
+class _Model47(_ImageFeatures, MiniCPMV4_7Model):
     def forward(self, **inputs: Any) -> Any:
         ids = inputs.get("input_ids")
         samples = packed_samples(inputs)

@@ -18,10 +18,10 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.minicpmv.modeling import (
+    Groups,
     MiniCPMVForConditionalGeneration,
     PatchGrid,
     _nearest_position_table,
-    pad_groups,
     sincos_table,
 )
 
@@ -257,9 +257,12 @@ def test_patch_grids_are_in_row_order() -> None:
 
 
 def test_groups_are_padded_with_zeros_at_the_end() -> None:
-    padded, present = pad_groups(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2]), torch.tensor([0, 1, 1]))
+    packed = torch.tensor([[1.0], [2.0], [3.0]])
+    groups = Groups.from_lengths(torch.tensor([1, 2]), torch.tensor([0, 1, 1]), packed.device)
+    padded = groups.pad(packed)
     assert padded[..., 0].tolist() == [[1.0, 0.0], [2.0, 3.0]]
-    assert present.tolist() == [[True, False], [True, True]]
+    assert groups.mask.tolist() == [[True, False], [True, True]]
+    assert torch.equal(groups.unpad(padded), packed)
 
 
 def test_sines_come_before_cosines() -> None:

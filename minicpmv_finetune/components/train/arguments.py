@@ -7,6 +7,8 @@ Each flag of ours states in its metadata (`IN_DIGEST`) whether it takes part in 
 training finds its checkpoints; `training_identity` has the same for the flags of transformers.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,10 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
+from minicpmv_finetune.workers import SHARED_MEMORY
 
 from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
 from .flags import check_flags
@@ -25,6 +29,7 @@ from .flags import pop_num_nodes as pop_num_nodes
 
 IN_DIGEST = "in_digest"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+_LOADER_MEMORY = 2**30  # bytes of shared memory; the prefetched batches of four workers are some hundred megabytes
 _STRATEGY_FOLDER = Path(__file__).parent / "strategies"
 
 
@@ -102,6 +107,14 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={"help": "Compute in bfloat16; by default if the GPU supports it and fp16 is off.", IN_DIGEST: True},
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Number of processes that prepare batches; by default up to 4 for each GPU if /dev/shm has a "
+            "gigabyte for them, otherwise 0.",
+            IN_DIGEST: False,
+        },
+    )
     dataloader_persistent_workers: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -162,6 +175,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # Every parameter takes part in every step: if a batch has no image, the models process a blank one.
             self.ddp_find_unused_parameters = False
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else _default_workers()
         # Starting the workers again in each epoch took a fifth of the training time of a small model with stored
         # features.
         self.dataloader_persistent_workers = (
@@ -180,6 +195,16 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_loss"
         super().__post_init__()
+
+
+def _default_workers() -> int:
+    """Number of data loading workers for each GPU, so that it does not wait while images are decoded and placed."""
+    try:
+        shared_memory = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return 0
+    processes = int(environment.LOCAL_WORLD_SIZE.read() or 1)
+    return min(4, (os.cpu_count() or 1) // processes) if shared_memory >= _LOADER_MEMORY else 0
 
 
 @dataclass

@@ -92,9 +92,9 @@ class Collator:
         rows = [example.row for example in examples]
         patch_size, resampler = self.manifest.patch_size, self.manifest.slicing["resampler"]
         if isinstance(items[0], list):
-            batch = collate_packed(rows, patch_size, resampler)
+            batch = collate_packed(rows, patch_size, resampler, normalized=False)
         else:
-            batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler)
+            batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler, normalized=False)
         features = [example.features for example in examples if example.features is not None]
         return {
             **batch,

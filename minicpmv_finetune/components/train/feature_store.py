@@ -326,6 +326,7 @@ def _write_features(
             patch_size=manifest.patch_size,
             padding_side="right",
             resampler=manifest.slicing["resampler"],
+            normalized=False,
         ),
         num_workers=training.dataloader_num_workers,
         worker_init_fn=ignore_sigterm,

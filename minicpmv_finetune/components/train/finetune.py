@@ -9,13 +9,15 @@ its newest complete checkpoint.
 """
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -26,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
-from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
+from minicpmv_finetune.errors import RetryableError, UserError, explain_disk_errors
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
@@ -45,6 +47,7 @@ from .datasets import Collator, ExampleDataset, PackDataset
 from .feature_store import is_reusable, prepare_stores
 from .fused_lora import fuse_adapters
 from .liger import use_liger
+from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
 from .result import save_result
 from .token_accuracy import predicted_tokens, token_accuracy
@@ -63,18 +66,32 @@ def main(argv: Sequence[str]) -> None:
         with explain_disk_errors():
             finetune(parse(argv, announce=_log), argv)
     except (UserError, RetryableError) as error:
-        if record_exit(error.exit_code, str(error)):
-            sys.exit(error.exit_code)
-        end_process(error)
-    except RuntimeError:
-        # Perhaps another process was killed during a collective operation, so a restart may succeed.
-        raise
-    except Exception:
-        record_exit(1)
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if not record_exit(error.exit_code, str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(error.exit_code)
+    except Exception as error:
+        # After a RuntimeError a restart may succeed: perhaps another process was killed in a collective operation.
+        if not isinstance(error, RuntimeError):
+            record_exit(1)
+        if not torch.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process after a failure, at once if other processes may wait for it.
+
+    NCCL closes a process group only when its last operation has finished, which waits for processes that may never
+    answer; then its own watchdog would end this process, and its report would hide the sentence.
+    """
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
@@ -194,11 +211,9 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     trained = make_trainable(base, inputs.generation, arguments)
     if training.use_lora and training.fused_lora and not (is_deepspeed_zero3_enabled() or training.fsdp):
         fuse_adapters(trained)
-    if training.fp16:
-        # Gradient scaling needs the trained parameters in float32.
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    if not training.deepspeed:  # which keeps a float32 copy of what it trains
+        require_memory(trained, training)
+        train_in_float32(trained, inputs.generation)
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()

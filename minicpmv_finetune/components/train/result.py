@@ -1,5 +1,6 @@
 """Writes the result of a training: an adapter or a whole checkpoint, with the training's record and report."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def save_result(
     Raises:
         UserError: The training changed no adapter.
     """
-    weights = trainer.gathered_weights()
+    weights = _rounded(trainer.gathered_weights(), trainer.args.bf16, record.use_lora)
     if not trainer.is_world_process_zero():
         return
     with storage.staged_folder(out) as folder:
@@ -48,6 +49,16 @@ def save_result(
         write_report(folder / REPORT_FILE, record, command)
         run.log_file(str(folder / REPORT_FILE))
         run.log_file(str(folder / RECORD_FILE))
+
+
+def _rounded(weights: dict[str, torch.Tensor], is_bf16: bool, use_lora: bool) -> dict[str, torch.Tensor]:
+    """What was trained whole, in the type that the training computed in; adapters stay float32, as PEFT has them."""
+    if not is_bf16:
+        return weights
+    return {
+        name: value.bfloat16() if value.is_floating_point() and (not use_lora or ".modules_to_save." in name) else value
+        for name, value in weights.items()
+    }
 
 
 def _save_adapter(
@@ -79,3 +90,10 @@ def _require_changed_adapter(weights: Mapping[str, torch.Tensor]) -> None:
     updates = [value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
     if updates and not any(bool(value.any()) for value in updates):
         raise UserError("Training left every adapter at zero; raise --learning_rate or the number of steps.")
+    unchanged = [name for name, value in weights.items() if "lora_B" in name and not bool(value.any())]
+    if unchanged:
+        print(
+            f"{len(unchanged)} of {len(updates)} adapters are still zero, such as {unchanged[0]}: no sample of this "
+            "training has used their layers.",
+            file=sys.stderr,
+        )

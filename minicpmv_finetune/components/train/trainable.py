@@ -51,11 +51,15 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     with warnings.catch_warnings():
         # PEFT reads this attribute by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = get_peft_model(model, lora_config(model, generation, arguments))
+        # PEFT would make adapters float32; DeepSpeed keeps such copies itself, and gathers only weights of one type.
+        in_float32 = not training.deepspeed
+        adapted = get_peft_model(model, lora_config(model, generation, arguments), autocast_adapter_dtype=in_float32)
     update_layer_types(model)
     if not training.tune_vision:
-        # lora_bias "all" would train the biases of the vision tower too.
-        model.get_submodule(generation.vision_tower).requires_grad_(False)
+        # lora_bias "all" would train the biases of the vision tower too; adapters on the tower are trained.
+        for name, parameter in model.get_submodule(generation.vision_tower).named_parameters():
+            if "lora_" not in name:
+                parameter.requires_grad_(False)
     return adapted
 
 
@@ -141,13 +145,12 @@ def _target_modules(
     """
     lora = arguments.lora
     pattern, matched = _match_targets(model, generation, lora)
-    frozen = [] if arguments.training.tune_vision else [generation.vision_tower]
-    adapted = [name for name in matched if not any(_is_inside(f"{name}.", other) for other in (*whole, *frozen))]
+    adapted = [name for name in matched if not any(_is_inside(f"{name}.", other) for other in whole)]
     if not adapted:
         raise UserError(
-            f"--lora_target_modules {pattern!r}: matches only layers that are frozen or trained whole, such as "
-            f"{matched[0]}; choose layers of {generation.language_model}.layers.N., or leave out the flag (of "
-            "--lora_modules_to_save, --tune_vision) that trains these whole or freezes them."
+            f"--lora_target_modules {pattern!r}: matches only layers that are trained whole, such as {matched[0]}; "
+            f"choose layers of {generation.language_model}.layers.N., or leave out the flag (of --lora_modules_to_save, "
+            "--tune_vision) that trains these whole."
         )
     if lora.lora_layers_to_transform is not None:
         return _select_layers(adapted, lora)

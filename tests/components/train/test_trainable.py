@@ -51,6 +51,18 @@ def test_tune_vision_false_freezes_the_vision_tower(tiny_46: Path) -> None:
     assert not any(MINICPMV_4_6.vision_tower in name for name in names)
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_adapters_on_the_vision_tower_are_trained(tiny_46: Path, bias: str) -> None:
+    pattern = r".*(language_model|vision_tower).*\.self_attn\.q_proj"
+    flags = [*LORA, "--tune_vision", "false", "--lora_bias", bias, "--lora_target_modules", pattern]
+    model = _trained(tiny_46, *flags)
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert any(MINICPMV_4_6.vision_tower in name for name in adapters)
+    trained = _trainable_names(model)
+    assert adapters <= trained
+    assert {name for name in trained if MINICPMV_4_6.vision_tower in name} <= adapters
+
+
 def test_target_modules_accept_the_published_name_of_the_language_model(tiny_46: Path) -> None:
     names = _trainable_names(_trained(tiny_46, *LORA, "--lora_target_modules", r"llm\..*layers\.\d+\.mlp\.up_proj"))
     assert {name.split(".mlp.")[1].split(".")[0] for name in names if "lora_A" in name} == {"up_proj"}
@@ -111,8 +123,8 @@ def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46:
     assert {name.rsplit(".", 1)[1] for name in adapted} >= {"q_proj", "o_proj", "gate_proj", "in_proj_z"}
     whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     assert not [name for name in adapted if any(name.startswith(f"{module}.") for module in whole)]
-    if "--tune_vision" in flags:
-        assert not [name for name in adapted if "vision" in name]
+    # The tower is trained whole, or has adapters.
+    assert any("vision" in name for name in adapted) == ("--tune_vision" in flags)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +138,12 @@ def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46:
         ([*LORA, "--lora_layer_replication", "0:2,1:3"], "mixes linear and full attention"),
         ([*LORA, "--lora_bias", "some"], "must be none, all or lora_only"),
         ([*LORA, "--lora_modules_to_save", "no_such"], "the model has no such module"),
-        ([*LORA, "--lora_modules_to_save", "layers"], "matches only layers that are frozen or trained whole"),
+        ([*LORA, "--lora_modules_to_save", "layers"], "matches only layers that are trained whole"),
         ([*LORA, "--lora_modules_to_save", "rotary_emb"], "has no parameters that could be trained"),
-        ([*LORA, "--lora_modules_to_save", "language_model"], "frozen or trained whole.*lora_modules_to_save"),
+        ([*LORA, "--lora_modules_to_save", "language_model"], "trained whole.*lora_modules_to_save"),
         ([*LORA, "--lora_modules_to_save", "post_layernorm", "--tune_vision", "false"], "--tune_vision false freezes"),
-        ([*LORA, "--lora_target_modules", ".*merger.*"], "matches only layers that are frozen or trained whole"),
-        ([*LORA, "--lora_target_modules", ".*vision.*", "--tune_vision", "false"], "frozen or trained whole"),
+        ([*LORA, "--lora_target_modules", ".*merger.*"], "matches only layers that are trained whole"),
+        ([*LORA, "--lora_target_modules", ".*vision.*"], "matches only layers that are trained whole"),
         ([*LORA, "--lora_weight_path", "nowhere"], "give an adapter folder"),
     ],
 )

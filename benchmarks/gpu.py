@@ -1,0 +1,406 @@
+"""Training steps of models of the published sizes on one GPU: tokens per second, MFU, and peak memory beside `plan`.
+
+    python benchmarks/gpu.py [--only 2.6 4.6] [--out benchmarks/results/gpu.jsonl]
+
+The weights are random and made on the GPU; speed and memory do not depend on their values. A batch is what the trainer
+gets from shards: samples of 2,048 tokens, each with ten slices of 448 × 448 pixels, a hundred supervised tokens. The
+trainer is that of the train step, with its loader's workers, in bf16. Adapters of rank 64 are on the layers of the
+published default; embeddings and merger are trained whole, the vision tower is frozen. `--scale tiny` runs the same on
+a CPU, to find mistakes in this file.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.models.minicpmv4_6 import MiniCPMV4_6Config
+
+from minicpmv_finetune.components.train.arguments import parse
+from minicpmv_finetune.components.train.callbacks import TrainingMonitor
+from minicpmv_finetune.components.train.fused_lora import fuse_adapters
+from minicpmv_finetune.components.train.masters import train_in_float32
+from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
+from minicpmv_finetune.components.train.watchdog import Watchdog
+from minicpmv_finetune.estimate import cost
+from minicpmv_finetune.git_commit import git_commit
+from minicpmv_finetune.minicpmv.batch import collate
+from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
+from minicpmv_finetune.minicpmv.generations import GENERATIONS, Generation
+from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
+from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
+from minicpmv_finetune.minicpmv.modeling_qwen3_5 import MiniCPMV4_6ForConditionalGeneration
+from minicpmv_finetune.tracking.step_runs import StepRun
+
+SUPERVISED = 100
+WARM_UP = 3
+PEAK = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
+"""Datasheet rates of dense bf16 products in FLOP/s, by part of the card's name."""
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "triton")
+
+_SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "2.6": {  # Qwen2 7B
+        "vocab_size": 151_666,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "4.5": {  # Qwen3 8B
+        "vocab_size": 151_748,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "4.6": {  # Qwen3.5 0.8B
+        "vocab_size": 248_320,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        version: Generation.
+        batch: Number of samples of a batch.
+        checkpointing: Whether activations are computed again in the backward pass.
+        flags: Further flags of the training script.
+        steps: Number of measured steps.
+    """
+
+    version: str
+    batch: int
+    checkpointing: bool
+    flags: str = ""
+    steps: int = 6
+
+
+CASES = (
+    Case("4.6", 4, False),
+    Case("4.6", 4, True),
+    Case("4.6", 8, False),
+    Case("2.6", 2, False),
+    Case("2.6", 4, True),
+    Case("4.5", 2, False),
+    Case("4.5", 4, True),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a sample contains.
+
+    Attributes:
+        tokens: Number of tokens.
+        slices: Number of slices.
+        side: Side of a slice in patches.
+    """
+
+    tokens: int
+    slices: int
+    side: int
+
+
+def main() -> None:
+    """Measure, print, and append the rows to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(_PUBLISHED), help="generations")
+    parser.add_argument("--scale", choices=["published", "tiny"], default="published")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which no further case begins")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/gpu_published.jsonl"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with options.out.open("a") as file:
+
+        def save(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(json.dumps(row), flush=True)
+
+        save({"facts": facts()})
+        for case in (case for case in CASES if case.version in options.only):
+            if time.perf_counter() - started > options.limit:
+                save({"case": vars(case), "error": "no time was left"})
+                continue
+            try:
+                save(measure(case, options.scale == "tiny"))
+            except Exception as error:
+                traceback.print_exc()
+                save({"case": vars(case), "error": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+def facts() -> dict[str, Any]:
+    """The card, its own speed, and the versions of what ran."""
+    found: dict[str, Any] = {name: _version(name) for name in PACKAGES}
+    found |= {"python": platform.python_version(), "commit": git_commit()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"card": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+        found |= {"matmul_tflops": _matmul_rate() / 1e12, "fla": _version("flash-linear-attention")}
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _matmul_rate(side: int = 8192, rounds: int = 10) -> float:
+    """FLOP/s of a product of random bf16 matrices."""
+    left, right = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()  # type: ignore[no-untyped-call]
+    for _ in range(rounds):
+        left @ right
+    end.record()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    return 2 * side**3 * rounds / (start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+
+
+def measure(case: Case, tiny: bool) -> dict[str, Any]:
+    """Train a few steps and return what they took."""
+    size = Size(tokens=200, slices=3, side=8) if tiny else Size(tokens=2048, slices=10, side=32)
+    generation = next(one for one in GENERATIONS if one.version == case.version)
+    cuda = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [
+            *("--data_path", "none", "--output_dir", folder, "--use_lora", "true", "--tune_llm", "false"),
+            *("--tune_vision", "false", "--per_device_train_batch_size", str(case.batch), "--save_strategy", "no"),
+            *("--max_steps", str(WARM_UP + case.steps), "--logging_steps", "1000", "--report_to", "none"),
+            *("--gradient_checkpointing", str(case.checkpointing).lower(), "--dataloader_num_workers", "4"),
+            *case.flags.split(),
+        ]
+        arguments = parse(flags)
+        training = arguments.training
+        started = time.perf_counter()
+        model = make_model(case.version, tiny, torch.device("cuda" if cuda else "cpu"))
+        plan_model = _plan_model(model, generation, Path(folder))
+        trained: Any = make_trainable(model, generation, arguments)
+        fuse_adapters(trained)
+        train_in_float32(trained, generation)
+        if training.activation_checkpointing:
+            training.activation_checkpointing_kwargs = {"use_reentrant": False}
+            trained.enable_input_require_grads()
+        creation = time.perf_counter() - started
+        samples = _Samples(model, generation, size, case.batch * (WARM_UP + case.steps))
+        timer = _Timer()
+        trainer = _make_trainer(trained, arguments, samples, generation, timer)
+        try:
+            trainer.train()
+        finally:
+            peak = torch.cuda.max_memory_allocated() if cuda else 0
+            reserved = torch.cuda.max_memory_reserved() if cuda else 0
+            trainable, total = count_parameters(trained)
+            del trainer, trained, model
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(timer.steps[WARM_UP:])
+    tokens = case.batch * size.tokens
+    patches = case.batch * size.slices * size.side**2
+    recipe = cost.Recipe(1, case.batch, 1, True, False, False, arguments.lora.lora_r, 1)
+    plan = cost.estimate_memory(plan_model, recipe, tokens, patches, case.checkpointing)["single GPU"]
+    needed = needed_flops(plan_model, recipe, size, case)
+    row: dict[str, Any] = {
+        "case": vars(case),
+        "parameters": {"trainable": trainable, "total": total},
+        "seconds_of_creation": round(creation, 1),
+        "seconds_of_each_step": [round(step, 4) for step in timer.steps],
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds),
+        "samples_per_second": round(case.batch / seconds, 2),
+        "tflop_of_a_step": round(needed / 1e12, 1),
+        "peak_memory": peak,
+        "peak_reserved": reserved,
+        "plan": round(plan),
+        "peak_of_plan": round(peak / plan, 3),
+    }
+    if cuda:
+        rate = next((rate for card, rate in PEAK.items() if card in torch.cuda.get_device_name()), float("nan"))
+        row["mfu"] = round(needed / seconds / rate, 4)
+    return row
+
+
+def make_model(generation: str, tiny: bool, device: torch.device) -> PreTrainedModel:
+    """A model of a published size in bf16, with random weights made on the device."""
+    text = {**_PUBLISHED[generation], "max_position_embeddings": 32_768, "tie_word_embeddings": False}
+    vision: dict[str, Any] = {**_SIGLIP, "patch_size": 14, "image_size": 980}
+    if tiny:
+        text |= {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+        text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 8}
+        text |= {name: 16 for name in text if name.startswith("linear") and name.endswith("dim")}
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            if generation != "4.6":
+                config = MiniCPMVConfig(
+                    version=float(generation), query_num=64, image_token_id=3, vision_config=vision, **text
+                )
+                return MiniCPMVForConditionalGeneration(config)
+            kinds = (["linear_attention"] * 3 + ["full_attention"]) * (text["num_hidden_layers"] // 4)
+            config_4_6 = MiniCPMV4_6Config(
+                image_size=980,
+                image_token_id=3,
+                video_token_id=4,
+                text_config={**text, "model_type": "qwen3_5_text", "layer_types": kinds},
+                vision_config=vision,
+            )
+            return MiniCPMV4_6ForConditionalGeneration(config_4_6)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+class _Samples(Dataset[ModelInput]):
+    """Samples with random tokens and pixels; each has the same lengths."""
+
+    def __init__(self, model: PreTrainedModel, generation: Generation, size: Size, count: int) -> None:
+        self.image_token = int(model.config.image_token_id)
+        # Each slice of 32 × 32 patches has 64 tokens in every generation.
+        self.tokens_of_slice = model.config.query_num if generation.fixed_tokens else size.side**2 // 16
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.size, self.count = size, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> ModelInput:
+        random, size = np.random.default_rng(number), self.size
+        ids = random.integers(10, self.vocabulary, size.tokens)
+        for place in range(size.slices):
+            start = 5 + place * (self.tokens_of_slice + 2)
+            ids[start : start + self.tokens_of_slice] = self.image_token
+        labels = np.full(size.tokens, IGNORED_LABEL)
+        count = min(SUPERVISED, size.tokens // 20)
+        labels[-count:] = ids[-count:]
+        side = size.side * 14
+        slices = [random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(size.slices)]
+        return ModelInput(str(number), ids, labels, slices)
+
+
+def _collate(samples: Sequence[ModelInput], collate_rows: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return {**collate_rows(samples), "rows": [int(sample.id) for sample in samples]}
+
+
+class _Timer(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.steps.append(now - self.last)
+        self.last = now
+
+
+def _make_trainer(model: Any, arguments: Any, samples: _Samples, generation: Generation, timer: _Timer) -> Any:
+    training = arguments.training
+    lengths = [samples.size.tokens] * len(samples)
+    monitor = TrainingMonitor(StepRun(), lengths)
+    watchdog = Watchdog(training.ddp_timeout, 0)
+    rows = partial(collate, pad_token_id=0, patch_size=14, padding_side="right", resampler=generation.resampler)
+    return MiniCPMVTrainer(
+        model=model,
+        args=training,
+        train_dataset=samples,
+        data_collator=partial(_collate, collate_rows=rows),
+        callbacks=[monitor, watchdog, timer],
+        monitor=monitor,
+        watchdog=watchdog,
+        sample_ids=lambda numbers: [str(number) for number in numbers],
+        lengths=lengths,
+    )
+
+
+def _plan_model(model: PreTrainedModel, generation: Generation, folder: Path) -> cost.Model:
+    """The numbers that `plan` reads from a checkpoint; its weights are a file of holes here."""
+    header: dict[str, Any] = {}
+    place = 0
+    for name, tensor in model.named_parameters():
+        end = place + tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    written = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(8 + len(written) + place)
+    config = model.config.to_dict()
+    fields = {"model_type": generation.model_type, "version": generation.published_version}
+    (folder / "config.json").write_text(json.dumps({**config, **fields}, default=str))
+    return cost.read_model(folder)
+
+
+def needed_flops(model: cost.Model, recipe: cost.Recipe, size: Size, case: Case) -> float:
+    """Operations that a step needs, without those of recomputation (Chowdhery et al. 2022, appendix B).
+
+    Forward and the gradient of the inputs take two operations per weight and token each, and the gradient of a trained
+    weight two more. The frozen tower runs forward only, and logits are computed for supervised tokens only.
+    """
+    parts, tokens = model.parameters, case.batch * size.tokens
+    patches = case.batch * size.slices * size.side**2
+    supervised = case.batch * min(SUPERVISED, size.tokens // 20)
+    text = 4.0 * parts["language"] * tokens + 6.0 * recipe.lora_r * model.lora_features * tokens
+    head = 4.0 * (parts["head"] or parts["embeddings"]) * supervised
+    # Softmax attention, of which causal attention needs half; linear attention is left out.
+    layers = model.layers // 4 if case.version == "4.6" else model.layers
+    scores = 6.0 * layers * model.hidden_size * case.batch * size.tokens**2
+    vision = (
+        2.0 * parts["vision"] * patches + 4.0 * model.vision_layers * model.vision_hidden_size * patches * size.side**2
+    )
+    if case.version == "4.6":
+        # After the seventh layer a quarter of the patches is left.
+        kept = (7 + (model.vision_layers - 7) / 4) / model.vision_layers
+        vision *= kept
+    merger = 6.0 * parts["merger"] * case.batch * size.slices * 64
+    return text + head + scores + vision + merger
+
+
+if __name__ == "__main__":
+    sys.exit(main())
