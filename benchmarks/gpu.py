@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -229,6 +229,7 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
             peak = torch.cuda.max_memory_allocated() if cuda else 0
             reserved = torch.cuda.max_memory_reserved() if cuda else 0
             trainable, total = count_parameters(trained)
+            slowest = _slowest_kernels(trainer, samples, case.batch) if cuda and not case.checkpointing else {}
             del trainer, trained, model
             gc.collect()
             if cuda:
@@ -242,6 +243,9 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
     needed = needed_flops(plan_model, recipe, size, case)
     row: dict[str, Any] = {
         "case": vars(case),
+        "model": asdict(plan_model),
+        "tokens": tokens,
+        "patches": patches,
         "parameters": {"trainable": trainable, "total": total},
         "seconds_of_creation": round(creation, 1),
         "seconds_of_each_step": [round(step, 4) for step in timer.steps],
@@ -253,6 +257,7 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
         "peak_reserved": reserved,
         "plan": round(plan),
         "peak_of_plan": round(peak / plan, 3),
+        "milliseconds_of_kernels": slowest,
     }
     if cuda:
         rate = next((rate for card, rate in PEAK.items() if card in torch.cuda.get_device_name()), float("nan"))
@@ -357,6 +362,21 @@ def _make_trainer(model: Any, arguments: Any, samples: _Samples, generation: Gen
         sample_ids=lambda numbers: [str(number) for number in numbers],
         lengths=lengths,
     )
+
+
+def _slowest_kernels(trainer: Any, samples: _Samples, batch_size: int) -> dict[str, float]:
+    """Milliseconds of the fifteen kinds of kernels that take the most time of a step, and of all together."""
+    batch = trainer.data_collator([samples[number] for number in range(batch_size)])
+    batch = {name: value.to("cuda") for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    trainer.model.train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = trainer.model(**batch, loss_only=True, use_cache=False).loss
+        loss.backward()
+        torch.cuda.synchronize()
+    times = {event.key[:90]: event.self_device_time_total / 1e3 for event in found.key_averages()}
+    slowest = sorted(times.items(), key=lambda item: -item[1])[:15]
+    return {"all": round(sum(times.values()), 1)} | {name: round(time, 1) for name, time in slowest}
 
 
 def _plan_model(model: PreTrainedModel, generation: Generation, folder: Path) -> cost.Model:

@@ -20,11 +20,21 @@ from minicpmv_finetune.shards.packing import pack_samples
 
 # Bytes per unit.
 _BF16 = 2  # a number in bf16
-_TRAINED = 16  # a trained parameter: weight 2, gradient 2, Adam in float32 12 (Rajbhandari et al. 2020, 3.1)
+_FLOAT32 = 4  # a gradient in a bucket of DDP
+# A trained parameter: weight 4, gradient 4 and Adam 8 in float32; with DeepSpeed weight 2, gradient 2, and Adam with a
+# float32 copy 12 (Rajbhandari et al. 2020, 3.1).
+_TRAINED = 16
 _SHARDED = 14  # the part of these that ZeRO-2 shards over devices: gradient and optimizer state
 _NF4 = 4.127 / 8  # a 4-bit parameter with its doubly quantized scales (Dettmers et al. 2023, 3)
-_ACTIVATIONS = 34  # activations per layer, token and width (Korthikanti et al. 2022, eq. 2, without the score matrix)
+_VISION = 34  # activations per layer, patch and width (Korthikanti et al. 2022, eq. 2, without the score matrix)
+# Activations of the language model per layer and token, for each unit of its width and of its feed-forward layer's:
+# norms keep float32 inputs, attention its inputs, the gated feed-forward layer three results. A trained matrix also
+# keeps its input. Calibrated by the measurements of docs/gpu.md.
+_TEXT, _GATED = 18, 6
+_TEXT_TRAINED, _GATED_TRAINED = 22, 8
+_LINEAR = 30  # linear attention, per token and channel of queries, keys and values, most of it in float32
 _LOGIT = 10  # a logit: bf16, its float32 copy, and the gradient of this copy
+_LOGITS = 2**26  # logits at a time; `minicpmv/loss.py` computes them in chunks
 _RUNTIME = 1.5e9  # the CUDA context and library workspaces, in total
 
 
@@ -65,6 +75,9 @@ class Model:
         vocab_size: Number of tokens in the vocabulary.
         vision_hidden_size: Width of the vision tower.
         vision_layers: Number of layers of the vision tower.
+        intermediate_size: Width of the language model's feed-forward layers.
+        linear_layers: Number of its layers with linear attention.
+        linear_channels: Number of channels of queries, keys and values in such a layer.
     """
 
     parameters: Mapping[str, int]
@@ -74,6 +87,9 @@ class Model:
     vocab_size: int
     vision_hidden_size: int
     vision_layers: int
+    intermediate_size: int
+    linear_layers: int
+    linear_channels: int
 
     @property
     def total(self) -> int:
@@ -112,6 +128,10 @@ def read_model(checkpoint: Path) -> Model:
                 parameters[_part(name, generation)] += math.prod(shape)
                 if len(shape) == 2 and re.fullmatch(generation.lora_target_modules, name.removesuffix(".weight")):
                     lora_features += sum(shape)
+    linear_channels = sum(
+        count * int(text.get(f"linear_num_{kind}_heads", heads)) * int(text.get(f"linear_{kind}_head_dim", 128))
+        for kind, count, heads in (("key", 2, 16), ("value", 1, 32))  # the defaults of Qwen 3.5
+    )
     try:
         return Model(
             parameters,
@@ -121,6 +141,9 @@ def read_model(checkpoint: Path) -> Model:
             int(text["vocab_size"]),
             int(vision["hidden_size"]),
             int(vision["num_hidden_layers"]),
+            int(text.get("intermediate_size") or 4 * int(text["hidden_size"])),
+            list(text.get("layer_types") or []).count("linear_attention"),
+            linear_channels,
         )
     except KeyError as error:
         raise UserError(f"{checkpoint / 'config.json'}: lacks {error.args[0]}; give a complete checkpoint.") from error
@@ -140,12 +163,16 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     # PEFT keeps the original of a module that is trained completely beside the adapters.
     frozen = model.total - (0 if recipe.use_lora else trained)
     text_width, vision_width = tokens * model.hidden_size, patches * model.vision_hidden_size
+    text, gated = (_TEXT, _GATED) if recipe.use_lora else (_TEXT_TRAINED, _GATED_TRAINED)
+    layer = tokens * (text * model.hidden_size + gated * model.intermediate_size)
+    linear = tokens * _LINEAR * model.linear_channels if model.linear_layers else 0
+    vision_layers = model.vision_layers if recipe.tune_vision else 0  # a frozen tower keeps nothing
     if checkpointing:
-        layer_inputs = _BF16 * (text_width * model.layers + vision_width * model.vision_layers)
-        activations = layer_inputs + _ACTIVATIONS * max(text_width, vision_width)
+        layer_inputs = _BF16 * (text_width * model.layers + vision_width * vision_layers)
+        activations = layer_inputs + max(layer + linear, _VISION * vision_width)
     else:
-        activations = _ACTIVATIONS * (text_width * model.layers + vision_width * model.vision_layers)
-    rest = activations + _LOGIT * tokens * model.vocab_size + _RUNTIME
+        activations = layer * model.layers + linear * model.linear_layers + _VISION * vision_width * vision_layers
+    rest = activations + _LOGIT * min(tokens * model.vocab_size, _LOGITS) + _RUNTIME
     weights, devices = _BF16 * frozen, recipe.devices
     # ZeRO-3 gathers one layer at a time; the embeddings are usually the largest.
     gathered = _BF16 * max(model.parameters["embeddings"], model.parameters["language"] // max(model.layers, 1))
@@ -153,7 +180,7 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     return {
         "single GPU": weights + _TRAINED * trained + rest,
         # DDP averages gradients in separate buckets.
-        "DDP": weights + (_TRAINED + _BF16) * trained + rest,
+        "DDP": weights + (_TRAINED + _FLOAT32) * trained + rest,
         "ZeRO-2": weights + _BF16 * trained + _SHARDED * trained / devices + rest,
         "ZeRO-3": (weights + _TRAINED * trained) / devices + gathered + rest,
         **({"QLoRA": quantized + _TRAINED * trained + rest} if recipe.use_lora else {}),

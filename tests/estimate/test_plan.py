@@ -25,6 +25,10 @@ from minicpmv_finetune.shards.format import read_manifest
 ANSWER = {"role": "assistant", "content": "The digit is 7."}
 SIZES = [(40, 56), (400, 250), (112, 112), (90, 700), (640, 480)]
 ORIENTATION = 0x0112
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("gpu-*.jsonl"))
+ROWS: list[dict[str, Any]] = [json.loads(line) for path in RESULTS for line in path.read_text().splitlines()]
+MEASURED = [row for row in ROWS if "peak_memory" in row]
+"""Steps of the published sizes on a GPU, measured by `make bench-gpu`."""
 
 
 def sample(number: int, text: str = "Which digit?") -> dict[str, Any]:
@@ -183,7 +187,7 @@ def test_trained_parameters_equal_those_of_training(tiny_46: Path, tmp_path: Pat
 
 def large_model() -> cost.Model:
     parts = {"language": 7 * 10**9, "embeddings": 10**9, "head": 10**9, "vision": 4 * 10**8, "merger": 10**8}
-    return cost.Model(parts, 10**6, 4096, 32, 150_000, 1152, 27)
+    return cost.Model(parts, 10**6, 4096, 32, 150_000, 1152, 27, 12_288, 0, 0)
 
 
 def test_strategies_save_the_memory_that_they_shard() -> None:
@@ -197,6 +201,15 @@ def test_strategies_save_the_memory_that_they_shard() -> None:
     assert lora["single GPU"] - lora["QLoRA"] == pytest.approx(7e9 * (2 - 4.127 / 8))
     plain = cost.estimate_memory(large_model(), recipe_with(), 4096, 10_000, checkpointing=False)
     assert all(plain[name] > lora[name] for name in lora)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "{version}-{batch}-{checkpointing}".format(**row["case"]))
+def test_memory_is_within_a_fifth_of_what_a_gpu_needed(row: dict[str, Any]) -> None:
+    recipe = recipe_with(tune_vision=False, batch_size=row["case"]["batch"], lora_r=64)
+    found = cost.estimate_memory(
+        cost.Model(**row["model"]), recipe, row["tokens"], row["patches"], row["case"]["checkpointing"]
+    )
+    assert found["single GPU"] == pytest.approx(row["peak_memory"], rel=0.2)
 
 
 def test_flops_grow_with_the_trained_parameters_and_with_checkpointing() -> None:

@@ -33,6 +33,94 @@ IMPROVEMENTS = {
 }
 
 
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+def test_each_faster_way_has_the_same_losses(
+    version: str, train: Callable[..., list[float]], measured: Callable[..., None]
+) -> None:
+    flags = f"{LORA} --num_train_epochs 2 --save_strategy no --bf16 false"
+    expected = train(version, f"{flags} --reuse_vision_features false", "plain")
+    found = {name: _try(train, version, f"{flags} {further}", name) for name, further in IMPROVEMENTS.items()}
+    measured(version=version, plain=expected, **found)
+    packed = found.pop("packing")  # other batches
+    assert packed[-1] < packed[0]
+    for losses in found.values():
+        assert losses == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_each_strategy_trains_as_ddp_does(
+    version: str, kind: str, train: Callable[..., list[float]], measured: Callable[..., None], cuda_only: None
+) -> None:
+    flags = f"{LORA} {STEPS}" if kind == "lora" else f"--learning_rate 1e-3 {STEPS}"
+    expected = train(version, flags, "ddp")
+    found = {name: _try(train, version, f"{flags} --strategy {name}", name) for name in ("zero2", "zero3", "fsdp2")}
+    measured(version=version, kind=kind, ddp=expected, **found)
+    for losses in found.values():
+        _require_near(losses, expected)
+
+
+def _require_near(losses: list[float] | str, expected: list[float]) -> None:
+    """Require the same mean and end in bf16; single steps, where the loss jumps, may differ more."""
+    assert not isinstance(losses, str), losses
+    assert mean(losses) == pytest.approx(mean(expected), rel=0.05)
+    assert losses[-1] == pytest.approx(expected[-1], rel=0.05)
+
+
+def _try(train: Callable[..., list[float]], *arguments: str) -> list[float] | str:
+    """The losses, or how the training failed, so that one failure does not hide what comes after it."""
+    try:
+        return train(*arguments)
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+def test_a_killed_training_resumes_to_the_result_of_an_undisturbed_one(
+    version: str,
+    prepared: Callable[[str], tuple[Path, Path]],
+    train: Callable[..., list[float]],
+    tmp_path: Path,
+    measured: Callable[..., None],
+) -> None:
+    flags = f"{LORA} --max_steps 24 --save_strategy steps --save_steps 4 --lora_dropout 0.3"
+    expected = train(version, flags, "undisturbed")
+    base, shards = prepared(version)
+    paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(tmp_path / "killed")]
+    command = ["train", *paths, *flags.split(), "--logging_steps", "1", "--per_device_train_batch_size", "8"]
+    _kill_after_a_checkpoint([sys.executable, "-m", "minicpmv_finetune", *command], tmp_path / ".killed.checkpoints")
+    losses = train(version, flags, "killed")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("undisturbed", "killed"))
+    largest = max(float((one[name] - two[name]).abs().max()) for name in one)
+    measured(version=version, largest_difference=largest, same_losses=losses == expected)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert largest < 1e-3
+
+
+def _kill_after_a_checkpoint(command: list[str], checkpoints: Path) -> None:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(checkpoints.glob("checkpoint-*")):
+            time.sleep(0.005)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for pid in [*map(int, children.read_text().split()), process.pid] if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        _, text = process.communicate()
+    assert process.returncode == -signal.SIGKILL, text[-2000:]
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_bf16_ends_where_float32_ends(
+    version: str, kind: str, train: Callable[..., list[float]], measured: Callable[..., None]
+) -> None:
+    # At this rate most updates of a bf16 weight are less than half of its last bit.
+    lora = "--use_lora true --tune_llm false --tune_vision true --lora_r 8 --lora_dropout 0"
+    flags = f"{lora if kind == 'lora' else ''} --learning_rate 3e-5 --save_strategy no --max_steps 30"
+    ends = [mean(train(version, f"{flags} --bf16 {name}", name)[-5:]) for name in ("true", "false")]
+    measured(version=version, kind=kind, bf16=ends[0], float32=ends[1])
+    assert ends[0] == pytest.approx(ends[1], rel=0.03)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_adapters_train_merge_and_answer(
     version: str,
@@ -74,61 +162,6 @@ def _questions(digits: Path) -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("version", ["2.6", "4.6"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_each_strategy_trains_as_ddp_does(
-    version: str, kind: str, train: Callable[..., list[float]], measured: Callable[..., None], cuda_only: None
-) -> None:
-    flags = f"{LORA} {STEPS}" if kind == "lora" else f"--learning_rate 1e-3 {STEPS}"
-    expected = train(version, flags, "ddp")
-    found = {name: _try(train, version, f"{flags} --strategy {name}", name) for name in ("zero2", "zero3", "fsdp2")}
-    measured(version=version, kind=kind, ddp=expected, **found)
-    for losses in found.values():
-        _require_near(losses, expected)
-
-
-def _require_near(losses: list[float] | str, expected: list[float]) -> None:
-    """Require the same course in bf16: a single step, where the loss jumps, may differ more than the mean and the end."""
-    assert not isinstance(losses, str), losses
-    assert mean(losses) == pytest.approx(mean(expected), rel=0.05)
-    assert losses[-1] == pytest.approx(expected[-1], rel=0.05)
-
-
-def _try(train: Callable[..., list[float]], *arguments: str) -> list[float] | str:
-    """The losses, or how the training failed, so that one failure does not hide what comes after it."""
-    try:
-        return train(*arguments)
-    except (Exception, SystemExit) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-@pytest.mark.parametrize("version", ["2.6", "4.6"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_bf16_ends_where_float32_ends(
-    version: str, kind: str, train: Callable[..., list[float]], measured: Callable[..., None]
-) -> None:
-    # At this rate most updates of a bf16 weight are less than half of its last bit.
-    lora = "--use_lora true --tune_llm false --tune_vision true --lora_r 8 --lora_dropout 0"
-    flags = f"{lora if kind == 'lora' else ''} --learning_rate 3e-5 --save_strategy no --max_steps 30"
-    ends = [mean(train(version, f"{flags} --bf16 {name}", name)[-5:]) for name in ("true", "false")]
-    measured(version=version, kind=kind, bf16=ends[0], float32=ends[1])
-    assert ends[0] == pytest.approx(ends[1], rel=0.03)
-
-
-@pytest.mark.parametrize("version", ["2.6", "4.6"])
-def test_each_faster_way_has_the_same_losses(
-    version: str, train: Callable[..., list[float]], measured: Callable[..., None]
-) -> None:
-    flags = f"{LORA} --num_train_epochs 2 --save_strategy no --bf16 false"
-    expected = train(version, f"{flags} --reuse_vision_features false", "plain")
-    found = {name: _try(train, version, f"{flags} {further}", name) for name, further in IMPROVEMENTS.items()}
-    measured(version=version, plain=expected, **found)
-    packed = found.pop("packing")  # other batches
-    assert packed[-1] < packed[0]
-    for losses in found.values():
-        assert losses == pytest.approx(expected, rel=1e-3)
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_four_bit_weights_train_and_merge(
     version: str,
@@ -156,36 +189,3 @@ def test_liger_trains_as_without_it(
     losses = train(version, f"{LORA} {STEPS} --use_liger_kernel true", "liger")
     measured(version=version, losses=losses, plain=expected)
     _require_near(losses, expected)
-
-
-@pytest.mark.parametrize("version", ["2.6", "4.6"])
-def test_a_killed_training_resumes_to_the_result_of_an_undisturbed_one(
-    version: str,
-    prepared: Callable[[str], tuple[Path, Path]],
-    train: Callable[..., list[float]],
-    tmp_path: Path,
-    measured: Callable[..., None],
-) -> None:
-    flags = f"{LORA} --max_steps 24 --save_strategy steps --save_steps 4 --lora_dropout 0.3"
-    expected = train(version, flags, "undisturbed")
-    base, shards = prepared(version)
-    paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(tmp_path / "killed")]
-    command = ["train", *paths, *flags.split(), "--logging_steps", "1", "--per_device_train_batch_size", "8"]
-    _kill_after_a_checkpoint([sys.executable, "-m", "minicpmv_finetune", *command], tmp_path / ".killed.checkpoints")
-    losses = train(version, flags, "killed")
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("undisturbed", "killed"))
-    largest = max(float((one[name] - two[name]).abs().max()) for name in one)
-    measured(version=version, largest_difference=largest, same_losses=losses == expected)
-    assert losses == pytest.approx(expected, rel=1e-3)
-    assert largest < 1e-3
-
-
-def _kill_after_a_checkpoint(command: list[str], checkpoints: Path) -> None:
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any(checkpoints.glob("checkpoint-*")):
-            time.sleep(0.005)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        for pid in [*map(int, children.read_text().split()), process.pid] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        _, text = process.communicate()
-    assert process.returncode == -signal.SIGKILL, text[-2000:]

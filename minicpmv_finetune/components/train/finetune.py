@@ -51,7 +51,7 @@ from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
 from .result import save_result
 from .token_accuracy import predicted_tokens, token_accuracy
-from .trainable import count_parameters, make_trainable
+from .trainable import count_parameters, keep_present_classes, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, training_digest
 from .watchdog import Watchdog
@@ -234,6 +234,8 @@ def _load_base_model(inputs: _Inputs, arguments: Arguments) -> PreTrainedModel:
     if training.use_liger_kernel:
         use_liger(model.get_submodule(generation.language_model))
         training.use_liger_kernel = False  # transformers would try again, with the type of the whole model
+    if training.fsdp:
+        keep_present_classes(model)
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
     return model
 

@@ -88,7 +88,7 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.lora_bias,  # type: ignore[arg-type]
-        target_modules=_target_modules(model, generation, arguments, whole),
+        target_modules=_target_modules(model, generation, lora, whole),
         modules_to_save=whole,
         layer_replication=_layer_replication(model, generation, lora.lora_layer_replication),
         task_type="CAUSAL_LM",
@@ -137,20 +137,19 @@ def _is_inside(name: str, module: str) -> bool:
 
 
 def _target_modules(
-    model: nn.Module, generation: Generation, arguments: Arguments, whole: Sequence[str]
+    model: nn.Module, generation: Generation, lora: LoraArguments, whole: Sequence[str]
 ) -> str | list[str]:
     """A regular expression of module names; the names themselves if it matches more than the layers that are adapted.
 
     PEFT refuses an expression that also matches modules that are not linear, and one together with a choice of layers.
     """
-    lora = arguments.lora
     pattern, matched = _match_targets(model, generation, lora)
     adapted = [name for name in matched if not any(_is_inside(f"{name}.", other) for other in whole)]
     if not adapted:
         raise UserError(
             f"--lora_target_modules {pattern!r}: matches only layers that are trained whole, such as {matched[0]}; "
-            f"choose layers of {generation.language_model}.layers.N., or leave out the flag (of --lora_modules_to_save, "
-            "--tune_vision) that trains these whole."
+            f"choose layers of {generation.language_model}.layers.N., or leave out the flag (of "
+            "--lora_modules_to_save, --tune_vision) that trains these whole."
         )
     if lora.lora_layers_to_transform is not None:
         return _select_layers(adapted, lora)
@@ -220,6 +219,16 @@ def _layer_replication(
             f"the last, such as 0:{count},{count // 2}:{count}."
         )
     return stacked
+
+
+def keep_present_classes(model: PreTrainedModel) -> None:
+    """Leave out of the classes that FSDP divides a model into those that it does not contain.
+
+    The language model of 4.6 and 4.7 names the layers of Qwen's own vision tower too, and accelerate would refuse the
+    model without them.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = {name for name in model._no_split_modules or () if name in present}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

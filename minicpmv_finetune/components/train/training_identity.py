@@ -18,7 +18,7 @@ TRANSFORMERS_NOT_IN_DIGEST = frozenset(
         *("output_dir", "run_name", "report_to", "project", "disable_tqdm", "hub_token", "local_rank"),
         *("logging_strategy", "logging_steps", "logging_first_step", "log_level"),
         *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint"),
-        *("dataloader_num_workers", "dataloader_pin_memory"),
+        "dataloader_pin_memory",
     }
 )
 TRANSFORMERS_IN_DIGEST = frozenset(

@@ -8,7 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from minicpmv_finetune.components.train.arguments import parse
-from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+from minicpmv_finetune.components.train.trainable import count_parameters, keep_present_classes, make_trainable
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
@@ -164,3 +164,15 @@ def test_every_lora_argument_takes_effect_on_2_6(tiny: Callable[[str], Path]) ->
     assert {name.split(".layers.")[1].split(".")[0] for name in narrowed if "lora_A" in name} == {"0"}
     with pytest.raises(UserError, match="llm_type minicpm contradicts"):
         _trained(checkpoint, "--llm_type", "minicpm")
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])
+def test_fsdp_divides_the_model_into_classes_that_it_contains(version: str, tiny: Callable[[str], Path]) -> None:
+    model, _ = load_model(tiny(version), torch.float32)
+    keep_present_classes(model)
+    names = {type(module).__name__ for module in model.modules()}
+    wrapped = model._no_split_modules
+    assert wrapped is not None
+    assert set(wrapped) <= names
+    assert any("DecoderLayer" in name for name in wrapped)
+    assert any("EncoderLayer" in name for name in wrapped)
