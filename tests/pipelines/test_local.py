@@ -42,7 +42,9 @@ def test_all_steps_ran_and_wrote_their_outputs(finished: tuple[LocalRun, Path]) 
     run, out = finished
     assert list(run.seconds)[:5] == ["validate-data", "preprocess", "train", "merge", "evaluate"]
     assert (out / "model" / "config.json").is_file()
-    assert "<html" in (out / "report.html").read_text()
+    for name in ("report", "data-report", "preprocess-report", "training-report"):
+        assert "<html" in (out / f"{name}.html").read_text()
+    assert (out / "rejects.jsonl").read_text() == ""
     scores = run.metrics("evaluate")
     assert scores["samples"] == 300
     assert scores["base_exact_match"] <= 0.15

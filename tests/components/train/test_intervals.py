@@ -18,11 +18,11 @@ class Training:
     def __init__(self, given: set[str], save_seconds: float) -> None:
         self.now = 1000.0
         self.save_seconds = save_seconds
-        self.callback = ChosenIntervals(frozenset(given), lambda: self.now)
-        self.args: Any = SimpleNamespace(world_size=1, logging_strategy=IntervalStrategy.STEPS)
+        self.callback: Any = ChosenIntervals(frozenset(given), lambda: self.now)
+        self.args = SimpleNamespace(world_size=1, logging_strategy=IntervalStrategy.STEPS)
         self.state = TrainerState(max_steps=1000, is_world_process_zero=True)
         self.saved: list[float] = []
-        self.callback.on_train_begin(self.args, self.state, TrainerControl())
+        self._save_if_wanted(self.callback.on_train_begin)
 
     def run(self, steps: int, seconds: float, steps_an_epoch: int = 10**9) -> None:
         for _ in range(steps):
@@ -73,10 +73,9 @@ def test_an_interval_of_the_users_is_obeyed(given: str) -> None:
     ("given", "steps", "expected"), [("", 1000, 10), ("", 30, 3), ("", 4, 1), ("logging_steps", 30, 7)]
 )
 def test_a_short_training_has_curves_too(given: str, steps: int, expected: int) -> None:
-    callback = ChosenIntervals(frozenset({given}))
+    callback: Any = ChosenIntervals(frozenset({given}))
     state = TrainerState(max_steps=steps, logging_steps=7)
-    arguments: Any = SimpleNamespace(logging_strategy=IntervalStrategy.STEPS)
-    callback.on_train_begin(arguments, state, TrainerControl())
+    callback.on_train_begin(SimpleNamespace(logging_strategy=IntervalStrategy.STEPS), state, TrainerControl())
     assert state.logging_steps == expected
 
 
