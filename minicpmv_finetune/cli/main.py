@@ -57,7 +57,7 @@ def show_option_names_whole() -> None:
             if not self.columns:
                 # The last two columns are the type and the description.
                 for number in range(len(cells)):
-                    self.add_column(no_wrap=number < len(cells) - 2)
+                    self.add_column(no_wrap=number < len(cells) - 2, overflow="fold")
             super().add_row(*cells, **options)
 
     typer.rich_utils.Table = NamesWhole  # type: ignore[misc]

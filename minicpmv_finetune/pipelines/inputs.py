@@ -163,7 +163,7 @@ _TABLE = (
     Input(
         "training_flags",
         dict,
-        'Further flags of the training script by name, such as {"weight_decay": 0.1}; "num_nodes" above '
+        'Further flags of the training script by name, such as {"gradient_accumulation_steps": 4}; "num_nodes" above '
         "1 trains on that many nodes.",
         "training",
         {},

@@ -118,8 +118,13 @@ def test_a_finished_step_is_not_run_in_a_container_again(
     tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = []
+
+    def run_container(image: str, **options: Any) -> int:
+        images.append(image)
+        return 0
+
     handler = importlib.import_module("kfp.local.docker_task_handler")
-    monkeypatch.setattr(handler, "run_docker_container", lambda image, **options: images.append(image) or 0)
+    monkeypatch.setattr(handler, "run_docker_container", run_container)
     steps = RunSteps(RunFolder(tmp_path, "", goes_on=False), RunDisplay(StringIO()), lock=0, in_containers=True)
     with steps.in_charge():
         for _ in range(2):
