@@ -261,7 +261,7 @@ def _read_data(pattern: str) -> list[Sample]:
             accepted.append(Sample.model_validate_json(outcome.line))
     if not accepted:
         reasons = {reject.reason: reject for reject in reversed(rejected)}
-        listed = " ".join(f"{one.reason}: sample {one.index}: {one.message}" for one in reasons.values())
+        listed = " ".join(f"{one.reason}: {one.place}: {one.message}" for one in reasons.values())
         raise UserError(f"{pattern}: none of the first {len(rejected):,} samples can be used. {listed}")
     return accepted
 

@@ -188,7 +188,7 @@ def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> No
         (["run", "--data", "x.json", "--training-flags", "{"], "--training-flags: invalid JSON"),
         (["train", "--data_path", "x", "--no_such", "1"], "--no_such: no such flag"),
         (["predict", "--model", "nowhere", "--prompt", "?"], "nowhere"),
-        (["merge", "--base-model", "x", "--adapter", "a", "--shards", "b", "--out", "c"], "training.json"),
+        (["merge", "--base-model", "x", "--adapter", "a", "--shards", "b", "--out", "c"], "--base-model: x: not found"),
     ],
 )
 def test_wrong_arguments_end_with_exit_code_2_and_one_sentence(
