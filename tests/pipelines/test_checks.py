@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.components.evaluate.metrics import METRICS
 from minicpmv_finetune.components.evaluate.settings import EvaluationSettings
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
@@ -165,7 +166,7 @@ def test_what_a_store_does_not_answer_is_only_a_warning(
     def fail(uri: str, name: str) -> bytes:
         raise RetryableError(f"{uri}: the hub does not answer; try again.")
 
-    monkeypatch.setattr(checks.storage, "read_model_file", fail)
+    monkeypatch.setattr(storage, "read_model_file", fail)
     check_run(FINETUNE_INPUTS, {**given, "base_model_uri": "owner/name"})
     assert "warning: base_model_uri: not checked before the run: owner/name: the hub" in capsys.readouterr().err
 
@@ -175,7 +176,7 @@ def test_look_ups_have_a_time_limit_together(
 ) -> None:
     monkeypatch.setattr(checks, "_LOOK_UP_SECONDS", 0.01)
     for name in ("size", "read_model_file"):
-        monkeypatch.setattr(checks.storage, name, lambda *arguments: threading.Event().wait())
+        monkeypatch.setattr(storage, name, lambda *arguments: threading.Event().wait())
     there = {"data_uri": "s3://bucket/train.json", "base_model_uri": "owner/name"}
     assert check_run(FINETUNE_INPUTS, there) == there
     assert capsys.readouterr().err.count("no answer within 0.01 seconds") == 2
@@ -190,7 +191,7 @@ def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
     def refuse(uri: str) -> int:
         raise AccessError(f"{uri}: access denied") if "closed" in uri else UserError(f"{uri}: not found")
 
-    monkeypatch.setattr(checks.storage, "size", refuse)
+    monkeypatch.setattr(storage, "size", refuse)
     with pytest.raises(MistakesError) as caught:
         check_run(
             FINETUNE_INPUTS,
