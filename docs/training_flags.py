@@ -7,17 +7,35 @@ table lets a run check its flags in a moment, because the parser itself imports 
 """
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
 import transformers
 from transformers.training_args import OptimizerNames
 
-from minicpmv_finetune.components.train.arguments import parser
+from minicpmv_finetune.components.train.arguments import (
+    IN_DIGEST,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    TrainingArguments,
+    parser,
+)
 from minicpmv_finetune.components.train.flags import TABLE_PATH
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 
 _JSON_FLAGS = {*transformers.TrainingArguments._VALID_DICT_FIELDS, "liger_kernel_config", "parallelism_config"}
+_GROUPS = {
+    item.name: name
+    for name, owner in {
+        "data": ModelArguments,
+        "training": TrainingArguments,
+        "adapters": LoraArguments,
+    }.items()
+    for item in dataclasses.fields(owner)
+    if IN_DIGEST in item.metadata
+} | {item.name: "data" for item in dataclasses.fields(DataArguments)}
 _MAY_BE_FILES = {"accelerator_config", "deepspeed", "fsdp_config"}
 
 
@@ -34,9 +52,17 @@ def table() -> str:
 
 
 def _row(action: argparse.Action) -> dict[str, Any]:
-    """Type, number of values and choices of a flag."""
+    """Everything that `flags.Flag` says of a flag."""
     values = {None: "one", "?": "optional", "+": "several", 0: "none"}[action.nargs]  # type: ignore[index]
-    return {"type": _type_of(action), "values": values, "choices": _choices(action)}
+    default = action.default if isinstance(action.default, str | int | float | bool | None) else str(action.default)
+    return {
+        "type": _type_of(action),
+        "values": values,
+        "choices": _choices(action),
+        "group": _GROUPS.get(action.dest, "transformers"),
+        "default": default,
+        "help": " ".join((action.help or "").split()),
+    }
 
 
 def _type_of(action: argparse.Action) -> str:

@@ -14,7 +14,7 @@ STEPS = ("validate_data", "preprocess", "train", "merge", "evaluate", "register"
 LAYERS = (
     ("moved_modules",),
     ("errors", "environment"),
-    ("container_images", "git_commit", "storage", "progress", "workers", "options"),
+    ("container_images", "git_commit", "storage", "progress", "workers", "process_tree", "options"),
     ("permanent_errors", "data"),
     ("minicpmv",),
     ("shards", "tracking"),

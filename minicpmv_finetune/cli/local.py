@@ -17,6 +17,9 @@ RunnerName = Annotated[
     Literal["subprocess", "docker"],
     typer.Option("--runner", help="Run the steps in this environment or in their container images."),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin anew; by default the last unfinished run of the same inputs goes on.")
+]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -25,31 +28,39 @@ def demo(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed for the split of the digits and for the training.")
     ] = 42,
+    fresh: Fresh = False,
 ) -> None:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
     from minicpmv_finetune.pipelines.demo import run_demo
 
-    run_demo(out, seed)
+    run_demo(out, seed, fresh)
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(FINETUNE_INPUTS, check=check_whole_run)
-def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess") -> None:
-    """Run the whole pipeline on this machine, from data to an evaluated, merged model."""
+def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess", fresh: Fresh = False) -> None:
+    """Run the whole pipeline on this machine, from data to an evaluated, merged model.
+
+    The defaults train LoRA adapters, as in a pipeline on Kubeflow; `train` alone has those of the published script.
+    """
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.summary import print_summary
 
-    print_summary(run_pipeline(out, _with_absolute_paths(inputs), runner), out)
+    print_summary(run_pipeline(out, _with_absolute_paths(inputs), runner, fresh=fresh), out)
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(RETRAIN_INPUTS, check=check_whole_run)
-def retrain(inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess") -> None:
+def retrain(
+    inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess", fresh: Fresh = False
+) -> None:
     """Run the pipeline for schedules on this machine: train if there is new data, and promote a better model."""
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.retraining import RETRAIN
+    from minicpmv_finetune.pipelines.summary import print_reports
 
-    run_pipeline(out, _with_absolute_paths(inputs), runner, RETRAIN)
+    run_pipeline(out, _with_absolute_paths(inputs), runner, RETRAIN, fresh)
+    print_reports(out)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -4,11 +4,11 @@ A user's mistake ends with one sentence and exit code 2, a temporary fault with 
 imported only when a command needs them, so that help and mistakes in arguments appear at once.
 """
 
-import logging
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -31,6 +31,8 @@ for group in (local, kubeflow, models, steps):
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     _quieten_libraries()
+    if "--help" in sys.argv:
+        show_option_names_whole()
     # After SIGTERM a step removes its incomplete output, as after an error; by default the process would end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -40,6 +42,25 @@ def main() -> None:
         end_process(error)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def show_option_names_whole() -> None:
+    """Let the help break descriptions, not the names of options, where a terminal is narrow.
+
+    Rich makes the two widest columns of a table narrower until the table fits, and typer lets it.
+    """
+    import typer.rich_utils
+    from rich.table import Table
+
+    class NamesWhole(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            if not self.columns:
+                # The last two columns are the type and the description.
+                for number in range(len(cells)):
+                    self.add_column(no_wrap=number < len(cells) - 2, overflow="fold")
+            super().add_row(*cells, **options)
+
+    typer.rich_utils.Table = NamesWhole  # type: ignore[misc]
 
 
 def _quieten_libraries() -> None:
@@ -52,8 +73,6 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # The hub's client reports each of its attempts; the error at the end says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # A recommendation of kernels for a CPU, on which this program is only tried out.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not Path("/dev/nvidiactl").exists():
         # Without this setting DeepSpeed warns that it falls back to the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from minicpmv_finetune.pipelines.inputs import rows
+from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, defaults, rows
 
 from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, read_json_object, with_inputs
 
@@ -103,9 +103,9 @@ def train(context: typer.Context) -> None:
     A YAML file of flags may come first. `--print-plan` only prints what would be trained, frozen and saved.
     """
     if "--help" in context.args:
-        from minicpmv_finetune.components.train.arguments import parser
+        from minicpmv_finetune.components.train.flags_help import help_text
 
-        print(parser().format_help())
+        print(help_text(defaults(FINETUNE_INPUTS)))
         return
     if "--print-plan" in context.args or "--print_plan" in context.args:
         from minicpmv_finetune.components.train.flags import check_flags

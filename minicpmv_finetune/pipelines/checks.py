@@ -35,6 +35,7 @@ from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
 from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of
 from minicpmv_finetune.options import raise_mistakes
+from minicpmv_finetune.shards.format import read_manifest
 
 from .inputs import FINETUNE_INPUTS, Input, defaults, read_inputs
 
@@ -92,7 +93,8 @@ def check_training(argv: Sequence[str]) -> None:
         places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model)))
     if data := values.get("data_path"):
         is_raw = data.endswith((".json", ".jsonl"))
-        places.append(_Place("--data_path", data, lambda: _read_data(data) if is_raw else _check_shards(data)))
+        check_data: Callable[[str], object] = _read_data if is_raw else _check_shards
+        places.append(_Place("--data_path", data, lambda: check_data(data)))
         if is_raw and (evaluation := values.get("eval_data_path")):
             places.append(_Place("--eval_data_path", evaluation, lambda: _read_data(evaluation)))
     raise_mistakes(mistakes + _place_mistakes(places, runs_here=True))
@@ -164,7 +166,9 @@ def _places(run: Mapping[str, Any]) -> list[_Place]:
     default_metric = metric if metric in METRICS else "exact_match"
     places = [_Place("base_model_uri", base, lambda: _check_kind(base))]
     if data:
-        read = _read_data if evaluation else partial(_check_scored_data, default_metric=default_metric)
+        read: Callable[[str], object] = (
+            _read_data if evaluation else partial(_check_scored_data, default_metric=default_metric)
+        )
         places.append(_Place("data_uri", data, lambda: read(data)))
     if evaluation:
         places.append(_Place("eval_data_uri", evaluation, lambda: _check_scored_data(evaluation, default_metric)))
@@ -228,10 +232,15 @@ def _check_kind(uri: str) -> None:
 
 
 def _check_shards(uri: str) -> None:
-    if "://" not in uri and not Path(uri).expanduser().is_dir():
+    """Check that a local folder contains the manifest of shards."""
+    if "://" in uri:
+        return
+    folder = Path(uri).expanduser()
+    if not folder.is_dir():
         raise UserError(
             f"{uri}: no such folder; give the shards folder that preprocess wrote, or a .json or .jsonl file."
         )
+    read_manifest(folder)
 
 
 def _check_scored_data(pattern: str, default_metric: str) -> None:
@@ -261,7 +270,7 @@ def _read_data(pattern: str) -> list[Sample]:
             accepted.append(Sample.model_validate_json(outcome.line))
     if not accepted:
         reasons = {reject.reason: reject for reject in reversed(rejected)}
-        listed = " ".join(f"{one.reason}: sample {one.index}: {one.message}" for one in reasons.values())
+        listed = " ".join(f"{one.reason}: {one.place}: {one.message}" for one in reasons.values())
         raise UserError(f"{pattern}: none of the first {len(rejected):,} samples can be used. {listed}")
     return accepted
 

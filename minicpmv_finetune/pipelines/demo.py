@@ -26,18 +26,19 @@ DEMO_INPUTS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "num_train_epochs": 8.0,
     "per_device_train_batch_size": 32,
-    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.3, "logging_steps": 10, "save_strategy": "no"},
+    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.3},
     "evaluation_options": {"max_new_tokens": 16, "batch_size": 32},
     "registered_model": "digits",
 }
 
 
-def run_demo(out: Path, seed: int) -> None:
+def run_demo(out: Path, seed: int, fresh: bool = False) -> None:
     """Create data and base checkpoint, compile and run the pipeline, and print the results.
 
     Args:
         out: Folder that receives all files, and `summary.json`.
         seed: Seed for the split of the digits and for the training.
+        fresh: Begin anew, even if an earlier run with this seed is unfinished.
     """
     from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
@@ -56,7 +57,7 @@ def run_demo(out: Path, seed: int) -> None:
         "seed": seed,
         **DEMO_INPUTS,
     }
-    run = run_pipeline(out, inputs)
+    run = run_pipeline(out, inputs, fresh=fresh)
     without_lora = exact_match_without_lora(
         base, run.output("train", "adapter"), run.output("validate-data", "dataset")
     )

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,11 @@ from minicpmv_finetune.tracking.registry import champion_of
 from .finetuning import FINETUNE
 from .pipeline import Pipeline
 from .run_display import RunDisplay
+from .run_folder import LINKS, RunFolder, inputs_digest, locked, open_run, remove_unfinished, unfinished_runs
+from .run_steps import CONTAINER_LABEL, RunSteps
 
 Runner = Literal["subprocess", "docker"]
+_ALSO_AFTER_FAILURE = tuple(name for name in LINKS if name != "model")
 
 
 @dataclass(frozen=True)
@@ -49,70 +52,125 @@ class LocalRun:
 
 
 def run_pipeline(
-    out: Path, inputs: Mapping[str, Any], runner: Runner = "subprocess", pipeline: Pipeline = FINETUNE
+    out: Path,
+    inputs: Mapping[str, Any],
+    runner: Runner = "subprocess",
+    pipeline: Pipeline = FINETUNE,
+    fresh: bool = False,
 ) -> LocalRun:
-    """Run a whole pipeline on this machine.
+    """Run a whole pipeline on this machine, or go on with its last unfinished run of the same inputs.
 
     Args:
-        out: Folder that receives `artifacts/`, `run.log`, the links `report.html` and `model` to the newest results,
-            and, unless `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
+        out: Folder that receives `artifacts/`, `run.log`, links to the newest results and, unless
+            `MLFLOW_TRACKING_URI` is set, `mlflow.db`.
         inputs: Inputs of the pipeline by name.
         runner: `subprocess` runs the steps in this environment, `docker` in the steps' container images.
         pipeline: Pipeline to run.
+        fresh: Begin anew, and remove the unfinished runs of the same inputs.
 
     Raises:
         RetryableError: The model registry does not answer, and nothing was started; or a step met a temporary fault.
-        UserError: A step found a mistake that only the user can fix.
-        SystemExit: A step ended with a bug; its traceback is in `run.log`.
+        UserError: A step found a mistake that only the user can fix, or another run works in the folder.
+        SystemExit: A step ended with a bug, and its traceback is in `run.log`; or a signal stopped the run.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    name = f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    variables = {
-        environment.TRACKING_URI.name: environment.TRACKING_URI.read() or f"sqlite:///{out.absolute()}/mlflow.db",
-        environment.PIPELINE_RUN_ID.name: name,
-        environment.PROGRESS_SECONDS.name: "0.5",
-    }
     artifacts = out / "artifacts"
-    earlier = set(artifacts.glob("*"))
-    with _environment(variables):
+    digest = inputs_digest(pipeline.name, inputs)
+    tracking = environment.TRACKING_URI.read() or f"sqlite:///{out.absolute()}/mlflow.db"
+    if tracking.startswith("http"):
         # Unlike a database file, a server may be down.
-        if variables[environment.TRACKING_URI.name].startswith("http"):
-            champion_of(inputs.get("registered_model", ""))
-    with (out / "run.log").open("w") as log, _environment(variables), RunDisplay(log) as display:
-        local.init(_kfp_runner(runner, variables, out.absolute()), pipeline_root=str(artifacts))
-        status = "FAILED"
-        try:
-            # Subprocesses do not use the container images, so a name that does not mention Python is no problem.
-            with warnings.catch_warnings(), contextlib.redirect_stdout(display.stream):
-                warnings.filterwarnings("ignore", message="You may be attemping to run a task")
-                pipeline.build()(**inputs)
-            status = "FINISHED"
-        except (RuntimeError, ValueError) as error:
-            # A failed container may have disappeared before kfp.local reads its exit code. kfp.local then counts it as
-            # a success, and the next step finds no inputs, which is a ValueError.
-            if isinstance(error, ValueError) and not display.error:
-                raise
-            raise _explain_failure(error, display, artifacts, earlier, out / "run.log") from None
-        finally:
-            step_runs.finish_pipeline_run(status)
-    (folder,) = set(artifacts.glob("*")) - earlier
-    run = LocalRun(folder, display.seconds)
-    _link(out / "report.html", run.output("evaluate", "report"))
-    _link(out / "model", run.output("merge", "model"))
-    return run
+        champion_of(inputs.get("registered_model", ""))
+    with locked(artifacts) as lock:
+        if fresh:
+            remove_unfinished(artifacts, digest)
+        folder = open_run(artifacts, pipeline.name, digest)
+        variables = {
+            environment.TRACKING_URI.name: tracking,
+            environment.PIPELINE_RUN_ID.name: folder.path.name,
+            environment.PROGRESS_SECONDS.name: "0.5",
+        }
+        with _environment(variables), (out / "run.log").open("a") as log, RunDisplay(log) as display:
+            _announce(display, folder)
+            steps = RunSteps(folder, display, lock, in_containers=runner == "docker")
+            local.init(_kfp_runner(runner, variables, out.absolute(), folder.path.name), pipeline_root=str(artifacts))
+            _run_steps(steps, pipeline, inputs, out)
+        folder.finish()
+        remove_unfinished(artifacts, digest)
+    _link_results(out, folder.path, LINKS)
+    return LocalRun(folder.path, {**display.seconds, **steps.reused})
+
+
+def _announce(display: RunDisplay, folder: RunFolder) -> None:
+    """Say what the run begins with, on the terminal and in the log."""
+    begun = f"{folder.path.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    display.log.write(f"==== {begun}{', going on' if folder.goes_on else ''}\n")
+    if folder.goes_on:
+        display.say(f"going on with the unfinished run {folder.path.name}; --fresh begins anew")
+    others = unfinished_runs(folder.path.parent, folder.inputs, others=True)
+    if others:
+        size = sum(file.lstat().st_size for other in others for file in other.rglob("*")) / 1e9
+        names = ", ".join(other.name for other in others)
+        display.say(f"unfinished runs of other inputs in {folder.path.parent} ({size:.1f} GB): {names}")
+
+
+def _run_steps(steps: RunSteps, pipeline: Pipeline, inputs: Mapping[str, Any], out: Path) -> None:
+    """Let kfp.local run the steps, and turn a failure into one of the two errors, or into the end of this process."""
+    status = "FAILED"
+    display = steps.display
+    try:
+        # Subprocesses do not use the container images, so a name that does not mention Python is no problem.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(display.stream), steps.in_charge():
+            warnings.filterwarnings("ignore", message="You may be attemping to run a task")
+            pipeline.build()(**inputs)
+        status = "FINISHED"
+    except (RuntimeError, ValueError) as error:
+        if steps.stopped_by:
+            status = "KILLED"
+            raise _stopped(steps) from None
+        # A failed container may have disappeared before kfp.local reads its exit code. kfp.local then counts it as
+        # a success, and the next step finds no inputs, which is a ValueError.
+        if isinstance(error, ValueError) and not display.error:
+            raise
+        _announce_rest(steps, out)
+        raise _explain_failure(error, display, steps.folder.path, out / "run.log") from None
+    finally:
+        step_runs.finish_pipeline_run(status)
+        _link_results(out, steps.folder.path, _ALSO_AFTER_FAILURE)
+
+
+def _announce_rest(steps: RunSteps, out: Path) -> None:
+    """Say what a failed run leaves: reports of the failed step, and steps that need not be done again."""
+    for name, result in LINKS.items():
+        if result.startswith(f"{steps.display.step}/") and (steps.folder.path / result).is_file():
+            steps.display.say(f"see {out / name}")
+    if steps.folder.finished_steps():
+        steps.display.say("the same command goes on with the finished steps; --fresh begins anew")
+
+
+def _stopped(steps: RunSteps) -> SystemExit:
+    display = steps.display
+    # A training says how far it came; what to do is the same for all steps.
+    state = display.error.partition(";")[0] or f"{display.step or 'the run'} was stopped"
+    display.say(f"{state}; the same command goes on from there, and --fresh begins anew")
+    return SystemExit(128 + steps.stopped_by)
 
 
 def _explain_failure(
-    error: Exception, display: RunDisplay, artifacts: Path, earlier: Set[Path], log: Path
+    error: Exception, display: RunDisplay, folder: Path, log: Path
 ) -> UserError | RetryableError | SystemExit:
     """The error of a failed run: the step's own message, or a reference to the log after a crash."""
-    for marker in artifacts.glob(f"*/*/{MARKER_NAME}"):
-        if marker.parent.parent not in earlier:
-            return UserError(display.error or str(error))
+    if any(folder.glob(f"*/{MARKER_NAME}")):
+        return UserError(display.error or str(error))
     if display.error and not display.crashed:
         return RetryableError(display.error)
     print(f"error: {display.step} failed; its traceback is in {log}", file=sys.stderr)
     return SystemExit(1)
+
+
+def _link_results(out: Path, folder: Path, names: Iterable[str]) -> None:
+    """Make links lead to the results of a run; what the run did not write keeps its link."""
+    for name in names:
+        if (folder / LINKS[name]).exists():
+            _link(out / name, folder / LINKS[name])
 
 
 def _link(link: Path, target: Path) -> None:
@@ -123,7 +181,9 @@ def _link(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
-def _kfp_runner(runner: Runner, variables: Mapping[str, str], out: Path) -> local.SubprocessRunner | local.DockerRunner:
+def _kfp_runner(
+    runner: Runner, variables: Mapping[str, str], out: Path, name: str
+) -> local.SubprocessRunner | local.DockerRunner:
     if runner == "subprocess":
         return local.SubprocessRunner(use_venv=False)
     from docker.types import Mount
@@ -135,7 +195,8 @@ def _kfp_runner(runner: Runner, variables: Mapping[str, str], out: Path) -> loca
     cache = out / CACHE_NAME
     cache.mkdir(exist_ok=True)
     mounts = [Mount(str(cache), str(cache), "bind")]
-    return local.DockerRunner(environment={**passed, **variables}, network_mode="host", mounts=mounts)
+    labels = {CONTAINER_LABEL: name}
+    return local.DockerRunner(environment={**passed, **variables}, network_mode="host", mounts=mounts, labels=labels)
 
 
 @contextlib.contextmanager

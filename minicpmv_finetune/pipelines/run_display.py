@@ -21,6 +21,7 @@ from minicpmv_finetune.progress import OUTCOME_MARK
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '(?P<step>[\w-]+)'")
 _ENDED = re.compile(r"Task '(?P<step>[\w-]+)' finished with status (?P<status>\w+)")
+_REMARKS = ("warning: ", "note: ")
 _PROGRESS = re.compile(r"^\w[\w ]*?\s+\d+% \|")
 
 
@@ -31,6 +32,7 @@ class RunDisplay:
     Attributes:
         log: Log file that receives every line.
         step: Name of the step that runs, or that failed.
+        outcome: What the current step achieved, in its own words; empty while it runs.
         error: Last error message of the current step; empty if there is none.
         crashed: Whether the current step printed a traceback.
         seconds: Duration of each finished step.
@@ -39,11 +41,11 @@ class RunDisplay:
 
     log: TextIO
     step: str = ""
+    outcome: str = ""
     error: str = ""
     crashed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     stream: io.TextIOBase = field(init=False)
-    _outcome: str = ""
     _progress: str = ""
     _started: float = 0.0
 
@@ -60,6 +62,12 @@ class RunDisplay:
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
+    def say(self, sentence: str) -> None:
+        """Print a sentence about the run itself, and log it."""
+        self._console.print(Text(f"  {sentence}"))
+        self.log.write(f"{sentence}\n")
+        self.log.flush()
+
     def _read_line(self, raw: str) -> None:
         """Log a line, and update the display if the line concerns the step's progress or end."""
         line = _ANSI.sub("", raw).rstrip()
@@ -67,16 +75,18 @@ class RunDisplay:
         self.log.flush()
         line = line.strip()
         if started := _STARTED.search(line):
-            self.step, self._outcome, self._progress, self._started = started["step"], "", "", time.monotonic()
+            self.step, self.outcome, self._progress, self._started = started["step"], "", "", time.monotonic()
             self.error, self.crashed = "", False
         elif ended := _ENDED.search(line):
             self._end_step(ended["status"] == "SUCCESS")
         elif line.startswith(OUTCOME_MARK):
-            self._outcome = line.removeprefix(OUTCOME_MARK)
+            self.outcome = line.removeprefix(OUTCOME_MARK)
         elif line.startswith("Traceback (most recent call last)"):
             self.crashed = True
         elif line.startswith("error: "):
             self.error = line.removeprefix("error: ")
+        elif line.startswith(_REMARKS):
+            self.say(line)
         elif _PROGRESS.match(line):
             self._progress = line
         self._live.update(self._line("•", "cyan", self._progress or "starting …") if self.step else Text(""))
@@ -85,7 +95,7 @@ class RunDisplay:
         seconds = time.monotonic() - self._started
         self.seconds[self.step] = round(seconds, 1)
         mark, color = ("✓", "green") if succeeded else ("✗", "red")
-        self._console.print(self._line(mark, color, f"{self._outcome:<70} {seconds:5.0f} s"))
+        self._console.print(self._line(mark, color, f"{self.outcome:<70} {seconds:5.0f} s"))
         self.step = "" if succeeded else self.step
 
     def _line(self, mark: str, color: str, text: str) -> Text:

@@ -14,6 +14,13 @@ from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
 from .local import LocalRun
 
+_REPORTS = {
+    "report": "report.html",
+    "training report": "training-report.html",
+    "shards report": "preprocess-report.html",
+    "data report": "data-report.html",
+    "rejected samples": "rejects.jsonl",
+}
 _QUESTION = {"image": "IMAGE", "prompt": "QUESTION"}
 
 
@@ -43,7 +50,7 @@ def print_summary(
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
     lines = {
         "gate": passed if record.promote else f"failed, {record.reason}",
-        "report": short_path(out / "report.html"),
+        **_reports(out),
         "merged model": short_path(out / "model"),
         "pipeline": short_path(compiled) if compiled else "",
         "logs of the steps": short_path(out / "run.log"),
@@ -53,6 +60,19 @@ def print_summary(
     for name, text in lines.items():
         if text:
             console.print(f"  {name:<19}{text}")
+
+
+def print_reports(out: Path) -> None:
+    """Print the paths of the reports and of the log."""
+    console = Console(highlight=False, soft_wrap=True)
+    for name, path in {**_reports(out), "logs of the steps": short_path(out / "run.log")}.items():
+        console.print(f"  {name:<19}{path}")
+
+
+def _reports(out: Path) -> dict[str, str]:
+    """The path of every report that the last run wrote, by its name."""
+    files = {name: out / file for name, file in _REPORTS.items()}
+    return {name: short_path(file) for name, file in files.items() if file.exists() and file.stat().st_size}
 
 
 def _score_table(scores: Mapping[str, float], more_rows: Mapping[str, float]) -> Table:

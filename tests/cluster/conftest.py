@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ def no_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands do not look up data and base model, which do not exist; `tests/pipelines/test_checks.py` does."""
     for name in ("_check_kind", "_read_data"):
         monkeypatch.setattr(checks, name, lambda uri: [])
+    # A command sets these from its profile; they must not stay behind.
+    for variable in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        if variable not in os.environ:
+            monkeypatch.setenv(variable, "")
+            monkeypatch.delenv(variable)
 
 
 @pytest.fixture

@@ -343,3 +343,18 @@ def test_the_sdk_starts_the_pipeline_without_changes(kubeflow: FakeKubeflow) -> 
     spec = kubeflow.runs[result.run_id]["pipeline_spec"]["pipeline_spec"]
     assert spec["pipelineInfo"]["name"] == "minicpmv-finetune"
     assert result.wait_for_run_completion(timeout=60).state == "SUCCEEDED"
+
+
+def test_all_mistakes_are_named_before_anything_is_sent(kubeflow: FakeKubeflow, command: Command) -> None:
+    wrong = ["lora_r=0", "data_uri=train.json", 'training_flags={"lr_sheduler_type": "cosine"}', "metric=accuracy"]
+    answer = command("submit", *INPUTS, *(word for value in wrong for word in ("-p", value)))
+    assert answer.code == 2
+    assert "4 inputs are wrong" in answer.err
+    for sentence in (
+        "data_uri: train.json is a path on this machine",
+        "lora_r: 0 is not accepted",
+        "did you mean --lr_scheduler_type?",
+        "did you mean vqa_accuracy?",
+    ):
+        assert sentence in answer.err
+    assert not kubeflow.runs

@@ -42,7 +42,9 @@ def test_all_steps_ran_and_wrote_their_outputs(finished: tuple[LocalRun, Path]) 
     run, out = finished
     assert list(run.seconds)[:5] == ["validate-data", "preprocess", "train", "merge", "evaluate"]
     assert (out / "model" / "config.json").is_file()
-    assert "<html" in (out / "report.html").read_text()
+    for name in ("report", "data-report", "preprocess-report", "training-report"):
+        assert "<html" in (out / f"{name}.html").read_text()
+    assert (out / "rejects.jsonl").read_text() == ""
     scores = run.metrics("evaluate")
     assert scores["samples"] == 300
     assert scores["base_exact_match"] <= 0.15
@@ -186,7 +188,7 @@ def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> No
         (["run", "--data", "x.json", "--training-flags", "{"], "--training-flags: invalid JSON"),
         (["train", "--data_path", "x", "--no_such", "1"], "--no_such: no such flag"),
         (["predict", "--model", "nowhere", "--prompt", "?"], "nowhere"),
-        (["merge", "--base-model", "x", "--adapter", "a", "--shards", "b", "--out", "c"], "training.json"),
+        (["merge", "--base-model", "x", "--adapter", "a", "--shards", "b", "--out", "c"], "--base-model: x: not found"),
     ],
 )
 def test_wrong_arguments_end_with_exit_code_2_and_one_sentence(

@@ -26,6 +26,7 @@ from minicpmv_finetune.workers import SHARED_MEMORY
 from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
 from .flags import check_flags
 from .flags import pop_num_nodes as pop_num_nodes
+from .intervals import choose_intervals
 
 IN_DIGEST = "in_digest"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -257,12 +258,21 @@ class LoraArguments:
 
 @dataclass(frozen=True)
 class Arguments:
-    """All groups of flags, parsed and checked."""
+    """All groups of flags, parsed and checked.
+
+    Attributes:
+        model: Which model is trained.
+        data: Which data it is trained on.
+        training: How it is trained.
+        lora: Which adapters are trained.
+        given: Names of the flags that the user gave; the others have their defaults.
+    """
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
     lora: LoraArguments
+    given: frozenset[str] = frozenset()
 
 
 class _Parser(HfArgumentParser):
@@ -297,11 +307,13 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     instance = parser()
     instance.error = _fail  # type: ignore[method-assign, assignment]
     try:
-        groups = instance.parse_args_into_dataclasses(args=flags)
+        model, data, training, lora = instance.parse_args_into_dataclasses(args=flags)
     except (ValueError, ImportError) as error:
         raise UserError(f"Training arguments: {str(error).strip().splitlines()[0]}") from error
-    arguments = Arguments(*groups)
+    given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
+    arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
+    choose_intervals(arguments.training, given)
     return arguments
 
 

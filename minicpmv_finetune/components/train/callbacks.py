@@ -102,7 +102,7 @@ class TrainingMonitor(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        # A training of fewer steps than --logging_steps logs only its mean loss.
+        # A training of fewer steps than a given --logging_steps logs only its mean loss.
         last_loss = metrics.get("train_loss", self.loss) if math.isnan(self.loss) else self.loss
         self.loss = metrics.get("loss", last_loss)
         if "train_runtime" in metrics:

@@ -46,6 +46,7 @@ from .checkpoints import Checkpoints
 from .datasets import Collator, ExampleDataset, PackDataset
 from .feature_store import is_reusable, prepare_stores
 from .fused_lora import fuse_adapters
+from .intervals import ChosenIntervals
 from .liger import use_liger
 from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
@@ -111,6 +112,7 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
         monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
         trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
         trainer.add_callback(CheckpointSealer(checkpoints))
+        trainer.add_callback(ChosenIntervals(arguments.given))
         trainer.add_callback(stopper)
         outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         checkpoints.finish_upload()

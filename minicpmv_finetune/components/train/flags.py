@@ -71,12 +71,18 @@ class Flag:
         type: Type of its values; `json` is a JSON object as text, and `json_or_file` that or a file's path.
         values: How many values follow the flag; a switch may have none, and then means true.
         choices: Accepted values; empty accepts all.
+        group: Part of the help; "transformers" are the flags that are not this project's own.
+        default: Default value, that of the published script.
+        help: Meaning of the flag.
     """
 
     name: str
     type: Literal["int", "float", "bool", "str", "json", "json_or_file"]
     values: Literal["one", "optional", "several", "none"]
     choices: tuple[str, ...] = ()
+    group: Literal["data", "training", "adapters", "transformers"] = "transformers"
+    default: Any = None
+    help: str = ""
 
     def parse(self, words: Sequence[str]) -> Any:
         """The flag's value from the words that follow it.
@@ -122,7 +128,7 @@ class Flag:
 def table() -> Mapping[str, Flag]:
     """Every flag of the training script by its name."""
     rows = json.loads(TABLE_PATH.read_text())
-    return {name: Flag(name, row["type"], row["values"], tuple(row["choices"])) for name, row in rows.items()}
+    return {name: Flag(name, **{**row, "choices": tuple(row["choices"])}) for name, row in rows.items()}
 
 
 def check_flags(argv: Sequence[str], announce: Callable[[str], None] = lambda sentence: None) -> list[str]:

@@ -90,6 +90,7 @@ def _is_in_digest(name: str) -> bool:
 _OWN_FLAGS: dict[str, bool] = {
     item.name: item.metadata[IN_DIGEST]
     for group in dataclasses.fields(Arguments)
-    for item in dataclasses.fields(group.type)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(group.type)
+    for item in dataclasses.fields(group.type)
     if IN_DIGEST in item.metadata
 }

@@ -27,7 +27,6 @@ from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.reports.training_record import read_record
 
-from .flags import check_flags
 from .trainjob_cluster import CALL_TIMEOUT, CONTAINER, GROUP, VERSION, Cluster
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
         RetryableError: A node, Kubernetes or the store had a temporary fault, or SIGTERM was received.
         SystemExit: A node failed for another reason (with its exit code); its traceback is in the log.
     """
-    check_flags(flags)
     if not storage.is_object_uri(output_uri):
         raise UserError(
             f"num_nodes {nodes}: the nodes write their result to object storage, but this run keeps its artifacts in "

@@ -62,6 +62,7 @@ class Findings:
         rejects: The first rejects of each reason.
         repetitions: Images that occur more than once, each with the images of its first appearances.
         samples: A selection of samples, each with its split.
+        refusal: Why the data is refused; empty if it is not.
     """
 
     info: DatasetInfo
@@ -73,6 +74,7 @@ class Findings:
     rejects: Mapping[str, Sequence[Reject]]
     repetitions: Sequence[tuple[Repetition, Sequence[ImageRef]]]
     samples: Sequence[tuple[Split, Sample]]
+    refusal: str = ""
 
 
 @dataclass(frozen=True)

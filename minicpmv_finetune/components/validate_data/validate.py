@@ -10,8 +10,8 @@ import heapq
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice, starmap
 from pathlib import Path
@@ -94,7 +94,7 @@ def validate_data(
         dataset: Folder that receives `train.jsonl`, `eval.jsonl`, `duplicates.jsonl` and, last, `dataset.json`.
         rejects_file: File that receives each rejected sample with the reason, also when the step fails.
         settings: Settings of the checks and the split.
-        report: File that receives the report page, or None.
+        report: File that receives the report page, or None; also when the data is refused.
 
     Returns:
         Counts, and the fingerprint of the content.
@@ -117,36 +117,68 @@ def validate_data(
         RejectLog(rejects_file) as rejects,
     ):
         inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "grays")
-        rows = _check_sources(sources, inventory, rejects, settings)
-        if eval_data_uri:
-            is_eval = np.arange(len(inventory)) >= rows["train"]
-        else:
-            is_eval = hold_out(inventory, settings.eval_fraction, settings.seed)
+        refusal, is_eval = _check_and_split(sources, inventory, rejects, settings)
         findings = _write_dataset(staging, inventory, is_eval, rejects, data_uri, eval_data_uri, settings)
         if report:
-            write_report(report, findings)
+            write_report(report, replace(findings, refusal=str(refusal or "")))
+        if refusal:
+            report_outcome(_outcome(findings.info))
+            raise refusal
         info = findings.info
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
     for warning in data_warnings(info):
         print(f"warning: {warning}", file=sys.stderr)
     if info.ignored_fields:
         print(f"note: {describe_ignored(info.ignored_fields)}", file=sys.stderr)
-    report_outcome(
-        f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
-        f"{sum(info.rejected.values()):,} rejected"
-    )
+    report_outcome(_outcome(info))
     return info
 
 
+def _check_and_split(
+    sources: Sequence[tuple[Split, str]], inventory: Inventory, rejects: RejectLog, settings: ValidationSettings
+) -> tuple[UserError | None, NDArray[np.bool_]]:
+    """Check all samples, and decide which are for evaluation.
+
+    Returns:
+        Why the data is refused, or None; and for each accepted sample whether it is for evaluation.
+
+    Raises:
+        UserError: The data is refused before a single sample was found.
+    """
+    rows: Counter[Split] = Counter()
+    refusal: UserError | None = None
+    try:
+        _check_sources(sources, inventory, rejects, settings, rows)
+        if len(sources) == 1:
+            return None, hold_out(inventory, settings.eval_fraction, settings.seed)
+    except UserError as error:
+        if not rows and not rejects.counts:
+            raise
+        refusal = error
+    return refusal, np.arange(len(inventory)) >= rows["train"]
+
+
+def _outcome(info: DatasetInfo) -> str:
+    """The counts in one line, with the number of rejects of each reason."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(info.rejected).most_common())
+    return (
+        f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
+        f"{sum(info.rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}"
+    )
+
+
 def _check_sources(
-    sources: Iterable[tuple[Split, str]], inventory: Inventory, rejects: RejectLog, settings: ValidationSettings
-) -> Counter[Split]:
-    """Check all samples, add the accepted ones to the inventory, and return their number in each split.
+    sources: Iterable[tuple[Split, str]],
+    inventory: Inventory,
+    rejects: RejectLog,
+    settings: ValidationSettings,
+    rows: Counter[Split],
+) -> None:
+    """Check all samples, and add the accepted ones to the inventory and to the number of their split.
 
     Raises:
         UserError: A split has no usable sample, or too many samples were rejected.
     """
-    rows: Counter[Split] = Counter()
     with inventory:
         for split, uri in sources:
             for outcome in _check_files(uri, settings.exif_transpose):
@@ -158,7 +190,6 @@ def _check_sources(
             if not rows[split]:
                 rejects.refuse_nothing_left(split)
     rejects.refuse_too_many(len(inventory), settings.max_reject_ratio)
-    return rows
 
 
 def _write_dataset(

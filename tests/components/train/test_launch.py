@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_samples(
     tiny_46: Path, shards: Path, tmp_path: Path
 ) -> None:
     flags = (
-        "--max_steps 50 --per_device_train_batch_size 4 --learning_rate 1e30 --save_strategy steps --save_steps 1 "
+        "--max_steps 50 --per_device_train_batch_size 4 --weight_decay 1e30 --save_strategy steps --save_steps 1 "
         f"--max_grad_norm 0 --checkpoint_uri {tmp_path / 'kept'}"
     )
     with pytest.raises(UserError, match=r"at step [2-5], on the samples digit-\d+, digit-\d+.*last good checkpoint"):
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_samples(
 
 def test_an_unchanged_adapter_is_an_error(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="left every adapter at zero"):
-        launch(_flags(tiny_46, shards, tmp_path / "out", f"{LORA} --max_steps 1 --learning_rate 0"))
+        launch(_flags(tiny_46, shards, tmp_path / "out", f"{LORA} --max_steps 1 --learning_rate 1e-300"))
 
 
 def test_evaluation_records_loss_and_token_accuracy_and_stops_early(

@@ -1,4 +1,5 @@
 import base64
+import html
 import io
 import json
 import random
@@ -344,6 +345,28 @@ def test_an_incomplete_array_ends_the_step_and_none_of_it_is_accepted(folder: Da
     with pytest.raises(UserError, match=r"train\.json, line \d+: invalid JSON at line \d+, column"):
         folder.check(text[:-20])
     assert [reject.reason for reject in folder.rejects] == ["invalid_json"]
+    assert not folder.dataset.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reasons"),
+    [
+        (json.dumps([{"id": "x", "image": "no.png", TURNS: [ASK, ANSWER]}]), "1 image_missing"),
+        (json.dumps([TEXT_ONLY, {"id": "x", "image": "no.png", TURNS: [ASK, ANSWER]}, {}]), "1 image_missing, 1 "),
+        (json.dumps([TEXT_ONLY] * 100, indent=1)[:-20], "1 invalid_json"),
+    ],
+    ids=["nothing left", "too many", "incomplete"],
+)
+def test_data_that_is_refused_has_a_report_too(
+    folder: DataFolder, capsys: pytest.CaptureFixture[str], text: str, reasons: str
+) -> None:
+    report = folder.path / "data-report.html"
+    with pytest.raises(UserError) as refused:
+        validate_data(folder.write(text), "", folder.dataset, folder.rejects_file, ValidationSettings(), report)
+    page = report.read_text()
+    assert "The data is refused" in page
+    assert html.escape(str(refused.value)[:60], quote=False) in page
+    assert reasons in capsys.readouterr().err
     assert not folder.dataset.exists()
 
 

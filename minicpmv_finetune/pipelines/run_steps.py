@@ -1,0 +1,159 @@
+"""How the steps of a run on this machine are started, reused and stopped.
+
+kfp.local would start a step in this process's group, and Ctrl-C would end both at once, in any order. Here each step
+has a group of its own, this process passes the signal on, and waits until the step has saved its state and ended.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, ModuleType
+from typing import Any
+
+from minicpmv_finetune.progress import OUTCOME_MARK
+
+from .run_display import RunDisplay
+from .run_folder import RunFolder, Step
+
+CONTAINER_LABEL = "minicpmv-finetune.run"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS_FOR_CONTAINER = 120
+
+
+@dataclass
+class RunSteps:
+    """Stands between kfp.local and the steps.
+
+    Attributes:
+        folder: Folder of the run.
+        display: Shows the run, and knows what the current step printed.
+        lock: Descriptor of the lock that the steps inherit.
+        in_containers: Whether the steps run in containers.
+        stopped_by: Number of the signal that stopped the run; 0 for none.
+        reused: Seconds that each step took that an earlier attempt had finished.
+    """
+
+    folder: RunFolder
+    display: RunDisplay
+    lock: int
+    in_containers: bool = False
+    stopped_by: int = 0
+    reused: dict[str, float] = field(default_factory=dict)
+    _process: "subprocess.Popen[str] | None" = None
+
+    @contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Let kfp.local start its steps here, in the folder of this run, and handle signals."""
+        from kfp.local import executor_input_utils, subprocess_task_handler
+
+        patches: list[tuple[ModuleType, str, Any]] = [
+            (executor_input_utils, "get_local_pipeline_resource_name", lambda pipeline: self.folder.path.name),
+            (subprocess_task_handler, "run_local_subprocess", self._run_subprocess),
+        ]
+        if self.in_containers:
+            from kfp.local import docker_task_handler
+
+            run_container = self._container_runner(docker_task_handler.run_docker_container)
+            patches.append((docker_task_handler, "run_docker_container", run_container))
+        with _replaced(patches), _handling_signals(self._stop):
+            yield
+
+    def _run_subprocess(self, full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
+        return self._run(full_command, lambda: self._execute(full_command, env_vars))
+
+    def _container_runner(self, run_container: Callable[..., int]) -> Callable[..., int]:
+        def run(command: Sequence[str], **options: Any) -> int:
+            return self._run(command, lambda: run_container(command=command, **options))
+
+        return run
+
+    def _run(self, command: Sequence[str], execute: Callable[[], int]) -> int:
+        """Run a step unless it is finished; returns its exit code."""
+        if self.stopped_by:
+            return 1
+        step = Step(command)
+        key = step.key()
+        if before := step.finished(key):
+            print(f"{OUTCOME_MARK}finished before: {before.outcome}")
+            self.reused[step.folder.name] = before.seconds
+            return 0
+        step.clear()
+        started = time.monotonic()
+        code = execute()
+        if code == 0 and not self.stopped_by:
+            step.finish(key, self.display.outcome, round(time.monotonic() - started, 1))
+        return code
+
+    def _execute(self, command: Sequence[str], variables: Mapping[str, str] | None) -> int:
+        with subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "minicpmv_finetune.process_tree", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            env={**os.environ, **(variables or {})},
+            start_new_session=True,
+            pass_fds=(self.lock,),
+        ) as process:
+            self._process = process
+            for line in process.stdout or ():
+                print(line, end="")
+            return process.wait()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Ask the running step to end; the second time, end it at once."""
+        is_first = not self.stopped_by
+        self.stopped_by = self.stopped_by or number
+        if is_first:
+            again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            self.display.say(f"stopping: {self.display.step or 'the run'} may save its state first{again}")
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM if is_first else signal.SIGINT)
+        if self.in_containers:
+            seconds = _SECONDS_FOR_CONTAINER if is_first else 0
+            threading.Thread(target=_stop_containers, args=(self.folder.path.name, seconds), daemon=True).start()
+
+
+def _stop_containers(run: str, seconds: int) -> None:
+    """Stop the containers of a run."""
+    import docker
+
+    client = docker.from_env()
+    for container in client.containers.list(filters={"label": f"{CONTAINER_LABEL}={run}"}):
+        container.stop(timeout=seconds)
+
+
+@contextmanager
+def _replaced(patches: Sequence[tuple[ModuleType, str, Any]]) -> Iterator[None]:
+    """Replace functions of modules for a block."""
+    originals = [(module, name, getattr(module, name)) for module, name, _ in patches]
+    try:
+        for module, name, replacement in patches:
+            setattr(module, name, replacement)
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+@contextmanager
+def _handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that stop a run, for a block."""
+    former = {}
+    # Only the main thread may do this.
+    for number in _SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        # Under nohup, a terminal that closes is to be ignored.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            former[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in former.items():
+            signal.signal(number, earlier)

@@ -1,0 +1,132 @@
+"""A run that was stopped or has failed goes on with its finished steps; with small steps, by kfp.local as always."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+
+from minicpmv_finetune.pipelines.local import run_pipeline
+from minicpmv_finetune.pipelines.pipeline import Pipeline
+from minicpmv_finetune.pipelines.run_display import RunDisplay
+from minicpmv_finetune.pipelines.run_folder import RunFolder
+from minicpmv_finetune.pipelines.run_steps import RunSteps
+
+
+@dsl.component(base_image="python:3", install_kfp_package=False)
+def prepare(folder: str, made: dsl.Output[dsl.Artifact]) -> None:
+    """Make something, and count how often."""
+    from pathlib import Path
+
+    with (Path(folder) / "prepared").open("a") as file:
+        file.write("x")
+    Path(made.path).write_text("made")
+    print("→ prepared well")
+
+
+@dsl.component(base_image="python:3", install_kfp_package=False)
+def use(folder: str, made: dsl.Input[dsl.Artifact]) -> None:
+    """Do what a file says."""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, f"{folder}/use.py", made.path], check=True)
+
+
+def _add_tasks(inputs: Mapping[str, Any], partitions: int) -> None:
+    prepared = prepare(folder=inputs["data_uri"])
+    use(folder=inputs["data_uri"], made=prepared.outputs["made"])
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    from minicpmv_finetune.pipelines.inputs import rows
+    from minicpmv_finetune.tracking import step_runs
+
+    monkeypatch.setattr(step_runs, "finish_pipeline_run", lambda status: None)
+    return Pipeline("small", "Small", "Two steps.", ("prepare", "use"), rows("data_uri"), _add_tasks)
+
+
+def attempt(tmp_path: Path, pipeline: Pipeline, behavior: str, **options: Any) -> int:
+    """Run the pipeline, and return its exit code."""
+    (tmp_path / "use.py").write_text(behavior)
+    try:
+        run_pipeline(tmp_path / "out", {"data_uri": str(tmp_path)}, pipeline=pipeline, **options)
+    except SystemExit as end:
+        return int(str(end.code))
+    return 0
+
+
+STOP = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
+
+
+def test_the_same_command_goes_on_with_the_finished_steps(
+    tmp_path: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attempt(tmp_path, pipeline, "1 / 0") == 1
+    failed = capsys.readouterr()
+    assert "the same command goes on with the finished steps; --fresh begins anew" in failed.out
+    started = time.monotonic()
+    assert attempt(tmp_path, pipeline, STOP) == 128 + signal.SIGINT
+    assert time.monotonic() - started < 30
+    stopped = capsys.readouterr().out
+    assert "stopping: use" in stopped
+    assert "the same command goes on from there, and --fresh begins anew" in stopped
+    assert attempt(tmp_path, pipeline, "print('done')") == 0
+    finished = capsys.readouterr().out
+    assert "going on with the unfinished run small-" in finished
+    assert "finished before: prepared well" in finished
+    assert (tmp_path / "prepared").read_text() == "x"
+    assert (tmp_path / "out" / "run.log").read_text().count("==== small-") == 3
+
+
+def test_fresh_begins_anew_and_removes_the_unfinished_run(
+    tmp_path: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attempt(tmp_path, pipeline, "1 / 0") == 1
+    assert attempt(tmp_path, pipeline, "print('done')", fresh=True) == 0
+    assert "Removed" in capsys.readouterr().out
+    assert (tmp_path / "prepared").read_text() == "xx"
+    assert len(list((tmp_path / "out" / "artifacts").glob("small-*"))) == 1
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """The command of a step without inputs, as kfp.local makes it."""
+    (tmp_path / "train").mkdir()
+    outputs = {"outputFile": str(tmp_path / "train" / "executor_output.json")}
+    return ["sh", "--executor_input", json.dumps({"inputs": {}, "outputs": outputs})]
+
+
+def test_no_step_begins_after_a_signal(tmp_path: Path, command: list[str]) -> None:
+    steps = RunSteps(RunFolder(tmp_path, "", goes_on=False), RunDisplay(StringIO()), lock=0)
+    with steps.in_charge():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert steps._run(command, lambda: sys.exit("the step began")) == 1
+    assert steps.stopped_by == signal.SIGTERM
+
+
+def test_a_finished_step_is_not_run_in_a_container_again(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = []
+
+    def run_container(image: str, **options: Any) -> int:
+        images.append(image)
+        return 0
+
+    handler = importlib.import_module("kfp.local.docker_task_handler")
+    monkeypatch.setattr(handler, "run_docker_container", run_container)
+    steps = RunSteps(RunFolder(tmp_path, "", goes_on=False), RunDisplay(StringIO()), lock=0, in_containers=True)
+    with steps.in_charge():
+        for _ in range(2):
+            assert handler.run_docker_container(client=None, image="trainer", command=command, volumes={}) == 0
+    assert images == ["trainer"]
