@@ -14,7 +14,6 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -187,12 +186,12 @@ def _matmul_rate(side: int = 8192, rounds: int = 10) -> float:
     for _ in range(3):
         left @ right
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()  # type: ignore[no-untyped-call]
+    start.record()
     for _ in range(rounds):
         left @ right
-    end.record()  # type: ignore[no-untyped-call]
+    end.record()
     torch.cuda.synchronize()
-    return 2 * side**3 * rounds / (start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+    return 2 * side**3 * rounds / (start.elapsed_time(end) / 1e3)
 
 
 def measure(case: Case, tiny: bool) -> dict[str, Any]:
@@ -320,7 +319,7 @@ class _Samples(Dataset[ModelInput]):
         labels[-count:] = ids[-count:]
         side = size.side * 14
         slices = [random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(size.slices)]
-        return ModelInput(str(number), ids, labels, slices)
+        return ModelInput(str(number), ids.tolist(), labels.tolist(), slices)
 
 
 def _collate(samples: Sequence[ModelInput], collate_rows: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -423,4 +422,4 @@ def needed_flops(model: cost.Model, recipe: cost.Recipe, size: Size, case: Case)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

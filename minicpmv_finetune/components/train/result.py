@@ -36,7 +36,7 @@ def save_result(
     Raises:
         UserError: The training changed no adapter.
     """
-    weights = _rounded(trainer.gathered_weights(), trainer.args.bf16, record.use_lora)
+    weights = _rounded(trainer.gathered_weights(), bool(trainer.args.bf16), record.use_lora)
     if not trainer.is_world_process_zero():
         return
     with storage.staged_folder(out) as folder:

@@ -136,7 +136,7 @@ def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46:
         ([*LORA, "--lora_layers_to_transform", "99"], "layers .99. contain no target"),
         ([*LORA, "--lora_layers_to_transform", "first"], "give layer numbers"),
         ([*LORA, "--lora_layer_replication", "0:2,1:3"], "mixes linear and full attention"),
-        ([*LORA, "--lora_bias", "some"], "must be none, all or lora_only"),
+        ([*LORA, "--lora_bias", "some"], "lora_bias: some is not accepted"),
         ([*LORA, "--lora_modules_to_save", "no_such"], "the model has no such module"),
         ([*LORA, "--lora_modules_to_save", "layers"], "matches only layers that are trained whole"),
         ([*LORA, "--lora_modules_to_save", "rotary_emb"], "has no parameters that could be trained"),
