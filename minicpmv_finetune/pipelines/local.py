@@ -147,10 +147,9 @@ def _announce_rest(steps: RunSteps, out: Path) -> None:
 
 
 def _stopped(steps: RunSteps) -> SystemExit:
-    display = steps.display
     # A training says how far it came; what to do is the same for all steps.
-    state = display.error.partition(";")[0] or f"{display.step or 'the run'} was stopped"
-    display.say(f"{state}; the same command goes on from there, and --fresh begins anew")
+    state = steps.error.partition(";")[0] or f"{steps.stopped_in or 'the run'} was stopped"
+    steps.display.say(f"{state}; the same command goes on from there, and --fresh begins anew")
     return SystemExit(128 + steps.stopped_by)
 
 

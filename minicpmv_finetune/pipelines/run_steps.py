@@ -36,6 +36,8 @@ class RunSteps:
         lock: Descriptor of the lock that the steps inherit.
         in_containers: Whether the steps run in containers.
         stopped_by: Number of the signal that stopped the run; 0 for none.
+        stopped_in: Name of the step that ran then; empty if none ran.
+        error: What that step said about its end; empty if it said nothing.
         reused: Seconds that each step took that an earlier attempt had finished.
     """
 
@@ -44,6 +46,8 @@ class RunSteps:
     lock: int
     in_containers: bool = False
     stopped_by: int = 0
+    stopped_in: str = ""
+    error: str = ""
     reused: dict[str, float] = field(default_factory=dict)
     _process: "subprocess.Popen[str] | None" = None
 
@@ -86,6 +90,9 @@ class RunSteps:
         step.clear()
         started = time.monotonic()
         code = execute()
+        if self.stopped_by:
+            # kfp.local still goes through the steps that report a failure.
+            self.error = self.display.error
         if code == 0 and not self.stopped_by:
             step.finish(key, self.display.outcome, round(time.monotonic() - started, 1))
         return code
@@ -112,8 +119,9 @@ class RunSteps:
         is_first = not self.stopped_by
         self.stopped_by = self.stopped_by or number
         if is_first:
+            self.stopped_in = self.display.step
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-            self.display.say(f"stopping: {self.display.step or 'the run'} may save its state first{again}")
+            self.display.say(f"stopping: {self.stopped_in or 'the run'} may save its state first{again}")
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM if is_first else signal.SIGINT)
         if self.in_containers:

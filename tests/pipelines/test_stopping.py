@@ -79,6 +79,7 @@ def test_the_same_command_goes_on_with_the_finished_steps(
     assert time.monotonic() - started < 30
     stopped = capsys.readouterr().out
     assert "stopping: use" in stopped
+    assert "use was stopped; " in stopped
     assert "the same command goes on from there, and --fresh begins anew" in stopped
     assert attempt(tmp_path, pipeline, "print('done')") == 0
     finished = capsys.readouterr().out
