@@ -46,9 +46,13 @@ def _curve(record: TrainingRecord, name: str, title: str) -> Curve | None:
         return None
     steps, values = [step for step, _ in logged], [value for _, value in logged]
     low, high = min(values), max(values)
-    step_range, value_range = max(steps[-1] - steps[0], 1), (high - low) or 1.0
+    step_range, value_range = max(steps[-1] - steps[0], 1), high - low
     points = [
-        (round((step - steps[0]) / step_range * WIDTH, 1), round((1 - (value - low) / value_range) * HEIGHT, 1))
+        # A constant is a line halfway up.
+        (
+            round((step - steps[0]) / step_range * WIDTH, 1),
+            round((1 - (value - low) / value_range if value_range else 0.5) * HEIGHT, 1),
+        )
         for step, value in logged
     ]
     return Curve(

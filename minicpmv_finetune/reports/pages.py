@@ -14,6 +14,7 @@ from markupsafe import Markup
 from minicpmv_finetune import storage
 
 _HERE = Path(__file__).parent
+_LINE = 25  # characters for which a line of a long text counts at least
 
 
 def write_page(
@@ -34,8 +35,17 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= filters or {}
+    environment.filters |= {"beginning": _beginning, **(filters or {})}
     style = Markup((_HERE / "pages.css").read_text() + (folder / "report.css").read_text())  # noqa: S704
     page = environment.get_template("report.html").render(style=style, **values)
     # A file name may contain half of a surrogate pair, which cannot be encoded.
     storage.write_bytes(str(path), page.encode(errors="replace"))
+
+
+def _beginning(text: str, most: int) -> str:
+    """What a page shows of a text before the reader asks for more; a text of up to `most` characters is shown whole."""
+    lines = text.split("\n")
+    if len(text) <= most and len(lines) <= most // _LINE:
+        return text
+    # Not the last few characters: "more" would take as much room as they do.
+    return "\n".join(lines[: most // _LINE])[: most * 2 // 3].rstrip()

@@ -39,3 +39,15 @@ def test_a_missing_value_is_an_error_and_leaves_no_page(step: Path, tmp_path: Pa
     with pytest.raises(UndefinedError):
         write_page(tmp_path / "page.html", step, {})
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "beginning"),
+    [("short", None), ("x" * 60, None), ("x" * 61, "x" * 40), ("1\n2", None), ("1\n2\n3\n4", "1\n2")],
+)
+def test_of_a_long_text_the_beginning_is_shown(step: Path, tmp_path: Path, text: str, beginning: str | None) -> None:
+    (step / "report.html").write_text('{% from "texts.html" import folded %}{{ folded(text, 60) }}{{ style[:0] }}')
+    write_page(tmp_path / "page.html", step, {"text": text})
+    page = (tmp_path / "page.html").read_text()
+    assert f'<span dir="auto">{text}</span>' in page if beginning is None else f">{beginning} …</span>" in page
+    assert text in page

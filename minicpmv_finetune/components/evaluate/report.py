@@ -35,6 +35,8 @@ _THUMBNAIL_SIDE = 320  # longest side in pixels
 _MAX_PIXEL_ART_SIDE = 160  # an image up to this size in pixels is displayed without smoothing
 _MAX_TEXT_LENGTH = 2000  # characters of one text in the gallery
 _MAX_GROUPS = 200
+_COLUMNS_BESIDE_SCORES = 11  # a confusion matrix with more columns is below the scores
+_LONGEST_LEVEL_LABEL = 5  # characters; a longer heading of a narrow column is written downwards
 _SEED = 0
 
 _METRIC_TITLES = {
@@ -239,6 +241,16 @@ class _Matrix:
     labels: tuple[str, ...]
     short: tuple[str, ...]
     rows: tuple[tuple[tuple[int, float], ...], ...]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the matrix is too wide to be beside the scores."""
+        return len(self.labels) > _COLUMNS_BESIDE_SCORES
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether the headings of the columns are written downwards, because they are wider than the cells."""
+        return any(len(label) > _LONGEST_LEVEL_LABEL for label in self.short)
 
 
 def _matrix(confusion: Confusion) -> _Matrix:

@@ -196,10 +196,13 @@ def _histograms(findings: Findings) -> list[_Histogram]:
     slices = [len(plan_slices(width, height, SlicingConfig()).target_sizes) for width, height in sizes.tolist()]
     slice_counts = np.bincount(slices, weights=counts, minlength=SlicingConfig().max_slice_nums + 2)
     labels = [f"{low or 1}–{high - 1}" for low, high in pairwise(_SIDES)] + [f"{_SIDES[-1]}+"]
-    return [
+    of_images = [
         _Histogram("Longer side in pixels", _bars(labels, longest)),
         _Histogram("Shape, width to height", _bars(list(_SHAPES), shape_counts)),
         _Histogram("Slices of an image", _bars([str(n) for n in range(1, len(slice_counts))], slice_counts[1:])),
+    ]
+    return [
+        *(of_images if len(sizes) else []),
         _Histogram("Images of a sample", _counted(findings.images, 0)),
         _Histogram("Turns of a sample", _counted(findings.turns, 2)),
     ]

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Page
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.shards.format import ShardReader
+from tests.components.layout import layout_faults
 
 HOSTILE = "</p><script>document.title='taken'</script>{{ 7*7 }}"
 
@@ -86,3 +88,8 @@ def test_text_from_the_data_is_escaped(report: tuple[str, Path]) -> None:
     assert "{{ 7*7 }}" in page
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_the_page_can_be_read_in_every_window(report: tuple[str, Path], page: Page, tmp_path: Path) -> None:
+    page.goto((tmp_path / "report.html").as_uri())
+    assert layout_faults(page) == []

@@ -17,6 +17,7 @@ from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
 from minicpmv_finetune.reports.training_record import read_record
+from tests.components.layout import layout_faults
 
 LORA = (
     "--use_lora true --tune_llm false --lora_r 4 --per_device_train_batch_size 16 --learning_rate 1e-3 "
@@ -193,3 +194,4 @@ def test_the_report_shows_the_curves_and_the_command(adapter: Path, page: Page) 
     assert page.locator("polyline").count() >= 3
     assert page.locator("polyline").first.is_visible()
     assert page.locator("pre").inner_text().startswith("minicpmv-finetune train --model_name_or_path")
+    assert layout_faults(page) == []

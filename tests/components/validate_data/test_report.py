@@ -6,12 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
 from minicpmv_finetune.components.validate_data.report import markdown
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.samples import DatasetInfo
+from tests.components.layout import layout_faults
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'\"`{{ 7*7 }}"
 
@@ -86,6 +88,27 @@ def test_texts_from_the_data_are_escaped(page: Page, tmp_path: Path) -> None:
     assert page.title() == "Training data · validation"
     assert page.locator("script, main img[src=x], [onerror]").count() == 0
     assert HOSTILE in page.locator("#gallery .assistant").all_inner_texts()
+
+
+LONG = "a_long_name_without_a_blank_" * 7
+SETS: dict[str, tuple[list[str], str, str]] = {
+    "long names": ([f"{LONG}{number}.png" for number in range(3)], "W" * 900, "漢字" * 400),
+    "right to left": (["صورة.png"], "س" * 90, "ج " * 300),
+    "no image": ([], "What?", "That."),
+}
+
+
+@pytest.mark.parametrize(("names", "question", "answer"), SETS.values(), ids=SETS)
+def test_the_page_can_be_read_in_every_window(
+    page: Page, tmp_path: Path, names: list[str], question: str, answer: str
+) -> None:
+    for seed, name in enumerate(names):
+        write_image(tmp_path / name, (30, 900) if seed else (900, 30), seed)
+    train = [sample(f"{LONG}{seed}", name, question, answer) for seed, name in enumerate(names)]
+    train += [sample("words", None, question, answer), sample(LONG * 3, f"{LONG}missing.png")]
+    info = open_report(page, tmp_path, train, [sample("e", name) for name in names[:1]] or [sample("e", None)])
+    assert info.rejected == {"image_missing": 1}
+    assert layout_faults(page) == []
 
 
 def test_the_page_is_small_and_its_selection_depends_only_on_the_contents(page: Page, tmp_path: Path) -> None:
