@@ -27,7 +27,7 @@ from .other_formats import find_ignored_fields, kind_of
 from .reading import Record
 from .samples import ImageRef, Reject, Sample, SampleError, Turn, content_digest
 
-GRAY_SIDE = 16  # pixels
+MINIATURE_SIDE = 16  # pixels
 _UNNAMED_PLACEHOLDER = "<image>"
 _PLACEHOLDER = re.compile(r"<image>|<image_\d+>")
 _CACHED_IMAGES = 4096
@@ -63,12 +63,12 @@ class InspectedImage:
 
     Attributes:
         ref: Address, hash and size of the image.
-        gray: 16 × 16 gray levels of the image, row by row, by which copies of it are found.
+        miniature: The image in 16 × 16 RGB pixels, row by row, by which copies of it are found.
         notes: Codes of the image's noteworthy properties.
     """
 
     ref: ImageRef
-    gray: bytes
+    miniature: bytes
     notes: tuple[str, ...]
 
 
@@ -168,7 +168,7 @@ def inspect_image(address: str, span: image_files.Span | None = None, exif_trans
             has_rotation = image_files.has_exif_rotation(image)
             notes = _notes(image, has_rotation)
             image = image_files.decode(content, rotate=exif_transpose and has_rotation)
-            gray = _gray_levels(image)
+            miniature = _miniature(image)
     except Image.DecompressionBombError:
         problem = _too_large(address)
     except Exception as error:
@@ -187,7 +187,7 @@ def inspect_image(address: str, span: image_files.Span | None = None, exif_trans
         span=span,
         rotated=exif_transpose and has_rotation,
     )
-    return InspectedImage(ref, gray, notes)
+    return InspectedImage(ref, miniature, notes)
 
 
 def image_problem(image: Image.Image, address: str) -> SampleError | None:
@@ -220,9 +220,9 @@ def _too_large(address: str) -> SampleError:
     )
 
 
-def _gray_levels(image: Image.Image) -> bytes:
-    gray = image_files.to_rgb(image, "white").convert("L")
-    return gray.resize((GRAY_SIDE, GRAY_SIDE), Image.Resampling.BOX).tobytes()
+def _miniature(image: Image.Image) -> bytes:
+    rgb = image_files.to_rgb(image, "white")
+    return rgb.resize((MINIATURE_SIDE, MINIATURE_SIDE), Image.Resampling.BOX).tobytes()
 
 
 def _notes(image: Image.Image, has_rotation: bool) -> tuple[str, ...]:

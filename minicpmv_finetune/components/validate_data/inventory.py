@@ -1,7 +1,7 @@
 """A few bytes in memory for every accepted sample, while the samples themselves are written to a file.
 
 Memory hardly grows with the number of samples: 32 bytes per sample and 52 per image, 9 MB for 100,000 of each. The
-16 × 16 gray levels by which copies are found are stored in a file too.
+16 × 16 pixels by which copies are found are stored in a file too, 768 bytes per image.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from minicpmv_finetune.data.checking import GRAY_SIDE, AcceptedSample
+from minicpmv_finetune.data.checking import MINIATURE_SIDE, AcceptedSample
 
 _IMAGE = np.dtype([("sample", "<u4"), ("sha256", "V32"), ("address", "<u8"), ("width", "<u4"), ("height", "<u4")])
 _IMAGE_ROW = struct.Struct("<I32s8sII")
@@ -28,7 +28,7 @@ class Inventory:
 
     Attributes:
         lines: File of the samples, one per line.
-        grays: File of the gray levels of each image of each sample.
+        miniatures: File of the miniature of each image of each sample.
         notes: Number of samples by the code of a noteworthy property.
         turns: Number of samples by their number of turns.
         images: Number of samples by their number of images.
@@ -36,7 +36,7 @@ class Inventory:
     """
 
     lines: Path
-    grays: Path
+    miniatures: Path
     notes: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
@@ -46,14 +46,14 @@ class Inventory:
 
     def __enter__(self) -> "Inventory":
         self._lines_file = self.lines.open("w", encoding="utf-8")
-        self._grays_file = self.grays.open("wb")
+        self._miniatures_file = self.miniatures.open("wb")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lines_file.close()
-        self._grays_file.close()
+        self._miniatures_file.close()
 
     def __len__(self) -> int:
         return len(self._digests) // _DIGEST
@@ -64,7 +64,7 @@ class Inventory:
             ref = image.ref
             address = hashlib.blake2b(ref.uri.encode(errors="replace"), digest_size=8).digest()
             self._images += _IMAGE_ROW.pack(len(self), bytes.fromhex(ref.sha256), address, ref.width, ref.height)
-            self._grays_file.write(image.gray)
+            self._miniatures_file.write(image.miniature)
         self._digests += accepted.digest
         self._lines_file.write(f"{accepted.line}\n")
         self.notes.update(accepted.notes)
@@ -81,16 +81,16 @@ class Inventory:
         """A row for each image of each sample: `sample`, `sha256`, `address` (hashed), `width` and `height`."""
         return np.frombuffer(self._images, dtype=_IMAGE)
 
-    def read_grays(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
-        """Gray levels of the images at some rows of `image_rows`, [rows, 16, 16]."""
-        size = GRAY_SIDE * GRAY_SIDE
-        grays = np.empty((len(rows), size), np.uint8)
+    def read_miniatures(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """The images at some rows of `image_rows` in 16 × 16 RGB pixels, [rows, 16, 16, 3]."""
+        size = MINIATURE_SIDE * MINIATURE_SIDE * 3
+        pixels = np.empty((len(rows), size), np.uint8)
         # Not memory-mapped: the mapped pages, one for every row, would count as memory of the process.
-        with self.grays.open("rb", buffering=0) as file:
+        with self.miniatures.open("rb", buffering=0) as file:
             for place, row in enumerate(rows.tolist()):
                 file.seek(row * size)
-                file.readinto(grays[place])
-        return grays.reshape(-1, GRAY_SIDE, GRAY_SIDE)
+                file.readinto(pixels[place])
+        return pixels.reshape(-1, MINIATURE_SIDE, MINIATURE_SIDE, 3)
 
 
 def numbered(values: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -116,7 +116,7 @@ def validate_data(
         storage.staged_folder(dataset) as staging,
         RejectLog(rejects_file) as rejects,
     ):
-        inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "grays")
+        inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "miniatures")
         refusal, is_eval = _check_and_split(sources, inventory, rejects, settings)
         findings = _write_dataset(staging, inventory, is_eval, rejects, data_uri, eval_data_uri, settings)
         if report:

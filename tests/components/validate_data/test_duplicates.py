@@ -4,12 +4,13 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 from scipy.ndimage import gaussian_filter
 
 from minicpmv_finetune.components.validate_data.duplicates import Group, Repetition, find_repeated
@@ -101,14 +102,112 @@ def test_blank_images_are_not_near_equal(tmp_path: Path) -> None:
     assert info.noted == {}
 
 
-def find_in(grays: NDArray[np.uint8], folder: Path) -> tuple[list[Group], Counter[str]]:
-    """Find repeated images among images of which only the gray levels are known."""
-    with Inventory(folder / "samples.jsonl", folder / "grays") as inventory:
-        for number, gray in enumerate(grays):
+def heart(color: str, side: int = 72) -> Image.Image:
+    """An emoji of a heart on white."""
+    large = Image.new("RGB", (400, 400), "white")
+    draw = ImageDraw.Draw(large)
+    for left in (20, 200):
+        draw.ellipse((left, 50, left + 180, 230), fill=color)
+    draw.polygon([(28, 170), (372, 170), (200, 375)], fill=color)
+    return large.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def flag(colors: str, *, upright: bool) -> Image.Image:
+    """A flag of stripes."""
+    names = colors.split()
+    image = Image.new("RGB", (300, 200))
+    for place, color in enumerate(names):
+        low, high = place / len(names), (place + 1) / len(names)
+        box = (300 * low, 0, 300 * high, 200) if upright else (0, 200 * low, 300, 200 * high)
+        image.paste(color, tuple(map(round, box)))
+    return image
+
+
+HEARTS = {
+    name: heart(color)
+    for name, color in {
+        "red": "#dd2e44",
+        "orange": "#f4900c",
+        "yellow": "#fdcb58",
+        "green": "#78b159",
+        "blue": "#5dadec",
+        "purple": "#aa8dd8",
+        "brown": "#c1694f",
+        "black": "#31373d",
+        "white": "#e6e7e8",
+        "pink": "#f4abba",
+    }.items()
+}
+FLAGS = {
+    "France": flag("#0055a4 #ffffff #ef4135", upright=True),
+    "Italy": flag("#009246 #ffffff #ce2b37", upright=True),
+    "Ireland": flag("#169b62 #ffffff #ff883e", upright=True),
+    "Nigeria": flag("#008751 #ffffff #008751", upright=True),
+    "Peru": flag("#d91023 #ffffff #d91023", upright=True),
+    "Belgium": flag("#000000 #fae042 #ed2939", upright=True),
+    "Romania": flag("#002b7f #fcd116 #ce1126", upright=True),
+    "Russia": flag("#ffffff #0039a6 #d52b1e", upright=False),
+    "Netherlands": flag("#ae1c28 #ffffff #21468b", upright=False),
+    "Luxembourg": flag("#ed2939 #ffffff #00a1de", upright=False),
+    "Hungary": flag("#cd2a3e #ffffff #436f4d", upright=False),
+    "Bulgaria": flag("#ffffff #00966e #d62612", upright=False),
+    "Germany": flag("#000000 #dd0000 #ffce00", upright=False),
+    "Lithuania": flag("#fdb913 #006a44 #c1272d", upright=False),
+}
+
+
+def recompressed(image: Image.Image) -> Image.Image:
+    return Image.open(io.BytesIO(encoded(image, "JPEG", quality=50))).convert("RGB")
+
+
+def cropped(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    return image.crop((round(width * 0.01), round(height * 0.01), width, height))
+
+
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "compressed again": recompressed,
+    "smaller": lambda image: image.resize((image.width * 2 // 3, image.height * 2 // 3)),
+    "larger": lambda image: image.resize((image.width * 2, image.height * 2)),
+    "cropped": cropped,
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize(
+    "images",
+    [HEARTS, FLAGS, {str(seed): scene(seed) for seed in range(10)}],
+    ids=["hearts", "flags", "scenes"],
+)
+def test_images_of_other_colors_differ_and_copies_do_not(
+    tmp_path: Path, images: dict[str, Image.Image], copy: Callable[[Image.Image], Image.Image]
+) -> None:
+    everything = [*images.values(), *map(copy, images.values())]
+    pixels = np.stack([np.asarray(image.resize((16, 16), Image.Resampling.BOX)) for image in everything])
+    groups, counts = find_in(pixels, tmp_path)
+    assert {group.rows for group in groups} == {(place, place + len(images)) for place in range(len(images))}
+    assert counts["near_equal_pictures"] == len(everything)
+
+
+def test_only_a_heart_of_the_same_color_leaks(tmp_path: Path) -> None:
+    train = {f"{name}.png": encoded(image) for name, image in HEARTS.items() if name != "blue"}
+    evaluation = {"blue.png": encoded(HEARTS["blue"]), "red.jpg": encoded(HEARTS["red"], "JPEG", quality=80)}
+    info, repetitions = validate(tmp_path, train, evaluation)
+    assert info.noted == {"near_equal_pictures": 2, "leaked_near": 1}
+    assert [places(repetition) for repetition in repetitions] == [[("train", "red.png"), ("eval", "red.jpg")]]
+
+
+def find_in(pixels: NDArray[np.uint8], folder: Path) -> tuple[list[Group], Counter[str]]:
+    """Find repeated images among images of which only 16 × 16 pixels are known, in gray or in RGB."""
+    if pixels.ndim == 3:
+        pixels = np.repeat(pixels[..., None], 3, axis=-1)
+    with Inventory(folder / "samples.jsonl", folder / "miniatures") as inventory:
+        for number, miniature in enumerate(pixels):
             image = ImageRef(uri=str(number), sha256=f"{number:064x}", width=16, height=16)
-            inspected = InspectedImage(image, gray.tobytes(), ())
+            inspected = InspectedImage(image, miniature.tobytes(), ())
             inventory.add(AcceptedSample("{}", number.to_bytes(32), 2, (inspected,), frozenset()))
-    return find_repeated(inventory, np.zeros(len(grays), bool))
+    return find_repeated(inventory, np.zeros(len(pixels), bool))
 
 
 def test_the_hash_finds_every_pair_that_comparing_all_pairs_finds(tmp_path: Path) -> None:
