@@ -53,7 +53,7 @@ def table() -> str:
 
 def _row(action: argparse.Action) -> dict[str, Any]:
     """Everything that `flags.Flag` says of a flag."""
-    values = {None: "one", "?": "optional", "+": "several", 0: "none"}[action.nargs]  # type: ignore[index]
+    values = {None: "one", "?": "optional", "+": "several", 0: "none"}[action.nargs]
     default = action.default if isinstance(action.default, str | int | float | bool | None) else str(action.default)
     return {
         "type": _type_of(action),

@@ -106,7 +106,7 @@ def test_samples_with_special_tokens_are_counted_not_evaluated(tiny_46: Path, da
 
 @pytest.mark.parametrize(
     ("metric", "questions", "words"),
-    [("exactly", ["fine"], "'exactly' is none of"), ("exact_match", [], "no sample to evaluate")],
+    [("exactly", ["fine"], "'exactly' is not accepted"), ("exact_match", [], "no sample to evaluate")],
 )
 def test_data_that_cannot_be_evaluated_is_refused_before_any_answer(
     tiny_46: Path, dataset: Path, tmp_path: Path, metric: str, questions: list[str], words: str

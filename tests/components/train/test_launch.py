@@ -91,7 +91,7 @@ def test_only_an_end_without_a_known_reason_is_restarted(
         agent: Any = api.LocalElasticAgent()  # type: ignore[call-arg]
         agent._monitor_workers(None)
     assert agent._remaining_restarts == restarts
-    assert api.LocalElasticAgent is Failing  # type: ignore[comparison-overlap]
+    assert api.LocalElasticAgent is Failing
 
 
 def test_a_full_fine_tune_saves_a_whole_checkpoint(
