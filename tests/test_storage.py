@@ -312,16 +312,42 @@ def test_an_interrupted_upload_continues(tmp_path: Path, s3_uri: str, s3_client:
     assert {name: (fetched / name).read_text() for name in names} == {name: name for name in names}
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "below/notes.txt"])
+@pytest.mark.parametrize("has_own", [False, True])
+def test_foreign_objects_are_neither_deleted_nor_replaced(
+    name: str, has_own: bool, tmp_path: Path, s3_uri: str, s3_client: "S3Client"
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("first")
+    if has_own:
+        storage.upload_folder(folder, f"{s3_uri}/model", last="weights")
+    (folder / "config.json").write_text("second")
+    s3_client.put_object(Bucket=s3_uri.removeprefix("s3://"), Key=f"model/{name}", Body=b"mine")
+    before = storage.list_files(f"{s3_uri}/model")
+    with pytest.raises(UserError, match=f"were not uploaded by this program, such as {name}"):
+        storage.upload_folder(folder, f"{s3_uri}/model", last="config.json")
+    assert storage.list_files(f"{s3_uri}/model") == before
+
+
+def test_a_record_of_another_program_is_not_replaced(tmp_path: Path, s3_uri: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    storage.write_bytes(f"{s3_uri}/model.sent.json", b"[1]")
+    with pytest.raises(UserError, match="is not a record of this program"):
+        storage.upload_folder(tmp_path, f"{s3_uri}/model", last="config.json")
+
+
 def test_a_folder_that_changes_is_complete_or_absent(
-    tmp_path: Path, s3_uri: str, s3_client: "S3Client", monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("config.json", "weights"):
         (folder / name).write_text("first")
     target = f"{s3_uri}/model"
+    (folder / "old-weights").write_text("first")
     storage.upload_folder(folder, target, last="config.json")
-    s3_client.put_object(Bucket=s3_uri.removeprefix("s3://"), Key="model/old-weights", Body=b"of another model")
+    (folder / "old-weights").unlink()
     (folder / "weights").write_text("second")
     (folder / "weights-2").write_text("cannot be sent")
     seen = []

@@ -15,6 +15,7 @@ import typer
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import check_file
 from minicpmv_finetune.pipelines import PipelineChoice
 
 from .options import Output
@@ -70,6 +71,7 @@ def compile(
     from minicpmv_finetune.pipelines import pipeline_of
 
     chosen = pipeline_of("retrain" if retrain else pipeline)
+    _refuse_other_file(output)
     if profile is None:
         if objects:
             raise UserError("--objects: the namespace of the objects is not known; give --profile too.")
@@ -324,6 +326,22 @@ def _connect(profile: "Profile") -> "Cluster":
     from minicpmv_finetune.kubeflow.client import connect
 
     return connect(profile)
+
+
+def _refuse_other_file(output: Path) -> None:
+    """Refuse to overwrite a file that is no compiled pipeline.
+
+    Raises:
+        UserError: As the text says.
+    """
+    check_file(output, "compile")
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{output}: compile writes YAML; give a name that ends with .yaml.")
+    if output.exists():
+        with output.open("rb") as file:
+            start = file.read(4096)
+        if b"# PIPELINE DEFINITION" not in start and b"pipelines.kubeflow.org" not in start:
+            raise UserError(f"{output}: exists and is no compiled pipeline; choose another file.")
 
 
 def _print(answer: Any, output: Output, text: Callable[[], str]) -> None:

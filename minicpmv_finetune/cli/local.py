@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from minicpmv_finetune.outputs import claim_workspace
 from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
 
 from .options import Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
 
 PANEL = "Run here"
+LINKS = ("report.html", "model")
 app = typer.Typer()
 
 
@@ -33,6 +35,7 @@ def demo(
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
     from minicpmv_finetune.pipelines.demo import run_demo
 
+    claim_workspace(out, "demo", {}, LINKS)
     run_demo(out, seed, fresh)
 
 
@@ -46,7 +49,9 @@ def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subp
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.summary import print_summary
 
-    print_summary(run_pipeline(out, _with_absolute_paths(inputs), runner, fresh=fresh), out)
+    given = _with_absolute_paths(inputs)
+    claim_workspace(out, "run", _places(given), LINKS)
+    print_summary(run_pipeline(out, given, runner, fresh=fresh), out)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -59,7 +64,9 @@ def retrain(
     from minicpmv_finetune.pipelines.retraining import RETRAIN
     from minicpmv_finetune.pipelines.summary import print_reports
 
-    run_pipeline(out, _with_absolute_paths(inputs), runner, RETRAIN, fresh)
+    given = _with_absolute_paths(inputs)
+    claim_workspace(out, "retrain", _places(given), LINKS)
+    run_pipeline(out, given, runner, RETRAIN, fresh)
     print_reports(out)
 
 
@@ -132,3 +139,8 @@ def predict(
 
 def _with_absolute_paths(inputs: Inputs) -> dict[str, Any]:
     return {name: absolute(value) if name.endswith("_uri") else value for name, value in inputs.items()}
+
+
+def _places(inputs: Inputs) -> dict[str, str]:
+    """The paths and URIs among the inputs, by the names of their options."""
+    return {row.option: inputs[row.name] for row in FINETUNE_INPUTS if row.name.endswith("_uri")}

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from minicpmv_finetune.outputs import check_folder, check_object_folder, claimed_folder, folder_beside
 from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, defaults, rows
 
 from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, read_json_object, with_inputs
@@ -58,7 +59,8 @@ def validate_data(
     from minicpmv_finetune.components.validate_data.validate import validate_data as step
 
     settings = ValidationSettings(inputs["max_reject_ratio"], eval_fraction, inputs["seed"], exif_transpose)
-    rejects, report = out.parent / "rejects.jsonl", out.parent / "data-report.html"
+    beside = folder_beside(out)
+    rejects, report = beside / "rejects.jsonl", beside / "data-report.html"
     step(inputs["data_uri"], inputs["eval_data_uri"], out, rejects, settings, report)
 
 
@@ -81,6 +83,7 @@ def preprocess(
     from minicpmv_finetune.shards.codecs import check_codec
 
     codec = check_codec(picture_codec)
+    check_folder(out, "preprocess", {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]})
     check_base_model("--base-model", inputs["base_model_uri"])
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
@@ -88,7 +91,7 @@ def preprocess(
     settings = PreprocessSettings(
         inputs["max_slice_nums"], inputs["model_max_length"], inputs["max_reject_ratio"], codec
     )
-    rejects, report = (out.parent / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
+    rejects, report = (folder_beside(out) / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
     step(dataset, inputs["base_model_uri"], out, rejects, settings, cache, num_workers, report)
 
 
@@ -143,18 +146,24 @@ def merge(
     from minicpmv_finetune import storage
     from minicpmv_finetune.pipelines.checks import check_base_model
 
-    check_base_model("--base-model", inputs["base_model_uri"])
+    base = inputs["base_model_uri"]
+    is_local = not storage.is_object_uri(out)
+    if is_local:
+        check_folder(out, "merge", {"--base-model": base, "--adapter": str(adapter), "--shards": str(shards)})
+    else:
+        check_object_folder(out, {"--base-model": base})
+        storage.check_upload(out)
+    check_base_model("--base-model", base)
     from minicpmv_finetune.components.merge.merge import MergeSettings
     from minicpmv_finetune.components.merge.merge import merge as step
 
-    base = inputs["base_model_uri"]
-    if not storage.is_object_uri(out):
-        step(base, adapter, shards, Path(out), Path(out).parent / "merge-report.json", MergeSettings())
+    if is_local:
+        step(base, adapter, shards, Path(out), folder_beside(Path(out)) / "merge-report.json", MergeSettings())
         return
     with tempfile.TemporaryDirectory() as folder:
         model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
         step(base, adapter, shards, model, report, MergeSettings())
-        storage.write_bytes(storage.join(storage.parent(out), report.name), report.read_bytes())
+        storage.write_bytes(f"{out.rstrip('/')}.merge-report.json", report.read_bytes())
         print(f"{storage.upload_folder(model, out, last='config.json')} files uploaded to {out}")
 
 
@@ -180,6 +189,8 @@ def evaluate(
 
     options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
+    compared = {"--model": str(model), "--dataset": str(dataset), "--base-model": base_model, "--champion": champion}
+    check_folder(out, "evaluate", compared)
     from minicpmv_finetune.pipelines.checks import check_base_model
 
     for option, uri in (("--model", str(model)), ("--base-model", base_model), ("--champion", champion)):
@@ -187,9 +198,10 @@ def evaluate(
             check_base_model(option, uri)
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
 
-    decision = step(
-        model, base_model, dataset, out / "predictions.jsonl", out / "report.html", settings, champion
-    ).decision
+    with claimed_folder(out, "evaluate", compared) as output, output.assembled() as folder:
+        decision = step(
+            model, base_model, dataset, folder / "predictions.jsonl", folder / "report.html", settings, champion
+        ).decision
     print(f"{'passed' if decision.promote else 'failed'} the gate: {decision.reason}")
 
 

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import check_file, claimed_files
 from minicpmv_finetune.progress import progress, report_outcome
 
 from . import image_files
@@ -75,11 +76,19 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
     Raises:
         UserError: There is no file at the source, its format is unknown, or no item of it can be used.
     """
+    check_file(out, "import-data")
+    rejects_file = out.with_name(f"{out.stem}.rejects.jsonl")
+    files = [out, rejects_file, out.with_name(f"{out.stem}.pictures.tar")]
+    with claimed_files(files, "import-data", {"SOURCE": source}):
+        _import(source, out, rejects_file, image_folder)
+
+
+def _import(source: str, out: Path, rejects_file: Path, image_folder: str) -> None:
     imported = 0
     ignored: Counter[str] = Counter()
     archive = _ImageArchive(out.with_name(f"{out.stem}.pictures.tar"))
     staging = out.with_name(f".{out.name}.{os.getpid()}")
-    with RejectLog(out.with_name(f"{out.stem}.rejects.jsonl")) as rejects, ExitStack() as cleanup:
+    with RejectLog(rejects_file) as rejects, ExitStack() as cleanup:
         cleanup.callback(archive.close, keep=False)
         cleanup.callback(staging.unlink, missing_ok=True)
         with staging.open("w", encoding="utf-8") as lines:

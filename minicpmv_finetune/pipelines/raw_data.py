@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-from minicpmv_finetune.components.train.arguments import Arguments, parse
+from minicpmv_finetune.components.train.arguments import Arguments, input_places, parse
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+from minicpmv_finetune.outputs import check_folder
 
 
 def with_prepared_data(flags: Sequence[str], prepare: Callable[[Arguments], None] | None = None) -> list[str]:
@@ -19,6 +20,7 @@ def with_prepared_data(flags: Sequence[str], prepare: Callable[[Arguments], None
         UserError: The flags or the data cannot be used.
     """
     arguments = parse(flags, announce=lambda sentence: None)
+    check_folder(str(arguments.training.output_dir), "train", input_places(arguments))
     if not arguments.data.data_path.endswith((".json", ".jsonl")):
         return list(flags)
     (prepare or prepare_data)(arguments)
@@ -48,4 +50,5 @@ def prepare_data(arguments: Arguments) -> None:
 
 
 def _folder(arguments: Arguments) -> Path:
-    return Path(f"{arguments.training.output_dir}-data")
+    out = Path(str(arguments.training.output_dir)).expanduser().resolve()
+    return out.with_name(f"{out.name}-data")

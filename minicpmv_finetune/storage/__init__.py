@@ -11,13 +11,14 @@ Other packages use only the names below: `storage.read_bytes(uri)`.
 from .fetching import cache_folder, fetch, read_model_file
 from .files import StoredFile, expand, list_files, open_stream, read_bytes, remove_file, size, walk, write_bytes
 from .staging import staged_folder
-from .transfers import FILES_AT_ONCE, download_file, file_sha256, upload_file, upload_folder
+from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, upload_file, upload_folder
 from .uris import is_object_uri, is_supported, join, parent, require_allowed, resolve
 
 __all__ = [
     "FILES_AT_ONCE",
     "StoredFile",
     "cache_folder",
+    "check_upload",
     "download_file",
     "expand",
     "fetch",

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from minicpmv_finetune.errors import UserError
 
 from . import s3
@@ -14,6 +16,7 @@ from .failures import explain_failures
 from .files import read_bytes, write_bytes
 from .uris import split_object_uri
 
+_RECORD = TypeAdapter(dict[str, str])
 FILES_AT_ONCE = 8  # one connection to a distant store does not use the whole bandwidth
 _PIECE_BYTES = 2**20  # read from a connection at a time
 
@@ -41,7 +44,7 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
     that finds this file finds a complete folder.
 
     Args:
-        folder: Folder to copy, with everything below it; it replaces whatever is stored at `uri`.
+        folder: Folder to copy, with everything below it; it replaces what an earlier call stored at `uri`.
         uri: URI of the folder in the store.
         last: Name of the file that completes the folder, directly in it.
 
@@ -49,10 +52,11 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
         Number of files sent.
 
     Raises:
-        UserError: Access is denied.
+        UserError: Access is denied, or objects at `uri` were not uploaded by this function.
         RetryableError: The store does not answer.
     """
-    record = f"{uri.rstrip('/')}.sent.json"
+    check_upload(uri)
+    record = _record(uri)
     bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     digests = {name: file_sha256(path) for name, path in files.items()}
@@ -64,12 +68,15 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
             for name, path in files.items()
             if stored.get(name) != path.stat().st_size or sent.get(name) != digests[name]
         ]
-        foreign = set(stored) - set(files)
-        if missing or foreign:
+        obsolete = set(stored) - set(files)
+        if missing or obsolete:
             # Other files are about to change, so the folder is incomplete until this one is sent again.
             s3.client().delete_object(Bucket=bucket, Key=prefix + last)
             missing = [*(name for name in missing if name != last), last]
-        for name in foreign:
+            # The record comes before the first object, so that an interrupted upload knows its own.
+            sent |= dict.fromkeys(missing, "")
+            write_bytes(record, json.dumps(sent).encode())
+        for name in obsolete:
             s3.client().delete_object(Bucket=bucket, Key=prefix + name)
         _upload_at_once({name: files[name] for name in missing[:-1]}, uri, digests, sent, record)
         for name in missing[-1:]:
@@ -78,13 +85,41 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
     return len(missing)
 
 
+def check_upload(uri: str) -> None:
+    """Refuse a place in a store that contains objects which no earlier `upload_folder` sent.
+
+    Raises:
+        UserError: There are such objects, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
+    with explain_failures(uri):
+        stored = {item["Key"].removeprefix(prefix) for item in s3.list_objects(bucket, prefix)}
+        foreign = stored - set(_read_record(_record(uri)))
+    if foreign:
+        raise UserError(
+            f"{uri}: contains objects that were not uploaded by this program, such as {min(foreign)}; choose an empty "
+            "place."
+        )
+
+
+def _record(uri: str) -> str:
+    return f"{uri.rstrip('/')}.sent.json"
+
+
 def _read_record(uri: str) -> dict[str, str]:
-    """The digests of the files that earlier attempts have sent; empty if there is no readable record."""
-    try:
-        sent: dict[str, str] = json.loads(read_bytes(uri))
-    except (UserError, ValueError):
+    """The digests of the files that earlier attempts have sent; empty if there is no record.
+
+    Raises:
+        UserError: Another program's object has the record's name.
+    """
+    bucket, key = split_object_uri(uri)
+    if all(item["Key"] != key for item in s3.list_objects(bucket, key)):
         return {}
-    return sent
+    try:
+        return _RECORD.validate_json(read_bytes(uri))
+    except ValidationError as error:
+        raise UserError(f"{uri}: is not a record of this program; move it away, or choose another place.") from error
 
 
 def _upload_at_once(

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from minicpmv_finetune.outputs import MARK
+
 TRAIN_FLAGS = (
     "--use_lora true --tune_llm false --lora_r 4 --learning_rate 1e-3 --per_device_train_batch_size 16 "
     "--num_train_epochs 2 --save_strategy steps --save_steps 3 --logging_steps 1 --dataloader_num_workers 1"
@@ -49,6 +51,7 @@ RUN_DEPENDENT_FILES = {
     "README.md",
     "adapter_config.json",
     "manifest.json",
+    MARK,
 }
 
 

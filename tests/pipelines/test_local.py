@@ -127,7 +127,7 @@ def test_the_merge_command_writes_to_a_store(
     uploaded = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
     assert {path.name for path in uploaded.iterdir()} == {path.name for path in model.iterdir()}
     assert (uploaded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-    assert json.loads(storage.read_bytes(f"{s3_uri}/models/merge-report.json"))["changed"]
+    assert json.loads(storage.read_bytes(f"{s3_uri}/models/digits.merge-report.json"))["changed"]
 
 
 def test_photographs_several_images_several_turns_and_text_only_samples_work(

@@ -17,6 +17,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_non_weight_files, fingerprint
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation, write_max_slices
+from minicpmv_finetune.outputs import check_folder, claimed_folder
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord, read_record
 from minicpmv_finetune.shards.format import read_manifest
@@ -64,15 +65,19 @@ def merge(
             training changed nothing, or the merged model's logits differ from those of base and adapter.
         RetryableError: Storage does not answer, or the parity check's process was killed.
     """
+    inputs = {"--base-model": base_model_uri, "--adapter": str(adapter), "--shards": str(shards)}
+    check_folder(model, "merge", inputs)
     record = read_record(adapter)
     base = storage.fetch(base_model_uri)
     generation = detect_generation(base)
     for place, version in ((adapter, record.generation), (shards, read_manifest(shards).generation)):
         _require_generation(place, version, base_model_uri, generation)
     base_fingerprint = _check_fingerprint(base_model_uri, base, adapter, record)
-    if model.resolve() in (base.resolve(), adapter.resolve()):
-        raise UserError(f"{model}: the merged model would replace one of its inputs; give another folder.")
-    with step_run("merge") as run, storage.staged_folder(model) as staging:
+    with (
+        claimed_folder(model, "merge", inputs, [report_file]) as output,
+        step_run("merge") as run,
+        output.assembled() as staging,
+    ):
         run.log_parameters({"base_model": base_model_uri, "parity_rows": settings.parity_rows})
         streamed = stream(base, adapter, staging)
         is_adapter = (adapter / ADAPTER_CONFIG).is_file()

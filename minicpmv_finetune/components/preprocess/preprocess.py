@@ -33,6 +33,7 @@ from minicpmv_finetune.data.samples import (
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.options import Accepted, check_settings
+from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
@@ -118,21 +119,24 @@ def preprocess(
         UserError: The base model is unusable, an image changed, or too many samples were rejected.
         RetryableError: The store does not answer, or a process was killed.
     """
-    job = _make_job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))
-    found = job.finished.find(job.shards.tasks)
-    all_found = len(found) == len(job.shards.tasks)
-    found |= _write_missing(job, job.shards.tasks, found, num_workers)
-    records = [found[task.name] for task in job.shards.tasks]
-    manifest = _manifest(job, found)
-    _check_rejects(job, found, manifest, rejects_file)
-    with storage.staged_folder(shards) as staging:
-        location = job.finished.link_into(staging, records)
-        manifest = manifest.model_copy(update={"location": location})
-        content = json.dumps(manifest.model_dump(), indent=1) + "\n"
-        (staging / MANIFEST_FILE).write_text(content)
-    storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
-    if report:
-        write_report(report, shards, job.encoder, [count for record in records for count in record.slices])
+    inputs = {"--dataset": str(dataset), "--base-model": base_model_uri}
+    beside = [rejects_file, *([report] if report else [])]
+    with claimed_folder(shards, "preprocess", inputs, beside) as output:
+        job = _make_job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))
+        found = job.finished.find(job.shards.tasks)
+        all_found = len(found) == len(job.shards.tasks)
+        found |= _write_missing(job, job.shards.tasks, found, num_workers)
+        records = [found[task.name] for task in job.shards.tasks]
+        manifest = _manifest(job, found)
+        _check_rejects(job, found, manifest, rejects_file)
+        with output.assembled() as staging:
+            location = job.finished.link_into(staging, records)
+            manifest = manifest.model_copy(update={"location": location})
+            content = json.dumps(manifest.model_dump(), indent=1) + "\n"
+            (staging / MANIFEST_FILE).write_text(content)
+        storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
+        if report:
+            write_report(report, shards, job.encoder, [count for record in records for count in record.slices])
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
     report_outcome(
         f"{sum(manifest.slices.values()):,} slices and {tokens:,} tokens in {manifest.bytes / 1e6:,.1f} MB of shards"

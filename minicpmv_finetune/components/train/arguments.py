@@ -275,6 +275,19 @@ class Arguments:
     given: frozenset[str] = frozenset()
 
 
+def input_places(arguments: Arguments) -> dict[str, str]:
+    """The paths and URIs that a training reads, by the names of their flags."""
+    training = arguments.training
+    resumed = str(training.resume_from_checkpoint or "")
+    return {
+        "--model_name_or_path": arguments.model.model_name_or_path,
+        "--data_path": arguments.data.data_path,
+        "--eval_data_path": arguments.data.eval_data_path or "",
+        "--lora_weight_path": arguments.lora.lora_weight_path or "",
+        "--resume_from_checkpoint": "" if resumed.lower() in ("true", "false") else resumed,
+    }
+
+
 class _Parser(HfArgumentParser):
     """Reads flags into the groups; hides our own metadata from argparse."""
 

@@ -33,6 +33,7 @@ from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
 from minicpmv_finetune.minicpmv.packed import enable_packing
+from minicpmv_finetune.outputs import OutputFolder, claim_workspace, claimed_folder
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import TrainingRecord
 from minicpmv_finetune.shards.cache import open_shards
@@ -40,7 +41,7 @@ from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 from minicpmv_finetune.shards.packing import pack_samples
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
-from .arguments import Arguments, TrainingArguments, parse
+from .arguments import Arguments, TrainingArguments, input_places, parse
 from .callbacks import CheckpointSealer, SigtermStopper, TrainingMonitor, peak_memory
 from .checkpoints import Checkpoints
 from .datasets import Collator, ExampleDataset, PackDataset
@@ -98,15 +99,23 @@ def _leave(code: int) -> NoReturn:
 def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     """Train, save the result, and record the training; this function is the whole step from top to bottom."""
     training = arguments.training
-    out = Path(str(training.output_dir))
+    out = Path(str(training.output_dir)).expanduser().resolve()
     stopper = SigtermStopper()
     _join_process_group(training)
+    with _claimed_output(arguments, out) as output:
+        _train(arguments, argv, stopper, out, output)
+
+
+def _train(
+    arguments: Arguments, argv: Sequence[str], stopper: SigtermStopper, out: Path, output: OutputFolder | None
+) -> None:
+    training = arguments.training
     inputs = _fetch_inputs(arguments)
     model = _prepare_model(inputs, arguments)
     checkpoints = _open_checkpoints(arguments, inputs, out)
     resume_from = _find_checkpoint(training, checkpoints)
     train_dataset, eval_dataset = _open_datasets(inputs, model, arguments)
-    with _open_run(training, out) as run:
+    with _open_run(training, output) as run:
         run.log_parameters(_run_parameters(arguments, inputs))
         run.log_metrics({"parameters/trainable": model.trainable, "parameters/total": model.total})
         monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
@@ -123,13 +132,23 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
                 "again continues from there."
             )
         record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics)
-        save_result(trainer, inputs.base, out, record, argv, run)
+        save_result(trainer, inputs.base, output, record, argv, run)
         # No process ends, and so closes the process group, while another one still works.
         trainer.accelerator.wait_for_everyone()
         if training.process_index == 0 and not training.checkpoint_uri:
             checkpoints.delete_local()
     if training.process_index == 0:
         report_outcome(f"loss {monitor.loss:.4f}, {model.share} trained")
+
+
+@contextmanager
+def _claimed_output(arguments: Arguments, out: Path) -> Iterator[OutputFolder | None]:
+    """The output folder, claimed by the first process before any work; None in the others."""
+    if arguments.training.process_index != 0:
+        yield None
+        return
+    with claimed_folder(out, "train", input_places(arguments)) as output:
+        yield output
 
 
 def _join_process_group(training: TrainingArguments) -> None:
@@ -249,10 +268,13 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     is_remote = storage.is_object_uri(uri)
     digest = training_digest(arguments, inputs.manifest.data_fingerprint, inputs.base_fingerprint)
     keep = training.save_total_limit or 2
-    folder = Path(uri) if uri and not is_remote else out.with_name(f".{out.name}.checkpoints")
+    folder = Path(uri).expanduser().resolve() if uri and not is_remote else out.with_name(f".{out.name}.checkpoints")
     if is_remote or not uri:
         training.save_total_limit = min(keep, 2)
     training.output_dir = str(folder)
+    if training.process_index == 0:
+        others = input_places(arguments) | {"--output_dir": str(out), "--resume_from_checkpoint": ""}
+        claim_workspace(folder, "train, for its checkpoints,", others, known_by=["checkpoint-*.json"])
     return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size)
 
 
@@ -303,7 +325,7 @@ def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArgument
 
 
 @contextmanager
-def _open_run(training: TrainingArguments, out: Path) -> Iterator[StepRun]:
+def _open_run(training: TrainingArguments, output: OutputFolder | None) -> Iterator[StepRun]:
     """The MLflow run; metrics that the server did not accept are written to a file in the result."""
     is_first = training.process_index == 0
     run = open_step_run("train") if is_first else StepRun()
@@ -313,9 +335,9 @@ def _open_run(training: TrainingArguments, out: Path) -> Iterator[StepRun]:
         status = "FINISHED"
     finally:
         run.finish(status)
-        if is_first and run.unsent and status == "FINISHED":
+        if output and run.unsent and status == "FINISHED":
             points = [{"name": metric.key, "value": metric.value, "step": metric.step} for metric in run.unsent]
-            (out / UNSENT_FILE).write_text("".join(f"{json.dumps(point)}\n" for point in points))
+            output.add_file(UNSENT_FILE, "".join(f"{json.dumps(point)}\n" for point in points))
 
 
 def _run_parameters(arguments: Arguments, inputs: _Inputs) -> dict[str, Any]:

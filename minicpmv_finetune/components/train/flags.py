@@ -239,7 +239,7 @@ RENAMED = {
 }
 _WITHOUT_EFFECT = {
     "logging_dir": "metrics go to MLflow and the report",
-    "overwrite_output_dir": "a finished result is always replaced completely",
+    "overwrite_output_dir": "a result is replaced as a whole, and only a result of train",
     "save_safetensors": "safetensors is the only format",
     "include_inputs_for_metrics": "evaluation during training needs no inputs",
     "use_legacy_prediction_loop": "there is only one loop",

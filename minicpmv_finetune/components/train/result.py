@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files
 from minicpmv_finetune.minicpmv.generations import write_max_slices
+from minicpmv_finetune.outputs import OutputFolder
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
 from minicpmv_finetune.tracking.step_runs import StepRun
 
@@ -21,14 +21,19 @@ REPORT_FILE = "training.html"
 
 
 def save_result(
-    trainer: MiniCPMVTrainer, base: Path, out: Path, record: TrainingRecord, command: Sequence[str], run: StepRun
+    trainer: MiniCPMVTrainer,
+    base: Path,
+    output: OutputFolder | None,
+    record: TrainingRecord,
+    command: Sequence[str],
+    run: StepRun,
 ) -> None:
     """Write the result completely or not at all; every process takes part, and the first one writes.
 
     Args:
         trainer: The trainer after its training.
         base: Local folder of the base model.
-        out: Folder that receives the result.
+        output: The claimed folder that receives the result; None in all processes but the first.
         record: Record of the training.
         command: Flags of the training script, for the report.
         run: MLflow run that receives the record and the report.
@@ -37,9 +42,9 @@ def save_result(
         UserError: The training changed no adapter.
     """
     weights = _rounded(trainer.gathered_weights(), bool(trainer.args.bf16), record.use_lora)
-    if not trainer.is_world_process_zero():
+    if output is None:
         return
-    with storage.staged_folder(out) as folder:
+    with output.assembled() as folder:
         if record.use_lora:
             _save_adapter(trainer, weights, folder, record)
         else:

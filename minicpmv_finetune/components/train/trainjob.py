@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError
+from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
 
 from .trainjob_cluster import CALL_TIMEOUT, CONTAINER, GROUP, VERSION, Cluster
@@ -291,7 +292,11 @@ def _is_being_deleted(job: Mapping[str, Any]) -> bool:
 
 def _fetch_result(uri: str, out: Path) -> None:
     """Download the result, completely or not at all."""
-    with storage.staged_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as download:
+    with (
+        claimed_folder(out, "train", {}) as output,
+        output.assembled() as folder,
+        tempfile.TemporaryDirectory(dir=out.parent) as download,
+    ):
         for path in storage.fetch(uri, Path(download)).iterdir():
             path.rename(folder / path.name)
         read_record(folder)

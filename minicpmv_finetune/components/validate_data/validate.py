@@ -37,6 +37,7 @@ from minicpmv_finetune.data.samples import (
 )
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.options import Accepted, check_settings, settings_from_options
+from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.workers import map_in_order
 
@@ -113,7 +114,13 @@ def validate_data(
     _list_archive.cache_clear()
     with (
         tempfile.TemporaryDirectory(prefix="validate-data-") as scratch,
-        storage.staged_folder(dataset) as staging,
+        claimed_folder(
+            dataset,
+            "validate-data",
+            {"--data": data_uri, "--eval-data": eval_data_uri},
+            [rejects_file, *([report] if report else [])],
+        ) as output,
+        output.assembled() as staging,
         RejectLog(rejects_file) as rejects,
     ):
         inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "miniatures")

@@ -24,6 +24,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import read_slicing_config
 from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
 Train = Callable[..., Any]
@@ -52,7 +53,7 @@ def test_a_merged_folder_is_a_checked_drop_in_for_its_base(
     assert report.metrics["largest_logit_difference"] == report.parity_check.parity.largest_difference
 
     names = {path.name for path in base.iterdir()}
-    assert {path.name for path in model.iterdir()} == names | {"README.base.md", "training.json"}
+    assert {path.name for path in model.iterdir()} == names | {"README.base.md", "training.json", MARK}
     for name in names - {"model.safetensors", "README.md", "processor_config.json"}:
         assert (model / name).read_bytes() == (base / name).read_bytes(), name
     assert read_slicing_config(model).max_slice_nums == 4
@@ -166,7 +167,7 @@ def test_a_terminated_merge_ends_its_parity_check_and_leaves_no_files(
         process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert not check.is_running()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge-report.json"]
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["merge-report.json"]
 
 
 def _parity_check_of(merging: psutil.Process) -> psutil.Process:
@@ -241,6 +242,7 @@ _MEASURE_MEMORY = """
 import json, sys
 from pathlib import Path
 from minicpmv_finetune.components.merge.streaming import stream
+from minicpmv_finetune.outputs import MARK
 print(stream(*map(Path, sys.argv[1:])).memory.model_dump_json())
 """
 

@@ -17,6 +17,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.slicing import cut_slices
+from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 from minicpmv_finetune.shards.encoding import prepare
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest, verify_shards
@@ -57,7 +58,7 @@ class DataFolder:
         self.eval_data = folder / "eval.json"
         self.dataset = folder / "dataset"
         self.shards = folder / "shards"
-        self.rejects_file = folder / "rejects.jsonl"
+        self.rejects_file = folder / "preprocess-rejects.jsonl"
         random = np.random.default_rng(0)
         for name, (width, height) in {"small.png": (40, 56), "large.jpg": (400, 250)}.items():
             Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
@@ -68,7 +69,9 @@ class DataFolder:
         self.data.write_text(json.dumps(samples))
         self.eval_data.write_text(json.dumps(SAMPLES[:1]))
         settings = ValidationSettings(max_reject_ratio=max_reject_ratio)
-        validate_data(str(self.data), str(self.eval_data), self.dataset, self.rejects_file, settings)
+        validate_data(
+            str(self.data), str(self.eval_data), self.dataset, self.dataset.with_name("rejects.jsonl"), settings
+        )
 
     def run(self, max_reject_ratio: float = 0.0, **settings: Any) -> Manifest:
         return preprocess(
@@ -174,7 +177,7 @@ def test_equal_input_gives_equal_bytes(folder: DataFolder) -> None:
         return {path.name: path.read_bytes() for path in folder.shards.iterdir()}
 
     first = written()
-    assert sorted(first) == ["eval-00000.parquet", "manifest.json", "train-00000.parquet"]
+    assert sorted(first) == [MARK, "eval-00000.parquet", "manifest.json", "train-00000.parquet"]
     assert written() == first
 
 
@@ -183,7 +186,11 @@ def test_many_samples_keep_their_order(digits: Path, tiny_46: Path, tmp_path: Pa
     samples, evaluation = str(digits / "train.json"), str(digits / "eval.json")
     validate_data(samples, evaluation, tmp_path / "dataset", tmp_path / "rejects.jsonl", settings)
     manifest = preprocess(
-        tmp_path / "dataset", str(tiny_46), tmp_path / "shards", tmp_path / "rejects.jsonl", PreprocessSettings()
+        tmp_path / "dataset",
+        str(tiny_46),
+        tmp_path / "shards",
+        tmp_path / "preprocess-rejects.jsonl",
+        PreprocessSettings(),
     )
     files: dict[Split, str] = {"train": samples, "eval": evaluation}
     for split, path in files.items():
@@ -246,7 +253,9 @@ def test_a_split_without_samples_ends_the_step_at_any_ratio(split: str, folder: 
     for name, path in (("train", folder.data), ("eval", folder.eval_data)):
         path.write_text(json.dumps(special if name == split else good))
     settings = ValidationSettings()
-    validate_data(str(folder.data), str(folder.eval_data), folder.dataset, folder.rejects_file, settings)
+    validate_data(
+        str(folder.data), str(folder.eval_data), folder.dataset, folder.dataset.with_name("rejects.jsonl"), settings
+    )
     with pytest.raises(UserError, match=f"no usable {split} sample is left, 1 were rejected.*{split}.json, sample 0"):
         folder.run(max_reject_ratio=1.0)
     assert not folder.shards.exists()
@@ -289,7 +298,7 @@ def test_the_base_model_and_the_images_may_be_in_object_storage(s3_uri: str, fol
             storage.write_bytes(f"{s3_uri}/data/{path.name}", path.read_bytes())
     settings = ValidationSettings()
     data, eval_data = f"{s3_uri}/data/train.json", f"{s3_uri}/data/eval.json"
-    validate_data(data, eval_data, folder.dataset, folder.rejects_file, settings)
+    validate_data(data, eval_data, folder.dataset, folder.dataset.parent / "r.jsonl", settings)
     remote = preprocess(folder.dataset, f"{s3_uri}/base", folder.shards, folder.rejects_file, PreprocessSettings())
     assert remote == local, "the fingerprint depends only on the content"
     for row, same in zip(ShardReader(folder.shards, "train"), expected, strict=True):

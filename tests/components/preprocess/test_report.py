@@ -41,7 +41,7 @@ def report(tmp_path: Path, tiny_46: Path) -> tuple[str, Path]:
         tmp_path / "dataset",
         str(tiny_46),
         tmp_path / "shards",
-        tmp_path / "rejects.jsonl",
+        tmp_path / "preprocess-rejects.jsonl",
         PreprocessSettings(),
         num_workers=1,
         report=tmp_path / "report.html",

@@ -25,6 +25,7 @@ from minicpmv_finetune.components.preprocess.preprocess import (
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 
@@ -80,7 +81,7 @@ def dataset(tmp_path: Path, tiny_46: Path, digits: Path) -> Dataset:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARK}
 
 
 def inodes(folder: Path) -> dict[str, int]:
@@ -230,7 +231,7 @@ def test_preprocess_resumes_after_a_kill_at_any_moment(moment: str, kept: set[st
         "storage.write_bytes = kill_or_write\n"
         f"shard_tasks.SHARD_ROWS = {ROWS_PER_SHARD}\n"
         "dataset, base, out = map(Path, sys.argv[1:4])\n"
-        "preprocess(dataset, str(base), out / 'shards', out / 'rejects.jsonl', PreprocessSettings(),\n"
+        "preprocess(dataset, str(base), out / 'shards', out / 'shards.jsonl', PreprocessSettings(),\n"
         "    str(out / 'cache'), num_workers=1)\n"
     )
     command = [sys.executable, "-c", program, str(dataset.path), str(dataset.base_model), str(dataset.folder), moment]
@@ -251,7 +252,7 @@ def test_finished_shards_are_stored_in_object_storage_and_reused(s3_uri: str, da
     cache = f"{s3_uri}/shards-cache"
     remote = dataset.run("remote", cache=cache)
     manifest = read_manifest(remote)
-    assert [path.name for path in remote.iterdir()] == ["manifest.json"], "no shard is uploaded twice"
+    assert [path.name for path in remote.glob("[!.]*")] == ["manifest.json"], "no shard is uploaded twice"
     assert manifest.location == f"{cache}/{manifest.key}"
     assert manifest.model_copy(update={"location": ""}) == read_manifest(local)
     copy = open_shards(str(remote), tmp_path / "copies")

@@ -1,0 +1,457 @@
+"""The one rule for every place that a command writes to: nothing of the user's is changed.
+
+An output place is absent, empty, or was written by this very step before. It is no input, lies in no input and contains
+none. A step can tell its own results by a mark that it leaves in the folder before the first byte of a result: the
+step, what the result was made from, and the files that belong to it. Whatever the mark does not list is foreign, and a
+folder with something foreign is refused. Files that a step writes beside its folder, such as a list of rejects, count
+as output too; a hidden list in their folder says which step wrote them, and with which content.
+
+A result is assembled in a hidden folder beside the final one and renamed. Where that cannot be, because the place is
+the working directory or a mount point, it is assembled inside and its files are moved one by one, the completing file
+last: without it a result does not exist.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from minicpmv_finetune import storage
+from minicpmv_finetune.errors import UserError
+
+MARK = ".minicpmv-finetune.json"
+FILES_MARK = ".minicpmv-finetune-files.json"
+_PARTIAL = ".partial-"
+_COMPLETING = ("dataset.json", "manifest.json", "training.json", "config.json")
+_UNMARKED = {
+    "validate-data": ("dataset.json", ("train.jsonl", "eval.jsonl")),
+    "preprocess": ("manifest.json", ("*.parquet",)),
+    "train": (
+        "training.json",
+        ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "training.html", "checkpoint-*"),
+    ),
+}
+"""How results of 0.1.0, which left no mark, are known: by the completing file and the names of the others."""
+
+
+class _Mark(BaseModel):
+    """What a step leaves in its output folder.
+
+    Attributes:
+        step: The step that wrote the folder.
+        inputs: What the result was made from, by the names of the step's options.
+        files: Paths of the result's files, relative to the folder.
+    """
+
+    step: str
+    inputs: dict[str, str] = {}
+    files: tuple[str, ...] = ()
+
+
+class _WrittenFile(BaseModel):
+    """A single file that a step wrote.
+
+    Attributes:
+        step: The step.
+        inputs: What the file was made from, by the names of the step's options.
+        sha256: Of the content; empty while the file is being written.
+    """
+
+    step: str
+    inputs: dict[str, str] = {}
+    sha256: str = ""
+
+
+_WRITTEN_FILES = TypeAdapter(dict[str, _WrittenFile])
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that a step has claimed.
+
+    Attributes:
+        path: The folder itself, links followed.
+        mark: What is known of it.
+    """
+
+    path: Path
+    mark: _Mark
+
+    def add_file(self, name: str, content: str) -> None:
+        """Write one more file into the finished result."""
+        mark = _read_mark(self.path)
+        _write_mark(self.path, mark.model_copy(update={"files": (*mark.files, name)}))
+        (self.path / name).write_text(content)
+
+    @contextmanager
+    def assembled(self) -> Iterator[Path]:
+        """A folder to write the result into, which becomes the output when the block ends without an error."""
+        inside = _must_be_assembled_inside(self.path)
+        keep = False
+        parent = self.path if inside else self.path.parent
+        staging = Path(tempfile.mkdtemp(prefix=_PARTIAL if inside else f".{self.path.name}.", dir=parent))
+        staging.chmod(0o755)
+        try:
+            yield staging
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    file.chmod(file.stat().st_mode | 0o044)  # safetensors makes its files readable by their owner only
+            files = tuple(sorted(_entries_below(staging)))
+            mark = self.mark.model_copy(update={"files": files})
+            added = set(_entries_below(self.path)) - set(_read_mark(self.path).files)
+            if added & set(files):
+                keep = True
+                raise UserError(
+                    f"{self.path}: {min(added & set(files))} was put there by something else while {mark.step} ran; "
+                    f"the result is kept in {staging}."
+                )
+            if inside or added:
+                self._move_in(staging, mark)
+            else:
+                self._rename(staging, mark)
+        finally:
+            if not keep:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _rename(self, staging: Path, mark: _Mark) -> None:
+        _write_mark(staging, mark)
+        # Renamed first and deleted last, so that nobody finds a half-deleted folder under the final name.
+        outgoing = staging.with_name(f"{staging.name}.replaced")
+        with suppress(FileNotFoundError):  # another attempt of the same step is renaming its own
+            self.path.rename(outgoing)
+        staging.rename(self.path)
+        shutil.rmtree(outgoing, ignore_errors=True)
+
+    def _move_in(self, staging: Path, mark: _Mark) -> None:
+        before = set(_read_mark(self.path).files)
+        _write_mark(self.path, mark.model_copy(update={"files": tuple(sorted(before | set(mark.files)))}))
+        for name in sorted(before, key=_completing_first):
+            _remove(self.path, name)
+        for name in sorted(mark.files, key=_completing_first, reverse=True):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(self.path / name)
+        _write_mark(self.path, mark)
+
+
+@contextmanager
+def claimed_folder(
+    out: str | Path, step: str, inputs: Mapping[str, str], beside: Sequence[Path] = ()
+) -> Iterator[OutputFolder]:
+    """Claim a local folder for a step's result; a failure leaves it as it was.
+
+    Args:
+        out: The output folder.
+        step: Name of the step that writes it.
+        inputs: Paths or URIs that the step reads, by the names of its options.
+        beside: Files that the step writes outside of the folder; they stay when the step fails.
+
+    Raises:
+        UserError: The place is an input, overlaps one, is a file, cannot be written, or contains something foreign.
+    """
+    known = check_folder(out, step, inputs)
+    path = Path(out).expanduser().resolve()
+    is_of_0_1_0 = known is not None and not (path / MARK).exists()
+    with claimed_files(beside, step, inputs, trusts_existing=is_of_0_1_0):
+        if known and known.inputs and known.inputs != dict(inputs):
+            print(f"{out}: the result of {_difference(known.inputs, inputs)} is replaced.", file=sys.stderr)
+        mark = _Mark(step=step, inputs=dict(inputs), files=known.files if known else ())
+        created = _create(out, path)
+        try:
+            if not (path / MARK).exists():
+                _write_mark(path, mark)
+            yield OutputFolder(path, mark)
+        except BaseException:
+            if known is None:
+                (path / MARK).unlink(missing_ok=True)
+                for folder in created:
+                    with suppress(OSError):
+                        folder.rmdir()
+            raise
+
+
+def check_folder(out: str | Path, step: str, inputs: Mapping[str, str]) -> _Mark | None:
+    """Refuse an output folder that may not be written, before any work; returns the mark of an earlier result.
+
+    Raises:
+        UserError: As `claimed_folder`.
+    """
+    _refuse_store(out, step)
+    path = Path(out).expanduser().resolve()
+    _refuse_overlap(str(out), path, inputs)
+    known = _refuse_foreign_files(out, path, step)
+    for folder in _create(out, path):
+        folder.rmdir()
+    return known
+
+
+def folder_beside(out: Path) -> Path:
+    """The folder for the files that a step writes beside its output: the output itself where it is assembled inside."""
+    path = out.expanduser().resolve()
+    return path if _must_be_assembled_inside(path) else path.parent
+
+
+def check_object_folder(out: str, inputs: Mapping[str, str]) -> None:
+    """Refuse a folder in a store that is an input, lies in one or contains one; the upload checks its objects.
+
+    Raises:
+        UserError: As the text says.
+    """
+    place = f"{out.rstrip('/')}/"
+    for name, value in inputs.items():
+        other = f"{value.rstrip('/')}/"
+        if value and (place == other or other.startswith(place) or place.startswith(other)):
+            raise UserError(f"{out}: is, contains or lies in the input {name} ({value}); choose another output.")
+
+
+def check_file(out: Path, step: str) -> None:
+    """Refuse the place of a single file that cannot be written there.
+
+    Raises:
+        UserError: The place is a folder or in a store, or its folder cannot be written.
+    """
+    _refuse_store(out, step)
+    path = out.expanduser().resolve()
+    if path.is_dir():
+        raise UserError(f"{out}: is a folder, but {step} writes a file; add a name.")
+    for folder in _create(out, path.parent):
+        folder.rmdir()
+
+
+@contextmanager
+def claimed_files(
+    files: Sequence[Path], step: str, inputs: Mapping[str, str], trusts_existing: bool = False
+) -> Iterator[None]:
+    """Claim single files for a step, and record their content at the end, whether or not the step fails.
+
+    Args:
+        files: The files.
+        step: Name of the step that writes them.
+        inputs: Paths or URIs that the step reads, by the names of its options.
+        trusts_existing: Whether existing files are the step's own although no record says so.
+
+    Raises:
+        UserError: A file is an input, lies in one, or exists and was not written by this step.
+    """
+    places = [Path(file).expanduser().resolve() for file in files]
+    for place in places:
+        _refuse_overlap(str(place), place, inputs)
+        if os.path.lexists(place) and not trusts_existing:
+            written = _read_written_files(place.parent).get(place.name)
+            if written is None or written.step != step or written.sha256 not in ("", _digest(place)):
+                raise UserError(
+                    f"{place}: {step} writes this file, but did not write the one that is there; move it away, or "
+                    "choose an output in another folder."
+                )
+            if written.inputs and written.inputs != dict(inputs):
+                print(f"{place}: that of {_difference(written.inputs, inputs)} is replaced.", file=sys.stderr)
+    for place in places:
+        _record_written_file(place, _WrittenFile(step=step, inputs=dict(inputs)))
+    try:
+        yield
+    finally:
+        for place in places:
+            written = _WrittenFile(step=step, inputs=dict(inputs), sha256=_digest(place))
+            _record_written_file(place, written if place.is_file() else None)
+
+
+def claim_workspace(
+    out: Path,
+    step: str,
+    inputs: Mapping[str, str],
+    links: Sequence[str] = (),
+    known_by: Sequence[str] = ("artifacts", "run.log"),
+) -> None:
+    """Claim a folder that several runs share: each adds to it, and replaces nothing but these links.
+
+    Args:
+        out: The folder.
+        step: What uses the folder.
+        inputs: Paths or URIs that are read, by the names of the options.
+        links: Names of symbolic links that each run sets again.
+        known_by: Names, or patterns of names, that such a folder of 0.1.0 contains.
+
+    Raises:
+        UserError: The folder is an input, overlaps one, cannot be written, or is used by something else.
+    """
+    _refuse_store(out, step)
+    path = out.expanduser().resolve()
+    _refuse_overlap(str(out), path, inputs)
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{out}: is a file, but {step} writes a folder; choose another output.")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    is_known = MARK in names and _read_mark(path).step == step
+    is_of_0_1_0 = MARK not in names and all(any(fnmatchcase(name, known) for name in names) for known in known_by)
+    if names and not (is_known or is_of_0_1_0):
+        raise UserError(
+            f"{out}: contains files that {step} did not write, such as {min(names)}; choose a new or empty folder."
+        )
+    for name in links:
+        if os.path.lexists(path / name) and not (path / name).is_symlink():
+            raise UserError(f"{path / name}: {step} would replace this with a link to its result; move it away.")
+    _create(out, path)
+    if not is_known:
+        _write_mark(path, _Mark(step=step, inputs=dict(inputs)))
+
+
+def _refuse_store(out: str | Path, step: str) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
+        raise UserError(f"{out}: {step} writes to this machine, not to a store; give a local path.")
+
+
+def _refuse_overlap(out: str, path: Path, inputs: Mapping[str, str]) -> None:
+    for name, value in inputs.items():
+        for place in _local_places(value):
+            if place == path:
+                raise UserError(f"{out}: is also the input {name}; choose another output.")
+            if path in place.parents:
+                raise UserError(f"{out}: contains the input {name} ({value}); choose another output.")
+            if place.is_dir() and place in path.parents:
+                raise UserError(f"{out}: lies in the input {name} ({value}); choose another output.")
+
+
+def _local_places(value: str) -> list[Path]:
+    """The files and folders on this machine that an input names; none for a store, a hub or a missing path."""
+    if not value or storage.is_object_uri(value) or "://" in value or value[:5].lower() == "data:":
+        return []
+    try:
+        found = storage.expand(value)
+    except UserError:
+        return []  # the step itself reports what is missing
+    return [path.resolve() for path in map(Path, found) if path.exists()]
+
+
+def _refuse_foreign_files(out: str | Path, path: Path, step: str) -> _Mark | None:
+    """The mark of an earlier result of this step, None where the place is absent or empty."""
+    if not os.path.lexists(path):
+        return None
+    if not path.is_dir():
+        raise UserError(f"{out}: is a file, but {step} writes a folder; choose another output.")
+    names = {entry.name for entry in path.iterdir()} - _own_single_files(path, step)
+    if not names:
+        return None
+    mark = _read_mark(path) if MARK in names else _mark_of_unmarked(path, step)
+    if mark is None:
+        example = min(names)
+        raise UserError(
+            f"{out}: contains files that {step} did not write, such as {example}; choose a new or empty folder."
+        )
+    if mark.step != step:
+        raise UserError(f"{out}: contains the result of {mark.step}; choose another output.")
+    foreign = set(_entries_below(path)) - set(mark.files) - _own_single_files(path, step)
+    if foreign:
+        raise UserError(
+            f"{out}: contains {min(foreign)}, which {step} did not write; move it away, or choose another output."
+        )
+    return mark
+
+
+def _own_single_files(folder: Path, step: str) -> set[str]:
+    """Names of the files in a folder that a step wrote beside its result, their list included."""
+    names = {
+        name
+        for name, written in _read_written_files(folder).items()
+        if written.step == step and written.sha256 in ("", _digest(folder / name))
+    }
+    return {FILES_MARK, *names} if names else names
+
+
+def _read_written_files(folder: Path) -> dict[str, _WrittenFile]:
+    try:
+        return _WRITTEN_FILES.validate_json((folder / FILES_MARK).read_bytes())
+    except (OSError, ValidationError):
+        return {}
+
+
+def _record_written_file(place: Path, written: _WrittenFile | None) -> None:
+    """Note in a file's folder that a step writes the file, or that it did not."""
+    records = _read_written_files(place.parent)
+    if written is None:
+        records.pop(place.name, None)
+    else:
+        records[place.name] = written
+    mark = place.parent / FILES_MARK
+    if records:
+        storage.write_bytes(str(mark), _WRITTEN_FILES.dump_json(records, indent=1))
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def _create(out: str | Path, path: Path) -> list[Path]:
+    """Create the folder; returns the created folders, the deepest first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output.") from error
+    return missing
+
+
+def _must_be_assembled_inside(path: Path) -> bool:
+    return path == Path.cwd() or path.is_mount() or (path.is_dir() and not os.access(path.parent, os.W_OK))
+
+
+def _entries_below(folder: Path) -> Iterator[str]:
+    """Relative paths of files and empty folders, without the mark and what an interrupted attempt left."""
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        is_own = relative.parts[0] == MARK or relative.parts[0].startswith(_PARTIAL)
+        if not is_own and (path.is_symlink() or not path.is_dir() or not any(path.iterdir())):
+            yield relative.as_posix()
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Remove a file or an empty folder, and the folders that are empty then."""
+    path = folder / name
+    with suppress(OSError):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for parent in path.parents:
+        if parent == folder:
+            break
+        with suppress(OSError):
+            parent.rmdir()
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in before.items() if now.get(name) != value) or "other inputs"
+
+
+def _completing_first(name: str) -> tuple[bool, str]:
+    return name not in _COMPLETING, name
+
+
+def _mark_of_unmarked(folder: Path, step: str) -> _Mark | None:
+    completing, patterns = _UNMARKED.get(step, ("", ()))
+    if not completing or not (folder / completing).is_file():
+        return None
+    names = {entry.name for entry in folder.iterdir()} - {completing}
+    if not all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
+        return None
+    return _Mark(step=step, files=tuple(_entries_below(folder)))
+
+
+def _read_mark(folder: Path) -> _Mark:
+    try:
+        return _Mark.model_validate_json((folder / MARK).read_bytes())
+    except (OSError, ValidationError):
+        return _Mark(step="another program")
+
+
+def _write_mark(folder: Path, mark: _Mark) -> None:
+    storage.write_bytes(str(folder / MARK), mark.model_dump_json(indent=1).encode())
+
+
+def _digest(path: Path) -> str:
+    return storage.file_sha256(path) if path.is_file() else ""

@@ -1,0 +1,302 @@
+"""The rule for output places, on every kind of place: no byte that the step did not write changes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import MARK, claimed_files, claimed_folder
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with the hash of its content, links and empty folders included."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "folder"
+    return found
+
+
+def write(
+    out: str | Path,
+    inputs: Mapping[str, str] | None = None,
+    step: str = "preprocess",
+    content: str = "new",
+    beside: Sequence[str] = (),
+) -> None:
+    """What a step does."""
+    files = [Path(out).parent / name for name in beside]
+    with claimed_folder(out, step, inputs or {}, files) as place:
+        for file in files:
+            file.write_text(content)
+        with place.assembled() as folder:
+            (folder / "manifest.json").write_text(content)
+            (folder / "deeper").mkdir()
+            (folder / "deeper" / "a.parquet").write_text(content)
+
+
+def fail(out: Path, rejects: Path | None = None, content: str = "half") -> None:
+    """A step that fails after it has written some of its result."""
+    with claimed_folder(out, "preprocess", {}, [rejects] if rejects else []) as place, place.assembled() as folder:
+        (folder / "manifest.json").write_text(content)
+        if rejects:
+            rejects.write_text(content)
+        raise RuntimeError
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A user's folder with data, images and notes."""
+    folder = tmp_path / "mine"
+    (folder / "images").mkdir(parents=True)
+    (folder / "train.json").write_text("[]")
+    (folder / "images" / "a.png").write_bytes(b"png")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        pytest.param("{mine}", id="the-input-folder"),
+        pytest.param("{mine}/", id="trailing-slash"),
+        pytest.param("{mine}/../mine", id="two-dots"),
+        pytest.param("{mine}/images", id="in-the-input"),
+        pytest.param("{mine}/new", id="new-folder-in-the-input"),
+        pytest.param("{mine}/..", id="parent-of-the-input"),
+        pytest.param("{mine}/train.json", id="a-file"),
+        pytest.param("{link}", id="link-to-the-input"),
+        pytest.param("{link}/new", id="below-a-link-to-the-input"),
+    ],
+)
+def test_an_output_that_overlaps_an_input_folder_is_refused(out: str, mine: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(mine)
+    before = tree(tmp_path)
+    with pytest.raises(UserError):
+        write(out.format(mine=mine, link=link), {"--dataset": str(mine)})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["{mine}", "{mine}/", "{mine}/train.json", "{mine}/images", "{mine}/.."])
+def test_an_output_that_holds_an_input_file_or_something_foreign_is_refused(out: str, mine: Path) -> None:
+    before = tree(mine.parent)
+    with pytest.raises(UserError):
+        write(out.format(mine=mine), {"--data": str(mine / "train.json")})
+    assert tree(mine.parent) == before
+
+
+def test_a_file_input_means_the_file_and_not_its_folder(mine: Path) -> None:
+    before = tree(mine)
+    write(mine / "prepared", {"--data": str(mine / "train.json")})
+    assert {name: digest for name, digest in tree(mine).items() if not name.startswith("prepared")} == before
+
+
+@pytest.mark.parametrize("out", [".", "./", "", "sub/.."])
+def test_a_working_directory_with_something_in_it_is_refused(
+    out: str, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine)
+    (mine / "sub").mkdir()
+    before = tree(mine)
+    with pytest.raises(UserError, match="contains"):
+        write(out or ".", {})
+    assert tree(mine) == before
+
+
+@pytest.mark.parametrize("out", [".", "./", "../here"])
+def test_an_empty_working_directory_is_accepted_and_stays_the_same_folder(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    number = here.stat().st_ino
+    for content in ("first", "second"):
+        write(out, {}, content=content)
+        assert here.stat().st_ino == number
+        assert sorted(tree(here)) == [MARK, "deeper", "deeper/a.parquet", "manifest.json"]
+        assert (here / "manifest.json").read_text() == content
+
+
+def test_a_mount_point_is_assembled_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "mounted"
+    out.mkdir()
+    number = out.stat().st_ino
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    write(out)
+    assert out.stat().st_ino == number
+    assert (out / "manifest.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/null/x", "/dev/null"])
+def test_a_place_that_cannot_be_written_is_one_sentence(out: str) -> None:
+    with pytest.raises(UserError, match=out):
+        write(out)
+
+
+def test_an_empty_folder_a_new_one_and_a_link_to_an_empty_one_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for out in ("empty", "new", "deep/er/new", "link"):
+        write(tmp_path / out)
+        assert (tmp_path / out / "manifest.json").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_step_replaces_its_own_result_and_says_so_when_its_inputs_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "out", {"--dataset": "one"}, content="one")
+    write(tmp_path / "out", {"--dataset": "one"}, content="again")
+    assert capsys.readouterr().err == ""
+    write(tmp_path / "out", {"--dataset": "two"}, content="two")
+    assert "the result of --dataset one is replaced" in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.json").read_text() == "two"
+
+
+def test_another_steps_result_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "out", step="validate-data")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="contains the result of validate-data"):
+        write(tmp_path / "out", step="preprocess")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "deeper/notes.txt", ".hidden"])
+def test_what_a_user_adds_to_a_result_is_foreign(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    (tmp_path / "out" / name).write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="did not write"):
+        write(tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failure_leaves_the_place_as_it_was(existed: bool, tmp_path: Path) -> None:
+    if existed:
+        (tmp_path / "deep" / "out").mkdir(parents=True)
+    before = tree(tmp_path)
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "deep" / "out")
+    assert tree(tmp_path) == before
+
+
+def test_a_failure_leaves_an_earlier_result(tmp_path: Path) -> None:
+    write(tmp_path / "out", content="old")
+    before = tree(tmp_path)
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+def test_an_attempt_that_was_killed_knows_its_own(tmp_path: Path) -> None:
+    claim = claimed_folder(tmp_path / "out", "preprocess", {"--dataset": "d"}, [tmp_path / "rejects.jsonl"])
+    claim.__enter__()
+    (tmp_path / "rejects.jsonl").write_text("half")
+    write(tmp_path / "out", {"--dataset": "d"}, beside=["rejects.jsonl"])
+    assert (tmp_path / "rejects.jsonl").read_text() == "new"
+
+
+class TestFilesBeside:
+    def test_one_that_is_there_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "rejects.jsonl").write_text("mine")
+        before = tree(tmp_path)
+        with pytest.raises(UserError, match=r"rejects\.jsonl: .* did not write the one that is there"):
+            write(tmp_path / "out", beside=["rejects.jsonl"])
+        assert tree(tmp_path) == before
+
+    def test_one_that_is_an_input_is_refused(self, tmp_path: Path) -> None:
+        data = tmp_path / "rejects.jsonl"
+        data.write_text("mine")
+        with pytest.raises(UserError, match="is also the input --data"):
+            write(tmp_path / "out", {"--data": str(data)}, beside=["rejects.jsonl"])
+        assert data.read_text() == "mine"
+
+    def test_its_own_is_replaced_until_a_user_changes_it(self, tmp_path: Path) -> None:
+        write(tmp_path / "out", beside=["rejects.jsonl"], content="one")
+        write(tmp_path / "out", beside=["rejects.jsonl"], content="two")
+        write(tmp_path / "another", beside=["rejects.jsonl"], content="three")
+        assert (tmp_path / "rejects.jsonl").read_text() == "three"
+        (tmp_path / "rejects.jsonl").write_text("mine")
+        with pytest.raises(UserError):
+            write(tmp_path / "out", beside=["rejects.jsonl"])
+        assert (tmp_path / "rejects.jsonl").read_text() == "mine"
+
+
+class TestUnmarkedResults:
+    """Results of 0.1.0 left no mark."""
+
+    def test_they_are_known_by_their_completing_file(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "manifest.json").write_text("{}")
+        (out / "train-00000.parquet").write_text("x")
+        write(out)
+        assert (out / "manifest.json").read_text() == "new"
+
+    def test_something_foreign_among_them_is_not_touched(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "manifest.json").write_text("{}")
+        (out / "notes.txt").write_text("mine")
+        before = tree(tmp_path)
+        with pytest.raises(UserError, match="did not write"):
+            write(out)
+        assert tree(tmp_path) == before
+
+
+def test_a_mark_that_cannot_be_read_protects_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    (tmp_path / "out" / MARK).write_text("{")
+    with pytest.raises(UserError):
+        write(tmp_path / "out")
+
+
+def test_the_mark_lists_every_file(tmp_path: Path) -> None:
+    write(tmp_path / "out", {"--dataset": "d"})
+    assert json.loads((tmp_path / "out" / MARK).read_text()) == {
+        "step": "preprocess",
+        "inputs": {"--dataset": "d"},
+        "files": ["deeper/a.parquet", "manifest.json"],
+    }
+
+
+def test_single_files_are_a_steps_own_until_a_user_changes_them(mine: Path) -> None:
+    out = mine.parent / "new.jsonl"
+    for content in ("one", "two"):
+        with claimed_files([out], "import-data", {"SOURCE": str(mine)}):
+            out.write_text(content)
+    out.write_text("mine")
+    before = tree(mine.parent)
+    for place in (out, mine / "train.json", mine / "new.jsonl", mine):
+        with pytest.raises(UserError), claimed_files([place], "import-data", {"SOURCE": str(mine)}):
+            pass
+    assert tree(mine.parent) == before
+
+
+def test_a_list_of_rejects_stays_when_the_step_fails_and_is_replaced_by_the_next_attempt(tmp_path: Path) -> None:
+    rejects = tmp_path / "rejects.jsonl"
+    for content in ("one", "two"):
+        with pytest.raises(RuntimeError):
+            fail(tmp_path / "out", rejects, content)
+        assert rejects.read_text() == content
+        assert not (tmp_path / "out").exists()
+
+
+def test_readers_without_rights_are_given_them(tmp_path: Path) -> None:
+    with claimed_folder(tmp_path / "out", "merge", {}) as place, place.assembled() as folder:
+        (folder / "model.safetensors").touch(mode=0o600)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+    assert os.access(tmp_path / "out", os.R_OK)
