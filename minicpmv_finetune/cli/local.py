@@ -7,11 +7,11 @@ import typer
 
 from minicpmv_finetune.outputs import claim_workspace
 from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
+from minicpmv_finetune.pipelines.run_folder import LINKS
 
 from .options import Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
 
 PANEL = "Run here"
-LINKS = ("report.html", "model")
 app = typer.Typer()
 
 
@@ -35,7 +35,7 @@ def demo(
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
     from minicpmv_finetune.pipelines.demo import run_demo
 
-    claim_workspace(out, "demo", {}, LINKS)
+    claim_workspace(out, "demo", {}, tuple(LINKS))
     run_demo(out, seed, fresh)
 
 
@@ -50,7 +50,7 @@ def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subp
     from minicpmv_finetune.pipelines.summary import print_summary
 
     given = _with_absolute_paths(inputs)
-    claim_workspace(out, "run", _places(given), LINKS)
+    claim_workspace(out, "run", _places(given), tuple(LINKS))
     print_summary(run_pipeline(out, given, runner, fresh=fresh), out)
 
 
@@ -65,7 +65,7 @@ def retrain(
     from minicpmv_finetune.pipelines.summary import print_reports
 
     given = _with_absolute_paths(inputs)
-    claim_workspace(out, "retrain", _places(given), LINKS)
+    claim_workspace(out, "retrain", _places(given), tuple(LINKS))
     run_pipeline(out, given, runner, RETRAIN, fresh)
     print_reports(out)
 

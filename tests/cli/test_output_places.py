@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.errors import UserError
+from tests.shards.example_shards import write_example_shards
 
 COMMANDS = {
     "import-data": "import-data {mine}/train.json --out {out}",
@@ -41,6 +42,7 @@ def mine(tmp_path: Path, tiny_46: Path) -> Path:
         "conversations": [{"role": role, "content": "x"} for role in ("user", "assistant")],
     }
     (folder / "train.json").write_text(json.dumps([sample]))
+    write_example_shards(folder / "shards")
     for name in ("base", "model"):
         shutil.copyfile(tiny_46 / "config.json", folder / name / "config.json")
     (tmp_path / "link").symlink_to(folder)
