@@ -9,7 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.evaluate.metrics import METRICS
+from minicpmv_finetune.errors import without_password
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
 from .local import LocalRun
@@ -55,7 +57,7 @@ def print_summary(
         "pipeline": short_path(compiled) if compiled else "",
         "logs of the steps": short_path(out / "run.log"),
         "ask the model": f"{_program('minicpmv-finetune')} predict --model {short_path(out / 'model')} {options}",
-        "MLflow page": f"{_program('mlflow')} server --backend-store-uri sqlite:///{short_path(out / 'mlflow.db')}",
+        "MLflow page": _mlflow_page(out / "mlflow.db"),
     }
     for name, text in lines.items():
         if text:
@@ -73,6 +75,16 @@ def _reports(out: Path) -> dict[str, str]:
     """The path of every report that the last run wrote, by its name."""
     files = {name: out / file for name, file in _REPORTS.items()}
     return {name: short_path(file) for name, file in files.items() if file.exists() and file.stat().st_size}
+
+
+def _mlflow_page(database: Path) -> str:
+    """Where the runs can be seen: the address of the user's server, or of one that a printed command starts."""
+    if uri := environment.TRACKING_URI.read():
+        return without_password(uri)
+    # MLflow names its address only among its log lines; without them the command prints nothing.
+    quiet = "--workers 1 --uvicorn-opts '--log-level warning'"
+    command = f"{_program('mlflow')} server --backend-store-uri sqlite:///{short_path(database)} --port 5000 {quiet}"
+    return f"http://127.0.0.1:5000 after MLFLOW_LOGGING_LEVEL=ERROR {command}"
 
 
 def _score_table(scores: Mapping[str, float], more_rows: Mapping[str, float]) -> Table:

@@ -22,7 +22,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,16 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _TAG = "minicpmv."
 _MOVES = ".moves"
+_MODEL_DESCRIPTION = (
+    "Models that passed the gate of minicpmv-finetune; each version's tags contain its address and scores. The alias "
+    "`champion` names the version to serve, and `challenger` the newest. Move the champion with `minicpmv-finetune "
+    "promote` and `minicpmv-finetune rollback`, because the log {name}.moves decides it."
+)
+_LOG_DESCRIPTION = (
+    "This is not a model but the log of the champions of {name}: each version is one promotion or rollback, with its "
+    "reason in description and tags. minicpmv-finetune reads from it which version of {name} is champion. Do not edit "
+    "or delete it; serve {name}, alias `champion`."
+)
 _ATTEMPTS = 6  # to write a move while other processes write moves too
 _LONGEST_WAIT = 2.0  # seconds between two attempts
 # MLflow's error codes.
@@ -294,13 +304,23 @@ class Registry:
     def _write_move(self, tags: Mapping[str, str]) -> None:
         log = f"{self.name}{_MOVES}"
         with _explained(self.name):
+            self._explain_log(log)
             self._create(
                 log,
-                model_description=f"Every move of the champion of {self.name}, in order. Do not edit.",
+                model_description=_LOG_DESCRIPTION.format(name=self.name),
                 source=f"models:/{self.name}/{tags['version']}",
                 tags=dict(tags),
                 description=f"{tags['kind']} of version {tags['version']}: {tags['reason']}",
             )
+
+    def _explain_log(self, log: str) -> None:
+        """Give a log that an earlier version created its description; a log that does not exist gets it later."""
+        from mlflow.exceptions import MlflowException
+
+        description = _LOG_DESCRIPTION.format(name=self.name)
+        with suppress(MlflowException):
+            if self._client.get_registered_model(log).description != description:
+                self._client.update_registered_model(log, description)
 
     def _settle(self, move: Move) -> None:
         """Bring alias and tags up to date with the log; repeated calls are harmless."""
@@ -350,7 +370,7 @@ class Registry:
         }
         return self._create(
             self.name,
-            model_description="",
+            model_description=_MODEL_DESCRIPTION.format(name=self.name),
             source=self._source(uri),
             run_id=run_id,
             tags={f"{_TAG}{name}": value for name, value in facts.items()},

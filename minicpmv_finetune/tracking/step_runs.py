@@ -1,8 +1,9 @@
 """One MLflow run per pipeline run and a nested run per step; a retry finds its run again instead of a second one.
 
 Runs are found by tags: the pipeline run's id (`KFP_RUN_ID` in the environment, set by the pipeline) and the task's
-name. Where Kubeflow's own MLflow plugin has opened a run (`MLFLOW_RUN_ID`), the steps nest under that one; they
-never write to it, because the launcher logs its own parameters there, and a clash of names loses a whole batch.
+name. The pipeline's run carries the headline: the score, the loss and the settings that runs are compared by. Where
+Kubeflow's own MLflow plugin has opened a run (`MLFLOW_RUN_ID`), the steps nest under that one; they give it metrics
+but no parameters, because the launcher logs its own parameters there, and a clash of names loses a whole batch.
 
 Tracking never makes a step fail and never delays it: a thread sends the metrics. After a failed call nothing is sent
 for ten times as long as the call took; metrics are kept and sent when the server is back. Metrics that the server
@@ -11,17 +12,21 @@ is reported at the end of the step. Without `MLFLOW_TRACKING_URI` nothing is tra
 """
 
 import logging
+import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import without_password
+from minicpmv_finetune.git_commit import git_commit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
 _OUTCOME_TAG = "minicpmv.outcome"
+_COMMIT_TAG = "mlflow.source.git.commit"  # MLflow's page shows it as the version of the source
 _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
 _MAX_BATCH = 1000  # MLflow's own limit for metrics in one call
 _SQLITE = "sqlite:///"
@@ -45,8 +51,15 @@ _MLFLOW_SETTINGS = {
 class StepRun:
     """The MLflow run of one step; no call raises an error, whatever the server does."""
 
-    def __init__(self, client: "MlflowClient | None" = None, run_id: str | None = None, failure: str = "") -> None:
+    def __init__(
+        self,
+        client: "MlflowClient | None" = None,
+        run_id: str | None = None,
+        failure: str = "",
+        parent: str | None = None,
+    ) -> None:
         self._client = client
+        self._parent = parent
         self.run_id = run_id
         self.failure = failure
         self._waiting: list[Metric] = []
@@ -70,6 +83,17 @@ class StepRun:
         for start in range(0, len(batch), 100):
             self._send("log_batch", params=batch[start : start + 100])
 
+    def log_headline(self, metrics: Mapping[str, float], parameters: Mapping[str, Any] | None = None) -> None:
+        """Record in the pipeline's run what runs are compared by; a step outside a pipeline has none."""
+        if self._client is None or self._parent is None:
+            return
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._send("log_metric", self._parent, key=name, value=float(value))
+        if self._parent != environment.PLUGIN_RUN_ID.read():
+            for name, value in (parameters or {}).items():
+                self._send("log_param", self._parent, key=name, value=str(value)[:_MAX_PARAMETER_LENGTH])
+
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record metrics of a training step."""
         if self._client is None:
@@ -79,7 +103,9 @@ class StepRun:
         now = int(time.time() * 1000)
         self._waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
         if self._sending is None or self._sending.done():
-            self._sending = self._sender.submit(self._send_metrics)
+            # Where the run is finished, or Python ends, no thread starts, and the metrics stay in `unsent`.
+            with suppress(RuntimeError):
+                self._sending = self._sender.submit(self._send_metrics)
 
     def last_step(self, metric: str) -> int:
         """The last step for which the run has the metric; -1 when there is none."""
@@ -99,6 +125,16 @@ class StepRun:
     def log_file(self, path: str, folder: str | None = None) -> None:
         """Attach a small file, such as a report."""
         self._send("log_artifact", local_path=path, artifact_path=folder)
+
+    def log_report(self, path: Path, name: str) -> None:
+        """Attach a report, if it was written, under a name by whose suffix MLflow displays it."""
+        if self._client is None or not path.is_file():
+            return
+        try:
+            with tempfile.TemporaryDirectory(prefix="mlflow-") as folder:
+                self.log_file(str(shutil.copyfile(path, Path(folder) / name)))
+        except OSError as error:
+            self.failure = self.failure or _describe(error)
 
     def finish(self, status: str) -> None:
         """Close the run, and report the first failure if there was one."""
@@ -124,13 +160,13 @@ class StepRun:
                 self._refused += batch
             del self._waiting[: len(batch)]
 
-    def _send(self, call: str, **arguments: Any) -> Exception | None:
-        """Call MLflow's client; returns the error if the call failed."""
+    def _send(self, call: str, run_id: str | None = None, **arguments: Any) -> Exception | None:
+        """Call MLflow's client for this run or another; returns the error if the call failed."""
         started = time.monotonic()
         if self._client is None or started < self._silent_until:
             return ConnectionError("not sent")
         try:
-            getattr(self._client, call)(self.run_id, **arguments)
+            getattr(self._client, call)(run_id or self.run_id, **arguments)
             return None
         except Exception as error:
             # Whatever the error is, the step continues; its end reports the failure.
@@ -164,20 +200,23 @@ def open_step_run(task: str) -> StepRun:
     try:
         client = mlflow_client()
         pipeline_run = environment.PIPELINE_RUN_ID.read()
-        tags = {_TASK_TAG: task, "mlflow.runName": task}
+        tags = {_TASK_TAG: task, "mlflow.runName": task, **_commit_tags()}
+        parent = None
         if plugin_run := environment.PLUGIN_RUN_ID.read():
             experiment = client.get_run(plugin_run).info.experiment_id
-            tags["mlflow.parentRunId"] = plugin_run
+            parent = plugin_run
         else:
             experiment = _experiment(client)
             if pipeline_run:
-                tags["mlflow.parentRunId"] = _pipeline_run(client, experiment, pipeline_run)
+                parent = _pipeline_run(client, experiment, pipeline_run)
+        if parent:
+            tags["mlflow.parentRunId"] = parent
         if pipeline_run:
             tags[_PIPELINE_TAG] = pipeline_run
             if found := _find(client, experiment, pipeline_run, task):
                 client.update_run(found, status="RUNNING")
-                return StepRun(client, found)
-        return StepRun(client, client.create_run(experiment, tags=tags).info.run_id)
+                return StepRun(client, found, parent=parent)
+        return StepRun(client, client.create_run(experiment, tags=tags).info.run_id, parent=parent)
     except Exception as error:
         return StepRun(failure=_describe(error))
 
@@ -197,9 +236,12 @@ def read_outcome() -> str:
 
 
 def finish_pipeline_run(status: str) -> None:
-    """Close the run that holds a pipeline run's steps, unless Kubeflow's plugin opened it, which also closes it."""
+    """Close the run that holds a pipeline run's steps, unless Kubeflow's plugin opened it, which also closes it.
+
+    The run of a step that was killed is still open, and is closed too.
+    """
     if not environment.PLUGIN_RUN_ID.read():
-        _on_pipeline_run(lambda run: run.finish(status))
+        _on_pipeline_run(lambda run: _finish_with_steps(run, status))
 
 
 def _on_pipeline_run(act: Callable[[StepRun], None]) -> None:
@@ -211,6 +253,18 @@ def _on_pipeline_run(act: Callable[[StepRun], None]) -> None:
     if run is not None:
         act(run)
         run.report_failure()
+
+
+def _finish_with_steps(run: StepRun, status: str) -> None:
+    try:
+        client = mlflow_client()
+        query = f"tags.`{_PIPELINE_TAG}` = '{environment.PIPELINE_RUN_ID.read()}' and attributes.status = 'RUNNING'"
+        for found in client.search_runs([_experiment(client)], filter_string=query):
+            if found.info.run_id != run.run_id:
+                client.set_terminated(found.info.run_id, status="KILLED")
+    except Exception as error:
+        run.failure = run.failure or _describe(error)
+    run.finish(status)
 
 
 def _open_pipeline_run() -> "tuple[MlflowClient, str] | None":
@@ -277,8 +331,13 @@ def _pipeline_run(client: "MlflowClient", experiment: str, pipeline_run: str) ->
     """The run of the whole pipeline run, created by the first step that needs it."""
     if found := _find(client, experiment, pipeline_run, "pipeline"):
         return found
-    tags = {_PIPELINE_TAG: pipeline_run, _TASK_TAG: "pipeline", "mlflow.runName": pipeline_run}
+    tags = {_PIPELINE_TAG: pipeline_run, _TASK_TAG: "pipeline", "mlflow.runName": pipeline_run, **_commit_tags()}
     return str(client.create_run(experiment, tags=tags).info.run_id)
+
+
+def _commit_tags() -> dict[str, str]:
+    commit = git_commit()
+    return {} if commit == environment.GIT_COMMIT.default else {_COMMIT_TAG: commit}
 
 
 def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str) -> str | None:

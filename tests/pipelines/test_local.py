@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 from minicpmv_finetune.pipelines.summary import print_summary
@@ -56,12 +57,27 @@ def test_mlflow_contains_one_run_with_one_nested_run_per_step(finished: tuple[Lo
     client = MlflowClient(f"sqlite:///{out}/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     names = [run.info.run_name for run in runs]
-    assert sorted(names)[:-1] == ["evaluate", "merge", "train"] or {"evaluate", "merge", "train"} < set(names)
+    steps = {"validate-data", "preprocess", "train", "merge", "evaluate"}
+    assert steps < set(names)
     assert len(names) == len(set(names))
     assert {run.info.status for run in runs} == {"FINISHED"}
     (train,) = (run for run in runs if run.info.run_name == "train")
     assert train.data.params["lora_r"] == "16"
     assert len(client.get_metric_history(train.info.run_id, "train/loss")) >= 4
+    assert float(train.data.params["adam_beta2"]) == 0.999, "also what transformers decided"
+    assert train.data.params["effective/batch_size"] == "32"
+    reports = {"validate-data": "data.html", "preprocess": "shards.html", "train": "training.html"}
+    for run in runs:
+        if run.info.run_name in steps:
+            assert run.data.params["git_commit"] == git_commit()
+            assert run.data.params["data_fingerprint"] == train.data.params["data_fingerprint"]
+        if report := reports.get(run.info.run_name):
+            assert report in [item.path for item in client.list_artifacts(run.info.run_id)]
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert {"lora_r", "batch_size", "num_train_epochs", "learning_rate", "git_commit", "metric"} <= set(
+        parent.data.params
+    )
+    assert {"loss", "score", "score_low", "score_high", "improvement"} <= set(parent.data.metrics)
 
 
 def test_the_merged_model_answers_a_question(finished: tuple[LocalRun, Path], digits: Path) -> None:

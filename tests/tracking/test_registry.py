@@ -102,6 +102,18 @@ def test_a_promotion_is_valid_only_over_the_champion_it_was_decided_on(registry:
     assert tags["minicpmv.replaced_by"] == "promotion of version 2: better"
 
 
+@pytest.mark.parametrize("created_by", ["this version", "0.1.0"])
+def test_the_log_of_moves_says_what_it_is(registry: Registry, created_by: str) -> None:
+    client, log = MlflowClient(), f"{registry.name}.moves"
+    if created_by == "0.1.0":
+        client.create_registered_model(log, description=f"Every move of the champion of {registry.name}, in order.")
+    (first,) = registered(registry, 1)
+    registry.promote(first, "", "the first")
+    description = client.get_registered_model(log).description
+    assert description.startswith(f"This is not a model but the log of the champions of {registry.name}")
+    assert log in client.get_registered_model(registry.name).description
+
+
 def test_a_retried_promotion_is_done_once(registry: Registry) -> None:
     first, second = registered(registry, 2)
     move = registry.promote(first, "", "the first", claim="run 1")

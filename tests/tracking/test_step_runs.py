@@ -46,6 +46,52 @@ def test_steps_are_nested_below_one_run(database: Path) -> None:
     assert {run.info.status for group in found.values() for run in group} == {"FINISHED"}
 
 
+def test_the_pipelines_run_carries_the_headline(database: Path) -> None:
+    with step_run("train") as run:
+        run.log_headline({"loss": 0.25, "infinite": float("inf")}, {"lora_r": 16})
+        run.log_headline({}, {"lora_r": 16})  # a retry
+        run.log_headline({"score": 0.5})
+    finish_pipeline_run("FINISHED")
+    (parent,) = runs()["pipeline-run-1"]
+    assert parent.data.metrics == {"loss": 0.25, "score": 0.5}
+    assert parent.data.params == {"lora_r": "16"}
+
+
+def test_every_run_names_the_commit(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.GIT_COMMIT.name, "a" * 40)
+    with step_run("train"):
+        pass
+    assert {run.data.tags["mlflow.source.git.commit"] for group in runs().values() for run in group} == {"a" * 40}
+
+
+def test_the_run_of_a_killed_step_is_closed_with_the_pipeline(database: Path) -> None:
+    open_step_run("train")  # and nobody finishes it
+    with step_run("validate-data"):
+        pass
+    finish_pipeline_run("FAILED")
+    assert {name: group[0].info.status for name, group in runs().items()} == {
+        "pipeline-run-1": "FAILED",
+        "train": "KILLED",
+        "validate-data": "FINISHED",
+    }
+
+
+def test_a_report_has_a_name_with_a_suffix(database: Path, tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("<html>")
+    with step_run("evaluate") as run:
+        run.log_report(tmp_path / "report", "evaluation.html")
+        run.log_report(tmp_path / "no report", "other.html")
+    (evaluation,) = runs()["evaluate"]
+    assert [item.path for item in MlflowClient().list_artifacts(evaluation.info.run_id)] == ["evaluation.html"]
+
+
+def test_a_metric_after_the_end_is_no_error(database: Path) -> None:
+    with step_run("train") as run:
+        run.log_metrics({"loss": 1.0})
+    run.log_metrics({"loss": 0.5}, step=1)
+    assert [metric.value for metric in run.unsent] == [0.5]
+
+
 def test_a_retry_finds_its_run_again(database: Path) -> None:
     with pytest.raises(ZeroDivisionError), step_run("train") as run:
         run.log_metrics({"loss": 1 / 0})
@@ -75,17 +121,21 @@ def test_a_step_outside_a_pipeline_has_no_parent(database: Path, monkeypatch: py
     assert list(runs()) == ["train"]
 
 
-def test_kubeflows_own_run_becomes_the_parent_untouched(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubeflows_own_run_is_the_parent_without_parameters(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = MlflowClient()
     plugin_run = client.create_run(client.create_experiment("of-kubeflow"), run_name="kubeflow")
     monkeypatch.setenv(environment.PLUGIN_RUN_ID.name, plugin_run.info.run_id)
     with step_run("train") as run:
         run.log_parameters({"rank": 8})
+        run.log_headline({"score": 0.5}, {"lora_r": 8})
     finish_pipeline_run("FAILED")
     found = runs("of-kubeflow")
     assert sorted(found) == ["kubeflow", "train"]
     assert found["train"][0].data.tags["mlflow.parentRunId"] == plugin_run.info.run_id
     assert found["kubeflow"][0].data.params == {}
+    assert found["kubeflow"][0].data.metrics == {"score": 0.5}
     assert found["kubeflow"][0].info.status == "RUNNING"
 
 

@@ -8,10 +8,9 @@ whatever its score was when it was evaluated itself: only then are all scores fr
 
 import gc
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import Sample, SampleError, read_info, read_samples
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.answer import Answer, answer, inference_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
@@ -64,7 +64,7 @@ def evaluate(
     check_metrics(samples, settings.metric)
     facts = _facts(models["tuned"][1], base_model_uri, info.fingerprint, settings)
     with step_run("evaluate") as run:
-        run.log_parameters(facts)
+        run.log_parameters({**facts, **{f"gate/{name}": value for name, value in asdict(settings.gate).items()}})
         answers = {
             name: _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
             for name, (checkpoint, encoder) in models.items()
@@ -87,9 +87,8 @@ def evaluate(
         lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
         storage.write_bytes(str(predictions_file), "".join(lines).encode())
         run.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()})
-        # MLflow displays a file by its suffix, which Kubeflow's artifact paths lack.
-        with tempfile.TemporaryDirectory() as folder:
-            run.log_file(str(shutil.copyfile(report_file, Path(folder) / "evaluation.html")))
+        run.log_headline(_headline_figures(evaluation), {"metric": evaluation.metric})
+        run.log_report(report_file, "evaluation.html")
     report_outcome(_outcome_sentence(evaluation))
     return evaluation
 
@@ -120,7 +119,17 @@ def _facts(
         "max_new_tokens": settings.max_new_tokens,
         "batch_size": settings.batch_size,
         "max_slice_nums": encoder.slicing.max_slice_nums,
+        "git_commit": git_commit(),
     }
+
+
+def _headline_figures(evaluation: Evaluation) -> dict[str, float]:
+    """The numbers by which the runs of pipelines are compared in MLflow."""
+    tuned = evaluation.tuned
+    figures = {"score": tuned.value, "score_low": tuned.low, "score_high": tuned.high}
+    if gain := evaluation.improvement:
+        figures |= {"improvement": gain.value, "improvement_low": gain.low, "improvement_high": gain.high}
+    return figures
 
 
 def _outcome_sentence(evaluation: Evaluation) -> str:

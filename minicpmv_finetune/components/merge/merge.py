@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
+from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_non_weight_files, fingerprint
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation, write_max_slices
 from minicpmv_finetune.outputs import check_folder, claimed_folder
@@ -78,7 +79,16 @@ def merge(
         step_run("merge") as run,
         output.assembled() as staging,
     ):
-        run.log_parameters({"base_model": base_model_uri, "parity_rows": settings.parity_rows})
+        run.log_parameters(
+            {
+                "base_model": base_model_uri,
+                "parity_rows": settings.parity_rows,
+                "generation": record.generation,
+                "base_fingerprint": base_fingerprint,
+                "data_fingerprint": record.data_fingerprint,
+                "git_commit": git_commit(),
+            }
+        )
         streamed = stream(base, adapter, staging)
         is_adapter = (adapter / ADAPTER_CONFIG).is_file()
         report = _report_streaming(streamed, base_model_uri, base_fingerprint, record, is_adapter)
@@ -96,7 +106,7 @@ def merge(
         report = report.model_copy(update={"parity_check": check, "seconds": seconds})
         _write_report(report_file, report)
         run.log_metrics(report.metrics)
-        run.log_file(str(report_file))
+        run.log_report(report_file, "merge.json")
         if check.failure is not None:
             raise UserError(check.failure)
     tensors = sum(part.tensors for part in report.moved.values())

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +31,7 @@ from minicpmv_finetune.data.samples import (
     read_info,
 )
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.options import Accepted, check_settings
 from minicpmv_finetune.outputs import claimed_folder
@@ -38,6 +39,7 @@ from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
+from minicpmv_finetune.tracking.step_runs import step_run
 from minicpmv_finetune.workers import cores, kill_workers, require_living_workers, shared_counter, worker_pool
 
 from .finished_shards import FinishedShards
@@ -121,8 +123,10 @@ def preprocess(
     """
     inputs = {"--dataset": str(dataset), "--base-model": base_model_uri}
     beside = [rejects_file, *([report] if report else [])]
-    with claimed_folder(shards, "preprocess", inputs, beside) as output:
+    with claimed_folder(shards, "preprocess", inputs, beside) as output, step_run("preprocess") as run:
+        run.log_parameters({"base_model": base_model_uri, **asdict(settings), "git_commit": git_commit()})
         job = _make_job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))
+        run.log_parameters({"data_fingerprint": job.info.fingerprint, "shards_key": job.shards.key})
         found = job.finished.find(job.shards.tasks)
         all_found = len(found) == len(job.shards.tasks)
         found |= _write_missing(job, job.shards.tasks, found, num_workers)
@@ -135,14 +139,25 @@ def preprocess(
             content = json.dumps(manifest.model_dump(), indent=1) + "\n"
             (staging / MANIFEST_FILE).write_text(content)
         storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
+        run.log_metrics(_figures(manifest))
         if report:
             write_report(report, shards, job.encoder, [count for record in records for count in record.slices])
+            run.log_report(report, "shards.html")
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
     report_outcome(
         f"{sum(manifest.slices.values()):,} slices and {tokens:,} tokens in {manifest.bytes / 1e6:,.1f} MB of shards"
         f"{', reused from an earlier run' if all_found else ''}"
     )
     return manifest
+
+
+def _figures(manifest: Manifest) -> dict[str, float]:
+    """The counts by name, for MLflow."""
+    figures: dict[str, float] = {"bytes": manifest.bytes}
+    for split, lengths in manifest.lengths.items():
+        figures |= {f"samples/{split}": len(lengths), f"tokens/{split}": sum(lengths)}
+        figures[f"slices/{split}"] = manifest.slices[split]
+    return figures
 
 
 def preprocess_partition(

@@ -80,6 +80,14 @@ class TrainingMonitor(TrainerCallback):
         self.started = time.perf_counter()
         if state.is_world_process_zero:
             samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            effective = {
+                "batch_size": samples,
+                "steps": state.max_steps,
+                "warmup_steps": args.get_warmup_steps(state.max_steps),
+                "processes": args.world_size,
+                "device": args.device.type,
+            }
+            self.run.log_parameters({f"effective/{name}": value for name, value in effective.items()})
             self.bar = progress("train", state.max_steps * samples, self.unit, initial=state.global_step * samples)
             self.bar.samples_per_step = samples
 

@@ -55,7 +55,7 @@ from .result import save_result
 from .token_accuracy import predicted_tokens, token_accuracy
 from .trainable import count_parameters, keep_present_classes, make_trainable
 from .trainer import MiniCPMVTrainer
-from .training_identity import chosen_settings, training_digest
+from .training_identity import chosen_settings, effective_settings, training_digest
 from .watchdog import Watchdog
 from .worker_exit import record_exit
 
@@ -117,6 +117,8 @@ def _train(
     train_dataset, eval_dataset = _open_datasets(inputs, model, arguments)
     with _open_run(training, output) as run:
         run.log_parameters(_run_parameters(arguments, inputs))
+        run.log_parameters(effective_settings(arguments))
+        run.log_headline({}, _headline_settings(arguments, inputs))
         run.log_metrics({"parameters/trainable": model.trainable, "parameters/total": model.total})
         monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
         trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
@@ -132,6 +134,7 @@ def _train(
                 "again continues from there."
             )
         record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics)
+        run.log_headline({"loss": monitor.loss})
         save_result(trainer, inputs.base, output, record, argv, run)
         # No process ends, and so closes the process group, while another one still works.
         trainer.accelerator.wait_for_everyone()
@@ -349,6 +352,21 @@ def _run_parameters(arguments: Arguments, inputs: _Inputs) -> dict[str, Any]:
         "data_fingerprint": inputs.manifest.data_fingerprint,
         "git_commit": git_commit(),
         **{f"version/{name}": version(name) for name in packages},
+    }
+
+
+def _headline_settings(arguments: Arguments, inputs: _Inputs) -> dict[str, Any]:
+    """The settings by which the runs of pipelines are compared in MLflow."""
+    training = arguments.training
+    return {
+        "base_model": arguments.model.model_name_or_path,
+        "generation": inputs.generation.version,
+        "data_fingerprint": inputs.manifest.data_fingerprint,
+        "lora_r": arguments.lora.lora_r if training.use_lora else "none",
+        "batch_size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "num_train_epochs": training.num_train_epochs,
+        "learning_rate": training.learning_rate,
+        "git_commit": git_commit(),
     }
 
 

@@ -54,6 +54,8 @@ TRANSFORMERS_IN_DIGEST = frozenset(
     }
 )
 
+_CHANGES_AT_A_RETRY = ("local_rank", "resume_from_checkpoint")
+
 
 def chosen_settings(arguments: Arguments) -> dict[str, Any]:
     """All flags of ours, and those flags of transformers that differ from their default; without secrets."""
@@ -66,6 +68,15 @@ def chosen_settings(arguments: Arguments) -> dict[str, Any]:
                 settings[item.name] = value
     settings.pop("hub_token", None)
     return settings
+
+
+def effective_settings(arguments: Arguments) -> dict[str, Any]:
+    """The flags that `chosen_settings` leaves out, with the values that they took; without secrets."""
+    chosen = chosen_settings(arguments)
+    groups = (vars(arguments.model), vars(arguments.data), arguments.training.to_dict(), vars(arguments.lora))
+    left_out = {*chosen, "hub_token", *_CHANGES_AT_A_RETRY}
+    flags = {item.name for group in dataclasses.fields(Arguments) for item in dataclasses.fields(group.type)}  # type: ignore[arg-type]
+    return {name: value for group in groups for name, value in group.items() if name in flags - left_out}
 
 
 def training_digest(arguments: Arguments, data_fingerprint: str, base_fingerprint: str) -> str:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice, starmap
 from pathlib import Path
@@ -36,9 +36,11 @@ from minicpmv_finetune.data.samples import (
     Split,
 )
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.options import Accepted, check_settings, settings_from_options
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
+from minicpmv_finetune.tracking.step_runs import step_run
 from minicpmv_finetune.workers import map_in_order
 
 from .duplicates import Appearance, Group, Repetition, find_repeated
@@ -113,6 +115,7 @@ def validate_data(
     clear_image_cache()
     _list_archive.cache_clear()
     with (
+        step_run("validate-data") as run,
         tempfile.TemporaryDirectory(prefix="validate-data-") as scratch,
         claimed_folder(
             dataset,
@@ -123,15 +126,20 @@ def validate_data(
         output.assembled() as staging,
         RejectLog(rejects_file) as rejects,
     ):
+        run.log_parameters({"data_uri": data_uri, "eval_data_uri": eval_data_uri or "none", **asdict(settings)})
+        run.log_parameters({"git_commit": git_commit()})
         inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "miniatures")
         refusal, is_eval = _check_and_split(sources, inventory, rejects, settings)
         findings = _write_dataset(staging, inventory, is_eval, rejects, data_uri, eval_data_uri, settings)
+        info = findings.info
+        run.log_metrics(_figures(info))
         if report:
             write_report(report, replace(findings, refusal=str(refusal or "")))
+            run.log_report(report, "data.html")
         if refusal:
-            report_outcome(_outcome(findings.info))
+            report_outcome(_outcome(info))
             raise refusal
-        info = findings.info
+        run.log_parameters({"data_fingerprint": info.fingerprint})
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
     for warning in data_warnings(info):
         print(f"warning: {warning}", file=sys.stderr)
@@ -172,6 +180,14 @@ def _outcome(info: DatasetInfo) -> str:
         f"{info.rows['train']:,} samples to train on, {info.rows['eval']:,} to evaluate, "
         f"{sum(info.rejected.values()):,} rejected{f' ({reasons})' if reasons else ''}"
     )
+
+
+def _figures(info: DatasetInfo) -> dict[str, float]:
+    """The counts by name, for MLflow."""
+    figures = {f"samples/{split}": count for split, count in info.rows.items()}
+    for kind, counts in {"rejected": info.rejected, "noted": info.noted}.items():
+        figures |= {f"{kind}/{code}": count for code, count in counts.items()}
+    return dict(figures)
 
 
 def _check_sources(

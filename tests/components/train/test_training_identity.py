@@ -17,6 +17,8 @@ from minicpmv_finetune.components.train.arguments import (
 from minicpmv_finetune.components.train.training_identity import (
     TRANSFORMERS_IN_DIGEST,
     TRANSFORMERS_NOT_IN_DIGEST,
+    chosen_settings,
+    effective_settings,
     training_digest,
 )
 
@@ -45,6 +47,19 @@ def test_every_flag_is_classified() -> None:
     assert not TRANSFORMERS_IN_DIGEST & TRANSFORMERS_NOT_IN_DIGEST
     assert not from_transformers - own - tables, "add these flags to one of the two tables of training_identity.py"
     assert not tables - (from_transformers - own), "transformers no longer has these flags"
+
+
+def test_every_flag_is_logged_with_its_effect_and_no_secret() -> None:
+    arguments = _parse(f"{LORA} --hub_token hidden --learning_rate 1e-3")
+    logged = {**chosen_settings(arguments), **effective_settings(arguments)}
+    flags = {
+        item.name
+        for group in (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+        for item in dataclasses.fields(group)
+    }
+    assert flags - set(logged) == {"hub_token", "local_rank", "resume_from_checkpoint"}
+    assert (logged["learning_rate"], logged["adam_beta2"]) == (1e-3, 0.999)
+    assert "hidden" not in str(logged)
 
 
 @pytest.mark.parametrize(
