@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from mlflow import MlflowClient
@@ -85,6 +87,30 @@ def test_a_report_has_a_name_with_a_suffix(database: Path, tmp_path: Path) -> No
     assert [item.path for item in MlflowClient().list_artifacts(evaluation.info.run_id)] == ["evaluation.html"]
 
 
+class BrokenClient:
+    """A client every call of which raises an error that MLflow does not announce."""
+
+    def __getattr__(self, call: str) -> Callable[..., None]:
+        def fail(*arguments: object, **named: object) -> None:
+            raise AttributeError(f"{call} is broken")
+
+        return fail
+
+
+def test_no_call_raises_whatever_the_client_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report").write_text("<html>")
+    run = StepRun(cast("MlflowClient", BrokenClient()), "a run", parent="its parent")
+    run.log_parameters({"data": "half \ud800 of a pair"})
+    run.log_metrics({"loss": 0.5})
+    run.log_headline({"score": 0.5}, {"rank": 8})
+    run.log_tags({"a": "b"})
+    run.log_report(tmp_path / "report", "report.html")
+    run.log_report(tmp_path / "report", "no/such/folder.html")
+    assert run.last_step("loss") == -1
+    run.finish("FINISHED")
+    assert capsys.readouterr().err.count("MLflow tracking is incomplete: AttributeError") == 1
+
+
 def test_a_metric_after_the_end_is_no_error(database: Path) -> None:
     with step_run("train") as run:
         run.log_metrics({"loss": 1.0})
@@ -121,9 +147,7 @@ def test_a_step_outside_a_pipeline_has_no_parent(database: Path, monkeypatch: py
     assert list(runs()) == ["train"]
 
 
-def test_kubeflows_own_run_is_the_parent_without_parameters(
-    database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kubeflows_own_run_is_the_parent_without_parameters(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = MlflowClient()
     plugin_run = client.create_run(client.create_experiment("of-kubeflow"), run_name="kubeflow")
     monkeypatch.setenv(environment.PLUGIN_RUN_ID.name, plugin_run.info.run_id)
