@@ -75,7 +75,8 @@ def effective_settings(arguments: Arguments) -> dict[str, Any]:
     chosen = chosen_settings(arguments)
     groups = (vars(arguments.model), vars(arguments.data), arguments.training.to_dict(), vars(arguments.lora))
     left_out = {*chosen, "hub_token", *_CHANGES_AT_A_RETRY}
-    flags = {item.name for group in dataclasses.fields(Arguments) for item in dataclasses.fields(group.type)}  # type: ignore[arg-type]
+    own = (arguments.model, arguments.data, arguments.training, arguments.lora)
+    flags = {item.name for group in own for item in dataclasses.fields(group)}
     return {name: value for group in groups for name, value in group.items() if name in flags - left_out}
 
 

@@ -118,8 +118,8 @@ def flag(colors: str, *, upright: bool) -> Image.Image:
     image = Image.new("RGB", (300, 200))
     for place, color in enumerate(names):
         low, high = place / len(names), (place + 1) / len(names)
-        box = (300 * low, 0, 300 * high, 200) if upright else (0, 200 * low, 300, 200 * high)
-        image.paste(color, tuple(map(round, box)))
+        stripe = (300 * low, 0, 300 * high, 200) if upright else (0, 200 * low, 300, 200 * high)
+        ImageDraw.Draw(image).rectangle(stripe, fill=color)
     return image
 
 
