@@ -127,6 +127,7 @@ def predict(
     image: Annotated[list[str] | None, typer.Option(help="Image, a path or an s3:// URI; may be repeated.")] = None,
     adapter: Annotated[str, typer.Option(help="Adapter folder that train wrote, to apply to --model.")] = "",
     max_new_tokens: NewTokens = 128,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Request reasoning first (MiniCPM-V 4.5).")] = False,
 ) -> None:
     """Ask a tuned model a question about an image."""
     from minicpmv_finetune.pipelines.checks import check_base_model
@@ -134,7 +135,7 @@ def predict(
     check_base_model("--model", model)
     from minicpmv_finetune.components.evaluate.predict import predict as answer
 
-    print(answer(model, image or [], prompt, adapter, max_new_tokens))
+    print(answer(model, image or [], prompt, adapter, max_new_tokens, thinking))
 
 
 def _with_absolute_paths(inputs: Inputs) -> dict[str, Any]:

@@ -377,7 +377,11 @@ def _interpret(raw: _RawSample, images: list[ImageRef], record: Record) -> tuple
         answers=tuple(raw.answers or ()),
     )
     order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
-    noted = {"order_by_text": order != sorted(order), "untrained_answer": not all(turn.loss for turn in answers)}
+    noted = {
+        "order_by_text": order != sorted(order),
+        "untrained_answer": not all(turn.loss for turn in answers),
+        "early_reasoning": any(turn.loss and turn.text.startswith("<think>") for turn in answers[:-1]),
+    }
     return sample, frozenset(code for code, applies in noted.items() if applies)
 
 

@@ -27,14 +27,16 @@ class Answer:
     """The answer of a model to one sample.
 
     Attributes:
-        text: Generated text without the token that ends it and without white space at its ends.
+        text: Generated text without the token that ends it, without reasoning and without white space at its ends.
         new_tokens: Number of generated tokens, including the one that ends the turn.
         hit_limit: Whether generation ended because of `max_new_tokens`, so that the text may be cut off.
+        reasoning: Text of the think block in front of the answer; empty in generations without such blocks.
     """
 
     text: str
     new_tokens: int
     hit_limit: bool
+    reasoning: str = ""
 
 
 def answer(
@@ -44,6 +46,7 @@ def answer(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     on_done: Callable[[int], None] | None = None,
+    thinking: bool | None = None,
 ) -> list[Answer]:
     """Generate the answer to each sample's last question.
 
@@ -55,6 +58,7 @@ def answer(
         max_new_tokens: Largest number of tokens of one answer.
         batch_size: Number of samples in a batch. The answers do not depend on it.
         on_done: Function called after each batch with the number of its samples, for a progress bar.
+        thinking: Whether to request reasoning, in generations that have it; None where the expected answer has some.
 
     Returns:
         The answers in the order of the samples.
@@ -63,7 +67,8 @@ def answer(
         SampleError: A text contains a token of the format itself.
         UserError: An image changed since it was validated.
     """
-    prompts = [encoder.encode_prompt(sample) for sample in samples]
+    thinks = [encoder.asks_for_reasoning(sample) if thinking is None else thinking for sample in samples]
+    prompts = [encoder.encode_prompt(sample, think) for sample, think in zip(samples, thinks, strict=True)]
     # The sort is stable, so that the batches, and with them the rounding of every sum, are the same in every run.
     longest_first = sorted(range(len(samples)), key=lambda number: -len(prompts[number]))
     config = _greedy_config(model, encoder, max_new_tokens)
@@ -73,7 +78,7 @@ def answer(
             numbers = longest_first[start : start + batch_size]
             inputs = [ModelInput(samples[n].id, prompts[n], [], _cut_images(samples[n], encoder)) for n in numbers]
             for number, generated in zip(numbers, _generate(model, encoder, inputs), strict=True):
-                answers[number] = _decode_answer(generated, encoder, config)
+                answers[number] = _decode_answer(generated, encoder, config, thinks[number])
             if on_done is not None:
                 on_done(len(numbers))
     return [answers[number] for number in range(len(samples))]
@@ -140,8 +145,16 @@ def _generate(model: PreTrainedModel, encoder: Encoder, inputs: Sequence[ModelIn
     return new
 
 
-def _decode_answer(generated: Sequence[int], encoder: Encoder, config: GenerationConfig) -> Answer:
-    """Decode the tokens before the first stop token; what follows it is padding."""
+def _decode_answer(generated: Sequence[int], encoder: Encoder, config: GenerationConfig, thinking: bool) -> Answer:
+    """Decode the tokens before the first stop token; what follows it is padding.
+
+    Args:
+        generated: New tokens of one prompt.
+        encoder: Encoder of the model's checkpoint.
+        config: Settings with the stop tokens.
+        thinking: Whether the prompt requested reasoning.
+    """
     end = next((place for place, token in enumerate(generated) if token in config.eos_token_id), None)
     new_tokens = len(generated) if end is None else end + 1
-    return Answer(text=encoder.decode(generated[:end]), new_tokens=new_tokens, hit_limit=end is None)
+    reasoning, text = encoder.split_reasoning(encoder.decode(generated[:end]), is_open=thinking)
+    return Answer(text, new_tokens, hit_limit=end is None, reasoning=reasoning)

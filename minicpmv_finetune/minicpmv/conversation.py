@@ -6,7 +6,9 @@ training sees what serving sends.
 
 Answers are found in the rendered text: each is between the assistant's header and the end of the turn. Text that
 contains a token of the format itself is refused, so no user can write such a header. The character offsets of the
-tokenizer then give the supervised tokens.
+tokenizer then give the supervised tokens. The prompt for an answer is the beginning of the conversation's ids, and each
+token of the answer is supervised (tested with texts of many scripts). For that, line breaks at the beginning of an
+answer are removed, because tokenizers join them with the line break of the header.
 """
 
 import re
@@ -32,6 +34,8 @@ _STRUCTURAL_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<unk>", "<s>", "</s>"),
 )
+_THINK, _END_THINK = "<think>", "</think>"
+_LEADING_LINE_BREAKS = re.compile(r"^\s*[\r\n]+")
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Encoder:
             trained: Whether each answer is supervised; None for all.
 
         Raises:
+            SampleError: A token contains the beginning of an answer and text in front of it.
             UserError: The chat template wrote another number of answers.
         """
         tokens = self.tokenizer(text, return_offsets_mapping=True)
@@ -187,24 +192,70 @@ class Encoder:
         for start, end in answers:
             while position < len(ids) and offsets[position][0] < start:
                 position += 1
+                if offsets[position - 1][1] > start:
+                    raise SampleError(
+                        "joined_answer",
+                        f"the tokenizer joins the beginning of the answer {text[start:end][:20]!r} with the prompt "
+                        "in front of it, so that it cannot be trained; let the answer begin with another character.",
+                    )
             while position < len(ids) and offsets[position][1] <= end:
                 labels[position] = ids[position]
                 position += 1
         return EncodedConversation(ids, labels)
 
-    def encode_prompt(self, sample: Sample, enable_thinking: bool = False) -> list[int]:
+    def encode_prompt(self, sample: Sample, enable_thinking: bool | None = None) -> list[int]:
         """Tokenize the prompt that a server would send to get a sample's last answer.
+
+        It is the beginning of the ids that `encode` returns for the sample with its last answer.
 
         Args:
             sample: Sample to answer. If the last turn is the assistant's, it is left out.
-            enable_thinking: Whether the prompt requests reasoning before the answer, in generations that support it.
+            enable_thinking: Whether the prompt requests reasoning before the answer, in generations that support it;
+                None if the sample's own answer decides.
 
         Raises:
             SampleError: A text contains a token of the format itself.
         """
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+        if enable_thinking is None:
+            enable_thinking = self.asks_for_reasoning(sample)
         text = self._render(sample, turns, add_generation_prompt=True, enable_thinking=enable_thinking)
         return list(self.tokenizer(text)["input_ids"])
+
+    def asks_for_reasoning(self, sample: Sample) -> bool:
+        """Whether the sample's last answer has reasoning, so that the prompt for this answer requests it."""
+        last = sample.turns[-1]
+        return last.role == "assistant" and bool(self.split_reasoning(last.text)[0])
+
+    def split_reasoning(self, text: str, is_open: bool = False) -> tuple[str, str]:
+        """Split an answer into the reasoning in a think block at its beginning, and the rest.
+
+        Args:
+            text: Answer from the data or from a model.
+            is_open: Whether the prompt has already opened the think block, so that an answer that does not close it
+                consists of reasoning alone.
+
+        Returns:
+            The reasoning and the answer, without white space at the ends of the reasoning and in front of the answer.
+            The reasoning is empty in generations without think blocks.
+        """
+        is_opened = text.lstrip().startswith(_THINK)
+        if not self.generation.empty_thinking or not (is_open or is_opened):
+            return "", text
+        reasoning, end, answer = text.partition(_END_THINK)
+        if not end and not is_open:
+            return "", text
+        reasoning = reasoning.strip()
+        return reasoning.removeprefix(_THINK).strip() if is_opened else reasoning, answer.lstrip()
+
+    def normalize_answer(self, text: str) -> str:
+        """An answer as it comes back from the model: without reasoning, and as the tokenizer writes it.
+
+        Many tokenizers change text: they compose accents (Unicode's NFC), for example. Expected answers and the
+        answers of other models become comparable with the model's own answers in this way.
+        """
+        answer = self.split_reasoning(text)[1]
+        return self.decode(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
 
     @cached_property
     def _answer_pattern(self) -> re.Pattern[str]:
@@ -251,10 +302,9 @@ class Encoder:
         break is removed from the text.
         """
         parts = list(turn.parts)
-        if self.generation.image_content == "text":
-            return "".join(self.generation.image_mark if isinstance(part, int) else part for part in parts)
-        if all(isinstance(part, str) for part in parts):
-            return "".join(str(part) for part in parts)
+        if self.generation.image_content == "text" or all(isinstance(part, str) for part in parts):
+            text = "".join(self.generation.image_mark if isinstance(part, int) else part for part in parts)
+            return self._written_answer(text) if turn.role == "assistant" else text
         items: list[dict[str, Any]] = []
         for number, part in enumerate(parts):
             if isinstance(part, int):
@@ -267,6 +317,25 @@ class Encoder:
             if part:
                 items.append({"type": "text", "text": part})
         return items
+
+    def _written_answer(self, text: str) -> str:
+        """Return an answer as it is trained and as it is part of the history.
+
+        Line breaks at its beginning are removed, because the tokenizer joins them with the line break in front of the
+        answer, which belongs to the prompt. White space around reasoning is that of the chat template.
+
+        Raises:
+            SampleError: The chat template would rewrite the answer, because it is not clear where its reasoning ends.
+        """
+        reasoning, answer = self.split_reasoning(text)
+        if self.generation.empty_thinking and (_END_THINK in answer or _THINK in reasoning):
+            raise SampleError(
+                "special_token",
+                f"the assistant's text contains {_END_THINK}, which the chat template takes for the end of reasoning; "
+                f"write reasoning once, as {_THINK}…{_END_THINK} in front of the answer, or rephrase the text.",
+            )
+        answer = _LEADING_LINE_BREAKS.sub("", answer)
+        return f"{_THINK}\n{reasoning}\n{_END_THINK}\n\n{answer}" if reasoning else answer
 
     def _image_tokens(self, image_id: int, plan: SlicePlan) -> str:
         """Return the tokens of an image as text: its number, the overview, then the slices row by row."""

@@ -6,6 +6,7 @@ and one error names all mistakes. The steps check again what they get.
 """
 
 import json
+import re
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.components.evaluate.metrics import METRICS, check_metrics
+from minicpmv_finetune.components.evaluate.metrics import METRICS, check_metrics, expected_answers
 from minicpmv_finetune.components.evaluate.settings import settings_from as evaluation_settings
 from minicpmv_finetune.components.train.flags import (
     as_flags,
@@ -38,6 +39,8 @@ from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.shards.format import read_manifest
 
 from .inputs import FINETUNE_INPUTS, Input, defaults, read_inputs
+
+_REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 
 ROWS = 1000
 """Samples at the beginning of the data that are checked, without decoding their images."""
@@ -245,7 +248,12 @@ def _check_shards(uri: str) -> None:
 
 def _check_scored_data(pattern: str, default_metric: str) -> None:
     """Read the beginning of the data from which the evaluation's samples come, and check their metrics."""
-    check_metrics(_read_data(pattern), default_metric)
+    samples = []
+    for sample in map(Sample.up_to_scored_turn, _read_data(pattern)):
+        # Reasoning is not scored where the generation has it; evaluate checks what exactly is.
+        scored = tuple(_REASONING.sub("", text) for text in expected_answers(sample))
+        samples.append(sample.model_copy(update={"answers": scored}))
+    check_metrics(samples, default_metric)
 
 
 def _read_data(pattern: str) -> list[Sample]:

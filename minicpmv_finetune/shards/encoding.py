@@ -17,14 +17,15 @@ from .format import StoredRow
 # Raise it with every change after which some sample gets another row from the same base model and the same settings:
 # other token ids, labels, slices or stored bytes, or another decision about rejecting the sample. Changes of versions
 # of libraries need no new number, because the versions of the libraries are part of the key too.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 
 def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> EncodedConversation:
     """Tokenize a sample; no image is read, because the sizes of the images determine their tokens.
 
     Raises:
-        SampleError: The sample is too long, contains a token of the format itself, or has no supervised token.
+        SampleError: The sample is too long, contains a token of the format itself, has an answer that cannot be told
+            from its prompt, or has no supervised token.
     """
     encoded = encoder.encode(sample)
     if len(encoded.input_ids) > model_max_length:

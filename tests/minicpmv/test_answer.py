@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -96,6 +96,31 @@ def test_marks_that_users_train_on_are_part_of_an_answer_and_stop_tokens_are_not
     (answered,) = answer(model, encoder, samples[:1])
     assert answered.text.removeprefix("<s>") == "<box>1 2 3 4</box>"
     assert (answered.new_tokens, answered.hit_limit) == (len(ids), False)
+
+
+@pytest.mark.parametrize(
+    ("expected", "generated", "answered"),
+    [
+        ("<think>a</think>3", "A gap.\n</think>\n\n3<|im_end|>", ("3", "A gap.")),
+        ("<think>a</think>3", "A gap, and", ("", "A gap, and")),
+        ("3", "<think>\nA gap.\n</think>\n\n3<|im_end|>", ("3", "A gap.")),
+        ("3", "a </think> b<|im_end|>", ("a </think> b", "")),
+    ],
+)
+def test_reasoning_is_no_part_of_the_answer(
+    model: Any,
+    expected: str,
+    generated: str,
+    answered: tuple[str, str],
+    tiny: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = Encoder.from_checkpoint(tiny("4.5"))
+    ids = encoder.tokenizer(generated)["input_ids"]
+    monkeypatch.setattr("minicpmv_finetune.minicpmv.answer._generate", lambda *_: [ids])
+    turns = (Turn(role="user", parts=("Which?",)), Turn(role="assistant", parts=(expected,)))
+    (found,) = answer(model, encoder, [Sample(id="s", images=(), turns=turns, source="test")])
+    assert (found.text, found.reasoning) == answered
 
 
 def test_an_answer_stops_at_the_end_of_the_turn(model: Any, encoder: Encoder, samples: list[Sample]) -> None:

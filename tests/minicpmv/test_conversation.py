@@ -1,6 +1,7 @@
 """Supervised tokens and image tokens, compared with expected text, with tiny tokenizers of every generation."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
@@ -20,6 +21,7 @@ from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 
 VERSIONS = [generation.version for generation in GENERATIONS]
 SMALL = ImageRef(uri="small.png", sha256="", width=100, height=60)
+PARITY = Path(__file__).parents[1] / "parity" / "golden"
 WIDE = ImageRef(uri="wide.png", sha256="", width=300, height=200)  # two rows of three slices
 
 
@@ -99,16 +101,75 @@ def test_supervised_text_is_part_of_the_assistants_turns(
     runs = supervised(encoder, sample(*turns, images=()))
     assert len(runs) == len(questions)
     for run, answer in zip(runs, answers, strict=False):
-        # A template may strip white space and a tokenizer may compose characters, but no other text is supervised.
-        answer = normalize("NFC", answer)
-        assert run.endswith(end)
-        assert normalize("NFC", run.removesuffix(end)).strip() in answer
-        assert answer.strip() in normalize("NFC", run)
+        # Line breaks at the beginning are removed and a tokenizer may compose characters, but no more is changed.
+        expected = re.sub(r"^\s*[\r\n]+", "", answer)
+        assert normalize("NFC", run) == normalize("NFC", expected) + end
 
 
 @cache
 def _encoder(folder: Path) -> Encoder:
     return Encoder.from_checkpoint(folder)
+
+
+BEGINNINGS = (
+    "",
+    "",
+    "\n",
+    "\n\n",
+    " \n",
+    "\r\n",
+    "\t",
+    "  ",
+    "\u2028\n",
+    "\u3000",
+    "\u0301",
+    "\x85",
+    "\u200d",
+    "数\n",
+    "...\n",
+)
+ANSWERS = st.builds("".join, st.tuples(st.sampled_from(BEGINNINGS), WORDS.filter(lambda text: text.strip())))
+TOKENIZERS = [*VERSIONS, *(f"published {version}" for version in ("2.6", "4.0", "4.5"))]
+
+
+@pytest.mark.parametrize("version", TOKENIZERS)
+@given(answers=st.lists(ANSWERS, min_size=1, max_size=3), reasoning=st.just("") | ANSWERS)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_training_begins_with_the_prompt_and_supervises_every_token_after_it(
+    version: str, answers: list[str], reasoning: str, tiny: Callable[[str], Path]
+) -> None:
+    published = PARITY / f"minicpmv-{version[-3:].replace('.', '_')}" / "checkpoint"
+    encoder = _encoder(published if version.startswith("published") else tiny(version))
+    if reasoning:
+        answers = [*answers[:-1], f"<think>{reasoning}</think>{answers[-1]}"]
+    conversation = sample(*(turn for answer in answers for turn in ("\nWhich?\n", answer)))
+    # The tiny 4.0, whose tokenizer splits no words, has a token of a line break and "<".
+    assume(version != "4.0" or not any(answer.lstrip().startswith("<") for answer in answers))
+    prompt, encoded = encoder.encode_prompt(conversation), encoder.encode(conversation)
+    end = encoder.tokenizer.get_vocab()[encoder.generation.end_of_turn]
+    assert encoded.input_ids[: len(prompt)] == prompt
+    answer_ids = encoded.input_ids[len(prompt) : encoded.input_ids.index(end, len(prompt)) + 1]
+    assert encoded.labels[len(prompt) : len(prompt) + len(answer_ids)] == answer_ids
+    # What the model is trained to answer is what its answer is compared with.
+    thinks = encoder.asks_for_reasoning(conversation)
+    answered = encoder.split_reasoning(encoder.decode(answer_ids[:-1]), is_open=thinks)[1]
+    assert answered == encoder.normalize_answer(conversation.turns[-1].text)
+
+
+@pytest.mark.parametrize("version", TOKENIZERS)
+def test_an_answer_is_compared_as_the_tokenizer_writes_it(version: str, tiny: Callable[[str], Path]) -> None:
+    published = PARITY / f"minicpmv-{version[-3:].replace('.', '_')}" / "checkpoint"
+    encoder = _encoder(published if version.startswith("published") else tiny(version))
+    for text in ("cafe\u0301 10 km", "각", "A\u030a", "Ω", "数字", "<think> a", "a </think> b"):
+        ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert encoder.normalize_answer(f" {text}\n") == encoder.decode(ids)
+        assert encoder.normalize_answer(encoder.normalize_answer(text)) == encoder.normalize_answer(text)
+
+
+def test_an_answer_that_the_tokenizer_joins_with_the_prompt_is_refused(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(SampleError, match="joins the beginning of the answer '<think> is") as caught:
+        _encoder(tiny("4.0")).encode(sample("Which?", "<think> is a word."))
+    assert caught.value.reason == "joined_answer"
 
 
 def test_a_question_without_an_answer_has_no_supervised_token(encoder: Encoder) -> None:
@@ -127,8 +188,51 @@ def test_the_first_and_last_character_of_an_answer_are_supervised(encoder: Encod
 def test_reasoning_is_supervised_but_not_the_empty_block_of_the_prompt(tiny: Callable[[str], Path]) -> None:
     encoder = Encoder.from_checkpoint(tiny("4.5"))
     assert supervised(encoder, sample("Which?", "3")) == ["3<|im_end|>"]
-    thought = "<think>\nIt has a gap.\n</think>\n\n3"
-    assert supervised(encoder, sample("Which?", thought)) == [f"{thought}<|im_end|>"]
+    for text in ("<think>\nIt has a gap.\n</think>\n\n3", " <think>It has a gap. </think> \n3"):
+        assert supervised(encoder, sample("Which?", text)) == ["<think>\nIt has a gap.\n</think>\n\n3<|im_end|>"]
+        assert encoder.normalize_answer(text) == "3"
+    for text in ("<think>\n\n</think>\n\n3", "<think></think>3"):
+        assert supervised(encoder, sample("Which?", text)) == ["3<|im_end|>"]
+        assert not encoder.asks_for_reasoning(sample("Which?", text))
+
+
+def test_the_prompt_requests_reasoning_if_the_answer_has_some(encoder: Encoder) -> None:
+    conversation = sample("Which?", "<think>\nIt has a gap.\n</think>\n\n3")
+    has_blocks = encoder.generation.version == "4.5"
+    text = decode(encoder, encoder.encode_prompt(conversation))
+    assert text.endswith("assistant\n<think>\n" if has_blocks else "assistant\n")
+    # Other generations have no think blocks: the block is text like any other.
+    whole = conversation.turns[-1].text
+    assert encoder.normalize_answer(whole) == ("3" if has_blocks else whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "reasoning", "answer"),
+    [
+        ("3", False, "", "3"),
+        ("a </think> b", False, "", "a </think> b"),
+        ("<think>it ends early", False, "", "<think>it ends early"),
+        ("<think>\na gap\n</think>\n\n3", False, "a gap", "3"),
+        ("a gap\n</think>\n\n3", True, "a gap", "3"),
+        ("<think>\na gap</think>3", True, "a gap", "3"),
+        ("it ends early", True, "it ends early", ""),
+    ],
+)
+def test_reasoning_is_split_from_the_answer(
+    text: str, is_open: bool, reasoning: str, answer: str, tiny: Callable[[str], Path]
+) -> None:
+    assert _encoder(tiny("4.5")).split_reasoning(text, is_open) == (reasoning, answer)
+
+
+@pytest.mark.parametrize(
+    "text", ["a </think> b", "<think>a</think>b</think>c", "<think>a<think>b</think>c", "</think>3"]
+)
+def test_an_answer_that_the_template_would_rewrite_is_refused(text: str, tiny: Callable[[str], Path]) -> None:
+    for turns in (("Which?", text), ("Which?", text, "Sure?", "Yes.")):
+        with pytest.raises(SampleError, match="takes for the end of reasoning; write reasoning once") as caught:
+            _encoder(tiny("4.5")).encode(sample(*turns))
+        assert caught.value.reason == "special_token"
+    assert supervised(_encoder(tiny("2.6")), sample("Which?", text)) == [f"{text}<|im_end|>"]
 
 
 def test_an_image_within_the_working_area_is_an_overview_only(encoder: Encoder) -> None:

@@ -499,7 +499,7 @@ class Comparison:
         report, name, encoder = self.report, case.name, case.encoder
         recorded = dict(record)
         ids = recorded["input_ids"]
-        found = encoder.encode_prompt(case.sample)
+        found = encoder.encode_prompt(case.sample, enable_thinking=False)
         report.equal(name, "proc.input_ids", found, record.pop("input_ids"))
         report.equal(name, "proc.prompt", self._with_marks(found), record.pop("prompt"))
         if "prompt_enable_thinking" in record:
@@ -749,7 +749,7 @@ class Comparison:
         cases = [self.cases[name] for name in record.pop("cases")]
         name = "generation batch " + "+".join(case.name for case in cases)
         encoder = Encoder.from_checkpoint(self.checkpoint, record.pop("max_slice_nums"))
-        prompts = [encoder.encode_prompt(case.sample) for case in cases]
+        prompts = [encoder.encode_prompt(case.sample, enable_thinking=False) for case in cases]
         slices = [
             pixels
             for case in cases

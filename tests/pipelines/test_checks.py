@@ -154,6 +154,11 @@ def test_metrics_of_training_data_do_not_matter_beside_evaluation_data(given: di
     check_run(FINETUNE_INPUTS, {**given, "eval_data_uri": str(tmp_path / "eval.json")})
 
 
+def test_reasoning_is_not_checked_by_the_metric(given: dict[str, Any]) -> None:
+    Path(given["data_uri"]).write_text(json.dumps([_sample("<think>a</think>\n[1]", metric="json_fields")]))
+    check_run(FINETUNE_INPUTS, given)
+
+
 def test_only_the_beginning_of_the_data_is_read(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "ROWS", 2)
     Path(given["data_uri"]).write_text(json.dumps([_sample(), _sample(), _sample(metric="anlss")]))

@@ -89,6 +89,14 @@ SAMPLES: dict[str, tuple[Sample, list[bytes]]] = {
         ),
         [png(112, 112), png(60, 300)],
     ),
+    "line breaks first": (  # in 2.6 and 4.0, a line break and another one are one token
+        sample("line breaks first", conversation("Which?", "\n\n 7.", "And now?", " \r\nThe digit is\n\n8.")),
+        [],
+    ),
+    "reasoning": (
+        sample("reasoning", conversation("Which digit?", " <think>\nIt has a gap.\n</think>\n\nThe digit is 3.")),
+        [],
+    ),
     "an answer without loss": (
         sample(
             "an answer without loss",

@@ -239,11 +239,13 @@ def _gate_input(
     """The numbers that the gate decides by: those of the comparison with the champion, or else with the base."""
     lower_is_better = _lower_is_better(predictions)
     comparison = champion or base
+    improvement = improvement_of(comparison, lower_is_better) if comparison else None
     return GateInput(
         score=score.value,
         lower_is_better=lower_is_better,
         opponent="champion" if champion else "base model" if base else "",
-        improvement=improvement_of(comparison, lower_is_better).value if comparison else 0.0,
+        improvement=improvement.value if improvement else 0.0,
+        interval=(improvement.low, improvement.high) if improvement else None,
         tags={name: (one.samples, improvement_of(one, lower_is_better).value) for name, one in by_group.items()},
     )
 

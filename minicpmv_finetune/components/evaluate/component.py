@@ -31,7 +31,8 @@ def evaluate(
         metric: The metric that scores the answers, such as exact_match or anls.
         evaluation_options: max_new_tokens (128), the longest answer; batch_size (16), samples answered at the same
             time; gate, the rules that the model must pass: min_metric (none), min_improvement (0, a tie does not pass)
-            on champion or base, max_regression (none) on any tag, such as {"gate": {"min_improvement": 0.01}}.
+            on champion or base, min_improvement_low (none), the lower end of its 95 % interval, where 0 requires more
+            than noise, max_regression (none) on any tag, such as {"gate": {"min_improvement": 0.01}}.
         registered_model: Name in MLflow's model registry, whose champion the model must beat; empty for none.
         predictions: JSON Lines with every question, the expected answer and the answers of all models.
         promotion_record: JSON with the gate's decision, its reason and the model's address, for register.

@@ -10,7 +10,7 @@ import gc
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 from minicpmv_finetune.tracking.step_runs import step_run
 
 from .assessment import Evaluation, Prediction, assess
-from .metrics import METRICS_VERSION, check_metrics
+from .metrics import METRICS_VERSION, check_metrics, expected_answers
 from .report import format_percent, metric_title, write_report
 from .settings import EvaluationSettings
 from .settings import settings_from as settings_from  # pipelines that 0.1.0 compiled import it from here
@@ -61,12 +61,17 @@ def evaluate(
     info = read_info(dataset)
     models = _find_models(model, base_model_uri, champion_uri)
     samples, left_out = _samples_to_evaluate(dataset, [encoder for _, encoder in models.values()])
+    own = models["tuned"][1]
+    samples = _with_written_answers(samples, own)
     check_metrics(samples, settings.metric)
-    facts = _facts(models["tuned"][1], base_model_uri, info.fingerprint, settings)
+    facts = _facts(own, base_model_uri, info.fingerprint, settings)
     with step_run("evaluate") as run:
         run.log_parameters({**facts, **{f"gate/{name}": value for name, value in asdict(settings.gate).items()}})
         answers = {
-            name: _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
+            name: [
+                replace(given, text=own.normalize_answer(given.text))  # models of other generations write differently
+                for given in _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
+            ]
             for name, (checkpoint, encoder) in models.items()
         }
         evaluation = assess(
@@ -79,7 +84,8 @@ def evaluate(
             gate=settings.gate,
         )
         # Not a parameter of the run: a retry could not change it if the champion has moved.
-        facts |= {"champion": champion_uri or "none", "seconds": round(time.monotonic() - started)}
+        facts |= {"champion": champion_uri or "none", "scored_turn": _scored_turn(samples)}
+        facts["seconds"] = round(time.monotonic() - started)
         # The merge step copies the record to the folder; a model from another source has none.
         record = read_record(model) if (model / RECORD_FILE).is_file() else None
         write_report(report_file, evaluation, facts, record)
@@ -132,6 +138,17 @@ def _headline_figures(evaluation: Evaluation) -> dict[str, float]:
     return figures
 
 
+def _scored_turn(samples: Sequence[Sample]) -> str:
+    """Which answer of a conversation is scored, and what the models see before it."""
+    conversations = sum(sum(turn.role == "user" for turn in sample.turns) > 1 for sample in samples)
+    if not conversations:
+        return "the only answer of each sample"
+    return (
+        f"the last answer with loss; in conversations of several questions ({conversations:,} here), the models see "
+        "the earlier answers of the data and not their own"
+    )
+
+
 def _outcome_sentence(evaluation: Evaluation) -> str:
     before = f"{format_percent(evaluation.comparison.base.value)} → " if evaluation.comparison else ""
     after = format_percent(evaluation.tuned.value)
@@ -171,16 +188,29 @@ def _generate_answers(
     return answers
 
 
+def _with_written_answers(samples: Sequence[Sample], encoder: Encoder) -> list[Sample]:
+    """The samples with their expected answers as the tuned model writes them; see `Encoder.normalize_answer`."""
+    return [
+        sample.model_copy(
+            update={"answers": tuple(encoder.normalize_answer(text) for text in expected_answers(sample))}
+        )
+        for sample in samples
+    ]
+
+
 def _line(prediction: Prediction) -> dict[str, object]:
     """The line of a sample in the predictions file."""
     sample = prediction.sample
     models = {"base": prediction.base, "champion": prediction.champion, "tuned": prediction.tuned}
     answers = {name: scored for name, scored in models.items() if scored is not None}
+    reasoning = {name: scored.answer.reasoning for name, scored in answers.items() if scored.answer.reasoning}
     return {
         "id": sample.id,
         "question": prediction.question,
+        "scored_turn": len(sample.turns) - 1,  # from 0; the turns before it are the history
         "expected": list(prediction.expected),
         **{name: scored.answer.text for name, scored in answers.items()},
+        **({"reasoning": reasoning} if reasoning else {}),
         "outcome": prediction.outcome if prediction.base else None,
         "metric": prediction.metric,
         "scores": {name: {prediction.metric: scored.score, "anls": scored.anls} for name, scored in answers.items()},

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 from minicpmv_finetune.data.samples import Sample
 from minicpmv_finetune.errors import UserError
 
-METRICS_VERSION = "1"
+METRICS_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,10 @@ def rouge_l(answer: str, expected: Sequence[str]) -> float:
 def multiple_choice(answer: str, expected: Sequence[str]) -> float:
     """1 if the answer names the expected option's letter; the rule-based match of MMBench and MMMU (2023).
 
-    The letter is, in this order: the whole answer ("b", "(B)"), its beginning ("B. a cat", "B: a cat"), the letter
-    after "answer is" or "option", or the only letter in brackets.
+    Normalized: full-width characters (Ｂ) and marks of emphasis (**B**). The letter is, in this order: the whole answer
+    ("b", "(B)"), its beginning ("B. a cat", "B) a cat", "B、一只猫"), boxed, the letter after "answer is", "option",
+    答案 or 选, before "is correct", in brackets, or at the end of a sentence ("It is B."). Several letters at the first
+    of these places are no choice, and neither is the article of "A dog".
     """
     option = chosen_option(answer)
     return float(option is not None and any(option == chosen_option(text) for text in expected))
@@ -219,26 +222,27 @@ def multiple_choice(answer: str, expected: Sequence[str]) -> float:
 
 def chosen_option(text: str) -> str | None:
     """The letter of the option that a text chooses, or None."""
+    text = _EMPHASIS.sub("", unicodedata.normalize("NFKC", text)).strip()
     for pattern in _OPTION:
-        if found := set(pattern.findall(text.strip())):
-            return found.pop().upper() if len(found) == 1 else None
+        if found := {match[match.lastindex or 0].upper() for match in pattern.finditer(text)}:
+            return found.pop() if len(found) == 1 else None
     return None
 
 
 def json_fields(answer: str, expected: Sequence[str]) -> float:
     """JSON accuracy: 1 - differing fields / expected fields, at least 0; as in OmniAI's OCR benchmark (2025).
 
-    A field is a leaf of the document, identified by its path. Missing, wrong and additional fields differ. A code fence
-    around the answer is allowed; an answer that is not JSON scores 0.
+    A field is a leaf of the document, identified by its path. Missing, wrong and additional fields differ; numbers of
+    equal value, such as 1 and 1.0, are the same. A code fence around the answer is allowed; an answer that is not JSON
+    scores 0.
     """
     right = dict(_leaves(json.loads(expected[0])))
     try:
         given = dict(_leaves(json.loads(_FENCE.sub(r"\1", answer.strip()))))
     except (ValueError, RecursionError):
         return 0.0
-    # The JSON text distinguishes true from 1, and Python's == does not.
     differing = sum(
-        path not in given or path not in right or json.dumps(given[path]) != json.dumps(right[path])
+        path not in given or path not in right or not _is_same_leaf(given[path], right[path])
         for path in given.keys() | right.keys()
     )
     return max(0.0, 1 - differing / len(right))
@@ -246,11 +250,38 @@ def json_fields(answer: str, expected: Sequence[str]) -> float:
 
 _WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿]|[^\W_぀-ヿ㐀-䶿一-鿿]+")
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
+
+_EMPHASIS = re.compile(r"[*`$]|__|\\(?:text|mathrm|textbf)\b")
+# An option's letter: a capital that stands alone, or a small letter with which the text ends.
+_LETTER = r"([A-Z]|[a-z](?=\W*$))(?![A-Za-z0-9_]|['’][a-z])"
+# Not the article of "A dog" or the pronoun of "I think".
+_NO_WORD = r"(?:(?<![AI])|(?![ \t]+(?!(?:as|because|due|for|is|since|was|which)\b)[A-Za-z]))"
+# Not the first of several letters: "A or B", "A, B", "A和B"; but "B, a cat".
+_NO_LIST = (
+    r"(?!\W*\s(?:and|or)\s+\W*[A-Z](?![\w'’])|\W*[/&+、和或与及]\s*\W?[A-Z](?![\w'’])"
+    r"|\W*[,\n]\s*(?:(?:and|or)\s+)?\W?[A-Z](?![\w'’]|\s+[a-z]))"
+)
+_CHOSEN = rf"[\s\"'(\[{{\\【「]*{_LETTER}{_NO_WORD}{_NO_LIST}"
 _OPTION = (
     re.compile(r"^\W*([A-Za-z])\W*$"),
-    re.compile(r"^([A-Z])[).:](?=\s|$)"),
-    re.compile(r"(?i:\b(?:answer|choice)(?:\s+is|:)|\boption)\s*[(\[*]*([A-Z])\b"),
-    re.compile(r"[(\[]([A-Z])[)\]]"),
+    # At the beginning, unless that is an abbreviation (U.S.) or a later line begins with another option.
+    re.compile(
+        rf"^[\"'(\[【「]*([A-Z]){_NO_LIST}"
+        r"(?:\s*[)\]】」:;、。]|\s*\.(?![A-Za-z]\.)|(?<!I)\s*,|\s+[-–—]\s|\s*\n|\s*选?项|\s+(?=[一-鿿]))"
+        r"(?![\s\S]*\n\W*[A-Z][.):、])"
+    ),
+    re.compile(r"^\(?([a-z])\)\s"),
+    re.compile(r"\\boxed\{\W*([A-Z])\W*\}"),
+    re.compile(
+        r"(?:(?i:\b(?:answer|choice|option|choose|select|pick|go with|it is|it's)\b(?: (?:to|for) [^.:\n]*?)?"
+        rf"(?:\s+(?:is|should be|would be|must be|option|choice|letter)\b)*)\s*(?:[:=]|-+>)?{_CHOSEN}"
+        rf"|(?:答案|(?<!不)选)[应该就择项]*[是为选]?(?:选项)?\s*:?{_CHOSEN})"
+    ),
+    re.compile(
+        r"(?<![\w'’.-])(?<!or )(?<!and )([A-Z])\)?\s*(?:is\s+(?:the\s+)?(?:correct|right|best)\b|(?:选?项)?是?正确)"
+    ),
+    re.compile(r"[(\[【「]([A-Z])[)\]】」]"),
+    re.compile(r"(?:\b(?:is|ist|es|est|è|é)\s+|:\s*|[は是]\s*|\w{2}\W*\n)[\"'(\[【「]*([A-Z])\W*$"),
 )
 
 # The contractions of the published evaluation, without apostrophes: the answer may lack some or all of them.
@@ -314,6 +345,13 @@ def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[st
     return [(path, value)]
 
 
+def _is_same_leaf(one: Any, other: Any) -> bool:
+    """Whether two leaves have the same value in JSON, where 1 equals 1.0 but not true, and NaN equals itself."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return bool(one == other) or (one != one and other != other)
+
+
 def _require_several(expected: Sequence[str]) -> str | None:
     if len(expected) < 2:
         return "is 0 by definition with one expected answer; list several `answers`, or use anls."
@@ -338,8 +376,8 @@ def _require_option(expected: Sequence[str]) -> str | None:
 def _require_json(expected: Sequence[str]) -> str | None:
     try:
         for text in expected:
-            json.loads(text)
-    except ValueError as error:
+            _leaves(json.loads(text))
+    except (ValueError, RecursionError) as error:
         return f"cannot read the expected answer as JSON ({error}); correct it."
     return _require_one(expected)
 

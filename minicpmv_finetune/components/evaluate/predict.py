@@ -15,7 +15,12 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 
 
 def predict(
-    model_uri: str, images: Sequence[str], prompt: str, adapter_uri: str = "", max_new_tokens: int = 128
+    model_uri: str,
+    images: Sequence[str],
+    prompt: str,
+    adapter_uri: str = "",
+    max_new_tokens: int = 128,
+    thinking: bool = False,
 ) -> str:
     """Answer a question about images.
 
@@ -25,9 +30,10 @@ def predict(
         prompt: Question.
         adapter_uri: Folder of a PEFT adapter, local or `s3://`; empty for none.
         max_new_tokens: Longest answer in tokens.
+        thinking: Whether to request reasoning, which is returned in front of the answer as the data format writes it.
 
     Raises:
-        UserError: A model, an adapter, an image or the prompt is unusable.
+        UserError: A model, an adapter, an image or the prompt is unusable, or the model has no reasoning to request.
     """
     if not prompt.strip():
         raise UserError("prompt: the prompt is empty; give a question.")
@@ -40,6 +46,8 @@ def predict(
     sample = Sample(id="prompt", images=image_refs, turns=(turn,), source="prompt")
     checkpoint = storage.fetch(model_uri)
     encoder = Encoder.from_checkpoint(checkpoint)
+    if thinking and not encoder.generation.empty_thinking:
+        raise UserError(f"thinking: MiniCPM-V {encoder.generation.version} has no think blocks; leave it out.")
     try:
         encoder.encode_prompt(sample)
     except SampleError as error:
@@ -49,7 +57,8 @@ def predict(
         model = load_with_adapter(checkpoint, storage.fetch(adapter_uri), device_map=device)
     else:
         model, _ = load_model(checkpoint, device_map=device)
-    return answer(model, encoder, [sample], max_new_tokens)[0].text
+    answered = answer(model, encoder, [sample], max_new_tokens, thinking=thinking)[0]
+    return f"<think>\n{answered.reasoning}\n</think>\n\n{answered.text}" if answered.reasoning else answered.text
 
 
 def _read_image(uri: str) -> ImageRef:

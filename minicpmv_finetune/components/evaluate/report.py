@@ -144,8 +144,11 @@ def headline(evaluation: Evaluation) -> str:
     gain = evaluation.improvement
     if gain is None or evaluation.comparison is None:
         return f"{text}."
+    noise = ", within noise" if gain.value and gain.low <= 0 <= gain.high else ""
     interval = (
-        f", 95 % interval {_format_points(gain.low)} to {_format_points(gain.high)}" if math.isfinite(gain.low) else ""
+        f", 95 % interval {_format_points(gain.low)} to {_format_points(gain.high)}{noise}"
+        if math.isfinite(gain.low)
+        else ""
     )
     base = format_percent(evaluation.comparison.base.value)
     if not gain.value:

@@ -33,7 +33,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         check_settings(self)
         metric = METRICS[self.metric]
-        for name in ("min_metric", "min_improvement", "max_regression"):
+        for name in ("min_metric", "min_improvement", "min_improvement_low", "max_regression"):
             value = getattr(self.gate, name)
             if value is not None and abs(value) > 1 and not metric.lower_is_better:
                 raise UserError(

@@ -39,6 +39,7 @@ _NOTES = {
     "palette": "samples with an image of palette colors",
     "transparent": "samples with an image that has an alpha channel or a transparent color",
     "untrained_answer": "samples with an answer that is neither trained nor scored, because it has loss false",
+    "early_reasoning": "samples with reasoning before the last answer, which MiniCPM-V 4.5 leaves out",
     "order_by_text": "samples whose text shows the images in another order than their list; the text decides",
     "duplicate_samples": "samples equal to an earlier one of their split",
     "equal_pictures": "images that occur at several addresses, or in both splits",

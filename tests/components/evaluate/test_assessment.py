@@ -127,7 +127,7 @@ def test_the_champion_is_compared_on_the_same_samples() -> None:
 def test_without_a_champion_the_gate_compares_with_the_base() -> None:
     samples = [sample(0, "ab"), sample(1, "abcdefgh")]
     assert evaluate_answers(samples, ["xx", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.reason == (
-        "10.0 points better than the base model"
+        "10.0 points better than the base model (95 % interval −12.5 to +100.0, within noise)"
     )
     assert not evaluate_answers(samples, ["ab", "abcdefgh"], ["ab", "abcdefgx"], "cer").decision.promote
     assert evaluate_answers(samples, None, ["xx", "xx"]).decision.promote

@@ -60,3 +60,35 @@ def test_the_reason_names_all_failed_rules() -> None:
     assert decide(figures, Gate()).reason == "1.0 points better than the champion"
     tie = GateInput(0.5, opponent="champion")
     assert decide(tie, Gate()).reason == "as good as the champion, better is required"
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((-0.016, 0.093), "3.3 points better than the champion (95 % interval −1.6 to +9.3, within noise)"),
+        ((0.0, 0.093), "3.3 points better than the champion (95 % interval +0.0 to +9.3, within noise)"),
+        ((0.004, 0.093), "3.3 points better than the champion (95 % interval +0.4 to +9.3)"),
+        ((float("-inf"), float("inf")), "3.3 points better than the champion"),
+    ],
+)
+def test_the_reason_says_whether_an_improvement_is_within_noise(interval: tuple[float, float], words: str) -> None:
+    figures = GateInput(0.8, opponent="champion", improvement=0.033, interval=interval)
+    decision = decide(figures, Gate())
+    assert decision.promote
+    assert decision.reason == words
+
+
+@pytest.mark.parametrize(
+    ("low", "least", "promote"),
+    [
+        *((0.01, 0.0, True), (0.0, 0.0, False), (-0.01, 0.0, False), (0.3 - 0.2, 0.1, True), (0.09, 0.1, False)),
+        *((-0.01, -0.02, True), (-0.03, -0.02, False), (float("-inf"), -9.0, False)),
+    ],
+)
+def test_the_lower_end_of_the_interval_can_be_required(low: float, least: float, promote: bool) -> None:
+    figures = GateInput(0.8, opponent="champion", improvement=0.2, interval=(low, 0.4))
+    decision = decide(figures, Gate(min_improvement_low=least))
+    assert decision.promote is promote
+    assert f"{least * 100:+.1f} is required".replace("-", "−") in decision.checks[1].reason
+    assert decide(GateInput(0.8), Gate(min_improvement_low=least)).promote, "without another model there is no interval"
+    assert not decide(GateInput(0.8, opponent="champion", improvement=0.2), Gate(min_improvement_low=least)).promote

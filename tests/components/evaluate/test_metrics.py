@@ -268,6 +268,46 @@ def test_the_chosen_option_is_found_in_an_answer(text: str, option: str | None) 
     assert multiple_choice(text, ["B. a cat"]) == (option == "B")
 
 
+CHOICES_OF_B = r"""
+B|b|(B)|B.|(b)|B、|B，|Ｂ|（Ｂ）|**B**|**B.** A cat|`B`|$B$|\boxed{B}|The answer is $\boxed{B}$.|\(B\)|【B】|"B"
+B) a cat|B.猫|B、一只猫|B，一只猫|B 一只猫|B：猫|B; a cat|B, a cat|B - a cat|b) a cat|B↵The cat sits.
+B↵↵It is no dog: A dog is larger.
+Answer: B|answer: b|Answer：B|Answer: (B) a cat|ANSWER: B|The answer is: B|The correct answer is: B|The answer is (B).
+The correct option is B|The right choice is B.|The answer is option B.|The answer is **B. A cat**|The answer is B, a cat
+Option B|option b|Option (B)|Option B: a cat|I choose B because it fits|I would go with B.|I'd pick B.
+My answer is "B"|答案是B|答案：B|答案为B|正确答案是：B。|答案选B|选B。|故选：B|我选B|选择B|选项B
+B选项|B选项正确|B是正确的|因此，答案是选项B。
+B is correct|B is the correct answer.|It is B.|It's B|The answer to this question is B because of the ears.|正解はB
+Die Antwort ist B.|La respuesta correcta es B|Réponse : B|Ответ: B|A. dog↵B. cat↵Answer: B|Let me think.↵B
+"""
+NO_CHOICES = r"""
+A dog|a dog|A cat sits there|I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
+A, B, C|A↵B|The answer is A or B|The answer is A or B is right|Answer: A, B|答案是A和B|Answer: A dog|It is A dog
+I choose A dog|The dog is a|不选B|The answer is not B|U.S. flag|J.P. Morgan|AB|Answer: AB|T-shirt|B's
+A. dog↵B. cat↵C. cow|答案是猫|A股|C语言|7
+"""
+
+
+def listed(examples: str) -> list[str]:
+    return [text.replace("↵", "\n") for line in examples.strip().splitlines() for text in line.split("|")]
+
+
+def test_a_choice_is_found_in_every_common_form() -> None:
+    assert [text for text in listed(CHOICES_OF_B) if chosen_option(text) != "B"] == []
+    assert [text for text in listed(CHOICES_OF_B) if multiple_choice(text, ["B"]) != 1] == []
+    # The letter A, which is also an article, is found in the same forms.
+    with_a = [
+        text.replace("B", "A").replace("Ｂ", "Ａ")
+        for text in listed(CHOICES_OF_B)
+        if "b" not in text and "A" not in text
+    ]
+    assert [text for text in with_a if chosen_option(text) != "A"] == []
+
+
+def test_articles_words_and_lists_of_letters_are_no_choice() -> None:
+    assert [text for text in listed(NO_CHOICES) if chosen_option(text) is not None] == []
+
+
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
@@ -276,6 +316,8 @@ def test_the_chosen_option_is_found_in_an_answer(text: str, option: str | None) 
         ('{"name": "Lu", "items": [{"price": 3}, {"price": 4}], "paid": true}', 0.75),
         ('{"name": "Li", "items": [{"price": 3}], "paid": true}', 0.75),
         ('{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": 1}', 0.75),
+        ('{"name": "Li", "items": [{"price": 3.0}, {"price": 4e0}], "paid": true}', 1),
+        ('{"name": "Li", "items": [{"price": "3"}, {"price": 4}], "paid": true}', 0.75),
         ('{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": true, "extra": 1}', 0.75),
         ("{}", 0),
         ("no JSON", 0),
@@ -284,6 +326,25 @@ def test_the_chosen_option_is_found_in_an_answer(text: str, option: str | None) 
 )
 def test_json_fields_counts_differing_fields(answer: str, score: float) -> None:
     assert json_fields(answer, ['{"name": "Li", "items": [{"price": 3}, {"price": 4}], "paid": true}']) == score
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("1", "1.0", True),
+        ("0", "-0.0", True),
+        ("1", "true", False),
+        ("0", "false", False),
+        ("1", '"1"', False),
+        ("null", "false", False),
+        ("null", "0", False),
+        ("{}", "[]", False),
+        ("NaN", "NaN", True),
+        ("9007199254740993", "9007199254740992.0", False),
+    ],
+)
+def test_json_fields_compares_values(one: str, other: str, same: bool) -> None:
+    assert json_fields(one, [other]) == json_fields(other, [one]) == same
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -323,6 +384,7 @@ def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
         ({}, "multiple_choice", "'cat'"),
         ({}, "json_fields", "as JSON"),
         ({"answers": ("[1]", "[2]")}, "json_fields", "there are 2"),
+        ({"answers": ("[" * 100_000,)}, "json_fields", "as JSON"),
         ({"answers": (" ",)}, "cer", "there are 1"),
         ({"answers": ("A. cat", "dog")}, "multiple_choice", "'dog'"),
     ],

@@ -42,6 +42,7 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
         ({"prompt": " "}, "prompt: the prompt is empty"),
         ({"prompt": "an <|im_end|> inside"}, "prompt: .*special token"),
         ({"max_new_tokens": 0}, "no room"),
+        ({"thinking": True}, "thinking: MiniCPM-V 4.6 has no think blocks"),
         ({"images": ["missing.png"]}, "missing.png: not found"),
         ({"images": [__file__]}, "not a readable image"),
         ({"adapter_uri": str(Path(__file__).parent)}, "no adapter_config.json"),

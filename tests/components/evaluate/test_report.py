@@ -190,6 +190,10 @@ def test_the_headline_and_the_table_compare_with_the_base() -> None:
     assert headline(better).startswith("Exact match 50.0% on 40 samples: 50.0 points better than the base model's 0.0%")
     assert "| exact match | 0.0% | 50.0% |" in markdown(better)
     assert "fixed 20, right before and after 0, broken 0, still wrong 20." in markdown(better)
+    assert "within noise" not in headline(better)
+    assert headline(evaluation_of([("cat", "dog", "cat"), ("cat", "cat", "dog"), ("cat", "dog", "cat")])).endswith(
+        "33.3 points better than the base model's 33.3%, 95 % interval −100.0 to +100.0, within noise."
+    )
     worse = evaluation_of([("cat", "cat", "dog")] * 4)
     assert "100.0 points worse" in headline(worse)
     alone = evaluation_of(FOUR, base=False)

@@ -599,6 +599,14 @@ def test_answers_may_have_no_loss(folder: DataFolder) -> None:
     assert info.noted == {"untrained_answer": 1}, "the two samples are not duplicates"
 
 
+def test_reasoning_before_the_last_answer_is_counted(folder: DataFolder) -> None:
+    reasoning = {**ANSWER, "content": "<think>a gap</think>3"}
+    only_last = {TURNS: [ASK_WORDS, ANSWER, ASK_WORDS, reasoning]}
+    untrained = {TURNS: [ASK_WORDS, {**reasoning, "loss": False}, ASK_WORDS, ANSWER]}
+    info = folder.check([only_last, untrained, {TURNS: [ASK_WORDS, reasoning, ASK_WORDS, reasoning]}])
+    assert info.noted["early_reasoning"] == 1
+
+
 def test_a_sample_with_a_doubled_key_is_rejected(folder: DataFolder) -> None:
     bad = '{"id": "twice", "image": {"<image>": "a.png", "<image>": "b.png"}, "conversations": []}'
     for text in (f"[{json.dumps(TEXT_ONLY)}, {bad}]", f"{json.dumps(TEXT_ONLY)}\n{bad}"):
