@@ -99,11 +99,8 @@ def explain_disk_errors() -> Iterator[None]:
         for cause in _causes(error):
             number = cause.errno if isinstance(cause, OSError) else None
             where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
-            if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(cause) for sign in _DISK_FULL_SIGNS):
-                raise RetryableError(
-                    f"{where}no space is left on the disk; give the step a larger volume, or point --out, --cache_dir "
-                    "and TMPDIR to one; no incomplete file was left under its final name."
-                ) from error
+            if is_full_disk(cause):
+                raise RetryableError(f"{where}{describe_full_disk(cause)}") from error
             if number in (errno.EROFS, errno.EACCES):
                 raise UserError(
                     f"{where}{os.strerror(number)}; fix the permissions, or write to another folder."
@@ -111,9 +108,28 @@ def explain_disk_errors() -> Iterator[None]:
         raise
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an exception of any library means that the disk is full."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in _DISK_FULL or any(sign in str(error) for sign in _DISK_FULL_SIGNS)
+
+
+def describe_full_disk(error: BaseException) -> str:
+    """The sentence for such an exception, without the place."""
+    limit = " (or `ulimit -f` lets no file grow so large)" if "File too large" in str(error) else ""
+    return (
+        f"no space is left on the disk{limit}; give the step a larger volume, or point --out, --cache_dir and TMPDIR "
+        "to one; no incomplete file was left under its final name."
+    )
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # These exceptions have no errno: those of Rust libraries, of SQLite, and of torch.save, which finds its file shorter
 # than what it wrote.
-_DISK_FULL_SIGNS = ("No space left on device", "database or disk is full", ". unexpected pos ")
+_DISK_FULL_SIGNS = (
+    *("No space left on device", "Disk quota exceeded", "File too large", "database or disk is full"),
+    *(". unexpected pos ", "PytorchStreamWriter failed writing"),
+)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

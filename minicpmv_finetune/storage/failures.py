@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from minicpmv_finetune.errors import AccessError, RetryableError, UserError
+from minicpmv_finetune.errors import AccessError, RetryableError, UserError, describe_full_disk, is_full_disk
 
 from .s3 import load_boto3
 from .uris import shorten
@@ -40,6 +40,8 @@ def explain_failures(uri: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"{shown}: invalid path ({error.strerror}); check it.") from error
+        if is_full_disk(error):
+            raise RetryableError(f"{shown}: {describe_full_disk(error)}") from error
         raise RetryableError(f"{shown}: {error.strerror or error}; try again.") from error
     except (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.ProfileNotFound) as error:
         raise AccessError(

@@ -12,6 +12,10 @@ TRAIN_FLAGS = (
 )
 
 
+STEP_SECONDS = 240
+"""A step that takes longer hangs."""
+
+
 class Step(NamedTuple):
     """How a step is started.
 

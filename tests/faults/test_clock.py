@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.step_commands import STEPS, read_result, step_command
+from tests.faults.step_commands import STEP_SECONDS, STEPS, read_result, step_command
 
 # sitecustomize.py, which Python runs first in each process of the step. The system's clock itself is not changed.
 JUMPING_CLOCK = """
@@ -27,7 +27,9 @@ def test_a_step_has_the_same_result(step: str, inputs: Path, tmp_path: Path) -> 
     (tmp_path / "site" / "sitecustomize.py").write_text(JUMPING_CLOCK)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     out = tmp_path / "out"
-    done = subprocess.run(step_command(step, inputs, out), env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        step_command(step, inputs, out), env=environment, capture_output=True, text=True, timeout=STEP_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     result = STEPS[step].result
     if step != "evaluate":

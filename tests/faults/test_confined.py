@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.step_commands import STEPS, read_result, step_command
+from tests.faults.step_commands import STEP_SECONDS, STEPS, read_result, step_command
 
 pytestmark = pytest.mark.faults_only
 
@@ -19,7 +19,12 @@ READ_EVERYTHING = [
     "+dac_read_search",
 ]  # Python may be readable by root only
 AS_UNKNOWN_USER = ["setpriv", "--reuid", USER, "--regid", "0", "--clear-groups", "--no-new-privs", *READ_EVERYTHING]
-ONE_WRITABLE_FOLDER = 'mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift && exec "$@"'
+# The container runtime mounts a /dev/shm of 64 MB.
+ONE_WRITABLE_FOLDER = (
+    'mount -t tmpfs -o "$2" tmpfs /dev/shm && mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift 2 && '
+    'exec "$@"'
+)
+USUAL_SHARED_MEMORY = "size=64m,mode=1777"
 
 
 @pytest.fixture
@@ -42,8 +47,8 @@ def scratch(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFacto
     return scratch
 
 
-def _confine(folder: Path) -> list[str]:
-    return ["unshare", "--mount", "sh", "-c", ONE_WRITABLE_FOLDER, "sh", str(folder), *AS_UNKNOWN_USER]
+def _confine(folder: Path, shared_memory: str = USUAL_SHARED_MEMORY) -> list[str]:
+    return ["unshare", "--mount", "sh", "-c", ONE_WRITABLE_FOLDER, "sh", str(folder), shared_memory, *AS_UNKNOWN_USER]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -54,13 +59,24 @@ def test_an_unknown_user_without_a_home_can_run_a_step(step: str, inputs: Path, 
         "XDG_CACHE_HOME": str(scratch / "tmp" / "cache"),
     }
     command = [*_confine(scratch), *step_command(step, inputs, scratch / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STEP_SECONDS)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     result = scratch / "out" / STEPS[step].result
     assert result.stat().st_uid == int(USER)
     if step in {"validate-data", "preprocess", "merge"}:
         assert read_result(result) == read_result(inputs / STEPS[step].result)
+
+
+@pytest.mark.parametrize("shared_memory", ["size=64m,mode=755", "size=64k,mode=1777", "ro,size=64m,mode=1777"])
+def test_unusable_shared_memory_is_named_before_the_first_step(shared_memory: str, inputs: Path, scratch: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(scratch / "tmp"), "XDG_CACHE_HOME": str(scratch / "tmp" / "cache")}
+    command = [*_confine(scratch, shared_memory), *step_command("train", inputs, scratch / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STEP_SECONDS)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: /dev/shm: ")
+    assert "`shared_memory` in a profile" in done.stderr
+    assert "loss" not in done.stderr, "a step was computed"
 
 
 def test_no_other_folder_is_writable(scratch: Path, tmp_path: Path) -> None:

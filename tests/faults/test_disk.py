@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.step_commands import STEPS, step_command
+from tests.faults.step_commands import STEP_SECONDS, STEPS, step_command
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 )
 def test_a_full_disk_ends_a_step_in_one_sentence(step: str, inputs: Path, small_disk: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(step_command(step, inputs, small_disk), env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        step_command(step, inputs, small_disk), env=environment, capture_output=True, text=True, timeout=STEP_SECONDS
+    )
     assert done.returncode == 75, done.stderr
     assert re.match("error: .*no space (is )?left on", done.stderr.splitlines()[-1], re.IGNORECASE)
     assert "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from minicpmv_finetune.outputs import FILES_MARK
-from tests.faults.step_commands import STEPS, read_result, step_command
+from tests.faults.step_commands import STEP_SECONDS, STEPS, read_result, step_command
 
 
 def _environment(out: Path) -> dict[str, str]:
@@ -29,7 +29,13 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         out = tmp_path_factory.mktemp(step)
         (out / "tmp").mkdir()
         started = time.monotonic()
-        subprocess.run(step_command(step, inputs, out), check=True, env=_environment(out), capture_output=True)
+        subprocess.run(
+            step_command(step, inputs, out),
+            check=True,
+            env=_environment(out),
+            capture_output=True,
+            timeout=STEP_SECONDS,
+        )
         results[step] = (read_result(out / result), time.monotonic() - started)
     return results
 
@@ -86,7 +92,7 @@ def test_running_an_interrupted_step_again_repairs_it(
         result = out / STEPS[step].result
         if result.exists() and step != "evaluate":
             assert read_result(result) == expected, "an incomplete result is visible"
-        again = subprocess.run(command, env=environment, capture_output=True, text=True)
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STEP_SECONDS)
         assert again.returncode == 0, again.stderr
         assert read_result(result) == expected
         assert not [path.name for path in out.iterdir() if path.name.endswith((".tmp", ".part"))]
@@ -112,6 +118,6 @@ def test_any_schedule_of_interruptions_trains_the_same_adapter(
         for _ in range(generator.randint(2, 4)):
             number = generator.choice([signal.SIGKILL, signal.SIGTERM])
             _interrupt(command, environment, generator.uniform(0.4, 1.0) * seconds, number)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STEP_SECONDS)
         assert done.returncode == 0, done.stderr
         assert read_result(out / "adapter") == expected, f"schedule {schedule}"

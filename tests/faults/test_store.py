@@ -62,7 +62,7 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(
     started, fetched = threading.Event(), tmp_path / "cache"
 
     def overwrite() -> None:
-        started.wait()
+        started.wait(60)
         s3_client.put_object(Bucket=s3_uri.removeprefix("s3://"), Key="base/b", Body=b"another version")
 
     writer = threading.Thread(target=overwrite)
@@ -77,7 +77,7 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(
     s3_relay.choose_fault = choose_fault
     with pytest.raises(RetryableError, match="changed while it was read"):
         storage.fetch(f"{s3_uri}/base", fetched)
-    writer.join()
+    writer.join(60)
     assert not [path for path in fetched.rglob("*") if path.is_file()]
     s3_relay.choose_fault = lambda number: None
     assert (storage.fetch(f"{s3_uri}/base", fetched) / "b").read_bytes() == b"another version"

@@ -15,7 +15,7 @@ from minicpmv_finetune.tracking.registry import OvertakenError, open_registry  #
 
 # Forked processes, so that MLflow is imported once and not twenty times.
 processes = multiprocessing.get_context("fork")
-start = processes.Barrier(len(versions))
+start = processes.Barrier(len(versions), timeout=120)
 
 
 def promote(version: str) -> None:

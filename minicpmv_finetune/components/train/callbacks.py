@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: the progress bar, metrics for MLflow, sealed checkpoints, and an orderly end on SIGTERM."""
+"""Callbacks of the Trainer: progress bar, metrics for MLflow, sealed checkpoints, and an orderly end on a signal."""
 
 import ctypes
 import math
@@ -18,6 +18,7 @@ from minicpmv_finetune.progress import progress
 from minicpmv_finetune.tracking.step_runs import StepRun
 
 from .checkpoints import Checkpoints
+from .worker_exit import signal_name
 
 
 class TrainingMonitor(TrainerCallback):
@@ -170,19 +171,30 @@ class CheckpointSealer(TrainerCallback):
         return {file: digest for part in parts for file, digest in part.items()}
 
 
-class SigtermStopper(TrainerCallback):
-    """On SIGTERM the step is finished, a checkpoint is saved, and the training stops.
+class SignalStopper(TrainerCallback):
+    """On SIGTERM, Ctrl-C or a closed terminal the step is finished, a checkpoint is saved, and the training stops.
+
+    Before the first step there is nothing to save, and the process ends at once.
 
     If the parent process dies without passing the signal on (Kubeflow's launcher does that), the kernel sends SIGTERM
     itself (`PR_SET_PDEATHSIG`). So no orphan process continues to train beside its successor.
     """
 
     def __init__(self) -> None:
-        """Install the signal handler."""
+        """Install the signal handlers."""
         self.stop_requested = False
-        signal.signal(signal.SIGTERM, self._request_stop)
+        self.signal_name = "SIGTERM"
+        self._training_began = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._request_stop)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def on_train_begin(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on a step is finished before the training stops."""
+        self._training_began = True
 
     def on_step_end(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -198,15 +210,10 @@ class SigtermStopper(TrainerCallback):
             self.stop_requested = control.should_save = control.should_training_stop = True
 
     def _request_stop(self, number: int, frame: object) -> None:
+        if not self._training_began:
+            sys.exit(128 + number)
         self.stop_requested = True
-
-
-def ignore_sigterm(worker_id: int) -> None:
-    """Let a worker of a data loader survive SIGTERM, which torchrun sends to all of a training's processes.
-
-    The step that is being finished may still need batches; the workers end when their trainer ends.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.signal_name = signal_name(number)
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

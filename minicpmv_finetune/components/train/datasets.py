@@ -47,6 +47,11 @@ class ExampleDataset(Dataset[Example]):
         self.features = FeatureStore(features) if features else None
         self.reader = ShardReader(shards, split, images=self.features is None)
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of tokens of each sample."""
+        return self.reader.manifest.lengths[self.reader.split]
+
     def __len__(self) -> int:
         return len(self.reader)
 
@@ -66,8 +71,14 @@ class PackDataset(Dataset[list[Example]]):
         packs: The packs, each as the positions of its samples.
     """
 
-    examples: Dataset[Example]
+    examples: ExampleDataset
     packs: list[list[int]]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of tokens of each pack."""
+        lengths = self.examples.lengths
+        return [sum(lengths[position] for position in pack) for pack in self.packs]
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -44,7 +44,7 @@ from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.format import ShardReader
 
-from .callbacks import ignore_sigterm
+from .loading import SECONDS_FOR_A_BATCH, Explained, HandOver, start_worker, unless_error
 
 FEATURES_VERSION = 2
 """Raise it when a change of `minicpmv/` changes the features; `test_features_match_the_golden_values` detects that."""
@@ -318,24 +318,27 @@ def _write_features(
     share = np.array_split(np.arange(len(reader)), processes)[training.local_process_index]
     manifest = reader.manifest
     loader = DataLoader(
-        _RowDataset(reader),
+        Explained(_RowDataset(reader)),
         batch_sampler=_batches(share.tolist(), layout.first_patch),
-        collate_fn=partial(
-            collate,
-            pad_token_id=manifest.pad_token_id,
-            patch_size=manifest.patch_size,
-            padding_side="right",
-            resampler=manifest.slicing["resampler"],
-            normalized=False,
+        collate_fn=HandOver(
+            partial(
+                collate,
+                pad_token_id=manifest.pad_token_id,
+                patch_size=manifest.patch_size,
+                padding_side="right",
+                resampler=manifest.slicing["resampler"],
+                normalized=False,
+            )
         ),
         num_workers=training.dataloader_num_workers,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=start_worker,
+        timeout=SECONDS_FOR_A_BATCH if training.dataloader_num_workers else 0,
     )
     total = int(layout.first_patch[-1]) * layout.width
     file = torch.from_file(str(path), True, total, dtype=layout.dtype).view(-1, layout.width)
     position = int(layout.first_patch[share[0]]) if len(share) else 0
     with progress("vision features", len(layout.sizes), " slices") as bar:
-        for images in loader:
+        for images in map(unless_error, loader):
             if "pixel_values" not in images:
                 continue
             features = compute_features(model, training.device, images["pixel_values"], images["target_sizes"])

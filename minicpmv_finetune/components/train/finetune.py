@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
-from minicpmv_finetune.errors import RetryableError, UserError, explain_disk_errors
+from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
@@ -42,13 +42,14 @@ from minicpmv_finetune.shards.packing import pack_samples
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
 from .arguments import Arguments, TrainingArguments, input_places, parse
-from .callbacks import CheckpointSealer, SigtermStopper, TrainingMonitor, peak_memory
+from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_memory
 from .checkpoints import Checkpoints
 from .datasets import Collator, ExampleDataset, PackDataset
 from .feature_store import is_reusable, prepare_stores
 from .fused_lora import fuse_adapters
 from .intervals import ChosenIntervals
 from .liger import use_liger
+from .loading import LoaderPlan, check_shared_memory, describe_worker_failure, end_workers
 from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
 from .result import save_result
@@ -57,7 +58,7 @@ from .trainable import count_parameters, keep_present_classes, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
 from .watchdog import Watchdog
-from .worker_exit import record_exit
+from .worker_exit import exit_folder, has_failed, record_exit
 
 UNSENT_FILE = "unsent_metrics.jsonl"
 
@@ -72,13 +73,15 @@ def main(argv: Sequence[str]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(error.exit_code)
     except Exception as error:
-        # After a RuntimeError a restart may succeed: perhaps another process was killed in a collective operation.
-        if not isinstance(error, RuntimeError):
-            record_exit(1)
-        if not torch.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        _leave(1)
+        code = _record_failure(error)
+        if code is None:
+            if not torch.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            code = 1
+        _leave(code)
+    finally:
+        end_workers()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -89,6 +92,7 @@ def _leave(code: int) -> NoReturn:
     NCCL closes a process group only when its last operation has finished, which waits for processes that may never
     answer; then its own watchdog would end this process, and its report would hide the sentence.
     """
+    end_workers()
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -100,14 +104,15 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     """Train, save the result, and record the training; this function is the whole step from top to bottom."""
     training = arguments.training
     out = Path(str(training.output_dir)).expanduser().resolve()
-    stopper = SigtermStopper()
+    stopper = SignalStopper()
+    _check_shared_memory(training)
     _join_process_group(training)
     with _claimed_output(arguments, out) as output:
         _train(arguments, argv, stopper, out, output)
 
 
 def _train(
-    arguments: Arguments, argv: Sequence[str], stopper: SigtermStopper, out: Path, output: OutputFolder | None
+    arguments: Arguments, argv: Sequence[str], stopper: SignalStopper, out: Path, output: OutputFolder | None
 ) -> None:
     training = arguments.training
     inputs = _fetch_inputs(arguments)
@@ -122,6 +127,7 @@ def _train(
         run.log_metrics({"parameters/trainable": model.trainable, "parameters/total": model.total})
         monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
         trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
+        _check_shared_memory(training, _plan_loaders(inputs, training, train_dataset, eval_dataset))
         trainer.add_callback(CheckpointSealer(checkpoints))
         trainer.add_callback(ChosenIntervals(arguments.given))
         trainer.add_callback(stopper)
@@ -129,9 +135,9 @@ def _train(
         checkpoints.finish_upload()
         if stopper.stop_requested:
             raise RetryableError(
-                f"Training was stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"its state is saved in {training.checkpoint_uri or checkpoints.folder}, and running the same command "
-                "again continues from there."
+                f"Training was stopped by {stopper.signal_name} after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}; its state is saved in {training.checkpoint_uri or checkpoints.folder}, "
+                "and running the same command again continues from there."
             )
         record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics)
         run.log_headline({"loss": monitor.loss})
@@ -169,6 +175,32 @@ def _join_process_group(training: TrainingArguments) -> None:
 
         # ZeRO-3 needs the process group before the model is loaded.
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+
+
+def _record_failure(error: Exception) -> int | None:
+    """Record an error that has no sentence of its own.
+
+    Returns:
+        The exit code, if another process or a loader's worker was the cause; None if the traceback is worth reading.
+    """
+    sentence = describe_worker_failure(error)
+    if sentence:
+        if not record_exit(RETRY_EXIT, sentence, restart=True):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        return RETRY_EXIT
+    has_lost_peer = isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+    if has_lost_peer and exit_folder():
+        if not has_failed():
+            print(f"training process {environment.RANK.read()} lost its connection to another one.", file=sys.stderr)
+        return 1
+    # Errors of a device or of the network may be gone at the next attempt.
+    if not has_lost_peer and not any(sign in str(error) for sign in _DEVICE_SIGNS):
+        record_exit(1)
+    return None
+
+
+# Of exceptions that have no class of their own.
+_DEVICE_SIGNS = ("CUDA", "cuDNN", "CUBLAS", "NCCL", "HIP error")
 
 
 @dataclass(frozen=True)
@@ -298,16 +330,19 @@ def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> P
     return newest
 
 
-def _open_datasets(inputs: _Inputs, model: _Model, arguments: Arguments) -> tuple[Dataset[Any], ExampleDataset | None]:
+def _open_datasets(
+    inputs: _Inputs, model: _Model, arguments: Arguments
+) -> tuple[ExampleDataset | PackDataset, ExampleDataset | None]:
     """Open the samples for training and, if there are any, for evaluation."""
     training, manifest = arguments.training, inputs.manifest
     stores = _prepare_features(inputs, model, training)
-    train_dataset: Dataset[Any] = ExampleDataset(inputs.shards, "train", stores.get("train"))
+    examples = ExampleDataset(inputs.shards, "train", stores.get("train"))
+    train_dataset: ExampleDataset | PackDataset = examples
     if training.packing:
         enable_packing(model.base, inputs.generation.language_model)
         packs = pack_samples(manifest.lengths["train"], training.model_max_length, training.seed)
         _log(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
-        train_dataset = PackDataset(train_dataset, packs)
+        train_dataset = PackDataset(examples, packs)
     has_eval = bool(manifest.rows("eval"))
     return train_dataset, ExampleDataset(inputs.shards, "eval", stores.get("eval")) if has_eval else None
 
@@ -400,6 +435,27 @@ def _make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _check_shared_memory(training: TrainingArguments, plans: Sequence[LoaderPlan] = ()) -> None:
+    """Check that the loaders' workers can hand over their batches, at first in general, then for these loaders."""
+    # One process checks for all of this machine.
+    if training.dataloader_num_workers and environment.LOCAL_RANK.read() == "0":
+        processes = int(environment.LOCAL_WORLD_SIZE.read() or 1)
+        check_shared_memory(plans, training.dataloader_num_workers, training.dataloader_prefetch_factor, processes)
+
+
+def _plan_loaders(
+    inputs: _Inputs,
+    training: TrainingArguments,
+    train_dataset: ExampleDataset | PackDataset,
+    eval_dataset: ExampleDataset | None,
+) -> list[LoaderPlan]:
+    collate = Collator(inputs.manifest)
+    plans = [LoaderPlan(train_dataset, training.train_batch_size, collate)]
+    if eval_dataset is not None and training.eval_strategy != "no":
+        plans.append(LoaderPlan(eval_dataset, training.eval_batch_size, collate))
+    return plans
 
 
 def _make_record(

@@ -19,12 +19,13 @@ from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 
 from .flags import check_flags
-from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress
+from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 WORKER = "minicpmv_finetune.components.train.worker"
+_STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
@@ -51,21 +52,24 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
 
     # A reader needs the process's own traceback or sentence; torchrun's long report would hide it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = [*_restart_options(), f"--nproc-per-node={processes}", "-m", WORKER, *flags]
+    # Other signals are ignored on purpose, by nohup or for a process in the background.
+    handled = [number for number in _STOPPING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    signals = f"--signals-to-handle={','.join(number.name for number in handled)}"
+    options = [*_restart_options(), signals, f"--nproc-per-node={processes}", "-m", WORKER, *flags]
     with tempfile.TemporaryDirectory() as folder:
         os.environ[environment.WORKER_EXIT_FOLDER.name] = folder
+        handlers = {number: signal.getsignal(number) for number in handled}
         try:
             with _without_useless_restarts(Path(folder)):
                 run(parse_args(options))
         except SignalException as stopped:
-            # The processes have finished their step and saved it, or took too long.
-            error = Path(folder) / ERROR_FILE
-            if error.exists():
-                raise RetryableError(error.read_text()) from None
-            raise SystemExit(128 + int(stopped.sigval)) from None
+            _end_stopped(signal.Signals(stopped.sigval), Path(folder))
         except ChildFailedError as failed:
             _fail(failed, Path(folder))
         finally:
+            # torchrun leaves its own, which raise an exception of its own.
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             del os.environ[environment.WORKER_EXIT_FOLDER.name]
 
 
@@ -125,16 +129,35 @@ def _without_useless_restarts(folder: Path) -> Iterator[None]:
         api.LocalElasticAgent = original  # type: ignore[misc]
 
 
-def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
-    """Raise the error that the training processes recorded, or end with the exit code of the first that failed."""
-    rank, failure = failed.get_first_failure()
-    code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+def _end_stopped(number: signal.Signals, folder: Path) -> NoReturn:
+    """End after a signal: the processes have finished a step and saved it, or there was none, or it took too long."""
     error = folder / ERROR_FILE
     if error.exists():
-        kind = UserError if code == USER_ERROR_EXIT else RetryableError
-        raise kind(error.read_text()) from None
-    print(f"error: {_describe_failure(rank, failure.exitcode, read_progress(folder))}", file=sys.stderr)
-    raise SystemExit(code) from None
+        sentence = error.read_text()
+    else:
+        steps = [process.step for process in read_progress(folder)]
+        place = f"in step {max(steps)}, which took too long to finish" if steps else "before its first step"
+        sentence = (
+            f"Training was stopped by {signal_name(number)} {place}; running the same command again continues from "
+            "the newest checkpoint, if there is one."
+        )
+    if error.exists() and number != signal.SIGINT:
+        raise RetryableError(sentence) from None
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(128 + number) from None
+
+
+def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
+    """Raise the error that the training processes recorded, or end with the exit code of the one that failed."""
+    # A process that was killed is the cause of the others' failures, not their consequence.
+    failures = sorted(failed.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+    rank, code = failures[0][0], failures[0][1].exitcode
+    error, recorded = folder / ERROR_FILE, folder / EXIT_CODE_FILE
+    if error.exists() and code > 0:
+        is_mistake = recorded.exists() and recorded.read_text() == str(USER_ERROR_EXIT)
+        raise (UserError if is_mistake else RetryableError)(error.read_text()) from None
+    print(f"error: {_describe_failure(rank, code, read_progress(folder))}", file=sys.stderr)
+    raise SystemExit(code if code > 0 else 128 - code) from None
 
 
 def _describe_failure(rank: int, code: int, progress: Sequence[StepProgress]) -> str:

@@ -1,7 +1,7 @@
 """transformers' Trainer, which also stops at a loss or gradient that is not finite, and gathers distributed weights."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from minicpmv_finetune.errors import UserError
 
 from .arguments import TrainingArguments
-from .callbacks import TrainingMonitor, ignore_sigterm
+from .callbacks import TrainingMonitor
+from .loading import Explained, HandOver, start_worker, unless_error
 from .sampler import LengthGroupedSampler
 from .watchdog import BACKWARD, FORWARD, Watchdog
 
@@ -81,15 +82,17 @@ class MiniCPMVTrainer(Trainer):
         self._watchdog.enter_stage(BACKWARD)
         return loss
 
-    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any, **options: Any) -> Any:
         """Get the next batches, and measure the time spent on waiting for them."""
+        self._watchdog.wait_for_data(self.state.global_step + 1)
         started = time.perf_counter()
-        batches = super().get_batch_samples(*arguments, **options)
+        batches = super().get_batch_samples(map(unless_error, epoch_iterator), *arguments, **options)
         self._monitor.seconds_waiting += time.perf_counter() - started
         return batches
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """Evaluate a batch."""
+        unless_error(inputs)
         inputs.pop("rows", None)
         return super().prediction_step(model, inputs, *rest, **options)
 
@@ -110,16 +113,17 @@ class MiniCPMVTrainer(Trainer):
             return dict(self.accelerator.get_state_dict(self.model_wrapped))
         return dict(model.state_dict())
 
-    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        """Make a data loader whose workers ignore SIGTERM, and whose start draws no number from torch's generator.
+    def _get_dataloader(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
+        """Make a data loader that explains its errors, and whose start draws no number from torch's generator.
 
         Persistent workers start once, and once more in a resumed training. If their start drew from the generator that
         dropout uses, the two trainings would differ. (Nothing in a row is random, so workers need no seeds.)
         """
-        loader: Any = super()._get_dataloader(*arguments, **options)
+        loader: Any = super()._get_dataloader(Explained(dataset), *arguments, **options)
         base_loader = getattr(loader, "base_dataloader", loader)
         base_loader.generator = torch.Generator()
-        base_loader.worker_init_fn = ignore_sigterm
+        base_loader.worker_init_fn = start_worker
+        base_loader.collate_fn = HandOver(base_loader.collate_fn)
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

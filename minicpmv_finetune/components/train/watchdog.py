@@ -3,7 +3,9 @@
 If a process hangs (a stuck disk, a frozen container, a deadlock), the other processes wait in a collective operation,
 and after their timeout they report only that they waited. Therefore each process records its step and stage in a file
 beside those of the others, and a thread reads these files; the thread runs while the main thread is blocked. Slow
-steps are no hang: the time limit grows with the longest step so far.
+steps are no hang: the time limit grows with the longest step, and the longest wait for data, so far.
+
+A process that waits for data waits for this machine alone, so its time limit is shorter, also before the first step.
 """
 
 import faulthandler
@@ -19,12 +21,13 @@ from transformers import TrainingArguments as TransformersArguments
 
 from minicpmv_finetune.errors import RETRY_EXIT
 
-from .worker_exit import ERROR_FILE, StepProgress, exit_folder, read_progress, write_progress
+from .worker_exit import StepProgress, exit_folder, read_progress, record_exit, write_progress
 
 WAITING_FOR_DATA, FORWARD, BACKWARD, STEP_DONE = range(4)
 STAGES = ("waiting for data", "in its forward pass", "in its backward pass", "after its step")
 # The limit is below torch's own --ddp_timeout, which would end the waiting processes and only report that they waited.
 _SHARE_OF_TIMEOUT = 0.8
+_SHARE_FOR_DATA, _MIN_SECONDS_FOR_DATA = 1 / 6, 60.0  # 300 s of the usual 1,800 s
 _LONGEST_STEP_FACTOR = 10
 _WRITE_INTERVAL = 5.0  # seconds; shorter if the time limit is short
 
@@ -43,24 +46,31 @@ class Watchdog(TrainerCallback):
         self.rank = rank
         self.step, self.stage = 0, WAITING_FOR_DATA
         self.last_progress = self.step_began = time.monotonic()
-        self.longest_step = 0.0
+        self.longest_step = self.longest_wait = 0.0
         self.training_ended = threading.Event()
 
     @property
     def time_limit(self) -> float:
         """Seconds without progress after which the training is ended."""
-        return max(_SHARE_OF_TIMEOUT * self.timeout, _LONGEST_STEP_FACTOR * self.longest_step)
+        limit = _SHARE_OF_TIMEOUT * self.timeout
+        if self.stage == WAITING_FOR_DATA:
+            limit = min(limit, max(_SHARE_FOR_DATA * self.timeout, _MIN_SECONDS_FOR_DATA))
+        return max(limit, _LONGEST_STEP_FACTOR * max(self.longest_step, self.longest_wait))
 
     def enter_stage(self, stage: int) -> None:
         """Record that this process made progress."""
         self.stage, self.last_progress = stage, time.monotonic()
 
+    def wait_for_data(self, step: int) -> None:
+        """Record that this process waits for the batches of a step."""
+        self.step = step
+        self.enter_stage(WAITING_FOR_DATA)
+
     def on_train_begin(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to watch."""
-        self.step = state.global_step + 1
-        self.enter_stage(WAITING_FOR_DATA)
+        self.wait_for_data(state.global_step + 1)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def on_step_begin(
@@ -68,6 +78,8 @@ class Watchdog(TrainerCallback):
     ) -> None:
         """Record that a step's data has arrived."""
         self.step, self.step_began = state.global_step + 1, time.monotonic()
+        if self.stage == WAITING_FOR_DATA:
+            self.longest_wait = max(self.longest_wait, self.step_began - self.last_progress)
         self.enter_stage(FORWARD)
         write_progress(self._progress())
 
@@ -117,9 +129,8 @@ class Watchdog(TrainerCallback):
         if stalled.rank != self.rank and stalled.age <= 2 * _WRITE_INTERVAL:
             # torchrun ends all processes when the first one ends; the stalled one prints its stacks before that.
             time.sleep(5)
-        if folder:
-            (folder / ERROR_FILE).write_text(sentence)
-        else:
+        # A process that did not even finish one step would hang again.
+        if not record_exit(RETRY_EXIT, sentence, restart=bool(self.longest_step)):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(RETRY_EXIT)
 

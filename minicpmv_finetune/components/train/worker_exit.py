@@ -6,6 +6,7 @@ process, which would fail in the same way, ends at once with that code. `progres
 process N. A process that was killed leaves no `exit_code`, and its successor continues from a checkpoint.
 """
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -37,8 +38,13 @@ def repeat_exit() -> None:
         (folder / ERROR_FILE).unlink(missing_ok=True)
 
 
-def record_exit(code: int, error: str = "") -> bool:
-    """Record why this process ends.
+def record_exit(code: int, error: str = "", restart: bool = False) -> bool:
+    """Record why this process ends; the first reason that any process of this machine records counts.
+
+    Args:
+        code: Exit code.
+        error: Sentence for a person; empty if the process prints a traceback.
+        restart: Whether torchrun's next attempt may succeed.
 
     Returns:
         False if there is no launcher that would read it.
@@ -46,10 +52,22 @@ def record_exit(code: int, error: str = "") -> bool:
     folder = exit_folder()
     if folder is None:
         return False
-    if error:
+    if error and not (folder / ERROR_FILE).exists():
         (folder / ERROR_FILE).write_text(error)
-    (folder / EXIT_CODE_FILE).write_text(str(code))
+    if not restart and not (folder / EXIT_CODE_FILE).exists():
+        (folder / EXIT_CODE_FILE).write_text(str(code))
     return True
+
+
+def has_failed() -> bool:
+    """Whether a process of this machine has recorded why it ends."""
+    folder = exit_folder()
+    return folder is not None and ((folder / ERROR_FILE).exists() or (folder / EXIT_CODE_FILE).exists())
+
+
+def signal_name(number: int) -> str:
+    """How a person calls a signal."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @dataclass(frozen=True)

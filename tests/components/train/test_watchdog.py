@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
-from minicpmv_finetune.components.train.watchdog import Watchdog, find_stalled_process
+from minicpmv_finetune.components.train.watchdog import FORWARD, Watchdog, find_stalled_process
 from minicpmv_finetune.components.train.worker_exit import StepProgress
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.reports.training_record import read_record
@@ -42,9 +42,19 @@ def test_the_stalled_process_is_found(processes: list[StepProgress], stalled: in
 
 def test_the_time_limit_grows_with_slow_steps() -> None:
     watchdog = Watchdog(timeout=100, rank=0)
+    watchdog.enter_stage(FORWARD)
     assert watchdog.time_limit == 80
     watchdog.longest_step = 30
     assert watchdog.time_limit == 300
+
+
+@pytest.mark.parametrize(("timeout", "limit"), [(1800, 300), (100, 60), (15, 12), (36000, 6000)])
+def test_waiting_for_data_has_a_shorter_limit_from_the_first_batch_on(timeout: float, limit: float) -> None:
+    watchdog = Watchdog(timeout, rank=0)
+    watchdog.wait_for_data(1)
+    assert watchdog.time_limit == pytest.approx(limit)
+    watchdog.longest_wait = limit
+    assert watchdog.time_limit == pytest.approx(10 * limit)
 
 
 def _training(shards: Path, base: Path, tmp_path: Path, *flags: str, restarts: str = "0") -> "subprocess.Popen[str]":
