@@ -6,7 +6,6 @@ such a checkpoint is an error, because a model that is loaded in part trains and
 
 import hashlib
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from minicpmv_finetune.errors import UserError
 from .generations import Generation, detect_generation
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
-ADAPTER_CONFIG = "adapter_config.json"
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65_536  # for each weight file
 
 
@@ -83,54 +81,6 @@ def _require_finite_weights(checkpoint: Path, model: PreTrainedModel) -> None:
                 f"{checkpoint}: {name} contains NaN or infinity; the checkpoint is damaged, fetch it again or use an "
                 "earlier one."
             )
-
-
-def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype | None = None, **options: Any) -> PreTrainedModel:
-    """Load a base model with a PEFT adapter, without merging the adapter into the weights.
-
-    Args:
-        base: Local folder of the base model's checkpoint.
-        adapter: Local folder of the adapter.
-        dtype: Type of the weights in memory; by default the type in the file.
-        **options: Further arguments of `from_pretrained`, such as `attn_implementation`.
-
-    Raises:
-        UserError: One of the two cannot be loaded, or the adapter was trained on another base model.
-    """
-    from peft import PeftModel
-
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"{adapter}: there is no {ADAPTER_CONFIG}, so this is not a PEFT adapter; give the train step's output."
-        )
-    model, _ = load_model(base, dtype, **options)
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns about missing keys, but an adapter that is loaded in part must be an error.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            # PEFT itself reads this attribute by its old name.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            adapted: Any = PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError, UserWarning) as error:
-        raise UserError(
-            f"{adapter}: the adapter does not fit the base model {base} ({str(error).strip().splitlines()[0]}); give "
-            "the base model that the adapter was trained on."
-        ) from error
-    update_layer_types(model)
-    wrapped: PreTrainedModel = adapted
-    return wrapped
-
-
-def update_layer_types(model: PreTrainedModel) -> None:
-    """Extend the configuration's list of layer types to the layers that PEFT has replicated.
-
-    PEFT raises the number of layers in the configuration, but not the length of the list of their types. Only models
-    whose layers are all of one type can have replicated layers.
-    """
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None)
-    if types and len(types) != config.num_hidden_layers:
-        config.layer_types = [types[0]] * config.num_hidden_layers
 
 
 def fingerprint(checkpoint: Path) -> str:

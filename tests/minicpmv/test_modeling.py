@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import make_trainable
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.minicpmv.modeling import (
     Groups,

@@ -38,7 +38,8 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError, Turn, open_image, read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import collate
-from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.modeling import UNTIMED, sincos_table

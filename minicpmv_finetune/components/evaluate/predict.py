@@ -10,7 +10,8 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import answer, inference_device
-from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.git_commit import git_commit
-from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, copy_non_weight_files, fingerprint
+from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG
+from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files, fingerprint
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation, write_max_slices
 from minicpmv_finetune.outputs import check_folder, claimed_folder
 from minicpmv_finetune.progress import report_outcome

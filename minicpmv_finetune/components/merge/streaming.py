@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG
+from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG
 from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.progress import progress
 

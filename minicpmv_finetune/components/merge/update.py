@@ -9,7 +9,6 @@ The arithmetic is that of PEFT's `merge_and_unload` (the tests compare both), in
 time.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from pydantic import BaseModel, PositiveInt, ValidationError
 
-from minicpmv_finetune.errors import UserError, describe_validation_error
-from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, read_adapter_config
 
 from .weights import StoredTensor, cast, read_headers, read_rows, row_blocks
 
@@ -204,22 +202,6 @@ def read_adapter(folder: Path) -> Updates:
     )
 
 
-class _UsedFields(BaseModel):
-    """The fields of an adapter's configuration that this module uses."""
-
-    peft_type: str
-    r: PositiveInt
-    lora_alpha: float
-    rank_pattern: dict[str, PositiveInt]
-    alpha_pattern: dict[str, float]
-    init_lora_weights: bool | str | None
-    layer_replication: list[tuple[int, int]] | None
-    use_dora: bool
-    use_rslora: bool
-    lora_bias: bool
-    ensure_weight_tying: bool
-
-
 @dataclass
 class _LoraParts:
     """The adapter tensors of one module."""
@@ -266,20 +248,8 @@ class _LoraParts:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read the adapter's configuration, and check that every unsupported field has its default value."""
     path = folder / ADAPTER_CONFIG
-    try:
-        written = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the adapter is damaged, copy it again.") from error
+    config = read_adapter_config(folder)
     defaults = LoraConfig().to_dict()
-    config = defaults | written
-    try:
-        _UsedFields.model_validate(config)
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: {describe_validation_error(error)}; the adapter is damaged, copy it again."
-        ) from error
-    if config["peft_type"] != "LORA":
-        raise UserError(f"{path}: peft_type {config['peft_type']!r} cannot be merged; train a LORA adapter.")
     for name, value in config.items():
         is_known = name in _TRAINING_ONLY or name in _MERGED
         if not is_known and value and value != defaults.get(name):

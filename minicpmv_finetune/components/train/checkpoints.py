@@ -35,19 +35,23 @@ class Seal(BaseModel):
 class Checkpoints:
     """The checkpoints of one training, in a local folder and, if wanted, in an object store."""
 
-    def __init__(self, folder: Path, uri: str, keep: int, training: str, world_size: int) -> None:
+    def __init__(
+        self, folder: Path, uri: str, keep: int, training: str, world_size: int, keep_local: int | None = None
+    ) -> None:
         """Describe where the checkpoints are; nothing is read or written yet.
 
         Args:
             folder: Folder that the Trainer writes to.
             uri: `s3://` folder that receives a copy; empty for none.
-            keep: Number of the newest checkpoints that stay in the store.
+            keep: Number of this training's newest checkpoints that stay in the store.
+            keep_local: Number of them that stay in the folder; by default all.
             training: Digest of the training, see `training_identity`.
             world_size: Number of processes.
         """
         self.folder = folder
         self.uri = uri
         self.keep = keep
+        self.keep_local = keep_local
         self.training = training
         self.world_size = world_size
         self._uploads = ThreadPoolExecutor(max_workers=1)
@@ -71,12 +75,13 @@ class Checkpoints:
         shutil.rmtree(checkpoint, ignore_errors=True)
         return files
 
-    def seal(self, step: int, uploaded: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Declare a finished checkpoint complete, and begin to upload it.
+    def seal(self, step: int, uploaded: Mapping[str, str] = MappingProxyType({}), best: str | None = None) -> None:
+        """Declare a finished checkpoint complete, begin to upload it, and delete this training's older ones.
 
         Args:
             step: Step of the checkpoint.
             uploaded: Files that other nodes have uploaded, as `upload_part` returns them.
+            best: Folder of the checkpoint that the training may return to, which is not deleted.
 
         Raises:
             RetryableError: The upload before this one failed.
@@ -88,9 +93,13 @@ class Checkpoints:
         for stale in self.folder.glob("checkpoint-*.json"):
             if not stale.with_suffix("").is_dir():
                 stale.unlink()
+        self.finish_upload()
+        others = [old for old in self._own_steps(str(self.folder)) if old != step]
+        for old in others[self.keep_local - 1 :] if self.keep_local else ():
+            if f"checkpoint-{old}" != Path(best or "").name:
+                _seal_path(self.folder / f"checkpoint-{old}").unlink()
+                shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
         if self.uri:
-            # The Trainer keeps the newest two checkpoints, so it does not delete one that is being uploaded.
-            self.finish_upload()
             self._upload = self._uploads.submit(self._upload_checkpoint, seal, set(files) - set(uploaded))
 
     def finish_upload(self) -> None:
@@ -114,21 +123,67 @@ class Checkpoints:
             seal = self._read_seal(step)
             if seal is None or seal.training != self.training:
                 continue
-            if seal.schema_version > SCHEMA_VERSION:
-                raise UserError(
-                    f"{self.uri or self.folder}/checkpoint-{step}: schema version {seal.schema_version} is newer than "
-                    f"this program's {SCHEMA_VERSION}; upgrade minicpmv-finetune, or give another --checkpoint_uri."
-                )
-            if seal.world_size != self.world_size:
-                raise UserError(
-                    f"{self.uri or self.folder}/checkpoint-{step}: written by {seal.world_size} processes, but "
-                    f"{self.world_size} run now, which would use the samples in another order; start as many "
-                    "processes, or give another --checkpoint_uri to train from the beginning."
-                )
+            place = f"{self.uri or self.folder}/checkpoint-{step}"
+            self._require_readable(seal, place)
+            self._require_world_size(seal, place)
             if self._is_whole(seal) or self._download(seal):
                 return self.folder / f"checkpoint-{step}"
             print(f"checkpoint-{step} is damaged; the checkpoint before it is used.", file=sys.stderr)
         return None
+
+    def named(self, address: str) -> Path:
+        """Check a checkpoint that the user named as `newest` checks those that it finds.
+
+        Raises:
+            UserError: The checkpoint is incomplete or damaged, or belongs to another training, number of processes or
+                newer program.
+        """
+        place = f"--resume_from_checkpoint {address}"
+        checkpoint = Path(address).resolve()
+        if not checkpoint.is_dir():
+            raise UserError(
+                f"{place}: there is no such folder on this disk; leave the flag out to resume from the newest checkpoint."
+            )
+        number = checkpoint.name.removeprefix("checkpoint-")
+        seal = _read_seal_at(str(checkpoint.parent), int(number)) if number.isdigit() else None
+        if seal is None:
+            raise UserError(
+                f"{place}: not a complete checkpoint of a training, because {checkpoint.name}.json is not beside it; "
+                "give a checkpoint-N folder with its checkpoint-N.json, or continue a finished adapter by "
+                "--lora_weight_path."
+            )
+        self._require_readable(seal, place)
+        if seal.training != self.training:
+            raise UserError(
+                f"{place}: belongs to a training with another base model, other data or other flags; give the flags "
+                "of that training, or leave the flag out to train from the beginning."
+            )
+        self._require_world_size(seal, place)
+        if not _has_files(checkpoint, seal):
+            raise UserError(
+                f"{place}: a file is missing or differs from {checkpoint.name}.json, so the checkpoint is damaged; "
+                "leave the flag out to resume from the newest complete checkpoint."
+            )
+        return checkpoint
+
+    def _require_readable(self, seal: Seal, place: str) -> None:
+        if seal.schema_version > SCHEMA_VERSION:
+            raise UserError(
+                f"{place}: schema version {seal.schema_version} is newer than this program's {SCHEMA_VERSION}; upgrade "
+                "minicpmv-finetune, or give another --checkpoint_uri."
+            )
+
+    def _require_world_size(self, seal: Seal, place: str) -> None:
+        if seal.world_size != self.world_size:
+            raise UserError(
+                f"{place}: written by {seal.world_size} processes, but {self.world_size} run now, which would use the "
+                "samples in another order; start as many processes, or give another --checkpoint_uri to train from "
+                "the beginning."
+            )
+
+    def has_those_of_others(self) -> bool:
+        """Whether another training has checkpoints in the folder."""
+        return len(self._steps(str(self.folder))) > len(self._own_steps(str(self.folder)))
 
     def delete_local(self) -> None:
         """Delete the local folder, when the training's result is complete."""
@@ -142,22 +197,24 @@ class Checkpoints:
             if name.startswith("checkpoint-") and name.endswith(".json")
         }
 
+    def _own_steps(self, uri: str) -> list[int]:
+        """The steps of this training's sealed checkpoints, the newest first; those of others are left alone."""
+        seals = {step: _read_seal_at(uri, step) for step in self._steps(uri)}
+        own = [step for step, seal in seals.items() if seal is not None and seal.training == self.training]
+        return sorted(own, reverse=True)
+
     def _read_seal(self, step: int) -> Seal | None:
         return _read_seal_at(str(self.folder), step) or (_read_seal_at(self.uri, step) if self.uri else None)
 
     def _is_whole(self, seal: Seal) -> bool:
-        checkpoint = self.folder / f"checkpoint-{seal.step}"
-        return all(
-            (checkpoint / name).is_file() and storage.file_sha256(checkpoint / name) == digest
-            for name, digest in seal.files.items()
-        )
+        return _has_files(self.folder / f"checkpoint-{seal.step}", seal)
 
     def _upload_checkpoint(self, seal: Seal, files: Collection[str]) -> None:
         name = f"checkpoint-{seal.step}"
         for file in files:
             storage.upload_file(self.folder / name / file, f"{self.uri}/{name}/{file}")
         storage.write_bytes(f"{self.uri}/{name}.json", seal.model_dump_json(indent=1).encode())
-        for step in sorted(self._steps(self.uri), reverse=True)[self.keep :]:
+        for step in self._own_steps(self.uri)[self.keep :]:
             # The seal is deleted first: without it the remaining files do not count.
             old = _read_seal_at(self.uri, step)
             storage.remove_file(f"{self.uri}/checkpoint-{step}.json")
@@ -192,6 +249,14 @@ def _read_seal_at(uri: str, step: int) -> Seal | None:
         return Seal.model_validate_json(storage.read_bytes(storage.join(uri, f"checkpoint-{step}.json")))
     except (UserError, ValidationError):
         return None
+
+
+def _has_files(checkpoint: Path, seal: Seal) -> bool:
+    """Whether a checkpoint has every file of its seal, unchanged."""
+    return all(
+        (checkpoint / name).is_file() and storage.file_sha256(checkpoint / name) == digest
+        for name, digest in seal.files.items()
+    )
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -304,29 +304,32 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     digest = training_digest(arguments, inputs.manifest.data_fingerprint, inputs.base_fingerprint)
     keep = training.save_total_limit or 2
     folder = Path(uri).expanduser().resolve() if uri and not is_remote else out.with_name(f".{out.name}.checkpoints")
-    if is_remote or not uri:
-        training.save_total_limit = min(keep, 2)
+    keep_local = min(keep, 2) if is_remote or not uri else training.save_total_limit
+    training.save_total_limit = None  # the Trainer would also delete the checkpoints of other trainings
     training.output_dir = str(folder)
     if training.process_index == 0:
         others = input_places(arguments) | {"--output_dir": str(out), "--resume_from_checkpoint": ""}
         claim_workspace(folder, "train, for its checkpoints,", others, known_by=["checkpoint-*.json"])
-    return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size)
+    return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size, keep_local)
 
 
 def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> Path | None:
     """The checkpoint to resume from: the one that a flag names, or this training's newest complete one."""
-    named = training.resume_from_checkpoint
-    if named and str(named).lower() not in {"true", "false"}:
-        if not Path(named).is_dir():
-            raise UserError(
-                f"--resume_from_checkpoint {named}: there is no such folder; leave the flag out to resume from the "
-                "newest checkpoint."
-            )
-        return Path(named)
+    named = str(training.resume_from_checkpoint or "true")
     with training.main_process_first(desc="looking for checkpoints"):
-        newest = checkpoints.newest()
+        newest = checkpoints.newest() if named.lower() in {"true", "false"} else checkpoints.named(named)
+    if newest and named.lower() == "false":
+        raise UserError(
+            f"--resume_from_checkpoint false: {newest} is a checkpoint of this training; delete it or give another "
+            "--checkpoint_uri to train from the beginning, or leave the flag out to continue."
+        )
     if newest:
         _log(f"continuing from {newest.name}")
+    elif checkpoints.has_those_of_others():
+        _log(
+            f"{checkpoints.folder} has checkpoints of a training with another base model, other data or other flags; "
+            "they are not continued, and checkpoints of the same steps replace them"
+        )
     return newest
 
 

@@ -15,7 +15,8 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.components.train.launch import _without_useless_restarts, launch
 from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.reports.training_record import read_record
 from tests.components.layout import layout_faults
 

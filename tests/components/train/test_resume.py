@@ -143,6 +143,66 @@ def _checkpoints(folder: Path, uri: str = "", training: str = "this", world_size
     return Checkpoints(folder, uri, keep=2, training=training, world_size=world_size)
 
 
+def test_only_old_checkpoints_of_the_same_training_are_deleted(tmp_path: Path, s3_uri: str) -> None:
+    def sealed(folder: str) -> set[str]:
+        return {path for path in storage.list_files(folder) if path.endswith(".json")}
+
+    for training, steps in (("other", (30, 60)), ("this", (10, 20, 40))):
+        checkpoints = Checkpoints(tmp_path / "local", f"{s3_uri}/kept", 2, training, 1, keep_local=2)
+        for step in steps:
+            _write_checkpoint(tmp_path / "local", step)
+            checkpoints.seal(step, best=str(tmp_path / "local" / "checkpoint-10"))
+        checkpoints.finish_upload()
+    expected = {f"checkpoint-{step}.json" for step in (20, 30, 40, 60)}
+    assert sealed(f"{s3_uri}/kept") == expected
+    assert sealed(str(tmp_path / "local")) == expected | {"checkpoint-10.json"}, "the training may return to this one"
+    assert (tmp_path / "local" / "checkpoint-30" / "deep" / "file").is_file()
+    # A training that began again from an earlier checkpoint keeps what it writes.
+    _write_checkpoint(tmp_path / "local", 15)
+    checkpoints.seal(15)
+    assert checkpoints.named(str(tmp_path / "local" / "checkpoint-15"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("none", ""),
+        ("training", "belongs to a training with another base model, other data or other flags; give"),
+        ("processes", "written by 1 processes, but 2 run now"),
+        ("newer", "schema version 2 is newer"),
+        ("truncated", "a file is missing or differs from checkpoint-4.json, so the checkpoint is damaged"),
+        ("missing file", "a file is missing or differs"),
+        ("no seal", "not a complete checkpoint of a training, because checkpoint-4.json is not beside it"),
+        ("adapter", "not a complete checkpoint of a training.*--lora_weight_path"),
+        ("no folder", "there is no such folder"),
+    ],
+)
+def test_a_named_checkpoint_is_checked_like_one_that_is_found(tmp_path: Path, change: str, sentence: str) -> None:
+    _write_checkpoint(tmp_path, 4)
+    _checkpoints(tmp_path).seal(4)
+    place, seal = tmp_path / "checkpoint-4", tmp_path / "checkpoint-4.json"
+    checkpoints = _checkpoints(tmp_path / "elsewhere", training="that" if change == "training" else "this")
+    checkpoints.world_size = 2 if change == "processes" else 1
+    if change == "newer":
+        seal.write_text(seal.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    elif change == "truncated":
+        (place / "deep" / "file").write_bytes(b"wei")
+    elif change == "missing file":
+        (place / "deep" / "file").unlink()
+    elif change == "no seal":
+        seal.unlink()
+    elif change == "adapter":
+        place = place.rename(tmp_path / "adapter")
+    elif change == "no folder":
+        place = tmp_path / "nowhere"
+    if not sentence:
+        assert checkpoints.named(f"{place}/") == place
+        return
+    with pytest.raises(UserError, match=sentence) as error:
+        checkpoints.named(str(place))
+    assert str(error.value).startswith(f"--resume_from_checkpoint {place}: ")
+
+
 def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = _checkpoints(tmp_path)
     for step in (5, 10, 15):

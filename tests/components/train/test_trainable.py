@@ -10,7 +10,8 @@ from torch import nn
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import count_parameters, keep_present_classes, make_trainable
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import load_model, load_with_adapter
+from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
 
 LORA = ["--use_lora", "true", "--tune_llm", "false", "--lora_r", "4"]
