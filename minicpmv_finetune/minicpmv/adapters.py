@@ -89,12 +89,14 @@ def put_adapter(model: PreTrainedModel, folder: Path, base: str, is_trainable: b
     stored = _read_shapes(folder)
     try:
         with warnings.catch_warnings():
-            # PEFT only warns about missing keys, but an adapter that is loaded in part must be an error.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # Missing tensors are an error below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             # PEFT itself reads this attribute by its old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             adapted: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except (ValueError, RuntimeError, UserWarning, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise _does_not_fit(folder, base, f"the file lacks {error.args[0]}") from error
+    except (ValueError, RuntimeError, TypeError) as error:
         raise _does_not_fit(folder, base, _describe(error)) from error
     _require_all_tensors(adapted, stored, folder, base)
     for name, parameter in adapted.named_parameters():
@@ -169,8 +171,8 @@ def _require_all_tensors(adapted: Any, stored: Mapping[str, tuple[int, ...]], fo
 
 def _does_not_fit(folder: Path, base: str, reason: str) -> UserError:
     return UserError(
-        f"{folder}: the adapter does not fit the base model {base} ({reason}); give the base model that the adapter was "
-        "trained on, or copy the adapter again."
+        f"{folder}: the adapter does not fit the base model {base} ({reason}); give the base model that the adapter "
+        "was trained on, or copy the adapter again."
     )
 
 

@@ -93,8 +93,8 @@ def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:
 
     from minicpmv_finetune.components.evaluate.metrics import exact_match, expected_answers
     from minicpmv_finetune.data.samples import read_samples
-    from minicpmv_finetune.minicpmv.answer import answer
     from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+    from minicpmv_finetune.minicpmv.answer import answer
     from minicpmv_finetune.minicpmv.conversation import Encoder
 
     model = load_with_adapter(base, adapter)

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from minicpmv_finetune.data.samples import read_versioned
+from minicpmv_finetune.errors import UserError
 
 RECORD_FILE = "training.json"
 SCHEMA_VERSION = 1
@@ -29,6 +30,23 @@ class TrainingRecord(BaseModel):
     metrics: dict[str, float] = Field(description="Final metrics, by name.")
     arguments: dict[str, Any] = Field(description="Arguments by name, without the defaults of transformers.")
     history: list[dict[str, float]] = Field(description="Logged metrics, one entry for each logged step.")
+
+    def require_base(self, adapter: Path, base: str, base_fingerprint: str) -> None:
+        """Refuse a base model that the adapter was not trained on.
+
+        Args:
+            adapter: Folder of the adapter that has this record.
+            base: Address of the base model, for the error message.
+            base_fingerprint: Fingerprint of the base model.
+
+        Raises:
+            UserError: The base is another one, for example the merged model.
+        """
+        if self.base_fingerprint and self.base_fingerprint != base_fingerprint:
+            raise UserError(
+                f"{base}: not the weights that {adapter} was trained on ({self.base_model}, fingerprint "
+                f"{self.base_fingerprint:.12}, here {base_fingerprint:.12}); give that base model."
+            )
 
     def markdown(self) -> str:
         """The base, the share of trained parameters and the final metrics as a table."""

@@ -37,8 +37,8 @@ from minicpmv_finetune.components.train.trainable import count_parameters, make_
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError, Turn, open_image, read_samples
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
+from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput

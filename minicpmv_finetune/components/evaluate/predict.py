@@ -9,10 +9,11 @@ from PIL import Image
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.answer import answer, inference_device
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
-from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.answer import answer, inference_device
+from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 
 
 def predict(
@@ -55,7 +56,10 @@ def predict(
         raise UserError(f"prompt: {error}") from error
     device = inference_device()
     if adapter_uri:
-        model = load_with_adapter(checkpoint, storage.fetch(adapter_uri), device_map=device)
+        adapter = storage.fetch(adapter_uri)
+        if (adapter / RECORD_FILE).is_file():
+            read_record(adapter).require_base(adapter, model_uri, fingerprint(checkpoint))
+        model = load_with_adapter(checkpoint, adapter, device_map=device)
     else:
         model, _ = load_model(checkpoint, device_map=device)
     answered = answer(model, encoder, [sample], max_new_tokens, thinking=thinking)[0]

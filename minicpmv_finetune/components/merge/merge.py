@@ -74,7 +74,8 @@ def merge(
     generation = detect_generation(base)
     for place, version in ((adapter, record.generation), (shards, read_manifest(shards).generation)):
         _require_generation(place, version, base_model_uri, generation)
-    base_fingerprint = _check_fingerprint(base_model_uri, base, adapter, record)
+    base_fingerprint = fingerprint(base)
+    record.require_base(adapter, base_model_uri, base_fingerprint)
     with (
         claimed_folder(model, "merge", inputs, [report_file]) as output,
         step_run("merge") as run,
@@ -124,17 +125,6 @@ def _require_generation(place: Path, version: str, base_model_uri: str, generati
             f"{place}: made for MiniCPM-V {version}, but {base_model_uri} is {generation.version}; give the base model "
             "that was trained on."
         )
-
-
-def _check_fingerprint(base_model_uri: str, base: Path, adapter: Path, record: TrainingRecord) -> str:
-    """Compute the base's fingerprint, and refuse a base that the adapter was not trained on."""
-    base_fingerprint = fingerprint(base)
-    if record.base_fingerprint and record.base_fingerprint != base_fingerprint:
-        raise UserError(
-            f"{base_model_uri}: not the weights that {adapter} was trained on ({record.base_model}, fingerprint "
-            f"{record.base_fingerprint:.12}, here {base_fingerprint:.12}); give that base model."
-        )
-    return base_fingerprint
 
 
 def _report_streaming(

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, load_with_adapter
+from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput

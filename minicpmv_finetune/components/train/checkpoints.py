@@ -142,7 +142,7 @@ class Checkpoints:
         checkpoint = Path(address).resolve()
         if not checkpoint.is_dir():
             raise UserError(
-                f"{place}: there is no such folder on this disk; leave the flag out to resume from the newest checkpoint."
+                f"{place}: there is no such local folder; leave the flag out to resume from the newest checkpoint."
             )
         number = checkpoint.name.removeprefix("checkpoint-")
         seal = _read_seal_at(str(checkpoint.parent), int(number)) if number.isdigit() else None

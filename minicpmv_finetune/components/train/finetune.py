@@ -54,7 +54,7 @@ from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
 from .result import save_result
 from .token_accuracy import predicted_tokens, token_accuracy
-from .trainable import count_parameters, keep_present_classes, make_trainable
+from .trainable import check_continued_adapter, count_parameters, keep_present_classes, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
 from .watchdog import Watchdog
@@ -233,7 +233,9 @@ def _fetch_inputs(arguments: Arguments) -> _Inputs:
             f"{shards}: prepared for MiniCPM-V {manifest.generation}, but {arguments.model.model_name_or_path} is "
             f"{generation.version}; run preprocess with this base model."
         )
-    return _Inputs(shards, manifest, base, fingerprint(base), generation)
+    inputs = _Inputs(shards, manifest, base, fingerprint(base), generation)
+    check_continued_adapter(arguments, inputs.base_fingerprint)
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.checkpoint import ADAPTER_CONFIG, update_layer_types
+from minicpmv_finetune.minicpmv.adapters import put_adapter, read_adapter_config, update_layer_types
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
+from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 
 from .arguments import Arguments, LoraArguments
 
@@ -47,7 +49,7 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     if not training.use_lora:
         return model
     if lora.lora_weight_path:
-        return _load_adapter(model, lora.lora_weight_path)
+        return _continue_adapter(model, generation, arguments)
     with warnings.catch_warnings():
         # PEFT reads this attribute by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -63,14 +65,70 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     return adapted
 
 
-def _load_adapter(model: PreTrainedModel, uri: str) -> PeftModel:
-    """Put an existing adapter on the model, to train it further."""
-    folder = storage.fetch(uri) if storage.is_object_uri(uri) else Path(uri)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"--lora_weight_path {folder}: no {ADAPTER_CONFIG} here; give an adapter folder.")
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    update_layer_types(model)
-    return adapted
+def check_continued_adapter(arguments: Arguments, base_fingerprint: str) -> None:
+    """Refuse an adapter of `--lora_weight_path` that is damaged, or was trained on another base model.
+
+    Raises:
+        UserError: There is no such adapter, or it does not belong to the base model.
+    """
+    if arguments.lora.lora_weight_path:
+        folder = _adapter_folder(arguments)
+        read_adapter_config(folder)
+        if (folder / RECORD_FILE).is_file():
+            read_record(folder).require_base(folder, arguments.model.model_name_or_path, base_fingerprint)
+
+
+def _adapter_folder(arguments: Arguments) -> Path:
+    address = arguments.lora.lora_weight_path
+    return storage.fetch(address) if storage.is_object_uri(address) else Path(address)
+
+
+def _continue_adapter(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> PeftModel:
+    """Put an existing adapter on the model, to train it further; flags that contradict it are refused."""
+    folder = _adapter_folder(arguments)
+    config, wanted = read_adapter_config(folder), lora_config(model, generation, arguments)
+    names = [name for name, _ in model.named_modules()]
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    whole = _outermost(name for name in names for end in config["modules_to_save"] or () if name.endswith(end))
+    flagged_whole = sorted(wanted.modules_to_save or ())
+    pairs: dict[str, tuple[object, object]] = {
+        "lora_r": (wanted.r, config["r"]),
+        "lora_alpha": (wanted.lora_alpha, config["lora_alpha"]),
+        "lora_dropout": (wanted.lora_dropout, config["lora_dropout"]),
+        "lora_bias": (wanted.bias, config["bias"]),
+        "lora_layer_replication": (_pairs(wanted.layer_replication), _pairs(config["layer_replication"])),
+        "lora_target_modules": (
+            _select(layers, wanted.target_modules, wanted.modules_to_save),
+            _select(layers, config["target_modules"], whole),
+        ),
+        "lora_modules_to_save": (flagged_whole, whole),
+        "tune_vision": (generation.vision_tower in flagged_whole, generation.vision_tower in whole),
+    }
+    pairs["lora_layers_to_transform"] = pairs["lora_target_modules"]
+    others = [flag for flag, (flagged, trained) in pairs.items() if flag in arguments.given and flagged != trained]
+    if others:
+        raise UserError(
+            f"--lora_weight_path {arguments.lora.lora_weight_path}: the adapter was trained with other "
+            f"{', '.join(f'--{flag}' for flag in others)}; leave out what shall stay as in the adapter, or leave out "
+            "--lora_weight_path to train a new one."
+        )
+    return put_adapter(model, folder, arguments.model.model_name_or_path, is_trainable=True)
+
+
+def _pairs(ranges: Any) -> list[tuple[int, ...]]:
+    return [tuple(pair) for pair in ranges or ()]
+
+
+def _select(layers: Sequence[str], targets: Any, whole: Iterable[str] | None) -> list[str]:
+    """The linear layers that an adapter's configuration selects, without those that are trained whole."""
+    wanted = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(end)}" for end in targets or ()]
+    found = [name for name in layers if any(re.fullmatch(pattern, name) for pattern in wanted)]
+    return [name for name in found if not any(_is_inside(f"{name}.", other) for other in whole or ())]
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
+    different = sorted(set(names))
+    return [name for name in different if not any(_is_inside(name, other) for other in different)]
 
 
 def lora_config(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> LoraConfig:
@@ -80,8 +138,6 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
         UserError: The arguments contradict the model.
     """
     lora = arguments.lora
-    if lora.lora_bias not in {"none", "all", "lora_only"}:
-        raise UserError(f"--lora_bias {lora.lora_bias}: must be none, all or lora_only.")
     whole = _modules_to_save(model, generation, arguments)
     return LoraConfig(
         r=lora.lora_r,

@@ -145,7 +145,7 @@ def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46:
         ([*LORA, "--lora_modules_to_save", "post_layernorm", "--tune_vision", "false"], "--tune_vision false freezes"),
         ([*LORA, "--lora_target_modules", ".*merger.*"], "matches only layers that are trained whole"),
         ([*LORA, "--lora_target_modules", ".*vision.*"], "matches only layers that are trained whole"),
-        ([*LORA, "--lora_weight_path", "nowhere"], "give an adapter folder"),
+        ([*LORA, "--lora_weight_path", "nowhere"], "an adapter folder"),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_46: Path, flags: list[str], sentence: str) -> None:
