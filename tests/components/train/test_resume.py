@@ -174,7 +174,7 @@ def test_only_old_checkpoints_of_the_same_training_are_deleted(tmp_path: Path, s
         ("missing file", "a file is missing or differs"),
         ("no seal", "not a complete checkpoint of a training, because checkpoint-4.json is not beside it"),
         ("adapter", "not a complete checkpoint of a training.*--lora_weight_path"),
-        ("no folder", "there is no such folder"),
+        ("no folder", "there is no such local folder"),
     ],
 )
 def test_a_named_checkpoint_is_checked_like_one_that_is_found(tmp_path: Path, change: str, sentence: str) -> None:
