@@ -5,14 +5,12 @@
 For a single question `minicpmv-finetune predict` is enough. The model is a folder, an s3:// URI or a hub id.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from minicpmv_finetune import storage
-from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
+from minicpmv_finetune.data.checking import inspect_image
+from minicpmv_finetune.data.samples import Sample, SampleError, Turn
 from minicpmv_finetune.errors import RetryableError, UserError, end_process
 from minicpmv_finetune.minicpmv.answer import answer, inference_device
 from minicpmv_finetune.minicpmv.checkpoint import load_model
@@ -21,10 +19,7 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 
 def question_about(path: Path, question: str) -> Sample:
     """Return a sample that shows an image and asks a question."""
-    with Image.open(path) as image:
-        width, height = image.size
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    shown = ImageRef(uri=str(path.absolute()), sha256=sha256, width=width, height=height)
+    shown = inspect_image(str(path.absolute())).ref
     # A turn is a list of parts: a number stands for the image of that number.
     turn = Turn(role="user", parts=(0, "\n", question))
     return Sample(id=path.name, images=(shown,), turns=(turn,), source=str(path))
@@ -47,3 +42,5 @@ if __name__ == "__main__":
         main(sys.argv[1], sys.argv[2], [Path(path) for path in sys.argv[3:]])
     except (UserError, RetryableError) as error:
         end_process(error)
+    except SampleError as error:  # an image that cannot be used
+        sys.exit(f"error: {error}")

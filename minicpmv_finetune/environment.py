@@ -1,7 +1,7 @@
 """Every environment variable that this project reads, in one table.
 
 Our own begin with `MINICPMV_FINETUNE_`; the others belong to MLflow, Kubeflow, Kubernetes and torchrun, and keep their
-names. A variable is read when its value is needed, never while a module is imported, and an empty one counts as unset.
+names. A variable is read when its value is needed, never while a module is imported, and a blank one counts as unset.
 `AWS_*` and `HF_*` are not here: boto3 and huggingface_hub read them.
 """
 
@@ -19,7 +19,7 @@ class Variable:
     Attributes:
         name: of the variable.
         help: what it decides.
-        default: value where it is unset or empty.
+        default: value where it is unset or blank.
         former: its name in 0.1.0, which is still read: pipelines that were compiled then set it.
     """
 
@@ -31,7 +31,8 @@ class Variable:
     def read(self, environment: Mapping[str, str] | None = None) -> str:
         """The value now, in this process's environment or another."""
         values = os.environ if environment is None else environment
-        return values.get(self.name) or values.get(self.former) or self.default
+        found = (values.get(name, "") for name in (self.name, self.former))
+        return next((value for value in found if value.strip()), self.default)
 
     def __str__(self) -> str:
         return self.name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError
 
 if TYPE_CHECKING:
@@ -365,3 +365,46 @@ def test_a_folder_that_changes_is_complete_or_absent(
     assert storage.upload_folder(folder, target, last="config.json") == 3
     assert storage.read_bytes(f"{target}/weights") == b"second"
     assert sorted(storage.list_files(target)) == ["config.json", "weights", "weights-2"]
+
+
+def test_a_name_that_exists_is_no_pattern(s3_uri: str, tmp_path: Path) -> None:
+    for folder in ("br[1]", "br1"):
+        for name in ("train.json", "a-1.json"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_text("[]")
+            storage.write_bytes(f"{s3_uri}/set/{folder}/{name}", b"[]")
+    for place in (str(tmp_path), f"{s3_uri}/set"):
+        assert storage.expand(f"{place}/br[1]/train.json") == [f"{place}/br[1]/train.json"]
+        assert f"{place}/br[1]/a-1.json" in storage.expand(f"{place}/br[1]/a-*.json")
+        assert storage.expand(f"{place}/br?/train.json") == [f"{place}/br1/train.json"]
+
+
+def test_folders_and_files_are_told_apart(s3_uri: str, tmp_path: Path) -> None:
+    for place in (s3_uri, str(tmp_path)):
+        storage.write_bytes(f"{place}/set/train.json", b"[]")
+        storage.write_bytes(f"{place}/set.json", b"[]")
+        assert storage.is_folder(place)
+        assert storage.is_folder(f"{place}/set")
+        assert storage.is_folder(f"{place}/set/")
+        assert not storage.is_folder(f"{place}/set/train.json")
+        assert not storage.is_folder(f"{place}/se")
+        assert not storage.is_folder(f"{place}/set.json")
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png"), ("a.png ", "a.png"), ("A.PNG", "a.png")],
+)
+def test_a_missing_file_that_looks_like_another_is_explained(asked: str, stored: str, tmp_path: Path) -> None:
+    (tmp_path / stored).write_bytes(b"")
+    with pytest.raises(UserError) as raised:
+        storage.read_bytes(str(tmp_path / asked))
+    assert f"not found; the folder has {stored!a}, so make the two names equal" in str(raised.value)
+    assert (ascii(asked)[1:-1] if "\u0301" in asked else asked) in str(raised.value)
+    if asked != asked.strip():
+        assert f"{asked}'" in str(raised.value), "a blank at the end can be seen"
+
+
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+def test_a_blank_variable_counts_as_unset(value: str) -> None:
+    assert environment.EXPERIMENT.read({"MLFLOW_EXPERIMENT_NAME": value}) == "minicpmv-finetune"

@@ -123,8 +123,16 @@ def predict(
     model: Annotated[
         str, typer.Option(help="Merged model, or the base model of --adapter; a path, an s3:// URI or a hub id.")
     ],
-    prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[str] | None, typer.Option(help="Image, a path or an s3:// URI; may be repeated.")] = None,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The question; <image>, or <image_00>, <image_01>, … for several, mark where images belong, otherwise "
+            "they come first."
+        ),
+    ],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image, a path, an s3:// or data: URI; may be repeated.")
+    ] = None,
     adapter: Annotated[str, typer.Option(help="Adapter folder that train wrote, to apply to --model.")] = "",
     max_new_tokens: NewTokens = 128,
     thinking: Annotated[bool, typer.Option("--thinking", help="Request reasoning first (MiniCPM-V 4.5).")] = False,

@@ -145,29 +145,26 @@ def _find_tables(source: str) -> list[Path]:
     """The Parquet or Arrow files of a folder or pattern; none if the source is something else."""
     if source.endswith(_TABLES):
         return [local_copy(uri) for uri in storage.expand(source)]
-    if source.endswith((".json", ".jsonl")):
+    if source.endswith((".json", ".jsonl")) or not storage.is_folder(source):
         return []
-    path = storage.fetch(source) if storage.is_object_uri(source) else Path(source).expanduser()
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            raise UserError(
-                f"{source}: contains the splits {', '.join(splits)}; give one of them, such as "
-                f"{storage.join(source, splits[0])}."
-            )
-        found = sorted(file for file in path.rglob("*") if file.suffix in _TABLES and file.is_file())
-        if not found:
-            raise UserError(
-                f"{source}: a folder without Parquet or Arrow files; give a folder with some, or a JSON file."
-            )
-        splits = sorted({file.name.split("-")[0] for file in found if "-" in file.name} - {"data"})
-        if len(splits) > 1:
-            example = found[0].with_name(f"{splits[0]}-*{found[0].suffix}")
-            raise UserError(
-                f"{source}: contains the splits {', '.join(splits)}; give one of them, such as '{example}'."
-            )
-        return found
-    return []
+    files = sorted(storage.walk(source))
+    if "dataset_dict.json" in files:
+        splits = json.loads(storage.read_bytes(storage.join(source, "dataset_dict.json")))["splits"]
+        raise UserError(
+            f"{source}: contains the splits {', '.join(splits)}; give one of them, such as "
+            f"{storage.join(source, splits[0])}."
+        )
+    found = [PurePosixPath(file) for file in files if file.endswith(_TABLES)]
+    if not found:
+        raise UserError(f"{source}: a folder without Parquet or Arrow files; give a folder with some, or a JSON file.")
+    splits = sorted({file.name.split("-")[0] for file in found if "-" in file.name} - {"data"})
+    if len(splits) > 1:
+        example = found[0].with_name(f"{splits[0]}-*{found[0].suffix}")
+        raise UserError(
+            f"{source}: contains the splits {', '.join(splits)}; give one of them, such as "
+            f"'{storage.join(source, str(example))}'."
+        )
+    return [local_copy(storage.join(source, str(file))) for file in found]
 
 
 def _read_tables(tables: list[Path]) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:

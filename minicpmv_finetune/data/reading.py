@@ -89,6 +89,8 @@ def local_copy(uri: str) -> Path:
         UserError: There is no file at the URI, or access is denied.
         RetryableError: The store does not answer.
     """
+    if storage.is_folder(uri):
+        raise UserError(f"{uri}: is a folder; name its data files, such as '{storage.join(uri, '*.jsonl')}'.")
     if storage.is_object_uri(uri):
         return storage.fetch(uri)
     with storage.open_stream(uri):  # raises if the file cannot be read

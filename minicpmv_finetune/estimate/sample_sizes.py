@@ -18,7 +18,7 @@ from PIL import Image
 from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import InspectedImage, check_record, image_addresses, image_problem
-from minicpmv_finetune.data.reading import Record, read_records
+from minicpmv_finetune.data.reading import Record, local_copy, read_records
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
@@ -70,7 +70,7 @@ def measure_samples(
         rejected: Counts the rejected samples by reason.
     """
     uris = storage.expand(pattern)
-    paths = [storage.fetch(uri) for uri in uris]
+    paths = [local_copy(uri) for uri in uris]
     with progress("plan", sum(path.stat().st_size for path in paths), "B", unit_scale=True) as bar:
         records = (
             record for uri, path in zip(uris, paths, strict=True) for record in read_records(uri, path, bar.update)

@@ -9,7 +9,18 @@ Other packages use only the names below: `storage.read_bytes(uri)`.
 """
 
 from .fetching import cache_folder, fetch, read_model_file
-from .files import StoredFile, expand, list_files, open_stream, read_bytes, remove_file, size, walk, write_bytes
+from .files import (
+    StoredFile,
+    expand,
+    is_folder,
+    list_files,
+    open_stream,
+    read_bytes,
+    remove_file,
+    size,
+    walk,
+    write_bytes,
+)
 from .staging import staged_folder
 from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, upload_file, upload_folder
 from .uris import is_object_uri, is_supported, join, parent, require_allowed, resolve
@@ -23,6 +34,7 @@ __all__ = [
     "expand",
     "fetch",
     "file_sha256",
+    "is_folder",
     "is_object_uri",
     "is_supported",
     "join",

@@ -1,17 +1,24 @@
 """Exceptions of the operating system and of boto3, turned into the project's two kinds of error."""
 
 import errno
+import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minicpmv_finetune.errors import AccessError, RetryableError, UserError, describe_full_disk, is_full_disk
 
 from .s3 import load_boto3
-from .uris import shorten
+from .uris import is_object_uri, shorten
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
+
+_LISTED_NAMES = 100_000  # in a larger folder, only these are compared with a missing one
 
 
 @contextmanager
@@ -61,7 +68,29 @@ def explain_failures(uri: str) -> Iterator[None]:
 
 def fail_missing(uri: str) -> NoReturn:
     """Raise the error for a file, object or folder that does not exist."""
-    raise UserError(f"{shorten(uri)}: not found; check the path or URI.")
+    similar = None if is_object_uri(uri) else _similar_name(Path(uri))
+    if similar is None:
+        raise UserError(f"{shorten(uri)}: not found; check the path or URI.")
+    raise UserError(f"{shorten(uri)}: not found; the folder has {similar!a}, so make the two names equal.")
+
+
+def _similar_name(path: Path) -> str | None:
+    """The name of a file that looks like the missing one: blanks, case or the form of accents differ."""
+    try:
+        return _names_by_look(path.parent, path.parent.stat().st_mtime_ns).get(_look(path.name))
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=4)
+def _names_by_look(folder: Path, written: int) -> dict[str, str]:
+    """The names in a folder by what they look like; the time of its last change makes the cache forget old names."""
+    with os.scandir(folder) as entries:
+        return {_look(entry.name): entry.name for entry in islice(entries, _LISTED_NAMES)}
+
+
+def _look(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def _explain_response(shown: str, error: "ClientError") -> NoReturn:

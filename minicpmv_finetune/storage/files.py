@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -73,6 +73,8 @@ def open_stream(uri: str) -> Iterator[BinaryIO]:
 def expand(pattern: str) -> list[str]:
     """The files that match a pattern with `*`, `?` or `[…]`, sorted; a URI without these stands for itself.
 
+    A name that exists stands for itself too, also as a folder of the pattern: `run[1]/part-*.jsonl`.
+
     Raises:
         UserError: No file matches, or access is denied.
         RetryableError: The store does not answer.
@@ -84,18 +86,32 @@ def expand(pattern: str) -> list[str]:
             bucket, key = split_object_uri(pattern)
             parts = key.split("/")
             fixed = re.split(r"[*?[]", key, maxsplit=1)[0]
-            names = [item["Key"].split("/") for item in s3.list_objects(bucket, fixed)]
+            keys = [item["Key"] for item in s3.list_objects(bucket, fixed)]
+            if key in keys:
+                return [pattern]
             found = [
-                f"{pattern.partition('://')[0]}://{bucket}/{'/'.join(name)}"
-                for name in names
-                if len(name) == len(parts) and name[-1] and all(map(fnmatchcase, name, parts))
+                f"{pattern.partition('://')[0]}://{bucket}/{name}" for name in keys if _matches(name.split("/"), parts)
             ]
         else:
-            matches = glob.glob(str(local_path(pattern)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+            matches = glob.glob(_with_literal_folders(local_path(pattern)))  # noqa: PTH207  (needs a relative pattern)
             found = [name for name in matches if Path(name).is_file()]
     if not found:
         raise UserError(f"{shorten(pattern)}: no file matches this pattern; check it.")
     return sorted(found)
+
+
+def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether each part of a key equals or matches the same part of the pattern."""
+    pairs = zip(name, pattern, strict=False)
+    return (
+        len(name) == len(pattern) and name[-1] != "" and all(one == two or fnmatchcase(one, two) for one, two in pairs)
+    )
+
+
+def _with_literal_folders(pattern: Path) -> str:
+    """The pattern, in which the names of folders that exist are no patterns."""
+    folder = next(folder for folder in (*pattern.parents, Path()) if folder.is_dir())
+    return str(Path(glob.escape(str(folder))) / pattern.relative_to(folder))
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -132,6 +148,25 @@ def size(uri: str) -> int:
             return local_path(uri).stat().st_size
         bucket, key = split_object_uri(uri)
         return int(s3.client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+
+def is_folder(uri: str) -> bool:
+    """Whether the URI names a folder, or a part of a store that contains objects, and no file.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if not is_object_uri(uri):
+            return local_path(uri).is_dir()
+        bucket, key = split_object_uri(uri)
+        if not key:
+            return True
+        first = next(s3.list_objects(bucket, key), None)  # keys are sorted: the object itself comes first
+        below = f"{key.rstrip('/')}/"
+        is_file = first is not None and first["Key"] == key and key != below
+        return not is_file and next(s3.list_objects(bucket, below), None) is not None
 
 
 def list_files(uri: str) -> dict[str, int]:

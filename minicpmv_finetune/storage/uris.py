@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+import unicodedata
 from pathlib import Path
 
 from minicpmv_finetune import environment
@@ -106,5 +107,8 @@ def local_path(uri: str) -> Path:
 
 def shorten(uri: str) -> str:
     """A URI as error messages quote it: on one line and not too long."""
-    shown = uri if uri.isprintable() else repr(uri)  # a URI with a line break would look like two log lines
+    is_plain = uri.isprintable() and uri == uri.strip()  # a URI with a line break would look like two log lines
+    shown = uri if is_plain else repr(uri)
+    if not unicodedata.is_normalized("NFC", uri):  # looks like another name, which is written with other characters
+        shown = ascii(uri)
     return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"

@@ -1,13 +1,12 @@
 """The answer of a model to one question, for a first test of the model."""
 
-import hashlib
-import io
 from collections.abc import Sequence
 
-from PIL import Image
-
 from minicpmv_finetune import storage
-from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
+from minicpmv_finetune.data import image_files
+from minicpmv_finetune.data.checking import check_records, image_addresses
+from minicpmv_finetune.data.reading import Record
+from minicpmv_finetune.data.samples import Reject, Sample, SampleError
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
 from minicpmv_finetune.minicpmv.answer import answer, inference_device
@@ -28,7 +27,8 @@ def predict(
 
     Args:
         model_uri: Merged folder, or with an adapter its base model; a local path, an `s3://` URI or a hub id.
-        images: Local paths or `s3://` URIs of the images, which come before the question in this order.
+        images: Addresses of the images, as in data. They come before the question in this order, each on its own line,
+            unless the question contains their placeholders: `<image>` for one, `<image_00>`, `<image_01>` for several.
         prompt: Question.
         adapter_uri: Folder of a PEFT adapter, local or `s3://`; empty for none.
         max_new_tokens: Longest answer in tokens.
@@ -39,13 +39,11 @@ def predict(
     """
     if not prompt.strip():
         raise UserError("prompt: the prompt is empty; give a question.")
+    if not all(address.strip() for address in images):
+        raise UserError("image: an address is empty; give a path or an s3:// URI.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} leaves no room for an answer; give at least 1.")
-    image_refs = tuple(_read_image(uri) for uri in images)
-    # The same order as in validate_data's samples: images first, each on its own line.
-    image_parts: list[str | int] = [part for number in range(len(image_refs)) for part in (number, "\n")]
-    turn = Turn(role="user", parts=(*image_parts, prompt))
-    sample = Sample(id="prompt", images=image_refs, turns=(turn,), source="prompt")
+    sample = _make_sample(images, prompt)
     checkpoint = storage.fetch(model_uri)
     encoder = Encoder.from_checkpoint(checkpoint)
     if thinking and not encoder.generation.empty_thinking:
@@ -66,15 +64,23 @@ def predict(
     return f"<think>\n{answered.reasoning}\n</think>\n\n{answered.text}" if answered.reasoning else answered.text
 
 
-def _read_image(uri: str) -> ImageRef:
-    content = storage.read_bytes(uri)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{uri}: not a readable image ({type(error).__name__}); give a PNG, a JPEG or another format that Pillow "
-            "reads."
-        ) from error
-    return ImageRef(uri=uri, sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)
+def _make_sample(images: Sequence[str], prompt: str) -> Sample:
+    """The question as a sample, by the rules of validate-data, which also check the images.
+
+    Raises:
+        UserError: An image or a placeholder is unusable.
+    """
+    names = [f"<image_{number:02}>" for number in range(len(images))]
+    if len(images) > 1 and not any(name in prompt for name in names):
+        prompt = "\n".join([*names, prompt])
+    # The answer is not part of the prompt; a sample needs one.
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}]
+    image = images[0] if len(images) == 1 and names[0] not in prompt else dict(zip(names, images, strict=True))
+    record = Record("prompt", 0, None, {"image": image, "conversations": turns})
+    archives = {archive for address in image_addresses(record) if (archive := image_files.archive_of(address))}
+    spans = {name: span for archive in archives for name, span in image_files.list_archive(archive).items()}
+    (outcome,) = check_records([record], spans, exif_transpose=False)
+    if isinstance(outcome, Reject):
+        is_about_text = outcome.reason.startswith(("placeholder", "invalid"))
+        raise UserError(f"prompt: {outcome.message}" if is_about_text else outcome.message)
+    return Sample.model_validate_json(outcome.line)

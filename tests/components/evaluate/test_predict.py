@@ -1,15 +1,18 @@
 """The answer to one question."""
 
+import base64
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
-from minicpmv_finetune.components.evaluate.predict import predict
+from minicpmv_finetune.components.evaluate.predict import _make_sample, predict
 from minicpmv_finetune.data.samples import read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
@@ -36,6 +39,60 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
     assert plain != tuned
 
 
+def write_image(path: Path, color: str = "red") -> str:
+    Image.new("RGB", (9, 7), color).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "parts"),
+    [
+        ("Which?", 0, ("Which?",)),
+        ("Which?", 1, (0, "\nWhich?")),
+        ("Is <image> red?", 1, ("Is ", 0, " red?")),
+        ("Is <image_00> red?", 1, ("Is ", 0, " red?")),
+        ("Which?", 2, (0, "\n", 1, "\nWhich?")),
+        ("<image_01> or <image_00>?", 2, (1, " or ", 0, "?")),
+    ],
+)
+def test_images_are_where_the_prompt_marks_them(
+    prompt: str, count: int, parts: tuple[str | int, ...], tmp_path: Path
+) -> None:
+    images = [write_image(tmp_path / f"{number}.png", color) for number, color in enumerate(["red", "blue"][:count])]
+    sample = _make_sample(images, prompt)
+    assert sample.turns[0].parts == parts
+    assert [image.uri for image in sample.images] == images
+
+
+def test_images_are_addressed_as_in_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write_image(tmp_path / "a.png"))
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("a.tar", "w") as archive:
+        archive.add("a.png")
+    uri = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    samples = [_make_sample([address], "Which?") for address in ("a.png", str(path), "a.tar!a.png", uri)]
+    assert len({sample.images[0].sha256 for sample in samples}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("page.eps", "PostScript"),
+        ("a.pcx", "of no known format"),
+        ("moving.gif", "several frames"),
+        ("deep.png", "8 bits"),
+    ],
+)
+def test_an_image_that_validation_refuses_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    kind = {"page.eps": "EPS", "a.pcx": "PCX"}.get(name)
+    image = Image.new("I;16" if name == "deep.png" else "RGB", (9, 7))
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (9, 7), "red")]} if name == "moving.gif" else {}
+    image.save(tmp_path / name, kind, **frames)
+    renamed = (tmp_path / name).rename(tmp_path / "photo.jpg")
+    with pytest.raises(UserError, match=rf"photo\.jpg: .*{words}"):
+        _make_sample([str(renamed)], "Which?")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -45,6 +102,11 @@ def test_an_adapter_changes_the_answer(tiny_46: Path, digits: Path, tmp_path: Pa
         ({"thinking": True}, "thinking: MiniCPM-V 4.6 has no think blocks"),
         ({"images": ["missing.png"]}, "missing.png: not found"),
         ({"images": [__file__]}, "not a readable image"),
+        ({"images": [" "]}, "image: an address is empty"),
+        ({"images": ["https://example.org/a.png"]}, "web addresses are refused"),
+        ({"images": ["data:image/png;base64,AAAA"]}, "not a readable image"),
+        ({"prompt": "<image> Which?"}, "prompt: the text contains <image>, but"),
+        ({"prompt": "<image> <image_00>"}, "prompt: the text contains"),
         ({"adapter_uri": str(Path(__file__).parent)}, "no adapter_config.json"),
         ({"model_uri": str(Path(__file__).parent)}, "no config.json"),
     ],
