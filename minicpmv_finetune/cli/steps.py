@@ -19,7 +19,8 @@ def import_data(
     source: Annotated[
         str,
         typer.Argument(
-            help="LLaVA JSON, OpenAI messages as JSON Lines, or a folder of Hugging Face datasets; local or s3://."
+            help="JSON or JSON Lines of LLaVA, LLaMA-Factory, ms-swift, TRL or OpenAI, or a folder of Hugging Face "
+            "datasets; local or s3://."
         ),
     ],
     out: Annotated[

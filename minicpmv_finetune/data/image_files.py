@@ -149,18 +149,19 @@ def decode(content: bytes, rotate: bool = False) -> Image.Image:
 
 # What users have in place of an image: the first bytes, from some position, what they are, and the remedy.
 _OTHER_CONTENTS = (
-    (0, b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "fetch the image with git lfs pull"),
-    (0, b"/annex/objects/", "a git-annex pointer", "fetch the image with git annex get"),
-    (0, b"<!doctype html", "a web page", "download the image again"),
-    (0, b"<html", "a web page", "download the image again"),
+    (0, b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "fetch it with git lfs pull"),
+    (0, b"/annex/objects/", "a git-annex pointer", "fetch it with git annex get"),
+    (0, b"<!doctype html", "a web page", "download it again"),
+    (0, b"<html", "a web page", "download it again"),
     (0, b"<svg", "an SVG drawing", "convert it to PNG"),
     (0, b"<?xml", "an XML document", "replace it by an image, such as a PNG"),
-    (0, b"{", "text, such as JSON", "download the image again"),
+    (0, b"{", "text, such as JSON", "download it again"),
     (0, b"%pdf", "a PDF", "convert its pages to PNG"),
     (0, b"%!ps", "PostScript", "convert it to PNG"),
     (0, b"\xc5\xd0\xd3\xc6", "PostScript", "convert it to PNG"),
     (0, b"8bps", "a Photoshop document", "convert it to PNG"),
     (0, b"pk\x03\x04", "a ZIP archive", "unpack it"),
+    (0, b"par1", "a Parquet table", "convert it with minicpmv-finetune import-data"),
     (0, b"\x1f\x8b", "compressed by gzip", "unpack it"),
     (0, b"data:image/", "text: a data: URI", "write the URI itself in place of the file's name"),
     (0, b"\xff\x0a", "JPEG XL", "convert it to PNG"),
@@ -169,7 +170,17 @@ _OTHER_CONTENTS = (
     *((8, brand, "HEIC, Apple's photo format", "convert it to JPEG") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
     (4, b"ftyp", "a video, or an image in a format of videos", "convert it to JPEG"),
 )
+_BYTES_THAT_TELL = 256
 _ADDRESS_IN_MEMORY = re.compile(r" object at 0x[0-9a-f]+")
+
+
+def explain_content(content: bytes) -> str | None:
+    """What a file is that is not what it should be, and what to do, by its first bytes; None if they do not tell."""
+    start = content[:_BYTES_THAT_TELL].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for position, signature, kind, remedy in _OTHER_CONTENTS:
+        if start.startswith(signature, position):
+            return f"{kind}; {remedy}"
+    return None
 
 
 def explain_unreadable(content: bytes, error: Exception) -> str:
@@ -181,10 +192,8 @@ def explain_unreadable(content: bytes, error: Exception) -> str:
     """
     if not content:
         return "not a readable image: the file is empty; write the image again."
-    start = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for position, signature, kind, remedy in _OTHER_CONTENTS:
-        if start.startswith(signature, position):
-            return f"not a readable image: it is {kind}; {remedy}."
+    if found := explain_content(content):
+        return f"not a readable image: it is {found}."
     if isinstance(error, UnidentifiedImageError):
         return (
             f"not a readable image: its first bytes {content[:12]!r} are of no known format; convert it to PNG or JPEG."

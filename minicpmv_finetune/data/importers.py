@@ -181,6 +181,9 @@ def _read_tables(tables: list[Path]) -> Iterator[tuple[str, int | None, Any, Sam
                 else:
                     stream = pa.ipc.open_stream(pa.memory_map(str(path)))
                     schema, batches = stream.schema, (part for batch in stream for part in _split_batch(batch))
+                doubled = [name for name, count in Counter(schema.names).items() if count > 1]
+                if doubled:
+                    raise UserError(f"{path}: has the column {doubled[0]!r} more than once; keep one.")
                 videos = _video_columns(schema)
                 for batch in batches:
                     for row in batch.to_pylist():

@@ -23,10 +23,10 @@ _TURNS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("question", "query", "prompt", "instruction", "input")
 _ANSWERS = ("answer", "answers", "response", "output", "completion")
 _PREFERRED = ("chosen", "completion", "preferred_output")
-_IMAGES = (
-    *("image", "images", "img", "imgs", "image_path", "image_paths", "img_path", "image_url", "image_urls"),
-    *("image_file", "image_files", "picture", "pictures", "photo", "file_name"),
-)
+# Names of fields that contain images, and names that look as if.
+_IMAGE_FIELD = re.compile(r"(image|img|picture|photo|pic)s?([_-]?(path|url|uri|file|name|file_?name|base64|data)s?)?")
+_IMAGE_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|heic)", re.IGNORECASE)
+_IMAGE_LIKE = re.compile(r"(image|img|picture|photo).*|.*[_-](image|img|picture|photo|pic)s?([_-].*)?")
 _VIDEOS = ("video", "videos", "video_path", "video_url")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("loss", "weight", "loss_scale", "train")
@@ -79,14 +79,16 @@ def find_ignored_fields(content: Mapping[str, Any]) -> list[str]:
         SampleError: A field has a meaning in another program's format, so that ignoring it would lose something.
     """
     fields = _filled(content)
-    # Further names of images are remarks where `image` names them.
-    meaningful = _MEANINGFUL_IN_ROWS if "image" in fields else _MEANINGFUL_IN_ROWS.union(_IMAGES)
+    meaningful = _MEANINGFUL_IN_ROWS
     if "conversations" not in fields:
         meaningful = meaningful.union(_TURNS, _QUESTIONS, _ANSWERS)
     others = [name for name in fields if name not in _OWN]
     foreign = [name for name in others if _plain(name) in meaningful or _plain(name) in _OWN]
+    if "image" not in fields:  # further names of images are remarks where `image` names them
+        foreign += _image_like(fields)
     foreign += [name for name in others if _plain(name) == "label" and isinstance(fields[name], bool)]
     foreign += [name for name in others if _plain(name) in ("loss", "weight") and fields[name] in (0, False)]
+    foreign = list(dict.fromkeys(foreign))
     ignored = [name for name in others if name not in foreign]
     turns = fields.get("conversations")
     for turn in turns if isinstance(turns, list) else []:
@@ -168,6 +170,22 @@ def _plain(name: str) -> str:
     return name.strip().lower()
 
 
+def _image_like(fields: Mapping[str, Any]) -> list[str]:
+    """The fields that seem to contain an image, by their names; a number or a truth value contains none."""
+    return [
+        name
+        for name, value in fields.items()
+        if (not isinstance(value, int | float) and _IMAGE_LIKE.fullmatch(_plain(name))) or _is_image(name, value)
+    ]
+
+
+def _is_image(name: str, value: Any) -> bool:
+    """Whether a field of this name contains images; `file_name` does in a folder of images with its metadata.jsonl."""
+    if _plain(name) in ("file_name", "filename"):
+        return isinstance(value, str) and _IMAGE_FILE.fullmatch(value) is not None
+    return not isinstance(value, int | float) and _IMAGE_FIELD.fullmatch(_plain(name)) is not None
+
+
 def _is_own(name: str, value: Any) -> bool:
     if name == "tags":
         return isinstance(value, list) and all(isinstance(tag, str) for tag in value)
@@ -210,8 +228,11 @@ def _take_loss(fields: dict[str, Any], names: Iterable[str], where: str) -> bool
 
 def _take_images(fields: dict[str, Any]) -> dict[str, Any] | list[Any]:
     """The images that are listed beside the turns, by placeholder or in the order of their places."""
-    found = [name for name in _IMAGES if name in fields]
+    found = [name for name, value in fields.items() if _is_image(name, value)]
+    found.sort(key=lambda name: ("image", "images", name).index(name))
     if not found:
+        if unclear := _image_like(fields):
+            raise SampleError("schema", f"`{unclear[0]}` seems to name an image; rename it to `image`, or remove it.")
         return []
     images = fields.pop(found[0])
     if found[:2] == ["image", "images"] and fields.pop("images") not in (images, [images]):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 
+from . import image_files
 from .samples import SampleError
 
 _CHUNK = 1 << 18  # bytes read at once, at least
@@ -109,6 +110,11 @@ def read_records(uri: str, path: Path, report_bytes: Callable[[int], object] = l
         UserError: The file is not UTF-8, or contains neither of these formats.
     """
     with path.open("rb") as file:
+        start = file.read(256)
+        file.seek(0)
+        other = None if start.lstrip()[:1] in (b"[", b"{") else image_files.explain_content(start)
+        if other:
+            raise UserError(f"{uri}: not JSON, it is {other}.")
         window = _Window(uri, file, report_bytes)
         first = window.peek()
         if not first:

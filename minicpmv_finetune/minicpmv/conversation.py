@@ -133,7 +133,7 @@ class Encoder:
 
     @cached_property
     def structural_tokens(self) -> frozenset[str]:
-        """The special tokens that the format itself writes: marks of images, headers and ends of turns, and fillers.
+        """The tokens that the format itself writes: marks of images, headers and ends of turns, and fillers.
 
         A text that contains one would be read as something else than text. All other special tokens, such as `<box>`
         or `<ref>`, are words that users train on.
@@ -141,8 +141,7 @@ class Encoder:
         tokenizer = self.tokenizer
         fillers = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
         named = {*_STRUCTURAL_TOKENS, *self.generation.stop_tokens, self.generation.image_token, *fillers}
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        return frozenset(special & named)
+        return frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.content in named)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, with special tokens such as `<box>`, without white space at its ends."""

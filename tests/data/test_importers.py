@@ -203,6 +203,11 @@ BEFORE = [("user", "Hi."), ("assistant", "Hello.")]
         ),
         # Hugging Face datasets
         ({"Question": "Color?", "Answer": "Red.", "label": False, "split": "a"}, ASKED, "label split"),
+        (
+            {"messages": [ASK, ANSWER], "images": [], "image_count": 0, "filename": "a.txt"},
+            ASKED,
+            "image_count filename",
+        ),
     ],
     ids=str,
 )
@@ -249,6 +254,7 @@ def test_answers_that_are_not_to_be_trained_stay_so(field: dict[str, Any], folde
         ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, "two_system_turns"),
         ({"messages": [ASK, ANSWER], "completion": "Blue."}, "schema"),
         ({"image": "red.png", "images": ["blue.png"], "messages": [ASK, ANSWER]}, "schema"),
+        ({"coco_image_id": "17", "messages": [ASK, ANSWER]}, "schema"),
         ({"image": "red.png", "Image": "blue.png", "messages": [ASK, ANSWER]}, "doubled_key"),
         ({"messages": [[ASK, ANSWER]]}, "schema"),
         ({"messages": [{"content": "Color?"}, ANSWER]}, "schema"),
@@ -287,7 +293,9 @@ def test_this_projects_own_format_passes_through(image: Any, text: str, names: l
         assert direct.model_copy(update={"source": ""}) == sample.model_copy(update={"source": ""})
 
 
-@pytest.mark.parametrize("name", ["images", "img", "image_path", "image_url", "Image", "image_file", "picture"])
+@pytest.mark.parametrize(
+    "name", ["images", "img", "image_path", "imagePath", "image_url", "Image", "image_name", "pics", "file_name"]
+)
 def test_images_have_many_names(name: str, folder: Path) -> None:
     (folder / "data.jsonl").write_text(json.dumps({name: "red.png", "question": "Color?", "answer": "Red."}))
     (sample,) = run_import(folder / "data.jsonl", folder / "train.jsonl")
@@ -373,6 +381,12 @@ def test_a_video_column_is_recognized_by_the_metadata_of_datasets(folder: Path) 
     assert {reject.reason for reject in read_rejects(folder / "train.jsonl")} == {"video"}
     assert not (folder / "train.jsonl").exists()
     assert not list(folder.glob("*.tar"))
+
+
+def test_a_table_with_a_doubled_column_is_refused(folder: Path) -> None:
+    parquet.write_table(pa.table([["a"], ["b"]], names=["image", "image"]), folder / "two.parquet")
+    with pytest.raises(UserError, match=r"two\.parquet: has the column 'image' more than once"):
+        import_data(str(folder / "two.parquet"), folder / "train.jsonl")
 
 
 def test_several_splits_are_refused(folder: Path) -> None:

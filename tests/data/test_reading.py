@@ -145,3 +145,19 @@ def test_samples_that_occur_twice_are_refused(tmp_path: Path, monkeypatch: pytes
     *_, last = records(tmp_path, '{"data": [1],\n "data": [2]}', 64, monkeypatch)
     assert (last.is_last, last.line) == (True, 2)
     assert "data occurs twice" in str(last.problem)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer; fetch it with git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>", "a web page; download it again"),
+        (b"\x1f\x8b\x08", "compressed by gzip; unpack it"),
+        (b"PAR1\xff", "a Parquet table; convert it with minicpmv-finetune import-data"),
+    ],
+)
+def test_what_a_file_is_in_place_of_json_is_named(
+    content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=f"data.json: not JSON, it is {words}"):
+        records(tmp_path, content, 1 << 18, monkeypatch)

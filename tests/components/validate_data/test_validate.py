@@ -525,6 +525,7 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
 FOREIGN_FIELDS: list[Json] = [
     *({name: "a.png"} for name in ("images", "img", "image_path", "image_url", "Image", "file_name", "image ")),
     *({name: ["a.png"]} for name in ("images", "image_urls", "imgs")),
+    *({name: "17"} for name in ("image_id", "coco_image", "imageBase64", "photo_of_front", "pics")),
     *({name: "clip"} for name in ("videos", "audio", "audios")),
     *({name: "Be brief."} for name in ("system", "chosen", "rejected", "rejected_response", "reasoning_content")),
     *({name: [{}]} for name in ("messages", "history", "tools", "objects", "functions")),
@@ -552,11 +553,21 @@ def test_fields_of_other_formats_are_refused_and_not_lost(fields: Json, folder: 
 
 
 def test_fields_without_a_meaning_are_counted_and_named(folder: DataFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    remark = {"category": "x", "label": "cat", "weight": 3, "images": [], "system": None, "question": "What?"}
+    remark = {
+        "category": "x",
+        "image_count": 0,
+        "label": "cat",
+        "weight": 3,
+        "images": [],
+        "system": None,
+        "question": "What?",
+    }
     info = folder.check(
         [{**TEXT_ONLY, **remark}, {**TEXT_ONLY, "category": "y", TURNS: [ASK_WORDS, {**ANSWER, "name": 1}]}]
     )
-    assert info.ignored_fields == {"category": 2, "conversations.name": 1, "label": 1, "question": 1, "weight": 1}
+    assert info.ignored_fields == {
+        **{"category": 2, "conversations.name": 1, "image_count": 1, "label": 1, "question": 1, "weight": 1}
+    }
     assert "note: fields without a meaning here are ignored: 'category' (2), 'conv" in capsys.readouterr().err
     shown = folder.accepted({"image": "a.png", "image_url": "https://e.org/a.png", TURNS: [ASK, ANSWER]})
     assert len(shown.images) == 1
