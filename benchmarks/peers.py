@@ -131,7 +131,9 @@ def _prepare(base: Path) -> Path:
     """Validate the photographs and write them to shards; returns the folder of the shards."""
     dataset, shards, rejects = FOLDER / "dataset", FOLDER / "shards", FOLDER / "rejects.jsonl"
     validate_data(str(FOLDER / "photographs.json"), "", dataset, rejects, ValidationSettings(eval_fraction=0))
-    preprocess(dataset, str(base), shards, rejects, PreprocessSettings(model_max_length=LONGEST, codec="raw"))
+    preprocess(
+        dataset, str(base), shards, FOLDER / "too-long.jsonl", PreprocessSettings(model_max_length=LONGEST, codec="raw")
+    )
     return shards
 
 

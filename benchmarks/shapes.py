@@ -163,5 +163,5 @@ def prepare_digits(folder: Path, count: int | None = None) -> tuple[Path, Path]:
     data, _ = write_digits(folder / "digits", seed=0)
     data.write_text(json.dumps(json.loads(data.read_text())[:count]))
     validate_data(str(data), "", folder / "dataset", rejects, ValidationSettings(eval_fraction=0))
-    preprocess(folder / "dataset", str(base), shards, rejects, PreprocessSettings())
+    preprocess(folder / "dataset", str(base), shards, folder / "too-long.jsonl", PreprocessSettings())
     return base, shards

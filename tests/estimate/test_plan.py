@@ -90,7 +90,9 @@ def test_counts_equal_those_of_preprocess(exif_transpose: bool, data: Path, tiny
     codecs = [codec for codec in CODECS if codec in ("raw", "source")]
     for codec in codecs:
         options = PreprocessSettings(max_reject_ratio=1.0, codec=codec)
-        preprocess(tmp_path / "dataset", str(tiny_46), tmp_path / codec, rejects, options, num_workers=1)
+        preprocess(
+            tmp_path / "dataset", str(tiny_46), tmp_path / codec, tmp_path / "too-long.jsonl", options, num_workers=1
+        )
     manifest = read_manifest(tmp_path / "raw")
     lengths = [*manifest.lengths["train"], *manifest.lengths["eval"]]
     assert found.tokens == sum(lengths)

@@ -39,7 +39,7 @@ def test_all_steps_work_with_every_generation(
         ValidationSettings(),
     )
     manifest = preprocess(
-        tmp_path / "dataset", str(base), tmp_path / "shards", tmp_path / "rejects.jsonl", PreprocessSettings()
+        tmp_path / "dataset", str(base), tmp_path / "shards", tmp_path / "too-long.jsonl", PreprocessSettings()
     )
     assert manifest.generation == version
     flags = {

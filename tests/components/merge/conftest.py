@@ -122,5 +122,5 @@ def shards(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory
         (folder / f"{split}.json").write_text(json.dumps(samples))
     train_data, eval_data = (str(folder / f"{split}.json") for split in ("train", "eval"))
     validate_data(train_data, eval_data, folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
-    preprocess(folder / "dataset", str(tiny_46), folder / "shards", folder / "rejects.jsonl", PreprocessSettings())
+    preprocess(folder / "dataset", str(tiny_46), folder / "shards", folder / "too-long.jsonl", PreprocessSettings())
     return folder / "shards"

@@ -281,7 +281,8 @@ def test_an_unfinished_dataset_ends_the_step(folder: DataFolder) -> None:
 
 
 def test_a_wrong_base_model_ends_the_step(folder: DataFolder, tmp_path: Path) -> None:
-    for base_model, sentence in ((tmp_path / "nowhere", "not found"), (tmp_path, "this is not a checkpoint")):
+    (tmp_path / "empty").mkdir()
+    for base_model, sentence in ((tmp_path / "nowhere", "not found"), (tmp_path / "empty", "this is not a checkpoint")):
         folder.base_model = base_model
         with pytest.raises(UserError, match=sentence):
             folder.run()

@@ -109,8 +109,9 @@ def test_a_full_fine_tune_saves_a_whole_checkpoint(
 
 
 def test_a_users_mistake_in_a_training_process_is_one_sentence(tiny_46: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
     with pytest.raises(UserError, match=r"no manifest\.json here") as error:
-        launch(_flags(tiny_46, tmp_path, tmp_path / "out"))
+        launch(_flags(tiny_46, tmp_path / "shards", tmp_path / "out"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
