@@ -9,7 +9,7 @@ training finds its checkpoints; `training_identity` has the same for the flags o
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
@@ -31,6 +32,8 @@ from .intervals import choose_intervals
 IN_DIGEST = "in_digest"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 _LOADER_MEMORY = 2**30  # bytes of shared memory; the prefetched batches of four workers are some hundred megabytes
+# What transformers and torch raise for a value that they cannot use.
+_ERRORS_OF_VALUES = (ValueError, ImportError, OSError, TypeError, KeyError, AttributeError, RuntimeError)
 _STRATEGY_FOLDER = Path(__file__).parent / "strategies"
 
 
@@ -321,11 +324,13 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     instance.error = _fail  # type: ignore[method-assign, assignment]
     try:
         model, data, training, lora = instance.parse_args_into_dataclasses(args=flags)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"Training arguments: {str(error).strip().splitlines()[0]}") from error
+    except _ERRORS_OF_VALUES as error:
+        raise UserError(f"Training arguments: {_first_line(error)}") from error
     given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
     arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
+    _check_optimizer(training)
+    training.report_to = _installed_integrations(training.report_to, announce)
     choose_intervals(arguments.training, given)
     return arguments
 
@@ -336,11 +341,57 @@ def _check(arguments: Arguments) -> None:
     if training.fsdp and training.use_cpu:
         # accelerate would train plain DDP without a warning.
         raise UserError("--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3.")
+    if training.fp16 and training.use_cpu:
+        raise UserError("--fp16: needs a GPU, and there is none; leave it out, or give --bf16 true.")
+    if training.dataloader_multiprocessing_context and not training.dataloader_num_workers:
+        raise UserError("--dataloader_multiprocessing_context: there are no workers; give --dataloader_num_workers.")
     if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):
         raise UserError(
             "--q_lora: ZeRO-3 and FSDP partition weights, which is impossible for 4-bit weights; use --strategy ddp or "
             "zero2, or train LoRA without q_lora."
         )
+
+
+def _check_optimizer(training: TrainingArguments) -> None:
+    """Look up the optimizer and build a schedule, which transformers does only when training starts."""
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(training)
+    except _ERRORS_OF_VALUES as error:
+        raise UserError(f"--optim {training.optim}: {_first_line(error)}") from error
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    kwargs: Any = training.lr_scheduler_kwargs or {}
+    try:
+        transformers.get_scheduler(
+            training.lr_scheduler_type, optimizer, 1, num_training_steps=10, scheduler_specific_kwargs=kwargs
+        )
+    except _ERRORS_OF_VALUES as error:
+        raise UserError(
+            f"--lr_scheduler_type {training.lr_scheduler_type}: {_first_line(error)}; see --lr_scheduler_kwargs."
+        ) from error
+
+
+def _installed_integrations(names: Iterable[str], announce: Callable[[str], None]) -> list[str]:
+    """The integrations of `--report_to` whose packages are installed.
+
+    The published launch scripts name tensorboard, so without its package this one is left out, with a sentence.
+
+    Raises:
+        UserError: Another one is unknown or not installed.
+    """
+    available = get_available_reporting_integrations()
+    missing = [name for name in names if name not in available]
+    for name in missing:
+        if name != "tensorboard":
+            raise UserError(
+                f"--report_to {name}: unknown, or its package is not installed; leave the flag out, because "
+                "metrics go to MLflow and the report, or install the package."
+            )
+        announce("--report_to tensorboard: its package is not installed; metrics go to MLflow and the report.")
+    return [name for name in names if name not in missing]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _shards_parameters(training: TrainingArguments) -> bool:

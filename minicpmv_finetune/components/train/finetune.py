@@ -348,8 +348,28 @@ def _open_datasets(
         packs = pack_samples(manifest.lengths["train"], training.model_max_length, training.seed)
         _log(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
         train_dataset = PackDataset(examples, packs)
+    _check_sizes(training, len(train_dataset), manifest)
     has_eval = bool(manifest.rows("eval"))
     return train_dataset, ExampleDataset(inputs.shards, "eval", stores.get("eval")) if has_eval else None
+
+
+def _check_sizes(training: TrainingArguments, rows: int, manifest: Manifest) -> None:
+    """Check the flags that depend on the number of samples.
+
+    Raises:
+        UserError: Nothing would be trained, or nothing evaluated.
+    """
+    at_once = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and rows < at_once:
+        raise UserError(
+            f"--dataloader_drop_last: a batch of {at_once} rows over all processes is larger than the data ({rows}), "
+            "so that nothing would be trained; lower --per_device_train_batch_size, or leave the flag out."
+        )
+    if training.eval_strategy != "no" and not manifest.rows("eval"):
+        raise UserError(
+            f"--eval_strategy {training.eval_strategy}: there are no evaluation samples; give --eval_data_path or an "
+            "eval_fraction to validate-data, or leave the flag out."
+        )
 
 
 def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArguments) -> dict[Split, Path]:
@@ -420,7 +440,7 @@ def _make_trainer(
 ) -> MiniCPMVTrainer:
     training = arguments.training
     watchdog = Watchdog(training.ddp_timeout, training.process_index)
-    trainer = MiniCPMVTrainer(
+    trainer = _build(
         model=model.trained,
         args=training,
         train_dataset=train_dataset,
@@ -440,6 +460,14 @@ def _make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _build(**options: Any) -> MiniCPMVTrainer:
+    """The trainer; a value that transformers refuses only here is the user's mistake."""
+    try:
+        return MiniCPMVTrainer(**options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"Training arguments: {str(error).strip().splitlines()[0]}") from error
 
 
 def _check_shared_memory(training: TrainingArguments, plans: Sequence[LoaderPlan] = ()) -> None:

@@ -225,8 +225,29 @@ def find_contradictions(values: Mapping[str, Any]) -> list[str]:
         sentences.append(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
         )
-    return sentences
+    if values.get("lora_weight_path") and not use_lora:
+        sentences.append("--lora_weight_path: an adapter is given, but no adapter is trained; give --use_lora true.")
+    metric = values.get("metric_for_best_model")
+    if metric and str(metric).removeprefix("eval_") not in _METRICS:
+        sentences.append(f"--metric_for_best_model {metric}: is not measured; give {' or '.join(_METRICS)}.")
+    if values.get("save_strategy") == "best" and not metric:
+        sentences.append("--save_strategy best: give --metric_for_best_model loss too.")
+    if values.get("optim_args") and not all("=" in pair for pair in str(values["optim_args"]).split(",")):
+        sentences.append(f"--optim_args {values['optim_args']}: give NAME=VALUE, several separated by commas.")
+    refused = [(name, value) for name, value in _REFUSED if name in values and values[name] is value]
+    return sentences + [f"--{name} {str(value).lower()}: {_REFUSED[name, value]}." for name, value in refused]
 
+
+_METRICS = ("loss", "token_accuracy")
+_REFUSED = {
+    ("do_train", False): "this command trains, and evaluate is a step of its own; leave the flag out",
+    ("push_to_hub", True): "publishing is a step of its own; leave the flag out, and upload the merged folder",
+    ("save_only_model", True): "such a checkpoint cannot be continued; leave the flag out",
+    ("batch_eval_metrics", True): "the token accuracy is computed over the whole evaluation; leave the flag out",
+    ("auto_find_batch_size", True): "the batch size is part of the training's record; give one that `plan` recommends",
+    ("enable_jit_checkpoint", True): "every training saves its state on SIGTERM; leave the flag out",
+}
+"""Flags that transformers accepts and this step cannot honor, with the reason and the remedy."""
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",

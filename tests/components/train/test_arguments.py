@@ -84,3 +84,61 @@ def test_settings_become_flags() -> None:
 def test_data_is_required() -> None:
     with pytest.raises(UserError, match="--data_path: missing"):
         parse(["--output_dir", "out"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--do_train false", "this command trains"),
+        ("--push_to_hub true", "publishing is a step of its own"),
+        ("--save_only_model true", "cannot be continued"),
+        ("--batch_eval_metrics true", "over the whole evaluation"),
+        ("--auto_find_batch_size true", "plan"),
+        ("--enable_jit_checkpoint true", "SIGTERM"),
+        ("--metric_for_best_model accuracy", "give loss or token_accuracy"),
+        ("--save_strategy best", "--metric_for_best_model"),
+        ("--lora_weight_path old", "give --use_lora true"),
+        ("--optim galore_adamw", "--optim"),
+        ("--optim apollo_adamw", "--optim"),
+        ("--optim_args nonsense", "give NAME=VALUE"),
+        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs"),
+        ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"typo":1}', "--lr_scheduler_kwargs"),
+        ("--report_to wandb", "or its package is not installed"),
+        ("--report_to typo", "unknown, or"),
+        ("--accelerator_config nowhere.json", "nowhere.json"),
+        ("--dataloader_multiprocessing_context fork", "--dataloader_num_workers"),
+        ("--dataloader_prefetch_factor 2", "dataloader_num_workers"),
+        ("--deepspeed nowhere.json", "nowhere.json"),
+    ],
+)
+def test_a_value_that_cannot_be_honored_is_one_sentence(flags: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        _parse(*flags.split())
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="--fp16: needs a GPU"):
+        _parse("--fp16", "true", "--use_cpu", "true")
+
+
+def test_tensorboard_which_the_published_scripts_name_is_left_out_where_it_is_not_installed() -> None:
+    sentences: list[str] = []
+    flags = [*"--model_name_or_path base --data_path data --output_dir out --report_to tensorboard".split()]
+    assert parse(flags, sentences.append).training.report_to == []
+    assert any("tensorboard" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optim adafactor",
+        '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":0.1}',
+        "--lr_scheduler_type constant_with_warmup --warmup_steps 2",
+        "--save_strategy best --metric_for_best_model loss --eval_strategy epoch",
+        "--do_train true --do_eval true",
+    ],
+)
+def test_a_value_that_can_be_honored_is_accepted(flags: str) -> None:
+    assert _parse(*flags.split())
