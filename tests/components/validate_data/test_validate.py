@@ -772,7 +772,8 @@ def test_a_missing_file_is_refused(folder: DataFolder) -> None:
 
 def test_a_folder_in_place_of_data_is_refused(s3_uri: str, folder: DataFolder) -> None:
     storage.write_bytes(f"{s3_uri}/set/train.json", b"[]")
-    for uri in (s3_uri, f"{s3_uri}/set", f"{s3_uri}/set/", str(folder.path)):
+    (folder.path / "images").mkdir(exist_ok=True)
+    for uri in (s3_uri, f"{s3_uri}/set", f"{s3_uri}/set/", str(folder.path / "images")):
         with pytest.raises(UserError, match=r"is a folder; name its data files, such as '.*/\*\.jsonl'"):
             validate_data(uri, "", folder.dataset, folder.rejects_file, ValidationSettings())
 
