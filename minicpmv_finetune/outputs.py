@@ -29,7 +29,7 @@ from minicpmv_finetune.errors import UserError
 
 MARK = ".minicpmv-finetune.json"
 FILES_MARK = ".minicpmv-finetune-files.json"
-_PARTIAL = ".partial-"
+_PARTIAL = ".minicpmv-finetune-partial-"
 _COMPLETING = ("dataset.json", "manifest.json", "training.json", "config.json")
 _UNMARKED = {
     "validate-data": ("dataset.json", ("train.jsonl", "eval.jsonl")),

@@ -300,3 +300,31 @@ def test_readers_without_rights_are_given_them(tmp_path: Path) -> None:
         (folder / "model.safetensors").touch(mode=0o600)
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044 == 0o044
     assert os.access(tmp_path / "out", os.R_OK)
+
+
+def test_a_hidden_folder_of_the_user_is_foreign(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    (tmp_path / "out" / ".partial-mine").mkdir()
+    (tmp_path / "out" / ".partial-mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="did not write"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / ".partial-mine" / "notes.txt").read_text() == "mine"
+
+
+def test_files_that_are_put_into_the_place_while_a_step_runs_stay(tmp_path: Path) -> None:
+    with claimed_folder(tmp_path / "out", "merge", {}) as place, place.assembled() as folder:
+        (folder / "config.json").write_text("{}")
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def test_a_file_of_the_same_name_that_appears_while_a_step_runs_is_not_replaced(tmp_path: Path) -> None:
+    def run() -> None:
+        with claimed_folder(tmp_path / "two", "merge", {}) as place, place.assembled() as folder:
+            (folder / "config.json").write_text("{}")
+            (tmp_path / "two" / "config.json").write_text("mine")
+
+    with pytest.raises(UserError, match=r"config\.json was put there by something else"):
+        run()
+    assert (tmp_path / "two" / "config.json").read_text() == "mine"

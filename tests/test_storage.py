@@ -408,3 +408,12 @@ def test_a_missing_file_that_looks_like_another_is_explained(asked: str, stored:
 @pytest.mark.parametrize("value", ["", " ", "\n"])
 def test_a_blank_variable_counts_as_unset(value: str) -> None:
     assert environment.EXPERIMENT.read({"MLFLOW_EXPERIMENT_NAME": value}) == "minicpmv-finetune"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is no regular file"):
+            storage.read_bytes(str(place))
+        with pytest.raises(UserError, match="is no regular file"), storage.open_stream(str(place)):
+            pass

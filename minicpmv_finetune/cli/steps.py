@@ -153,7 +153,8 @@ def merge(
         check_folder(out, "merge", {"--base-model": base, "--adapter": str(adapter), "--shards": str(shards)})
     else:
         check_object_folder(out, {"--base-model": base})
-        storage.check_upload(out)
+        report_uri = f"{out.rstrip('/')}.merge-report.json"
+        storage.check_upload(out, report_uri)
     check_base_model("--base-model", base)
     from minicpmv_finetune.components.merge.merge import MergeSettings
     from minicpmv_finetune.components.merge.merge import merge as step
@@ -164,7 +165,7 @@ def merge(
     with tempfile.TemporaryDirectory() as folder:
         model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
         step(base, adapter, shards, model, report, MergeSettings())
-        storage.write_bytes(f"{out.rstrip('/')}.merge-report.json", report.read_bytes())
+        storage.write_bytes(report_uri, report.read_bytes())
         print(f"{storage.upload_folder(model, out, last='config.json')} files uploaded to {out}")
 
 

@@ -77,6 +77,7 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
         UserError: There is no file at the source, its format is unknown, or no item of it can be used.
     """
     check_file(out, "import-data")
+    out = out.expanduser().resolve()  # through a link, to the file that it names
     rejects_file = out.with_name(f"{out.stem}.rejects.jsonl")
     files = [out, rejects_file, out.with_name(f"{out.stem}.pictures.tar")]
     with claimed_files(files, "import-data", {"SOURCE": source}):

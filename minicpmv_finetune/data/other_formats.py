@@ -29,7 +29,8 @@ _IMAGE_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|heic)", re
 _IMAGE_LIKE = re.compile(r"(image|img|picture|photo).*|.*[_-](image|img|picture|photo|pic)s?([_-].*)?")
 _VIDEOS = ("video", "videos", "video_path", "video_url")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_WEIGHTS = ("loss", "weight", "loss_scale", "train")
+_WEIGHTS = ("loss", "weight", "loss_scale", "train", "trainable")
+_FALSE = (False, 0, "false", "False", "0")  # as programs write a judgement
 
 _TOOLS = "tool calls are not supported; write the conversation without them"
 # Fields of a row that change what is trained in a way that this project does not offer.
@@ -43,6 +44,7 @@ _REFUSED_IN_QUESTIONS = ("context", "options", "choices", "hint")
 _REFUSED_IN_TURNS = {
     **dict.fromkeys(("tool_calls", "function_call"), _TOOLS),
     "audio": "audio is not supported; write what is said as text",
+    "mask": 'what a mask leaves out is not known; write "loss": false on answers that are not trained',
     "refusal": "a refusal beside the content is not supported; write it as the content",
     **dict.fromkeys(("image", "images"), "images of a turn are named in the row or within the content"),
     **dict.fromkeys(("video", "videos"), "videos are not supported; give frames as images"),
@@ -86,8 +88,10 @@ def find_ignored_fields(content: Mapping[str, Any]) -> list[str]:
     foreign = [name for name in others if _plain(name) in meaningful or _plain(name) in _OWN]
     if "image" not in fields:  # further names of images are remarks where `image` names them
         foreign += _image_like(fields)
-    foreign += [name for name in others if _plain(name) == "label" and isinstance(fields[name], bool)]
-    foreign += [name for name in others if _plain(name) in ("loss", "weight") and fields[name] in (0, False)]
+    foreign += [name for name in others if _plain(name) == "label" and _is_judgement(fields[name])]
+    foreign += [name for name in others if _plain(name) in _WEIGHTS and fields[name] in _FALSE]
+    if "image" not in fields:
+        foreign += [name for name in others if _names_image(fields[name])]
     foreign = list(dict.fromkeys(foreign))
     ignored = [name for name in others if name not in foreign]
     turns = fields.get("conversations")
@@ -96,6 +100,7 @@ def find_ignored_fields(content: Mapping[str, Any]) -> list[str]:
             if name in ("role", "content", "loss"):
                 continue
             is_foreign = _plain(name) in _MEANINGFUL_IN_TURNS or _plain(name) in ("role", "content", "loss")
+            is_foreign = is_foreign or _is_image(name, turn[name]) or _names_image(turn[name])
             (foreign if is_foreign else ignored).append(f"conversations.{name}")
     if foreign:
         names = ", ".join(f"`{name}`" for name in dict.fromkeys(foreign))
@@ -186,6 +191,18 @@ def _is_image(name: str, value: Any) -> bool:
     return not isinstance(value, int | float) and _IMAGE_FIELD.fullmatch(_plain(name)) is not None
 
 
+def _names_image(value: Any) -> bool:
+    """Whether a field's value is the path or the content of an image, or a list of them, whatever the field's name."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(
+        isinstance(text, str) and (_IMAGE_FILE.fullmatch(text) or text.startswith("data:image/")) for text in texts
+    )
+
+
+def _is_judgement(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
+
+
 def _is_own(name: str, value: Any) -> bool:
     if name == "tags":
         return isinstance(value, list) and all(isinstance(tag, str) for tag in value)
@@ -202,14 +219,18 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
     for name, reason in _REFUSED_IN_ROWS.items():
         if name in fields:
             raise SampleError("unsupported", f"has `{name}`: {reason}.")
-    judged = ("kto_tag",) if fields.keys() & {"answer", "answers"} else ("label", "kto_tag")  # or a class, of questions
-    for name in judged:
-        if isinstance(fields.get(name), bool) and not fields.pop(name):
+    # Beside a question and its answer, a label that is a number or a word may be a class.
+    is_question = bool(fields.keys() & {"answer", "answers"})
+    for name in ("label", "kto_tag"):
+        value = fields.get(name)
+        if name == "label" and is_question and not _is_judgement(value):
+            continue
+        if name in fields and (_is_judgement(value) or value in (0, 1)) and fields.pop(name) in _FALSE:
             raise SampleError(
                 "undesired_answer",
                 f"`{name}` is false, so the answer is one that the model should not give; it is not trained.",
             )
-    if not _take_loss(fields, ("loss", "weight"), "the sample"):
+    if not _take_loss(fields, _WEIGHTS, "the sample"):
         raise SampleError("nothing_supervised", "its weight is 0, so that nothing of it is trained; remove it.")
 
 
@@ -231,7 +252,7 @@ def _take_images(fields: dict[str, Any]) -> dict[str, Any] | list[Any]:
     found = [name for name, value in fields.items() if _is_image(name, value)]
     found.sort(key=lambda name: ("image", "images", name).index(name))
     if not found:
-        if unclear := _image_like(fields):
+        if unclear := [*_image_like(fields), *(name for name, value in fields.items() if _names_image(value))]:
             raise SampleError("schema", f"`{unclear[0]}` seems to name an image; rename it to `image`, or remove it.")
         return []
     images = fields.pop(found[0])
@@ -256,7 +277,8 @@ def _take_turns(fields: dict[str, Any]) -> list[_Turn]:
         turns = _with_preferred(turns, _as_turns(fields.pop(preferred)))
     if not turns:
         turns = _take_question(fields)
-    turns = [*_take_history(fields), *turns]
+    start = 1 if turns[0].role == "system" else 0
+    turns = [*turns[:start], *_take_history(fields), *turns[start:]]
     if (system := fields.pop("system", None)) is not None:
         if not isinstance(system, str):
             raise SampleError("schema", f"`system` is {kind_of(system)}, not text; correct it.")
@@ -296,6 +318,8 @@ def _as_turn(turn: Mapping[str, Any]) -> Iterable[_Turn]:
         if name in fields:
             raise SampleError("unsupported", f"a turn has `{name}`: {reason}.")
     role = _ROLES.get(role, role)
+    if named := [name for name, value in fields.items() if _is_image(name, value) or _names_image(value)]:
+        raise SampleError("unsupported", f"a turn has `{named[0]}`: {_REFUSED_IN_TURNS['images']}.")
     says_loss = any(name in fields for name in _WEIGHTS)
     loss = _take_loss(fields, _WEIGHTS, "a turn")
     if says_loss and loss and role != "assistant":
@@ -334,6 +358,13 @@ def _take_question(fields: dict[str, Any]) -> list[_Turn]:
     if answer != "answers":
         fields.pop(answer)
     text = fields.pop(question)
+    others = [name for name in _QUESTIONS if name != "input" and isinstance(fields.get(name), str)]
+    if others:
+        raise SampleError(
+            "unsupported", f"has `{question}` and `{others[0]}`, and no rule joins them; write them into one field."
+        )
+    if not isinstance(fields.get("input", ""), str):
+        raise SampleError("schema", f"`input` is {kind_of(fields['input'])}, not text; correct it.")
     if isinstance(fields.get("input"), str):
         text += f"\n{fields.pop('input')}"  # as LLaMA-Factory and ms-swift join them
     return [_Turn("user", text), _Turn("assistant", found)]

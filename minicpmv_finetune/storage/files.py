@@ -45,7 +45,7 @@ def read_bytes(uri: str, span: tuple[int, int] | None = None) -> bytes:
     with explain_failures(uri):
         if is_object_uri(uri):
             return s3.read_object(uri, span)
-        with local_path(uri).open("rb") as file:
+        with _regular_file(uri).open("rb") as file:
             if span is None:
                 return file.read()
             file.seek(span[0])
@@ -66,8 +66,20 @@ def open_stream(uri: str) -> Iterator[BinaryIO]:
             with closing(s3.client().get_object(Bucket=bucket, Key=key)["Body"]) as body:
                 yield cast("BinaryIO", body)
         else:
-            with local_path(uri).open("rb") as file:
+            with _regular_file(uri).open("rb") as file:
                 yield file
+
+
+def _regular_file(uri: str) -> Path:
+    """The path of a local file; a pipe or a device would never end.
+
+    Raises:
+        UserError: As the text says.
+    """
+    path = local_path(uri)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{uri}: is no regular file (a pipe or a device); give a file.")
+    return path
 
 
 def expand(pattern: str) -> list[str]:

@@ -85,8 +85,12 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
     return len(missing)
 
 
-def check_upload(uri: str) -> None:
+def check_upload(uri: str, beside: str = "") -> None:
     """Refuse a place in a store that contains objects which no earlier `upload_folder` sent.
+
+    Args:
+        uri: URI of the folder.
+        beside: URI of an object that is written together with the folder; it may exist only if an upload did.
 
     Raises:
         UserError: There are such objects, or access is denied.
@@ -95,7 +99,10 @@ def check_upload(uri: str) -> None:
     bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
     with explain_failures(uri):
         stored = {item["Key"].removeprefix(prefix) for item in s3.list_objects(bucket, prefix)}
-        foreign = stored - set(_read_record(_record(uri)))
+        sent = _read_record(_record(uri))
+        if beside and not sent and list(s3.list_objects(*split_object_uri(beside))):
+            raise UserError(f"{beside}: would be replaced, but was not written by this program; choose another place.")
+    foreign = stored - set(sent)
     if foreign:
         raise UserError(
             f"{uri}: contains objects that were not uploaded by this program, such as {min(foreign)}; choose an empty "

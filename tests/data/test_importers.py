@@ -202,7 +202,7 @@ BEFORE = [("user", "Hi."), ("assistant", "Hello.")]
             "",
         ),
         # Hugging Face datasets
-        ({"Question": "Color?", "Answer": "Red.", "label": False, "split": "a"}, ASKED, "label split"),
+        ({"Question": "Color?", "Answer": "Red.", "label": "color", "split": "a"}, ASKED, "label split"),
         (
             {"messages": [ASK, ANSWER], "images": [], "image_count": 0, "filename": "a.txt"},
             ASKED,
@@ -222,7 +222,9 @@ def test_fields_of_other_formats_are_converted_or_named(
     assert all(f"'{name}" in note for name in ignored.split())
 
 
-@pytest.mark.parametrize("field", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}], ids=str)
+@pytest.mark.parametrize(
+    "field", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": False}], ids=str
+)
 def test_answers_that_are_not_to_be_trained_stay_so(field: dict[str, Any], folder: Path) -> None:
     turns = [ASK, {**ANSWER, **field}, ASK, {**ANSWER, "loss": True, "weight": 1}]
     (folder / "data.jsonl").write_text(json.dumps({"messages": turns}))
@@ -257,6 +259,16 @@ def test_answers_that_are_not_to_be_trained_stay_so(field: dict[str, Any], folde
         ({"coco_image_id": "17", "messages": [ASK, ANSWER]}, "schema"),
         ({"image": "red.png", "Image": "blue.png", "messages": [ASK, ANSWER]}, "doubled_key"),
         ({"messages": [[ASK, ANSWER]]}, "schema"),
+        ({"prompt": "Color?", "completion": "Red.", "label": 0}, "undesired_answer"),
+        ({"prompt": "Color?", "completion": "Red.", "label": "false"}, "undesired_answer"),
+        ({"question": "Color?", "answer": "Red.", "label": False}, "undesired_answer"),
+        ({"messages": [ASK, ANSWER], "loss_scale": 0}, "nothing_supervised"),
+        ({"messages": [ASK, ANSWER], "train": False}, "nothing_supervised"),
+        ({"messages": [ASK, {**ANSWER, "mask": True}]}, "unsupported"),
+        ({"messages": [{**ASK, "image_path": "red.png"}, ANSWER]}, "unsupported"),
+        ({"messages": [ASK, ANSWER], "screenshot": "red.png"}, "schema"),
+        ({"prompt": "Color?", "query": "Of what?", "response": "Red."}, "unsupported"),
+        ({"instruction": "Color?", "input": ["a"], "output": "Red."}, "schema"),
         ({"messages": [{"content": "Color?"}, ANSWER]}, "schema"),
     ],
     ids=str,

@@ -5,9 +5,11 @@ from the script's own parser, which imports torch and transformers and takes sec
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,10 +236,56 @@ def find_contradictions(values: Mapping[str, Any]) -> list[str]:
         sentences.append("--save_strategy best: give --metric_for_best_model loss too.")
     if values.get("optim_args") and not all("=" in pair for pair in str(values["optim_args"]).split(",")):
         sentences.append(f"--optim_args {values['optim_args']}: give NAME=VALUE, several separated by commas.")
+    sentences += _missing_packages(values)
+    schedule = str(values.get("lr_scheduler_type", ""))
+    needed = _SCHEDULES.get(schedule, ())
+    if needed and not set(needed) & set(_keys(values.get("lr_scheduler_kwargs"))):
+        sentences.append(f"--lr_scheduler_type {schedule}: give {' or '.join(needed)} in --lr_scheduler_kwargs.")
+    try:
+        re.compile(str(values.get("lora_target_modules") or ""))
+    except re.error as error:
+        sentences.append(f"--lora_target_modules: is no regular expression ({error}); correct it.")
     refused = [(name, value) for name, value in _REFUSED if name in values and values[name] is value]
     return sentences + [f"--{name} {str(value).lower()}: {_REFUSED[name, value]}." for name, value in refused]
 
 
+def _missing_packages(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each optimizer or tracker whose package is not installed."""
+    optimizer = str(values.get("optim") or "")
+    trackers = str(values.get("report_to") or "").replace("[", " ").replace("]", " ").replace(",", " ").split()
+    wanted = {f"--optim {optimizer}": package for start, package in _OPTIMIZERS.items() if optimizer.startswith(start)}
+    wanted |= {f"--report_to {name}": _TRACKERS[name] for name in trackers if name in _TRACKERS}
+    return [
+        f"{flag}: the package {package} is not installed; leave the flag out, or install the package."
+        for flag, package in wanted.items()
+        if find_spec(package) is None
+    ]
+
+
+def _keys(document: Any) -> list[str]:
+    """The keys of a JSON object that a flag contains."""
+    try:
+        parsed = json.loads(document) if isinstance(document, str) else document
+    except ValueError:
+        return []
+    return list(parsed) if isinstance(parsed, dict) else []
+
+
+_OPTIMIZERS = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+}
+_TRACKERS = {name: name for name in ("wandb", "comet_ml", "swanlab", "trackio", "neptune", "clearml", "dvclive")}
+_SCHEDULES = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
 _METRICS = ("loss", "token_accuracy")
 _REFUSED = {
     ("do_train", False): "this command trains, and evaluate is a step of its own; leave the flag out",
