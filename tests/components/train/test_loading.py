@@ -113,12 +113,12 @@ def child_handler() -> Iterator[None]:
 def test_workers_are_ended_in_the_middle_of_a_row() -> None:
     others = psutil.Process().children()  # servers that other tests use
     batches = iter(_loader(Rows(lambda: time.sleep(3600)), 2))
-    next(batches)
+    assert [next(batches)["rows"], next(batches)["rows"]] == [[0, 1], [2, 3]], "both workers have begun"
     workers = [process for process in psutil.Process().children() if process not in others]
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
         worker.send_signal(signal.SIGINT)
-    assert next(batches)["rows"] == [2, 3], "the workers survive signals"
+    assert not psutil.wait_procs(workers, timeout=0.5)[0], "the workers survive signals"
     end_workers()
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert workers
