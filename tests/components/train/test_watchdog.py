@@ -110,7 +110,9 @@ def test_a_killed_process_is_restarted_and_continues(tiny_46: Path, shards: Path
 
 
 def test_after_a_mistake_training_is_not_restarted(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
-    with _training(shards, tiny_46, tmp_path, "--learning_rate", "1e30", "--max_steps", "3", restarts="3") as process:
+    with _training(
+        shards, tiny_46, tmp_path, "--weight_decay", "1e30", "--max_grad_norm", "0", "--max_steps", "50", restarts="3"
+    ) as process:
         _, log = process.communicate(timeout=300)
     assert process.returncode == 2, log
     assert log.count("are trained on") == 1
