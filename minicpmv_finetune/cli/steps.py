@@ -148,25 +148,27 @@ def merge(
     from minicpmv_finetune.pipelines.checks import check_base_model
 
     base = inputs["base_model_uri"]
-    is_local = not storage.is_object_uri(out)
-    if is_local:
+    is_remote = storage.is_object_uri(out)
+    report_uri = f"{out.rstrip('/')}.merge-report.json"
+    if not is_remote:
         check_folder(out, "merge", {"--base-model": base, "--adapter": str(adapter), "--shards": str(shards)})
     else:
         check_object_folder(out, {"--base-model": base})
-        report_uri = f"{out.rstrip('/')}.merge-report.json"
         storage.check_upload(out, report_uri)
     check_base_model("--base-model", base)
     from minicpmv_finetune.components.merge.merge import MergeSettings
     from minicpmv_finetune.components.merge.merge import merge as step
 
-    if is_local:
+    if not is_remote:
         step(base, adapter, shards, Path(out), folder_beside(Path(out)) / "merge-report.json", MergeSettings())
         return
     with tempfile.TemporaryDirectory() as folder:
         model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
         step(base, adapter, shards, model, report, MergeSettings())
+        sent = storage.upload_folder(model, out, last="config.json")
+        # After the folder, whose record shows a repeated command that this report is its own.
         storage.write_bytes(report_uri, report.read_bytes())
-        print(f"{storage.upload_folder(model, out, last='config.json')} files uploaded to {out}")
+        print(f"{sent} files uploaded to {out}")
 
 
 @app.command(rich_help_panel=PANEL)
