@@ -16,7 +16,8 @@ from minicpmv_finetune.components.train.trainable import check_continued_adapter
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_with_adapter
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
-from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.reports.training_record import RECORD_FILE
+from tests.example_record import example_record
 
 LORA = ["--use_lora", "true", "--tune_llm", "false", "--tune_vision", "false", "--lora_r", "4"]
 
@@ -35,18 +36,7 @@ def adapter(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, generation = load_model(tiny_46, torch.float32)
     adapted: Any = make_trainable(model, generation, parse(["--data_path", "data", *LORA]))
     adapted.save_pretrained(folder)
-    record = TrainingRecord(
-        base_model="base",
-        base_fingerprint=fingerprint(tiny_46),
-        generation="4.6",
-        data_fingerprint="data",
-        max_slice_nums=9,
-        use_lora=True,
-        parameters={"trainable": 1, "total": 2},
-        metrics={},
-        arguments={},
-        history=[],
-    )
+    record = example_record(base_fingerprint=fingerprint(tiny_46))
     (folder / RECORD_FILE).write_text(record.model_dump_json())
     return folder
 

@@ -18,8 +18,9 @@ from minicpmv_finetune.data.samples import ImageRef, Sample, Turn, read_info, re
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer
 from minicpmv_finetune.minicpmv.generations import write_max_slices
-from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.reports.training_record import RECORD_FILE
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
+from tests.example_record import example_record
 
 SETTINGS = EvaluationSettings(max_new_tokens=6, batch_size=5)
 
@@ -155,17 +156,7 @@ def test_the_champion_answers_the_same_samples_and_must_be_beaten(tiny_46: Path,
 
 def test_the_curves_of_a_merged_folders_training_are_drawn(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
     merged = shutil.copytree(tiny_46, tmp_path / "merged")
-    record = TrainingRecord(
-        base_model="base",
-        generation="4.6",
-        data_fingerprint="0",
-        max_slice_nums=9,
-        use_lora=True,
-        parameters={"trainable": 1, "total": 2},
-        metrics={},
-        arguments={},
-        history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}],
-    )
+    record = example_record(history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     (merged / RECORD_FILE).write_text(record.model_dump_json())
     evaluate(merged, "", dataset, tmp_path / "predictions", tmp_path / "report", SETTINGS)
     assert "Training loss over the steps" in (tmp_path / "report").read_text()

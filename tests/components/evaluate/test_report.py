@@ -12,8 +12,8 @@ from minicpmv_finetune.components.evaluate.gate import Gate
 from minicpmv_finetune.components.evaluate.report import format_percent, headline, markdown, write_report
 from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
 from minicpmv_finetune.minicpmv.answer import Answer
-from minicpmv_finetune.reports.training_record import TrainingRecord
 from tests.components.layout import layout_faults
+from tests.example_record import example_record
 
 HOSTILE = "</script><script>document.title='x'</script><img src=x onerror=\"document.title='x'\">'\"`{{ 7*7 }}"
 FACTS = {"metric": "exact_match", "generation": "4.6", "base_model": HOSTILE, "seconds": 3}
@@ -216,17 +216,7 @@ def evaluation_with_champion() -> Evaluation:
 
 def test_the_page_shows_champion_gate_and_curves(page: Page, tmp_path: Path) -> None:
     history = [{"step": float(step), "loss": 3.0 - step} for step in range(3)]
-    record = TrainingRecord(
-        base_model=HOSTILE,
-        generation="4.6",
-        data_fingerprint="0",
-        max_slice_nums=9,
-        use_lora=True,
-        parameters={"trainable": 1, "total": 2},
-        metrics={},
-        arguments={},
-        history=history,
-    )
+    record = example_record(base_model=HOSTILE, history=history)
     path = tmp_path / "report.html"
     write_report(path, evaluation_with_champion(), FACTS, record)
     page.goto(path.as_uri())

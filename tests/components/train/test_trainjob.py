@@ -26,21 +26,12 @@ from minicpmv_finetune.components.train.trainjob_pod import run_node
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord, read_record
 from tests.cluster.fake_kubernetes import FakeKubernetes, Record, serving, unknown_fields
+from tests.example_record import example_record
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-RECORD = TrainingRecord(
-    base_model="base",
-    generation="4.6",
-    data_fingerprint="f",
-    max_slice_nums=9,
-    use_lora=True,
-    parameters={"trainable": 1, "total": 2},
-    metrics={},
-    arguments={},
-    history=[],
-)
+RECORD = example_record()
 SECRET = {"secretKeyRef": {"name": "minicpmv-s3", "key": "AWS_SECRET_ACCESS_KEY"}}
 STEP_POD: Record = {
     "apiVersion": "v1",
