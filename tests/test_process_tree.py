@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# A shell that starts a child in a session of its own, which ignores SIGTERM if told so, and another that is orphaned.
+# A shell that starts a child in a session of its own, which ignores SIGTERM on request, and another that is orphaned.
 COMMAND = """
 setsid {python} -c '
 import os, signal, sys, time

@@ -20,7 +20,7 @@ RunnerName = Annotated[
     typer.Option("--runner", help="Run the steps in this environment or in their container images."),
 ]
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Begin anew; by default the last unfinished run of the same inputs goes on.")
+    bool, typer.Option("--fresh", help="Start over; by default the last unfinished run of the same inputs goes on.")
 ]
 
 

@@ -103,7 +103,7 @@ def put_adapter(model: PreTrainedModel, folder: Path, base: str, is_trainable: b
         of_adapter = ".lora_" in name or ".modules_to_save." in name
         if of_adapter and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise UserError(
-                f"{folder}: {name} contains NaN or infinity; the adapter is damaged, copy it again or train it anew."
+                f"{folder}: {name} contains NaN or infinity; the adapter is damaged, copy it again or train it again."
             )
     update_layer_types(model)
     loaded: PeftModel = adapted

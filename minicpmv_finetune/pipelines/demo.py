@@ -38,7 +38,7 @@ def run_demo(out: Path, seed: int, fresh: bool = False) -> None:
     Args:
         out: Folder that receives all files, and `summary.json`.
         seed: Seed for the split of the digits and for the training.
-        fresh: Begin anew, even if an earlier run with this seed is unfinished.
+        fresh: Start over, even if an earlier run with this seed is unfinished.
     """
     from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 

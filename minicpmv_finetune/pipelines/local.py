@@ -66,7 +66,7 @@ def run_pipeline(
         inputs: Inputs of the pipeline by name.
         runner: `subprocess` runs the steps in this environment, `docker` in the steps' container images.
         pipeline: Pipeline to run.
-        fresh: Begin anew, and remove the unfinished runs of the same inputs.
+        fresh: Start over, and remove the unfinished runs of the same inputs.
 
     Raises:
         RetryableError: The model registry does not answer, and nothing was started; or a step met a temporary fault.
@@ -104,7 +104,7 @@ def _announce(display: RunDisplay, folder: RunFolder) -> None:
     begun = f"{folder.path.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
     display.log.write(f"==== {begun}{', going on' if folder.goes_on else ''}\n")
     if folder.goes_on:
-        display.say(f"going on with the unfinished run {folder.path.name}; --fresh begins anew")
+        display.say(f"going on with the unfinished run {folder.path.name}; --fresh starts over")
     others = unfinished_runs(folder.path.parent, folder.inputs, others=True)
     if others:
         size = sum(file.lstat().st_size for other in others for file in other.rglob("*")) / 1e9
@@ -143,13 +143,13 @@ def _announce_rest(steps: RunSteps, out: Path) -> None:
         if result.startswith(f"{steps.display.step}/") and (steps.folder.path / result).is_file():
             steps.display.say(f"see {out / name}")
     if steps.folder.finished_steps():
-        steps.display.say("the same command goes on with the finished steps; --fresh begins anew")
+        steps.display.say("the same command goes on with the finished steps; --fresh starts over")
 
 
 def _stopped(steps: RunSteps) -> SystemExit:
     # A training says how far it came; what to do is the same for all steps.
     state = steps.error.partition(";")[0] or f"{steps.stopped_in or 'the run'} was stopped"
-    steps.display.say(f"{state}; the same command goes on from there, and --fresh begins anew")
+    steps.display.say(f"{state}; the same command goes on from there, and --fresh starts over")
     return SystemExit(128 + steps.stopped_by)
 
 

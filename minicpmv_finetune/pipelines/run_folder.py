@@ -43,7 +43,7 @@ _LOCK_FILE = ".lock"
 _SECONDS_FOR_LOCK = 5.0
 _READ_FOLDERS = ("base_model_uri", "lora_weight_path")
 _ALWAYS_DONE = ("validate-data", "plan-retraining", "notify")
-_SMALL_FILE = 1 << 24  # bytes; larger files are told apart by size and time, because hashing them takes too long
+_SMALL_FILE = 1 << 24  # bytes; larger files are distinguished by size and time, because hashing them takes too long
 
 
 class _RunRecord(BaseModel):
@@ -230,8 +230,8 @@ def _identity(path: Path) -> str:
         if file.is_file():
             facts = file.stat()
             content = file.read_bytes() if facts.st_size <= _SMALL_FILE else f"{facts.st_size} {facts.st_mtime_ns}"
-            told = hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
-            digest.update(f"{file.relative_to(path)} {told}\n".encode())
+            content_digest = hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
+            digest.update(f"{file.relative_to(path)} {content_digest}\n".encode())
     return digest.hexdigest()
 
 

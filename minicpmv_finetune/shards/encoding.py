@@ -24,8 +24,8 @@ def tokenize(sample: Sample, encoder: Encoder, model_max_length: int) -> Encoded
     """Tokenize a sample; no image is read, because the sizes of the images determine their tokens.
 
     Raises:
-        SampleError: The sample is too long, contains a token of the format itself, has an answer that cannot be told
-            from its prompt, or has no supervised token.
+        SampleError: The sample is too long, contains a token of the format itself, has an answer that cannot be
+            separated from its prompt, or has no supervised token.
     """
     encoded = encoder.encode(sample)
     if len(encoded.input_ids) > model_max_length:

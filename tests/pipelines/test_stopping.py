@@ -73,14 +73,14 @@ def test_the_same_command_goes_on_with_the_finished_steps(
 ) -> None:
     assert attempt(tmp_path, pipeline, "1 / 0") == 1
     failed = capsys.readouterr()
-    assert "the same command goes on with the finished steps; --fresh begins anew" in failed.out
+    assert "the same command goes on with the finished steps; --fresh starts over" in failed.out
     started = time.monotonic()
     assert attempt(tmp_path, pipeline, STOP) == 128 + signal.SIGINT
     assert time.monotonic() - started < 30
     stopped = capsys.readouterr().out
     assert "stopping: use" in stopped
     assert "use was stopped; " in stopped
-    assert "the same command goes on from there, and --fresh begins anew" in stopped
+    assert "the same command goes on from there, and --fresh starts over" in stopped
     assert attempt(tmp_path, pipeline, "print('done')") == 0
     finished = capsys.readouterr().out
     assert "going on with the unfinished run small-" in finished

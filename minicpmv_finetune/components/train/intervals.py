@@ -130,6 +130,6 @@ def _of_first_process(decision: bool, args: TransformersArguments) -> bool:
     """The first process's decision: clocks differ, and a checkpoint needs all processes at the same step."""
     if args.world_size == 1:
         return decision
-    told = torch.tensor([float(decision)], device=args.device)
-    torch.distributed.broadcast(told, src=0)
-    return bool(told.item())
+    shared = torch.tensor([float(decision)], device=args.device)
+    torch.distributed.broadcast(shared, src=0)
+    return bool(shared.item())

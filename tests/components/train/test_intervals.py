@@ -56,10 +56,10 @@ def test_the_interval_grows_where_saving_would_take_more_than_5_percent(capsys: 
     training = Training(set(), save_seconds=60)
     training.run(steps=100, seconds=30, steps_an_epoch=25)
     assert training.saved == [600, 1740, 2880]
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2
-    assert all(part in told[0] for part in ("A checkpoint took 60.0 s", "19 minutes", "--save_steps"))
-    assert "this epoch's end has none" in told[1]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(part in lines[0] for part in ("A checkpoint took 60.0 s", "19 minutes", "--save_steps"))
+    assert "this epoch's end has none" in lines[1]
 
 
 @pytest.mark.parametrize("given", ["save_steps", "save_strategy"])
