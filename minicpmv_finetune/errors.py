@@ -73,6 +73,11 @@ def describe_validation_error(error: "ValidationError", whole: str = "") -> str:
     return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of a library's message, for a sentence of our own; the error's class where there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def end_process(error: UserError | RetryableError) -> NoReturn:
     """Print the error's sentence, or each of its sentences on a line, and end the process with its exit code."""
     text = str(error)

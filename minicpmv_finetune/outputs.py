@@ -98,12 +98,9 @@ class OutputFolder:
         keep = False
         parent = self.path if inside else self.path.parent
         staging = Path(tempfile.mkdtemp(prefix=_PARTIAL if inside else f".{self.path.name}.", dir=parent))
-        staging.chmod(0o755)
         try:
             yield staging
-            for file in staging.rglob("*"):
-                if file.is_file():
-                    file.chmod(file.stat().st_mode | 0o044)  # safetensors makes its files readable by their owner only
+            storage.make_readable(staging)
             files = tuple(sorted(_entries_below(staging)))
             mark = self.mark.model_copy(update={"files": files})
             added = set(_entries_below(self.path)) - set(_read_mark(self.path).files)
@@ -116,19 +113,11 @@ class OutputFolder:
             if inside or added:
                 self._move_in(staging, mark)
             else:
-                self._rename(staging, mark)
+                _write_mark(staging, mark)
+                storage.swap_in(staging, self.path)
         finally:
             if not keep:
                 shutil.rmtree(staging, ignore_errors=True)
-
-    def _rename(self, staging: Path, mark: _Mark) -> None:
-        _write_mark(staging, mark)
-        # Renamed first and deleted last, so that nobody finds a half-deleted folder under the final name.
-        outgoing = staging.with_name(f"{staging.name}.replaced")
-        with suppress(FileNotFoundError):  # another attempt of the same step is renaming its own
-            self.path.rename(outgoing)
-        staging.rename(self.path)
-        shutil.rmtree(outgoing, ignore_errors=True)
 
     def _move_in(self, staging: Path, mark: _Mark) -> None:
         before = set(_read_mark(self.path).files)

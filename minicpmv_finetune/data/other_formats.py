@@ -87,11 +87,9 @@ def find_ignored_fields(content: Mapping[str, Any]) -> list[str]:
     others = [name for name in fields if name not in _OWN]
     foreign = [name for name in others if _plain(name) in meaningful or _plain(name) in _OWN]
     if "image" not in fields:  # further names of images are remarks where `image` names them
-        foreign += _image_like(fields)
+        foreign += _image_like({name: fields[name] for name in others})
     foreign += [name for name in others if _plain(name) == "label" and _is_judgement(fields[name])]
     foreign += [name for name in others if _plain(name) in _WEIGHTS and fields[name] in _FALSE]
-    if "image" not in fields:
-        foreign += [name for name in others if _names_image(fields[name])]
     foreign = list(dict.fromkeys(foreign))
     ignored = [name for name in others if name not in foreign]
     turns = fields.get("conversations")
@@ -176,11 +174,13 @@ def _plain(name: str) -> str:
 
 
 def _image_like(fields: Mapping[str, Any]) -> list[str]:
-    """The fields that seem to contain an image, by their names; a number or a truth value contains none."""
+    """The fields that seem to contain an image, by name or value; a number or a truth value contains none."""
     return [
         name
         for name, value in fields.items()
-        if (not isinstance(value, int | float) and _IMAGE_LIKE.fullmatch(_plain(name))) or _is_image(name, value)
+        if (not isinstance(value, int | float) and _IMAGE_LIKE.fullmatch(_plain(name)))
+        or _is_image(name, value)
+        or _names_image(value)
     ]
 
 
@@ -252,7 +252,7 @@ def _take_images(fields: dict[str, Any]) -> dict[str, Any] | list[Any]:
     found = [name for name, value in fields.items() if _is_image(name, value)]
     found.sort(key=lambda name: ("image", "images", name).index(name))
     if not found:
-        if unclear := [*_image_like(fields), *(name for name, value in fields.items() if _names_image(value))]:
+        if unclear := _image_like(fields):
             raise SampleError("schema", f"`{unclear[0]}` seems to name an image; rename it to `image`, or remove it.")
         return []
     images = fields.pop(found[0])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune.data.samples import Sample, SampleError, Turn
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import UserError, first_line
 
 from .generations import Generation, detect_generation, read_image_settings, read_slicing_config, read_tokens_per_slice
 from .model_input import IGNORED_LABEL
@@ -91,7 +91,7 @@ class Encoder:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{checkpoint}: the tokenizer cannot be loaded ({_first_line(error)}); the folder needs the base "
+                f"{checkpoint}: the tokenizer cannot be loaded ({first_line(error)}); the folder needs the base "
                 "model's tokenizer files."
             ) from error
         settings = read_image_settings(checkpoint)
@@ -348,7 +348,3 @@ class Encoder:
             columns = plan.grid[1]
             text += "\n".join("".join(slices[row : row + columns]) for row in range(0, len(slices), columns))
         return text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -21,7 +21,7 @@ from .files import (
     walk,
     write_bytes,
 )
-from .staging import staged_folder
+from .staging import make_readable, staged_folder, swap_in
 from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, upload_file, upload_folder
 from .uris import is_object_uri, is_supported, join, parent, require_allowed, resolve
 
@@ -39,6 +39,7 @@ __all__ = [
     "is_supported",
     "join",
     "list_files",
+    "make_readable",
     "open_stream",
     "parent",
     "read_bytes",
@@ -48,6 +49,7 @@ __all__ = [
     "resolve",
     "size",
     "staged_folder",
+    "swap_in",
     "upload_file",
     "upload_folder",
     "walk",

@@ -55,14 +55,12 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
         UserError: Access is denied, or objects at `uri` were not uploaded by this function.
         RetryableError: The store does not answer.
     """
-    check_upload(uri)
+    stored, sent = _stored_and_sent(uri)
     record = _record(uri)
     bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     digests = {name: file_sha256(path) for name, path in files.items()}
     with explain_failures(uri):
-        stored = {item["Key"].removeprefix(prefix): item["Size"] for item in s3.list_objects(bucket, prefix)}
-        sent = _read_record(record)
         missing = [
             name
             for name, path in files.items()
@@ -96,18 +94,30 @@ def check_upload(uri: str, beside: str = "") -> None:
         UserError: There are such objects, or access is denied.
         RetryableError: The store does not answer.
     """
-    bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
-    with explain_failures(uri):
-        stored = {item["Key"].removeprefix(prefix) for item in s3.list_objects(bucket, prefix)}
-        sent = _read_record(_record(uri))
+    _, sent = _stored_and_sent(uri)
+    with explain_failures(beside or uri):
         if beside and not sent and list(s3.list_objects(*split_object_uri(beside))):
             raise UserError(f"{beside}: would be replaced, but was not written by this program; choose another place.")
-    foreign = stored - set(sent)
+
+
+def _stored_and_sent(uri: str) -> tuple[dict[str, int], dict[str, str]]:
+    """The sizes of the objects at a place, and the digests of the files that earlier attempts sent there.
+
+    Raises:
+        UserError: There are objects that no attempt sent, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
+    with explain_failures(uri):
+        stored = {item["Key"].removeprefix(prefix): item["Size"] for item in s3.list_objects(bucket, prefix)}
+        sent = _read_record(_record(uri))
+    foreign = set(stored) - set(sent)
     if foreign:
         raise UserError(
             f"{uri}: contains objects that were not uploaded by this program, such as {min(foreign)}; choose an empty "
             "place."
         )
+    return stored, sent
 
 
 def _record(uri: str) -> str:

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import UserError, first_line
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
 from minicpmv_finetune.workers import SHARED_MEMORY
 
@@ -325,7 +325,7 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     try:
         model, data, training, lora = instance.parse_args_into_dataclasses(args=flags)
     except _ERRORS_OF_VALUES as error:
-        raise UserError(f"Training arguments: {_first_line(error)}") from error
+        raise UserError(f"Training arguments: {first_line(error)}") from error
     given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
     arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
@@ -357,7 +357,7 @@ def _check_optimizer(training: TrainingArguments) -> None:
     try:
         transformers.Trainer.get_optimizer_cls_and_kwargs(training)
     except _ERRORS_OF_VALUES as error:
-        raise UserError(f"--optim {training.optim}: {_first_line(error)}") from error
+        raise UserError(f"--optim {training.optim}: {first_line(error)}") from error
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     kwargs: Any = training.lr_scheduler_kwargs or {}
     try:
@@ -366,7 +366,8 @@ def _check_optimizer(training: TrainingArguments) -> None:
         )
     except _ERRORS_OF_VALUES as error:
         raise UserError(
-            f"--lr_scheduler_type {training.lr_scheduler_type}: {_first_line(error)}; see --lr_scheduler_kwargs."
+            f"--lr_scheduler_type {training.lr_scheduler_type}: {first_line(error).rstrip('.')}; see "
+            "--lr_scheduler_kwargs."
         ) from error
 
 
@@ -388,10 +389,6 @@ def _installed_integrations(names: Iterable[str], announce: Callable[[str], None
             )
         announce("--report_to tensorboard: its package is not installed; metrics go to MLflow and the report.")
     return [name for name in names if name not in missing]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _shards_parameters(training: TrainingArguments) -> bool:

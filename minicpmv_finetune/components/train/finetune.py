@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.data.samples import Split
-from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors
+from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors, first_line
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
@@ -467,7 +467,7 @@ def _build(**options: Any) -> MiniCPMVTrainer:
     try:
         return MiniCPMVTrainer(**options)
     except (ValueError, ImportError) as error:
-        raise UserError(f"Training arguments: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"Training arguments: {first_line(error)}") from error
 
 
 def _check_shared_memory(training: TrainingArguments, plans: Sequence[LoaderPlan] = ()) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, get_worker_info
 
-from minicpmv_finetune.errors import RetryableError, UserError, explain_disk_errors
+from minicpmv_finetune.errors import RetryableError, UserError, explain_disk_errors, first_line
 from minicpmv_finetune.workers import SHARED_MEMORY, end_with_parent
 
 _ERROR = "error"  # key of a batch that is an error
@@ -190,7 +190,7 @@ _REMEDIES = (
 
 
 def _no_shared_memory(error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     remedy = "raise the limit of open files (`ulimit -n`), or lower --dataloader_num_workers"
     return UserError(
         f"{SHARED_MEMORY}: a worker of the data loader cannot hand over a batch ({reason}); "
