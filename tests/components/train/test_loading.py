@@ -1,5 +1,6 @@
 """A data loader hands over a batch or a sentence, and its workers can be ended at any moment."""
 
+import gc
 import os
 import signal
 import time
@@ -103,9 +104,10 @@ def test_a_worker_that_cannot_hand_over_its_batch_says_so(
 
 @pytest.fixture
 def child_handler() -> Iterator[None]:
-    """Restores torch's handler of ended workers."""
-    before = signal.getsignal(signal.SIGCHLD)
+    """Takes torch's handler away, which raises where a test kills workers, and restores it when they are forgotten."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
+    gc.collect()
     signal.signal(signal.SIGCHLD, before)
 
 
@@ -125,6 +127,7 @@ def test_workers_are_ended_in_the_middle_of_a_row() -> None:
     assert not alive
 
 
+@pytest.mark.usefixtures("child_handler")
 def test_workers_end_with_a_killed_trainer() -> None:
     reader, writer = os.pipe()
     trainer = os.fork()
