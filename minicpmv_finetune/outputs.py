@@ -2,9 +2,10 @@
 
 An output place is absent, empty, or was written by this very step before. It is no input, lies in no input and contains
 none. A step can tell its own results by a mark that it leaves in the folder before the first byte of a result: the
-step, what the result was made from, and the files that belong to it. Whatever the mark does not list is foreign, and a
-folder with something foreign is refused. Files that a step writes beside its folder, such as a list of rejects, count
-as output too; a hidden list in their folder says which step wrote them, and with which content.
+step, what the result was made from, and the files that belong to it, each with its size and the time of its last
+change, since a model is too large to hash before each run. Whatever the mark does not list, and what has changed since,
+is foreign, and a folder with something foreign is refused. Files that a step writes beside its folder, such as a list
+of rejects, count as output too; a hidden list in their folder says which step wrote them, and with which content.
 
 A result is assembled in a hidden folder beside the final one and renamed. Where that cannot be, because the place is
 the working directory or a mount point, it is assembled inside and its files are moved one by one, the completing file
@@ -14,13 +15,14 @@ last: without it a result does not exist.
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -48,12 +50,17 @@ class _Mark(BaseModel):
     Attributes:
         step: The step that wrote the folder.
         inputs: What the result was made from, by the names of the step's options.
-        files: Paths of the result's files, relative to the folder.
+        files: Paths of the result's files, relative to the folder, each with its `_state`; empty where it is not known.
     """
 
     step: str
     inputs: dict[str, str] = {}
-    files: tuple[str, ...] = ()
+    files: dict[str, str] = {}
+
+    def own_files(self, folder: Path) -> set[str]:
+        """The files of the result that nobody has changed, and the folders that contained them."""
+        parents = {str(parent): "folder" for name in self.files for parent in PurePosixPath(name).parents}
+        return {name for name, state in {**parents, **self.files}.items() if state in ("", _state(folder / name))}
 
 
 class _WrittenFile(BaseModel):
@@ -88,8 +95,9 @@ class OutputFolder:
     def add_file(self, name: str, content: str) -> None:
         """Write one more file into the finished result."""
         mark = _read_mark(self.path)
-        _write_mark(self.path, mark.model_copy(update={"files": (*mark.files, name)}))
+        _write_mark(self.path, mark.model_copy(update={"files": {**mark.files, name: ""}}))
         (self.path / name).write_text(content)
+        _write_mark(self.path, mark.model_copy(update={"files": {**mark.files, name: _state(self.path / name)}}))
 
     @contextmanager
     def assembled(self) -> Iterator[Path]:
@@ -101,9 +109,9 @@ class OutputFolder:
         try:
             yield staging
             storage.make_readable(staging)
-            files = tuple(sorted(_entries_below(staging)))
+            files = {name: _state(staging / name) for name in sorted(_entries_below(staging))}
             mark = self.mark.model_copy(update={"files": files})
-            added = set(_entries_below(self.path)) - set(_read_mark(self.path).files)
+            added = set(_entries_below(self.path)) - _read_mark(self.path).own_files(self.path)
             if added & set(files):
                 keep = True
                 raise UserError(
@@ -120,8 +128,8 @@ class OutputFolder:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def _move_in(self, staging: Path, mark: _Mark) -> None:
-        before = set(_read_mark(self.path).files)
-        _write_mark(self.path, mark.model_copy(update={"files": tuple(sorted(before | set(mark.files)))}))
+        before = _read_mark(self.path).own_files(self.path)
+        _write_mark(self.path, mark.model_copy(update={"files": dict.fromkeys(sorted({*before, *mark.files}), "")}))
         for name in sorted(before, key=_completing_first):
             _remove(self.path, name)
         for name in sorted(mark.files, key=_completing_first, reverse=True):
@@ -151,7 +159,7 @@ def claimed_folder(
     with claimed_files(beside, step, inputs, trusts_existing=is_of_0_1_0):
         if known and known.inputs and known.inputs != dict(inputs):
             print(f"{out}: the result of {_difference(known.inputs, inputs)} is replaced.", file=sys.stderr)
-        mark = _Mark(step=step, inputs=dict(inputs), files=known.files if known else ())
+        mark = _Mark(step=step, inputs=dict(inputs), files=known.files if known else {})
         created = _create(out, path)
         try:
             if not (path / MARK).exists():
@@ -334,11 +342,11 @@ def _refuse_foreign_files(out: str | Path, path: Path, step: str) -> _Mark | Non
         )
     if mark.step != step:
         raise UserError(f"{out}: contains the result of {mark.step}; choose another output.")
-    foreign = set(_entries_below(path)) - set(mark.files) - _own_single_files(path, step)
+    foreign = set(_entries_below(path)) - mark.own_files(path) - _own_single_files(path, step)
     if foreign:
-        raise UserError(
-            f"{out}: contains {min(foreign)}, which {step} did not write; move it away, or choose another output."
-        )
+        name = min(foreign)
+        reason = f"has changed since {step} wrote it" if name in mark.files else f"{step} did not write"
+        raise UserError(f"{out}: contains {name}, which {reason}; move it away, or choose another output.")
     return mark
 
 
@@ -401,6 +409,15 @@ def _entries_below(folder: Path) -> Iterator[str]:
             yield relative.as_posix()
 
 
+def _state(path: Path) -> str:
+    """What changes whenever somebody writes to a file, and not when it is renamed."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return "missing"
+    return "folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_size} bytes at {found.st_mtime_ns}"
+
+
 def _remove(folder: Path, name: str) -> None:
     """Remove a file or an empty folder, and the folders that are empty then."""
     path = folder / name
@@ -428,7 +445,7 @@ def _mark_of_unmarked(folder: Path, step: str) -> _Mark | None:
     names = {entry.name for entry in folder.iterdir()} - {completing}
     if not all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
         return None
-    return _Mark(step=step, files=tuple(_entries_below(folder)))
+    return _Mark(step=step, files=dict.fromkeys(_entries_below(folder), ""))
 
 
 def _read_mark(folder: Path) -> _Mark:

@@ -183,6 +183,44 @@ def test_what_a_user_adds_to_a_result_is_foreign(name: str, tmp_path: Path) -> N
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "deeper/a.parquet"])
+@pytest.mark.parametrize("content", ["a longer text of the user", "own"], ids=["other-size", "same-size"])
+def test_a_file_of_a_result_that_a_user_has_changed_is_not_replaced(name: str, content: str, tmp_path: Path) -> None:
+    write(tmp_path / "out", content="new")
+    (tmp_path / "out" / name).write_text(content)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=f"contains {name}, which has changed since preprocess wrote it"):
+        write(tmp_path / "out")
+    assert tree(tmp_path) == before
+    (tmp_path / "out" / name).unlink()
+    write(tmp_path / "out", content="again")
+    assert (tmp_path / "out" / name).read_text() == "again"
+
+
+def test_a_file_that_is_added_to_a_finished_result_is_the_steps_own_until_a_user_changes_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        with claimed_folder(tmp_path / "out", "train", {}) as place:
+            with place.assembled() as folder:
+                (folder / "training.json").write_text("{}")
+            place.add_file("unsent.jsonl", "{}")
+    (tmp_path / "out" / "unsent.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"contains unsent\.jsonl, which has changed"):
+        write(tmp_path / "out", step="train")
+
+
+def test_a_change_while_the_step_runs_stays(tmp_path: Path) -> None:
+    write(tmp_path / "out", content="one")
+
+    def run() -> None:
+        with claimed_folder(tmp_path / "out", "preprocess", {}) as place, place.assembled() as folder:
+            (folder / "manifest.json").write_text("two")
+            (tmp_path / "out" / "manifest.json").write_text("mine")
+
+    with pytest.raises(UserError, match="the result is kept in"):
+        run()
+    assert (tmp_path / "out" / "manifest.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_failure_leaves_the_place_as_it_was(existed: bool, tmp_path: Path) -> None:
     if existed:
@@ -266,11 +304,9 @@ def test_a_mark_that_cannot_be_read_protects_the_folder(tmp_path: Path) -> None:
 
 def test_the_mark_lists_every_file(tmp_path: Path) -> None:
     write(tmp_path / "out", {"--dataset": "d"})
-    assert json.loads((tmp_path / "out" / MARK).read_text()) == {
-        "step": "preprocess",
-        "inputs": {"--dataset": "d"},
-        "files": ["deeper/a.parquet", "manifest.json"],
-    }
+    mark = json.loads((tmp_path / "out" / MARK).read_text())
+    assert (mark["step"], mark["inputs"]) == ("preprocess", {"--dataset": "d"})
+    assert list(mark["files"]) == ["deeper/a.parquet", "manifest.json"]
 
 
 def test_single_files_are_a_steps_own_until_a_user_changes_them(mine: Path) -> None:

@@ -330,6 +330,18 @@ def test_foreign_objects_are_neither_deleted_nor_replaced(
     assert storage.list_files(f"{s3_uri}/model") == before
 
 
+def test_an_uploaded_object_that_somebody_has_changed_is_not_replaced(tmp_path: Path, s3_uri: str) -> None:
+    (tmp_path / "config.json").write_text("first")
+    storage.upload_folder(tmp_path, f"{s3_uri}/model", last="config.json")
+    time.sleep(1.1)  # a store counts in seconds
+    storage.write_bytes(f"{s3_uri}/model/config.json", b"mine")
+    (tmp_path / "config.json").write_text("second")
+    for act in (storage.check_upload, lambda uri: storage.upload_folder(tmp_path, uri, last="config.json")):
+        with pytest.raises(UserError, match=r"contains config\.json, which has changed since this program uploaded it"):
+            act(f"{s3_uri}/model")
+    assert storage.read_bytes(f"{s3_uri}/model/config.json") == b"mine"
+
+
 def test_a_record_of_another_program_is_not_replaced(tmp_path: Path, s3_uri: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     storage.write_bytes(f"{s3_uri}/model.sent.json", b"[1]")

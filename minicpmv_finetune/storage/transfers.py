@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -52,7 +53,7 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
         Number of files sent.
 
     Raises:
-        UserError: Access is denied, or objects at `uri` were not uploaded by this function.
+        UserError: Access is denied, or objects at `uri` were not uploaded by this function, or have changed since.
         RetryableError: The store does not answer.
     """
     stored, sent = _stored_and_sent(uri)
@@ -84,7 +85,7 @@ def upload_folder(folder: Path, uri: str, last: str) -> int:
 
 
 def check_upload(uri: str, beside: str = "") -> None:
-    """Refuse a place in a store that contains objects which no earlier `upload_folder` sent.
+    """Refuse a place in a store with objects that no earlier `upload_folder` sent, or that have changed since.
 
     Args:
         uri: URI of the folder.
@@ -104,37 +105,45 @@ def _stored_and_sent(uri: str) -> tuple[dict[str, int], dict[str, str]]:
     """The sizes of the objects at a place, and the digests of the files that earlier attempts sent there.
 
     Raises:
-        UserError: There are objects that no attempt sent, or access is denied.
+        UserError: There are objects that no attempt sent or that have changed since, or access is denied.
         RetryableError: The store does not answer.
     """
     bucket, prefix = split_object_uri(f"{uri.rstrip('/')}/")
     with explain_failures(uri):
-        stored = {item["Key"].removeprefix(prefix): item["Size"] for item in s3.list_objects(bucket, prefix)}
-        sent = _read_record(_record(uri))
-    foreign = set(stored) - set(sent)
+        found = {item["Key"].removeprefix(prefix): item for item in s3.list_objects(bucket, prefix)}
+        sent, written = _read_record(_record(uri))
+    foreign = set(found) - set(sent)
     if foreign:
         raise UserError(
             f"{uri}: contains objects that were not uploaded by this program, such as {min(foreign)}; choose an empty "
             "place."
         )
-    return stored, sent
+    # The record is written after each object, so only an object that somebody else wrote is newer.
+    changed = [name for name in found if sent[name] and found[name]["LastModified"] > written]
+    if changed:
+        raise UserError(
+            f"{uri}: contains {min(changed)}, which has changed since this program uploaded it; move it away, or "
+            "choose another place."
+        )
+    return {name: item["Size"] for name, item in found.items()}, sent
 
 
 def _record(uri: str) -> str:
     return f"{uri.rstrip('/')}.sent.json"
 
 
-def _read_record(uri: str) -> dict[str, str]:
-    """The digests of the files that earlier attempts have sent; empty if there is no record.
+def _read_record(uri: str) -> tuple[dict[str, str], datetime]:
+    """The digests of the files that earlier attempts have sent, and when that was noted; empty if there is no record.
 
     Raises:
         UserError: Another program's object has the record's name.
     """
     bucket, key = split_object_uri(uri)
-    if all(item["Key"] != key for item in s3.list_objects(bucket, key)):
-        return {}
+    written = next((item["LastModified"] for item in s3.list_objects(bucket, key) if item["Key"] == key), None)
+    if written is None:
+        return {}, datetime.max.replace(tzinfo=UTC)
     try:
-        return _RECORD.validate_json(read_bytes(uri))
+        return _RECORD.validate_json(read_bytes(uri)), written
     except ValidationError as error:
         raise UserError(f"{uri}: is not a record of this program; move it away, or choose another place.") from error
 

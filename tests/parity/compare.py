@@ -376,7 +376,7 @@ class Comparison:
     def _compare_finetune(self, case: Case, record: dict[str, Any]) -> None:
         """Compare the model's inputs in the fine-tuning script."""
         report, name, encoder = self.report, case.name, case.encoder
-        recorded, ids = case.finetune, case.finetune["input_ids"]
+        ids = case.finetune["input_ids"]
         length = len(ids)
         report.equal(name, "ft.position_ids", list(range(length)), record.pop("position_ids"))
         report.equal(name, "ft.image_bound", self._image_bounds(ids), record.pop("image_bound"))
