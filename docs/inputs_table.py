@@ -1,4 +1,4 @@
-"""Write docs/inputs.md from the table in minicpmv_finetune/pipelines/inputs.py.
+"""Write docs/inputs.md from the table in minicpmv_finetune/inputs/table.py.
 
 `make readmes` runs this file; `tests/docs/test_inputs.py` compares the result with the committed page.
 """
@@ -6,13 +6,13 @@
 import json
 from pathlib import Path
 
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, INPUTS, REQUIRED, RETRAIN_INPUTS, Input
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, REQUIRED, RETRAIN_INPUTS, Input
 
 PATH = Path(__file__).parent / "inputs.md"
 _HEAD = """# Inputs of the pipelines
 
 Every input of the pipelines `finetune` and `retrain`;
-[`pipelines/inputs.py`](../minicpmv_finetune/pipelines/inputs.py) is the table, and `make readmes` writes this page from
+[`inputs/table.py`](../minicpmv_finetune/inputs/table.py) is the table, and `make readmes` writes this page from
 it. On the command line, `minicpmv-finetune run` and `minicpmv-finetune retrain` have an option for each; a JSON object
 is given as text there.
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
 from minicpmv_finetune.outputs import claim_workspace
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
 from minicpmv_finetune.pipelines.run_folder import LINKS
 
 from .options import Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
@@ -138,7 +138,7 @@ def predict(
     thinking: Annotated[bool, typer.Option("--thinking", help="Request reasoning first (MiniCPM-V 4.5).")] = False,
 ) -> None:
     """Ask a tuned model a question about an image."""
-    from minicpmv_finetune.pipelines.checks import check_base_model
+    from minicpmv_finetune.inputs.checks import check_base_model
 
     check_base_model("--model", model)
     from minicpmv_finetune.components.evaluate.predict import predict as answer

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.pipelines.inputs import INPUTS, REQUIRED, Input, check_inputs
+from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 
 Output = Literal["text", "json"]
 Inputs = Mapping[str, Any]
@@ -26,7 +26,7 @@ Check = Callable[[Sequence[Input], Mapping[str, Any]], dict[str, Any]]
 
 def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str, Any]:
     """`check_run`, whose modules are imported when it is called."""
-    from minicpmv_finetune.pipelines.checks import check_run
+    from minicpmv_finetune.inputs.checks import check_run
 
     return check_run(inputs, given)
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
 from minicpmv_finetune.outputs import check_folder, check_object_folder, claimed_folder, folder_beside
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, defaults, rows
 
 from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, read_json_object, with_inputs
 
@@ -80,7 +80,7 @@ def preprocess(
     num_workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0 means one per core.")] = 0,
 ) -> None:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
-    from minicpmv_finetune.pipelines.checks import check_base_model
+    from minicpmv_finetune.inputs.checks import check_base_model
     from minicpmv_finetune.shards.codecs import check_codec
 
     codec = check_codec(picture_codec)
@@ -119,7 +119,7 @@ def train(context: typer.Context) -> None:
 
         print_plan(flags)
         return
-    from minicpmv_finetune.pipelines.checks import check_training
+    from minicpmv_finetune.inputs.checks import check_training
 
     check_training(context.args)
     from minicpmv_finetune.components.train.launch import launch
@@ -145,7 +145,7 @@ def merge(
     import tempfile
 
     from minicpmv_finetune import storage
-    from minicpmv_finetune.pipelines.checks import check_base_model
+    from minicpmv_finetune.inputs.checks import check_base_model
 
     base = inputs["base_model_uri"]
     is_remote = storage.is_object_uri(out)
@@ -195,7 +195,7 @@ def evaluate(
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
     compared = {"--model": str(model), "--dataset": str(dataset), "--base-model": base_model, "--champion": champion}
     check_folder(out, "evaluate", compared)
-    from minicpmv_finetune.pipelines.checks import check_base_model
+    from minicpmv_finetune.inputs.checks import check_base_model
 
     for option, uri in (("--model", str(model)), ("--base-model", base_model), ("--champion", champion)):
         if uri:

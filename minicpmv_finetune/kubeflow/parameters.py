@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
+from minicpmv_finetune.inputs.checks import check_run
+from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
-from minicpmv_finetune.pipelines.checks import check_run
-from minicpmv_finetune.pipelines.inputs import INPUTS
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 
 from .profile import Profile, use_storage

@@ -1,8 +1,7 @@
 """The pipeline: validate data → preprocess → train → merge → evaluate → register, if the model passes the gate.
 
-A person fills in its inputs on the run form of the Kubeflow UI, so each has a working default and a help text
-(`inputs.py`). The defaults train LoRA adapters and the vision tower; `training_flags` sets every other flag of the
-training script.
+A person fills in its inputs on the run form of the Kubeflow UI, so each has a working default (`inputs/table.py`). The
+defaults train LoRA adapters and the vision tower; `training_flags` sets every other flag of the training script.
 """
 
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from minicpmv_finetune.components.preprocess.component import preprocess, prepro
 from minicpmv_finetune.components.register.component import register
 from minicpmv_finetune.components.train.component import train
 from minicpmv_finetune.components.validate_data.component import validate_data
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS
 
-from .inputs import FINETUNE_INPUTS
 from .pipeline import Pipeline, inputs_of, set_run_id
 
 

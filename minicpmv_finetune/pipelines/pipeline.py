@@ -15,8 +15,7 @@ from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
 
 from minicpmv_finetune import container_images, environment
-
-from .inputs import REQUIRED, Input
+from minicpmv_finetune.inputs.table import REQUIRED, Input
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from kfp import dsl, kubernetes
 from minicpmv_finetune import environment
 from minicpmv_finetune.components.notify.component import notify
 from minicpmv_finetune.components.plan_retraining.component import plan_retraining
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, defaults
 
 from .finetuning import add_tuning, add_validation
-from .inputs import FINETUNE_INPUTS, RETRAIN_INPUTS, defaults
 from .pipeline import Pipeline, inputs_of, set_run_id
 
 NAME = "minicpmv-retrain"

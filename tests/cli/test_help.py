@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from minicpmv_finetune.cli.main import app, show_option_names_whole
 from minicpmv_finetune.components.train.flags import table
 from minicpmv_finetune.components.train.flags_help import help_text
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, defaults
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults
 
 
 def commands() -> Iterator[tuple[str, ...]]:

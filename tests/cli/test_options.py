@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.pipelines import checks
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, REQUIRED, RETRAIN_INPUTS, Input
+from minicpmv_finetune.inputs import checks
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, REQUIRED, RETRAIN_INPUTS, Input
 
 
 def _commands(group: Any, before: str = "") -> dict[str, Any]:

@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from minicpmv_finetune.cli import main
-from minicpmv_finetune.pipelines import checks
+from minicpmv_finetune.inputs import checks
 from tests.cluster.commands import ROOT, Answer, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow, serving
 
 
 @pytest.fixture(autouse=True)
 def no_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands do not look up data and base model, which do not exist; `tests/pipelines/test_checks.py` does."""
+    """Commands do not look up data and base model, which do not exist; `tests/inputs/test_checks.py` does."""
     for name in ("_check_kind", "_read_data"):
         monkeypatch.setattr(checks, name, lambda uri: [])
     # A command sets these from its profile; they must not stay behind.

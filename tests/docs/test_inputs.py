@@ -1,7 +1,7 @@
 """The page of pipeline inputs is what the table in the package gives."""
 
 from docs.inputs_table import PATH, page
-from minicpmv_finetune.pipelines.inputs import INPUTS
+from minicpmv_finetune.inputs.table import INPUTS
 
 
 def test_page_matches_the_table() -> None:

@@ -48,7 +48,7 @@ def _add_tasks(inputs: Mapping[str, Any], partitions: int) -> None:
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
-    from minicpmv_finetune.pipelines.inputs import rows
+    from minicpmv_finetune.inputs.table import rows
     from minicpmv_finetune.tracking import step_runs
 
     monkeypatch.setattr(step_runs, "finish_pipeline_run", lambda status: None)

@@ -16,10 +16,10 @@ from minicpmv_finetune.components.preprocess.preprocess import PreprocessSetting
 from minicpmv_finetune.components.train.flags import RANGES
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
+from minicpmv_finetune.inputs import checks
+from minicpmv_finetune.inputs.checks import check_run, check_training
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, RETRAIN_INPUTS, Input
 from minicpmv_finetune.options import Accepted, _fields
-from minicpmv_finetune.pipelines import checks
-from minicpmv_finetune.pipelines.checks import check_run, check_training
-from minicpmv_finetune.pipelines.inputs import FINETUNE_INPUTS, INPUTS, RETRAIN_INPUTS, Input
 
 
 def _sample(answer: str = "cat", **more: Any) -> dict[str, Any]:
@@ -246,6 +246,6 @@ def test_a_step_refuses_a_value_out_of_range(settings: Any) -> None:
 
 
 def test_the_checks_import_neither_torch_nor_kfp() -> None:
-    code = "import sys, minicpmv_finetune.pipelines.checks; print({'torch', 'kfp', 'transformers'} & set(sys.modules))"
+    code = "import sys, minicpmv_finetune.inputs.checks; print({'torch', 'kfp', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

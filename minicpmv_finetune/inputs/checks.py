@@ -38,7 +38,7 @@ from minicpmv_finetune.minicpmv.generations import detect_generation, generation
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.shards.format import read_manifest
 
-from .inputs import FINETUNE_INPUTS, Input, defaults, read_inputs
+from .table import FINETUNE_INPUTS, Input, defaults, read_inputs
 
 _REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 

@@ -14,9 +14,7 @@ from minicpmv_finetune.components.register.component import register
 from minicpmv_finetune.components.train.component import train
 from minicpmv_finetune.components.validate_data.component import validate_data
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.pipelines import pipeline_of
-from minicpmv_finetune.pipelines.finetuning import FINETUNE
-from minicpmv_finetune.pipelines.inputs import (
+from minicpmv_finetune.inputs.table import (
     FINETUNE_INPUTS,
     INPUTS,
     REQUIRED,
@@ -25,6 +23,8 @@ from minicpmv_finetune.pipelines.inputs import (
     check_inputs,
     defaults,
 )
+from minicpmv_finetune.pipelines import pipeline_of
+from minicpmv_finetune.pipelines.finetuning import FINETUNE
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 from minicpmv_finetune.pipelines.retraining import RETRAIN
 
