@@ -1,7 +1,8 @@
 """Which container images the components run in.
 
 A component names an image of this version. Where a pipeline is built, `MINICPMV_FINETUNE_REGISTRY` and
-`MINICPMV_FINETUNE_TAG` choose another registry or tag, and a profile's own images win over both.
+`MINICPMV_FINETUNE_TAG` choose another registry or tag; images that a profile names win over both, and the option
+`--registry` over everything.
 """
 
 from importlib.metadata import version
@@ -15,7 +16,12 @@ TRAINER_IMAGE = f"{environment.REGISTRY.default}/trainer:{_VERSION}"
 
 def chosen(image: str) -> str:
     """The image that is used in place of a component's, as the environment decides now."""
-    return f"{environment.REGISTRY.read()}/{variant(image)}:{environment.TAG.read() or _VERSION}"
+    return named(variant(image), environment.REGISTRY.read())
+
+
+def named(variant: str, registry: str) -> str:
+    """This version's image of a registry, or the image with the tag that the environment names."""
+    return f"{registry.rstrip('/')}/{variant}:{environment.TAG.read() or _VERSION}"
 
 
 def variant(image: str) -> str:

@@ -41,7 +41,12 @@ class Variable:
 # Ours.
 REGISTRY = Variable(f"{PREFIX}REGISTRY", "registry of the container images of a compiled pipeline", "minicpmv-finetune")
 TAG = Variable(f"{PREFIX}TAG", "tag of these container images; this version's number without it")
-PROFILE = Variable(f"{PREFIX}PROFILE", "profile of the commands that talk to a cluster, where --profile is not given")
+PROFILE = Variable(
+    f"{PREFIX}PROFILE", "profile of the commands that talk to a cluster, where --profile is not given: a name or a path"
+)
+NAMESPACE = Variable(
+    f"{PREFIX}NAMESPACE", "namespace of the runs, where --namespace is not given; the profile's without it"
+)
 ALLOWED_URIS = Variable(
     f"{PREFIX}ALLOWED_URIS",
     "folders that data and its images may be read from, separated by spaces; without it every place may be",

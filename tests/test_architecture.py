@@ -67,7 +67,10 @@ def test_a_room_imports_only_from_layers_below_its_own(module: Path) -> None:
     for name in _imports(module):
         if name[0] == "minicpmv_finetune":
             target = _room(name[1:])
-            assert target == room or LEVEL[target] < LEVEL[room], f"{room} imports {'.'.join(name)}"
+            is_lower = target == room or LEVEL[target] < LEVEL[room]
+            # `from minicpmv_finetune.pipelines import finetune` is published, and gives a pipeline with settings.
+            is_published = parts == ("pipelines", "__init__") and target == "kubeflow"
+            assert is_lower or is_published, f"{room} imports {'.'.join(name)}"
             if room == "component.py" and name[1] == "components":
                 assert name[2] == parts[1], f"the interface of {parts[1]} imports {'.'.join(name)}"
 

@@ -32,8 +32,25 @@ schedule_app = typer.Typer(help="Recurring runs as code: apply, list, pause, res
 app.add_typer(schedule_app, name="schedule", rich_help_panel=PANEL)
 
 
-_PROFILE_HELP = "Settings of the cluster, such as k8s/profiles/dev.yaml."
-ProfilePath = Annotated[Path, typer.Option("--profile", envvar=environment.PROFILE.name, help=_PROFILE_HELP)]
+_PROFILE_HELP = "Settings of the cluster: kubeflow, kubeflow-profile, or a file such as k8s/profiles/dev.yaml."
+ProfileName = Annotated[
+    str, typer.Option("--profile", envvar=environment.PROFILE.name, help=_PROFILE_HELP, show_default="kubeflow")
+]
+Namespace = Annotated[
+    str,
+    typer.Option(
+        "--namespace", envvar=environment.NAMESPACE.name, help="Namespace of the runs, in place of the profile's."
+    ),
+]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=0, help="GPUs of train, in place of the profile's; 0 uses none in any step.")
+]
+Registry = Annotated[
+    str,
+    typer.Option(
+        "--registry", help=f"Registry of the container images; without it the profile's, or {environment.REGISTRY}."
+    ),
+]
 OutputFormat = Annotated[Output, typer.Option("--output", help="Text, or one JSON document for a program.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")]
 Parameters = Annotated[
@@ -55,11 +72,12 @@ SchedulesFile = Annotated[
 def compile(
     output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
     partitions: Annotated[
-        int, typer.Option(min=1, help="Number of pods that share preprocess; a profile contains its own number.")
+        int, typer.Option(min=1, help="Number of pods that share preprocess; a profile of your own contains it.")
     ] = 1,
-    profile: Annotated[
-        Path | None, typer.Option(help="Settings of the cluster for every task, such as k8s/profiles/dev.yaml.")
-    ] = None,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    gpus: Gpus = None,
+    registry: Registry = "",
     objects: Annotated[
         bool, typer.Option("--objects", help="Write Pipeline and PipelineVersion objects for kubectl apply.")
     ] = False,
@@ -68,23 +86,25 @@ def compile(
 ) -> None:
     """Write a pipeline as a YAML file for the Kubeflow UI or the kfp SDK."""
     from minicpmv_finetune.kubeflow.compiling import write_objects, write_pipeline
+    from minicpmv_finetune.kubeflow.profile import SHIPPED
     from minicpmv_finetune.pipelines import pipeline_of
 
     chosen = pipeline_of("retrain" if retrain else pipeline)
     _refuse_other_file(output)
-    if profile is None:
-        if objects:
-            raise UserError("--objects: the namespace of the objects is not known; give --profile too.")
-        print(chosen.write(output, partitions))
-        return
+    settings = _load(profile, namespace, gpus, registry)
     if partitions > 1:
-        raise UserError(f"--partitions: {profile} contains this setting; set preprocess_partitions there.")
-    print((write_objects if objects else write_pipeline)(chosen, _load(profile), output))
+        if profile not in ("", *SHIPPED):
+            raise UserError(f"--partitions: {profile} contains this setting; set preprocess_partitions there.")
+        settings = settings.model_copy(update={"preprocess_partitions": partitions})
+    print((write_objects if objects else write_pipeline)(chosen, settings, output))
 
 
 @app.command(rich_help_panel=PANEL)
 def preflight(
-    profile: Annotated[Path | None, typer.Option(envvar=environment.PROFILE.name, help=_PROFILE_HELP)] = None,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    gpus: Gpus = None,
+    registry: Registry = "",
     data: Annotated[str, typer.Option(help="Training data of the run.")] = "",
     base_model: Annotated[str, typer.Option(help="Base checkpoint of the run.")] = "",
     image: Annotated[
@@ -102,19 +122,20 @@ def preflight(
         from minicpmv_finetune.kubeflow.container_checks import check_container
 
         checks = check_container()
-    elif profile:
+    else:
         from minicpmv_finetune.kubeflow.preflight import check_cluster
 
-        checks = check_cluster(_load(profile), data, base_model)
-    else:
-        raise UserError("preflight: nothing to check; give --profile, or --image inside a container.")
+        checks = check_cluster(_load(profile, namespace, gpus, registry), data, base_model)
     _print([asdict(check) for check in checks], output, lambda: "\n".join(check.line() for check in checks))
     sys.exit(exit_code(checks))
 
 
 @app.command(rich_help_panel=PANEL)
 def submit(
-    profile: ProfilePath,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    gpus: Gpus = None,
+    registry: Registry = "",
     parameter: Parameters = None,
     parameters: ParametersFile = None,
     name: Annotated[
@@ -136,7 +157,7 @@ def submit(
     from minicpmv_finetune.kubeflow.submit import submit as start
     from minicpmv_finetune.pipelines import pipeline_of
 
-    settings = _load(profile)
+    settings = _load(profile, namespace, gpus, registry)
     chosen = pipeline_of(pipeline)
     inputs = resolve_parameters(chosen, read_parameters(parameter or [], parameters), settings)
     cluster = _connect(settings)
@@ -163,7 +184,8 @@ def _describe_submission(submission: "Submission", dry_run: bool) -> str:
 
 @app.command(rich_help_panel=PANEL)
 def runs(
-    profile: ProfilePath,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="Id or name of one run, to list its steps.")] = "",
     experiment: Annotated[str, typer.Option(help="Experiment to list; empty lists the whole namespace.")] = "",
     most: Annotated[int, typer.Option("--most", min=1, help="Maximum number of runs, newest first.")] = 20,
@@ -172,7 +194,7 @@ def runs(
     """List the newest runs, or the steps of one run."""
     from minicpmv_finetune.kubeflow.runs import find_run, list_runs, list_steps
 
-    cluster = _connect(_load(profile))
+    cluster = _connect(_load(profile, namespace))
     if run:
         rows = [asdict(step) for step in list_steps(find_run(cluster, run))]
     else:
@@ -183,7 +205,8 @@ def runs(
 @app.command(rich_help_panel=PANEL)
 def logs(
     run: RunName,
-    profile: ProfilePath,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
     step: Annotated[
         str, typer.Option(help="Step, such as train; by default the step that failed, or the last one.")
     ] = "",
@@ -191,7 +214,7 @@ def logs(
     """Print the log of a step, as far as it has been written."""
     from minicpmv_finetune.kubeflow.runs import find_run, list_steps, read_log
 
-    cluster = _connect(_load(profile))
+    cluster = _connect(_load(profile, namespace))
     found = find_run(cluster, run)
     started = [item for item in list_steps(found) if item.pod]
     wanted = [item for item in started if item.step == step] if step else started
@@ -204,12 +227,18 @@ def logs(
 
 
 @app.command(rich_help_panel=PANEL)
-def cancel(run: RunName, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+def cancel(
+    run: RunName,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    dry_run: DryRun = False,
+    output: OutputFormat = "text",
+) -> None:
     """Stop a run; a run that has finished stays as it is."""
     from minicpmv_finetune.kubeflow.runs import cancel as stop
     from minicpmv_finetune.kubeflow.runs import find_run
 
-    cluster = _connect(_load(profile))
+    cluster = _connect(_load(profile, namespace))
     found = find_run(cluster, run)
     changed = stop(cluster, found, dry_run)
     change = "would be stopped" if dry_run else "is being stopped"
@@ -220,7 +249,8 @@ def cancel(run: RunName, profile: ProfilePath, dry_run: DryRun = False, output: 
 
 @app.command(rich_help_panel=PANEL)
 def gc(
-    profile: ProfilePath,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
     root: Annotated[
         str, typer.Option(help="Folder that contains the runs' folders; by default the profile's pipeline root.")
     ] = "",
@@ -236,7 +266,7 @@ def gc(
     from minicpmv_finetune.kubeflow.gc import delete as delete_folder
     from minicpmv_finetune.kubeflow.gc import find_unused
 
-    settings = _load(profile)
+    settings = _load(profile, namespace)
     found = find_unused(_connect(settings), root, min_age_days)
     if delete:
         for item in found:
@@ -249,12 +279,18 @@ def gc(
 
 @schedule_app.command("apply")
 def apply_schedules(
-    file: SchedulesFile, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text"
+    file: SchedulesFile,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    gpus: Gpus = None,
+    registry: Registry = "",
+    dry_run: DryRun = False,
+    output: OutputFormat = "text",
 ) -> None:
     """Make the server's schedules match the file: create them, or replace those that differ."""
     from minicpmv_finetune.kubeflow.schedule import apply, load_schedules
 
-    cluster = _connect(_load(profile))
+    cluster = _connect(_load(profile, namespace, gpus, registry))
     changes = apply(cluster, load_schedules(file), dry_run)
     would = "would " if dry_run else ""
     _print(
@@ -265,29 +301,42 @@ def apply_schedules(
 
 
 @schedule_app.command("list")
-def list_schedules(profile: ProfilePath, output: OutputFormat = "text") -> None:
+def list_schedules(profile: ProfileName = "", namespace: Namespace = "", output: OutputFormat = "text") -> None:
     """List the schedules on the server, with their times in words."""
     from minicpmv_finetune.kubeflow.schedule import list_schedules as find
 
-    rows = [asdict(row) for row in find(_connect(_load(profile)))]
+    rows = [asdict(row) for row in find(_connect(_load(profile, namespace)))]
     _print(rows, output, lambda: _table(rows) or "no schedules")
 
 
 @schedule_app.command()
-def pause(name: ScheduleName, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+def pause(
+    name: ScheduleName,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    dry_run: DryRun = False,
+    output: OutputFormat = "text",
+) -> None:
     """Stop a schedule from starting runs, until it is resumed."""
-    _set_enabled(name, profile, False, dry_run, output)
+    _set_enabled(name, _load(profile, namespace), False, dry_run, output)
 
 
 @schedule_app.command()
-def resume(name: ScheduleName, profile: ProfilePath, dry_run: DryRun = False, output: OutputFormat = "text") -> None:
+def resume(
+    name: ScheduleName,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    dry_run: DryRun = False,
+    output: OutputFormat = "text",
+) -> None:
     """Let a paused schedule start runs again."""
-    _set_enabled(name, profile, True, dry_run, output)
+    _set_enabled(name, _load(profile, namespace), True, dry_run, output)
 
 
 @schedule_app.command("delete")
 def delete_schedules(
-    profile: ProfilePath,
+    profile: ProfileName = "",
+    namespace: Namespace = "",
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the schedule.")] = "",
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Delete the schedules in this file.")] = None,
     dry_run: DryRun = False,
@@ -298,7 +347,7 @@ def delete_schedules(
 
     if bool(name) == bool(file):
         raise UserError("schedule delete: give either a NAME or -f FILE.")
-    cluster = _connect(_load(profile))
+    cluster = _connect(_load(profile, namespace))
     names = [schedule.name for schedule in load_schedules(file)] if file else [name]
     deleted = {item: delete(cluster, item, dry_run) for item in names}
     state = "would be deleted" if dry_run else "deleted"
@@ -306,20 +355,23 @@ def delete_schedules(
     _print(deleted, output, lambda: "\n".join(lines))
 
 
-def _set_enabled(name: str, profile: Path, enabled: bool, dry_run: bool, output: Output) -> None:
+def _set_enabled(name: str, profile: "Profile", enabled: bool, dry_run: bool, output: Output) -> None:
     from minicpmv_finetune.kubeflow.schedule import set_enabled
 
-    changed = set_enabled(_connect(_load(profile)), name, enabled, dry_run)
+    changed = set_enabled(_connect(profile), name, enabled, dry_run)
     state = "resumed" if enabled else "paused"
     change = f"would be {state}" if dry_run else state
     text = f"{name}: {change if changed else f'was {state} already'}"
     _print({"name": name, "changed": changed, "dry_run": dry_run}, output, lambda: text)
 
 
-def _load(path: Path) -> "Profile":
-    from minicpmv_finetune.kubeflow.profile import load_profile
+def _load(profile: str, namespace: str, gpus: int | None = None, registry: str = "") -> "Profile":
+    from minicpmv_finetune.kubeflow.profile import chosen_profile
 
-    return load_profile(path)
+    settings = chosen_profile(profile, namespace)
+    if gpus is not None:
+        settings = settings.with_gpus(gpus)
+    return settings.with_registry(registry) if registry else settings
 
 
 def _connect(profile: "Profile") -> "Cluster":

@@ -140,5 +140,8 @@ def _read_shards_location(manifest_uri: str) -> str:
 
 def _list_registered_models(cluster: Cluster) -> list[str]:
     """Addresses of all versions of registered models."""
-    os.environ.setdefault(environment.TRACKING_URI.name, cluster.profile.mlflow.tracking_uri)
+    if cluster.profile.mlflow:
+        os.environ.setdefault(environment.TRACKING_URI.name, cluster.profile.mlflow.tracking_uri)
+    elif not environment.TRACKING_URI.read():
+        return []
     return [str(version.source) for version in list_versions(mlflow_client()) if version.source]

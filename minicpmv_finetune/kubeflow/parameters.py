@@ -58,6 +58,8 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
     place = base_model_place(base_model, profile)
     if place == "this machine":
         mistakes.append(not_reachable("base_model_uri", base_model))
+    if profile.mlflow is None:
+        mistakes += _needs_registry(pipeline, given)
     use_storage(profile)
     checked: dict[str, Any] = {}
     try:
@@ -65,7 +67,21 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
     except MistakesError as error:
         mistakes += error.sentences
     raise_mistakes(mistakes)
+    if profile.mlflow is None:
+        checked["registered_model"] = ""
     return {**checked, "base_model_uri": pin_to_commit(base_model) if place == "hub" else base_model}
+
+
+def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
+    """A sentence for what a run without MLflow cannot do."""
+    remedy = "set mlflow in the profile (k8s/README.md)"
+    if "plan-retraining" in pipeline.steps:
+        return [
+            f"{pipeline.name}: compares with the champion in MLflow's registry, but the profile names none; {remedy}."
+        ]
+    if given.get("registered_model"):
+        return [f"registered_model: the profile names no MLflow to register it in; {remedy}, or leave the input out."]
+    return []
 
 
 def base_model_place(address: str, profile: Profile) -> BaseModelPlace:

@@ -83,7 +83,9 @@ def _check_object_storage(profile: Profile) -> str:
 
 
 def _check_mlflow(profile: Profile) -> str:
-    uri = environment.TRACKING_URI.read() or profile.mlflow.tracking_uri
+    uri = environment.TRACKING_URI.read() or (profile.mlflow.tracking_uri if profile.mlflow else "")
+    if not uri:
+        raise SkippedError("the profile names none, so the gate decides and no model is registered")
     if not uri.startswith(("http://", "https://")):
         raise SkippedError(f"{uri} is not a server")
     try:

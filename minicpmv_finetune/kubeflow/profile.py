@@ -1,8 +1,11 @@
-"""The settings of one cluster, in one file: `k8s/profiles/NAME.yaml`.
+"""The settings of one cluster, in one file.
 
 The pipeline itself contains nothing about nodes, secrets or limits. A profile does, and `with_profile` applies its
 settings to every task: user, resources, time limit and credentials. The result is an ordinary pipeline, so the
 Kubeflow UI, the SDK and schedules need no support for profiles.
+
+Two profiles are part of the package (`profiles/`), for stock installations of Kubeflow with one user and with several:
+`kubeflow`, which is used where none is named, and `kubeflow-profile`. Others are files, like `k8s/profiles/dev.yaml`.
 
 A profile names Secrets and never contains their values: their keys become environment variables of the containers.
 """
@@ -10,6 +13,7 @@ A profile names Secrets and never contains their values: their keys become envir
 import difflib
 import os
 import re
+import sys
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +30,11 @@ from minicpmv_finetune.pipelines import all_pipelines
 from .yaml_files import read_mapping
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+SHIPPED = ("kubeflow", "kubeflow-profile")
+"""Names of the profiles in the package: for stock installations of Kubeflow with one user, and with several."""
+DEFAULT_PROFILE = "kubeflow"
+_SHIPPED = Path(__file__).with_name("profiles")
+_PLAIN = "without_profile"  # attribute of a pipeline's function with the function that a profile was applied to
 
 
 def _require_pinned(image: str) -> str:
@@ -45,10 +54,13 @@ class _Section(BaseModel):
 
 
 class Images(_Section):
-    """The two container images, by digest or an explicit tag; `latest` is refused."""
+    """The two container images, by digest or an explicit tag; `latest` is refused.
 
-    data: ContainerImage
-    trainer: ContainerImage
+    One that is not named here is this version's image in the registry that `--registry` or the environment names.
+    """
+
+    data: ContainerImage | None = None
+    trainer: ContainerImage | None = None
     pull_secrets: tuple[Name, ...] = ()
 
 
@@ -164,12 +176,14 @@ class Profile(_Section):
     pipeline_root: str = Field(
         default="", description="Folder for artifacts; empty leaves the choice to the namespace's kfp-launcher."
     )
-    images: Images
+    images: Images = Images()
     identity: Identity = Identity()
     labels: dict[str, Label] = {}
     retry: Retry = Retry()
     s3: S3
-    mlflow: MLflow
+    mlflow: MLflow | None = Field(
+        default=None, description="Tracking and model registry; without it the gate decides, and nothing is registered."
+    )
     base_models: ModelVolume | None = None
     allowed_uris: tuple[str, ...] = Field(
         default=(),
@@ -199,9 +213,28 @@ class Profile(_Section):
     def secrets(self) -> dict[str, set[str]]:
         """Every Secret that a run needs in its namespace, with the keys that it must contain."""
         needed = {self.s3.secret: set(self.s3.variables)}
-        if credentials := self.mlflow.credentials:
+        if self.mlflow and (credentials := self.mlflow.credentials):
             needed.setdefault(credentials.secret, set()).update(credentials.variables)
         return needed
+
+    def with_gpus(self, count: int) -> "Profile":
+        """The same profile with this number of GPUs for train; 0 lets every step run without a GPU, on any node."""
+        settings = {"train": self.step_settings("train"), **self.steps}
+        if count:
+            resource = (settings["train"].accelerator or Accelerator()).resource
+            accelerator = Accelerator(resource=resource, count=count)
+            settings["train"] = settings["train"].model_copy(update={"accelerator": accelerator})
+            return self.model_copy(update={"steps": settings})
+        for step, found in settings.items():
+            if found.accelerator:
+                update: dict[str, Any] = {"accelerator": None, "tolerations": (), "node_selector": {}}
+                settings[step] = found.model_copy(update=update)
+        return self.model_copy(update={"steps": settings})
+
+    def with_registry(self, registry: str) -> "Profile":
+        """The same profile with this version's container images of a registry."""
+        named = {variant: container_images.named(variant, registry) for variant in ("data", "trainer")}
+        return self.model_copy(update={"images": self.images.model_copy(update=named)})
 
 
 def use_storage(profile: Profile) -> None:
@@ -211,39 +244,72 @@ def use_storage(profile: Profile) -> None:
     os.environ.setdefault("AWS_DEFAULT_REGION", profile.s3.region)
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(profile: str | Path, namespace: str = "") -> Profile:
     """Read a profile.
 
+    Args:
+        profile: Name of a profile of the package, or path of a file.
+        namespace: Namespace of the runs, in place of the profile's.
+
     Raises:
-        UserError: The file cannot be read, or a field is unknown or has a wrong value.
+        UserError: The file cannot be read, a field is unknown or has a wrong value, or no namespace is given.
     """
-    content = read_mapping(path, "a profile's fields", "use a file of k8s/profiles, or see k8s/README.md")
+    path = _SHIPPED / f"{profile}.yaml" if str(profile) in SHIPPED else Path(profile)
+    named = f"use one of {', '.join(SHIPPED)}, or a file; see k8s/README.md"
+    content = read_mapping(path, "a profile's fields", named)
+    if namespace:
+        content["namespace"] = namespace
+    elif str(profile) in SHIPPED and "namespace" not in content:
+        raise UserError(
+            f"profile {profile}: the namespace of your runs is not known; give --namespace NAME or set "
+            f"{environment.NAMESPACE}."
+        )
     try:
         return Profile.model_validate({"name": path.stem, **content})
     except ValidationError as error:
-        raise UserError(f"{path}: {describe_validation_error(error, 'profile')}; see k8s/README.md.") from error
+        raise UserError(f"{profile}: {describe_validation_error(error, 'profile')}; see k8s/README.md.") from error
+
+
+def chosen_profile(profile: str = "", namespace: str = "") -> Profile:
+    """The profile with this name or path, else the one that the environment names, else `kubeflow`, which is said.
+
+    Raises:
+        UserError: See `load_profile`.
+    """
+    profile = profile or environment.PROFILE.read()
+    namespace = namespace or environment.NAMESPACE.read()
+    if not profile:
+        print(
+            f"No profile is named, so {DEFAULT_PROFILE} is used (Kubeflow Pipelines with one user); for several users "
+            "give --profile kubeflow-profile --namespace NAME, for settings of your own a file.",
+            file=sys.stderr,
+        )
+    return load_profile(profile or DEFAULT_PROFILE, namespace)
 
 
 def with_profile(pipeline: GraphComponent, profile: Profile) -> GraphComponent:
-    """The same pipeline with a cluster's settings on each of its tasks."""
+    """The same pipeline with a cluster's settings on each of its tasks, in place of those of another profile."""
+    plain = getattr(pipeline.pipeline_func, _PLAIN, pipeline.pipeline_func)
 
-    @wraps(pipeline.pipeline_func)
+    @wraps(plain)
     def build(*inputs: Any) -> Any:
-        outputs = pipeline.pipeline_func(*inputs)
+        outputs = plain(*inputs)
         for name, task in pipeline_context.Pipeline.get_default_pipeline().tasks.items():
             # A task that is itself a pipeline has no container.
             if task.container_spec is not None:
                 _apply(profile, name, task)
         return outputs
 
+    setattr(build, _PLAIN, plain)
     info = pipeline.pipeline_spec.pipeline_info
     return dsl.pipeline(name=info.name, display_name=info.display_name, description=info.description)(build)
 
 
 def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     settings = profile.step_settings(step)
-    variant = container_images.variant(task.container_spec.image)
-    task.set_container_image(profile.images.data if variant == "data" else profile.images.trainer)
+    is_data = container_images.variant(task.container_spec.image) == "data"
+    if image := profile.images.data if is_data else profile.images.trainer:
+        task.set_container_image(image)
     kubernetes.set_image_pull_policy(task, "IfNotPresent")
     if profile.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.images.pull_secrets))
@@ -309,13 +375,13 @@ def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
     variables = {
         "AWS_ENDPOINT_URL": profile.s3.endpoint,
         "AWS_DEFAULT_REGION": profile.s3.region,
-        environment.TRACKING_URI.name: profile.mlflow.tracking_uri,
-        environment.EXPERIMENT.name: profile.mlflow.experiment,
+        environment.TRACKING_URI.name: profile.mlflow.tracking_uri if profile.mlflow else "",
+        environment.EXPERIMENT.name: profile.mlflow.experiment if profile.mlflow else "",
         environment.ALLOWED_URIS.name: " ".join(profile.allowed_uris),
     }
     for name, value in variables.items():
         if value:
             task.set_env_variable(name, value)
     kubernetes.use_secret_as_env(task, profile.s3.secret, profile.s3.variables)
-    if credentials := profile.mlflow.credentials:
+    if profile.mlflow and (credentials := profile.mlflow.credentials):
         kubernetes.use_secret_as_env(task, credentials.secret, credentials.variables)

@@ -1,7 +1,8 @@
 """The pipelines, their run on this machine, and the demonstration.
 
-`from minicpmv_finetune.pipelines import finetune, retrain` imports the pipelines for the kfp SDK. Only this import
-loads kfp and builds a pipeline, so that the command line starts at once.
+`from minicpmv_finetune.pipelines import finetune, retrain` imports the pipelines for the kfp SDK, with the settings of
+the profile that the environment names, else of the profile `kubeflow`, so that they run on a stock Kubeflow. Only this
+import loads kfp and builds a pipeline, so that the command line starts at once.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,10 @@ def pipeline_of(choice: PipelineChoice) -> "Pipeline":
 def __getattr__(name: str) -> Any:
     if name not in ("finetune", "retrain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    component = pipeline_of(name).build()  # type: ignore[arg-type]
+    # The one import from a layer above: these names are published, and a pipeline without settings runs nowhere.
+    from minicpmv_finetune.kubeflow.compiling import pipeline_for
+    from minicpmv_finetune.kubeflow.profile import chosen_profile
+
+    component = pipeline_for(pipeline_of(name), chosen_profile())  # type: ignore[arg-type]
     globals()[name] = component
     return component

@@ -74,5 +74,7 @@ FINETUNE = Pipeline(
 def __getattr__(name: str) -> Any:
     """The pipeline `finetune`, which the README of 0.1.0 imported from this module."""
     if name == "finetune":
-        return FINETUNE.build()
+        from . import finetune
+
+        return finetune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -53,5 +53,7 @@ RETRAIN = Pipeline(
 def __getattr__(name: str) -> Any:
     """The pipeline `retrain`, like `finetune` in `finetuning.py`."""
     if name == "retrain":
-        return RETRAIN.build()
+        from . import retrain
+
+        return retrain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

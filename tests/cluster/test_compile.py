@@ -27,14 +27,35 @@ def _first_document(path: Path) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("settings", [[], ["--profile", PROFILE]], ids=["plain", "profile"])
 def test_each_pipeline_is_written_with_or_without_a_profile(
-    command: Command, tmp_path: Path, options: list[str], name: str, settings: list[str | Path]
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    name: str,
+    settings: list[str | Path],
 ) -> None:
+    monkeypatch.delenv("MINICPMV_FINETUNE_PROFILE")
     path = tmp_path / "pipeline.yaml"
     done = command("compile", path, *options, *settings)
     assert done.code == 0, done.err
     assert str(path) in done.out
     assert _first_document(path)["pipelineInfo"]["name"] == name
-    assert ("secretName: minicpmv-s3" in path.read_text()) == bool(settings)
+    secret = "minicpmv-s3" if settings else "mlpipeline-minio-artifact"
+    assert f"secretName: {secret}" in path.read_text()
+    assert ("No profile is named, so kubeflow is used" in done.err) == (not settings)
+
+
+def test_options_replace_settings_of_a_profile(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    words = ["--profile", "kubeflow-profile", "--namespace", "team-a", "--registry", "registry.example.com/team/"]
+    assert command("compile", path, *words, "--objects").code == 0
+    assert {document["metadata"]["namespace"] for document in yaml.safe_load_all(path.read_text())} == {"team-a"}
+    text = path.read_text()
+    assert "image: registry.example.com/team/trainer:" in text
+    assert "image: registry.example.com/team/data:" in text
+    assert text.count("resourceType: nvidia.com/gpu") == 2
+    assert command("compile", path, *words, "--gpus", "0").code == 0
+    assert "nvidia" not in path.read_text()
 
 
 @pytest.mark.parametrize("name", ["finetune", "retrain"])
@@ -50,7 +71,8 @@ def test_objects_belong_to_the_profiles_namespace(name: str, command: Command, t
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--objects"], "--objects: the namespace of the objects is not known"),
+        (["--profile", "kubeflow-profile"], "give --namespace NAME or set MINICPMV_FINETUNE_NAMESPACE"),
+        (["--profile", "no-such-profile"], "use one of kubeflow, kubeflow-profile, or a file"),
         (["--partitions", "2", "--profile", PROFILE], "set preprocess_partitions there"),
     ],
 )

@@ -230,8 +230,11 @@ def test_a_container_image_is_checked_from_inside(command: Command) -> None:
     assert found["user"][0] == ("failed" if os.getuid() == 0 else "ok")
 
 
-def test_a_command_without_anything_to_check_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_profile_a_stock_installation_is_checked(
+    command: Command, kubeflow: FakeKubeflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MINICPMV_FINETUNE_PROFILE")
+    monkeypatch.setenv("KUBECONFIG", os.devnull)
     done = command("preflight")
-    assert done.code == 2
-    assert "--image" in done.err
+    assert "No profile is named, so kubeflow is used" in done.err
+    assert "skipped MLflow: the profile names none" in done.out
