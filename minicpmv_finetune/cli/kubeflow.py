@@ -131,6 +131,36 @@ def preflight(
 
 
 @app.command(rich_help_panel=PANEL)
+def upload(
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data files of this machine.")],
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    to: Annotated[
+        str, typer.Option("--to", help="Folder in the store; by default minicpmv-data below the runs' pipeline root.")
+    ] = "",
+    outside: Annotated[
+        bool, typer.Option("--outside", help="Also copy images that lie outside of the data files' folder.")
+    ] = False,
+    dry_run: DryRun = False,
+    output: OutputFormat = "text",
+) -> None:
+    """Copy data files and their images into the cluster's object store, and print the address of each data file.
+
+    Equal data has an equal address; a repeated command sends only what is missing. Keys and address of the store come
+    from AWS_* variables, else from the cluster through the kubeconfig.
+    """
+    from minicpmv_finetune.kubeflow.store import use_store
+    from minicpmv_finetune.kubeflow.upload import describe_upload
+    from minicpmv_finetune.kubeflow.upload import upload as copy
+
+    settings = _load(profile, namespace)
+    use_store(settings)
+    done = copy(data, settings, to, outside, dry_run)
+    print(describe_upload(done, dry_run), file=sys.stderr)
+    _print({**asdict(done), "dry_run": dry_run}, output, lambda: "\n".join(done.uris))
+
+
+@app.command(rich_help_panel=PANEL)
 def submit(
     profile: ProfileName = "",
     namespace: Namespace = "",

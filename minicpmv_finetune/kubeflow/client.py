@@ -4,7 +4,7 @@
 which are added here: a time limit for every call (its convenience methods wait forever), lists that are read to their
 last page, and errors that are sentences instead of HTTP bodies. Address and token come from these places:
 
-- the address: `KF_PIPELINES_ENDPOINT`, else the profile;
+- the address: `KF_PIPELINES_ENDPOINT`, else the profile, from outside the cluster through a port-forward;
 - the token: `KF_PIPELINES_TOKEN`, else the service account's token, which Kubernetes mounts into pods that request it;
 - links: `KF_PIPELINES_UI_ENDPOINT`, else the profile, else the address.
 """
@@ -26,6 +26,7 @@ from kfp.client import Client, set_volume_credentials
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError, without_password
 
+from .forwarding import reachable
 from .profile import Profile
 
 TIMEOUT_SECONDS = (5, 30)  # to connect, and for each wait for data
@@ -160,8 +161,9 @@ def connect(profile: Profile) -> Cluster:
     credentials = None
     if not token and Path(environment.KFP_TOKEN_FILE.read()).is_file():
         credentials = set_volume_credentials.ServiceAccountTokenVolumeCredentials()
+    address = reachable(endpoint)
     with explain_api_errors(endpoint), _without_client_output():
-        client = Client(host=endpoint, namespace=profile.namespace, existing_token=token, credentials=credentials)
+        client = Client(host=address, namespace=profile.namespace, existing_token=token, credentials=credentials)
         health = client.healthzs.healthz_service_get_healthz(_request_timeout=TIMEOUT_SECONDS)
     if not _is_json(client.healthzs.healthz_service_get_healthz):
         raise _not_an_api(endpoint)

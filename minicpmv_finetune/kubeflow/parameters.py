@@ -4,6 +4,7 @@ All checks happen before anything is sent: names, types and ranges by the table 
 read the addresses.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 
-from .profile import Profile, use_storage
+from .profile import Profile
+from .store import use_store
 from .yaml_files import read_mapping
 
 BaseModelPlace = Literal["object storage", "volume", "hub", "this machine"]
@@ -60,7 +62,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
         mistakes.append(not_reachable("base_model_uri", base_model))
     if profile.mlflow is None:
         mistakes += _needs_registry(pipeline, given)
-    use_storage(profile)
+    _use_store_if_possible(profile)
     checked: dict[str, Any] = {}
     try:
         checked = check_run(pipeline.inputs, given, runs_here=False)
@@ -84,6 +86,14 @@ def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _use_store_if_possible(profile: Profile) -> None:
+    """Let the checks look into the profile's store; where they cannot, the run itself still may."""
+    try:
+        use_store(profile)
+    except (UserError, RetryableError) as error:
+        print(f"warning: the object store is not looked into before the run: {error}", file=sys.stderr)
+
+
 def base_model_place(address: str, profile: Profile) -> BaseModelPlace:
     """Where a base model is stored: in an object store, on the profile's volume, on the hub, or only here."""
     if storage.is_object_uri(address):
@@ -95,7 +105,8 @@ def base_model_place(address: str, profile: Profile) -> BaseModelPlace:
 
 def not_reachable(name: str, address: str) -> str:
     """The sentence about an address of this machine."""
-    return f"{name}: {address} is a path on this machine, which the cluster cannot read; copy it to s3:// first."
+    how = "" if name == "base_model_uri" else ", as `minicpmv-finetune upload` does"
+    return f"{name}: {address} is a path on this machine, which the cluster cannot read; copy it to s3:// first{how}."
 
 
 def pin_to_commit(model: str) -> str:

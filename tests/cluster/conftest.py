@@ -11,6 +11,8 @@ from minicpmv_finetune.cli import main
 from minicpmv_finetune.inputs import checks
 from tests.cluster.commands import ROOT, Answer, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow, serving
+from tests.cluster.fake_kubernetes import FakeKubernetes
+from tests.cluster.fake_kubernetes import serving as serve_kubernetes
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +21,7 @@ def no_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_check_kind", "_read_data"):
         monkeypatch.setattr(checks, name, lambda uri: [])
     # A command sets these from its profile; they must not stay behind.
-    for variable in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+    for variable in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         if variable not in os.environ:
             monkeypatch.setenv(variable, "")
             monkeypatch.delenv(variable)
@@ -65,3 +67,12 @@ def profile(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def kubernetes_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKubernetes]:
+    """A Kubernetes API server, to which the environment's kubeconfig leads."""
+    with serve_kubernetes(tmp_path) as (state, kubeconfig):
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        yield state

@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, urlparse
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
+from tests.cluster.port_forward import forward
+
 Record = dict[str, Any]
 NAMESPACE = "team"
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}  # Go's strconv.ParseBool
@@ -61,6 +63,9 @@ class FakeKubernetes:
         faults: Patterns of "METHOD path" with the error that is answered once to a matching request, in order.
         events: Changes of the cluster; the next one happens each time a client gets the TrainJob.
         on_create: What the controller does with a new TrainJob.
+        objects: Other objects by path, such as `/api/v1/namespaces/team/secrets/keys`; a number is answered as this
+            HTTP status. Server-side apply (PATCH) writes here too.
+        ports: The server that a pod's port belongs to, for port-forwards.
     """
 
     versions: list[str] = field(default_factory=lambda: ["v1alpha1"])
@@ -74,6 +79,8 @@ class FakeKubernetes:
     faults: list[tuple[str, int]] = field(default_factory=list)
     events: Iterator[object] = field(default_factory=lambda: iter(()))
     on_create: Callable[[Record], None] = lambda job: None
+    objects: dict[str, Any] = field(default_factory=dict)
+    ports: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
 
     @property
     def job(self) -> Record:
@@ -98,6 +105,24 @@ class FakeKubernetes:
         }
         self.pods[name], self.logs[name] = pod, PodLog()
         return pod
+
+    def add_service(self, namespace: str, name: str, port: int, server: tuple[str, int]) -> None:
+        """Create a Service with one pod, whose port is a server of this machine."""
+        space, pod = f"/api/v1/namespaces/{namespace}", f"{name}-0"
+        container = {"name": "main", "ports": [{"name": "main", "containerPort": 8333}]}
+        pods = self.objects.setdefault(f"{space}/pods", {"kind": "PodList", "items": []})
+        pods["items"] = [
+            {
+                "metadata": {"name": pod, "namespace": namespace},
+                "spec": {"containers": [container]},
+                "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
+            }
+        ]
+        self.objects[f"{space}/services/{name}"] = {
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"selector": {"app": name}, "ports": [{"port": port, "targetPort": "main"}]},
+        }
+        self.ports[pod, 8333] = server
 
     def run(self, pod: Record, *lines: str) -> None:
         """Start a pod's container, which writes lines."""
@@ -166,11 +191,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         self._route()
 
+    def do_PATCH(self) -> None:
+        self._route()
+
     def _route(self) -> None:
         url = urlparse(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+        body = yaml.safe_load(self.rfile.read(length)) if length else None
         request = f"{self.command} {url.path}"
         self.state.requests.append(request)
         for fault in self.state.faults:
@@ -180,7 +208,16 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, answer in _ROUTES.items():
             if match := re.fullmatch(pattern, request):
                 return answer(self, query, body, *match.groups())
-        return self._refuse(404, f"no such path: {request}")
+        if self.command == "PATCH" and self.headers["Content-Type"] == "application/apply-patch+yaml":
+            self.state.objects[url.path] = body
+        found = self.state.objects.get(url.path, 404)
+        if isinstance(found, int):
+            return self._refuse(found, f"no such path: {request}")
+        return self._answer(found)
+
+    def _port_forward(self, query: Mapping[str, str], body: Any, pod: str) -> None:
+        port = int(query["ports"])
+        forward(self, port, self.state.ports[pod, port])
 
     def _groups(self, query: Mapping[str, str], body: Any) -> None:
         versions = [{"groupVersion": f"trainer.kubeflow.org/{name}", "version": name} for name in self.state.versions]
@@ -265,6 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
 _JOBS = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 _ROUTES: dict[str, Callable[..., None]] = {
+    r"GET /api/v1/namespaces/[^/]+/pods/([^/]+)/portforward": _Handler._port_forward,
     "GET /apis/": _Handler._groups,
     f"POST {_JOBS}": _Handler._create,
     f"GET {_JOBS}/([^/]+)": _Handler._job,

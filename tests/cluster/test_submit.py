@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import kfp
 import pytest
@@ -12,6 +13,7 @@ from minicpmv_finetune.kubeflow import client, runs
 from minicpmv_finetune.pipelines import finetune
 from tests.cluster.commands import BASE_MODEL, INPUTS, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
+from tests.cluster.fake_kubernetes import FakeKubernetes
 
 NAMESPACE = "minicpmv-finetune"
 
@@ -239,6 +241,17 @@ def test_an_unreachable_server_is_a_temporary_fault(
     done = command("submit", *INPUTS)
     assert done.code == 75
     assert unreachable in done.err
+
+
+def test_from_outside_the_server_is_reached_through_a_port_forward(
+    kubeflow: FakeKubeflow, kubernetes_server: FakeKubernetes, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = urlsplit(kubeflow.url)
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    kubernetes_server.add_service("kubeflow", "ml-pipeline", 8888, (str(address.hostname), int(address.port or 0)))
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.code == 0, done.err
+    assert len(kubeflow.runs) == 1
 
 
 def test_a_missing_address_is_a_mistake(
