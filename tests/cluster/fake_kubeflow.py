@@ -1,22 +1,33 @@
 """A Kubeflow Pipelines API server for tests: the v2beta1 REST API over real HTTP, with state and the real checks.
 
-It behaves like the real server in these points (paths below backend/src/apiserver of kubeflow/pipelines):
+What it answers is held to `recordings/`, exchanges of a real Kubeflow Pipelines 2.17 (test_recordings.py replays each
+of them); what runs do is in fake_workflow.py. Behaviors and their recordings:
 
-- lists come in pages of 20 by default and at most 200, with an opaque token (list/list.go);
-- filters are JSON predicates (filter/filter.go); sorting is by one field, `desc` after it (list/list.go);
-- uploads are multipart with the field `uploadfile`, names in the query (server/pipeline_upload_server.go), and a
-  duplicate is answered with 409; the file must parse as a pipeline spec (template/v2_template.go);
-- names are unique: pipelines and experiments in a namespace, versions in a pipeline (storage/*_store.go), while runs
-  and recurring runs may have equal names;
-- inputs are checked against the spec: unknown and missing inputs are refused (template/v2_template.go);
-- a run contains its own spec, or names a version, or a pipeline alone, and then gets its newest version
-  (resource/resource_manager.go);
-- recurring runs can be created, deleted, enabled and disabled, not updated; concurrency is 1 to 10, and times are
-  those of robfig/cron: six fields (server/job_server.go);
-- with a single user, lists refuse a namespace (server/experiment_server.go, TestListExperiments_SingleUser…); with
-  several users, they require one, and callers are identified by bearer token: 401 without a token, 403 outside their
-  namespaces (auth/);
-- terminating a finished run is refused (resource/resource_manager.go).
+- an empty list is `{}`; else items and `total_size`: single-user/GET_v2beta1.pipelines_200*;
+- filters are JSON predicates (…_200_filter), a namespace may be given as empty with a single user;
+- errors are gRPC statuses (`code`, `message`, `details`), those of uploads `error_message` and `error_details`:
+  POST_v2beta1.runs_400, POST_v2beta1.pipelines.upload_400 and _409;
+- uploads are multipart with the field `uploadfile`, names in the query; a duplicate is answered with 409, and without
+  rights with 400: multi-user/POST_v2beta1.pipelines.upload_400;
+- inputs are checked against the spec: POST_v2beta1.runs_400; a run without an experiment belongs to Default:
+  POST_v2beta1.runs_200;
+- times that are not known are the first second of 1970, a run has its states with their times, and no `run_details`
+  before its first task: GET_v2beta1.runs.ID_200_PENDING;
+- a schedule has `mode` and `status`, times of robfig/cron with six fields: POST_v2beta1.recurringruns_200 and _400;
+- with several users, callers are identified by bearer token: GET_v2beta1.runs_401 and _403;
+- terminating a finished run is refused: POST_v2beta1.runs.ID.terminate_400; one that was terminated ends as FAILED,
+  without another sign (facts 20 of the recordings' README);
+- a log has status 200 and the text for the pod's real name, else status 200 and `error_message`:
+  GET_v1alpha1.runs.ID.nodes.NODE.log_200_error;
+- the version may be "unknown": GET_v2beta1.healthz_200.
+
+Not recorded, from the server's sources (paths below backend/src/apiserver of kubeflow/pipelines): pages of 20 by
+default and at most 200 with an opaque token (list/list.go); sorting by one field, `desc` after it (list/list.go);
+unknown inputs refused (template/v2_template.go); a pipeline alone means its newest version
+(resource/resource_manager.go); a namespace refused with a single user, and required with several
+(server/experiment_server.go); a concurrency of 1 to 10 (server/job_server.go); names unique for pipelines, experiments
+and versions, not for runs and schedules (storage/*_store.go). Not recorded and without a source: faults (5xx, hangs,
+login pages) and which requests answer them.
 
 The models of `kfp-server-api` decide which fields requests and answers may have. Below /apis/ of other groups and
 /api/v1 there are a few reads of the Kubernetes API, for the checks of `preflight`.
@@ -42,9 +53,14 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 
+from tests.cluster.fake_workflow import FakeWorkflow
+
 Record = dict[str, Any]
 
 _START = datetime(2026, 1, 1, tzinfo=UTC)
+_UNKNOWN_TIME = "1970-01-01T00:00:00Z"
+_FINISHED = {"SUCCEEDED", "FAILED", "CANCELED"}
+_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 429: 8, 503: 14}  # of gRPC, by HTTP status
 _FIELD_RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 
 
@@ -54,15 +70,20 @@ class FakeKubeflow:
 
     Attributes:
         tokens: Namespaces that each bearer token may use; empty means that the server has a single user.
-        outcomes: Final states of steps that do not succeed, by step.
+        outcomes: States of steps that do not succeed, by step; a list has one for each attempt (its pod was deleted),
+            and PENDING is a step whose pod cannot start.
+        skipped: Conditions that do not hold.
         faults: Answers that replace the usual ones, in order, for requests whose "METHOD path" matches.
-        logs: Logs of pods by name.
+        logs: Logs by step.
         kubernetes: Objects of the Kubernetes API by path; a number is answered as this HTTP status.
         requests: Every received request as "METHOD path".
+        tag_name: The server's version; a server that was built by hand says "unknown".
+        is_frozen: Whether runs stay as they are; otherwise a run goes on by one step each time it is read.
     """
 
     tokens: dict[str, set[str]] = field(default_factory=dict)
-    outcomes: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, str | list[str]] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
     faults: list[tuple[str, Any]] = field(default_factory=list)
     logs: dict[str, str] = field(default_factory=dict)
     kubernetes: dict[str, Any] = field(default_factory=dict)
@@ -74,8 +95,9 @@ class FakeKubeflow:
     recurring_runs: dict[str, Record] = field(default_factory=dict)
     hangs: threading.Event = field(default_factory=threading.Event)
     url: str = ""
-    _specs: dict[str, Record] = field(default_factory=dict)
-    _polls: dict[str, int] = field(default_factory=dict)
+    tag_name: str = "2.17.0"
+    is_frozen: bool = False
+    workflows: dict[str, FakeWorkflow] = field(default_factory=dict)
     _clock: int = 0
 
     def answer_next(self, pattern: str, *answers: Any) -> None:
@@ -103,19 +125,46 @@ class FakeKubeflow:
             spec = version["pipeline_spec"]
             reference = {name: version[name] for name in ("pipeline_id", "pipeline_version_id")}
         self.check_parameters(spec, (body.get("runtime_config") or {}).get("parameters") or {})
+        now = self.now()
         run = {
             **body,
+            "experiment_id": body.get("experiment_id") or self.default_experiment(),
             "run_id": str(uuid.uuid4()),
             "pipeline_version_reference": reference,
-            "state": "PENDING",
             "storage_state": "AVAILABLE",
-            "created_at": self.now(),
+            "created_at": now,
+            "scheduled_at": now,
+            "finished_at": _UNKNOWN_TIME,
             "recurring_run_id": recurring_run_id,
-            "run_details": {"task_details": []},
+            "state_history": [],
         }
-        self.runs[run["run_id"]] = run
-        self._specs[run["run_id"]] = spec
+        self.add_run(run, spec)
         return run
+
+    def add_run(self, run: Record, spec: Record) -> None:
+        """Add a run with the workflow that the server makes of a pipeline."""
+        self.runs[run["run_id"]] = run
+        pipeline = spec.get("pipeline_spec", spec)
+        name = f"{pipeline['pipelineInfo']['name']}-{run['run_id'][:5]}"
+        self.workflows[run["run_id"]] = FakeWorkflow(name, spec, self.outcomes, self.skipped, self.now)
+        self._set_state(run, "PENDING")
+
+    def default_experiment(self) -> str:
+        for found in self.experiments.values():
+            if found["display_name"] == "Default":
+                return str(found["experiment_id"])
+        return str(self.add_experiment({"display_name": "Default"})["experiment_id"])
+
+    def add_experiment(self, body: Record) -> Record:
+        created = {
+            **body,
+            "experiment_id": str(uuid.uuid4()),
+            "created_at": self.now(),
+            "storage_state": "AVAILABLE",
+            "last_run_created_at": _UNKNOWN_TIME,
+        }
+        self.experiments[created["experiment_id"]] = created
+        return created
 
     def version_of(self, reference: Record) -> Record:
         if wanted := reference.get("pipeline_version_id"):
@@ -135,40 +184,33 @@ class FakeKubeflow:
 
     def advance(self, run: Record) -> None:
         """Advance a run by one step, which happens every time somebody reads the run."""
-        if run["state"] in {"SUCCEEDED", "FAILED", "CANCELED"}:
+        if run["state"] in _FINISHED:
             return
+        workflow = self.workflows[run["run_id"]]
         if run["state"] == "CANCELING":
-            self._finish(run, "CANCELED")
-            return
-        spec = self._specs[run["run_id"]]
-        order = list(_tasks(spec.get("pipeline_spec", spec)))
-        poll = self._polls[run["run_id"]] = self._polls.get(run["run_id"], -1) + 1
-        tasks = run["run_details"]["task_details"]
-        if tasks and tasks[-1]["state"] == "RUNNING":
-            tasks[-1].update(state=self.outcomes.get(tasks[-1]["display_name"], "SUCCEEDED"), end_time=self.now())
-            if tasks[-1]["state"] == "FAILED":
-                self._finish(run, "FAILED")
-                return
-        if poll < len(order):
-            run["state"] = "RUNNING"
-            driver = {"display_name": f"{order[poll]}-driver", "state": "SUCCEEDED"}
-            step = {"display_name": order[poll], "state": "RUNNING", "pod_name": f"pod-{order[poll]}"}
-            for task in (driver, step):
-                tasks.append({"run_id": run["run_id"], "task_id": str(uuid.uuid4()), "start_time": self.now(), **task})
+            workflow.cancel()
+            self._set_state(run, "FAILED")
         else:
-            self._finish(run, "SUCCEEDED")
+            self._set_state(run, workflow.advance())
+        run["run_details"] = {"task_details": workflow.tasks(run["run_id"])}
 
-    def _finish(self, run: Record, state: str) -> None:
-        run.update(state=state, finished_at=self.now())
+    def retry(self, run: Record) -> None:
+        """Begin the failed steps again; not recorded: when the server refuses it."""
+        self.workflows[run["run_id"]].retry()
+        run["finished_at"] = _UNKNOWN_TIME
+        self._set_state(run, "RUNNING")
 
+    def pod_of(self, run_id: str, step: str) -> str:
+        """The name of a step's newest pod, as Kubernetes knows it."""
+        names = [name for name, node in self.workflows[run_id].pods().items() if node.step == step]
+        return names[-1]
 
-def _tasks(pipeline: Record) -> Iterator[str]:
-    """The tasks in their order, a condition as a task before the tasks inside it."""
-    step_order = ["validate-data", "preprocess", "train", "merge", "evaluate", "condition-1"]
-    tasks = pipeline["root"]["dag"]["tasks"]
-    for name in sorted(tasks, key=step_order.index):
-        yield name
-        yield from pipeline["components"][tasks[name]["componentRef"]["name"]].get("dag", {}).get("tasks", {})
+    def _set_state(self, run: Record, state: str) -> None:
+        if run.get("state") != state:
+            run["state"] = state
+            run["state_history"].append({"update_time": self.now(), "state": state})
+            if state in _FINISHED:
+                run["finished_at"] = self.now()
 
 
 @contextmanager
@@ -188,11 +230,15 @@ def serving(fake: FakeKubeflow) -> Iterator[FakeKubeflow]:
 
 
 def _refuse(status: int, message: str) -> Any:
-    abort(
-        Response(
-            json.dumps({"error": message, "code": status, "message": message}), status, mimetype="application/json"
-        )
-    )
+    code = _CODES.get(status, 13)
+    if "/upload" in request.path:
+        body: Record = {"error_message": message, "error_details": message}
+        kind = "text/plain" if status == 400 else "application/json"
+    else:
+        kind = "application/json"
+        detail = {"@type": "type.googleapis.com/google.rpc.Status", "code": code, "message": message}
+        body = {"code": code, "message": message, "details": [detail]}
+    abort(Response(json.dumps(body), status, mimetype=kind))
 
 
 def _body(model: str) -> Record:
@@ -209,9 +255,14 @@ def _body(model: str) -> Record:
 
 
 def _answer(record: Record, model: str) -> Response:
+    return jsonify(_known(record, model))
+
+
+def _known(record: Record, model: str) -> Record:
+    """A record without what has no value, of fields that the model has."""
     known = set(getattr(kfp_server_api, model).attribute_map.values())
     assert set(record) <= known, set(record) - known
-    return jsonify({name: value for name, value in record.items() if value is not None})
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _page(records: list[Record], name: str, model: str) -> Response:
@@ -227,11 +278,12 @@ def _page(records: list[Record], name: str, model: str) -> Response:
     token = request.args.get("page_token")
     start = int(base64.urlsafe_b64decode(token)) if token else 0
     more = start + size < len(records)
+    if not records:
+        return jsonify({})
     answer: Record = {name: records[start : start + size], "total_size": len(records)}
     if more:
         answer["next_page_token"] = base64.urlsafe_b64encode(str(start + size).encode()).decode()
-    for record in answer[name]:
-        _answer(record, model)
+    answer[name] = [_known(record, model) for record in answer[name]]
     return jsonify(answer)
 
 
@@ -246,13 +298,13 @@ def _check_cron(cron: str) -> None:
 
 def _parse_upload() -> Record:
     file = request.files.get("uploadfile") or _refuse(400, "Failed to read pipeline from file")
-    pipeline, *platform = yaml.safe_load_all(file.read())
     try:
+        pipeline, *platform = yaml.safe_load_all(file.read())
         json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
         for document in platform:
             json_format.ParseDict(document, pipeline_spec_pb2.PlatformSpec())
-    except json_format.ParseError as error:
-        _refuse(400, f"invalid pipeline spec: {error}")
+    except (yaml.YAMLError, json_format.ParseError):
+        _refuse(400, "Failed to read a pipeline spec file")
     return {"pipeline_spec": pipeline, "platform_spec": platform[0]} if platform else pipeline
 
 
@@ -280,11 +332,16 @@ def _routes(fake: FakeKubeflow) -> Flask:
                 _refuse(fault[1], "injected")
         guarded = request.path.startswith(api) and not request.path.endswith("/healthz")
         if fake.tokens and guarded and _token() not in fake.tokens:
+            refuse_upload()
             _refuse(401, "Request header error: there is no user identity header.")
         return None
 
     def _token() -> str:
         return request.headers.get("authorization", "").removeprefix("Bearer ")
+
+    def refuse_upload() -> None:
+        if "/upload" in request.path:
+            _refuse(400, "Failed to create a pipeline")
 
     def check_access(namespace: str | None) -> None:
         if not fake.tokens:
@@ -294,6 +351,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
         if not namespace:
             _refuse(400, "Invalid request: namespace cannot be empty in multi-user mode.")
         if namespace not in fake.tokens[_token()]:
+            refuse_upload()
             _refuse(403, f"User is not authorized in namespace {namespace}")
 
     def check_unique(records: dict[str, Record], **fields: Any) -> None:
@@ -302,12 +360,13 @@ def _routes(fake: FakeKubeflow) -> Flask:
 
     @app.get(f"{api}/healthz")
     def health() -> Any:
-        return jsonify({"multi_user": bool(fake.tokens), "pipeline_store": "database", "tag_name": "2.17.0"})
+        known = {"commit_sha": "unknown", "pipeline_store": "database"}
+        return jsonify({**known, "multi_user": bool(fake.tokens), "tag_name": fake.tag_name})
 
     @app.get(f"{api}/pipelines")
     def list_pipelines() -> Any:
-        check_access(request.args.get("namespace"))
-        wanted = request.args.get("namespace")
+        wanted = request.args.get("namespace") or None
+        check_access(wanted)
         found = [item for item in fake.pipelines.values() if item.get("namespace") == wanted]
         return _page(found, "pipelines", "V2beta1Pipeline")
 
@@ -315,17 +374,16 @@ def _routes(fake: FakeKubeflow) -> Flask:
     def create_pipeline() -> Any:
         body = _body("V2beta1Pipeline")
         check_access(body.get("namespace"))
-        check_unique(fake.pipelines, display_name=body["display_name"], namespace=body.get("namespace"))
-        created = {**body, "pipeline_id": str(uuid.uuid4()), "name": body["display_name"], "created_at": fake.now()}
-        fake.pipelines[created["pipeline_id"]] = created
-        return _answer(created, "V2beta1Pipeline")
+        more = {name: body.get(name) for name in ("description", "namespace")}
+        return _answer(add_pipeline(body["display_name"], **more), "V2beta1Pipeline")
 
-    @app.post(f"{api}/pipelines/upload_version")
-    def upload_version() -> Any:
-        pipeline = fake.pipelines.get(request.args.get("pipelineid", "")) or _refuse(400, "no such pipeline")
-        check_access(pipeline.get("namespace"))
-        spec = _parse_upload()
-        name = request.args.get("name") or _refuse(400, "no name")
+    def add_pipeline(name: str, **more: Any) -> Record:
+        check_unique(fake.pipelines, display_name=name, namespace=more.get("namespace"))
+        created = {**more, "display_name": name, "pipeline_id": str(uuid.uuid4()), "name": name}
+        fake.pipelines[created["pipeline_id"]] = {**created, "created_at": fake.now()}
+        return fake.pipelines[created["pipeline_id"]]
+
+    def add_version(pipeline: Record, name: str, spec: Record) -> Record:
         check_unique(fake.versions, display_name=name, pipeline_id=pipeline["pipeline_id"])
         created = {
             "pipeline_id": pipeline["pipeline_id"],
@@ -336,7 +394,37 @@ def _routes(fake: FakeKubeflow) -> Flask:
             "pipeline_spec": spec,
         }
         fake.versions[created["pipeline_version_id"]] = created
-        return _answer(created, "V2beta1PipelineVersion")
+        return created
+
+    @app.post(f"{api}/pipelines/upload")
+    def upload() -> Any:
+        namespace = request.args.get("namespace")
+        check_access(namespace)
+        name = request.args.get("name") or _refuse(400, "no name")
+        spec = _parse_upload()
+        pipeline = add_pipeline(name, namespace=namespace)
+        add_version(pipeline, name, spec)
+        return _answer(pipeline, "V2beta1Pipeline")
+
+    @app.get(f"{api}/pipelines/<pipeline_id>")
+    def get_pipeline(pipeline_id: str) -> Any:
+        pipeline = fake.pipelines.get(pipeline_id) or _refuse(404, f"Pipeline {pipeline_id} not found")
+        check_access(pipeline.get("namespace"))
+        return _answer(pipeline, "V2beta1Pipeline")
+
+    @app.get(f"{api}/pipelines/<pipeline_id>/versions/<version_id>")
+    def get_version(pipeline_id: str, version_id: str) -> Any:
+        check_access((fake.pipelines.get(pipeline_id) or {}).get("namespace"))
+        version = fake.version_of({"pipeline_id": pipeline_id, "pipeline_version_id": version_id})
+        return _answer(version, "V2beta1PipelineVersion")
+
+    @app.post(f"{api}/pipelines/upload_version")
+    def upload_version() -> Any:
+        pipeline = fake.pipelines.get(request.args.get("pipelineid", "")) or _refuse(400, "no such pipeline")
+        check_access(pipeline.get("namespace"))
+        spec = _parse_upload()
+        name = request.args.get("name") or _refuse(400, "no name")
+        return _answer(add_version(pipeline, name, spec), "V2beta1PipelineVersion")
 
     @app.get(f"{api}/pipelines/<pipeline_id>/versions")
     def list_versions(pipeline_id: str) -> Any:
@@ -347,7 +435,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
 
     @app.get(f"{api}/experiments")
     def list_experiments() -> Any:
-        wanted = request.args.get("namespace")
+        wanted = request.args.get("namespace") or None
         check_access(wanted)
         found = [item for item in fake.experiments.values() if item.get("namespace") == wanted]
         return _page(found, "experiments", "V2beta1Experiment")
@@ -357,9 +445,12 @@ def _routes(fake: FakeKubeflow) -> Flask:
         body = _body("V2beta1Experiment")
         check_access(body.get("namespace"))
         check_unique(fake.experiments, display_name=body["display_name"], namespace=body.get("namespace"))
-        created = {**body, "experiment_id": str(uuid.uuid4()), "created_at": fake.now()}
-        fake.experiments[created["experiment_id"]] = created
-        return _answer(created, "V2beta1Experiment")
+        return _answer(fake.add_experiment(body), "V2beta1Experiment")
+
+    @app.get(f"{api}/experiments/<experiment_id>")
+    def get_experiment(experiment_id: str) -> Any:
+        check_access(namespace_of(experiment_id))
+        return _answer(fake.experiments[experiment_id], "V2beta1Experiment")
 
     def namespace_of(experiment_id: str | None) -> str | None:
         experiment = fake.experiments.get(experiment_id or "") or _refuse(404, "no such experiment")
@@ -371,7 +462,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
             check_access(namespace_of(experiment))
             found = [item for item in fake.runs.values() if item["experiment_id"] == experiment]
         else:
-            wanted = request.args.get("namespace")
+            wanted = request.args.get("namespace") or None
             check_access(wanted)
             found = [item for item in fake.runs.values() if namespace_of(item["experiment_id"]) == wanted]
         return _page(found, "runs", "V2beta1Run")
@@ -379,7 +470,7 @@ def _routes(fake: FakeKubeflow) -> Flask:
     @app.post(f"{api}/runs")
     def create_run() -> Any:
         body = _body("V2beta1Run")
-        check_access(namespace_of(body.get("experiment_id")))
+        check_access(namespace_of(body.get("experiment_id") or fake.default_experiment()))
         return _answer(fake.create_run(body), "V2beta1Run")
 
     def find_run(run_id: str) -> Record:
@@ -390,63 +481,87 @@ def _routes(fake: FakeKubeflow) -> Flask:
     @app.get(f"{api}/runs/<run_id>")
     def get_run(run_id: str) -> Any:
         run = find_run(run_id)
-        fake.advance(run)
+        if not fake.is_frozen:
+            fake.advance(run)
         return _answer(run, "V2beta1Run")
 
     @app.post(f"{api}/runs/<run_id>:terminate")
     def terminate(run_id: str) -> Any:
         run = find_run(run_id)
-        if run["state"] in {"SUCCEEDED", "FAILED", "CANCELED"}:
-            _refuse(400, "Failed to terminate a run. The run is over")
+        if run["state"] in _FINISHED:
+            _refuse(400, f"Failed to terminate a run {run_id}. Row not found")
         run["state"] = "CANCELING"
+        return jsonify({})
+
+    @app.post(f"{api}/runs/<run_id>:retry")
+    def retry(run_id: str) -> Any:
+        run = find_run(run_id)
+        if run["state"] != "FAILED":
+            _refuse(400, f"Failed to retry a run {run_id}. Only a failed run can be retried")
+        fake.retry(run)
         return jsonify({})
 
     @app.get("/apis/v1alpha1/runs/<run_id>/nodes/<node_id>/log")
     def read_log(run_id: str, node_id: str) -> Any:
         find_run(run_id)
-        if node_id not in fake.logs:
-            _refuse(500, "error reading log")
-        return Response(fake.logs[node_id], mimetype="text/plain")
+        pod = fake.workflows[run_id].pods().get(node_id)
+        if pod is None or pod.step not in fake.logs:
+            message = f"BadRequestError: Failed to read logs for run {run_id}: the specified key does not exist."
+            refusal = json.dumps({"error_message": message, "error_details": message})
+            return Response(refusal, mimetype="text/plain")
+        return Response(fake.logs[pod.step], mimetype="text/plain")
 
     @app.get(f"{api}/recurringruns")
     def list_recurring() -> Any:
-        wanted = request.args.get("namespace")
+        wanted = request.args.get("namespace") or None
         check_access(wanted)
-        found = [item for item in fake.recurring_runs.values() if item.get("namespace") == wanted]
+        found = [item for item in fake.recurring_runs.values() if item.get("namespace") == (wanted or "kubeflow")]
         return _page(found, "recurringRuns", "V2beta1RecurringRun")
 
     @app.post(f"{api}/recurringruns")
     def create_recurring() -> Any:
         body = _body("V2beta1RecurringRun")
         check_access(body.get("namespace"))
+        _check_cron(body["trigger"]["cron_schedule"]["cron"])
+        body.setdefault("experiment_id", None if fake.tokens else fake.default_experiment())
         namespace_of(body.get("experiment_id"))
         reference = body.get("pipeline_version_reference") or {}
         if not reference.get("pipeline_id"):
             _refuse(400, "no pipeline source")
         version = fake.version_of(reference)
         fake.check_parameters(version["pipeline_spec"], body["runtime_config"].get("parameters", {}))
-        _check_cron(body["trigger"]["cron_schedule"]["cron"])
         if not 1 <= int(body["max_concurrency"]) <= 10:
             _refuse(400, "The max concurrency of the recurring run is out of range. Support 1-10.")
         status = "ENABLED" if body["mode"] == "ENABLE" else "DISABLED"
-        created = {**body, "recurring_run_id": str(uuid.uuid4()), "created_at": fake.now(), "status": status}
-        del created["mode"]
+        now = fake.now()
+        created = {
+            **body,
+            "recurring_run_id": str(uuid.uuid4()),
+            "created_at": now,
+            "updated_at": now,
+            "status": status,
+        }
+        created.setdefault("namespace", "kubeflow")  # the server's own, with a single user
         fake.recurring_runs[created["recurring_run_id"]] = created
         return _answer(created, "V2beta1RecurringRun")
 
     def find_recurring(recurring_run_id: str) -> Record:
         found = fake.recurring_runs.get(recurring_run_id) or _refuse(404, "no such recurring run")
-        check_access(found.get("namespace"))
+        check_access(found.get("namespace") if fake.tokens else None)
         return found
+
+    @app.get(f"{api}/recurringruns/<recurring_run_id>")
+    def get_recurring(recurring_run_id: str) -> Any:
+        return _answer(find_recurring(recurring_run_id), "V2beta1RecurringRun")
 
     @app.post(f"{api}/recurringruns/<recurring_run_id>:enable")
     def enable(recurring_run_id: str) -> Any:
-        find_recurring(recurring_run_id)["status"] = "ENABLED"
+        find_recurring(recurring_run_id).update(mode="ENABLE", status="ENABLED")
         return jsonify({})
 
     @app.post(f"{api}/recurringruns/<recurring_run_id>:disable")
     def disable(recurring_run_id: str) -> Any:
-        find_recurring(recurring_run_id)["status"] = "DISABLED"
+        find_recurring(recurring_run_id).update(mode="DISABLE", status="DISABLED")
         return jsonify({})
 
     @app.delete(f"{api}/recurringruns/<recurring_run_id>")
