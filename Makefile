@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
 	test-gpu bench-gpu \
-	mutation coverage browser lock readmes docs compiled dist base-image images demo-containers clean
+	mutation coverage browser lock readmes docs compiled dist base-image images push image-index demo-containers clean
 
 help:  ## list all targets
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -135,7 +135,7 @@ base-image:  ## build the base image that images/base names, from Debian's packa
 	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/base
 	tar -C build/base -c . | podman import - $$(cat images/base) && rm -rf build/base
 
-images: install  ## build the container images, with their software bills of materials in build/images
+images: install $(if $(filter push,$(MAKECMDGOALS)),registry-is-named)  ## build the container images, with their software bills of materials in build/images
 	rm -rf build/lib build/images/*.whl && mkdir -p build/images
 	podman image exists $$(cat images/base) || $(MAKE) base-image
 	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir build/images .
@@ -151,6 +151,28 @@ images: install  ## build the container images, with their software bills of mat
 			--tag minicpmv-finetune/$$image:$(VERSION) . || exit 1; \
 	done
 	for image in $(IMAGES); do podman run --rm minicpmv-finetune/$$image:$(VERSION) || exit 1; done
+
+# `make images push REGISTRY=…` in one call: build, then push. Each machine builds for its own architecture; a TAG with
+# the architecture's name, and image-index afterwards, make one image of several.
+TAG ?= $(VERSION)
+ARCHITECTURES ?= amd64 arm64
+push: registry-is-named $(if $(filter images,$(MAKECMDGOALS)),images)  ## push the container images to REGISTRY, and write it into k8s/components/images
+	for image in $(IMAGES); do \
+		podman push minicpmv-finetune/$$image:$(VERSION) docker://$(REGISTRY)/$$image:$(TAG) || exit 1; \
+	done
+	sed -i 's|newName: .*/\([a-z]*\)$$|newName: $(REGISTRY)/\1|' k8s/components/images/kustomization.yaml
+	@echo "Manifests name $(REGISTRY) now; for pipelines: export MINICPMV_FINETUNE_REGISTRY=$(REGISTRY), or --registry"
+
+image-index: registry-is-named  ## make one image of those that were pushed with TAG=VERSION-ARCHITECTURE
+	for image in $(IMAGES); do \
+		podman manifest create --amend $(REGISTRY)/$$image:$(VERSION) \
+			$(foreach architecture,$(ARCHITECTURES),docker://$(REGISTRY)/$$image:$(VERSION)-$(architecture)) && \
+		podman manifest push --all $(REGISTRY)/$$image:$(VERSION) docker://$(REGISTRY)/$$image:$(VERSION) || exit 1; \
+	done
+
+.PHONY: registry-is-named
+registry-is-named:
+	@test -n "$(REGISTRY)" || { echo "REGISTRY is missing: make images push REGISTRY=registry.example.com/team" >&2; exit 2; }
 
 demo-containers: install  ## run the demonstration in the container images, with artifacts on an S3 server
 	$(BIN)/python images/demo_containers.py build/demo-containers

@@ -64,6 +64,9 @@ TRAINING_RUNTIME = Variable(
     "minicpmv-finetune",
     "MINICPMV_TRAINING_RUNTIME",
 )
+TRAIN_ON_NODES = Variable(
+    f"{PREFIX}TRAIN_ON_NODES", "set by a profile whose train pod has no GPU: one node trains on that runtime too"
+)
 GIT_COMMIT = Variable(f"{PREFIX}GIT_COMMIT", "commit that the code was built from; container images set it", "unknown")
 WORKER_EXIT_FOLDER = Variable(
     f"{PREFIX}WORKER_EXIT_FOLDER", "set by the launcher: folder into which its training processes write why they ended"

@@ -54,7 +54,8 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
     mistakes = []
     for name in ("data_uri", "eval_data_uri"):
         address = str(given.get(name) or "")
-        if address and not storage.is_object_uri(address) and not address.startswith("hf://"):
+        is_readable = storage.is_object_uri(address) or address.startswith("hf://") or profile.claim_of(address)
+        if address and not is_readable:
             mistakes.append(not_reachable(name, address))
     base_model = str(given.get("base_model_uri") or INPUTS["base_model_uri"].default)
     place = base_model_place(base_model, profile)
@@ -95,10 +96,10 @@ def _use_store_if_possible(profile: Profile) -> None:
 
 
 def base_model_place(address: str, profile: Profile) -> BaseModelPlace:
-    """Where a base model is stored: in an object store, on the profile's volume, on the hub, or only here."""
+    """Where a base model is stored: in an object store, on a volume of the profile, on the hub, or only here."""
     if storage.is_object_uri(address):
         return "object storage"
-    if profile.base_models and Path(address).is_relative_to(profile.base_models.mount):
+    if profile.claim_of(address):
         return "volume"
     return "this machine" if address.startswith((".", "/", "~")) else "hub"
 

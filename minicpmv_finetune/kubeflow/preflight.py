@@ -150,9 +150,14 @@ def _check_kubernetes(profile: Profile) -> Iterator[Check]:
     overlay = "apply an overlay of k8s/"
     read = partial(core.read_namespaced_service_account, profile.service_account, namespace)
     yield run_check(f"service account {profile.service_account}", _read_object, read, overlay)
-    if profile.base_models:
-        read = partial(core.read_namespaced_persistent_volume_claim, profile.base_models.claim, namespace)
-        yield run_check(f"claim {profile.base_models.claim}", _read_object, read, overlay)
+    for claim in profile.claims():
+        read = partial(core.read_namespaced_persistent_volume_claim, claim, namespace)
+        yield run_check(f"claim {claim}", _read_object, read, overlay)
+    if bundle := profile.ca_bundle:
+        remedy = f"create it with the certificates in the key {bundle.key}"
+        read = partial(core.read_namespaced_config_map, bundle.config_map, namespace)
+        describe = partial(_describe_keys, bundle.config_map, {bundle.key})
+        yield run_check(f"ConfigMap {bundle.config_map}", _read_object, read, remedy, describe)
     for step, settings in profile.steps.items():
         yield from _check_step(core, namespace, step, settings)
     if profile.runtime:
@@ -172,7 +177,7 @@ def _check_step(
         yield run_check(f"GPUs of {step}", _read_object, read, "request permission to list nodes", describe)
     if settings.queue:
         remedy = "apply k8s/components/kueue, or remove the queue from the profile"
-        read = _custom_object("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", settings.queue)
+        read = _custom_object("kueue.x-k8s.io", "v1beta2", namespace, "localqueues", settings.queue)
         yield run_check(f"queue of {step}", _read_object, read, remedy)
 
 
@@ -222,8 +227,8 @@ def _check_data(uri: str) -> str:
 
 def _check_base_model(uri: str, profile: Profile) -> str:
     place = base_model_place(uri, profile)
-    if place == "volume" and profile.base_models:
-        raise SkippedError(f"{uri} is on the claim {profile.base_models.claim}, which only pods can read")
+    if place == "volume":
+        raise SkippedError(f"{uri} is on the claim {profile.claim_of(uri)}, which only pods can read")
     if place == "this machine":
         raise UserError(not_reachable("base_model_uri", uri))
     if place == "hub":

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from kfp import dsl, kubernetes
 from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import UserError, describe_validation_error
@@ -30,6 +30,8 @@ from minicpmv_finetune.pipelines import all_pipelines
 from .yaml_files import read_mapping
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+CA_FOLDER = "/etc/minicpmv-ca"
+"""Where pods, and the nodes of k8s/components/trainer, find the certificates of a profile's ConfigMap."""
 SHIPPED = ("kubeflow", "kubeflow-profile")
 """Names of the profiles in the package: for stock installations of Kubeflow with one user, and with several."""
 DEFAULT_PROFILE = "kubeflow"
@@ -165,6 +167,36 @@ class ModelVolume(_Section):
     mount: str = Field(default="/models", pattern=r"^/")
 
 
+class DataVolume(_Section):
+    """A persistent volume claim that every step mounts, so that a path below `mount` is an address of data."""
+
+    claim: Name
+    mount: str = Field(pattern=r"^/.")
+
+
+class Hub(_Section):
+    """The model hub: the Secret with its token, and the address of a mirror."""
+
+    secret: Name | None = None
+    variables: dict[str, str] = {"HF_TOKEN": "HF_TOKEN"}
+    endpoint: str = Field(default="", pattern=r"^(https?://.+)?$")
+
+
+class Proxy(_Section):
+    """The way out of the cluster; what is inside it is always reached without."""
+
+    http: str = Field(default="", pattern=r"^(https?://.+)?$")
+    https: str = Field(default="", pattern=r"^(https?://.+)?$")
+    bypass: tuple[str, ...] = Field(default=(), description="Further hosts that are reached without it.")
+
+
+class CaBundle(_Section):
+    """A ConfigMap with the certificates that are trusted, in place of the public ones."""
+
+    config_map: Name
+    key: str = Field(default="ca.crt", pattern=r"^[-._a-zA-Z0-9]+$")
+
+
 class Profile(_Section):
     """The settings of one cluster."""
 
@@ -185,11 +217,19 @@ class Profile(_Section):
         default=None, description="Tracking and model registry; without it the gate decides, and nothing is registered."
     )
     base_models: ModelVolume | None = None
+    volumes: tuple[DataVolume, ...] = Field(default=(), description="Claims with data, mounted by every step.")
+    hub: Hub = Hub()
+    proxy: Proxy = Proxy()
+    ca_bundle: CaBundle | None = None
     allowed_uris: tuple[str, ...] = Field(
         default=(),
         description="Folders from which data and the images that it names may be read; none allows every place.",
     )
     runtime: Name | None = Field(default=None, description="TrainingRuntime for training on several nodes.")
+    train_on_nodes: bool = Field(
+        default=False,
+        description="Whether one node is trained on there too, so that the pod of train only starts and follows them.",
+    )
     preprocess_partitions: int = Field(default=1, ge=1, description="Number of pods that share preprocess.")
     default: StepSettings = Field(description="Settings of every step without an entry in `steps`.")
     steps: dict[str, StepSettings] = {}
@@ -206,6 +246,27 @@ class Profile(_Section):
                 raise ValueError(f"no pipeline has a step {name!r}; {meant}the steps are {', '.join(sorted(known))}")
         return steps
 
+    @model_validator(mode="after")
+    def _fitting(self) -> "Profile":
+        mounts = [volume.mount for volume in self._volumes()]
+        for mount in mounts:
+            if mounts.count(mount) > 1 or Path(mount).is_relative_to("/scratch") or mount == "/dev/shm":  # noqa: S108
+                raise ValueError(f"volumes: {mount} is mounted already; choose another folder")
+        if self.train_on_nodes and not self.runtime:
+            raise ValueError("train_on_nodes: there is no runtime; name the TrainingRuntime whose nodes train")
+        return self
+
+    def _volumes(self) -> list[ModelVolume | DataVolume]:
+        return [*([self.base_models] if self.base_models else []), *self.volumes]
+
+    def claims(self) -> list[str]:
+        """Every persistent volume claim that a run mounts."""
+        return sorted({volume.claim for volume in self._volumes()})
+
+    def claim_of(self, path: str) -> str:
+        """The claim that a path of a pod is on; empty if it is on none."""
+        return next((volume.claim for volume in self._volumes() if Path(path).is_relative_to(volume.mount)), "")
+
     def step_settings(self, step: str) -> StepSettings:
         """The settings of a step."""
         return self.steps.get(step, self.default)
@@ -215,10 +276,18 @@ class Profile(_Section):
         needed = {self.s3.secret: set(self.s3.variables)}
         if self.mlflow and (credentials := self.mlflow.credentials):
             needed.setdefault(credentials.secret, set()).update(credentials.variables)
+        if self.hub.secret:
+            needed.setdefault(self.hub.secret, set()).update(self.hub.variables)
         return needed
 
     def with_gpus(self, count: int) -> "Profile":
-        """The same profile with this number of GPUs for train; 0 lets every step run without a GPU, on any node."""
+        """The same profile with this number of GPUs for train; 0 lets every step run without a GPU, on any node.
+
+        Raises:
+            UserError: Train runs on the nodes of a TrainingRuntime, which has its own number.
+        """
+        if self.train_on_nodes:
+            raise UserError(f"--gpus: train runs on nodes of TrainingRuntime {self.runtime}; change the number there.")
         settings = {"train": self.step_settings("train"), **self.steps}
         if count:
             resource = (settings["train"].accelerator or Accelerator()).resource
@@ -321,6 +390,8 @@ def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     _set_environment(profile, task)
     if step == "train" and profile.runtime:
         task.set_env_variable(environment.TRAINING_RUNTIME.name, profile.runtime)
+        if profile.train_on_nodes:
+            task.set_env_variable(environment.TRAIN_ON_NODES.name, "true")
 
 
 def _add_labels(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
@@ -369,6 +440,10 @@ def _mount_volumes(profile: Profile, settings: StepSettings, task: dsl.PipelineT
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", "Memory", settings.shared_memory)  # noqa: S108
     if profile.base_models:
         kubernetes.mount_pvc(task, profile.base_models.claim, profile.base_models.mount)
+    for volume in profile.volumes:
+        kubernetes.mount_pvc(task, volume.claim, volume.mount)
+    if profile.ca_bundle:
+        kubernetes.use_config_map_as_volume(task, profile.ca_bundle.config_map, CA_FOLDER)
 
 
 def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
@@ -378,6 +453,8 @@ def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
         environment.TRACKING_URI.name: profile.mlflow.tracking_uri if profile.mlflow else "",
         environment.EXPERIMENT.name: profile.mlflow.experiment if profile.mlflow else "",
         environment.ALLOWED_URIS.name: " ".join(profile.allowed_uris),
+        "HF_ENDPOINT": profile.hub.endpoint,
+        **_network_variables(profile),
     }
     for name, value in variables.items():
         if value:
@@ -385,3 +462,21 @@ def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
     kubernetes.use_secret_as_env(task, profile.s3.secret, profile.s3.variables)
     if profile.mlflow and (credentials := profile.mlflow.credentials):
         kubernetes.use_secret_as_env(task, credentials.secret, credentials.variables)
+    if profile.hub.secret:
+        kubernetes.use_secret_as_env(task, profile.hub.secret, profile.hub.variables)
+
+
+def _network_variables(profile: Profile) -> dict[str, str]:
+    """The variables by which libraries, and Kubeflow's launcher in the same container, find proxy and certificates."""
+    variables = {}
+    if profile.proxy.http or profile.proxy.https:
+        # Kubernetes puts in the address of its API, which the launcher calls by number.
+        inside = ("localhost", "127.0.0.1", "$(KUBERNETES_SERVICE_HOST)", ".svc", ".svc.cluster.local")
+        bypass = ",".join((*inside, ".kubeflow", f".{profile.namespace}", *profile.proxy.bypass))
+        for name, value in {"http": profile.proxy.http, "https": profile.proxy.https, "no": bypass}.items():
+            # Some libraries read only the one spelling, some only the other.
+            variables |= {f"{name.upper()}_PROXY": value, f"{name}_proxy": value}
+    if profile.ca_bundle:
+        file = f"{CA_FOLDER}/{profile.ca_bundle.key}"
+        variables |= dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"), file)
+    return variables

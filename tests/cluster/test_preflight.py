@@ -12,7 +12,7 @@ from tests.cluster.commands import INPUTS, ROOT, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 
 SPACE = "/api/v1/namespaces/minicpmv-finetune"
-GROUPS = {"queue": "kueue.x-k8s.io/v1beta1", "runtime": "trainer.kubeflow.org/v1alpha1"}
+GROUPS = {"queue": "kueue.x-k8s.io/v1beta2", "runtime": "trainer.kubeflow.org/v1alpha1"}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_no_check_fails_on_a_complete_cluster(
         ),
         (f"{SPACE}/serviceaccounts/minicpmv-finetune", 404, "service account minicpmv-finetune", "failed", "overlay"),
         (f"{SPACE}/persistentvolumeclaims/base-models", 500, "claim base-models", "unreachable", "500"),
-        ("/api/v1/nodes", {"items": []}, "GPUs of train", "failed", "NVIDIA-H100"),
+        ("/api/v1/nodes", {"items": []}, "GPUs of evaluate", "failed", "NVIDIA-H100"),
         (
             f"/apis/{GROUPS['queue']}/namespaces/minicpmv-finetune/localqueues/minicpmv-finetune",
             404,
@@ -203,8 +203,8 @@ def test_shared_memory_is_checked(
     size: str | None, message: str, production: Callable[..., Path], command: Command
 ) -> None:
     steps = yaml.safe_load((ROOT / "k8s" / "profiles" / "prod.yaml").read_text())["steps"]
-    steps["train"]["shared_memory"] = size
-    state, detail = _states(command, "--profile", production(steps=steps))["shared memory of train"]
+    steps["evaluate"]["shared_memory"] = size
+    state, detail = _states(command, "--profile", production(steps=steps))["shared memory of evaluate"]
     assert state == "failed"
     assert message in detail
 

@@ -33,6 +33,41 @@ def test_submit_uploads_the_pipeline_starts_a_run_and_prints_its_link(kubeflow: 
     assert version["pipeline_spec"]["platform_spec"]
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-p", "registered_model=receipts"], "registered_model: the profile names no MLflow to register it in"),
+        (["--pipeline", "retrain"], "minicpmv-retrain: needs the champion in MLflow's registry"),
+    ],
+    ids=["registered-model", "retrain"],
+)
+def test_without_mlflow_what_needs_the_registry_is_refused(
+    words: list[str], sentence: str, kubeflow: FakeKubeflow, command: Command
+) -> None:
+    done = command("submit", *INPUTS, "--profile", "kubeflow", *words)
+    assert done.code == 2
+    assert sentence in done.err
+    assert not kubeflow.runs
+
+
+def test_without_mlflow_nothing_is_registered(kubeflow: FakeKubeflow, command: Command) -> None:
+    assert command("submit", *INPUTS, "--profile", "kubeflow").code == 0
+    (run,) = kubeflow.runs.values()
+    assert run["runtime_config"]["parameters"]["registered_model"] == ""
+    assert run["service_account"] == "pipeline-runner"
+
+
+def test_data_on_a_volume_of_the_profile_is_accepted(
+    kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]
+) -> None:
+    words = ["-p", "data_uri=/data/receipts/train.json", "-p", f"base_model_uri={BASE_MODEL}"]
+    assert command("submit", *words).code == 2
+    mounted = profile(volumes=[{"claim": "datasets", "mount": "/data"}])
+    assert command("submit", *words, "--profile", mounted).code == 0
+    (run,) = kubeflow.runs.values()
+    assert run["runtime_config"]["parameters"]["data_uri"] == "/data/receipts/train.json"
+
+
 def test_an_unchanged_pipeline_is_not_uploaded_again(
     kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]
 ) -> None:

@@ -69,7 +69,8 @@ def violations(document: Document) -> Iterator[str]:
                 r"(?i)secret|password|token", " ".join(item["name"] for item in container.get("env", []))
             ),
         }
-        if name == "train":
+        follows_nodes = {"name": environment.TRAIN_ON_NODES.name, "value": "true"} in container.get("env", [])
+        if name == "train" and not follows_nodes:
             requirements |= {
                 "accelerator": int(resources.get("accelerator", {}).get("resourceCount", 0)) > 0,
                 "shared memory": any(
@@ -112,7 +113,7 @@ _REMOVALS: dict[str, Callable[[Any, Any, Any], object]] = {
 
 @pytest.mark.parametrize("requirement", _REMOVALS)
 def test_a_requirement_that_is_not_met_is_found(requirement: str) -> None:
-    pipeline, platform = copy.deepcopy(_read("prod"))
+    pipeline, platform = copy.deepcopy(_read("dev"))
     container = pipeline["deploymentSpec"]["executors"]["exec-train"]["container"]
     _REMOVALS[requirement](container, platform["exec-train"], pipeline["root"]["dag"]["tasks"]["train"])
     assert list(violations((pipeline, platform))) == [f"train: {requirement}"]
@@ -133,6 +134,62 @@ def test_the_train_step_gets_the_clusters_training_runtime() -> None:
         if variable["name"] == environment.TRAINING_RUNTIME.name
     }
     assert named == {"exec-train": "minicpmv-finetune"}
+
+
+def test_in_production_the_pod_that_follows_the_nodes_has_no_gpu() -> None:
+    pipeline, _ = _read("prod")
+    executors = pipeline["deploymentSpec"]["executors"]
+    with_gpus = {
+        label for label, executor in executors.items() if "accelerator" in executor["container"].get("resources", {})
+    }
+    assert with_gpus == {"exec-evaluate"}
+
+
+@pytest.mark.parametrize(("name", "account"), [("kubeflow", "pipeline-runner"), ("kubeflow-profile", "default-editor")])
+def test_a_profile_of_the_package_fits_a_stock_installation(name: str, account: str, tmp_path: Path) -> None:
+    settings = load_profile(name, "" if name == "kubeflow" else "team-a")
+    assert (settings.namespace, settings.service_account) == ("kubeflow" if name == "kubeflow" else "team-a", account)
+    assert settings.secrets() == {"mlpipeline-minio-artifact": {"accesskey", "secretkey"}}
+    assert (settings.pipeline_root, settings.claims(), settings.mlflow) == ("", [], None)
+    pipeline, platform = yaml.safe_load_all(write_pipeline(FINETUNE, settings, tmp_path / "p.yaml").read_text())
+    document = pipeline, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    # Labels of its nodes and of its environments are a cluster's own.
+    found = {place for place in violations(document) if not place.endswith(": labels")}
+    assert found == {"train: node selector"}
+    executors = pipeline["deploymentSpec"]["executors"]
+    gpus = {
+        label: executor["container"]["resources"]["accelerator"]
+        for label, executor in executors.items()
+        if "accelerator" in executor["container"]["resources"]
+    }
+    assert set(gpus) == {"exec-train", "exec-evaluate"}
+    assert {(gpu["type"], gpu["count"]) for gpu in gpus.values()} == {("nvidia.com/gpu", "1")}
+
+
+def test_hub_proxy_certificates_and_volumes_reach_every_pod(tmp_path: Path) -> None:
+    content = yaml.safe_load(PROFILES[0].read_text()) | {
+        "hub": {"secret": "hub", "endpoint": "https://hub.example.com"},
+        "proxy": {"https": "http://proxy.example.com:3128", "bypass": ["store.example.com"]},
+        "ca_bundle": {"config_map": "minicpmv-ca-bundle"},
+        "volumes": [{"claim": "datasets", "mount": "/data"}],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    settings = load_profile(tmp_path / "mine.yaml")
+    assert settings.claims() == ["base-models", "datasets"]
+    assert (settings.claim_of("/data/receipts/train.json"), settings.claim_of("/database")) == ("datasets", "")
+    assert settings.secrets()["hub"] == {"HF_TOKEN"}
+    pipeline, platform = yaml.safe_load_all(write_pipeline(RETRAIN, settings, tmp_path / "p.yaml").read_text())
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for label, executor in pipeline["deploymentSpec"]["executors"].items():
+        pod = pods[label]
+        env = {item["name"]: item["value"] for item in executor["container"]["env"]}
+        assert env["HF_ENDPOINT"] == "https://hub.example.com"
+        assert env["HTTPS_PROXY"] == env["https_proxy"] == "http://proxy.example.com:3128"
+        assert {"$(KUBERNETES_SERVICE_HOST)", ".kubeflow", "store.example.com"} <= set(env["NO_PROXY"].split(","))
+        assert env["SSL_CERT_FILE"] == env["AWS_CA_BUNDLE"] == "/etc/minicpmv-ca/ca.crt"
+        assert {"datasets", "base-models"} <= {mount["constant"] for mount in pod["pvcMount"]}
+        assert [mount["mountPath"] for mount in pod["configMapAsVolume"]] == ["/etc/minicpmv-ca"]
+        assert "HF_TOKEN" in {key["envVar"] for secret in pod["secretAsEnv"] for key in secret["keyToEnv"]}
 
 
 @BY_NAME
@@ -195,6 +252,10 @@ def test_the_pipeline_itself_is_not_changed() -> None:
         ({"steps": {"trian": {}}}, "steps.trian"),
         ({"labels": {"team": "x" * 64}}, "labels.team"),
         ({"s3": {"secret": "s3", "password": "hunter2"}}, "s3.password"),
+        ({"volumes": [{"claim": "a", "mount": "/scratch/a"}]}, "/scratch/a is mounted already"),
+        ({"volumes": [{"claim": "a", "mount": "/models"}]}, "/models is mounted already"),
+        ({"proxy": {"https": "proxy:3128"}}, "proxy.https"),
+        ({"train_on_nodes": True}, "train_on_nodes: there is no runtime"),
     ],
 )
 def test_the_message_about_a_wrong_profile_names_the_place(change: dict[str, Any], place: str, tmp_path: Path) -> None:

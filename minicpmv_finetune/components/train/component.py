@@ -54,7 +54,7 @@ def train(
     from minicpmv_finetune import storage
     from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes
     from minicpmv_finetune.components.train.launch import launch
-    from minicpmv_finetune.components.train.trainjob import train_on_nodes
+    from minicpmv_finetune.components.train.trainjob import train_on_nodes, uses_nodes
     from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.reports.training_record import read_record
 
@@ -75,7 +75,7 @@ def train(
         # A retried pod searches this folder for checkpoints, and continues from the newest.
         checkpoints = {"checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints")}
         nodes = pop_num_nodes(flags)
-        if nodes > 1:
+        if uses_nodes(nodes):
             node_flags = as_flags({**flags, **checkpoints, "data_path": shards.uri})
             train_on_nodes(node_flags, nodes, adapter.uri, Path(adapter.path))
         else:

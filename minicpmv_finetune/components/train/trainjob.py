@@ -37,7 +37,11 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PIPELINE_RUN_LABEL = "pipeline/runid"  # as Kubeflow Pipelines labels the pods of a run
 _COMMAND = ["python", "-m", "minicpmv_finetune.components.train.trainjob_pod"]
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
-_FORWARDED = ("AWS_", "MLFLOW_", environment.PIPELINE_RUN_ID.name)
+# What storage, tracking and the hub need, a proxy, and the places that may be read.
+_FORWARDED = re.compile(
+    "AWS_|MLFLOW_|HF_(?!HOME)|HUGGING_FACE_HUB_|(https?|no|HTTPS?|NO)_(proxy|PROXY)$|(SSL_CERT_FILE|REQUESTS_CA_BUNDLE)$|"
+    f"({environment.PIPELINE_RUN_ID}|{environment.ALLOWED_URIS}|{environment.ALLOWED_URIS.former})$"
+)
 _CREDENTIAL = re.compile("KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL|USERNAME|AUTHORIZATION")
 _URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
 _MAX_OUTAGE = 600  # seconds that Kubernetes may be out of reach, for example during an upgrade
@@ -87,6 +91,11 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
                 "from the newest checkpoint."
             ) from None
     _fetch_result(output_uri, out)
+
+
+def uses_nodes(nodes: int) -> bool:
+    """Whether a training runs on nodes of the cluster: several, or one where this pod has no GPU of its own."""
+    return nodes > 1 or bool(environment.TRAIN_ON_NODES.read())
 
 
 def job_name(pipeline_run: str, output_uri: str) -> str:
@@ -165,7 +174,7 @@ def _forwarded_variables(entries: Sequence[Mapping[str, Any]], variables: Mappin
     forwarded: list[dict[str, Any]] = []
     for name in sorted({*references, *variables}):
         value = variables.get(name, "")
-        if not name.startswith(_FORWARDED):
+        if not _FORWARDED.match(name):
             continue
         if name in references:
             forwarded.append({"name": name, "valueFrom": references[name]})

@@ -21,7 +21,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.components.train.arguments import pop_num_nodes
 from minicpmv_finetune.components.train.checkpoints import Seal
 from minicpmv_finetune.components.train.component import train
-from minicpmv_finetune.components.train.trainjob import build_job, job_name, train_on_nodes
+from minicpmv_finetune.components.train.trainjob import build_job, job_name, train_on_nodes, uses_nodes
 from minicpmv_finetune.components.train.trainjob_pod import run_node
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord, read_record
@@ -119,6 +119,12 @@ def test_credentials_are_forwarded_only_by_reference(capsys: pytest.CaptureFixtu
         "AWS_ENDPOINT_URL": "http://s3:9000",
         "KFP_RUN_ID": "run-1",
         "PATH": "/bin",
+        "HF_ENDPOINT": "https://hub.example.com",
+        "HF_HOME": "/scratch/huggingface",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "no_proxy": ".svc",
+        "SSL_CERT_FILE": "/etc/minicpmv-ca/ca.crt",
+        "MINICPMV_FINETUNE_ALLOWED_URIS": "s3://datasets/",
     }
     job = _job(variables=variables)
     env = {entry.pop("name"): entry for entry in job["spec"]["trainer"]["env"]}
@@ -129,11 +135,23 @@ def test_credentials_are_forwarded_only_by_reference(capsys: pytest.CaptureFixtu
         "MLFLOW_EXPERIMENT_NAME": {"value": "digits"},
         "MLFLOW_RUN_ID": {"value": "opened-by-kubeflow"},
         "KFP_RUN_ID": {"value": "run-1"},
+        "HF_ENDPOINT": {"value": "https://hub.example.com"},
+        "HTTPS_PROXY": {"value": "http://proxy:3128"},
+        "no_proxy": {"value": ".svc"},
+        "SSL_CERT_FILE": {"value": "/etc/minicpmv-ca/ca.crt"},
+        "MINICPMV_FINETUNE_ALLOWED_URIS": {"value": "s3://datasets/"},
     }
     log = capsys.readouterr().err
     assert "hidden" not in json.dumps(job) + log
     for name in ("AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"):
         assert f"{name} is not forwarded to the nodes" in log
+
+
+def test_one_node_is_used_where_the_pod_has_no_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINICPMV_FINETUNE_TRAIN_ON_NODES", raising=False)
+    assert (uses_nodes(1), uses_nodes(2)) == (False, True)
+    monkeypatch.setenv("MINICPMV_FINETUNE_TRAIN_ON_NODES", "true")
+    assert uses_nodes(1)
 
 
 def test_kubernetes_replaces_nothing_in_arguments() -> None:
