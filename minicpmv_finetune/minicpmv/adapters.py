@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+# Other programs read these without a default of their own.
+_ALWAYS_WRITTEN = {
+    *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias"),
+    *("target_modules", "modules_to_save"),
+}
+
+
 class _UsedFields(BaseModel):
     """The fields of an adapter's configuration that this program uses."""
 
@@ -69,6 +76,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{path}: {describe_validation_error(error)}; the adapter is damaged, copy it again."
         ) from error
     return config
+
+
+def make_readable_by_older_versions(folder: Path) -> None:
+    """Leave out of an adapter's configuration what has PEFT's default, except what every version knows.
+
+    A version of PEFT before 0.14 refuses fields that it does not know, and each version writes all of its own.
+    """
+    from peft import LoraConfig
+
+    path = folder / ADAPTER_CONFIG
+    defaults = json.loads(json.dumps(LoraConfig().to_dict()))
+    config = json.loads(path.read_text())
+    kept = {name: value for name, value in config.items() if name in _ALWAYS_WRITTEN or value != defaults.get(name)}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def put_adapter(model: PreTrainedModel, folder: Path, base: str, is_trainable: bool = False) -> "PeftModel":

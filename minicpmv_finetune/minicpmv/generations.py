@@ -29,7 +29,7 @@ class Generation:
         version: Published version, such as "4.6".
         model_type: Value of `model_type` in config.json.
         llm_type: Name of the chat format in the published script; an explicit `--llm_type` must equal it.
-        older_llm_types: Names of the same chat format in earlier published scripts.
+        older_llm_types: Other names of the same chat format in published scripts; they are accepted, with a line.
         published_version: Value of `version` in config.json, if several generations have the same `model_type`.
         language_model: Module path of the language model without its head.
         vision_tower: Module path of the vision encoder.
@@ -127,12 +127,18 @@ MINICPMV_2_6 = Generation(
 )
 
 MINICPMV_4_0 = replace(
-    MINICPMV_2_6, version="4.0", published_version="4.0", older_llm_types=(), stop_tokens=("<|im_end|>", "</s>")
+    MINICPMV_2_6,
+    version="4.0",
+    published_version="4.0",
+    older_llm_types=("llama",),
+    stop_tokens=("<|im_end|>", "</s>"),
 )
 
 MINICPMV_4_5 = replace(
     MINICPMV_2_6, version="4.5", published_version="4.5", older_llm_types=(), empty_thinking="<think>\n\n</think>\n\n"
 )
+
+_SPEECH_MODELS = {"minicpmo"}
 
 GENERATIONS = (MINICPMV_2_6, MINICPMV_4_0, MINICPMV_4_5, MINICPMV_4_6, MINICPMV_4_7)
 
@@ -178,6 +184,11 @@ def generation_of(config: Mapping[str, Any], place: str) -> Generation:
         ):
             return generation
     known = ", ".join(generation.version for generation in GENERATIONS)
+    if str(config.get("model_type")) in _SPEECH_MODELS:
+        raise UserError(
+            f"{place}: MiniCPM-o, which also hears and speaks, is not supported; give a MiniCPM-V ({known}) as base "
+            "model, such as openbmb/MiniCPM-V-4.6, or openbmb/MiniCPM-V-2_6, which MiniCPM-o 2.6 extends."
+        )
     raise UserError(
         f"{place}: model_type {config.get('model_type')!r} (version {version!r}) is "
         f"none of the supported MiniCPM-V generations {known}; give one of their checkpoints as base model."

@@ -462,7 +462,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_features = self.get_image_features(pixel_values, target_sizes, temporal_ids, patch_features)
         if vision_features is not None:
             return self._insert_features(vision_features, inputs_embeds, input_ids, attention_mask)
-        if patch_features is None and is_first and (self.training or is_deepspeed_zero3_enabled()):
+        if patch_features is None and is_first and (self.training or gathers_weights(self)):
             return inputs_embeds + self._zero_vision_term().to(inputs_embeds.dtype)
         return inputs_embeds
 
@@ -573,6 +573,17 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "vision_features": features,
         }
         return input_ids, model_kwargs | {name: value for name, value in given.items() if value is not None}
+
+
+def gathers_weights(module: nn.Module) -> bool:
+    """Whether all processes together gather a module's weights when it runs, so that none may leave out a part."""
+    if is_deepspeed_zero3_enabled():
+        return True
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def gradients_if_trained(module: nn.Module) -> torch.set_grad_enabled:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import AutoModelForImageTextToText
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Config, MiniCPMV4_6Model
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ForConditionalGeneration as Transformers46
@@ -41,7 +40,7 @@ from .batch import normalize_pixels
 from .generations import MINICPMV_4_6
 from .linear_attention import LinearAttention
 from .loss import drop_redundant_mask, supervised_loss
-from .modeling import PatchGrid, gradients_if_trained
+from .modeling import PatchGrid, gathers_weights, gradients_if_trained
 from .packed import PackedSamples, packed_samples
 
 _BLANK_SIDE = 4
@@ -245,7 +244,7 @@ def _use_vision_modules(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     has_image = any(
         inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
     )
-    if has_image or inputs.get("past_key_values") is not None or not (model.training or is_deepspeed_zero3_enabled()):
+    if has_image or inputs.get("past_key_values") is not None or not (model.training or gathers_weights(model)):
         return inputs
     return _add_blank_image(model, inputs)
 

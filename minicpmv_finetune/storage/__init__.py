@@ -8,7 +8,7 @@ Kubeflow Pipelines writes `minio://` for its built-in object store; it means the
 Other packages use only the names below: `storage.read_bytes(uri)`.
 """
 
-from .fetching import cache_folder, fetch, read_model_file
+from .fetching import cache_folder, fetch, hub_reference, read_model_file
 from .files import (
     StoredFile,
     expand,
@@ -34,6 +34,7 @@ __all__ = [
     "expand",
     "fetch",
     "file_sha256",
+    "hub_reference",
     "is_folder",
     "is_object_uri",
     "is_supported",

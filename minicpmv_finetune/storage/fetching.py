@@ -134,19 +134,28 @@ def read_model_file(uri: str, name: str, cache_dir: Path | None = None) -> bytes
     """
     if is_object_uri(uri):
         return read_bytes(join(uri, name))
-    path = Path() if uri.startswith("hf://") else local_path(uri)
-    if uri.startswith("hf://") or (not path.exists() and _HUB_ID.fullmatch(uri)):
-        repo, _, revision = uri.removeprefix("hf://").partition("@")
+    if reference := hub_reference(uri):
+        repo, revision = reference
         with _explain_hub_failures(repo):
             from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-            found = try_to_load_from_cache(repo, name, cache_dir, revision or None)
+            found = try_to_load_from_cache(repo, name, cache_dir, revision)
             if not isinstance(found, str):
-                found = hf_hub_download(repo, name, revision=revision or None, cache_dir=cache_dir, etag_timeout=5)
+                found = hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, etag_timeout=5)
             return Path(found).read_bytes()
+    path = local_path(uri)
     if path.is_dir() and not (path / name).exists():
         raise UserError(f"{uri}: there is no {name}, so this is not a checkpoint; give its folder.")
     return read_bytes(str(path / name)) if path.is_dir() else fail_missing(uri)
+
+
+def hub_reference(uri: str) -> tuple[str, str | None] | None:
+    """The model's name in the Hugging Face hub and its revision, if any; None for a path or an object."""
+    named = uri.startswith("hf://")
+    if is_object_uri(uri) or not (named or (_HUB_ID.fullmatch(uri) and not local_path(uri).exists())):
+        return None
+    repo, _, revision = uri.removeprefix("hf://").partition("@")
+    return repo, revision or None
 
 
 def _fetch_model(name: str, cache_dir: Path | None) -> Path:

@@ -226,6 +226,12 @@ def test_another_llm_type_is_refused(folder: Path, llm_type: str) -> None:
         make_trainable(load_model(folder)[0], detect_generation(folder), arguments)
 
 
+def test_the_published_name_for_4_0_is_accepted(tiny: Callable[[str], Path]) -> None:
+    flags = ["--data_path", "data", "--output_dir", "out", "--use_cpu", "true", "--llm_type", "llama"]
+    model, generation = load_model(tiny("4.0"), torch.float32)
+    assert make_trainable(model, generation, parse(flags)) is model
+
+
 def test_the_older_name_of_the_same_llm_type_is_accepted(tiny: Callable[[str], Path]) -> None:
     flags = ["--data_path", "data", "--output_dir", "out", "--use_cpu", "true", "--llm_type", "qwen2"]
     arguments = parse(flags, announce=lambda _: None)

@@ -67,6 +67,7 @@ EMPTY_THINKING = "thinking found anywhere: the official rule skips four tokens i
 NO_TRUNCATION = "no truncation: a sample that is too long is rejected, not truncated"
 MASKED_ZERO = "token 0 masked: only padding is masked, not the real token 0"
 DROPPED_ZERO = "token 0 dropped: `chat` deletes token 0 from answers"
+PUBLISHED_NAME = "published name: a name that the published documentation gives works, though its script fails on it"
 TEXT_ORDER = "text order: images are in the order of their marks in the text, not of the dict"
 STRICTER = "refused in validation"
 SYSTEM_TURN = "system turn: accepted as the first turn, where the chat template supports it"
@@ -952,7 +953,10 @@ class Comparison:
         except UserError:
             accepted = False
         outcome = record.pop("outcome")
-        report.equal(name, "accepted", accepted, outcome == "ok")
+        if llm_type in self.generation.older_llm_types and outcome != "ok":
+            report.departs(name, "accepted", PUBLISHED_NAME, accepted)
+        else:
+            report.equal(name, "accepted", accepted, outcome == "ok")
         if outcome != "ok":
             record.pop("error_type")
             record.pop("error")

@@ -185,6 +185,12 @@ class Checkpoints:
         """Whether another training has checkpoints in the folder."""
         return len(self._steps(str(self.folder))) > len(self._own_steps(str(self.folder)))
 
+    def addresses(self) -> list[str]:
+        """Where this training's newest checkpoints are, in the local folder or else in the store, the oldest first."""
+        stored = self._own_steps(self.uri) if self.uri else []
+        places = dict.fromkeys(stored, self.uri) | dict.fromkeys(self._own_steps(str(self.folder)), str(self.folder))
+        return [storage.join(places[step], f"checkpoint-{step}") for step in sorted(places)[-self.keep :]]
+
     def delete_local(self) -> None:
         """Delete the local folder, when the training's result is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)

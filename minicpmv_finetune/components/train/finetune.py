@@ -141,7 +141,8 @@ def _train(
             )
         record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics)
         run.log_headline({"loss": monitor.loss})
-        save_result(trainer, inputs.base, output, record, argv, run)
+        kept = checkpoints.addresses() if "save_total_limit" in arguments.given and training.use_lora else []
+        save_result(trainer, inputs.base, output, record, argv, run, kept)
         # No process ends, and so closes the process group, while another one still works.
         trainer.accelerator.wait_for_everyone()
         if training.process_index == 0 and not training.checkpoint_uri:
@@ -228,6 +229,11 @@ def _fetch_inputs(arguments: Arguments) -> _Inputs:
     manifest = read_manifest(shards)
     base = storage.fetch(arguments.model.model_name_or_path, cache)
     generation = detect_generation(base)
+    if arguments.training.llm_type in generation.older_llm_types:
+        _log(
+            f"--llm_type {arguments.training.llm_type} is another name for the chat format of MiniCPM-V "
+            f"{generation.version}, {generation.llm_type}"
+        )
     if generation.version != manifest.generation:
         raise UserError(
             f"{shards}: prepared for MiniCPM-V {manifest.generation}, but {arguments.model.model_name_or_path} is "

@@ -1,5 +1,6 @@
 """Writes the result of a training: an adapter or a whole checkpoint, with the training's record and report."""
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, make_readable_by_older_versions
 from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files
 from minicpmv_finetune.minicpmv.generations import write_max_slices
 from minicpmv_finetune.outputs import OutputFolder
@@ -27,6 +30,7 @@ def save_result(
     record: TrainingRecord,
     command: Sequence[str],
     run: StepRun,
+    checkpoints: Sequence[str] = (),
 ) -> None:
     """Write the result completely or not at all; every process takes part, and the first one writes.
 
@@ -37,6 +41,7 @@ def save_result(
         record: Record of the training.
         command: Flags of the training script, for the report.
         run: MLflow run that receives the record and the report.
+        checkpoints: Addresses of the checkpoints whose adapters are kept in the result, to merge one of them instead.
 
     Raises:
         UserError: The training changed no adapter.
@@ -51,6 +56,8 @@ def save_result(
             _save_checkpoint(trainer, weights, folder, record, base)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
+        for address in checkpoints:
+            _keep_adapter(address, folder)
         write_report(folder / REPORT_FILE, record, command)
         run.log_file(str(folder / REPORT_FILE))
         run.log_file(str(folder / RECORD_FILE))
@@ -73,8 +80,31 @@ def _save_adapter(
     model = trainer.accelerator.unwrap_model(trainer.model)
     for config in model.peft_config.values():
         # The address that the user gave, instead of the folder of the download.
-        config.base_model_name_or_path = record.base_model
+        config.base_model_name_or_path, config.revision = _base_address(record.base_model)
     model.save_pretrained(folder, state_dict=weights)
+    make_readable_by_older_versions(folder)
+
+
+def _keep_adapter(checkpoint: str, result: Path) -> None:
+    """Keep a checkpoint's adapter as an adapter folder of its own inside the result."""
+    folder = result / checkpoint.rpartition("/")[2]
+    try:
+        weights = storage.fetch(storage.join(checkpoint, ADAPTER_WEIGHTS))
+    except UserError:
+        print(f"{folder.name} has no adapter file, so it is not kept in the result.", file=sys.stderr)
+        return
+    folder.mkdir()
+    shutil.copyfile(weights, folder / ADAPTER_WEIGHTS)
+    for name in (ADAPTER_CONFIG, RECORD_FILE):  # the same for all checkpoints of a training
+        shutil.copyfile(result / name, folder / name)
+
+
+def _base_address(base_model: str) -> tuple[str, str | None]:
+    """Where PEFT can find the base model: its name and revision in the hub, an absolute path, or its address."""
+    if reference := storage.hub_reference(base_model):
+        return reference
+    is_address = storage.is_object_uri(base_model)
+    return (base_model if is_address else str(Path(base_model).expanduser().resolve())), None
 
 
 def _save_checkpoint(

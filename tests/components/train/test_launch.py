@@ -13,6 +13,7 @@ from torch.distributed.launcher import api
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.train.launch import _without_useless_restarts, launch
+from minicpmv_finetune.components.train.result import _base_address
 from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
@@ -42,6 +43,37 @@ def test_the_adapter_is_plain_peft_and_has_changed(tiny_46: Path, adapter: Path)
     weights = load_file(adapter / "adapter_model.safetensors")
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
     load_with_adapter(tiny_46, adapter)
+
+
+# The fields of PEFT 0.12, which refuses others: those of PeftConfigMixin and PeftConfig, then those of LoraConfig.
+FIELDS_OF_PEFT_0_12 = set(
+    "peft_type auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules lora_alpha "
+    "lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform layers_pattern "
+    "rank_pattern alpha_pattern megatron_config megatron_core loftq_config use_dora layer_replication "
+    "runtime_config".split()
+)
+
+
+def test_older_versions_of_peft_can_read_the_adapter(tiny_46: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config.keys() <= FIELDS_OF_PEFT_0_12
+    assert config["base_model_name_or_path"] == str(tiny_46)
+    assert config["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("openbmb/MiniCPM-V-4.6", ("openbmb/MiniCPM-V-4.6", None)),
+        ("hf://openbmb/MiniCPM-V-4.6@main", ("openbmb/MiniCPM-V-4.6", "main")),
+        ("s3://models/base", ("s3://models/base", None)),
+        ("models/base/../other", (str(Path("models/other").resolve()), None)),
+    ],
+)
+def test_the_adapter_names_the_base_by_an_address_that_works_elsewhere(
+    given: str, address: tuple[str, str | None]
+) -> None:
+    assert _base_address(given) == address
 
 
 def test_the_record_describes_the_training(tiny_46: Path, adapter: Path) -> None:

@@ -115,7 +115,14 @@ def test_checkpoints_are_uploaded_and_downloaded_again(
     assert process.returncode == 75
     # Another pod, whose disk is empty.
     launch(_flags(tiny_46, shards, tmp_path / "second" / "adapter", flags))
-    assert _same(tmp_path / "second" / "adapter", undisturbed)
+    result = tmp_path / "second" / "adapter"
+    assert _same(result, undisturbed)
+    # A given limit keeps as many adapters to choose from, also those that only the store still has.
+    kept = sorted(result.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    assert len(kept) == 3
+    assert _same(kept[-1], undisturbed)
+    assert not _same(kept[0], undisturbed)
+    assert read_record(kept[0]) == read_record(result)
 
 
 def test_another_number_of_processes_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:

@@ -10,18 +10,24 @@ import torch
 
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from tests.minicpmv import zero3_worker
+from tests.minicpmv import partitioned_worker
 
 
-@pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
+@pytest.mark.parametrize(
+    ("strategy", "version"),
+    [*(("zero3", version) for version in ("2.6", "4.0", "4.5", "4.6", "4.7")), ("fsdp2", "2.6"), ("fsdp2", "4.6")],
+)
 def test_a_process_without_an_image_trains_together_with_one_that_has_an_image(
-    version: str, tiny: Callable[[str], Path], tmp_path: Path
+    strategy: str, version: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tiny(version)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     variables = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, zero3_worker.__file__, str(folder), str(tmp_path)], check=True, timeout=300, env=variables
+        [*command, partitioned_worker.__file__, strategy, str(folder), str(tmp_path)],
+        check=True,
+        timeout=300,
+        env=variables,
     )
     losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     # The same training in one process, with the mean of both processes' gradients.
@@ -31,13 +37,13 @@ def test_a_process_without_an_image_trains_together_with_one_that_has_an_image(
     expected: list[list[float]] = [[], []]
     for _ in range(2):
         for rank in range(2):
-            loss = model(**zero3_worker.batch(encoder, shows_image=rank == 0)).loss
+            loss = model(**partitioned_worker.batch(encoder, shows_image=rank == 0)).loss
             (loss / 2).backward()
             expected[rank].append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), zero3_worker.MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), partitioned_worker.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
     for rank in range(2):
         with torch.no_grad():
-            expected[rank].append(model.eval()(**zero3_worker.batch(encoder, shows_image=rank == 1)).loss.item())
+            expected[rank].append(model.eval()(**partitioned_worker.batch(encoder, shows_image=rank == 1)).loss.item())
     assert losses == [pytest.approx(row, abs=1e-4) for row in expected]
