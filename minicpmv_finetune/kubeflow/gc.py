@@ -1,7 +1,7 @@
 """Find folders that nothing refers to: artifacts of deleted runs, unused shards, and checkpoints that are not needed.
 
-Below `<root>/<pipeline>/` Kubeflow stores one folder per run, and preprocess stores its `shards-cache`. These folders
-are unused:
+Below `<root>/<pipeline>/` Kubeflow stores one folder per run. The shards that preprocess keeps for later runs are in
+`<root>/minicpmv-shards`, those of 0.1.0 in `<root>/<pipeline>/shards-cache`. These folders are unused:
 
 - the folder of a run that is no longer on the server, if it contains no registered model of MLflow;
 - shards whose cache key is in no run's manifest;
@@ -18,17 +18,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import AccessError, UserError
 from minicpmv_finetune.pipelines import all_pipelines
-from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE
+from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, SHARED_CACHE_NAME
 from minicpmv_finetune.tracking.registry import list_versions
 from minicpmv_finetune.tracking.step_runs import mlflow_client
 
 from .client import Cluster
-from .profile import use_storage
+from .store import pipeline_root, use_store
 
 _RUN_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CHECKPOINTS = "checkpoints"
+_NO_RUN = "no run uses these shards"
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,15 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
 
     Args:
         cluster: The server whose runs count. Every run below `root` must belong to this server and namespace.
-        root: The pipeline root; empty uses the profile's.
+        root: The pipeline root; empty uses the profile's, else the one that the server uses.
         min_age_days: Days since the folder was last written to.
 
     Raises:
         UserError: The pipeline root is not known.
         RetryableError: The server, the store or MLflow does not answer.
     """
-    root = root or cluster.profile.pipeline_root
-    if not root:
-        raise UserError("gc: the profile has no pipeline_root; give --root, the pipeline root of kfp-launcher.")
-    use_storage(cluster.profile)
+    root = root or _root(cluster)
+    use_store(cluster.profile)
     states = {str(run.run_id): str(run.state) for run in cluster.runs()}
     referenced = _list_registered_models(cluster)
     candidates: dict[str, _Candidate] = {}
@@ -88,6 +87,10 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
                 candidates.setdefault(storage.join(base, folder), _Candidate(why)).files.append(file)
             elif name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
                 referenced.append(_read_shards_location(storage.join(base, name)))
+    shared = storage.join(root, SHARED_CACHE_NAME)
+    for name, file in storage.walk(shared).items():
+        folder = storage.join(shared, name.partition("/")[0])
+        candidates.setdefault(folder, _Candidate(_NO_RUN)).files.append(file)
     newest = datetime.now(UTC) - timedelta(days=min_age_days)
     kept = [f"{_as_s3(uri)}/" for uri in referenced]
     return [
@@ -97,6 +100,13 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
         for folder, candidate in sorted(candidates.items())
         if candidate.written <= newest and not any(uri.startswith(f"{_as_s3(folder)}/") for uri in kept)
     ]
+
+
+def _root(cluster: Cluster) -> str:
+    try:
+        return pipeline_root(cluster.profile)
+    except AccessError as error:
+        raise UserError(f"gc: {str(error).rstrip('.')}; or give --root.") from error
 
 
 def _as_s3(uri: str) -> str:
@@ -120,7 +130,7 @@ def _candidate_of(name: str, states: dict[str, str]) -> tuple[str, str]:
     """The folder with which a file would be deleted, and the reason; both are empty if the file must stay."""
     parts = name.split("/")
     if parts[0] == CACHE_NAME and len(parts) > 2:
-        return "/".join(parts[:2]), "no run uses these shards"
+        return "/".join(parts[:2]), _NO_RUN
     if not _RUN_FOLDER.fullmatch(parts[0]):
         return "", ""
     if parts[0] not in states:

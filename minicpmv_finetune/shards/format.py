@@ -30,7 +30,8 @@ from .codecs import Codec, StoredImages, restore_slices, stored_sizes
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-CACHE_NAME = "shards-cache"  # folder beside the folders of runs, where finished shards are kept for later runs
+CACHE_NAME = "shards-cache"  # folder beside the folders of local runs, where finished shards are kept for later runs
+SHARED_CACHE_NAME = "minicpmv-shards"  # the same in a pipeline root, for the runs of all pipelines
 ROW_GROUP_BYTES = 2**20
 _CACHED_ROW_GROUPS = 16
 _FILES_AT_ONCE = 8

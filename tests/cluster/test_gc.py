@@ -63,6 +63,19 @@ def test_both_pipelines_are_cleaned_up(pipeline: str, kubeflow: FakeKubeflow, co
     assert storage.walk(root) == {}
 
 
+def test_shards_that_both_pipelines_share_are_kept_while_a_run_of_either_uses_them(
+    kubeflow: FakeKubeflow, command: Command, root: str
+) -> None:
+    run_id = command("submit", *INPUTS, "--output", "json").json["run_id"]
+    shared = f"{root}/minicpmv-shards"
+    manifest = json.dumps({"location": f"{shared}/used"}).encode()
+    storage.write_bytes(f"{root}/minicpmv-retrain/{run_id}/preprocess/shards/manifest.json", manifest)
+    for key in ("used", "unused"):
+        storage.write_bytes(f"{shared}/{key}/train-0.parquet", b"x")
+    done = command("gc", "--root", root, "--min-age-days", "0", "--delete", "--output", "json")
+    assert [item["uri"] for item in done.json] == [f"{shared}/unused"]
+
+
 def test_folders_are_deleted_only_with_the_option_delete(unused: Callable[..., list[str]], root: str) -> None:
     _write(root, f"{DELETED_RUN}/merge/model/config.json", f"{DELETED_RUN}/merge/model/model.safetensors")
     assert unused() == [DELETED_RUN]
@@ -120,8 +133,9 @@ def test_nothing_is_unused_where_kubeflow_does_not_answer(kubeflow: FakeKubeflow
 
 
 def test_without_a_pipeline_root_the_option_root_is_required(
-    kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path]
+    kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("KUBECONFIG", "none")
     done = command("gc", "--profile", profile(pipeline_root=""))
     assert done.code == 2
     assert "--root" in done.err

@@ -38,7 +38,15 @@ from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
-from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, Manifest, StoredRow, slicing_fields, write_shard
+from minicpmv_finetune.shards.format import (
+    CACHE_NAME,
+    MANIFEST_FILE,
+    SHARED_CACHE_NAME,
+    Manifest,
+    StoredRow,
+    slicing_fields,
+    write_shard,
+)
 from minicpmv_finetune.tracking.step_runs import step_run
 from minicpmv_finetune.workers import cores, kill_workers, require_living_workers, shared_counter, worker_pool
 
@@ -410,11 +418,11 @@ def check_parts(manifest: Manifest, keys: Sequence[str]) -> None:
 
 
 def default_cache(dataset_uri: str, is_needed: bool = False) -> str:
-    """The folder where the runs of a pipeline keep their shards for later runs, beside the folder of the run.
+    """The folder where runs keep their shards for later runs of any pipeline, beside the folders of the runs.
 
     Kubeflow stores an artifact below `<root>/<pipeline>/<run>/<task>/<execution>/`, and kfp.local below
-    `<root>/<run>/<task>/`. So the folder is `<root>/<pipeline>/shards-cache`, and `OUT/shards-cache` for a local run.
-    It is derived from the dataset's address, which is the same for all parts of a run.
+    `<root>/<run>/<task>/`. So the folder is `<root>/minicpmv-shards`, and `OUT/shards-cache` for a local run. It is
+    derived from the dataset's address, which is the same for all parts of a run.
 
     Args:
         dataset_uri: URI of validate_data's artifact.
@@ -426,13 +434,13 @@ def default_cache(dataset_uri: str, is_needed: bool = False) -> str:
     Raises:
         UserError: The step needs the folder and has no access to the store.
     """
-    folder = dataset_uri
-    for _ in range(4):
+    folder, is_object = dataset_uri, storage.is_object_uri(dataset_uri)
+    for _ in range(5 if is_object else 4):
         above = storage.parent(folder)
         if above.endswith(":/"):  # a bucket is the outermost folder
             break
         folder = above
-    cache = storage.join(folder, CACHE_NAME)
+    cache = storage.join(folder, SHARED_CACHE_NAME if is_object else CACHE_NAME)
     try:
         storage.list_files(cache)
     except UserError as error:

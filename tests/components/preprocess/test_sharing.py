@@ -274,8 +274,10 @@ def test_a_shard_missing_in_the_store_is_written_again(s3_uri: str, s3_client: o
 
 
 def test_the_cache_is_beside_the_folder_of_the_run(s3_uri: str, tmp_path: Path) -> None:
-    assert default_cache(f"{s3_uri}/root/pipeline/run/task/execution/dataset") == f"{s3_uri}/root/pipeline/shards-cache"
-    assert default_cache(f"{s3_uri}/dataset") == f"{s3_uri}/shards-cache"
+    for pipeline in ("minicpmv-finetune", "minicpmv-retrain"):  # both have the same cache
+        uri = f"{s3_uri}/root/{pipeline}/run/task/execution/dataset"
+        assert default_cache(uri) == f"{s3_uri}/root/minicpmv-shards"
+    assert default_cache(f"{s3_uri}/dataset") == f"{s3_uri}/minicpmv-shards"
     assert default_cache(str(tmp_path / "artifacts/run/task/dataset")) == str(tmp_path / "shards-cache")
 
 
