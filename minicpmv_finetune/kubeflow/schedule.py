@@ -17,11 +17,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import kfp_server_api
 from cron_descriptor import ExpressionDescriptor, Options
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError, describe_validation_error
 from minicpmv_finetune.options import raise_mistakes
@@ -96,6 +96,15 @@ class Schedule(BaseModel):
     max_concurrency: int = Field(default=1, ge=1, le=10)
     experiment: str = DEFAULT_EXPERIMENT
     mlflow_experiment: str = ""
+
+    @model_validator(mode="after")
+    def _keeps_its_parameters(self) -> Self:
+        if self.mlflow_experiment and self.version != LATEST:
+            raise ValueError(
+                f"schedule {self.name}: with mlflow_experiment and a pinned version ({self.version}) the server drops "
+                "the parameters; use version latest, or leave mlflow_experiment out"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ def test_a_user_without_access_to_the_namespace_is_refused(
         ({"max_concurrency": 11}, "less than or equal to 10"),
         ({"no_catch_up": True}, "no_catch_up"),
         ({"pipeline": "retrian"}, "pipeline"),
+        ({"version": "current", "mlflow_experiment": "receipts"}, "the server drops the parameters"),
     ],
 )
 def test_the_message_about_a_mistake_names_its_place(
