@@ -89,6 +89,9 @@ KFP_TOKEN_FILE = Variable(
     "/var/run/secrets/kubeflow/pipelines/token",
 )
 KUBECONFIG = Variable("KUBECONFIG", "how to reach Kubernetes from outside a cluster")
+TRAINER_SERVER = Variable(
+    "KUBEFLOW_TRAINER_SERVER_URL", "set by Kubeflow Trainer where it collects progress: its controller's address"
+)
 KUBERNETES_HOST = Variable("KUBERNETES_SERVICE_HOST", "set by Kubernetes in every pod")
 
 # torchrun's and Kubeflow Trainer's.

@@ -9,10 +9,12 @@ training finds its checkpoints; `training_identity` has the same for the flags o
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import transformers
@@ -31,6 +33,7 @@ from .intervals import choose_intervals
 
 IN_DIGEST = "in_digest"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+_CONTROLLER_SECONDS = 3  # in which Kubeflow Trainer's controller must accept a connection
 _LOADER_MEMORY = 2**30  # bytes of shared memory; the prefetched batches of four workers are some hundred megabytes
 # What transformers and torch raise for a value that they cannot use.
 _ERRORS_OF_VALUES = (ValueError, ImportError, OSError, TypeError, KeyError, AttributeError, RuntimeError)
@@ -330,7 +333,7 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
     _check_optimizer(training)
-    training.report_to = _installed_integrations(training.report_to, announce)
+    training.report_to = _without_silent_controller(_installed_integrations(training.report_to, announce), announce)
     choose_intervals(arguments.training, given)
     return arguments
 
@@ -389,6 +392,27 @@ def _installed_integrations(names: Iterable[str], announce: Callable[[str], None
             )
         announce("--report_to tensorboard: its package is not installed; metrics go to MLflow and the report.")
     return [name for name in names if name not in missing]
+
+
+def _without_silent_controller(names: Sequence[str], announce: Callable[[str], None]) -> list[str]:
+    """The integrations without `kubeflow` if Kubeflow Trainer's controller does not answer.
+
+    transformers reports progress to the controller by itself where Trainer collects it, and then every report to an
+    address that does not answer, such as behind a network policy, would stop the training for five seconds.
+    """
+    address = urlsplit(environment.TRAINER_SERVER.read())
+    if "kubeflow" not in names or not address.hostname:
+        return list(names)
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), _CONTROLLER_SECONDS).close()
+    except OSError as error:
+        announce(
+            f"Kubeflow Trainer's controller at {address.netloc} does not answer ({first_line(error)}), so it gets no "
+            "progress; let the nodes connect to it if `minicpmv-finetune runs` shall show it."
+        )
+        return [name for name in names if name != "kubeflow"]
+    return list(names)
 
 
 def _shards_parameters(training: TrainingArguments) -> bool:

@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 
 from minicpmv_finetune.components.train.arguments import PUBLISHED_LORA_TARGETS, Arguments, as_flags, parse
@@ -129,6 +131,21 @@ def test_tensorboard_which_the_published_scripts_name_is_left_out_where_it_is_no
     flags = [*"--model_name_or_path base --data_path data --output_dir out --report_to tensorboard".split()]
     assert parse(flags, sentences.append).training.report_to == []
     assert any("tensorboard" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_progress_is_reported_to_kubeflow_trainer_only_if_its_controller_answers(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not answers:
+            server.close()
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", f"https://127.0.0.1:{port}/status")
+        sentences: list[str] = []
+        flags = "--model_name_or_path base --data_path data --output_dir out".split()
+        assert ("kubeflow" in parse(flags, sentences.append).training.report_to) == answers
+    assert any("so it gets no progress" in sentence for sentence in sentences) != answers
 
 
 @pytest.mark.parametrize(
