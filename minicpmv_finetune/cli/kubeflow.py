@@ -219,17 +219,37 @@ def runs(
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="Id or name of one run, to list its steps.")] = "",
     experiment: Annotated[str, typer.Option(help="Experiment to list; empty lists the whole namespace.")] = "",
     most: Annotated[int, typer.Option("--most", min=1, help="Maximum number of runs, newest first.")] = 20,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Start the failed steps of RUN again, as Retry in the UI does.")
+    ] = False,
+    dry_run: DryRun = False,
     output: OutputFormat = "text",
 ) -> None:
-    """List the newest runs, or the steps of one run."""
-    from minicpmv_finetune.kubeflow.runs import find_run, list_runs, list_steps
+    """List the newest runs, or the steps of one run with the reason why a step failed or waits."""
+    from minicpmv_finetune.kubeflow.run_reasons import explained_steps
+    from minicpmv_finetune.kubeflow.runs import find_run, list_runs
+    from minicpmv_finetune.kubeflow.runs import retry as start_again
 
+    if (retry or dry_run) and not run:
+        raise UserError("runs --retry: name the run to start again, as in `runs --retry RUN`.")
+    if dry_run and not retry:
+        raise UserError("runs --dry-run: only --retry changes something; leave --dry-run out.")
     cluster = _connect(_load(profile, namespace))
-    if run:
-        rows = [asdict(step) for step in list_steps(find_run(cluster, run))]
-    else:
+    if not run:
         rows = [asdict(row) for row in list_runs(cluster, experiment, most)]
-    _print(rows, output, lambda: _table(rows) or "no runs")
+        _print(rows, output, lambda: _table(rows) or "no runs")
+        return
+    found = find_run(cluster, run)
+    if retry:
+        start_again(cluster, found, dry_run)
+        answer = {"run_id": found.run_id, "changed": True, "dry_run": dry_run}
+        change = "would be started again" if dry_run else "is being started again"
+        _print(answer, output, lambda: f"{found.display_name}: {change}; {cluster.run_link(found.run_id)}")
+        return
+    rows = [asdict(step) for step in explained_steps(cluster, found)]
+    columns = ("step", "state", "attempts", "seconds", "message")
+    shown = [{name: row[name] for name in columns} for row in rows]
+    _print(rows, output, lambda: _table(shown) or f"{found.display_name}: {found.state}; no step has started yet")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -240,20 +260,24 @@ def logs(
     step: Annotated[
         str, typer.Option(help="Step, such as train; by default the step that failed, or the last one.")
     ] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Also print the lines of Kubeflow's launcher.")] = False,
 ) -> None:
-    """Print the log of a step, as far as it has been written."""
-    from minicpmv_finetune.kubeflow.runs import find_run, list_steps, read_log
+    """Print the log of a step, as far as it has been written, also after its pod is gone."""
+    from minicpmv_finetune.kubeflow.run_steps import list_steps
+    from minicpmv_finetune.kubeflow.runs import find_run
+    from minicpmv_finetune.kubeflow.step_logs import read_log, without_launcher
 
     cluster = _connect(_load(profile, namespace))
     found = find_run(cluster, run)
     started = [item for item in list_steps(found) if item.pod]
-    wanted = [item for item in started if item.step == step] if step else started
+    wanted = [item for item in started if step in (item.step, item.name)] if step else started
     failed = [item for item in wanted if item.state == "FAILED"]
     if not wanted:
         names = ", ".join(item.step for item in started) or "none"
         subject = f"step {step} has not" if step else "no step has"
         raise UserError(f"{run}: {subject} started; steps with a log: {names}.")
-    print(read_log(cluster, found, (failed or wanted)[-1]), end="")
+    log = read_log(cluster, found, (failed or wanted)[-1])
+    print(log if raw else without_launcher(log), end="")
 
 
 @app.command(rich_help_panel=PANEL)

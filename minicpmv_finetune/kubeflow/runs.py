@@ -1,29 +1,29 @@
-"""Commands for submitted runs: list them, show their steps, follow them to the end, read logs, and stop them."""
+"""Commands for submitted runs: list them, follow them to the end, retry and stop them."""
 
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any
 
 import kfp_server_api
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from minicpmv_finetune.errors import RetryableError, UserError
 
 from .client import Cluster
+from .run_reasons import explained_steps, stopped_workflows, why_waiting, why_without_step
+from .run_steps import duration, list_steps, waiting_since
 
 FINISHED_STATES = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
 _MAX_FAILURES = 30  # consecutive failed polls, some minutes, which a server needs to move to another node
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# Tasks that Kubeflow adds around the steps.
-_WRAPPER_NAMES = {"root", "root-driver", "executor"}
-_WRAPPER = re.compile(r"-driver$|^condition-\d+$")
+_PATIENCE_SECONDS = 30  # until a pod that does not start is explained
 _COLORS = {"SUCCEEDED": "green", "RUNNING": "cyan", "FAILED": "red", "CANCELED": "yellow"}
 
 
@@ -48,23 +48,6 @@ class RunRow:
     link: str
 
 
-@dataclass(frozen=True)
-class StepRow:
-    """One step of a run.
-
-    Attributes:
-        step: Name of the step.
-        state: State on the server, such as RUNNING.
-        seconds: Duration so far; None if the step has not started.
-        pod: Name of the step's pod; empty if it has not started.
-    """
-
-    step: str
-    state: str
-    seconds: int | None
-    pod: str
-
-
 def list_runs(cluster: Cluster, experiment: str, limit: int) -> list[RunRow]:
     """The newest runs of an experiment, or of the whole namespace if `experiment` is empty."""
     experiment_id = None
@@ -72,7 +55,9 @@ def list_runs(cluster: Cluster, experiment: str, limit: int) -> list[RunRow]:
         experiment_id = cluster.experiment_id(experiment)
         if experiment_id is None:
             return []
-    return [_row(cluster, run) for run in islice(cluster.runs(experiment_id), limit)]
+    listed = list(islice(cluster.runs(experiment_id), limit))
+    stopped = _stopped(cluster, listed)
+    return [_row(cluster, run, "CANCELED" if run.run_id in stopped else run.state or "PENDING") for run in listed]
 
 
 def find_run(cluster: Cluster, id_or_name: str) -> kfp_server_api.V2beta1Run:
@@ -81,26 +66,14 @@ def find_run(cluster: Cluster, id_or_name: str) -> kfp_server_api.V2beta1Run:
     Raises:
         UserError: There is no such run.
     """
-    if _ID.fullmatch(id_or_name):
-        return cluster.run(id_or_name)
-    for run in cluster.runs(name=id_or_name):
-        return cluster.run(run.run_id)
-    raise UserError(f"{id_or_name}: no run has this id or name; see `minicpmv-finetune runs`.")
-
-
-def list_steps(run: kfp_server_api.V2beta1Run) -> list[StepRow]:
-    """The steps of a run in the order in which they started, without the tasks that Kubeflow adds."""
-    details = (run.run_details.task_details if run.run_details else None) or []
-    tasks = [
-        task
-        for task in details
-        if task.display_name not in _WRAPPER_NAMES and not _WRAPPER.search(task.display_name or "")
-    ]
-    tasks.sort(key=lambda task: task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC))
-    return [
-        StepRow(task.display_name, task.state or "PENDING", _seconds(task.start_time, task.end_time), _pod(task))
-        for task in tasks
-    ]
+    run_id = id_or_name if _ID.fullmatch(id_or_name) else ""
+    run_id = run_id or next((str(run.run_id) for run in cluster.runs(name=id_or_name)), "")
+    if not run_id:
+        raise UserError(f"{id_or_name}: no run has this id or name; see `minicpmv-finetune runs`.")
+    run = cluster.run(run_id)
+    if _stopped(cluster, [run]):
+        run.state = "CANCELED"
+    return run
 
 
 def follow(
@@ -119,11 +92,14 @@ def follow(
         UserError: The server no longer accepts the credentials.
         RetryableError: The timeout is over, or the server does not come back.
     """
-    deadline, failures = time.monotonic() + timeout, 0
+    deadline, failures, was_stopped = time.monotonic() + timeout, 0, False
     while True:
         try:
             run = cluster.run(run_id)
             failures = 0
+            was_stopped = was_stopped or run.state == "CANCELING"
+            if run.state == "FAILED" and (was_stopped or _stopped(cluster, [run])):
+                run.state = "CANCELED"
             report(run)
             if run.state in FINISHED_STATES:
                 return run
@@ -139,54 +115,77 @@ def follow(
 
 
 def follow_visibly(cluster: Cluster, run_id: str, timeout: float, poll: float) -> kfp_server_api.V2beta1Run:
-    """Follow a run and show its steps on stderr: as a live table on a terminal, else as one line per change."""
+    """Follow a run and show its steps on stderr: as a live table on a terminal, else as one line per change.
+
+    Once a pod has waited for its start for half a minute, the reason is printed, because Kubeflow says nowhere that a
+    run waits for something that does not come by itself.
+    """
     console = Console(file=sys.stderr, highlight=False)
+    wait = _Wait(cluster, console)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
-            return follow(cluster, run_id, lambda run: live.update(_table(run), refresh=True), timeout, poll)
+
+            def update(run: kfp_server_api.V2beta1Run) -> None:
+                live.update(_table(run), refresh=True)
+                wait.report(run)
+
+            return follow(cluster, run_id, update, timeout, poll)
     states: dict[str, str] = {}
 
     def print_changes(run: kfp_server_api.V2beta1Run) -> None:
         for step in list_steps(run):
             if states.get(step.step) != step.state:
                 states[step.step] = step.state
-                console.print(f"{step.step}: {step.state}")
+                console.print(f"{step.step}: {step.state}", markup=False)
+        wait.report(run)
 
     return follow(cluster, run_id, print_changes, timeout, poll)
 
 
+class _Wait:
+    """Says once for each pod that waits why it does."""
+
+    def __init__(self, cluster: Cluster, console: Console) -> None:
+        self._cluster, self._console = cluster, console
+        self._noticed: dict[datetime, float] = {}
+        self._said: set[str] = set()
+
+    def report(self, run: kfp_server_api.V2beta1Run) -> None:
+        since = waiting_since(run)
+        if since is None or run.state in FINISHED_STATES:
+            return
+        # Measured by this machine's clock, because the server's may differ.
+        if time.monotonic() - self._noticed.setdefault(since, time.monotonic()) < _PATIENCE_SECONDS:
+            return
+        for sentence in why_waiting(self._cluster, run):
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._console.print(sentence, markup=False)
+
+
 def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
-    """A sentence about a finished run, with the error message of the step that failed, where it is known."""
+    """A sentence about a finished run, with what the step that failed says about it."""
     link = cluster.run_link(run.run_id)
-    if run.state == "SUCCEEDED":
-        return f"{run.display_name}: succeeded; {link}"
-    failed = [step for step in list_steps(run) if step.state == "FAILED"]
-    if run.state == "FAILED" and failed:
-        message = _last_error(cluster, run, failed[0]) or (run.error.message if run.error else "") or "see its log"
-        return f"{run.display_name}: failed in {failed[0].step}: {message}; {link}"
-    return f"{run.display_name}: {(run.state or 'unknown').lower()}; {link}"
+    if run.state == "FAILED":
+        failed = [step for step in explained_steps(cluster, run) if step.state == "FAILED"]
+        if failed:
+            return f"{run.display_name}: failed in {failed[0].step}: {failed[0].message}; {link}"
+        message = why_without_step(cluster, run) or "no step has started"
+        return f"{run.display_name}: failed: {message.rstrip('.')}; {link}"
+    outcome = "cancelled" if run.state == "CANCELED" else (run.state or "unknown").lower()
+    return f"{run.display_name}: {outcome}; {link}"
 
 
-def read_log(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
-    """What a step's container has written so far.
+def retry(cluster: Cluster, run: kfp_server_api.V2beta1Run, dry_run: bool) -> None:
+    """Start the failed steps of a run again, as *Retry* in the UI does; what has succeeded is not repeated.
 
     Raises:
-        UserError: The step has not started, or the server has no log for it.
+        UserError: The run has not failed, or its Workflow is gone from the server.
     """
-    if not step.pod:
-        raise UserError(f"{step.step}: has not started, so there is no log; try again once it runs.")
-    # The generated services lack this call; Kubeflow's own UI uses it.
-    api = cluster.client.runs.run_service_get_run.__self__.api_client
-    answer = cluster.call(
-        api.call_api,
-        "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log",
-        "GET",
-        {"run_id": run.run_id, "node_id": step.pod},
-        auth_settings=["Bearer"],
-        _preload_content=False,
-        _return_http_data_only=True,
-    )
-    return str(answer.data.decode(errors="replace"))
+    if run.state not in ("FAILED", "CANCELED"):
+        raise UserError(f"{run.display_name}: {run.state}; only a run that failed or was cancelled can be retried.")
+    if not dry_run:
+        cluster.call(cluster.client.runs.run_service_retry_run, run.run_id)
 
 
 def cancel(cluster: Cluster, run: kfp_server_api.V2beta1Run, dry_run: bool) -> bool:
@@ -198,46 +197,32 @@ def cancel(cluster: Cluster, run: kfp_server_api.V2beta1Run, dry_run: bool) -> b
     return True
 
 
-def _row(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> RunRow:
+def _stopped(cluster: Cluster, runs: Sequence[kfp_server_api.V2beta1Run]) -> set[str]:
+    """The ids of the runs that somebody stopped, which the server lists as FAILED in the end.
+
+    Their history has the state before, or their Workflow says it, which a stock Kubeflow keeps for an hour.
+    """
+    failed = {
+        str(run.run_id): [status.state for status in run.state_history or []] for run in runs if run.state == "FAILED"
+    }
+    stopped = {run_id for run_id, history in failed.items() if history[-2:-1] == ["CANCELING"]}
+    others = failed.keys() - stopped
+    return stopped | (stopped_workflows(cluster, sorted(others)) if others else set())
+
+
+def _row(cluster: Cluster, run: kfp_server_api.V2beta1Run, state: str) -> RunRow:
     created = run.created_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S") if run.created_at else ""
     finished = run.finished_at if run.state in FINISHED_STATES else None
-    return RunRow(
-        run.run_id,
-        run.display_name,
-        run.state or "PENDING",
-        created,
-        _seconds(run.created_at, finished),
-        cluster.run_link(run.run_id),
-    )
-
-
-def _seconds(start: datetime | None, end: datetime | None) -> int | None:
-    # The server sends a time that is not known yet as the first second of 1970, or not at all.
-    if start is None or start.year <= 1970:
-        return None
-    ended = end if end and end.year > 1970 else datetime.now(UTC)
-    return max(round((ended - start).total_seconds()), 0)
-
-
-def _pod(task: Any) -> str:
-    children = [child.pod_name for child in task.child_tasks or [] if child.pod_name]
-    return task.pod_name or (children[-1] if children else "") or ""
+    seconds = duration(run.created_at, finished)
+    return RunRow(run.run_id, run.display_name, state, created, seconds, cluster.run_link(run.run_id))
 
 
 def _table(run: kfp_server_api.V2beta1Run) -> Table:
     table = Table(title=f"{run.display_name}: {run.state or 'PENDING'}", title_justify="left", box=None)
-    for heading in ("step", "state", "seconds"):
-        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for heading in ("step", "state", "attempts", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("step", "state") else "right")
     for step in list_steps(run):
         color = _COLORS.get(step.state, "")
-        table.add_row(step.step, f"[{color}]{step.state}" if color else step.state, str(step.seconds or ""))
+        cells = (f"[{color}]{step.state}" if color else step.state, str(step.attempts), str(step.seconds or ""))
+        table.add_row(escape(step.step), *cells)
     return table
-
-
-def _last_error(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
-    """The last error message in a step's log; empty if there is none or no log."""
-    try:
-        lines = read_log(cluster, run, step).splitlines()
-    except (UserError, RetryableError):
-        return ""
-    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")

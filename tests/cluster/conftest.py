@@ -76,20 +76,3 @@ def kubernetes_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         yield state
-
-
-# The fake server answers as the real one; these tests wait for the commands that read its tasks, logs and states.
-_BEFORE_REAL_ANSWERS = {
-    "test_wait_follows_the_run_to_its_end",
-    "test_wait_prints_the_error_of_the_failed_step",
-    "test_runs_lists_the_steps_of_one_run",
-    "test_logs_prints_the_log_of_the_failed_step",
-    "test_cancel_stops_a_run_once",
-    "test_a_run_that_is_being_stopped_is_listed",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.name in _BEFORE_REAL_ANSWERS:
-            item.add_marker(pytest.mark.xfail(reason="reads tasks as the server does not list them", strict=False))

@@ -1,0 +1,175 @@
+"""Why steps of a run failed or wait: put together from Kubernetes, from their logs, and from what they left behind.
+
+The server's API says neither: `error` of runs and tasks stays empty, and a run that waits for a GPU that no node has is
+RUNNING. So what Kubernetes did to a pod comes first (killed, evicted, not started), then the step's own sentence.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import kfp_server_api
+
+from minicpmv_finetune.errors import RetryableError, UserError
+
+from .client import Cluster
+from .pod_reasons import why_died, why_node_ended
+from .pod_reasons import why_waiting as why_pod_waits
+from .pods import Namespace, NoAccessError, Pod, Record
+from .run_steps import StepRow, list_steps, step_of_path
+from .step_logs import last_error, read_log, read_marker
+
+_NO_REASON = "see its log"
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What Kubernetes knows of a run.
+
+    Attributes:
+        namespace: Where to ask further; None if Kubernetes cannot be asked.
+        pods: The run's pods, oldest first.
+        workflow: The run's Workflow; empty if it is gone or may not be read.
+        obstacle: Why Kubernetes cannot be asked; empty if it can.
+    """
+
+    namespace: Namespace | None = None
+    pods: list[Pod] = field(default_factory=list)
+    workflow: Record = field(default_factory=dict)
+    obstacle: str = ""
+
+
+def explained_steps(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> list[StepRow]:
+    """The steps of a run; those that failed, wait, or train on several nodes with a message."""
+    steps = list_steps(run)
+    if all(step.state in ("SUCCEEDED", "SKIPPED") for step in steps):
+        return steps
+    observed = _observe(cluster, run)
+    return [replace(step, message=_message(cluster, run, step, observed)) for step in steps]
+
+
+def why_waiting(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> list[str]:
+    """A sentence for each pod of a run that waits for its start, or how to see it if Kubernetes cannot be asked."""
+    observed = _observe(cluster, run)
+    if observed.obstacle:
+        return [_how_to_see(cluster, run, observed.obstacle)]
+    found = [(pod.step, _why_pod_waits(cluster, observed, pod)) for pod in observed.pods]
+    return [f"{step}: {sentence}" for step, sentence in found if sentence] + [
+        f"{step}: {sentence}" for step, sentence in _pods_not_created(cluster, observed)
+    ]
+
+
+def why_without_step(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
+    """Why a run failed before any of its steps started; empty if that is not known."""
+    observed = _observe(cluster, run)
+    messages = [str(node.get("message") or "") for node in _nodes(observed) if node.get("phase") in ("Failed", "Error")]
+    found = (why_node_ended(message, "", cluster.profile) for message in messages)
+    return next(filter(None, found), observed.obstacle and _how_to_see(cluster, run, observed.obstacle))
+
+
+def stopped_workflows(cluster: Cluster, run_ids: Sequence[str]) -> set[str]:
+    """Those of some failed runs that somebody stopped, as far as their Workflows still exist and may be read."""
+    try:
+        workflows = Namespace(cluster.profile).workflows(run_ids)
+    except NoAccessError:
+        return set()
+    # Kubeflow stops a Workflow by setting its time limit to 0.
+    return {run_id for run_id, found in workflows.items() if found.get("spec", {}).get("activeDeadlineSeconds") == 0}
+
+
+def _observe(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> _Observed:
+    try:
+        namespace = Namespace(cluster.profile)
+        pods = namespace.pods(run.run_id)
+    except NoAccessError as error:
+        return _Observed(obstacle=str(error))
+    try:
+        return _Observed(namespace, pods, namespace.workflows([run.run_id]).get(run.run_id, {}))
+    except NoAccessError:
+        return _Observed(namespace, pods)
+
+
+def _message(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow, observed: _Observed) -> str:
+    if step.state == "FAILED" or (step.state == "RUNNING" and step.pod_state == "FAILED"):
+        sentence = _why_failed(cluster, run, step, observed)
+        # Argo looks at a failed pod only after the wait before an attempt.
+        return sentence if step.state == "FAILED" else f"attempt {step.attempts} failed: {sentence}"
+    pod = next((pod for pod in observed.pods if pod.node == step.pod), None)
+    if step.state == "PENDING":
+        if observed.obstacle:
+            return _how_to_see(cluster, run, observed.obstacle)
+        return _why_pod_waits(cluster, observed, pod) if pod else ""
+    if step.state == "RUNNING" and step.name == "train" and observed.namespace:
+        return _progress(observed.namespace, run)
+    return ""
+
+
+def _why_failed(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow, observed: _Observed) -> str:
+    for pod in observed.pods:
+        if pod.node == step.pod and (sentence := why_died(pod.record, step.step, cluster.profile)):
+            return sentence
+    try:
+        sentence = last_error(read_log(cluster, run, step))
+    except (UserError, RetryableError):
+        sentence = ""
+    sentence = sentence or read_marker(cluster, run, step)
+    if not sentence:
+        messages = [str(node.get("message") or "") for node in _nodes(observed) if _belongs_to(node, step)]
+        sentences = (why_node_ended(message, step.step, cluster.profile) for message in messages)
+        sentence = next(filter(None, sentences), "")
+    return sentence or _NO_REASON
+
+
+def _belongs_to(node: Mapping[str, Any], step: StepRow) -> bool:
+    """Whether a node of the Workflow is a step's newest pod, or one of the driver that failed."""
+    driver = str(node.get("displayName") or "").partition("(")[0] if step.step.endswith("-driver") else ""
+    return node.get("id") == step.pod or driver == step.step
+
+
+def _why_pod_waits(cluster: Cluster, observed: _Observed, pod: Pod) -> str:
+    sentence = why_pod_waits(pod.record, pod.step, cluster.profile)
+    if sentence or pod.record.get("status", {}).get("phase") != "Pending" or observed.namespace is None:
+        return sentence
+    try:
+        warnings = observed.namespace.warnings(pod.name)
+    except NoAccessError:
+        return ""
+    return why_pod_waits(pod.record, pod.step, cluster.profile, warnings)
+
+
+def _pods_not_created(cluster: Cluster, observed: _Observed) -> Iterator[tuple[str, str]]:
+    """Nodes of the Workflow whose pod Kubernetes refuses to create, for example because of a quota."""
+    existing = {pod.node for pod in observed.pods}
+    for node in _nodes(observed):
+        message = str(node.get("message") or "")
+        if node.get("type") == "Pod" and node.get("phase") == "Pending" and node.get("id") not in existing and message:
+            step = step_of_path(str(node.get("name") or ""))
+            if sentence := why_node_ended(message, step, cluster.profile):
+                yield step, sentence
+
+
+def _nodes(observed: _Observed) -> list[Mapping[str, Any]]:
+    nodes = list((observed.workflow.get("status", {}).get("nodes") or {}).values())
+    return sorted(nodes, key=lambda node: str(node.get("startedAt") or ""))
+
+
+def _progress(namespace: Namespace, run: kfp_server_api.V2beta1Run) -> str:
+    """How far the training on several nodes is, where Trainer's gate `TrainJobRuntimeStatus` makes the nodes say it."""
+    try:
+        status = namespace.train_job(run.run_id).get("status", {}).get("trainerStatus") or {}
+    except NoAccessError:
+        return ""
+    parts = []
+    if (percent := status.get("progressPercentage")) is not None:
+        parts.append(f"{percent} %")
+    parts += [f"loss {metric['value']}" for metric in status.get("metrics") or [] if metric.get("name") == "loss"]
+    if (seconds := status.get("estimatedRemainingSeconds")) is not None:
+        parts.append(f"{seconds // 60} min left" if seconds >= 60 else f"{seconds} s left")
+    return ", ".join(parts)
+
+
+def _how_to_see(cluster: Cluster, run: kfp_server_api.V2beta1Run, obstacle: str) -> str:
+    return (
+        f"Kubeflow does not say why, and {obstacle}; see `kubectl -n {cluster.profile.namespace} describe pods "
+        f"-l pipeline/runid={run.run_id}`."
+    )

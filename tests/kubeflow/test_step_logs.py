@@ -1,0 +1,47 @@
+"""What people read of a log: the step's own lines, and the sentence that says why it failed."""
+
+import pytest
+
+from minicpmv_finetune.kubeflow.step_logs import last_error, without_launcher
+from tests.kubeflow.recorded import FOLDER
+
+MISTAKE = "s3://datasets/digits/none.json: nothing lies there; check the path or URI."
+LAUNCHER = "F1126 01:16:33.406910      15 main.go:130] failed to execute component: "
+
+
+def test_the_launchers_lines_and_documents_are_left_out() -> None:
+    log = (FOLDER / "log-mistake.txt").read_text()
+    assert len(log.splitlines()) > 90
+    assert without_launcher(log) == f"error: {MISTAKE}\n"
+    assert last_error(log) == MISTAKE
+
+
+def test_warnings_and_errors_of_the_launcher_stay() -> None:
+    log = (
+        "[KFP Executor 2026-11-26 01:16:31,161 WARNING]: slow store\n"
+        "epoch 1\n"
+        "E1126 01:16:33.386282      15 launcher_v2.go:449] failed to upload output artifact\n"
+        f"{LAUNCHER}exit status 2\n"
+    )
+    assert without_launcher(log).splitlines() == log.splitlines()[:3]
+
+
+@pytest.mark.parametrize(
+    ("log", "sentence"),
+    [
+        (
+            "error: first\nerror: 2 inputs are wrong.\n- a: bad.\n- b: bad.\nI1126\n",
+            "2 inputs are wrong. a: bad. b: bad.",
+        ),
+        ("Traceback (most recent call last):\n  File x\nKeyError: 'shards'\n", "KeyError: 'shards'"),
+        (
+            "botocore.exceptions.NoCredentialsError: Unable to locate\n",
+            "botocore.exceptions.NoCredentialsError: Unable to locate",
+        ),
+        (f"epoch 1\n{LAUNCHER}signal: killed\n", "signal: killed"),
+        (f"epoch 1\n{LAUNCHER}exit status 1\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_last_one_that_the_log_names(log: str, sentence: str) -> None:
+    assert last_error(log) == sentence
