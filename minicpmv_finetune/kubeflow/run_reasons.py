@@ -30,7 +30,7 @@ class _Observed:
         namespace: Where to ask further; None if Kubernetes cannot be asked.
         pods: The run's pods, oldest first.
         workflow: The run's Workflow; empty if it is gone or may not be read.
-        obstacle: Why Kubernetes cannot be asked; empty if it can.
+        obstacle: Why Kubernetes does not help; empty if it does.
     """
 
     namespace: Namespace | None = None
@@ -52,7 +52,7 @@ def why_waiting(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> list[str]:
     """A sentence for each pod of a run that waits for its start, or how to see it if Kubernetes cannot be asked."""
     observed = _observe(cluster, run)
     if observed.obstacle:
-        return [_how_to_see(cluster, run, observed.obstacle)]
+        return [f"a pod has not started yet: {_how_to_see(cluster, run, observed.obstacle)}"]
     found = [(pod.step, _why_pod_waits(cluster, observed, pod)) for pod in observed.pods]
     return [f"{step}: {sentence}" for step, sentence in found if sentence] + [
         f"{step}: {sentence}" for step, sentence in _pods_not_created(cluster, observed)
@@ -84,9 +84,12 @@ def _observe(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> _Observed:
     except NoAccessError as error:
         return _Observed(obstacle=str(error))
     try:
-        return _Observed(namespace, pods, namespace.workflows([run.run_id]).get(run.run_id, {}))
+        workflow = namespace.workflows([run.run_id]).get(run.run_id, {})
     except NoAccessError:
-        return _Observed(namespace, pods)
+        workflow = {}
+    # A server with a single user has its runs in its own namespace, whatever the profile says.
+    obstacle = "" if pods or workflow else f"namespace {namespace.name} has no pod of this run"
+    return _Observed(namespace, pods, workflow, obstacle)
 
 
 def _message(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow, observed: _Observed) -> str:

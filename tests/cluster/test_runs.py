@@ -199,6 +199,20 @@ def test_wait_says_once_why_a_pod_waits(
     assert "noimage: its container image nowhere.example/none:1 cannot be pulled" in done.err
 
 
+def test_wait_names_the_command_that_shows_why_a_pod_waits(
+    command: Command, kubeflow: FakeKubeflow, in_kubernetes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_PATIENCE_SECONDS", 0)
+    waiting = [json.dumps(read("run-waiting"))] * 2
+    kubeflow.answer_next(r"GET /apis/v2beta1/runs/", *waiting)
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.err.count("there is no kubeconfig here; see `kubectl -n minicpmv-finetune describe pods") == 1
+    in_kubernetes()
+    kubeflow.answer_next(r"GET /apis/v2beta1/runs/", *waiting)
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert done.err.count("namespace minicpmv-finetune has no pod of this run; see `kubectl") == 1
+
+
 def test_a_run_without_tasks_is_not_no_runs(command: Command, recorded: Recorded) -> None:
     run_id = recorded("waiting", run_details=None, state="PENDING")
     shown = command("runs", run_id).out
