@@ -42,7 +42,7 @@ class _Observed:
 def explained_steps(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> list[StepRow]:
     """The steps of a run; those that failed, wait, or train on several nodes with a message."""
     steps = list_steps(run)
-    if all(step.state in ("SUCCEEDED", "SKIPPED") for step in steps):
+    if all(step.state in ("SUCCEEDED", "SKIPPED", "CANCELED") for step in steps):
         return steps
     observed = _observe(cluster, run)
     return [replace(step, message=_message(cluster, run, step, observed)) for step in steps]
@@ -157,7 +157,7 @@ def _nodes(observed: _Observed) -> list[Mapping[str, Any]]:
 
 
 def _progress(namespace: Namespace, run: kfp_server_api.V2beta1Run) -> str:
-    """How far the training on several nodes is, where Trainer's gate `TrainJobRuntimeStatus` makes the nodes say it."""
+    """How far the training on several nodes is, where Trainer's gate `TrainJobStatus` makes the nodes say it."""
     try:
         status = namespace.train_job(run.run_id).get("status", {}).get("trainerStatus") or {}
     except NoAccessError:

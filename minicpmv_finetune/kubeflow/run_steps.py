@@ -9,7 +9,7 @@ with an `executor` below it is a step, and `executor(0)`, `executor(1)`, … are
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import count, takewhile
 from typing import Any
@@ -56,7 +56,10 @@ def list_steps(run: kfp_server_api.V2beta1Run) -> list[StepRow]:
     tree = _Tree(_tasks(run))
     found = [tree.row(executors) for executors in tree.executors_by_step().values()]
     found += _failed_drivers(tree.tasks)
-    return [row for _, row in sorted(found, key=lambda item: item[0])]
+    rows = [row for _, row in sorted(found, key=lambda item: item[0])]
+    # The step that a cancelled run was at has failed for the server.
+    stopped = run.state == "CANCELED"
+    return [replace(row, state="CANCELED") if stopped and row.state != "SUCCEEDED" else row for row in rows]
 
 
 def workflow_name(run: kfp_server_api.V2beta1Run) -> str:

@@ -178,6 +178,8 @@ def test_a_cancelled_run_reads_canceled(
     kubeflow.answer_next(r"GET /apis/v2beta1/runs$", json.dumps(listed))
     assert command("runs", "--output", "json").json[0]["state"] == "CANCELED"
     assert "has finished or is stopping (CANCELED)" in command("cancel", run_id).out
+    steps = command("runs", run_id, "--output", "json").json
+    assert [row["state"] for row in steps] == ["SUCCEEDED", "SUCCEEDED", "CANCELED"]
 
 
 def test_wait_says_cancelled_for_a_run_that_was_stopped(kubeflow: FakeKubeflow, command: Command) -> None:
