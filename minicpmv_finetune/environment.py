@@ -47,6 +47,7 @@ PROFILE = Variable(
 NAMESPACE = Variable(
     f"{PREFIX}NAMESPACE", "namespace of the runs, where --namespace is not given; the profile's without it"
 )
+MLFLOW = Variable(f"{PREFIX}MLFLOW", "address of MLflow as the pods of a run reach it, for a profile that names none")
 ALLOWED_URIS = Variable(
     f"{PREFIX}ALLOWED_URIS",
     "folders that data and its images may be read from, separated by spaces; without it every place may be",

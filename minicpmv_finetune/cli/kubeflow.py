@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_file
 from minicpmv_finetune.pipelines import PipelineChoice
 
@@ -23,6 +23,7 @@ from .options import Output
 if TYPE_CHECKING:
     from minicpmv_finetune.kubeflow.client import Cluster
     from minicpmv_finetune.kubeflow.profile import Profile
+    from minicpmv_finetune.kubeflow.results import Result
     from minicpmv_finetune.kubeflow.submit import Submission
 
 PANEL = "Kubeflow"
@@ -131,6 +132,26 @@ def preflight(
 
 
 @app.command(rich_help_panel=PANEL)
+def setup(
+    profile: ProfileName = "",
+    namespace: Namespace = "",
+    registry: Registry = "",
+    apply: Annotated[bool, typer.Option("--apply", help="Apply MLflow to the namespace, if it has none.")] = False,
+    output: OutputFormat = "text",
+) -> None:
+    """Print what a Kubeflow lacks for a first run, and the settings that the other commands need.
+
+    The exit code is 0 only if nothing is missing.
+    """
+    from minicpmv_finetune.kubeflow.checks import exit_code
+    from minicpmv_finetune.kubeflow.setup import set_up
+
+    found = set_up(_load(profile, namespace, registry=registry), profile or "kubeflow", apply)
+    _print(asdict(found), output, lambda: "\n".join([*(check.line() for check in found.checks), "", *found.settings]))
+    sys.exit(exit_code(found.checks))
+
+
+@app.command(rich_help_panel=PANEL)
 def upload(
     data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data files of this machine.")],
     profile: ProfileName = "",
@@ -192,7 +213,7 @@ def submit(
     inputs = resolve_parameters(chosen, read_parameters(parameter or [], parameters), settings)
     cluster = _connect(settings)
     submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
-    answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None}
+    answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None, "result": None}
     text = _describe_submission(submission, dry_run)
     if not wait or dry_run:
         _print(answer, output, lambda: text)
@@ -200,8 +221,22 @@ def submit(
     if output == "text":
         print(text, flush=True)
     run = follow_visibly(cluster, submission.run_id, timeout, poll)
-    _print({**answer, "state": run.state}, output, lambda: describe_outcome(cluster, run))
+    result = _read_result(cluster, chosen.name, submission.run_id) if run.state == "SUCCEEDED" else None
+    lines = [describe_outcome(cluster, run), *(result.lines() if result else [])]
+    answer.update(state=run.state, result=asdict(result) if result else None)
+    _print(answer, output, lambda: "\n".join(lines))
     sys.exit(0 if run.state in ("SUCCEEDED", "SKIPPED") else 1)
+
+
+def _read_result(cluster: "Cluster", pipeline: str, run_id: str) -> "Result | None":
+    """The result of a run, where the store can be read from here."""
+    from minicpmv_finetune.kubeflow.results import read_result
+
+    try:
+        return read_result(cluster, pipeline, run_id)
+    except (UserError, RetryableError) as error:
+        print(f"warning: the run's result cannot be read from here: {error}", file=sys.stderr)
+        return None
 
 
 def _describe_submission(submission: "Submission", dry_run: bool) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kubernetes
@@ -13,11 +14,20 @@ from minicpmv_finetune.errors import AccessError, RetryableError, UserError
 from .checks import SkippedError
 
 TIMEOUT_SECONDS = 10
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def is_inside_cluster() -> bool:
     """Whether this process runs in a pod, such as a Kubeflow notebook, where names of Services resolve."""
     return bool(environment.KUBERNETES_HOST.read())
+
+
+def own_namespace() -> str:
+    """The namespace of the pod that this process runs in; empty outside of the cluster."""
+    try:
+        return _NAMESPACE_FILE.read_text().strip() if is_inside_cluster() else ""
+    except OSError:
+        return ""
 
 
 def kubernetes_client() -> kubernetes.client.ApiClient | None:

@@ -13,22 +13,25 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import kubernetes
-import urllib3
 from kubernetes.utils.quantity import parse_quantity
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RetryableError, UserError, without_password
+from minicpmv_finetune.errors import AccessError, RetryableError, UserError, without_password
 from minicpmv_finetune.pipelines import all_pipelines
 
 from .checks import Check, SkippedError, run_check
-from .client import connect
+from .client import Cluster, connect
+from .forwarding import reachable
+from .installation import check_installation, describe_keys
+from .kubernetes_access import kubernetes_client, read_object
 from .parameters import base_model_place, not_reachable, pin_to_commit
-from .profile import Accelerator, Profile, StepSettings, use_storage
+from .profile import Accelerator, Profile, StepSettings
+from .store import pipeline_root, read_keys, use_store
 
 _OLDEST_KUBEFLOW = (2, 17)
 
@@ -41,13 +44,13 @@ def check_cluster(profile: Profile, data: str = "", base_model: str = "") -> lis
         data: Training data; empty leaves this check out.
         base_model: Base checkpoint; empty leaves this check out.
     """
-    use_storage(profile)
+    found: list[Cluster] = []
     checks = [
-        run_check("Kubeflow Pipelines", _check_kubeflow, profile),
+        run_check("Kubeflow Pipelines", check_kubeflow, profile, found),
         run_check("object storage", _check_object_storage, profile),
         run_check("MLflow", _check_mlflow, profile),
         *(run_check(f"shared memory of {step}", _check_shared_memory, profile, step) for step in profile.steps),
-        *_check_kubernetes(profile),
+        *_check_kubernetes(profile, found[0] if found else None),
     ]
     if data:
         checks.append(run_check("data", _check_data, data))
@@ -56,8 +59,10 @@ def check_cluster(profile: Profile, data: str = "", base_model: str = "") -> lis
     return checks
 
 
-def _check_kubeflow(profile: Profile) -> str:
+def check_kubeflow(profile: Profile, found: list[Cluster]) -> str:
+    """Check the server, and leave it in `found` for other checks."""
     cluster = connect(profile)
+    found.append(cluster)
     health = cluster.call(cluster.client.healthzs.healthz_service_get_healthz, _preload_content=False)
     release = str(json.loads(health.data).get("tag_name") or "unknown")
     if (match := re.match(r"v?(\d+)\.(\d+)", release)) and (int(match[1]), int(match[2])) < _OLDEST_KUBEFLOW:
@@ -65,13 +70,21 @@ def _check_kubeflow(profile: Profile) -> str:
     users = "several users" if cluster.namespace else "one user"
     uploaded = [pipeline.name for pipeline in all_pipelines().values() if cluster.pipeline_id(pipeline.name)]
     pipelines = f"uploaded: {', '.join(uploaded)}" if uploaded else "no pipeline uploaded yet"
+    if release == "unknown":
+        release = "unknown (its image was built without a version, so compare it with 2.17 yourself)"
     return f"{cluster.endpoint}, version {release}, {users}, {pipelines}"
 
 
 def _check_object_storage(profile: Profile) -> str:
-    root = profile.pipeline_root
-    if not root:
-        raise SkippedError("the profile has no pipeline_root, so it is not known which bucket to check")
+    """Write, read and delete an object with the keys that the run's pods will have, if they can be read from here."""
+    keys = read_keys(profile)
+    os.environ.update(keys)
+    use_store(profile)
+    whose = f"the keys of Secret {profile.s3.secret}" if keys else "the keys of this machine"
+    try:
+        root = pipeline_root(profile)
+    except AccessError as error:
+        raise SkippedError(str(error)) from error
     uri, content = storage.join(root, f".preflight-{uuid.uuid4()}"), os.urandom(64)
     storage.write_bytes(uri, content)
     try:
@@ -79,7 +92,7 @@ def _check_object_storage(profile: Profile) -> str:
             raise UserError(f"{uri}: the content that was read differs from what was written; check the store.")
     finally:
         storage.remove_file(uri)
-    return f"wrote, read and deleted an object in {root}"
+    return f"wrote, read and deleted an object in {root} with {whose}"
 
 
 def _check_mlflow(profile: Profile) -> str:
@@ -89,7 +102,7 @@ def _check_mlflow(profile: Profile) -> str:
     if not uri.startswith(("http://", "https://")):
         raise SkippedError(f"{uri} is not a server")
     try:
-        with urllib.request.urlopen(_request(f"{uri.rstrip('/')}/version"), timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(_request(f"{reachable(uri).rstrip('/')}/version"), timeout=10) as answer:  # noqa: S310
             return f"{uri}, version {answer.read(100).decode(errors='replace').strip()}"
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -132,38 +145,35 @@ def _check_shared_memory(profile: Profile, step: str) -> str:
     return f"{settings.shared_memory} of {settings.memory[1]}"
 
 
-def _check_kubernetes(profile: Profile) -> Iterator[Check]:
-    """Check what the profile names in the namespace: Secrets, claims, GPUs, queues, and the training runtime."""
-    try:
-        if environment.KUBERNETES_HOST.read():
-            kubernetes.config.load_incluster_config()
-        else:
-            kubernetes.config.load_kube_config(environment.KUBECONFIG.read() or None)
-    except kubernetes.config.ConfigException:
-        yield Check("Kubernetes", "skipped", "no kubeconfig; Secrets, GPUs, queues and the runtime are not checked")
+def _check_kubernetes(profile: Profile, cluster: Cluster | None) -> Iterator[Check]:
+    """Check the namespace, and what the profile names in it: Secrets, claims, GPUs, queues, the training runtime."""
+    client = kubernetes_client()
+    if client is None:
+        yield Check("Kubernetes", "skipped", "no kubeconfig; namespace, Secrets, GPUs and queues are not checked")
         return
-    core, namespace = kubernetes.client.CoreV1Api(), profile.namespace
+    core, namespace = kubernetes.client.CoreV1Api(client), profile.namespace
+    yield from check_installation(profile, cluster, core)
     for secret, keys in profile.secrets().items():
         remedy = f"create it with the keys {', '.join(sorted(keys))}; see k8s/README.md"
         read = partial(core.read_namespaced_secret, secret, namespace)
-        yield run_check(f"Secret {secret}", _read_object, read, remedy, partial(_describe_keys, secret, keys))
+        yield run_check(f"Secret {secret}", read_object, read, remedy, partial(describe_keys, secret, keys))
     overlay = "apply an overlay of k8s/"
     read = partial(core.read_namespaced_service_account, profile.service_account, namespace)
-    yield run_check(f"service account {profile.service_account}", _read_object, read, overlay)
+    yield run_check(f"service account {profile.service_account}", read_object, read, overlay)
     for claim in profile.claims():
         read = partial(core.read_namespaced_persistent_volume_claim, claim, namespace)
-        yield run_check(f"claim {claim}", _read_object, read, overlay)
+        yield run_check(f"claim {claim}", read_object, read, overlay)
     if bundle := profile.ca_bundle:
         remedy = f"create it with the certificates in the key {bundle.key}"
         read = partial(core.read_namespaced_config_map, bundle.config_map, namespace)
-        describe = partial(_describe_keys, bundle.config_map, {bundle.key})
-        yield run_check(f"ConfigMap {bundle.config_map}", _read_object, read, remedy, describe)
+        describe = partial(describe_keys, bundle.config_map, {bundle.key})
+        yield run_check(f"ConfigMap {bundle.config_map}", read_object, read, remedy, describe)
     for step, settings in profile.steps.items():
         yield from _check_step(core, namespace, step, settings)
     if profile.runtime:
         remedy = "apply k8s/components/trainer, or remove the runtime from the profile"
         read = _custom_object("trainer.kubeflow.org", "v1alpha1", namespace, "trainingruntimes", profile.runtime)
-        yield run_check(f"training runtime {profile.runtime}", _read_object, read, remedy)
+        yield run_check(f"training runtime {profile.runtime}", read_object, read, remedy)
 
 
 def _check_step(
@@ -174,36 +184,15 @@ def _check_step(
         selector = ",".join(f"{key}={value}" for key, value in settings.node_selector.items())
         read = partial(core.list_node, label_selector=selector)
         describe = partial(_describe_gpus, settings.accelerator, selector)
-        yield run_check(f"GPUs of {step}", _read_object, read, "request permission to list nodes", describe)
+        yield run_check(f"GPUs of {step}", read_object, read, "request permission to list nodes", describe)
     if settings.queue:
         remedy = "apply k8s/components/kueue, or remove the queue from the profile"
         read = _custom_object("kueue.x-k8s.io", "v1beta2", namespace, "localqueues", settings.queue)
-        yield run_check(f"queue of {step}", _read_object, read, remedy)
+        yield run_check(f"queue of {step}", read_object, read, remedy)
 
 
 def _custom_object(*path: str) -> partial[Any]:
-    return partial(kubernetes.client.CustomObjectsApi().get_namespaced_custom_object, *path)
-
-
-def _read_object(read: Callable[..., Any], remedy: str, describe: Callable[[Any], str] = lambda answer: "found") -> str:
-    """Read an object from Kubernetes and describe it."""
-    try:
-        return describe(read(_request_timeout=10))
-    except kubernetes.client.ApiException as error:
-        if error.status == 404:
-            raise UserError(f"not found; {remedy}.") from error
-        if error.status in (401, 403):
-            raise SkippedError(f"no permission to read it ({error.status})") from error
-        raise RetryableError(f"Kubernetes answered {error.status}; try again.") from error
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise RetryableError(f"Kubernetes does not answer ({type(error).__name__}); try again.") from error
-
-
-def _describe_keys(secret: str, keys: set[str], answer: Any) -> str:
-    missing = keys - set(answer.data or {})
-    if missing:
-        raise UserError(f"{secret} lacks the keys {', '.join(sorted(missing))}; add them.")
-    return f"found, with {', '.join(sorted(keys))}"
+    return partial(kubernetes.client.CustomObjectsApi(kubernetes_client()).get_namespaced_custom_object, *path)
 
 
 def _describe_gpus(accelerator: Accelerator, selector: str, answer: Any) -> str:

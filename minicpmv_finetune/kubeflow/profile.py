@@ -27,6 +27,7 @@ from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import UserError, describe_validation_error
 from minicpmv_finetune.pipelines import all_pipelines
 
+from .kubernetes_access import own_namespace
 from .yaml_files import read_mapping
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -318,7 +319,8 @@ def load_profile(profile: str | Path, namespace: str = "") -> Profile:
 
     Args:
         profile: Name of a profile of the package, or path of a file.
-        namespace: Namespace of the runs, in place of the profile's.
+        namespace: Namespace of the runs, in place of the profile's; `kubeflow-profile` in a notebook has the
+            notebook's without it.
 
     Raises:
         UserError: The file cannot be read, a field is unknown or has a wrong value, or no namespace is given.
@@ -326,9 +328,12 @@ def load_profile(profile: str | Path, namespace: str = "") -> Profile:
     path = _SHIPPED / f"{profile}.yaml" if str(profile) in SHIPPED else Path(profile)
     named = f"use one of {', '.join(SHIPPED)}, or a file; see k8s/README.md"
     content = read_mapping(path, "a profile's fields", named)
-    if namespace:
+    if "mlflow" not in content and (tracking := environment.MLFLOW.read()):
+        content["mlflow"] = {"tracking_uri": tracking}
+    is_shipped = str(profile) in SHIPPED
+    if namespace := namespace or (own_namespace() if is_shipped and "namespace" not in content else ""):
         content["namespace"] = namespace
-    elif str(profile) in SHIPPED and "namespace" not in content:
+    elif is_shipped and "namespace" not in content:
         raise UserError(
             f"profile {profile}: the namespace of your runs is not known; give --namespace NAME or set "
             f"{environment.NAMESPACE}."

@@ -57,7 +57,9 @@ def read_keys(profile: Profile) -> dict[str, str]:
         return {}
     data = (found.data if found else None) or {}
     return {
-        variable: base64.b64decode(data[key]).decode() for key, variable in profile.s3.variables.items() if key in data
+        variable: base64.b64decode(data[key]).decode()
+        for key, variable in profile.s3.variables.items()
+        if data.get(key)
     }
 
 

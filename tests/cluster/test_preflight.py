@@ -12,6 +12,12 @@ from tests.cluster.commands import INPUTS, ROOT, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 
 SPACE = "/api/v1/namespaces/minicpmv-finetune"
+# As in objects/stock-configmaps.yaml of the recordings, and on a recorded Profile's namespace.
+STOCK_CONTROLLER = {
+    "data": {"workflowDefaults": "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"}
+}
+PROFILE_LABELS = {"pipelines.kubeflow.org/enabled": "true", "app.kubernetes.io/part-of": "kubeflow-profile"}
+CONTROLLER = "/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap"
 GROUPS = {"queue": "kueue.x-k8s.io/v1beta2", "runtime": "trainer.kubeflow.org/v1alpha1"}
 
 
@@ -34,10 +40,15 @@ def production(
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", kubeflow.url)
+    kubeflow.tokens["mine"] = {"minicpmv-finetune"}
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "mine")
     node = {"metadata": {"name": "gpu"}, "status": {"allocatable": {"nvidia.com/gpu": "8"}}}
     custom = "namespaces/minicpmv-finetune"
     kubeflow.kubernetes.update(
         {
+            SPACE: {"metadata": {"name": "minicpmv-finetune", "labels": PROFILE_LABELS}},
+            f"{SPACE}/configmaps/kfp-launcher": {"data": {"defaultPipelineRoot": "", "providers": "s3: {}"}},
+            CONTROLLER: STOCK_CONTROLLER,
             f"{SPACE}/secrets/minicpmv-s3": {"data": {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}},
             f"{SPACE}/secrets/minicpmv-mlflow": {"data": {"username": "", "password": ""}},
             f"{SPACE}/serviceaccounts/minicpmv-finetune": {"metadata": {"name": "minicpmv-finetune"}},
@@ -111,6 +122,12 @@ def test_no_check_fails_on_a_complete_cluster(
             "failed",
             "components/trainer",
         ),
+        (SPACE, {"metadata": {"labels": {}}}, "namespace", "failed", "is no Kubeflow Profile's"),
+        (SPACE, 404, "namespace", "failed", "create a Kubeflow Profile minicpmv-finetune"),
+        (SPACE, 403, "namespace", "skipped", "no permission"),
+        (f"{SPACE}/configmaps/kfp-launcher", 404, "launcher", "failed", "Secret mlpipeline-minio-artifact: not found"),
+        (CONTROLLER, 403, "retries", "skipped", "no permission"),
+        (CONTROLLER, {"data": {}}, "retries", "ok", "may also repeat a step that failed"),
         ("/version", 403, "MLflow", "failed", "MLFLOW_SERVER_ALLOWED_HOSTS"),
         ("/version", 500, "MLflow", "unreachable", "500"),
     ],
@@ -130,7 +147,27 @@ def test_a_missing_requirement_is_reported_with_a_remedy(
     assert found[name][0] == state
     assert message in found[name][1]
     code = command("preflight", "--profile", production()).code
-    assert code == {"failed": 2, "unreachable": 75, "skipped": 0}[state]
+    assert code == {"failed": 2, "unreachable": 75, "skipped": 0, "ok": 0}[state]
+
+
+def test_a_server_with_one_user_creates_runs_in_its_own_namespace(
+    production: Callable[..., Path], kubeflow: FakeKubeflow, command: Command
+) -> None:
+    kubeflow.tokens.clear()
+    state, message = _states(command, "--profile", production())["namespace"]
+    assert (state, "runs are created in kubeflow, its own namespace, and not in minicpmv-finetune" in message) == (
+        "failed",
+        True,
+    )
+    kubeflow.kubernetes["/api/v1/namespaces/kubeflow/services/ml-pipeline"] = {"metadata": {"name": "ml-pipeline"}}
+    assert _states(command, "--profile", production(namespace="kubeflow"))["namespace"][0] == "ok"
+
+
+def test_an_unknown_version_is_explained(
+    production: Callable[..., Path], kubeflow: FakeKubeflow, command: Command
+) -> None:
+    kubeflow.answer_next(r"healthz", *['{"multi_user": true, "tag_name": "unknown"}'] * 2)
+    assert "built without a version" in _states(command, "--profile", production())["Kubeflow Pipelines"][1]
 
 
 def test_an_old_server_is_refused(production: Callable[..., Path], kubeflow: FakeKubeflow, command: Command) -> None:

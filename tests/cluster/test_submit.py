@@ -111,6 +111,7 @@ def test_dry_run_changes_nothing(kubeflow: FakeKubeflow, command: Command) -> No
         "parameters": {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL},
         "dry_run": True,
         "state": None,
+        "result": None,
     }
     assert not [line for line in kubeflow.requests if not line.startswith("GET")]
 
