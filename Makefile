@@ -110,6 +110,7 @@ build/docs-venv/installed: Makefile
 	touch $@
 
 COMPILED := minicpmv_finetune/pipelines/compiled
+MLFLOW := minicpmv_finetune/kubeflow/manifests/mlflow.yaml
 PROFILES := $(patsubst k8s/profiles/%.yaml,%,$(wildcard k8s/profiles/*.yaml))
 
 compiled: install  ## compile both pipelines for each profile into minicpmv_finetune/pipelines/compiled
@@ -119,6 +120,7 @@ compiled: install  ## compile both pipelines for each profile into minicpmv_fine
 		$(BIN)/minicpmv-finetune compile $(COMPILED)/$$name.yaml $$options && \
 		$(BIN)/minicpmv-finetune compile $(COMPILED)/$$name.objects.yaml --objects $$options || exit 1; \
 	done; done
+	{ sed 1q $(MLFLOW); $(BIN)/kubectl kustomize k8s/stock; } > build/mlflow.yaml && cp build/mlflow.yaml $(MLFLOW)
 
 dist:  ## build the source distribution and the wheel into dist
 	rm -rf dist

@@ -1,7 +1,7 @@
 """What a Kubeflow needs before the first run: find out what is missing, and apply what this program brings along.
 
 Kubeflow itself, a Profile's namespace and its keys are the administrator's. This program brings MLflow, for one
-namespace of runs; the manifest is in `manifests/`.
+namespace of runs; `manifests/mlflow.yaml` is what `kubectl kustomize k8s/stock` makes.
 """
 
 import shlex
@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import kubernetes
 import yaml
 
-from minicpmv_finetune import container_images, environment
+from minicpmv_finetune import container_images, environment, storage
 from minicpmv_finetune.errors import UserError
 
 from .checks import Check, SkippedError, run_check
@@ -29,8 +28,11 @@ from .store import pipeline_root
 TOKEN_AUDIENCE = "pipelines.kubeflow.org"  # the only one that a stock server with several users accepts
 _MLFLOW_MANIFEST = Path(__file__).with_name("manifests") / "mlflow.yaml"
 _PATHS = {
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts/{name}",
+    "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps/{name}",
     "PersistentVolumeClaim": "/api/v1/namespaces/{namespace}/persistentvolumeclaims/{name}",
     "Service": "/api/v1/namespaces/{namespace}/services/{name}",
+    "NetworkPolicy": "/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies/{name}",
     "Deployment": "/apis/apps/v1/namespaces/{namespace}/deployments/{name}",
 }
 
@@ -124,24 +126,27 @@ def own_tracking_uri(profile: Profile) -> str:
 
 
 def mlflow_objects(profile: Profile) -> list[dict[str, Any]]:
-    """The objects of an MLflow for the profile's namespace, with the store and the keys of its runs."""
-    text = Template(_MLFLOW_MANIFEST.read_text()).substitute(
-        namespace=profile.namespace,
-        image=_image(profile),
-        root=pipeline_root(profile),
-        endpoint=profile.s3.endpoint,
-        region=profile.s3.region,
-    )
-    objects: list[dict[str, Any]] = list(yaml.safe_load_all(text))
-    container = objects[-1]["spec"]["template"]["spec"]["containers"][0]
-    container["env"] += [
-        {"name": variable, "valueFrom": {"secretKeyRef": {"name": profile.s3.secret, "key": key}}}
-        for key, variable in profile.s3.variables.items()
+    """The objects of an MLflow for the profile's namespace, with the image, the store and the keys of its runs."""
+    objects: list[dict[str, Any]] = list(yaml.safe_load_all(_MLFLOW_MANIFEST.read_text()))
+    by_kind = {item["kind"]: item for item in objects}
+    by_kind["ConfigMap"]["data"] = {"AWS_DEFAULT_REGION": profile.s3.region}
+    if profile.s3.endpoint:
+        by_kind["ConfigMap"]["data"]["MLFLOW_S3_ENDPOINT_URL"] = profile.s3.endpoint
+    pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    container["image"] = _image(profile)
+    own = [
+        {"name": "MLFLOW_ARTIFACTS_DESTINATION", "value": storage.join(pipeline_root(profile), "minicpmv-mlflow")},
+        *(
+            {"name": variable, "valueFrom": {"secretKeyRef": {"name": profile.s3.secret, "key": key}}}
+            for key, variable in profile.s3.variables.items()
+        ),
     ]
-    container["env"] = [item for item in container["env"] if item.get("value") != ""]
-    objects[-1]["spec"]["template"]["spec"]["imagePullSecrets"] = [
-        {"name": name} for name in profile.images.pull_secrets
-    ]
+    replaced = {*(item["name"] for item in own), "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    container["env"] = [item for item in container["env"] if item["name"] not in replaced] + own
+    container["envFrom"] = [{"configMapRef": {"name": by_kind["ConfigMap"]["metadata"]["name"]}}]
+    if profile.images.pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in profile.images.pull_secrets]
     return objects
 
 

@@ -51,6 +51,11 @@ def _render(folder: Path) -> str:
     return subprocess.run([KUBECTL, "kustomize", folder], check=True, capture_output=True, text=True).stdout
 
 
+def test_setup_applies_the_mlflow_of_the_overlays() -> None:
+    packaged = ROOT / "minicpmv_finetune" / "kubeflow" / "manifests" / "mlflow.yaml"
+    assert packaged.read_text().partition("\n")[2] == _render(ROOT / "k8s" / "stock"), "run make compiled"
+
+
 @pytest.fixture(params=OVERLAYS)
 def manifests(request: pytest.FixtureRequest, rendered: dict[str, list[Manifest]]) -> list[Manifest]:
     return rendered[request.param]
