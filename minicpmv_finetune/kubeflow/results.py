@@ -4,6 +4,7 @@ Kubeflow's API lists no artifact of a task, so they are found by their place:
 `<pipeline root>/<pipeline>/<run>/<step>/<execution>/<artifact>`.
 """
 
+import re
 from dataclasses import dataclass
 
 from minicpmv_finetune import storage
@@ -11,6 +12,8 @@ from minicpmv_finetune.tracking.promotion_record import PromotionRecord
 
 from .client import Cluster
 from .store import pipeline_root, use_store
+
+_ESCAPED = re.compile(r"\\([^a-zA-Z0-9\s])")  # Markdown's way to keep a mark such as an underscore
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,21 @@ def read_result(cluster: Cluster, pipeline: str, run_id: str) -> Result | None:
         return None
     record = PromotionRecord.model_validate_json(storage.read_bytes(storage.join(folder, record_name)))
     report = _newest(files, "evaluate", "report")
-    summary = _newest(files, "register", "summary")
-    registration = storage.read_bytes(storage.join(folder, summary)).decode().strip().rstrip(".") if summary else ""
+    summary = _newest(files, "register", "registration", "summary")
+    registration = storage.read_bytes(storage.join(folder, summary)).decode().strip() if summary else ""
     return Result(
         metric=record.metric,
-        score=record.metrics.get(f"tuned_{record.metric}"),
-        base_score=record.metrics.get(f"base_{record.metric}"),
+        score=record.metrics.get("answer_score", record.metrics.get(f"tuned_{record.metric}")),
+        base_score=record.metrics.get("answer_score_base", record.metrics.get(f"base_{record.metric}")),
         passed=record.promote,
         reason=record.reason,
         report=storage.join(folder, report) if report else "",
         model=record.model_uri,
-        registration=registration,
+        registration=_ESCAPED.sub(r"\1", registration.partition("\n")[0]).rstrip("."),
     )
 
 
-def _newest(files: dict[str, storage.StoredFile], step: str, artifact: str) -> str:
-    """The newest file of a step whose artifact has this name, or one that ends with it; empty if there is none."""
-    found = [name for name in files if step in name.split("/")[:-1] and name.rpartition("/")[2].endswith(artifact)]
+def _newest(files: dict[str, storage.StoredFile], step: str, *artifacts: str) -> str:
+    """The newest file of a step whose artifact's name ends with one of these; empty if there is none."""
+    found = [name for name in files if step in name.split("/")[:-1] and name.endswith(artifacts)]
     return max(found, key=lambda name: files[name].written, default="")

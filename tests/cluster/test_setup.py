@@ -186,7 +186,9 @@ def test_wait_ends_with_score_report_and_version(
     run = f"{s3_uri}/minicpmv-finetune/{run_id}"
     report = f"{run}/evaluate/5f0c/report"
     _write({f"{run}/evaluate/5f0c/promotion_record": json.dumps(record), report: "<html>"})
-    _write({f"{run}/condition-1/register/77aa/summary": "version 3 of receipts is champion: better.\n"})
+    _write(
+        {f"{run}/condition-1/register/77aa/registration": "version 3 of my\\_receipts is champion: better.\n\n[x](y)\n"}
+    )
     done = command("submit", *INPUTS, "--name", "monday", "--profile", settings, "--wait", "--poll", "0")
     lines = [line.split(maxsplit=1) for line in done.out.splitlines()[-5:]]
     assert dict(lines) == {
@@ -194,7 +196,7 @@ def test_wait_ends_with_score_report_and_version(
         "gate": "passed, 98.7 points better than the base model",
         "report": report,
         "model": "s3://bucket/model",
-        "version": "version 3 of receipts is champion: better",
+        "version": "version 3 of my_receipts is champion: better",
     }
 
 
