@@ -483,7 +483,6 @@ def test_development_storage_accepts_only_the_secrets_credentials(
     command += [f"-{part}.port={port}" for part, port in zip(("master", "volume", "filer"), others, strict=True)]
     # A gRPC port is the other one and 10,000, which may be none.
     command += [f"-{part}.port.grpc={_free_port()}" for part in ("master", "volume", "filer", "s3")]
-    command += ["-volume.max=4", "-master.volumeSizeLimitMB=64"]
     with subprocess.Popen([WEED, *command[1:]], stderr=subprocess.DEVNULL) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3}")
         try:
@@ -493,7 +492,7 @@ def test_development_storage_accepts_only_the_secrets_credentials(
             with pytest.raises(UserError):
                 storage.read_bytes("s3://minicpmv-finetune/a")
         finally:
-            server.terminate()
+            server.kill()
 
 
 def _free_port() -> int:
