@@ -5,7 +5,8 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
 	test-gpu bench-gpu \
-	mutation coverage browser lock readmes docs compiled dist base-image images push image-index demo-containers clean
+	mutation coverage browser lock readmes docs compiled dist base-image images push image-index registry-is-named \
+	demo-containers clean
 
 help:  ## list all targets
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -172,7 +173,6 @@ image-index: registry-is-named  ## make one image of those that were pushed with
 		podman manifest push --all $(REGISTRY)/$$image:$(VERSION) docker://$(REGISTRY)/$$image:$(VERSION) || exit 1; \
 	done
 
-.PHONY: registry-is-named
 registry-is-named:
 	@test -n "$(REGISTRY)" || { echo "REGISTRY is missing: make images push REGISTRY=registry.example.com/team" >&2; exit 2; }
 

@@ -36,6 +36,11 @@ CA_FOLDER = "/etc/minicpmv-ca"
 SHIPPED = ("kubeflow", "kubeflow-profile")
 """Names of the profiles in the package: for stock installations of Kubeflow with one user, and with several."""
 DEFAULT_PROFILE = "kubeflow"
+_RESERVED = (
+    *("bin", "dev", "etc", "lib", "opt", "proc", "sbin", "sys", "tmp", "usr", "var", "scratch"),
+    *("gcs", "kfp", "minio", "oci", "s3"),
+)
+"""Folders of a container that no volume may hide: the system's, this project's, and those of Kubeflow's launcher."""
 _SHIPPED = Path(__file__).with_name("profiles")
 _PLAIN = "without_profile"  # attribute of a pipeline's function with the function that a profile was applied to
 
@@ -165,14 +170,14 @@ class ModelVolume(_Section):
     """A persistent volume claim with base models, from which `base_model_uri: /models/NAME` is read."""
 
     claim: Name
-    mount: str = Field(default="/models", pattern=r"^/")
+    mount: str = Field(default="/models", pattern=r"^/[^/]")
 
 
 class DataVolume(_Section):
     """A persistent volume claim that every step mounts, so that a path below `mount` is an address of data."""
 
     claim: Name
-    mount: str = Field(pattern=r"^/.")
+    mount: str = Field(pattern=r"^/[^/]")
 
 
 class Hub(_Section):
@@ -249,10 +254,15 @@ class Profile(_Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> "Profile":
-        mounts = [volume.mount for volume in self._volumes()]
+        mounts, claims = ([getattr(volume, name) for volume in self._volumes()] for name in ("mount", "claim"))
         for mount in mounts:
-            if mounts.count(mount) > 1 or Path(mount).is_relative_to("/scratch") or mount == "/dev/shm":  # noqa: S108
-                raise ValueError(f"volumes: {mount} is mounted already; choose another folder")
+            if Path(mount).parts[1] in _RESERVED:
+                raise ValueError(f"volumes: {mount} belongs to the container or to Kubeflow; choose another folder")
+            if mounts.count(mount) > 1:
+                raise ValueError(f"volumes: {mount} is mounted twice; choose another folder")
+        for claim in claims:
+            if claims.count(claim) > 1:
+                raise ValueError(f"volumes: the claim {claim} is named twice; a pod mounts a claim once")
         if self.train_on_nodes and not self.runtime:
             raise ValueError("train_on_nodes: there is no runtime; name the TrainingRuntime whose nodes train")
         return self

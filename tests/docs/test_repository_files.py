@@ -89,7 +89,7 @@ def test_manifests_name_the_images_of_this_version() -> None:
     tags = {
         f"{path.relative_to(ROOT)}: {tag}"
         for path in (ROOT / "k8s").rglob("*.yaml")
-        for tag in re.findall(r"minicpmv-finetune/(?:data|trainer):([\w.-]+)", path.read_text())
+        for tag in re.findall(r"(?:minicpmv-finetune/(?:data|trainer):|newTag: )([\w.-]+)", path.read_text())
         if tag != version
     }
     assert not tags

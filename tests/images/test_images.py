@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+VERSION = version("minicpmv-finetune")
 DOCKERFILE = (ROOT / "images" / "Dockerfile").read_text()
 
 
@@ -27,6 +29,21 @@ def test_every_package_is_pinned_by_hash(packages: tuple[str, str]) -> None:
     entries = re.findall(r"(?m)^\S+==(?:.*\\\n)*.*\n", listed)
     assert "".join(entries) == listed
     assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_images_are_pushed_to_the_registry_that_is_named() -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    refused = make("push")
+    assert refused.returncode == 2
+    assert "REGISTRY is missing: make images push REGISTRY=" in refused.stderr
+    registry = "REGISTRY=registry.example.com/team"
+    pushed = make("-n", "push", registry, "TAG=1.2.3-arm64").stdout
+    assert "podman push minicpmv-finetune/$image:" in pushed
+    assert "docker://registry.example.com/team/$image:1.2.3-arm64" in pushed
+    joined = make("-n", "image-index", registry).stdout
+    assert all(f"registry.example.com/team/$image:{VERSION}-{name}" in joined for name in ("amd64", "arm64"))
 
 
 def test_a_package_with_an_entry_for_each_python_version_keeps_them_all(packages: tuple[str, str]) -> None:
