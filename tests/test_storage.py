@@ -5,9 +5,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from botocore.client import BaseClient
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError
@@ -148,6 +149,36 @@ def test_object_round_trip(s3_uri: str) -> None:
     storage.write_bytes(f"{s3_uri}/set/train.json", b"[]")
     assert storage.read_bytes(f"{s3_uri}/set/train.json") == b"[]"
     assert storage.read_bytes(f"minio{s3_uri.removeprefix('s3')}/set/train.json") == b"[]"
+
+
+def test_keys_that_open_one_folder_are_enough(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Profile's keys open only `private-artifacts/NAMESPACE/*`: even HeadBucket is forbidden to them."""
+    folder = f"{s3_uri}/private-artifacts/team-a/run"
+    asked = []
+    send = BaseClient._make_api_call
+
+    def record(client: BaseClient, operation: str, parameters: dict[str, str]) -> Any:
+        asked.append((operation, parameters.get("Key") or parameters.get("Prefix") or ""))
+        return send(client, operation, parameters)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", record)
+    (tmp_path / "large").write_bytes(os.urandom(2**25))
+    storage.check_upload(folder)
+    storage.upload_file(tmp_path / "large", f"{folder}/large")
+    storage.download_file(f"{folder}/large", tmp_path / "copy")
+    storage.write_bytes(f"{folder}/set/train.json", b"[]")
+    assert storage.read_bytes(f"{folder}/set/train.json", (0, 1)) == b"["
+    assert storage.expand(f"{folder}/set/*.json") == [f"{folder}/set/train.json"]
+    assert set(storage.walk(folder)) == {"large", "set/train.json"}
+    assert storage.list_files(f"{folder}/set")
+    assert storage.is_folder(f"{folder}/set")
+    assert storage.size(f"{folder}/large") == 2**25
+    storage.fetch(f"{folder}/set", tmp_path / "cache")
+    storage.write_bytes(str(tmp_path / "out" / "done.json"), b"{}")
+    storage.upload_folder(tmp_path / "out", f"{folder}/again", "done.json")
+    storage.remove_file(f"{folder}/set/train.json")
+    assert {operation for operation, _ in asked} >= {"PutObject", "ListObjectsV2", "CreateMultipartUpload"}
+    assert [call for call in asked if not call[1].startswith("private-artifacts/team-a/")] == []
 
 
 def test_fetch_of_an_object_keeps_its_name(s3_uri: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def check_cluster(profile: Profile, data: str = "", base_model: str = "") -> lis
         *_check_kubernetes(profile, found[0] if found else None),
     ]
     if data:
-        checks.append(run_check("data", _check_data, data))
+        checks.append(run_check("data", _check_data, data, profile))
     if base_model:
         checks.append(run_check("base model", _check_base_model, base_model, profile))
     return checks
@@ -199,15 +199,22 @@ def _describe_gpus(accelerator: Accelerator, selector: str, answer: Any) -> str:
     resource, wanted = accelerator.resource, accelerator.count
     counts = [int((node.status.allocatable or {}).get(resource, "0")) for node in answer.items]
     fitting = sum(count >= wanted for count in counts)
+    if not any(counts):
+        raise UserError(
+            f"no node with {selector or 'any label'} offers any {resource}; add a node with its device plugin, correct "
+            "node_selector in the profile, or run without by --gpus 0."
+        )
     if not fitting:
         raise UserError(
-            f"no node with {selector or 'any label'} offers {wanted} {resource} (at most {max(counts, default=0)}); "
+            f"no node with {selector or 'any label'} offers {wanted} {resource} (at most {max(counts)}); "
             "correct node_selector or count in the profile."
         )
     return f"{fitting} nodes offer {wanted} {resource}"
 
 
-def _check_data(uri: str) -> str:
+def _check_data(uri: str, profile: Profile) -> str:
+    if claim := profile.claim_of(uri):
+        raise SkippedError(f"{uri} is on the claim {claim}, which only pods can read")
     files = storage.expand(uri)
     for file in files:
         storage.read_bytes(file, (0, 1))

@@ -110,6 +110,14 @@ def test_no_check_fails_on_a_complete_cluster(
         (f"{SPACE}/persistentvolumeclaims/base-models", 500, "claim base-models", "unreachable", "500"),
         ("/api/v1/nodes", {"items": []}, "GPUs of evaluate", "failed", "NVIDIA-H100"),
         (
+            "/api/v1/nodes",
+            {"items": [{"status": {"allocatable": {"cpu": "8"}}}]},
+            "GPUs of evaluate",
+            "failed",
+            "offers any nvidia.com/gpu; add a node with its device plugin, correct node_selector in the profile, or "
+            "run without by --gpus 0",
+        ),
+        (
             f"/apis/{GROUPS['queue']}/namespaces/minicpmv-finetune/localqueues/minicpmv-finetune",
             404,
             "queue of train",
