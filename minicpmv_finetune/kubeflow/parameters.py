@@ -79,9 +79,7 @@ def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
     """A sentence for what a run without MLflow cannot do."""
     remedy = "set mlflow in the profile (k8s/README.md)"
     if "plan-retraining" in pipeline.steps:
-        return [
-            f"{pipeline.name}: compares with the champion in MLflow's registry, but the profile names none; {remedy}."
-        ]
+        return [f"{pipeline.name}: needs the champion in MLflow's registry, but the profile names no MLflow; {remedy}."]
     if given.get("registered_model"):
         return [f"registered_model: the profile names no MLflow to register it in; {remedy}, or leave the input out."]
     return []
