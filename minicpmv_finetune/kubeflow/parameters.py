@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
 from minicpmv_finetune.inputs.checks import check_run
 from minicpmv_finetune.inputs.table import INPUTS
@@ -77,7 +77,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
 
 def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
     """A sentence for what a run without MLflow cannot do."""
-    remedy = "set mlflow in the profile (k8s/README.md)"
+    remedy = f"set {environment.MLFLOW}, or mlflow in the profile (k8s/README.md)"
     if "plan-retraining" in pipeline.steps:
         return [f"{pipeline.name}: needs the champion in MLflow's registry, but the profile names no MLflow; {remedy}."]
     if given.get("registered_model"):
