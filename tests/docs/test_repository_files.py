@@ -29,13 +29,13 @@ def test_workflows_have_triggers_rights_and_commands_that_exist(path: Path) -> N
     assert workflow[True]  # YAML 1.1 reads the key `on` as true
     assert workflow["permissions"] == {"contents": "read"}
     for command in commands(workflow):
-        program, *words = command.split()
+        program, *words = command.removeprefix("sudo ").removeprefix('env "PATH=$PATH" ').split()
         if program == "make":
             assert re.search(rf"^{words[0]}:", MAKEFILE, re.MULTILINE), command
         elif program == "python":
             assert (ROOT / words[0]).is_file(), command
         else:
-            assert program == "gh" or (ROOT / program).is_file(), command
+            assert program in ("gh", "apt-get", "podman") or (ROOT / program).is_file(), command
     for job in workflow["jobs"].values():
         if "uses" in job:
             assert (ROOT / job["uses"]).is_file()
@@ -50,8 +50,19 @@ def test_a_release_is_tested_checked_built_and_then_published() -> None:
     workflow = load(ROOT / ".github" / "workflows" / "release.yml")
     assert workflow[True] == {"push": {"tags": ["v*"]}}
     assert workflow["jobs"]["release"]["needs"] == "test"
-    programs = [" ".join(command.split()[:2]) for command in commands(workflow)]
+    programs = [" ".join(step["run"].split()[:2]) for step in workflow["jobs"]["release"]["steps"] if "run" in step]
     assert programs == ["python docs/release_notes.py", "make dist", "gh release"]
+
+
+def test_a_release_publishes_images_for_each_architecture() -> None:
+    jobs = load(ROOT / ".github" / "workflows" / "release.yml")["jobs"]
+    assert (jobs["images"]["needs"], jobs["image-index"]["needs"]) == ("test", "images")
+    built = {entry["architecture"] for entry in jobs["images"]["strategy"]["matrix"]["include"]}
+    joined = re.search(r"^ARCHITECTURES \?= (.*)$", MAKEFILE, re.MULTILINE)
+    assert joined
+    assert built == set(joined[1].split())
+    assert jobs["images"]["steps"][-1]["run"].startswith('sudo env "PATH=$PATH" make images push REGISTRY=')
+    assert jobs["image-index"]["steps"][-1]["run"].startswith("sudo make image-index REGISTRY=")
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
