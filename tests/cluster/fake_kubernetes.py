@@ -60,7 +60,10 @@ class FakeKubernetes:
         requests: Every request, as "METHOD path".
         created: Every TrainJob that was created, as it was sent.
         deleted: The propagation policy of every deletion.
-        faults: Patterns of "METHOD path" with the error that is answered once to a matching request, in order.
+        faults: Patterns of "METHOD path" with the error that is answered once to a matching request, in order; with a
+            message of the test's own if it has one.
+        refusals: Messages of the events that say why a Job's pods are not created.
+        jobsets: JobSets by name.
         events: Changes of the cluster; the next one happens each time a client gets the TrainJob.
         on_create: What the controller does with a new TrainJob.
         objects: Other objects by path, such as `/api/v1/namespaces/team/secrets/keys`; a number is answered as this
@@ -76,7 +79,9 @@ class FakeKubernetes:
     requests: list[str] = field(default_factory=list)
     created: list[Record] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
-    faults: list[tuple[str, int]] = field(default_factory=list)
+    faults: list[tuple[str, int] | tuple[str, int, str]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    jobsets: dict[str, Record] = field(default_factory=dict)
     events: Iterator[object] = field(default_factory=lambda: iter(()))
     on_create: Callable[[Record], None] = lambda job: None
     objects: dict[str, Any] = field(default_factory=dict)
@@ -204,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
         for fault in self.state.faults:
             if re.search(fault[0], request):
                 self.state.faults.remove(fault)
-                return self._refuse(fault[1], "by the test")
+                return self._refuse(fault[1], fault[2] if len(fault) > 2 else "by the test")
         for pattern, answer in _ROUTES.items():
             if match := re.fullmatch(pattern, request):
                 return answer(self, query, body, *match.groups())
@@ -262,6 +267,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, f'pods "{name}" not found')
         return self._answer(self.state.pods[name])
 
+    def _events(self, query: Mapping[str, str], body: Any) -> None:
+        wanted = dict(part.split("=") for part in query["fieldSelector"].split(","))
+        assert wanted == {"involvedObject.kind": "Job", "reason": "FailedCreate"}
+        events = [
+            {
+                "metadata": {"name": f"event-{number}"},
+                "involvedObject": {"kind": "Job", "name": f"{self.state.job['metadata']['name']}-node-0"},
+                "reason": "FailedCreate",
+                "message": message,
+            }
+            for number, message in enumerate(self.state.refusals)
+        ]
+        self._answer({"kind": "EventList", "apiVersion": "v1", "items": events})
+
+    def _jobset(self, query: Mapping[str, str], body: Any, name: str) -> None:
+        if name not in self.state.jobsets:
+            return self._refuse(404, f'jobsets.jobset.x-k8s.io "{name}" not found')
+        return self._answer(self.state.jobsets[name])
+
     def _log(self, query: Mapping[str, str], body: Any, name: str) -> None:
         log = self.state.logs[name]
         self.send_response(200)
@@ -308,6 +332,8 @@ _ROUTES: dict[str, Callable[..., None]] = {
     f"GET {_JOBS}/([^/]+)": _Handler._job,
     f"DELETE {_JOBS}/([^/]+)": _Handler._delete,
     f"GET {_PODS}": _Handler._pods,
+    f"GET /api/v1/namespaces/{NAMESPACE}/events": _Handler._events,
+    f"GET /apis/jobset.x-k8s.io/v1alpha2/namespaces/{NAMESPACE}/jobsets/([^/]+)": _Handler._jobset,
     f"GET {_PODS}/([^/]+)": _Handler._pod,
     f"GET {_PODS}/([^/]+)/log": _Handler._log,
 }

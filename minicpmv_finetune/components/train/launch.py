@@ -28,6 +28,18 @@ WORKER = "minicpmv_finetune.components.train.worker"
 _STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
+class CrashExit(SystemExit):
+    """A training process ended with an error of the program, whose traceback it printed; it would end so again.
+
+    Attributes:
+        sentence: Which process ended, and how.
+    """
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(code)
+        self.sentence = sentence
+
+
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
     """Train on this machine's devices, alone or as one of the nodes of a TrainJob.
 
@@ -156,7 +168,10 @@ def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
     if error.exists() and code > 0:
         is_mistake = recorded.exists() and recorded.read_text() == str(USER_ERROR_EXIT)
         raise (UserError if is_mistake else RetryableError)(error.read_text()) from None
-    print(f"error: {_describe_failure(rank, code, read_progress(folder))}", file=sys.stderr)
+    sentence = _describe_failure(rank, code, read_progress(folder))
+    print(f"error: {sentence}", file=sys.stderr)
+    if code > 0 and recorded.exists():
+        raise CrashExit(code, sentence) from None
     raise SystemExit(code if code > 0 else 128 - code) from None
 
 

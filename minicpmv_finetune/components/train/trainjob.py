@@ -2,12 +2,13 @@
 
 The pod of the train step creates the TrainJob, prints the first node's log as its own, and fetches the result.
 Everything that the nodes need travels through object storage. The TrainJob's name follows from the pipeline run and the
-task, so a retried pod finds the TrainJob that its predecessor created; SIGTERM deletes it.
+task, so a retried pod finds the TrainJob that its predecessor created; SIGTERM deletes it. If this pod is killed, the
+nodes end themselves (trainjob_heartbeat.py), and the step's timeout is the TrainJob's own deadline too.
 
-The object contains only fields that have the same name in all of Trainer's releases, and the server is asked to refuse
-unknown fields. Everything else (GPUs, volumes, tolerations) belongs to the TrainingRuntime, which the cluster's owner
-writes. The `kubeflow` package's own client is not used: it accepts environment variables only by value, but a
-credential must stay in its Secret.
+Of the object's fields only the deadline is unknown to some of Trainer's releases; the server is asked to refuse unknown
+fields. Everything else (GPUs, volumes, tolerations) belongs to the TrainingRuntime, which the cluster's owner writes.
+The `kubeflow` package's own client is not used: it accepts environment variables only by value, but a credential must
+stay in its Secret.
 """
 
 import hashlib
@@ -28,15 +29,19 @@ from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
 
-from .trainjob_cluster import CALL_TIMEOUT, CONTAINER, GROUP, VERSION, Cluster
+from .trainjob_cluster import CALL_TIMEOUT, GROUP, VERSION, Cluster, UnknownFieldError
+from .trainjob_heartbeat import ABANDONED, sign_of_life
+from .trainjob_pod import CRASH
+from .trainjob_waiting import container_status, describe_state, out_of_memory, restarts, waiting_reasons
 
 if TYPE_CHECKING:
-    from kubernetes.client import V1ContainerStatus, V1Pod
+    from kubernetes.client import V1Pod
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PIPELINE_RUN_LABEL = "pipeline/runid"  # as Kubeflow Pipelines labels the pods of a run
 _COMMAND = ["python", "-m", "minicpmv_finetune.components.train.trainjob_pod"]
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+_DEADLINE = "activeDeadlineSeconds"  # a field of Kubeflow Trainer 2.3 and newer
 # What storage, tracking and the hub need, a proxy, and the places that may be read.
 _FORWARDED = re.compile(
     "AWS_|MLFLOW_|HF_(?!HOME)|HUGGING_FACE_HUB_|(https?|no|HTTPS?|NO)_(proxy|PROXY)$|(SSL_CERT_FILE|REQUESTS_CA_BUNDLE)$|"
@@ -74,17 +79,11 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
     cluster = Cluster()
     name = job_name(environment.PIPELINE_RUN_ID.read(), output_uri)
     job = build_job(name, nodes, output_uri, flags, cluster.own_pod(), os.environ)
-    with _sigterm_raises():
+    with _sigterm_raises(), sign_of_life(output_uri):
         try:
-            _start(cluster, name, job, interval)
-            try:
-                _follow(cluster, name, nodes, interval)
-            except UserError:
-                # Another attempt cannot succeed, so the TrainJob is deleted before its runtime restarts anything.
-                with suppress(UserError, RetryableError):
-                    cluster.delete(name)
-                raise
+            _start_and_follow(cluster, name, job, interval)
         except _CancelledError:
+            # First of all: Argo leaves about a second.
             cluster.delete(name)
             raise RetryableError(
                 f"Training was stopped by SIGTERM, and TrainJob {name} is deleted; running the step again continues "
@@ -96,6 +95,17 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
 def uses_nodes(nodes: int) -> bool:
     """Whether a training runs on nodes of the cluster: several, or one where this pod has no GPU of its own."""
     return nodes > 1 or bool(environment.TRAIN_ON_NODES.read())
+
+
+def _start_and_follow(cluster: Cluster, name: str, job: Mapping[str, Any], interval: float) -> None:
+    _start(cluster, name, job, interval)
+    try:
+        _follow(cluster, name, job["spec"]["trainer"]["numNodes"], interval)
+    except (UserError, SystemExit):
+        # Another attempt cannot succeed, so the TrainJob is deleted before its runtime restarts anything.
+        with suppress(UserError, RetryableError):
+            cluster.delete(name)
+        raise
 
 
 def job_name(pipeline_run: str, output_uri: str) -> str:
@@ -131,6 +141,7 @@ def build_job(
         labels[PIPELINE_RUN_LABEL] = run
     if queue := pod["metadata"].get("labels", {}).get(QUEUE_LABEL):
         labels[QUEUE_LABEL] = queue
+    timeout = pod["spec"].get(_DEADLINE)
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -144,6 +155,8 @@ def build_job(
             ],
         },
         "spec": {
+            # The step's timeout: the last bound where nobody is left who would delete the job.
+            **({_DEADLINE: timeout} if timeout else {}),
             "runtimeRef": {
                 "apiGroup": GROUP,
                 "kind": "TrainingRuntime",
@@ -202,7 +215,7 @@ def _start(cluster: Cluster, name: str, job: Mapping[str, Any], interval: float)
     while True:
         found = cluster.find(name)
         if found is None:
-            if cluster.create(job):
+            if _create(cluster, job):
                 _log(f"TrainJob {name} is created, {job['spec']['trainer']['numNodes']} nodes")
                 return
         elif not _is_being_deleted(found):
@@ -214,10 +227,20 @@ def _start(cluster: Cluster, name: str, job: Mapping[str, Any], interval: float)
         time.sleep(interval)
 
 
+def _create(cluster: Cluster, job: Mapping[str, Any]) -> bool:
+    try:
+        return cluster.create(job)
+    except UnknownFieldError as error:
+        if _DEADLINE not in str(error):
+            raise
+    _log("This release of Kubeflow Trainer knows no activeDeadlineSeconds; a killed step's nodes end after 10 minutes")
+    return cluster.create({**job, "spec": {name: value for name, value in job["spec"].items() if name != _DEADLINE}})
+
+
 def _follow(cluster: Cluster, name: str, nodes: int, interval: float) -> None:
     """Print the first node's log until the TrainJob is complete."""
-    log = _NodeLog(cluster)
-    last_answer, last_state = time.monotonic(), ""
+    log, waits, memory = _NodeLog(cluster), _Waits(cluster, name, nodes), dict[str, str]()
+    last_answer = time.monotonic()
     while True:
         try:
             job, pods = cluster.find(name), cluster.pods(name)
@@ -235,18 +258,74 @@ def _follow(cluster: Cluster, name: str, nodes: int, interval: float) -> None:
         if _condition(job, "Complete"):
             log.finish(pods)
             return
-        mistakes = [message for code, message in _exits(pods) if code == USER_ERROR_EXIT and message]
-        if mistakes:
+        memory |= out_of_memory(pods)
+        final = [message for code, message in _exits(pods) if code == USER_ERROR_EXIT and message]
+        failed = _condition(job, "Failed")
+        if final or failed or len(memory) > nodes:
             log.finish(pods)
-            raise UserError(mistakes[0])
-        if failed := _condition(job, "Failed"):
-            log.finish(pods)
-            _fail(name, failed, _exits(pods))
-        state = _describe_state(job, pods, nodes)
-        if state != last_state:
-            _log(f"TrainJob {name}: {state}")
-            last_state = state
+            _end(name, final, failed or {}, _exits(pods), memory if len(memory) > nodes else out_of_memory(pods))
+        waits.report(job, pods)
         time.sleep(interval)
+
+
+class _Waits:
+    """Says how many nodes run, and why others do not, whenever that changes."""
+
+    def __init__(self, cluster: Cluster, name: str, nodes: int) -> None:
+        self._cluster, self._name, self._nodes = cluster, name, nodes
+        self._said = ""
+        self._most_restarts: int | None = None
+
+    def report(self, job: Mapping[str, Any], pods: Sequence["V1Pod"]) -> None:
+        """Print the state if it is another one than the last time.
+
+        Raises:
+            UserError: Kubernetes will never create the nodes' pods.
+        """
+        suspended = _condition(job, "Suspended")
+        events = (
+            []
+            if pods or suspended
+            else self._cluster.refused_pods(self._name, job["metadata"].get("creationTimestamp"))
+        )
+        for message in events:
+            if "violates PodSecurity" in message:
+                raise UserError(
+                    f"TrainJob {self._name}: the namespace's Pod Security refuses the nodes ({message.rstrip('.')}); "
+                    "take what it names out of the TrainingRuntime, see k8s/components/trainer."
+                )
+        why = "; ".join(waiting_reasons(pods, events))
+        if self._most_restarts is None and restarts(pods):
+            self._most_restarts = self._cluster.most_restarts(self._name)
+        state = describe_state(suspended, pods, self._nodes, self._most_restarts, why)
+        if state != self._said:
+            _log(f"TrainJob {self._name}: {state}")
+            self._said = state
+
+
+def _end(
+    name: str,
+    final: Sequence[str],
+    failed: Mapping[str, Any],
+    exits: Sequence[tuple[int, str]],
+    memory: Mapping[str, str],
+) -> NoReturn:
+    """End as the nodes ended, whose last sentences count more than what Trainer says."""
+    for sentence in final:
+        if sentence == ABANDONED:
+            raise RetryableError(f"TrainJob {name}: {sentence}")
+        if crash := CRASH.match(sentence):
+            print(f"error: TrainJob {name}: {sentence}", file=sys.stderr, flush=True)
+            raise SystemExit(int(crash[1]))
+    if final:
+        raise UserError(final[0])
+    if memory:
+        limit = sorted(set(memory.values()))[-1]
+        raise UserError(
+            f"TrainJob {name}: a node ran out of memory (limit {limit}); give the nodes more in the TrainingRuntime, "
+            "or lower per_device_train_batch_size or dataloader_num_workers."
+        )
+    _fail(name, failed, exits)
 
 
 def _fail(name: str, condition: Mapping[str, Any], exits: Sequence[tuple[int, str]]) -> NoReturn:
@@ -254,6 +333,8 @@ def _fail(name: str, condition: Mapping[str, Any], exits: Sequence[tuple[int, st
     reason = str(condition.get("message") or condition.get("reason") or "no reason given").rstrip(".")
     if condition.get("reason") == "TrainingRuntimeNotSupported":
         raise UserError(f"TrainJob {name}: {reason}; apply a TrainingRuntime for torch.")
+    if condition.get("reason") == "DeadlineExceeded":
+        raise UserError(f"TrainJob {name}: {reason}; raise the timeout of train in the profile, or train less.")
     for code, message in exits:
         if code == RETRY_EXIT and message:
             raise RetryableError(message)
@@ -270,23 +351,11 @@ def _fail(name: str, condition: Mapping[str, Any], exits: Sequence[tuple[int, st
 def _exits(pods: Sequence["V1Pod"]) -> list[tuple[int, str]]:
     """Exit code and termination message of each container that ended, including those that were restarted."""
     exits = []
-    for status in filter(None, map(_container_status, pods)):
+    for status in filter(None, map(container_status, pods)):
         for state in (status.state, status.last_state):
             if state is not None and state.terminated is not None:
                 exits.append((state.terminated.exit_code, state.terminated.message or ""))
     return exits
-
-
-def _container_status(pod: "V1Pod") -> "V1ContainerStatus | None":
-    statuses = pod.status.container_statuses or []
-    return next((status for status in statuses if status.name == CONTAINER), None)
-
-
-def _describe_state(job: Mapping[str, Any], pods: Sequence["V1Pod"], nodes: int) -> str:
-    """The TrainJob's state, for a person who waits."""
-    if suspended := _condition(job, "Suspended"):
-        return f"suspended ({suspended.get('message') or suspended.get('reason')})"
-    return f"{sum(pod.status.phase == 'Running' for pod in pods)} of {nodes} nodes run"
 
 
 def _condition(job: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
@@ -337,7 +406,7 @@ class _NodeLog:
     def follow(self, pods: Sequence["V1Pod"]) -> None:
         """Read on: in the background while the container runs, at once if it has ended."""
         pod = _first_node(pods)
-        status = _container_status(pod) if pod else None
+        status = container_status(pod) if pod else None
         if pod is None or status is None or status.state is None or self._is_reading():
             return
         run = (pod.metadata.uid, status.restart_count)
@@ -351,7 +420,7 @@ class _NodeLog:
     def finish(self, pods: Sequence["V1Pod"]) -> None:
         """Print the rest of a log that has ended."""
         pod = _first_node(pods)
-        status = _container_status(pod) if pod else None
+        status = container_status(pod) if pod else None
         if status is None or status.state is None or status.state.running is not None:
             return
         if self._reader is not None:

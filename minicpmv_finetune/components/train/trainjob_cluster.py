@@ -4,8 +4,11 @@ Every failure is one of the project's two kinds of error.
 """
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,9 +25,14 @@ _LOG_TIMEOUT = (5, 600)  # a log may be silent for a long time
 _JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_JOBSETS = ("jobset.x-k8s.io", "v1alpha2")
 _REQUEST: dict[str, Any] = {"_request_timeout": CALL_TIMEOUT}
 
 Answer = TypeVar("Answer")
+
+
+class UnknownFieldError(UserError):
+    """This release of Kubeflow Trainer does not know a field of the object."""
 
 
 class Cluster:
@@ -112,6 +120,41 @@ class Cluster:
         )
         return list(listed.items)
 
+    def refused_pods(self, name: str, since: str | None) -> list[str]:
+        """Why Kubernetes creates no pods of a TrainJob, as its newest event says; nothing if it may not be asked.
+
+        Args:
+            name: Name of the TrainJob.
+            since: When it was created; events of an earlier one of this name are older.
+        """
+        begin = datetime.fromisoformat(since) if since else datetime.min.replace(tzinfo=UTC)
+        selector = "involvedObject.kind=Job,reason=FailedCreate"
+        with suppress(UserError, RetryableError):
+            listed = self._call(
+                "list events",
+                lambda: self._core.list_namespaced_event(self.namespace, field_selector=selector, **_REQUEST),
+            )
+            events = [
+                event
+                for event in (listed.items if listed else [])
+                if (event.involved_object.name or "").startswith(f"{name}-")
+                and (event.last_timestamp or begin) >= begin
+            ]
+            return [str(event.message) for event in events][-1:]
+        return []
+
+    def most_restarts(self, name: str) -> int | None:
+        """How often JobSet starts all nodes again; None if it may not be asked."""
+        with suppress(UserError, RetryableError):
+            found = self._call(
+                "get jobsets",
+                lambda: self._custom.get_namespaced_custom_object(
+                    *_JOBSETS, self.namespace, "jobsets", name, **_REQUEST
+                ),
+            )
+            return int((found or {}).get("spec", {}).get("failurePolicy", {}).get("maxRestarts", 0)) or None
+        return None
+
     def log(self, pod: str, follow: bool) -> Iterator[str]:
         """Read a pod's log.
 
@@ -169,16 +212,55 @@ class Cluster:
             if error.status == 409:
                 return conflict
             reason = _reason(error)
+            if explained := _explain_refusal(action, self.namespace, reason):
+                raise explained from error
             if error.status in (401, 403):
                 raise UserError(
                     f"Kubernetes: this pod's service account may not {action} in {self.namespace} ({reason}); grant it "
                     "this right, see k8s/README.md."
                 ) from error
+            if error.status == 400 and "unknown field" in reason:
+                raise UnknownFieldError(f"Kubernetes refuses to {action}: {reason}; fix it and run again.") from error
             if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
                 raise UserError(f"Kubernetes refuses to {action}: {reason}; fix it and run again.") from error
+            if hook := _FAILED_WEBHOOK.search(reason):
+                raise RetryableError(
+                    f"Kubernetes: the webhook {hook[1]}, which checks every TrainJob, does not answer ({reason}); see "
+                    "whether Kubeflow Trainer's controller runs, and try again."
+                ) from error
             raise RetryableError(f"Kubernetes answered {error.status} to {action}; try again.") from error
         except (HTTPError, OSError) as error:
             raise RetryableError(f"Kubernetes does not answer ({type(error).__name__}); try again.") from error
+
+
+_FAILED_WEBHOOK = re.compile(r'failed calling webhook "([^"]*)"')
+_WEBHOOK = re.compile(r'admission webhook "([^"]*)" denied the request')
+_MISSING_RUNTIME = re.compile(r'TrainingRuntime\S* "?([^"\s]+)"? not found|must be created before the TrainJob')
+_QUOTA = re.compile(r"exceeded quota: ([^,\s]+)")
+
+
+def _explain_refusal(action: str, namespace: str, reason: str) -> UserError | None:
+    """What Kubernetes refuses for another reason than a missing right, with the same status 403."""
+    if _MISSING_RUNTIME.search(reason):
+        return UserError(
+            f"Kubernetes: {namespace} has no TrainingRuntime {environment.TRAINING_RUNTIME.read()} ({reason}); apply "
+            f"k8s/components/trainer there, or name another one in {environment.TRAINING_RUNTIME}."
+        )
+    if quota := _QUOTA.search(reason):
+        return UserError(
+            f"Kubernetes: the quota {quota[1]} of {namespace} is too small for this TrainJob ({reason}); ask for more, "
+            "or use fewer nodes."
+        )
+    if "violates PodSecurity" in reason:
+        return UserError(
+            f"Kubernetes: the Pod Security of {namespace} refuses this TrainJob ({reason}); take what it names out of "
+            "the TrainingRuntime."
+        )
+    if hook := _WEBHOOK.search(reason):
+        return UserError(f"Kubernetes: the webhook {hook[1]} refuses to {action} ({reason}); do what it asks.")
+    if "denied request" in reason:
+        return UserError(f"Kubernetes: a policy of the cluster refuses to {action} ({reason}); do what it asks.")
+    return None
 
 
 def _reason(error: Any) -> str:

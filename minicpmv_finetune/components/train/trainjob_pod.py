@@ -6,6 +6,7 @@ Kubeflow Trainer sets PET_* variables with the number of nodes and the address w
 the TrainJob reads how the pod ended from its exit code, and the sentence of an error from its termination message.
 """
 
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,10 +18,15 @@ from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError, end_process
 from minicpmv_finetune.reports.training_record import RECORD_FILE
 
-from .launch import launch
+from .launch import CrashExit, launch
+from .trainjob_heartbeat import ABANDONED, LifeWatch
 
 TERMINATION_MESSAGE = Path("/dev/termination-log")
 """Kubernetes reads a container's termination message from this file, unless the manifest names another one."""
+
+CRASH = re.compile(r"exit code (\d+): ")
+"""How the message of a crash begins that another attempt would only repeat. Its pod ends with the code of a mistake,
+with which JobSet starts no node again."""
 
 
 def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = TERMINATION_MESSAGE) -> None:
@@ -38,7 +44,7 @@ def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = 
     try:
         with tempfile.TemporaryDirectory() as folder:
             trained = Path(folder) / "trained"
-            launch([*flags, "--output_dir", str(trained)])
+            _launch([*flags, "--output_dir", str(trained)], LifeWatch(output_uri))
             if environment.NODE_RANK.read() == "0":
                 _upload(trained, output_uri)
     except (UserError, RetryableError) as error:
@@ -46,6 +52,18 @@ def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = 
         with suppress(OSError):
             termination_message.write_text(str(error))
         end_process(error)
+
+
+def _launch(flags: Sequence[str], watch: LifeWatch) -> None:
+    try:
+        with watch.watching():
+            launch(flags)
+    except CrashExit as crash:
+        raise UserError(f"exit code {crash.code}: {crash.sentence}") from None
+    except (RetryableError, SystemExit):
+        if watch.is_abandoned:
+            raise UserError(ABANDONED) from None
+        raise
 
 
 def _upload(folder: Path, uri: str) -> None:

@@ -1,5 +1,6 @@
 """Several nodes: a TrainJob is created, followed, found again and deleted; and what its pods run."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,11 +19,16 @@ import pytest
 from kfp import dsl
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.components.train import trainjob_pod
 from minicpmv_finetune.components.train.arguments import pop_num_nodes
 from minicpmv_finetune.components.train.checkpoints import Seal
 from minicpmv_finetune.components.train.component import train
-from minicpmv_finetune.components.train.trainjob import build_job, job_name, train_on_nodes, uses_nodes
+from minicpmv_finetune.components.train.launch import CrashExit
+from minicpmv_finetune.components.train.trainjob import _start, build_job, job_name, train_on_nodes, uses_nodes
+from minicpmv_finetune.components.train.trainjob_cluster import Cluster
+from minicpmv_finetune.components.train.trainjob_heartbeat import ABANDONED, LifeWatch, heartbeat_uri, sign_of_life
 from minicpmv_finetune.components.train.trainjob_pod import run_node
+from minicpmv_finetune.components.train.trainjob_waiting import container_status, restarts, waiting_reasons
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord, read_record
 from tests.cluster.fake_kubernetes import FakeKubernetes, Record, serving, unknown_fields
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 RECORD = example_record()
+RECORDINGS = Path(__file__).parents[2] / "cluster" / "recordings" / "objects"
 SECRET = {"secretKeyRef": {"name": "minicpmv-s3", "key": "AWS_SECRET_ACCESS_KEY"}}
 STEP_POD: Record = {
     "apiVersion": "v1",
@@ -118,6 +125,7 @@ def test_credentials_are_forwarded_only_by_reference(capsys: pytest.CaptureFixtu
         "MLFLOW_RUN_ID": "opened-by-kubeflow",
         "AWS_ENDPOINT_URL": "http://s3:9000",
         "KFP_RUN_ID": "run-1",
+        "HF_TOKEN": "hidden-5",
         "PATH": "/bin",
         "HF_ENDPOINT": "https://hub.example.com",
         "HF_HOME": "/scratch/huggingface",
@@ -143,7 +151,7 @@ def test_credentials_are_forwarded_only_by_reference(capsys: pytest.CaptureFixtu
     }
     log = capsys.readouterr().err
     assert "hidden" not in json.dumps(job) + log
-    for name in ("AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"):
+    for name in ("AWS_SESSION_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"):
         assert f"{name} is not forwarded to the nodes" in log
 
 
@@ -534,3 +542,221 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def _recorded(name: str) -> Any:
+    return json.loads((RECORDINGS / f"{name}.json").read_text())
+
+
+def test_a_recorded_job_is_found_again_by_its_name(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
+    job, pods = _recorded("trainjob-trainjob"), _recorded("trainjob-pods")
+    name = job_name(job["metadata"]["labels"]["pipeline/runid"], job["spec"]["trainer"]["args"][0])
+    assert name == job["metadata"]["name"]
+    cluster.jobs[name] = job
+    cluster.pods |= {pod["metadata"]["name"]: pod for pod in pods}
+    found = Cluster()
+    _start(found, name, _job(name=name), 0.01)
+    assert "of an earlier attempt exists; this attempt follows it" in capsys.readouterr().err
+    assert not cluster.created
+    nodes = found.pods(name)
+    assert {pod.metadata.name for pod in nodes} == {pod["metadata"]["name"] for pod in pods}
+    assert restarts(nodes) == 0
+    ended = [status.state.terminated for status in map(container_status, nodes) if status and status.state]
+    assert [state.exit_code for state in ended if state] == [0, 0]
+    cluster.jobsets[name] = _recorded("trainjob-jobset")
+    assert found.most_restarts(name) == 10
+
+
+def test_recorded_pods_say_why_they_wait(cluster: FakeKubernetes) -> None:
+    # The recorded pods are those of steps; a node's pod waits with the same words.
+    for number, pod in enumerate(_recorded("pods-waiting")):
+        if pod["phase"] == "Pending":
+            containers = [
+                {**_STATUS, "name": "node", "state": one["state"]} for one in pod["containers"] if one["name"] == "main"
+            ]
+            made = _node_pod("train-1", number)
+            made["status"] = {"phase": "Pending", "conditions": pod["conditions"], "containerStatuses": containers}
+            cluster.pods[pod["name"]] = made
+    scheduling, secret, image = waiting_reasons(Cluster().pods("train-1"), [])
+    assert scheduling.startswith("a node waits for a machine (0/1 nodes are available: 1 Insufficient nvidia.com/gpu")
+    assert secret == 'a node waits because its container cannot be created (secret "not-there" not found)'
+    assert image.startswith("a node waits because its image cannot be pulled (Back-off pulling image")
+
+
+_STATUS: Record = {"image": "i", "imageID": "i", "ready": False, "restartCount": 0}
+
+
+def _node_pod(job: str, index: int, attempt: int = 0) -> Record:
+    labels = {
+        "jobset.sigs.k8s.io/jobset-name": job,
+        "jobset.sigs.k8s.io/replicatedjob-name": "node",
+        "jobset.sigs.k8s.io/restart-attempt": str(attempt),
+    }
+    name = f"{job}-{index}-{attempt}"
+    return {"metadata": {"name": name, "uid": name, "labels": labels}, "spec": {"containers": [{"name": "node"}]}}
+
+
+# The sentences after "403" are those of Kubernetes and Trainer; that a webhook answers so is recorded (fact 18).
+@pytest.mark.parametrize(
+    ("status", "message", "expected"),
+    [
+        (
+            403,
+            'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: spec.RuntimeRef: Invalid '
+            'value: {}: TrainingRuntime.trainer.kubeflow.org "minicpmv-finetune" not found: specified trainingRuntime '
+            "must be created before the TrainJob is created",
+            "team has no TrainingRuntime minicpmv-finetune .*apply k8s/components/trainer",
+        ),
+        (403, 'trainjobs "t" is forbidden: exceeded quota: gpus, requested: count/x=1', "the quota gpus of team"),
+        (403, 'pods "t" is forbidden: violates PodSecurity "restricted:latest": hostPath', "Pod Security of team"),
+        (403, 'admission webhook "policy.example.com" denied the request: label owner', "webhook policy.example.com"),
+        (403, "ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no", "a policy of the cluster refuses"),
+        (
+            403,
+            'trainjobs.trainer.kubeflow.org is forbidden: User "s" cannot create resource "trainjobs" in API group',
+            "service account may not create trainjobs in team .*grant it this right",
+        ),
+        (
+            500,
+            'Internal error occurred: failed calling webhook "v.trainer": no endpoints',
+            "webhook v.trainer.*controller",
+        ),
+    ],
+)
+def test_each_refusal_has_a_sentence_of_its_own(
+    status: int, message: str, expected: str, cluster: FakeKubernetes, result: str, tmp_path: Path
+) -> None:
+    cluster.faults = [("POST", status, message)]
+    with pytest.raises(RetryableError if status == 500 else UserError, match=expected):
+        _train(result, tmp_path / "adapter")
+
+
+def test_pods_that_kubernetes_refuses_are_explained(
+    cluster: FakeKubernetes, result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def events() -> Iterator[None]:
+        yield
+        cluster.refusals = ['Error creating: pods "t" is forbidden: exceeded quota: gpus']
+        yield
+        yield
+        cluster.refusals = ['Error creating: pods "t" is forbidden: violates PodSecurity "restricted:latest": x']
+        yield
+
+    cluster.events = events()
+    with pytest.raises(UserError, match=r"Pod Security refuses the nodes .*TrainingRuntime"):
+        _train(result, tmp_path / "adapter")
+    assert "0 of 2 nodes run; Kubernetes refuses to create the nodes' pods (Error creating" in capsys.readouterr().err
+    assert cluster.deleted == ["Foreground"]
+
+
+def test_restarts_are_counted(
+    cluster: FakeKubernetes, result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def events() -> Iterator[None]:
+        yield
+        name = cluster.job["metadata"]["name"]
+        cluster.jobsets[name] = _recorded("trainjob-jobset")
+        cluster.pods["n"] = _node_pod(name, 0, attempt=3) | {"status": {"phase": "Running"}}
+        yield
+        cluster.conclude("Complete")
+        yield
+
+    cluster.events = events()
+    _train(result, tmp_path / "adapter")
+    assert "1 of 2 nodes run, restart 3 of 10" in capsys.readouterr().err
+
+
+def test_the_steps_timeout_is_the_jobs_deadline(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
+    pod = {**STEP_POD, "spec": {**STEP_POD["spec"], "activeDeadlineSeconds": 3600}}
+    job = _job(pod=pod)
+    assert job["spec"]["activeDeadlineSeconds"] == 3600
+    assert not unknown_fields(job)
+    # An older release refuses the field; the nodes still end by themselves.
+    cluster.pods["step"] = pod
+    cluster.unsupported = (".spec.activeDeadlineSeconds",)
+    cluster.on_create = lambda job: cluster.conclude("Complete")
+    _train(result, tmp_path / "adapter")
+    assert "activeDeadlineSeconds" not in cluster.job["spec"]
+
+
+def test_nodes_end_themselves_when_nobody_follows_them(s3_uri: str) -> None:
+    output, ended = f"{s3_uri}/task/adapter", threading.Event()
+    watch = LifeWatch(output, patience=0.4, seconds=0.05)
+    with watch.watching(ended.set):
+        with sign_of_life(output, seconds=0.05):
+            assert storage.read_bytes(heartbeat_uri(output))
+            assert not ended.wait(1)
+        assert ended.wait(5)
+    assert watch.is_abandoned
+
+
+def test_a_store_that_does_not_answer_is_no_sign_of_death(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(uri: str) -> bytes:
+        raise RetryableError("The store does not answer.")
+
+    ended, watch = threading.Event(), LifeWatch(f"{s3_uri}/adapter", patience=0.1, seconds=0.02)
+    with watch.watching(ended.set):
+        monkeypatch.setattr(storage, "read_bytes", fail)
+        assert not ended.wait(0.5)
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (CrashExit(1, "training process 0 ended with exit code 1."), "exit code 1: training process 0 ended"),
+        (RetryableError("Training was stopped by SIGTERM in step 3."), ABANDONED),
+    ],
+)
+def test_what_need_not_be_repeated_ends_with_the_code_of_a_mistake(
+    raised: BaseException, sentence: str, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JobSet starts no node again after this code."""
+
+    def launch(flags: Sequence[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr(trainjob_pod, "launch", launch)
+    monkeypatch.setattr(LifeWatch, "__init__", lambda self, uri: self.__dict__.update(is_abandoned=True, _uri=uri))
+    monkeypatch.setattr(LifeWatch, "watching", lambda self: contextlib.nullcontext())
+    with pytest.raises(SystemExit) as ended:
+        run_node(f"{s3_uri}/adapter", [], tmp_path / "message")
+    assert ended.value.code == 2
+    assert (tmp_path / "message").read_text().startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"), [("exit code 1: training process 0 ended.", SystemExit), (ABANDONED, RetryableError)]
+)
+def test_the_step_ends_as_such_a_node(
+    message: str, expected: type[BaseException], cluster: FakeKubernetes, result: str, tmp_path: Path
+) -> None:
+    def events() -> Iterator[None]:
+        yield
+        cluster.end(cluster.add_pod(0), 2, message)
+        yield
+
+    cluster.events = events()
+    with pytest.raises(expected) as ended:
+        _train(result, tmp_path / "adapter")
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 1
+        assert cluster.deleted == ["Foreground"]
+
+
+def test_nodes_that_run_out_of_memory_are_not_started_for_ever(
+    cluster: FakeKubernetes, result: str, tmp_path: Path
+) -> None:
+    def events() -> Iterator[None]:
+        yield
+        name = cluster.job["metadata"]["name"]
+        for attempt in range(3):
+            pod = _node_pod(name, 0, attempt)
+            pod["spec"]["containers"][0]["resources"] = {"limits": {"memory": "4Gi"}}
+            state = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+            pod["status"] = {"phase": "Failed", "containerStatuses": [{**_STATUS, "name": "node", "state": state}]}
+            cluster.pods = {"step": STEP_POD, "n": pod}
+            yield
+
+    cluster.events = events()
+    with pytest.raises(UserError, match=r"a node ran out of memory \(limit 4Gi\); give the nodes more"):
+        _train(result, tmp_path / "adapter")

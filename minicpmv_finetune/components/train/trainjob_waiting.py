@@ -1,0 +1,96 @@
+"""Why the nodes of a TrainJob wait, for a person: from their pods, and from their Job's events where there is none."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .trainjob_cluster import CONTAINER
+
+if TYPE_CHECKING:
+    from kubernetes.client import V1ContainerStatus, V1Pod
+
+_RESTART_LABEL = "jobset.sigs.k8s.io/restart-attempt"
+# Reasons of a waiting container that need somebody to act; others, such as ContainerCreating, pass by themselves.
+_STUCK = {
+    "ErrImagePull": "its image cannot be pulled",
+    "ImagePullBackOff": "its image cannot be pulled",
+    "InvalidImageName": "its image has no valid name",
+    "ErrImageNeverPull": "its image is not on the node",
+    "CreateContainerConfigError": "its container cannot be created",
+    "CreateContainerError": "its container cannot be created",
+    "RunContainerError": "its container cannot be started",
+}
+
+
+def container_status(pod: "V1Pod") -> "V1ContainerStatus | None":
+    """The status of the container that trains."""
+    statuses = pod.status.container_statuses or []
+    return next((status for status in statuses if status.name == CONTAINER), None)
+
+
+def waiting_reasons(pods: Sequence["V1Pod"], events: Sequence[str]) -> list[str]:
+    """Why nodes wait, each reason once.
+
+    Args:
+        pods: The nodes' pods.
+        events: Messages of the Job that could not create pods.
+    """
+    found = [reason for pod in pods if (reason := _reason(pod))]
+    if not pods:
+        found = [f"Kubernetes refuses to create the nodes' pods ({_shorten(message)})" for message in events]
+    return list(dict.fromkeys(found))
+
+
+def _reason(pod: "V1Pod") -> str:
+    if pod.status.phase != "Pending":
+        return ""
+    for condition in pod.status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return f"a node waits for a machine ({_shorten(condition.message or condition.reason or 'unscheduled')})"
+    status = container_status(pod)
+    waiting = status.state.waiting if status and status.state else None
+    if waiting is not None and waiting.reason in _STUCK:
+        return f"a node waits because {_STUCK[waiting.reason]} ({_shorten(waiting.message or waiting.reason)})"
+    return ""
+
+
+def _shorten(message: str) -> str:
+    return " ".join(message.split()).rstrip(".")[:300]
+
+
+def restarts(pods: Sequence["V1Pod"]) -> int:
+    """How often all nodes were started again: JobSet counts on the pods' labels."""
+    counts = [(pod.metadata.labels or {}).get(_RESTART_LABEL, "0") for pod in pods]
+    return max((int(count) for count in counts if count.isdigit()), default=0)
+
+
+def describe_state(
+    suspended: Mapping[str, Any] | None, pods: Sequence["V1Pod"], nodes: int, most_restarts: int | None, why: str
+) -> str:
+    """A TrainJob's state, for a person who waits.
+
+    Args:
+        suspended: The condition that it is suspended, if it is.
+        pods: The nodes' pods.
+        nodes: The number of nodes.
+        most_restarts: How often JobSet starts all nodes again; None if that is not known.
+        why: Why nodes wait; empty if that is not known.
+    """
+    if suspended:
+        return f"suspended ({suspended.get('message') or suspended.get('reason')})"
+    state = f"{sum(pod.status.phase == 'Running' for pod in pods)} of {nodes} nodes run"
+    if count := restarts(pods):
+        state += f", restart {count}" + (f" of {most_restarts}" if most_restarts else "")
+    return f"{state}; {why}" if why else state
+
+
+def out_of_memory(pods: Sequence["V1Pod"]) -> dict[str, str]:
+    """The memory limit of each node that ended out of memory, by the id of its pod."""
+    found = {}
+    for pod in pods:
+        status = container_status(pod)
+        ended = status.state.terminated if status and status.state else None
+        if ended is not None and ended.reason == "OOMKilled":
+            container = next((one for one in pod.spec.containers if one.name == CONTAINER), None)
+            limits = (container.resources.limits if container and container.resources else None) or {}
+            found[str(pod.metadata.uid)] = str(limits.get("memory", "the machine's memory"))
+    return found
