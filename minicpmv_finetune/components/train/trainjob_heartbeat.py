@@ -53,8 +53,6 @@ def sign_of_life(output_uri: str, seconds: float = WRITE_SECONDS) -> Iterator[No
     finally:
         ended.set()
         writer.join(timeout=5)
-        with suppress(UserError, RetryableError):
-            storage.remove_file(uri)
 
 
 class LifeWatch:
@@ -100,7 +98,7 @@ class LifeWatch:
             ended.set()
 
     def _read(self) -> bytes | None:
-        """The sign; nothing where it was removed or never written, None if the store does not answer."""
+        """The sign; nothing where it was never written, None if the store does not answer."""
         try:
             return storage.read_bytes(self._uri)
         except UserError:
