@@ -70,7 +70,7 @@ def _run(out: Path) -> None:
     run = run_pipeline(out / "run", inputs, "docker")
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     summary = {
-        "exact_match": run.metrics("evaluate")["tuned_exact_match"],
+        "exact_match": run.scores()["tuned_exact_match"],
         "seconds": dict(run.seconds),
         "users_that_wrote": sorted({path.stat().st_uid for path in files}),
         "objects": _count_objects(f"s3://{BUCKET}/artifacts", len(files)),

@@ -98,6 +98,8 @@ def compile(
             raise UserError(f"--partitions: {profile} contains this setting; set preprocess_partitions there.")
         settings = settings.model_copy(update={"preprocess_partitions": partitions})
     print((write_objects if objects else write_pipeline)(chosen, settings, output))
+    if not objects:
+        print(f"\nFor the field Pipeline description, when you upload the file in the UI:\n\n{chosen.guide}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -202,6 +204,7 @@ def submit(
     output: OutputFormat = "text",
 ) -> None:
     """Start a run: check the inputs, upload the pipeline if its content changed, and print the run's link."""
+    from minicpmv_finetune.inputs.table import defaults
     from minicpmv_finetune.kubeflow.parameters import read_parameters, resolve_parameters
     from minicpmv_finetune.kubeflow.runs import describe_outcome, follow_visibly
     from minicpmv_finetune.kubeflow.submit import Request
@@ -210,7 +213,11 @@ def submit(
 
     settings = _load(profile, namespace, gpus, registry)
     chosen = pipeline_of(pipeline)
-    inputs = resolve_parameters(chosen, read_parameters(parameter or [], parameters), settings)
+    # The defaults too: the UI's comparison of runs shows only what a run was given.
+    inputs = {
+        **defaults(chosen.inputs),
+        **resolve_parameters(chosen, read_parameters(parameter or [], parameters), settings),
+    }
     cluster = _connect(settings)
     submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
     answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None, "result": None}

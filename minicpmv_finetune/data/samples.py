@@ -23,7 +23,7 @@ from . import image_files
 
 SCHEMA_VERSION = 2  # 2: turns may have `loss`, which 0.1.0 would ignore
 DATASET_FILE = "dataset.json"
-_EXAMPLES = 3  # rejects of each reason that are kept in memory
+_EXAMPLES = 100  # rejects of each reason that are kept in memory, for the report
 Split = Literal["train", "eval"]
 Document = TypeVar("Document", bound=BaseModel)
 

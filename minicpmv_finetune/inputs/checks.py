@@ -38,7 +38,7 @@ from minicpmv_finetune.minicpmv.generations import detect_generation, generation
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.shards.format import read_manifest
 
-from .table import FINETUNE_INPUTS, Input, defaults, read_inputs
+from .table import FINETUNE_INPUTS, INPUTS, Input, defaults, read_inputs
 
 _REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 
@@ -75,10 +75,30 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool
     if "start_from" in run and not run["registered_model"]:
         mistakes.append("registered_model: empty, so there is no champion to compare with; give a name.")
     # A default that is used in place of a wrong value is not looked up.
-    wrong = set(given) - set(checked)
-    mistakes += _place_mistakes([place for place in _places(run) if place.name not in wrong], runs_here)
+    looked_up = {item.name for item in inputs} - (set(given) - set(checked))
+    mistakes += _place_mistakes([place for place in _places(run) if place.name in looked_up], runs_here)
     raise_mistakes(mistakes)
     return checked
+
+
+def inputs_among(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a component's arguments that are inputs of a pipeline, by name."""
+    return {name: value for name, value in values.items() if name in INPUTS}
+
+
+def check_in_first_step(given: Mapping[str, Any]) -> None:
+    """Check the inputs of a run in its first step, because nobody has checked those of the Kubeflow UI's form.
+
+    What only another step's pod can read, such as a base model on a volume, is left to that step.
+
+    Args:
+        given: Values by name; an empty `base_model_uri` or `start_from` means that the pipeline has no such input.
+
+    Raises:
+        UserError: Inputs, flags or options cannot be used; all mistakes at once.
+    """
+    known = {name: value for name, value in given.items() if value or name not in ("base_model_uri", "start_from")}
+    check_run([INPUTS[name] for name in known], known, runs_here=False)
 
 
 def check_training(argv: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import UserError, describe_validation_error
 from minicpmv_finetune.pipelines import all_pipelines
+from minicpmv_finetune.pipelines.pipeline import copy_choices
 
 from .kubernetes_access import own_namespace
 from .yaml_files import read_mapping
@@ -386,7 +387,10 @@ def with_profile(pipeline: GraphComponent, profile: Profile) -> GraphComponent:
 
     setattr(build, _PLAIN, plain)
     info = pipeline.pipeline_spec.pipeline_info
-    return dsl.pipeline(name=info.name, display_name=info.display_name, description=info.description)(build)
+    decorate = dsl.pipeline(name=info.name, display_name=info.display_name, description=info.description)
+    configured: GraphComponent = decorate(build)
+    copy_choices(pipeline, configured)
+    return configured
 
 
 def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:

@@ -125,7 +125,7 @@ def _ensure_pipeline(cluster: Cluster, pipeline: Pipeline) -> str:
     if found := cluster.pipeline_id(pipeline.name):
         return found
     body = kfp_server_api.V2beta1Pipeline(
-        display_name=pipeline.name, description=pipeline.description, namespace=cluster.namespace
+        display_name=pipeline.name, description=pipeline.guide, namespace=cluster.namespace
     )
     try:
         created = cluster.call(cluster.client.pipelines.pipeline_service_create_pipeline, body)

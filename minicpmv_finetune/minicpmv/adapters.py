@@ -7,7 +7,8 @@ wrongly.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,39 @@ def update_layer_types(model: PreTrainedModel) -> None:
         config.layer_types = [types[0]] * config.num_hidden_layers
 
 
+def save_adapter(model: "PeftModel", weights: Mapping[str, torch.Tensor], folder: Path, base: str) -> None:
+    """Write an adapter as PEFT does, with the address of the base model that the user gave.
+
+    Args:
+        model: Model with the adapter.
+        weights: Gathered weights of the adapter.
+        folder: Folder that receives the adapter.
+        base: Address of the base model, instead of the folder of the download.
+    """
+    with _without_base_address(model):
+        model.save_pretrained(str(folder), state_dict=weights)
+    path = folder / ADAPTER_CONFIG
+    document = {**json.loads(path.read_text()), "base_model_name_or_path": base}
+    path.write_text(json.dumps(document, indent=2, sort_keys=True))
+
+
+@contextmanager
+def _without_base_address(model: "PeftModel") -> Iterator[None]:
+    """Keep PEFT from looking for the base model's config.json on the hub, and warning that it is not there.
+
+    PEFT would only learn whether the vocabulary was changed, which nothing here does; and an address such as `s3://…`
+    is no name on the hub.
+    """
+    addresses = {name: config.base_model_name_or_path for name, config in model.peft_config.items()}
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = ""
+    try:
+        yield
+    finally:
+        for name, address in addresses.items():
+            model.peft_config[name].base_model_name_or_path = address
+
+
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors by their names, from the header of its file."""
     path = folder / ADAPTER_WEIGHTS
@@ -178,7 +212,8 @@ def _require_all_tensors(adapted: Any, stored: Mapping[str, tuple[int, ...]], fo
     """Refuse an adapter file that lacks tensors of the adapted model, or has some that the model has no place for."""
     from peft import get_peft_model_state_dict
 
-    expected = get_peft_model_state_dict(adapted).keys()
+    with _without_base_address(adapted):
+        expected = get_peft_model_state_dict(adapted).keys()
     # Older versions of PEFT also saved the original tensors that the trained ones replace.
     unexpected = [name for name in stored if name not in expected and ".original_module." not in name]
     for names, reason in (

@@ -61,7 +61,7 @@ def run_demo(out: Path, seed: int, fresh: bool = False) -> None:
     without_lora = exact_match_without_lora(
         base, run.output("train", "adapter"), run.output("validate-data", "dataset")
     )
-    scores = run.metrics("evaluate")
+    scores = run.scores()
     summary = {
         "samples": int(scores["samples"]),
         "base": {"exact_match": scores["base_exact_match"]},

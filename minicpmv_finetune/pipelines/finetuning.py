@@ -55,7 +55,7 @@ def add_tuning(dataset: Any, inputs: Mapping[str, Any], partitions: int = 1) -> 
     evaluated = evaluate(model=merged.outputs["model"], dataset=dataset, **inputs_of(evaluate, inputs))
     # The outcome also depends on the registry, which is not part of Kubeflow's cache key.
     evaluated.set_caching_options(False)
-    with dsl.If(evaluated.outputs["Output"] == "promote", name="passed-the-gate"):
+    with dsl.If(evaluated.outputs["decision"] == "promote", name="register-if-better"):
         registered = register(promotion_record=evaluated.outputs["promotion_record"], **inputs_of(register, inputs))
         registered.set_caching_options(False)
     set_run_id(prepared, trained, merged, evaluated, registered)

@@ -1,7 +1,6 @@
 """Run a pipeline on this machine by kfp.local, in this environment or in containers; without a cluster."""
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.permanent_errors import MARKER_NAME
 from minicpmv_finetune.tracking import step_runs
+from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import champion_of
 
 from .finetuning import FINETUNE
@@ -45,10 +45,9 @@ class LocalRun:
         """The path of a step's output."""
         return self.folder / step / name
 
-    def metrics(self, step: str) -> dict[str, float]:
-        """The values that a step logged to its Metrics artifact."""
-        document = json.loads((self.folder / step / "executor_output.json").read_text())
-        return dict(document["artifacts"]["metrics"]["artifacts"][0]["metadata"])
+    def scores(self) -> dict[str, float]:
+        """All metrics of the evaluation, by name."""
+        return read_promotion_record(self.output("evaluate", "promotion_record")).metrics
 
 
 def run_pipeline(

@@ -15,7 +15,9 @@ from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
 
 from minicpmv_finetune import container_images, environment
-from minicpmv_finetune.inputs.table import REQUIRED, Input
+from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input
+
+_DOCUMENTATION = "More: `docs/inputs.md` and `docs/kubeflow-ui.md` in the repository."
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Pipeline:
     inputs: tuple[Input, ...]
     add_tasks: Callable[[Mapping[str, Any], int], None]
 
+    @property
+    def guide(self) -> str:
+        """The description with a line for each input, in groups: the UI's form has no help, and sorts by name."""
+        lines = [self.description]
+        for group in dict.fromkeys(item.group for item in INPUTS.values()):
+            if rows := [item for item in self.inputs if item.group == group]:
+                lines += ["", f"**{group.capitalize()}**", "", *map(_guide_line, rows)]
+        return "\n".join([*lines, "", _DOCUMENTATION])
+
     def build(self, partitions: int = 1) -> GraphComponent:
         """Build kfp's representation of the pipeline.
 
@@ -55,8 +66,9 @@ class Pipeline:
         pipeline.__doc__ = "\n".join(
             [f"{self.description}\n\nArgs:", *(f"    {item.name}: {item.help}" for item in self.inputs)]
         )
-        decorate = dsl.pipeline(name=self.name, display_name=self.display_name, description=self.description)
+        decorate = dsl.pipeline(name=self.name, display_name=self.display_name, description=self.guide)
         component: GraphComponent = decorate(pipeline)
+        _add_choices(component, self.inputs)
         return component
 
     def write(self, path: Path, partitions: int = 1) -> Path:
@@ -64,6 +76,14 @@ class Pipeline:
         path.parent.mkdir(parents=True, exist_ok=True)
         compiler.Compiler().compile(self.build(partitions), str(path))
         return path
+
+
+def copy_choices(source: GraphComponent, target: GraphComponent) -> None:
+    """Give a pipeline the choices that another one with the same inputs has."""
+    parameters = source.pipeline_spec.root.input_definitions.parameters
+    for name, parameter in target.pipeline_spec.root.input_definitions.parameters.items():
+        del parameter.literals[:]
+        parameter.literals.extend(parameters[name].literals)
 
 
 def inputs_of(component: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +100,26 @@ def set_run_id(*tasks: dsl.PipelineTask) -> None:
 def _parameter(item: Input) -> inspect.Parameter:
     default = inspect.Parameter.empty if item.default is REQUIRED else item.default
     return inspect.Parameter(item.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=item.type)
+
+
+def _add_choices(component: GraphComponent, inputs: tuple[Input, ...]) -> None:
+    """Write the values of which a person chooses one, so that the form of the UI has a drop-down for them.
+
+    The server refuses other values. kfp has no way to say this in Python, so it is set in what kfp compiled.
+    """
+    parameters = component.pipeline_spec.root.input_definitions.parameters
+    for item in inputs:
+        for choice in (True, False) if item.type is bool else item.choices:
+            value = parameters[item.name].literals.add()
+            if isinstance(choice, bool):
+                value.bool_value = choice
+            else:
+                value.string_value = choice
+
+
+def _guide_line(item: Input) -> str:
+    needed = " (required)" if item.default is REQUIRED else ""
+    return f"- `{item.name}`{needed}: {item.help}"
 
 
 def _choose_container_images() -> None:

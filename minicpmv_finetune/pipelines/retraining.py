@@ -29,11 +29,11 @@ def _retrain(inputs: Mapping[str, Any], partitions: int) -> None:
     notified = notify(pipeline=NAME)
     notified.set_caching_options(False)
     kubernetes.use_secret_as_env(notified, WEBHOOK_SECRET, {"url": environment.WEBHOOK_URL.name}, optional=True)
-    with dsl.ExitHandler(notified, name="report-outcome"):
+    with dsl.ExitHandler(notified, name="retrain"):
         dataset = add_validation(inputs)
         planned = plan_retraining(dataset=dataset, **inputs_of(plan_retraining, inputs))
         planned.set_caching_options(False)
-        with dsl.If(planned.outputs["Output"] == "something new", name="something-new"):
+        with dsl.If(planned.outputs["decision"] == "something new", name="train-if-new"):
             # Settings that are no inputs here have the other pipeline's defaults; the flags override all of them.
             training = {**defaults(FINETUNE_INPUTS), **inputs, "training_flags": planned.outputs["flags"]}
             add_tuning(dataset, training, partitions)

@@ -29,13 +29,14 @@ from minicpmv_finetune.permanent_errors import MARKER_NAME
 RUN_FILE = "run.json"
 FINISHED_FILE = ".finished.json"
 LINKS = {
-    "data-report.html": "validate-data/report",
-    "rejects.jsonl": "validate-data/rejects",
-    "preprocess-report.html": "preprocess/report",
-    "preprocess-rejects.jsonl": "preprocess/rejects",
-    "training-report.html": "train/report",
-    "merge-report.json": "merge/report",
-    "report.html": "evaluate/report",
+    "data-report.html": "validate-data/data_report",
+    "rejects.jsonl": "validate-data/rejects.jsonl",
+    "preprocess-report.html": "preprocess/shards_report",
+    "preprocess-rejects.jsonl": "preprocess/rejects.jsonl",
+    "training-report.html": "train/training_report",
+    "merge-report.html": "merge/merge_report",
+    "merge-report.json": "merge/merge-report.json",
+    "report.html": "evaluate/evaluation_report",
     "model": "merge/model",
 }
 """Links that a run leaves beside its artifacts, whose own names have no ending."""

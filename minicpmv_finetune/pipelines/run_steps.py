@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 from minicpmv_finetune.progress import OUTCOME_MARK
@@ -55,10 +55,12 @@ class RunSteps:
     def in_charge(self) -> Iterator[None]:
         """Let kfp.local start its steps here, in the folder of this run, and handle signals."""
         from kfp.local import executor_input_utils, subprocess_task_handler
+        from kfp.local.orchestrator import enhanced_dag_orchestrator
 
-        patches: list[tuple[ModuleType, str, Any]] = [
+        patches: list[tuple[Any, str, Any]] = [
             (executor_input_utils, "get_local_pipeline_resource_name", lambda pipeline: self.folder.path.name),
             (subprocess_task_handler, "run_local_subprocess", self._run_subprocess),
+            (enhanced_dag_orchestrator.ConditionEvaluator, "_resolve_pipeline_channel", _condition_value),
         ]
         if self.in_containers:
             from kfp.local import docker_task_handler
@@ -129,6 +131,17 @@ class RunSteps:
             threading.Thread(target=_stop_containers, args=(self.folder.path.name, seconds), daemon=True).start()
 
 
+def _condition_value(channel: str, store: Any) -> Any:
+    """The value that a condition depends on; kfp.local itself finds only outputs that have no name of their own.
+
+    Args:
+        channel: pipelinechannel--TASK-OUTPUT.
+        store: kfp.local's store of the outputs of tasks.
+    """
+    task, _, output = channel.removeprefix("pipelinechannel--").rpartition("-")
+    return store.get_task_output(task, output)
+
+
 def _stop_containers(run: str, seconds: int) -> None:
     """Stop the containers of a run."""
     import docker
@@ -139,16 +152,16 @@ def _stop_containers(run: str, seconds: int) -> None:
 
 
 @contextmanager
-def _replaced(patches: Sequence[tuple[ModuleType, str, Any]]) -> Iterator[None]:
-    """Replace functions of modules for a block."""
-    originals = [(module, name, getattr(module, name)) for module, name, _ in patches]
+def _replaced(patches: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Replace functions of modules and classes for a block."""
+    originals = [(place, name, vars(place)[name]) for place, name, _ in patches]
     try:
-        for module, name, replacement in patches:
-            setattr(module, name, replacement)
+        for place, name, replacement in patches:
+            setattr(place, name, replacement)
         yield
     finally:
-        for module, name, original in originals:
-            setattr(module, name, original)
+        for place, name, original in originals:
+            setattr(place, name, original)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .local import LocalRun
 _REPORTS = {
     "report": "report.html",
     "training report": "training-report.html",
+    "merge report": "merge-report.html",
     "shards report": "preprocess-report.html",
     "data report": "data-report.html",
     "rejected samples": "rejects.jsonl",
@@ -44,10 +45,10 @@ def print_summary(
     """
     console = Console(highlight=False, soft_wrap=True)
     console.print()
-    console.print(_score_table(run.metrics("evaluate"), more_rows or {}))
+    console.print(_score_table(run.scores(), more_rows or {}))
     console.print()
     record = read_promotion_record(run.output("evaluate", "promotion_record"))
-    registered = run.output("register", "summary")
+    registered = run.output("register", "registration")
     passed = registered.read_text().strip() if registered.exists() else f"passed, {record.reason}"
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
     lines = {

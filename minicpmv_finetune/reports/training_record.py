@@ -48,13 +48,24 @@ class TrainingRecord(BaseModel):
                 f"{self.base_fingerprint:.12}, here {base_fingerprint:.12}); give that base model."
             )
 
+    @property
+    def final_loss(self) -> float:
+        """The last loss that was logged; a training shorter than its logging interval has only its mean loss."""
+        return next((entry["loss"] for entry in reversed(self.history) if "loss" in entry), self.metrics["loss"])
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The metrics by the names of Kubeflow's table, where the file's `loss` says that it is the mean."""
+        rest = {name: value for name, value in self.metrics.items() if name != "loss"}
+        return {"final_loss": self.final_loss, "mean_loss": self.metrics["loss"], **rest}
+
     def markdown(self) -> str:
         """The base, the share of trained parameters and the final metrics as a table."""
         share = self.parameters["trainable"] / self.parameters["total"]
         rows = {
             "Base model": f"`{self.base_model}` (MiniCPM-V {self.generation})",
             "Trained": f"{self.parameters['trainable']:,} of {self.parameters['total']:,} parameters ({share:.1%})",
-            **{name: f"{value:.4g}" for name, value in self.metrics.items()},
+            **{f"`{name}`": f"{value:.4g}" for name, value in self.headline.items()},
         }
         return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
 

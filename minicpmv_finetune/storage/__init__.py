@@ -22,7 +22,7 @@ from .files import (
     write_bytes,
 )
 from .staging import make_readable, staged_folder, swap_in
-from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, upload_file, upload_folder
+from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, kept_beside, upload_file, upload_folder
 from .uris import is_object_uri, is_supported, join, parent, require_allowed, resolve
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "is_object_uri",
     "is_supported",
     "join",
+    "kept_beside",
     "list_files",
     "make_readable",
     "open_stream",

@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import RetryableError, UserError
 
 from . import s3
 from .failures import explain_failures
 from .files import read_bytes, write_bytes
-from .uris import split_object_uri
+from .uris import is_object_uri, join, parent, split_object_uri
 
 _RECORD = TypeAdapter(dict[str, str])
 FILES_AT_ONCE = 8  # one connection to a distant store does not use the whole bandwidth
@@ -35,6 +36,29 @@ def upload_file(path: Path, uri: str) -> None:
     bucket, key = split_object_uri(uri)
     with explain_failures(uri):
         s3.client().upload_file(str(path), bucket, key, Config=s3.transfer_config(is_parallel=False))
+
+
+@contextmanager
+def kept_beside(output_uri: str, output_path: str, name: str) -> Iterator[Path]:
+    """A file beside an output of a task, which is no output of its own; it is stored also when the block fails.
+
+    Args:
+        output_uri: Where the output will be: a path, or a URI in a store.
+        output_path: Local path of the output.
+        name: Name of the file.
+
+    Yields:
+        Local path of the file, for the block to write.
+    """
+    path = Path(output_path).with_name(name)
+    try:
+        yield path
+    finally:
+        if is_object_uri(output_uri) and path.is_file():
+            try:
+                upload_file(path, join(parent(output_uri), name))
+            except (UserError, RetryableError) as error:
+                print(f"warning: {name} is not stored: {error}", file=sys.stderr)
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> int:

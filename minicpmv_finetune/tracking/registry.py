@@ -20,6 +20,7 @@ by hand in MLflow.
 import json
 import random
 import time
+import urllib.parse
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -130,6 +131,19 @@ def open_registry(name: str) -> "Registry":
     return registry
 
 
+def link_to_newest(name: str) -> str:
+    """A line of Markdown with a link to the version that was registered last; empty without a name or a server."""
+    server = environment.TRACKING_URI.read()
+    if not name or not server.startswith("http"):
+        return ""
+    try:
+        newest = open_registry(name).challenger()
+    except (UserError, RetryableError):
+        return ""  # the model is registered, and only the link is missing
+    page = f"{without_password(server).rstrip('/')}/#/models/{urllib.parse.quote(name)}"
+    return f"\n[Version {newest.number} in MLflow]({page}/versions/{newest.number})\n" if newest else ""
+
+
 def champion_of(name: str) -> Version | None:
     """The champion of a registered model; None without a name, a server or a champion.
 
@@ -197,6 +211,10 @@ class Registry:
             return self._aliased(CHAMPION)
         self._update_alias()
         return self.version(moves[-1].version)
+
+    def challenger(self) -> Version | None:
+        """The version that was registered last."""
+        return self._aliased(CHALLENGER)
 
     def version(self, number: str) -> Version:
         """The version with this number."""

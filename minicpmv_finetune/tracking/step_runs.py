@@ -221,6 +221,22 @@ def open_step_run(task: str) -> StepRun:
         return StepRun(failure=_describe(error))
 
 
+def link_to_run(task: str) -> str:
+    """A line of Markdown with a link to a step's run; empty where no server tracks the pipeline run."""
+    server, pipeline_run = environment.TRACKING_URI.read(), environment.PIPELINE_RUN_ID.read()
+    if not server.startswith("http") or not pipeline_run:
+        return ""
+    try:
+        client = mlflow_client()
+        plugin_run = environment.PLUGIN_RUN_ID.read()
+        experiment = client.get_run(plugin_run).info.experiment_id if plugin_run else _experiment(client)
+        run = _find(client, experiment, pipeline_run, task)
+    except Exception:
+        return ""  # the end of the step has reported that the server does not answer
+    address = without_password(server).rstrip("/")
+    return f"\n[This step in MLflow]({address}/#/experiments/{experiment}/runs/{run})\n" if run else ""
+
+
 def note_outcome(sentence: str) -> None:
     """Store the outcome in a tag of the pipeline's run, also where Kubeflow opened that run, for `read_outcome`."""
     _on_pipeline_run(lambda run: run.log_tags({_OUTCOME_TAG: sentence}))

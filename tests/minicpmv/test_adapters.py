@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from minicpmv_finetune.components.evaluate.predict import predict
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.trainable import check_continued_adapter, make_trainable
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_with_adapter
+from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_with_adapter, save_adapter
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.reports.training_record import RECORD_FILE
 from tests.example_record import example_record
@@ -117,6 +118,18 @@ def test_another_base_model_is_refused(
     with pytest.raises(UserError, match="does not fit the base model"):
         load_with_adapter(tiny("2.6"), plain)
     assert predict(str(tiny_46), [], "Which digit?", str(plain), 1) is not None
+
+
+def test_peft_does_not_look_for_a_base_model_in_a_store(tiny_46: Path, adapter: Path, tmp_path: Path) -> None:
+    model = _continued(tiny_46, adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, model.state_dict(), tmp_path / "saved", "s3://models/base")
+        (tmp_path / "saved" / RECORD_FILE).write_bytes((adapter / RECORD_FILE).read_bytes())
+        continued = _continued(tiny_46, tmp_path / "saved")
+    assert continued.peft_config["default"].base_model_name_or_path == "s3://models/base"
+    saved, before = (json.loads((folder / ADAPTER_CONFIG).read_text()) for folder in (tmp_path / "saved", adapter))
+    assert saved == {**before, "base_model_name_or_path": "s3://models/base"}
 
 
 def test_a_continued_adapter_keeps_its_settings(tiny_46: Path, adapter: Path) -> None:

@@ -43,13 +43,12 @@ def test_all_steps_ran_and_wrote_their_outputs(finished: tuple[LocalRun, Path]) 
     run, out = finished
     assert list(run.seconds)[:5] == ["validate-data", "preprocess", "train", "merge", "evaluate"]
     assert (out / "model" / "config.json").is_file()
-    for name in ("report", "data-report", "preprocess-report", "training-report"):
+    for name in ("report", "data-report", "preprocess-report", "training-report", "merge-report"):
         assert "<html" in (out / f"{name}.html").read_text()
     assert (out / "rejects.jsonl").read_text() == ""
-    scores = run.metrics("evaluate")
+    scores = run.scores()
     assert scores["samples"] == 300
     assert scores["base_exact_match"] <= 0.15
-    assert run.metrics("merge")
 
 
 def test_mlflow_contains_one_run_with_one_nested_run_per_step(finished: tuple[LocalRun, Path]) -> None:
@@ -97,7 +96,7 @@ def test_the_summary_contains_scores_and_paths(
     monkeypatch.chdir(out)
     print_summary(run, out, {"without": 0.125}, out / "pipeline.yaml", {"image": "a b.png", "prompt": "Which digit?"})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    scores = run.metrics("evaluate")
+    scores = run.scores()
     assert ["300", "held-out", "samples,", "free", "generation"] in lines
     for model in ("base", "tuned"):
         (row,) = (line for line in lines if line[:1] == [model])
@@ -116,7 +115,7 @@ def test_the_contribution_of_the_low_rank_updates_is_measured(finished: tuple[Lo
     without_lora = exact_match_without_lora(
         tiny_46, run.output("train", "adapter"), run.output("validate-data", "dataset")
     )
-    assert without_lora < run.metrics("evaluate")["tuned_exact_match"]
+    assert without_lora < run.scores()["tuned_exact_match"]
 
 
 def test_no_secret_is_written_to_a_file(finished: tuple[LocalRun, Path]) -> None:
@@ -188,7 +187,7 @@ def test_photographs_several_images_several_turns_and_text_only_samples_work(
             "evaluation_options": {"max_new_tokens": 4},
         },
     )
-    assert run.metrics("evaluate")["samples"] == 3
+    assert run.scores()["samples"] == 3
 
 
 def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> None:

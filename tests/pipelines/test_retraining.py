@@ -73,7 +73,7 @@ def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
     assert Path(champion.uri) == first.output("merge", "model")
     assert Path(champion.adapter_uri) == first.output("train", "adapter")
     assert champion.base_model == inputs["base_model_uri"]
-    assert "Training loss over the steps" in first.output("evaluate", "report").read_text()
+    assert "Training loss over the steps" in first.output("evaluate", "evaluation_report").read_text()
 
     again = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     assert list(again.seconds) == ["validate-data", "plan-retraining", "notify"]

@@ -146,6 +146,29 @@ class Evaluation:
         # The interval of a single sample is infinite, and JSON has no infinity.
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
+    @property
+    def headline(self) -> dict[str, float]:
+        """The most important numbers, by names that are the same for every metric, for Kubeflow's table of metrics.
+
+        The UI sorts by name and shows ten rows.
+        """
+        figures: dict[str, float] = {"answer_score": self.tuned.value, "samples": len(self.predictions)}
+        if self.comparison is not None and self.improvement is not None:
+            figures |= {
+                "answer_score_base": self.comparison.base.value,
+                "answer_score_gain": self.improvement.value,
+                "answer_score_gain_high": self.improvement.high,
+                "answer_score_gain_low": self.improvement.low,
+                "broken": self.comparison.outcomes["broken"],
+                "fixed": self.comparison.outcomes["fixed"],
+            }
+        if self.champion is not None and self.improvement_on_champion is not None:
+            figures |= {
+                "answer_score_champion": self.champion.base.value,
+                "answer_score_gain_on_champion": self.improvement_on_champion.value,
+            }
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
     def _figures_of(self, model: str, answers: Sequence[ScoredAnswer], score: Estimate) -> dict[str, float]:
         return {
             f"{model}_{self.metric}": score.value,

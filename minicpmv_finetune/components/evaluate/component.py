@@ -17,11 +17,12 @@ def evaluate(
     registered_model: str,
     predictions: dsl.Output[dsl.Artifact],
     promotion_record: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
+    evaluation_metrics: dsl.Output[dsl.Metrics],
     confusion: dsl.Output[dsl.ClassificationMetrics],
-    summary: dsl.Output[dsl.Markdown],
-    report: dsl.Output[dsl.HTML],
-) -> str:
+    evaluation_summary: dsl.Output[dsl.Markdown],
+    evaluation_report: dsl.Output[dsl.HTML],
+    decision: dsl.OutputPath(str),  # type: ignore[valid-type]
+) -> None:
     """Compare the answers of base, champion and merged model to the evaluation split, and apply the gate.
 
     Args:
@@ -36,13 +37,11 @@ def evaluate(
         registered_model: Name in MLflow's model registry, whose champion the model must beat; empty for none.
         predictions: JSON Lines with every question, the expected answer and the answers of all models.
         promotion_record: JSON with the gate's decision, its reason and the model's address, for register.
-        metrics: Scores of all models.
+        evaluation_metrics: Score of the merged model and of those it is compared with, and the gain.
         confusion: Expected answers against given answers, if the expected answers are a few classes.
-        summary: The scores as a table, and the result of every rule of the gate.
-        report: Images, questions and answers side by side, with filters.
-
-    Returns:
-        "promote" if the model passed the gate and has a name to be registered with, else "keep".
+        evaluation_summary: The scores as a table, and the result of every rule of the gate.
+        evaluation_report: Images, questions and answers side by side, with filters.
+        decision: promote if the model passed the gate, else keep.
     """
     from pathlib import Path
 
@@ -52,20 +51,23 @@ def evaluate(
     from minicpmv_finetune.components.evaluate.report import markdown
     from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.tracking.registry import champion_to_beat
+    from minicpmv_finetune.tracking.step_runs import link_to_run
 
     options = {"metric": metric, **evaluation_options}
     inputs = {"model": model.uri, "base_model_uri": base_model_uri, "dataset": dataset.uri, "options": options}
     with permanent_error_marked(predictions.uri, inputs):
         settings = settings_from(options)
         champion = champion_to_beat(registered_model)  # before the answers are generated, which takes long
-        files = Path(predictions.path), Path(report.path)
+        files = Path(predictions.path), Path(evaluation_report.path)
         champion_uri = champion.uri if champion else ""
         result = run(Path(model.path), base_model_uri, Path(dataset.path), *files, settings, champion_uri)
-        for name, value in result.metrics.items():
-            metrics.log_metric(name, value)
+        # The UI's heading of the table; a metric cannot be a name.
+        evaluation_metrics.metadata["display_name"] = f"evaluation_metrics ({result.metric})"
+        for name, value in result.headline.items():
+            evaluation_metrics.log_metric(name, value)
         if matrix := result.confusion:
             confusion.log_confusion_matrix(list(matrix.labels), [list(row) for row in matrix.counts])
-        Path(summary.path).write_text(markdown(result))
+        Path(evaluation_summary.path).write_text(markdown(result) + link_to_run("evaluate"))
         about = champion, base_model_uri, Path(dataset.path), model.uri, model.metadata
         has_passed = record_decision(Path(promotion_record.path), result, *about)
-    return "promote" if has_passed and registered_model else "keep"
+        Path(decision).write_text("promote" if has_passed else "keep")

@@ -8,7 +8,6 @@ requests.
 
 import base64
 import hashlib
-import html
 import io
 import math
 import random
@@ -22,6 +21,7 @@ from markupsafe import Markup
 from minicpmv_finetune.data.image_files import to_rgb
 from minicpmv_finetune.data.samples import ImageRef, open_image
 from minicpmv_finetune.reports.curves import curves_of
+from minicpmv_finetune.reports.markdown import escape
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.reports.training_record import TrainingRecord
 
@@ -114,7 +114,7 @@ def markdown(evaluation: Evaluation) -> str:
     models = ["base"] if evaluation.comparison else []
     models += ["champion"] if evaluation.champion else []
     models += ["tuned"]
-    lines = [f"**{headline(evaluation)}**", ""]
+    lines = [f"**{escape(headline(evaluation))}**", ""]
     lines += ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
     lines += [
         f"| {title} | " + " | ".join(format_percent(figures[f"{model}_{name}"]) for model in models) + " |"
@@ -125,15 +125,9 @@ def markdown(evaluation: Evaluation) -> str:
         lines += ["", ", ".join(f"{title.lower()} {counts[kind]}" for kind, title in _OUTCOMES.items()) + "."]
     lines += ["", "| rule of the gate | |", "|---|---|"]
     lines += [
-        f"| {_cell(check.reason)} | {'passed' if check.passed else 'failed'} |" for check in evaluation.decision.checks
+        f"| {escape(check.reason)} | {'passed' if check.passed else 'failed'} |" for check in evaluation.decision.checks
     ]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text that may contain a tag from the data, escaped for a cell of a table."""
-    escaped = html.escape(text).replace("\n", " ")
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)
 
 
 def headline(evaluation: Evaluation) -> str:

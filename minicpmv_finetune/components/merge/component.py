@@ -11,9 +11,8 @@ def merge(
     adapter: dsl.Input[dsl.Model],
     shards: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
-    report: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
-    summary: dsl.Output[dsl.Markdown],
+    merge_summary: dsl.Output[dsl.Markdown],
+    merge_report: dsl.Output[dsl.HTML],
 ) -> None:
     """Merge the adapter into the base model, and check on real samples that the logits remain the same.
 
@@ -21,32 +20,30 @@ def merge(
         base_model_uri: Base checkpoint that the adapter was trained on; a path, s3:// URI or hub id.
         adapter: The output of the train step.
         shards: The prepared samples; the parity check uses some of them.
-        model: A Hugging Face checkpoint folder, a drop-in replacement for the base model.
-        report: JSON report: the change of each part of the model, and the largest difference of logits.
-        metrics: The numbers of the report.
-        summary: The report as a table.
+        model: A Hugging Face checkpoint folder, a drop-in replacement for the base model; beside it in the store,
+            merge-report.json contains the numbers of the report, also of every tensor.
+        merge_summary: The most important numbers of the report as a table.
+        merge_report: The change of each part of the model, the largest difference of logits, and generated answers.
     """
     from pathlib import Path
 
+    from minicpmv_finetune import storage
     from minicpmv_finetune.components.merge.merge import MergeSettings, markdown
     from minicpmv_finetune.components.merge.merge import merge as run
+    from minicpmv_finetune.components.merge.page import page_written
     from minicpmv_finetune.permanent_errors import permanent_error_marked
+    from minicpmv_finetune.tracking.step_runs import link_to_run
 
     inputs = {"base_model_uri": base_model_uri, "adapter": adapter.uri, "shards": shards.uri}
-    with permanent_error_marked(model.uri, inputs):
-        found = run(
-            base_model_uri,
-            Path(adapter.path),
-            Path(shards.path),
-            Path(model.path),
-            Path(report.path),
-            MergeSettings(),
-        )
+    with (
+        permanent_error_marked(model.uri, inputs),
+        storage.kept_beside(model.uri, model.path, "merge-report.json") as report,
+        page_written(report, Path(merge_report.path)),
+    ):
+        found = run(base_model_uri, Path(adapter.path), Path(shards.path), Path(model.path), report, MergeSettings())
         # Only named keys: the adapter's metadata also contains Kubeflow's own, such as the name that the UI displays.
         for key in ("generation", "base_model", "use_lora"):
             if key in adapter.metadata:
                 model.metadata[key] = adapter.metadata[key]
         model.metadata.update(adapter_uri=adapter.uri, display_name="merged model")
-        for name, value in found.metrics.items():
-            metrics.log_metric(name, value)
-        Path(summary.path).write_text(markdown(found))
+        Path(merge_summary.path).write_text(markdown(found) + link_to_run("merge"))

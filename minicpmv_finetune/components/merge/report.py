@@ -1,8 +1,8 @@
 """The report of a merge and its parity check: one JSON file, and the same as a table for the Kubeflow UI."""
 
-import html
-
 from pydantic import BaseModel, ConfigDict, Field
+
+from minicpmv_finetune.reports.markdown import escape
 
 
 class PartChange(BaseModel):
@@ -104,7 +104,7 @@ def markdown(report: MergeReport) -> str:
     lines = [
         "# Merge",
         "",
-        f"MiniCPM-V {report.generation}, {_cell(report.base_model)} + "
+        f"MiniCPM-V {report.generation}, {escape(report.base_model)} + "
         + ("adapter" if report.kind == "adapter" else "full fine-tune")
         + f", {report.bytes / 1e9:.2f} GB in {report.seconds.get('streaming', 0):.1f} s.",
         "",
@@ -113,7 +113,7 @@ def markdown(report: MergeReport) -> str:
         lines += _parity_table(report.parity_check)
     lines += ["| part of the model | tensors changed | relative change |", "|---|---|---|"]
     lines += [
-        f"| {_cell(part)} | {change.changed} of {change.tensors} | {change.relative:.2e} |"
+        f"| {escape(part)} | {change.changed} of {change.tensors} | {change.relative:.2e} |"
         for part, change in report.moved.items()
     ]
     if report.untied:
@@ -121,7 +121,7 @@ def markdown(report: MergeReport) -> str:
     if report.parity_check is not None and report.parity_check.generated:
         lines += ["", "| sample | expected | answer of the merged folder, loaded in a new process |", "|---|---|---|"]
         lines += [
-            f"| {_cell(item.id)} | {_cell(item.expected)} | {_cell(item.answer)} |"
+            f"| {escape(item.id)} | {escape(item.expected)} | {escape(item.answer)} |"
             for item in report.parity_check.generated
         ]
     if report.memory is not None:
@@ -133,7 +133,7 @@ def _parity_table(report: ParityReport) -> list[str]:
     parity = report.parity
     rounding = parity.storage_rounding
     return [
-        "Parity check passed" if report.failure is None else f"Parity check **failed**: {_cell(report.failure)}",
+        "Parity check passed" if report.failure is None else f"Parity check **failed**: {escape(report.failure)}",
         "",
         "| check | found |",
         "|---|---|",
@@ -154,11 +154,3 @@ def _memory_sentence(memory: StreamingMemory, check: ParityReport | None) -> str
     if check is None:
         return f"{streaming}."
     return f"{streaming}; the parity check's process used {check.peak_resident_bytes / 1e6:.0f} MB in total."
-
-
-def _cell(text: str) -> str:
-    """Text from the data, escaped for a cell of a table."""
-    flat = " ".join(html.escape(text).split())
-    for mark in "\\`*_[]|~":
-        flat = flat.replace(mark, f"\\{mark}")
-    return flat

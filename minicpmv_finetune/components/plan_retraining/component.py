@@ -15,8 +15,9 @@ def plan_retraining(
     start_from: str,
     training_flags: dict[str, Any],
     flags: dsl.OutputPath(dict),  # type: ignore[valid-type]
-    summary: dsl.Output[dsl.Markdown],
-) -> str:
+    decision: dsl.OutputPath(str),  # type: ignore[valid-type]
+    retraining_plan: dsl.Output[dsl.Markdown],
+) -> None:
     """Decide whether the data differs from the champion's data, and where training starts.
 
     Args:
@@ -26,10 +27,8 @@ def plan_retraining(
         start_from: base, or champion to continue from the champion's adapter.
         training_flags: Any flag of the training script by name.
         flags: training_flags, and lora_weight_path if training continues from the champion.
-        summary: The decision.
-
-    Returns:
-        "something new" or "nothing new".
+        decision: something new, or nothing new.
+        retraining_plan: The decision as a sentence.
     """
     import json
     from pathlib import Path
@@ -38,9 +37,9 @@ def plan_retraining(
     from minicpmv_finetune.permanent_errors import permanent_error_marked
 
     inputs = {"dataset": dataset.uri, "base_model_uri": base_model_uri, "start_from": start_from}
-    with permanent_error_marked(summary.uri, {**inputs, "registered_model": registered_model}):
+    with permanent_error_marked(retraining_plan.uri, {**inputs, "registered_model": registered_model}):
         is_new, merged_flags = run(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
         news = "something new" if is_new else "nothing new"
         Path(flags).write_text(json.dumps(merged_flags))
-        Path(summary.path).write_text(f"{news.capitalize()}.\n")
-    return news
+        Path(decision).write_text(news)
+        Path(retraining_plan.path).write_text(f"{news.capitalize()}.\n")

@@ -13,10 +13,9 @@ def preprocess(
     model_max_length: int,
     max_reject_ratio: float,
     shards: dsl.Output[dsl.Dataset],
-    rejects: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
-    summary: dsl.Output[dsl.Markdown],
-    report: dsl.Output[dsl.HTML],
+    shards_metrics: dsl.Output[dsl.Metrics],
+    shards_summary: dsl.Output[dsl.Markdown],
+    shards_report: dsl.Output[dsl.HTML],
     picture_codec: str = "source",
     cache_uri: str = "",
     num_workers: int = 0,
@@ -30,11 +29,11 @@ def preprocess(
         max_slice_nums: Most slices of an image beside its overview.
         model_max_length: Longest sample in tokens; a longer one is rejected with its length, never cut.
         max_reject_ratio: Share of rejected samples above which the step fails.
-        shards: A manifest, and the Parquet files beside it or in the cache in object storage.
-        rejects: JSON Lines with each rejected sample, a reason code and a sentence.
-        metrics: Counts of samples, slices and tokens.
-        summary: The same counts as a table.
-        report: Histograms of tokens and slices, and slices of some samples with their tokens.
+        shards: A manifest, and the Parquet files beside it or in the cache in object storage; beside it in the store,
+            rejects.jsonl lists every rejected sample.
+        shards_metrics: Counts of samples, slices and tokens.
+        shards_summary: The same counts as a table.
+        shards_report: Rejected samples, histograms of tokens and slices, and slices of some samples with their tokens.
         picture_codec: Codec of the images: source, raw, webp-lossless or png, all with the same pixels.
         cache_uri: Folder or s3:// URI where finished shards are kept for later runs; empty: beside the run's folder.
         num_workers: Number of processes; 0 for as many as there are cores.
@@ -42,6 +41,7 @@ def preprocess(
     """
     from pathlib import Path
 
+    from minicpmv_finetune import storage
     from minicpmv_finetune.components.preprocess.preprocess import (
         PreprocessSettings,
         check_parts,
@@ -51,18 +51,22 @@ def preprocess(
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as run
     from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.shards.codecs import check_codec
+    from minicpmv_finetune.tracking.step_runs import link_to_run
 
     inputs = {
         "dataset": dataset.uri,
         "base_model_uri": base_model_uri,
         "settings": [max_slice_nums, model_max_length, max_reject_ratio, picture_codec],
     }
-    with permanent_error_marked(shards.uri, inputs):
+    with (
+        permanent_error_marked(shards.uri, inputs),
+        storage.kept_beside(shards.uri, shards.path, "rejects.jsonl") as rejects,
+    ):
         manifest = run(
             Path(dataset.path),
             base_model_uri,
             Path(shards.path),
-            Path(rejects.path),
+            rejects,
             PreprocessSettings(
                 max_slice_nums=max_slice_nums,
                 model_max_length=model_max_length,
@@ -71,7 +75,7 @@ def preprocess(
             ),
             cache_uri or default_cache(dataset.uri),
             num_workers,
-            Path(report.path),
+            Path(shards_report.path),
         )
         check_parts(manifest, parts)
         shards.metadata.update(
@@ -82,10 +86,10 @@ def preprocess(
             location=manifest.location,
         )
         for split, lengths in manifest.lengths.items():
-            metrics.log_metric(f"{split}_samples", len(lengths))
-            metrics.log_metric(f"{split}_slices", manifest.slices[split])
-            metrics.log_metric(f"{split}_tokens", sum(lengths))
-        Path(summary.path).write_text(markdown(manifest))
+            shards_metrics.log_metric(f"{split}_samples", len(lengths))
+            shards_metrics.log_metric(f"{split}_slices", manifest.slices[split])
+            shards_metrics.log_metric(f"{split}_tokens", sum(lengths))
+        Path(shards_summary.path).write_text(markdown(manifest) + link_to_run("preprocess"))
 
 
 @dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)

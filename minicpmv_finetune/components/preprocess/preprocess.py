@@ -140,7 +140,7 @@ def preprocess(
         found |= _write_missing(job, job.shards.tasks, found, num_workers)
         records = [found[task.name] for task in job.shards.tasks]
         manifest = _manifest(job, found)
-        _check_rejects(job, found, manifest, rejects_file)
+        rejects = _check_rejects(job, found, manifest, rejects_file)
         with output.assembled() as staging:
             location = job.finished.link_into(staging, records)
             manifest = manifest.model_copy(update={"location": location})
@@ -149,7 +149,8 @@ def preprocess(
         storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
         run.log_metrics(_figures(manifest))
         if report:
-            write_report(report, shards, job.encoder, [count for record in records for count in record.slices])
+            slices = [count for record in records for count in record.slices]
+            write_report(report, shards, job.encoder, slices, rejects)
             run.log_report(report, "shards.html")
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
     report_outcome(
@@ -343,8 +344,8 @@ def _read_ahead(samples: Iterator[Sample]) -> Iterator[tuple[Sample, list["Futur
             window.extend(islice(source, 1))
 
 
-def _check_rejects(job: _Job, records: Mapping[str, ShardRecord], manifest: Manifest, rejects_file: Path) -> None:
-    """Write the list of the rejected samples.
+def _check_rejects(job: _Job, records: Mapping[str, ShardRecord], manifest: Manifest, rejects_file: Path) -> RejectLog:
+    """Write the list of the rejected samples, and return it.
 
     Raises:
         UserError: A split has no sample left, or too many samples were rejected.
@@ -356,6 +357,7 @@ def _check_rejects(job: _Job, records: Mapping[str, ShardRecord], manifest: Mani
             if job.info.rows.get(split) and not manifest.rows(split):
                 rejects.refuse_nothing_left(split)
         rejects.refuse_too_many(sum(manifest.rows(split) for split in SPLITS), job.settings.max_reject_ratio)
+    return rejects
 
 
 def _list_rejects(job: _Job, records: Mapping[str, ShardRecord]) -> Iterator[tuple[Split, Reject]]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from minicpmv_finetune.data.samples import Split
+from minicpmv_finetune.data.samples import RejectLog, Split
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.reports.pages import write_page
@@ -99,7 +99,7 @@ class _Preview:
     text: str
 
 
-def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[int]) -> None:
+def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[int], rejects: RejectLog) -> None:
     """Write the page.
 
     Args:
@@ -107,11 +107,13 @@ def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[in
         shards: Folder of finished shards.
         encoder: The encoder that made the tokens of the shards.
         slices: Number of slices of each row of all splits.
+        rejects: The rejected samples.
     """
     readers = {split: ShardReader(shards, split) for split in _PREVIEWS}
     manifest = readers["train"].manifest
     values = {
         "manifest": manifest,
+        "rejects": rejects,
         "tokens": _histogram([length for lengths in manifest.lengths.values() for length in lengths]),
         "slices": _histogram(slices),
         "previews": [

@@ -7,22 +7,26 @@ from minicpmv_finetune.container_images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def register(
-    promotion_record: dsl.Input[dsl.Artifact], registered_model: str, summary: dsl.Output[dsl.Markdown]
+    promotion_record: dsl.Input[dsl.Artifact], registered_model: str, registration: dsl.Output[dsl.Markdown]
 ) -> None:
     """Register a model that passed the gate in MLflow, and make it champion if it beat the current champion.
 
     Args:
         promotion_record: The record of evaluate; it contains the model's address, and the model is not copied.
-        registered_model: Name in MLflow's model registry.
-        summary: The result and its reason.
+        registered_model: Name in MLflow's model registry; empty registers nothing, and the result says so.
+        registration: The result and its reason, with links to the version and the run in MLflow.
     """
     from pathlib import Path
 
     from minicpmv_finetune.components.register.register import register as run
     from minicpmv_finetune.permanent_errors import permanent_error_marked
+    from minicpmv_finetune.reports.markdown import escape
+    from minicpmv_finetune.tracking.registry import link_to_newest
+    from minicpmv_finetune.tracking.step_runs import link_to_run
 
     with permanent_error_marked(
-        summary.uri, {"promotion_record": promotion_record.uri, "registered_model": registered_model}
+        registration.uri, {"promotion_record": promotion_record.uri, "registered_model": registered_model}
     ):
         sentence = run(Path(promotion_record.path), registered_model)
-        Path(summary.path).write_text(f"{sentence}.\n")
+        links = link_to_newest(registered_model) + link_to_run("register")
+        Path(registration.path).write_text(f"{escape(sentence)}.\n{links}")

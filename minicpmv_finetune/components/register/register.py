@@ -15,7 +15,7 @@ def register(record_file: Path, name: str) -> str:
 
     Args:
         record_file: Promotion record written by evaluate.
-        name: Name of the registered model.
+        name: Name of the registered model; empty registers nothing.
 
     Returns:
         The result, in one sentence.
@@ -29,8 +29,9 @@ def register(record_file: Path, name: str) -> str:
         raise UserError(
             f"{record_file}: this model did not pass the gate ({record.reason}); register a model that passed it."
         )
-    if not is_configured():
-        sentence = "passed the gate, but it is not registered, because MLFLOW_TRACKING_URI is not set"
+    missing = "registered_model is empty" if not name else "" if is_configured() else "MLFLOW_TRACKING_URI is not set"
+    if missing:
+        sentence = f"passed the gate, but it is not registered, because {missing}"
         report_outcome(sentence)
         return sentence
     registry = open_registry(name)

@@ -22,9 +22,9 @@ def train(
     seed: int,
     training_flags: dict[str, Any],
     adapter: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
-    summary: dsl.Output[dsl.Markdown],
-    report: dsl.Output[dsl.HTML],
+    training_metrics: dsl.Output[dsl.Metrics],
+    training_summary: dsl.Output[dsl.Markdown],
+    training_report: dsl.Output[dsl.HTML],
 ) -> None:
     """Train with torchrun, one process per device; on several nodes by a TrainJob that this step follows.
 
@@ -44,9 +44,9 @@ def train(
             transformers.TrainingArguments, such as {"gradient_accumulation_steps": 4}; and "num_nodes": above 1,
             Kubeflow Trainer trains on that many nodes.
         adapter: A PEFT adapter folder, or a whole checkpoint if use_lora is false.
-        metrics: Final loss, speed and memory.
-        summary: The same as a table, with the number of trained parameters.
-        report: Curves, hardware and the exact command as a page.
+        training_metrics: Loss at the end and on average, speed and memory.
+        training_summary: The same as a table, with the number of trained parameters.
+        training_report: Curves, hardware and the exact command as a page.
     """
     import shutil
     from pathlib import Path
@@ -57,6 +57,7 @@ def train(
     from minicpmv_finetune.components.train.trainjob import train_on_nodes, uses_nodes
     from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.reports.training_record import read_record
+    from minicpmv_finetune.tracking.step_runs import link_to_run
 
     flags = {
         "use_lora": use_lora,
@@ -82,7 +83,7 @@ def train(
             launch(as_flags({**flags, **checkpoints, "data_path": shards.path, "output_dir": adapter.path}))
         record = read_record(Path(adapter.path))
         adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
-        for name, value in record.metrics.items():
-            metrics.log_metric(name, value)
-        Path(summary.path).write_text(record.markdown())
-        shutil.copyfile(Path(adapter.path) / "training.html", report.path)
+        for name, value in record.headline.items():
+            training_metrics.log_metric(name, value)
+        Path(training_summary.path).write_text(record.markdown() + link_to_run("train"))
+        shutil.copyfile(Path(adapter.path) / "training.html", training_report.path)

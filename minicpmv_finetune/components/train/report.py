@@ -24,8 +24,7 @@ def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> 
     """
     values = {
         "record": record,
-        # A training shorter than --logging_steps logs only its mean loss.
-        "loss": next((entry["loss"] for entry in reversed(record.history) if "loss" in entry), record.metrics["loss"]),
+        "loss": record.final_loss,
         "steps": int(max(entry.get("step", 0) for entry in record.history)),
         "curves": curves_of(record),
         "facts": _facts(record),
@@ -43,7 +42,7 @@ def _facts(record: TrainingRecord) -> dict[str, str]:
         "Trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
         "Maximum slices of an image": str(record.max_slice_nums),
         "Data fingerprint": record.data_fingerprint,
-        **{name: f"{value:,.4g}" for name, value in record.metrics.items()},
+        **{name: f"{value:,.4g}" for name, value in record.headline.items()},
         "Device": f"{device} ({platform.machine()})",
         "Processes": environment.WORLD_SIZE.read(),
         "torch": torch.__version__,

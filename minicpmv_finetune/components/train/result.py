@@ -10,7 +10,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, make_readable_by_older_versions
+from minicpmv_finetune.minicpmv.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    make_readable_by_older_versions,
+    save_adapter,
+)
 from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files
 from minicpmv_finetune.minicpmv.generations import write_max_slices
 from minicpmv_finetune.outputs import OutputFolder
@@ -78,10 +83,10 @@ def _save_adapter(
 ) -> None:
     _require_changed_adapter(weights)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    address, revision = _base_address(record.base_model)
     for config in model.peft_config.values():
-        # The address that the user gave, instead of the folder of the download.
-        config.base_model_name_or_path, config.revision = _base_address(record.base_model)
-    model.save_pretrained(folder, state_dict=weights)
+        config.revision = revision
+    save_adapter(model, weights, folder, address)
     make_readable_by_older_versions(folder)
 
 

@@ -16,12 +16,29 @@ def validate_data(
     data_options: dict[str, Any],
     registered_model: str,
     dataset: dsl.Output[dsl.Dataset],
-    rejects: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
-    summary: dsl.Output[dsl.Markdown],
-    report: dsl.Output[dsl.HTML],
+    data_metrics: dsl.Output[dsl.Metrics],
+    data_summary: dsl.Output[dsl.Markdown],
+    data_report: dsl.Output[dsl.HTML],
+    base_model_uri: str = "",
+    max_slice_nums: int = 9,
+    model_max_length: int = 2048,
+    use_lora: bool = True,
+    tune_vision: bool = True,
+    tune_llm: bool = False,
+    lora_r: int = 64,
+    lora_alpha: int = 64,
+    learning_rate: float = 1e-4,
+    num_train_epochs: float = 3.0,
+    per_device_train_batch_size: int = 4,
+    training_flags: dict[str, Any] = {},  # noqa: B006 - kfp copies it into the compiled pipeline
+    start_from: str = "",
+    metric: str = "exact_match",
+    evaluation_options: dict[str, Any] = {},  # noqa: B006
 ) -> None:
-    """Check every sample, list the rejected ones, and split off evaluation data if none is given.
+    """Check the inputs of the whole run and every sample; split off evaluation data if none is given.
+
+    A run that was started in the Kubeflow UI was not checked by the command line before. So this step gets the inputs
+    of the later steps too, and one sentence names all mistakes before a GPU is requested.
 
     Args:
         data_uri: Training data in MiniCPM-V's JSON format (array or JSON Lines), a path or s3:// URI, or a pattern.
@@ -31,30 +48,49 @@ def validate_data(
         data_options: eval_fraction (0.1), the share of the images split off for evaluation when eval_data_uri is
             empty; exif_transpose (false), whether images are rotated as their EXIF orientation says.
         registered_model: Name in MLflow's model registry; the step first checks that its champion can be read.
-        dataset: The accepted samples.
-        rejects: JSON Lines with each rejected sample, a reason code and a sentence.
-        metrics: Counts of accepted and rejected samples, and of noteworthy properties.
-        summary: The same counts as a table.
-        report: Counts, histograms, duplicates, and samples whose slices are drawn over the images.
+        dataset: The accepted samples; beside it in the store, rejects.jsonl lists every rejected sample.
+        data_metrics: Counts of accepted and rejected samples.
+        data_summary: The same counts as a table, with the reasons and noteworthy properties.
+        data_report: Counts, rejected samples, histograms, duplicates, and samples with their slices.
+        base_model_uri: Base checkpoint of the later steps; empty if this step is not to check it.
+        max_slice_nums: Only checked here, like all inputs below; the default is the pipeline's.
+        model_max_length: Most tokens of a sample.
+        use_lora: Whether LoRA adapters are trained.
+        tune_vision: Whether the vision tower is trained.
+        tune_llm: Whether the language model's own weights are trained.
+        lora_r: Rank of the adapters.
+        lora_alpha: Scale of the adapters.
+        learning_rate: Peak learning rate.
+        num_train_epochs: Number of passes over the training data.
+        per_device_train_batch_size: Samples that a device processes at once.
+        training_flags: Further flags of the training script by name.
+        start_from: base or champion; empty in a pipeline that has no such input.
+        metric: Metric that scores the answers.
+        evaluation_options: Options of evaluate.
     """
+    # First of all, while nothing but the inputs has a name here.
+    given = dict(locals())
     from pathlib import Path
 
-    from minicpmv_finetune.components.validate_data.report import markdown
+    from minicpmv_finetune import storage
+    from minicpmv_finetune.components.validate_data.report import figures, markdown
     from minicpmv_finetune.components.validate_data.validate import settings_from
     from minicpmv_finetune.components.validate_data.validate import validate_data as run
+    from minicpmv_finetune.inputs.checks import check_in_first_step, inputs_among
     from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.tracking.registry import champion_to_beat
+    from minicpmv_finetune.tracking.step_runs import link_to_run
 
-    options = {"max_reject_ratio": max_reject_ratio, "seed": seed, **data_options}
-    inputs = {"data_uri": data_uri, "eval_data_uri": eval_data_uri, "options": options}
-    with permanent_error_marked(dataset.uri, inputs):
-        settings = settings_from(options)
+    inputs = inputs_among(given)
+    with (
+        permanent_error_marked(dataset.uri, inputs),
+        storage.kept_beside(dataset.uri, dataset.path, "rejects.jsonl") as rejects,
+    ):
+        check_in_first_step(inputs)
+        settings = settings_from({"max_reject_ratio": max_reject_ratio, "seed": seed, **data_options})
         champion_to_beat(registered_model)
-        info = run(data_uri, eval_data_uri, Path(dataset.path), Path(rejects.path), settings, Path(report.path))
+        info = run(data_uri, eval_data_uri, Path(dataset.path), rejects, settings, Path(data_report.path))
         dataset.metadata.update(fingerprint=info.fingerprint, exif_transpose=info.exif_transpose, **info.rows)
-        for split, rows in info.rows.items():
-            metrics.log_metric(f"{split}_samples", rows)
-        for kind, counts in {"rejected": info.rejected, "noted": info.noted}.items():
-            for code, count in counts.items():
-                metrics.log_metric(f"{kind}_{code}", count)
-        Path(summary.path).write_text(markdown(info))
+        for name, value in figures(info).items():
+            data_metrics.log_metric(name, value)
+        Path(data_summary.path).write_text(markdown(info) + link_to_run("validate-data"))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from minicpmv_finetune.data.image_files import to_rgb
 from minicpmv_finetune.data.samples import DatasetInfo, ImageRef, Reject, Sample, Split, open_image
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, plan_slices
+from minicpmv_finetune.reports.markdown import escape
 from minicpmv_finetune.reports.pages import write_page
 
 from .duplicates import Repetition
@@ -142,13 +143,20 @@ def markdown(info: DatasetInfo) -> str:
     rows = "".join(f"| {split} | {count:,} |\n" for split, count in info.rows.items())
     text = f"| Split | Samples |\n|---|---:|\n{rows}"
     if info.rejected:
-        reasons = "".join(f"| {reason} | {count:,} |\n" for reason, count in sorted(info.rejected.items()))
+        reasons = "".join(f"| `{reason}` | {count:,} |\n" for reason, count in sorted(info.rejected.items()))
         text += f"\n| Rejected because of | Samples |\n|---|---:|\n{reasons}"
     if info.noted:
-        notes = "".join(f"| {_NOTES.get(code, code)} | {count:,} |\n" for code, count in info.noted.items())
+        notes = "".join(f"| {escape(_NOTES.get(code, code))} | {count:,} |\n" for code, count in info.noted.items())
         text += f"\n| Noted | |\n|---|---:|\n{notes}"
-    text += "".join(f"\n**Warning:** {warning}\n" for warning in data_warnings(info))
+    text += "".join(f"\n**Warning:** {escape(warning)}\n" for warning in data_warnings(info))
     return f"{text}\nFingerprint of the content: `{info.fingerprint}`\n"
+
+
+def figures(info: DatasetInfo) -> dict[str, int]:
+    """The counts by which runs are compared in Kubeflow; the summary contains all counts."""
+    counts = {f"{split}_samples": rows for split, rows in info.rows.items()}
+    leaked = sum(count for code, count in info.noted.items() if code.startswith("leaked_"))
+    return {**counts, "leaked_samples": leaked, "rejected_samples": sum(info.rejected.values())}
 
 
 def data_warnings(info: DatasetInfo) -> list[str]:

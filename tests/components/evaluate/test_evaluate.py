@@ -181,10 +181,12 @@ def test_the_component_writes_matrix_table_and_promotion_record(
         dataset, tmp_path, [sample_of("Yes?", f"{number}", expected="yn"[number % 2]) for number in range(4)]
     )
     outputs = {
-        name: str(tmp_path / name) for name in ("predictions", "promotion_record", "metrics", "summary", "report")
+        name: str(tmp_path / name)
+        for name in ("predictions", "promotion_record", "metrics", "summary", "report", "decision")
     }
+    metrics = dsl.Metrics(uri=outputs["metrics"])
     confusion = dsl.ClassificationMetrics(uri=str(tmp_path / "confusion"))
-    decision = component.python_func(
+    component.python_func(
         model=dsl.Model(uri=str(tiny_46), metadata={"adapter_uri": "s3://adapters/1", "generation": "4.6"}),
         base_model_uri=str(tiny_46),
         dataset=dsl.Dataset(uri=str(data)),
@@ -193,12 +195,16 @@ def test_the_component_writes_matrix_table_and_promotion_record(
         registered_model="model",
         predictions=dsl.Artifact(uri=outputs["predictions"]),
         promotion_record=dsl.Artifact(uri=outputs["promotion_record"]),
-        metrics=dsl.Metrics(uri=outputs["metrics"]),
+        evaluation_metrics=metrics,
         confusion=confusion,
-        summary=dsl.Markdown(uri=outputs["summary"]),
-        report=dsl.HTML(uri=outputs["report"]),
+        evaluation_summary=dsl.Markdown(uri=outputs["summary"]),
+        evaluation_report=dsl.HTML(uri=outputs["report"]),
+        decision=outputs["decision"],
     )
-    assert decision == "promote"
+    assert Path(outputs["decision"]).read_text() == "promote"
+    assert metrics.metadata.pop("display_name") == "evaluation_metrics (exact_match)"
+    assert sorted(metrics.metadata)[:3] == ["answer_score", "answer_score_base", "answer_score_gain"]
+    assert len(metrics.metadata) <= 10
     matrix = confusion.metadata["confusionMatrix"]
     assert [label["displayName"] for label in matrix["annotationSpecs"]] == ["n", "y", "(other)"]
     assert sum(sum(row["row"]) for row in matrix["rows"]) == 4

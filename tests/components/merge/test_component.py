@@ -1,5 +1,6 @@
 """The artifacts that Kubeflow shows for a merge."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ def report(monkeypatch: pytest.MonkeyPatch) -> MergeReport:
         memory=None,
         seconds={},
     )
-    monkeypatch.setattr(module, "merge", lambda *arguments: report)
+
+    def merge(*arguments: Any) -> MergeReport:
+        arguments[4].write_text(report.model_dump_json())
+        return report
+
+    monkeypatch.setattr(module, "merge", merge)
     return report
 
 
@@ -38,9 +44,8 @@ def merged_model(tmp_path: Path, metadata: dict[str, Any]) -> dsl.Model:
         adapter=dsl.Model(uri=str(tmp_path / "adapter"), metadata=metadata),
         shards=dsl.Dataset(uri=str(tmp_path / "shards")),
         model=model,
-        report=dsl.Artifact(uri=str(tmp_path / "report")),
-        metrics=dsl.Metrics(uri=str(tmp_path / "metrics")),
-        summary=dsl.Markdown(uri=str(tmp_path / "summary")),
+        merge_summary=dsl.Markdown(uri=str(tmp_path / "summary")),
+        merge_report=dsl.HTML(uri=str(tmp_path / "report")),
     )
     return model
 
@@ -53,6 +58,12 @@ def test_the_merged_model_has_its_own_display_name(tmp_path: Path, report: Merge
         "adapter_uri": str(tmp_path / "adapter"),
         "display_name": "merged model",
     }
+
+
+def test_the_report_is_a_page_and_its_numbers_are_beside_the_model(tmp_path: Path, report: MergeReport) -> None:
+    merged_model(tmp_path, {})
+    assert "<strong>1</strong> <span>tensor changed" in (tmp_path / "report").read_text()
+    assert json.loads((tmp_path / "merge-report.json").read_text())["changed"] == {"w": 0.5}
 
 
 def test_an_adapter_without_metadata_can_be_merged(tmp_path: Path, report: MergeReport) -> None:

@@ -70,6 +70,6 @@ def test_parts_in_a_pipeline_give_the_shards_of_one_task(
     (cache,) = (tmp_path / "shards-cache").glob("*/")
     for shard in manifest.files:
         assert (shards / shard.file).samefile(cache / shard.file)
-    assert (run / "preprocess" / "report").read_text().startswith("<!doctype html>")
+    assert (run / "preprocess" / "shards_report").read_text().startswith("<!doctype html>")
     places = [path.read_text().strip() for path in run.glob("**/place")]
     assert places == [str(cache)] * PARTS

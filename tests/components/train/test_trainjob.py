@@ -419,8 +419,8 @@ def test_the_step_creates_a_job_for_several_nodes(
         shards=dsl.Dataset(uri=f"{root}/shards"),
         training_flags={"num_nodes": 3.0, "logging_steps": 5.0},
         adapter=adapter,
-        metrics=dsl.Metrics(),
-        **{name: SimpleNamespace(path=str(tmp_path / name)) for name in ("summary", "report")},
+        training_metrics=dsl.Metrics(),
+        **{name: SimpleNamespace(path=str(tmp_path / name)) for name in ("training_summary", "training_report")},
     )
     trainer = cluster.job["spec"]["trainer"]
     flags = dict(zip(trainer["args"][1::2], trainer["args"][2::2], strict=True))
@@ -432,7 +432,7 @@ def test_the_step_creates_a_job_for_several_nodes(
     assert flags["--logging_steps"] == "5"
     assert not {"--num_nodes", "--output_dir"} & set(flags)
     assert adapter.metadata["generation"] == "4.6"
-    assert (tmp_path / "report").read_bytes() == b"curves"
+    assert (tmp_path / "training_report").read_bytes() == b"curves"
     assert read_record(Path(adapter.path)) == RECORD
 
 
