@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
+from google.protobuf.json_format import MessageToDict
 
+from minicpmv_finetune.kubeflow.compiling import pipeline_for
+from minicpmv_finetune.kubeflow.profile import load_profile
+from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines.pipeline import Pipeline
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 from tests.cluster.commands import ROOT, Command
 
 PROFILE = ROOT / "k8s" / "profiles" / "dev.yaml"
@@ -83,3 +89,32 @@ def test_contradicting_options_are_refused(
     assert done.code == 2
     assert sentence in done.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=lambda pipeline: pipeline.name)
+def test_the_form_has_a_drop_down_where_the_values_are_known(pipeline: Pipeline) -> None:
+    compiled = pipeline_for(pipeline, load_profile(PROFILE))
+    parameters = MessageToDict(compiled.pipeline_spec)["root"]["inputDefinitions"]["parameters"]
+    choices = {name: found["literals"] for name, found in parameters.items() if "literals" in found}
+    expected = {item.name: [True, False] if item.type is bool else list(item.choices) for item in pipeline.inputs}
+    assert choices == {name: values for name, values in expected.items() if values}
+    assert set(choices) >= {"metric"}
+
+
+@pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=lambda pipeline: pipeline.name)
+def test_the_description_has_a_line_for_every_input_in_groups(pipeline: Pipeline) -> None:
+    info = pipeline.build().pipeline_spec.pipeline_info
+    lines = [line for line in info.description.splitlines() if line.startswith("- ")]
+    assert sorted(line.split("`")[1] for line in lines) == sorted(item.name for item in pipeline.inputs)
+    assert info.description.index("**Data**") < info.description.index("**Registry**")
+
+
+def test_the_graph_has_few_boxes_with_names_of_their_own() -> None:
+    spec = MessageToDict(FINETUNE.build().pipeline_spec)
+    outputs = [step.get("outputDefinitions", {}) for step in spec["components"].values()]
+    names = [name for found in outputs for name in found.get("artifacts", {})]
+    assert len(names) == len(set(names)) == 22
+    assert not {"metrics", "report", "summary", "rejects"} & set(names)
+    assert [name for found in outputs for name in found.get("parameters", {})] == ["decision"]
+    assert "register-if-better" in str(spec["root"])
+    assert "'retrain'" in str(MessageToDict(RETRAIN.build().pipeline_spec)["root"])

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import kfp
 import pytest
 
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults
 from minicpmv_finetune.kubeflow import client, runs
 from minicpmv_finetune.pipelines import finetune
 from tests.cluster.commands import BASE_MODEL, INPUTS, Command
@@ -25,7 +26,9 @@ def test_submit_uploads_the_pipeline_starts_a_run_and_prints_its_link(kubeflow: 
     (version,) = kubeflow.versions.values()
     assert f"{kubeflow.url}/#/runs/details/{run['run_id']}" in done.out
     assert f"{version['display_name']}: uploaded" in done.out
+    # The defaults too, so that Compare runs shows them.
     assert run["runtime_config"]["parameters"] == {
+        **defaults(FINETUNE_INPUTS),
         "data_uri": "s3://bucket/train.json",
         "base_model_uri": BASE_MODEL,
     }
@@ -108,7 +111,11 @@ def test_dry_run_changes_nothing(kubeflow: FakeKubeflow, command: Command) -> No
         "started": True,
         "run_id": "",
         "link": "",
-        "parameters": {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL},
+        "parameters": {
+            **defaults(FINETUNE_INPUTS),
+            "data_uri": "s3://bucket/train.json",
+            "base_model_uri": BASE_MODEL,
+        },
         "dry_run": True,
         "state": None,
         "result": None,
@@ -221,6 +228,7 @@ def test_options_have_priority_over_the_file_of_inputs(
     )
     (run,) = kubeflow.runs.values()
     assert run["runtime_config"]["parameters"] == {
+        **defaults(FINETUNE_INPUTS),
         "data_uri": "s3://b/x",
         "base_model_uri": "/models/m",
         "seed": 2,

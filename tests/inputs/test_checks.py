@@ -17,7 +17,7 @@ from minicpmv_finetune.components.train.flags import RANGES
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
 from minicpmv_finetune.inputs import checks
-from minicpmv_finetune.inputs.checks import check_run, check_training
+from minicpmv_finetune.inputs.checks import check_in_first_step, check_run, check_training, inputs_among
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, RETRAIN_INPUTS, Input
 from minicpmv_finetune.options import Accepted, _fields
 
@@ -249,3 +249,35 @@ def test_the_checks_import_neither_torch_nor_kfp() -> None:
     code = "import sys, minicpmv_finetune.inputs.checks; print({'torch', 'kfp', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_first_step_names_all_mistakes_that_later_steps_would_find(tmp_path: Path) -> None:
+    given = {
+        "data_uri": str(tmp_path / "train.json"),
+        "base_model_uri": "/models/on-a-volume-of-other-pods",
+        "start_from": "",
+        "lora_r": 0,
+        "metric": "exactmatch",
+        "training_flags": {"learning_rat": 1e-3, "output_dir": "here"},
+        "evaluation_options": {"gate": {"min_metrc": 0.5}},
+    }
+    with pytest.raises(MistakesError) as raised:
+        check_in_first_step(inputs_among({**given, "dataset": "an artifact"}))
+    assert [sentence.split(":")[0] for sentence in raised.value.sentences] == [
+        "lora_r",
+        "metric",
+        "training_flags",
+        "training_flags",
+        "evaluation_options",
+    ]
+
+
+@pytest.mark.parametrize("extra", [{}, {"base_model_uri": ""}, {"start_from": "champion", "registered_model": "m"}])
+def test_the_first_step_accepts_what_it_cannot_look_up(extra: dict[str, Any], tmp_path: Path) -> None:
+    check_in_first_step({"data_uri": str(tmp_path / "train.json"), "base_model_uri": "/models/m", **extra})
+
+
+def test_retraining_without_a_name_is_refused_by_the_first_step(tmp_path: Path) -> None:
+    given = {"data_uri": str(tmp_path / "train.json"), "start_from": "base", "registered_model": ""}
+    with pytest.raises(UserError, match="registered_model: empty"):
+        check_in_first_step(given)
