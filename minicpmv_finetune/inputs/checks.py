@@ -70,7 +70,7 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool
     """
     checked, mistakes = read_inputs(inputs, given)
     run = {**defaults(FINETUNE_INPUTS), **defaults(inputs), **checked}
-    mistakes += _flag_mistakes(run)
+    mistakes += _flag_mistakes(run, runs_here)
     mistakes += _option_mistakes(run)
     if "start_from" in run and not run["registered_model"]:
         mistakes.append("registered_model: empty, so there is no champion to compare with; give a name.")
@@ -132,7 +132,7 @@ def check_base_model(option: str, uri: str) -> None:
     raise_mistakes(_place_mistakes([_Place(option, uri, lambda: _check_kind(uri))], runs_here=True))
 
 
-def _flag_mistakes(run: Mapping[str, Any]) -> list[str]:
+def _flag_mistakes(run: Mapping[str, Any], runs_here: bool) -> list[str]:
     """What is wrong with the training flags of a run, alone and together with its inputs."""
     given = dict(run["training_flags"])
     mistakes = _noted("", lambda: pop_num_nodes(given))
@@ -149,7 +149,7 @@ def _flag_mistakes(run: Mapping[str, Any]) -> list[str]:
             own = _SET_BY_THE_PIPELINE[name]
             instead = f"give the input {own} instead" if own else "leave it out"
             mistakes.append(f"training_flags: {name}: the pipeline sets this flag itself; {instead}.")
-    return mistakes + find_contradictions({**run, **values})
+    return mistakes + find_contradictions({**run, **values}, runs_here)
 
 
 def _option_mistakes(run: Mapping[str, Any]) -> list[str]:

@@ -277,6 +277,16 @@ def test_the_first_step_accepts_what_it_cannot_look_up(extra: dict[str, Any], tm
     check_in_first_step({"data_uri": str(tmp_path / "train.json"), "base_model_uri": "/models/m", **extra})
 
 
+def test_packages_of_the_training_are_not_needed_where_the_data_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minicpmv_finetune.components.train.flags.find_spec", lambda name: None)
+    given = {"data_uri": str(tmp_path / "train.json"), "training_flags": {"optim": "galore_adamw"}}
+    check_in_first_step(given)
+    with pytest.raises(UserError, match="galore_torch is not installed"):
+        check_run(FINETUNE_INPUTS, given)
+
+
 def test_retraining_without_a_name_is_refused_by_the_first_step(tmp_path: Path) -> None:
     given = {"data_uri": str(tmp_path / "train.json"), "start_from": "base", "registered_model": ""}
     with pytest.raises(UserError, match="registered_model: empty"):

@@ -204,11 +204,12 @@ def _split_at_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def find_contradictions(values: Mapping[str, Any]) -> list[str]:
+def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> list[str]:
     """A sentence for each pair of flags that contradict each other.
 
     Args:
         values: Values of flags by name; a flag that is missing has the published default.
+        trains_here: Whether the training runs in this environment, so that its packages are needed here.
     """
     use_lora, tune_llm = values.get("use_lora", False), values.get("tune_llm", True)
     sentences = []
@@ -236,7 +237,7 @@ def find_contradictions(values: Mapping[str, Any]) -> list[str]:
         sentences.append("--save_strategy best: give --metric_for_best_model loss too.")
     if values.get("optim_args") and not all("=" in pair for pair in str(values["optim_args"]).split(",")):
         sentences.append(f"--optim_args {values['optim_args']}: give NAME=VALUE, several separated by commas.")
-    sentences += _missing_packages(values)
+    sentences += _missing_packages(values) if trains_here else []
     schedule = str(values.get("lr_scheduler_type", ""))
     needed = _SCHEDULES.get(schedule, ())
     if needed and not set(needed) & set(_keys(values.get("lr_scheduler_kwargs"))):
