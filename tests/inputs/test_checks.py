@@ -281,7 +281,8 @@ def test_packages_of_the_training_are_not_needed_where_the_data_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minicpmv_finetune.components.train.flags.find_spec", lambda name: None)
-    given = {"data_uri": str(tmp_path / "train.json"), "training_flags": {"optim": "galore_adamw"}}
+    flags = {"optim": "galore_adamw"}
+    given = {"data_uri": str(tmp_path / "train.json"), "base_model_uri": "/models/m", "training_flags": flags}
     check_in_first_step(given)
     with pytest.raises(UserError, match="galore_torch is not installed"):
         check_run(FINETUNE_INPUTS, given)
