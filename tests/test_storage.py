@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -460,3 +461,16 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
             storage.read_bytes(str(place))
         with pytest.raises(UserError, match="is no regular file"), storage.open_stream(str(place)):
             pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_beside_an_output_is_stored_also_after_a_failure(s3_uri: str, tmp_path: Path, fails: bool) -> None:
+    with (
+        pytest.raises(UserError) if fails else nullcontext(),
+        storage.kept_beside(f"{s3_uri}/task/dataset", str(tmp_path / "dataset"), "rejects.jsonl") as path,
+    ):
+        path.write_text("one")
+        if fails:
+            raise UserError("too many")
+    assert storage.read_bytes(f"{s3_uri}/task/rejects.jsonl") == b"one"
+    assert path == tmp_path / "rejects.jsonl"

@@ -20,6 +20,7 @@ from minicpmv_finetune.tracking.registry import (
     OvertakenError,
     Registry,
     champion_to_beat,
+    link_to_newest,
     list_versions,
     open_registry,
 )
@@ -190,11 +191,23 @@ def test_the_register_step_promotes_and_tags_its_run(
     assert "is champion" in run.data.tags["minicpmv.promotion"]
     assert client.get_model_version(name, "1").run_id == run.info.run_id
     assert step_runs.read_outcome() == run.data.tags["minicpmv.promotion"]
+    page = f"{os.environ['MLFLOW_TRACKING_URI']}/#"
+    assert link_to_newest(name) == f"\n[Version 1 in MLflow]({page}/models/{name}/versions/1)\n"
+    address = f"{page}/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
+    assert step_runs.link_to_run("register") == f"\n[This step in MLflow]({address})\n"
+    assert step_runs.link_to_run("train") == ""
     write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/b"))
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "a later run")
     assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(
         tmp_path / "promotion_record", name
     )
+
+
+def test_without_a_name_nothing_is_registered_and_said(tmp_path: Path) -> None:
+    write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/a"))
+    sentence = register(tmp_path / "promotion_record", "")
+    assert sentence == "passed the gate, but it is not registered, because registered_model is empty"
+    assert link_to_newest("") == ""
 
 
 def test_a_model_that_failed_the_gate_is_not_registered(name: str, tmp_path: Path) -> None:
