@@ -184,7 +184,7 @@ def test_wait_ends_with_score_report_and_version(
         "metrics": {"tuned_exact_match": 0.9867, "base_exact_match": 0.0},
     }
     run = f"{s3_uri}/minicpmv-finetune/{run_id}"
-    report = f"{run}/evaluate/5f0c/report"
+    report = f"{run}/evaluate/5f0c/evaluation_report"
     _write({f"{run}/evaluate/5f0c/promotion_record": json.dumps(record), report: "<html>"})
     _write(
         {f"{run}/condition-1/register/77aa/registration": "version 3 of my\\_receipts is champion: better.\n\n[x](y)\n"}
