@@ -257,7 +257,8 @@ class Profile(_Section):
     def _fitting(self) -> "Profile":
         mounts, claims = ([getattr(volume, name) for volume in self._volumes()] for name in ("mount", "claim"))
         for mount in mounts:
-            if Path(mount).parts[1] in _RESERVED:
+            top = Path(mount).parts[1:2]
+            if not top or ".." in Path(mount).parts or top[0] in _RESERVED:
                 raise ValueError(f"volumes: {mount} belongs to the container or to Kubeflow; choose another folder")
             if mounts.count(mount) > 1:
                 raise ValueError(f"volumes: {mount} is mounted twice; choose another folder")

@@ -253,6 +253,8 @@ def test_the_pipeline_itself_is_not_changed() -> None:
         ({"labels": {"team": "x" * 64}}, "labels.team"),
         ({"s3": {"secret": "s3", "password": "hunter2"}}, "s3.password"),
         ({"volumes": [{"claim": "a", "mount": "/scratch/a"}]}, "/scratch/a belongs to the container"),
+        ({"volumes": [{"claim": "a", "mount": "/./"}]}, "/./ belongs to the container"),
+        ({"volumes": [{"claim": "a", "mount": "/data/../etc"}]}, "/data/../etc belongs to the container"),
         ({"volumes": [{"claim": "a", "mount": "/minio"}]}, "/minio belongs to the container or to Kubeflow"),
         ({"volumes": [{"claim": "base-models", "mount": "/data"}]}, "the claim base-models is named twice"),
         ({"volumes": [{"claim": "a", "mount": "/models"}]}, "/models is mounted twice"),
