@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -465,8 +465,9 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_file_beside_an_output_is_stored_also_after_a_failure(s3_uri: str, tmp_path: Path, fails: bool) -> None:
+    expected: AbstractContextManager[object] = pytest.raises(UserError) if fails else nullcontext()
     with (
-        pytest.raises(UserError) if fails else nullcontext(),
+        expected,
         storage.kept_beside(f"{s3_uri}/task/dataset", str(tmp_path / "dataset"), "rejects.jsonl") as path,
     ):
         path.write_text("one")
