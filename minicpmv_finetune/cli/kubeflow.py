@@ -220,7 +220,7 @@ def submit(
     }
     cluster = _connect(settings)
     submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
-    answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None, "result": None}
+    answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None, "outcome": None, "result": None}
     text = _describe_submission(submission, dry_run)
     if not wait or dry_run:
         _print(answer, output, lambda: text)
@@ -230,7 +230,7 @@ def submit(
     run = follow_visibly(cluster, submission.run_id, timeout, poll)
     result = _read_result(cluster, chosen.name, submission.run_id) if run.state == "SUCCEEDED" else None
     lines = [describe_outcome(cluster, run), *(result.lines() if result else [])]
-    answer.update(state=run.state, result=asdict(result) if result else None)
+    answer.update(state=run.state, outcome=lines[0], result=asdict(result) if result else None)
     _print(answer, output, lambda: "\n".join(lines))
     sys.exit(0 if run.state in ("SUCCEEDED", "SKIPPED") else 1)
 

@@ -118,6 +118,7 @@ def test_dry_run_changes_nothing(kubeflow: FakeKubeflow, command: Command) -> No
         },
         "dry_run": True,
         "state": None,
+        "outcome": None,
         "result": None,
     }
     assert not [line for line in kubeflow.requests if not line.startswith("GET")]
@@ -157,6 +158,7 @@ def test_wait_shows_a_table_on_a_terminal(
 def test_wait_prints_one_json_document(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", *INPUTS, "--wait", "--poll", "0", "--output", "json")
     assert done.json["state"] == "SUCCEEDED"
+    assert ": succeeded; " in done.json["outcome"]
 
 
 def test_wait_continues_after_temporary_faults_of_the_server(kubeflow: FakeKubeflow, command: Command) -> None:
