@@ -27,6 +27,7 @@ from minicpmv_finetune.components.train.flags import (
     pop_num_nodes,
     read_flags,
     replace_removed_flags,
+    take_processes,
 )
 from minicpmv_finetune.components.validate_data.validate import settings_from as validation_settings
 from minicpmv_finetune.data import image_files
@@ -139,7 +140,8 @@ def _flag_mistakes(run: Mapping[str, Any], runs_here: bool) -> list[str]:
     values: dict[str, Any] = {}
 
     def read() -> None:
-        found, sentences = find_mistakes(replace_removed_flags(as_flags(given), lambda sentence: None))
+        flags, _ = take_processes(as_flags(given))
+        found, sentences = find_mistakes(replace_removed_flags(flags, lambda sentence: None))
         values.update(found)
         mistakes.extend(f"training_flags: {sentence.removeprefix('--')}" for sentence in sentences)
 

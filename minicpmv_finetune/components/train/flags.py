@@ -377,6 +377,31 @@ def pop_num_nodes(settings: dict[str, Any]) -> int:
     return wanted
 
 
+def take_processes(flags: Sequence[str]) -> tuple[list[str], int | None]:
+    """Separate the number of processes a node, which is torchrun's flag, from the training script's own flags.
+
+    Returns:
+        The script's flags; and the number, None where it is not given.
+
+    Raises:
+        UserError: The number is not a whole number above zero.
+    """
+    kept = list(flags)
+    if _PROCESSES not in kept:
+        return kept, None
+    at = kept.index(_PROCESSES)
+    given = kept[at + 1 : at + 2]
+    if not given or not given[0].isdecimal() or int(given[0]) < 1:
+        raise UserError(
+            f"nproc_per_node is {given[0] if given else 'empty'}; give a whole number of processes a node, such as 2."
+        )
+    del kept[at : at + 2]
+    return kept, int(given[0])
+
+
+_PROCESSES = "--nproc_per_node"
+
+
 def _with_whole_numbers(value: Any) -> Any:
     """Convert floats without a fraction: Kubeflow passes every number of a JSON object as a float, but flags need 2."""
     if isinstance(value, dict):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 
-from .flags import check_flags
+from .flags import check_flags, take_processes
 from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
 
     Args:
         flags: Flags of the training script.
-        processes: Number of training processes; by default the number that a TrainJob sets, otherwise one per GPU, or
-            one if there is no GPU.
+        processes: Number of training processes; by default that of `--nproc_per_node`, else what a TrainJob sets,
+            otherwise one per GPU, or one if there is no GPU.
 
     Raises:
         UserError: A flag is wrong, or a training process found a mistake that only the user can fix.
@@ -54,8 +54,9 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
         SystemExit: A training process failed for another reason (with its exit code), or signal n ended the training
             (with 128 + n).
     """
+    flags, wanted = take_processes(flags)
     check_flags(flags)
-    processes = processes or _process_count()
+    processes = processes or wanted or _process_count()
     _prepare_environment(processes)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -29,6 +29,7 @@ from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
 
+from .flags import take_processes
 from .trainjob_cluster import CALL_TIMEOUT, GROUP, VERSION, Cluster, UnknownFieldError
 from .trainjob_heartbeat import ABANDONED, sign_of_life
 from .trainjob_pod import CRASH
@@ -142,6 +143,7 @@ def build_job(
     if queue := pod["metadata"].get("labels", {}).get(QUEUE_LABEL):
         labels[QUEUE_LABEL] = queue
     timeout = pod["spec"].get(_DEADLINE)
+    own_flags, processes = take_processes(flags)
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -165,9 +167,11 @@ def build_job(
             "trainer": {
                 "image": main["image"],
                 "command": _COMMAND,
-                "args": [_escape(argument) for argument in (output_uri, *flags)],
+                "args": [_escape(argument) for argument in (output_uri, *own_flags)],
                 "env": _forwarded_variables(main.get("env", []), variables),
                 "numNodes": nodes,
+                # Without it: as many as a node has GPUs, and without a GPU as many as Trainer makes of its CPUs.
+                **({"numProcPerNode": processes} if processes else {}),
             },
         },
     }

@@ -23,6 +23,7 @@ from minicpmv_finetune.components.train import trainjob_pod
 from minicpmv_finetune.components.train.arguments import pop_num_nodes
 from minicpmv_finetune.components.train.checkpoints import Seal
 from minicpmv_finetune.components.train.component import train
+from minicpmv_finetune.components.train.flags import take_processes
 from minicpmv_finetune.components.train.launch import CrashExit
 from minicpmv_finetune.components.train.trainjob import _start, build_job, job_name, train_on_nodes, uses_nodes
 from minicpmv_finetune.components.train.trainjob_cluster import Cluster
@@ -112,6 +113,16 @@ def test_the_job_has_only_fields_of_the_published_schema() -> None:
     # The workflow is the owner, but not the controller: only its deletion affects the job.
     (owner,) = job["metadata"]["ownerReferences"]
     assert owner == {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "7"}
+
+
+def test_the_flag_decides_the_processes_a_node() -> None:
+    trainer = _job(flags=["--nproc_per_node", "2", "--lora_r", "4"])["spec"]["trainer"]
+    assert (trainer["numProcPerNode"], trainer["args"]) == (2, ["s3://b/o", "--lora_r", "4"])
+    assert "numProcPerNode" not in _job(flags=["--lora_r", "4"])["spec"]["trainer"]
+    assert not unknown_fields(_job(flags=["--nproc_per_node", "2"]))
+    for wrong in (["0"], ["two"], []):
+        with pytest.raises(UserError, match="nproc_per_node is"):
+            take_processes(["--nproc_per_node", *wrong])
 
 
 def test_credentials_are_forwarded_only_by_reference(capsys: pytest.CaptureFixture[str]) -> None:
