@@ -19,8 +19,6 @@ from .pods import Namespace, NoAccessError, Pod, Record
 from .run_steps import StepRow, list_steps, step_of_path
 from .step_logs import last_error, read_log, read_marker
 
-_NO_REASON = "see its log"
-
 
 @dataclass(frozen=True)
 class _Observed:
@@ -120,7 +118,9 @@ def _why_failed(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow,
         messages = [str(node.get("message") or "") for node in _nodes(observed) if _belongs_to(node, step)]
         sentences = (why_node_ended(message, step.step, cluster.profile) for message in messages)
         sentence = next(filter(None, sentences), "")
-    return sentence or _NO_REASON
+    if sentence or not observed.obstacle:
+        return sentence or "see its log"
+    return _how_to_see(cluster, run, observed.obstacle)
 
 
 def _belongs_to(node: Mapping[str, Any], step: StepRow) -> bool:

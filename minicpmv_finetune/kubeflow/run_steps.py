@@ -123,7 +123,7 @@ class _Tree:
         self.tasks = tasks
         self.ids = {child for task in tasks for child in _children(task)}
         self.workflow = next(iter(self.ids), "").rpartition("-")[0]
-        self._names = {_NUMBER.sub("", task.display_name) for task in tasks if task.display_name}
+        self._names = sorted({_NUMBER.sub("", task.display_name) for task in tasks if task.display_name})
 
     def executors_by_step(self) -> dict[str, list[str]]:
         """The paths of each step's nodes `executor`: one, and another one each time that Argo began the step again."""

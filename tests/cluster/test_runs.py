@@ -119,9 +119,10 @@ def test_kubernetes_says_why_a_pod_waits(command: Command, recorded: Recorded, i
 
 
 def test_without_a_kubeconfig_the_command_to_ask_kubernetes_is_named(command: Command, recorded: Recorded) -> None:
-    run_id = recorded("waiting")
-    shown = command("runs", run_id).out
-    assert f"kubectl -n {NAMESPACE} describe pods -l pipeline/runid={run_id}" in shown
+    for name in ("waiting", "out-of-memory"):
+        run_id = recorded(name)
+        shown = command("runs", run_id).out
+        assert f"kubectl -n {NAMESPACE} describe pods -l pipeline/runid={run_id}" in shown
 
 
 def test_what_kubernetes_did_to_a_pod_comes_before_its_log(
