@@ -82,10 +82,13 @@ def last_error(log: str) -> str:
 
 
 def read_marker(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
-    """The sentence that a step left beside its outputs when it ended with a mistake; empty if there is none."""
-    with suppress(UserError, RetryableError, _NoLogError, ValueError, KeyError):
-        uri = _newest_file(_task_folder(cluster, run, step), MARKER_NAME)
-        return str(json.loads(storage.read_bytes(uri))["message"])
+    """The sentence that a failed step left in the store, at the root of its run or beside its outputs; or empty."""
+    with suppress(UserError, RetryableError, _NoLogError):
+        folder = _task_folder(cluster, run, step)
+        record = storage.join(storage.parent(folder), f"failed_steps/{step.name}.json")
+        for read_uri, key in ((lambda: record, "sentence"), (lambda: _newest_file(folder, MARKER_NAME), "message")):
+            with suppress(UserError, _NoLogError, ValueError, KeyError):
+                return str(json.loads(storage.read_bytes(read_uri()))[key])
     return ""
 
 

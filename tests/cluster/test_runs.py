@@ -28,7 +28,7 @@ def recorded(kubeflow: FakeKubeflow) -> Recorded:
 
     def answer(name: str, **change: Any) -> str:
         run = {**read(f"run-{name}"), **change}
-        kubeflow.answer_next(f"GET /apis/v2beta1/runs/{run['run_id']}$", *[json.dumps(run)] * 3)
+        kubeflow.answer_next(f"GET /apis/v2beta1/runs/{run['run_id']}$", *[json.dumps(run)] * 4)
         return str(run["run_id"])
 
     return answer
@@ -101,6 +101,11 @@ def test_the_launchers_copy_and_the_steps_marker_are_the_last_resorts(
     storage.write_bytes(f"{folder}/permanent_error.json", json.dumps({"inputs": "", "message": MISTAKE}).encode())
     kubeflow.answer_next(r"GET .*/log", NO_LOG, NO_LOG, NO_LOG)
     assert command("runs", run_id, "--profile", place, "--output", "json").json[0]["message"] == MISTAKE
+    record = json.dumps({"step": "validate-data", "sentence": "the record's", "exit_code": 75}).encode()
+    storage.write_bytes(f"{s3_uri}/v2/artifacts/minicpmv-retrain/{run_id}/failed_steps/validate-data.json", record)
+    kubeflow.answer_next(r"GET .*/log", NO_LOG, NO_LOG)
+    rows = command("runs", run_id, "--profile", place, "--output", "json").json
+    assert rows[0]["message"] == "the record's"
     done = command("logs", run_id, "--profile", place)
     assert done.code == 2
     for name in ("Kubernetes: there is no kubeconfig", "has no log of this pod", "the archive: nothing at"):
