@@ -268,12 +268,33 @@ def claim_workspace(
 ) -> None:
     """Claim a folder that several runs share: each adds to it, and replaces nothing but these links.
 
+    Arguments and errors are those of `check_workspace`.
+    """
+    path = out.expanduser().resolve()
+    is_known = check_workspace(out, step, inputs, links, known_by)
+    _create(out, path)
+    if not is_known:
+        _write_mark(path, _Mark(step=step, inputs=dict(inputs)))
+
+
+def check_workspace(
+    out: Path,
+    step: str,
+    inputs: Mapping[str, str],
+    links: Sequence[str] = (),
+    known_by: Sequence[str] = ("artifacts", "run.log"),
+) -> bool:
+    """Refuse a folder that several runs share if it may not be written, before any work.
+
     Args:
         out: The folder.
         step: What uses the folder.
         inputs: Paths or URIs that are read, by the names of the options.
         links: Names of symbolic links that each run sets again.
         known_by: Names, or patterns of names, that such a folder of 0.1.0 contains.
+
+    Returns:
+        Whether the folder has this step's mark already.
 
     Raises:
         UserError: The folder is an input, overlaps one, cannot be written, or is used by something else.
@@ -293,9 +314,9 @@ def claim_workspace(
     for name in links:
         if os.path.lexists(path / name) and not (path / name).is_symlink():
             raise UserError(f"{path / name}: {step} would replace this with a link to its result; move it away.")
-    _create(out, path)
-    if not is_known:
-        _write_mark(path, _Mark(step=step, inputs=dict(inputs)))
+    for folder in _create(out, path):
+        folder.rmdir()
+    return is_known
 
 
 def _refuse_store(out: str | Path, step: str) -> None:

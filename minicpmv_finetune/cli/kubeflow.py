@@ -18,7 +18,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_file
 from minicpmv_finetune.pipelines import PipelineChoice
 
-from .options import Output
+from .options import Output, not_empty, path_option
 
 if TYPE_CHECKING:
     from minicpmv_finetune.kubeflow.client import Cluster
@@ -57,21 +57,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="Input of the pipeline as name=value; may be repeated.")
 ]
-ParametersFile = Annotated[
-    Path | None, typer.Option("--parameters", help="YAML file of inputs; -p has priority over it.")
-]
+ParametersFile = Annotated[Path | None, path_option("--parameters", "YAML file of inputs; -p has priority over it.")]
 PipelineName = Annotated[PipelineChoice, typer.Option("--pipeline", help="Pipeline to use.")]
 Experiment = Annotated[str, typer.Option(help="Experiment of Kubeflow Pipelines.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Id or name of the run.")]
 ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the schedule.")]
-SchedulesFile = Annotated[
-    Path, typer.Option("--file", "-f", help="YAML file of schedules; see docs/kubeflow-schedule.md.")
-]
+SchedulesFile = Annotated[Path, path_option("--file", "YAML file of schedules; see docs/kubeflow-schedule.md.", "-f")]
 
 
 @app.command(rich_help_panel=PANEL)
 def compile(
-    output: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("build/minicpmv-finetune.yaml"),
+    output: Annotated[
+        Path, typer.Argument(parser=not_empty("OUTPUT"), metavar="OUTPUT", help="YAML file to write.")
+    ] = Path("build/minicpmv-finetune.yaml"),
     partitions: Annotated[
         int, typer.Option(min=1, help="Number of pods that share preprocess; a profile of your own contains it.")
     ] = 1,
@@ -434,7 +432,7 @@ def delete_schedules(
     profile: ProfileName = "",
     namespace: Namespace = "",
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the schedule.")] = "",
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Delete the schedules in this file.")] = None,
+    file: Annotated[Path | None, path_option("--file", "Delete the schedules in this file.", "-f")] = None,
     dry_run: DryRun = False,
     output: OutputFormat = "text",
 ) -> None:

@@ -1,15 +1,16 @@
 """The commands that run on this machine: the demonstration, both pipelines, the estimate, and a question to a model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
-from minicpmv_finetune.outputs import claim_workspace
+from minicpmv_finetune.outputs import check_workspace, claim_workspace
 from minicpmv_finetune.pipelines.run_folder import LINKS
 
-from .options import Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
+from .options import First, Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
 
 PANEL = "Run here"
 app = typer.Typer()
@@ -33,39 +34,48 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
+    claim_workspace(out, "demo", {}, tuple(LINKS))
     from minicpmv_finetune.pipelines.demo import run_demo
 
-    claim_workspace(out, "demo", {}, tuple(LINKS))
     run_demo(out, seed, fresh)
 
 
+def _check_place(step: str) -> First:
+    """A function that refuses OUT before the checks of the inputs, which take longer."""
+
+    def check(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        check_workspace(options["out"], step, _places(inputs), tuple(LINKS))
+
+    return check
+
+
 @app.command(rich_help_panel=PANEL)
-@with_inputs(FINETUNE_INPUTS, check=check_whole_run)
+@with_inputs(FINETUNE_INPUTS, check=check_whole_run, first=_check_place("run"))
 def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess", fresh: Fresh = False) -> None:
     """Run the whole pipeline on this machine, from data to an evaluated, merged model.
 
     The defaults train LoRA adapters, as in a pipeline on Kubeflow; `train` alone has those of the published script.
     """
+    given = _with_absolute_paths(inputs)
+    claim_workspace(out, "run", _places(given), tuple(LINKS))
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.summary import print_summary
 
-    given = _with_absolute_paths(inputs)
-    claim_workspace(out, "run", _places(given), tuple(LINKS))
     print_summary(run_pipeline(out, given, runner, fresh=fresh), out)
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(RETRAIN_INPUTS, check=check_whole_run)
+@with_inputs(RETRAIN_INPUTS, check=check_whole_run, first=_check_place("retrain"))
 def retrain(
     inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess", fresh: Fresh = False
 ) -> None:
     """Run the pipeline for schedules on this machine: train if there is new data, and promote a better model."""
+    given = _with_absolute_paths(inputs)
+    claim_workspace(out, "retrain", _places(given), tuple(LINKS))
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.retraining import RETRAIN
     from minicpmv_finetune.pipelines.summary import print_reports
 
-    given = _with_absolute_paths(inputs)
-    claim_workspace(out, "retrain", _places(given), tuple(LINKS))
     run_pipeline(out, given, runner, RETRAIN, fresh)
     print_reports(out)
 
@@ -81,7 +91,7 @@ def retrain(
 def plan(
     inputs: Inputs,
     eval_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the images held out when there is no evaluation data.")
+        float, typer.Option(help="Share of the images held out when there is no evaluation data.")
     ] = 0.1,
     exif_transpose: Annotated[bool, typer.Option(help="Rotate images by their EXIF orientation.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="Number of GPUs to train on.")] = 1,
@@ -89,6 +99,9 @@ def plan(
     output: Annotated[Literal["table", "json"], typer.Option(help="Tables, or JSON for a program.")] = "table",
 ) -> None:
     """Estimate the cost of a run before a GPU is requested: samples, tokens, shards, memory, steps."""
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings
+
+    ValidationSettings(eval_fraction=eval_fraction)
     from minicpmv_finetune.estimate.cost import Recipe
     from minicpmv_finetune.estimate.plan import estimate_run, print_estimate
 

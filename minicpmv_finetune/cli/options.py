@@ -15,13 +15,45 @@ from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 Output = Literal["text", "json"]
 Inputs = Mapping[str, Any]
 """The parameter of a command that `with_inputs` turns into options."""
-Out = Annotated[Path, typer.Option(help="Folder that receives the result.")]
+
+
+def not_empty(name: str, kind: Callable[[str], Any] = Path) -> Any:
+    """What typer calls with the text of a path; an empty one would be the working directory.
+
+    Args:
+        name: Name of the option or argument, for the error message.
+        kind: Function that makes the value of the text.
+    """
+
+    def parse(text: str | Path) -> Any:
+        if not str(text):
+            raise UserError(f"{name}: empty; give a path.")
+        return kind(str(text))
+
+    return parse
+
+
+def path_option(name: str, help: str, *more: str, kind: Callable[[str], Any] = Path, **settings: Any) -> Any:
+    """An option for a path.
+
+    Args:
+        name: Name of the option.
+        help: Meaning of the option.
+        *more: Further names.
+        kind: Function that makes the value of the text.
+        **settings: Further arguments of `typer.Option`.
+    """
+    return typer.Option(name, *more, help=help, parser=not_empty(name, kind), metavar="PATH", **settings)
+
+
+Out = Annotated[Path, path_option("--out", "Folder that receives the result.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")]
 Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (MLFLOW_TRACKING_URI).")]
 DEFAULT_MODEL: str = INPUTS["registered_model"].default
 
 
 Check = Callable[[Sequence[Input], Mapping[str, Any]], dict[str, Any]]
+First = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 
 
 def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +64,7 @@ def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[s
 
 
 def with_inputs(
-    inputs: Iterable[Input], required: Iterable[str] = (), check: Check = check_inputs
+    inputs: Iterable[Input], required: Iterable[str] = (), check: Check = check_inputs, first: First | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of these inputs in place of its parameter `inputs`.
 
@@ -42,6 +74,7 @@ def with_inputs(
         inputs: Rows of the table.
         required: Names of inputs whose default does not apply to this command.
         check: Function that checks the values of the inputs and returns them in their types.
+        first: Function of the given inputs and the command's own options that is called before `check`.
     """
     rows = tuple(inputs)
     needed = set(required)
@@ -50,6 +83,8 @@ def with_inputs(
         @wraps(command)
         def checked(**options: Any) -> None:
             given = {row.name: options.pop(row.name) for row in rows}
+            if first:
+                first(given, options)
             command(inputs={**given, **check(rows, _from_json(rows, given))}, **options)
 
         parameters = []

@@ -8,7 +8,7 @@ import typer
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
 from minicpmv_finetune.outputs import check_folder, check_object_folder, claimed_folder, folder_beside
 
-from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, read_json_object, with_inputs
+from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, not_empty, path_option, read_json_object, with_inputs
 
 PANEL = "One step"
 app = typer.Typer()
@@ -19,13 +19,15 @@ def import_data(
     source: Annotated[
         str,
         typer.Argument(
+            parser=not_empty("SOURCE", str),
+            metavar="SOURCE",
             help="JSON or JSON Lines of LLaVA, LLaMA-Factory, ms-swift, TRL or OpenAI, or a folder of Hugging Face "
-            "datasets; local or s3://."
+            "datasets; local or s3://.",
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option(help="JSON Lines file that receives the samples; extracted images are written beside it."),
+        path_option("--out", "JSON Lines file that receives the samples; extracted images are written beside it."),
     ],
     images: Annotated[
         str,
@@ -56,6 +58,7 @@ def validate_data(
     ] = False,
 ) -> None:
     """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT contain the findings."""
+    check_folder(out, "validate-data", {"--data": inputs["data_uri"], "--eval-data": inputs["eval_data_uri"]})
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings
     from minicpmv_finetune.components.validate_data.validate import validate_data as step
 
@@ -69,7 +72,7 @@ def validate_data(
 @with_inputs(rows("base_model_uri max_slice_nums model_max_length max_reject_ratio"), required=["base_model_uri"])
 def preprocess(
     inputs: Inputs,
-    dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
+    dataset: Annotated[Path, path_option("--dataset", "Folder that validate-data wrote.")],
     out: Out,
     picture_codec: Annotated[
         str, typer.Option(help="Format of stored images: source, raw, webp-lossless or png; all keep every pixel.")
@@ -80,11 +83,11 @@ def preprocess(
     num_workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0 means one per core.")] = 0,
 ) -> None:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
+    check_folder(out, "preprocess", {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]})
     from minicpmv_finetune.inputs.checks import check_base_model
     from minicpmv_finetune.shards.codecs import check_codec
 
     codec = check_codec(picture_codec)
-    check_folder(out, "preprocess", {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]})
     check_base_model("--base-model", inputs["base_model_uri"])
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
@@ -132,20 +135,21 @@ def train(context: typer.Context) -> None:
 @with_inputs(rows("base_model_uri"), required=["base_model_uri"])
 def merge(
     inputs: Inputs,
-    adapter: Annotated[Path, typer.Option(help="Folder that train wrote.")],
+    adapter: Annotated[Path, path_option("--adapter", "Folder that train wrote.")],
     shards: Annotated[
-        Path, typer.Option(help="Folder that preprocess wrote; the parity check uses some of its samples.")
+        Path, path_option("--shards", "Folder that preprocess wrote; the parity check uses some of its samples.")
     ],
     out: Annotated[
         str,
-        typer.Option(help="Folder or s3:// URI that receives the result; a repeated command continues an upload."),
+        path_option(
+            "--out", "Folder or s3:// URI that receives the result; a repeated command continues an upload.", kind=str
+        ),
     ],
 ) -> None:
     """Step 4: merge the adapter into the base model, and check on real samples that the logits agree."""
     import tempfile
 
     from minicpmv_finetune import storage
-    from minicpmv_finetune.inputs.checks import check_base_model
 
     base = inputs["base_model_uri"]
     is_remote = storage.is_object_uri(out)
@@ -155,6 +159,8 @@ def merge(
     else:
         check_object_folder(out, {"--base-model": base})
         storage.check_upload(out, report_uri)
+    from minicpmv_finetune.inputs.checks import check_base_model
+
     check_base_model("--base-model", base)
     from minicpmv_finetune.components.merge.merge import MergeSettings
     from minicpmv_finetune.components.merge.merge import merge as step
@@ -175,8 +181,8 @@ def merge(
 @with_inputs(rows("metric"))
 def evaluate(
     inputs: Inputs,
-    model: Annotated[Path, typer.Option(help="Folder that merge wrote.")],
-    dataset: Annotated[Path, typer.Option(help="Folder that validate-data wrote.")],
+    model: Annotated[Path, path_option("--model", "Folder that merge wrote.")],
+    dataset: Annotated[Path, path_option("--dataset", "Folder that validate-data wrote.")],
     out: Out,
     base_model: Annotated[
         str, typer.Option("--base-model", help="Model to compare with; empty evaluates the merged model alone.")
@@ -189,12 +195,12 @@ def evaluate(
     ] = "{}",
 ) -> None:
     """Step 5: answer the held-out samples with base, champion and merged model; OUT receives answers and report."""
+    compared = {"--model": str(model), "--dataset": str(dataset), "--base-model": base_model, "--champion": champion}
+    check_folder(out, "evaluate", compared)
     from minicpmv_finetune.components.evaluate.settings import settings_from
 
     options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
-    compared = {"--model": str(model), "--dataset": str(dataset), "--base-model": base_model, "--champion": champion}
-    check_folder(out, "evaluate", compared)
     from minicpmv_finetune.inputs.checks import check_base_model
 
     for option, uri in (("--model", str(model)), ("--base-model", base_model), ("--champion", champion)):
@@ -213,7 +219,7 @@ def evaluate(
 def register(
     promotion_record: Annotated[
         Path,
-        typer.Option("--promotion-record", "--verdict", help="Promotion record that evaluate wrote in a pipeline."),
+        path_option("--promotion-record", "Promotion record that evaluate wrote in a pipeline.", "--verdict"),
     ],
     model: Model = DEFAULT_MODEL,
 ) -> None:

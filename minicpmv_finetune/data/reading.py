@@ -83,6 +83,17 @@ class Record:
     length: int = 0
 
 
+def require_data_file(uri: str) -> None:
+    """Refuse a folder in place of a data file; whether the file is there is not checked.
+
+    Raises:
+        UserError: The URI names a folder, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    if storage.is_folder(uri):
+        raise UserError(f"{uri}: is a folder; name its data files, such as '{storage.join(uri, '*.jsonl')}'.")
+
+
 def local_copy(uri: str) -> Path:
     """A data file on this machine, because no store keeps a stream open while images are checked for hours.
 
@@ -90,8 +101,7 @@ def local_copy(uri: str) -> Path:
         UserError: There is no file at the URI, or access is denied.
         RetryableError: The store does not answer.
     """
-    if storage.is_folder(uri):
-        raise UserError(f"{uri}: is a folder; name its data files, such as '{storage.join(uri, '*.jsonl')}'.")
+    require_data_file(uri)
     if storage.is_object_uri(uri):
         return storage.fetch(uri)
     with storage.open_stream(uri):  # raises if the file cannot be read

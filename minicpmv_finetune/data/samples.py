@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 
 from . import image_files
@@ -153,6 +154,7 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
     Raises:
         UserError: There is no such document, it is damaged, or its schema is newer than this program.
     """
+    storage.require_no_file(str(path.parent))
     if not path.is_file():
         raise UserError(f"{path.parent}: no {path.name} here, so {made_by} has not finished; run it first.")
     try:

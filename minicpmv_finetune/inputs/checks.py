@@ -6,24 +6,30 @@ and one error names all mistakes. The steps check again what they get.
 """
 
 import json
+import os
 import re
 import sys
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.evaluate.metrics import METRICS, check_metrics, expected_answers
 from minicpmv_finetune.components.evaluate.settings import settings_from as evaluation_settings
+from minicpmv_finetune.components.train.checkpoints import seal_of
 from minicpmv_finetune.components.train.flags import (
     as_flags,
     find_contradictions,
     find_mistakes,
+    find_unfit_flags,
     pop_num_nodes,
     read_flags,
     replace_removed_flags,
@@ -32,11 +38,12 @@ from minicpmv_finetune.components.train.flags import (
 from minicpmv_finetune.components.validate_data.validate import settings_from as validation_settings
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import InspectedImage, check_record
-from minicpmv_finetune.data.reading import Record, local_copy, read_records
+from minicpmv_finetune.data.reading import Record, local_copy, read_records, require_data_file
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
-from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of
+from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of, parse_json
 from minicpmv_finetune.options import raise_mistakes
+from minicpmv_finetune.outputs import check_folder
 from minicpmv_finetune.shards.format import read_manifest
 
 from .table import FINETUNE_INPUTS, INPUTS, Input, defaults, read_inputs
@@ -47,6 +54,8 @@ ROWS = 1000
 """Samples at the beginning of the data that are checked, without decoding their images."""
 _CHARACTERS = 1 << 25  # of these samples, because a sample may contain its images itself
 _LOOK_UP_SECONDS = 8  # for a store or the hub to answer
+_CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")
+_INPUT_FLAGS = ("model_name_or_path", "data_path", "eval_data_path", "lora_weight_path", "resume_from_checkpoint")
 _SET_BY_THE_PIPELINE = {
     "model_name_or_path": "base_model_uri",
     "data_path": "data_uri",
@@ -71,13 +80,15 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool
     """
     checked, mistakes = read_inputs(inputs, given)
     run = {**defaults(FINETUNE_INPUTS), **defaults(inputs), **checked}
-    mistakes += _flag_mistakes(run, runs_here)
+    flags, flag_mistakes = _read_training_flags(run, runs_here)
+    mistakes += flag_mistakes
     mistakes += _option_mistakes(run)
     if "start_from" in run and not run["registered_model"]:
         mistakes.append("registered_model: empty, so there is no champion to compare with; give a name.")
     # A default that is used in place of a wrong value is not looked up.
     looked_up = {item.name for item in inputs} - (set(given) - set(checked))
-    mistakes += _place_mistakes([place for place in _places(run) if place.name in looked_up], runs_here)
+    places = [place for place in _places(run, flags) if place.name in looked_up]
+    mistakes += _place_mistakes([*places, *_flag_places(flags, "training_flags: ")], runs_here)
     raise_mistakes(mistakes)
     return checked
 
@@ -112,9 +123,12 @@ def check_training(argv: Sequence[str]) -> None:
         UserError: Flags, the base model or the data cannot be used; all mistakes at once.
     """
     _, values, mistakes = read_flags(argv)
-    places = []
+    places = _flag_places(values, "--")
+    if out := values.get("output_dir"):
+        inputs = {f"--{name}": str(values.get(name) or "") for name in _INPUT_FLAGS}
+        mistakes += _noted("--output_dir", lambda: check_folder(out, "train", inputs))
     if model := values.get("model_name_or_path"):
-        places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model)))
+        places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model, values), True))
     if data := values.get("data_path"):
         is_raw = data.endswith((".json", ".jsonl"))
         check_data: Callable[[str], object] = _read_data if is_raw else _check_shards
@@ -130,11 +144,14 @@ def check_base_model(option: str, uri: str) -> None:
     Raises:
         UserError: It is not.
     """
-    raise_mistakes(_place_mistakes([_Place(option, uri, lambda: _check_kind(uri))], runs_here=True))
+    raise_mistakes(_place_mistakes([_Place(option, uri, lambda: _check_kind(uri), True)], runs_here=True))
 
 
-def _flag_mistakes(run: Mapping[str, Any], runs_here: bool) -> list[str]:
-    """What is wrong with the training flags of a run, alone and together with its inputs."""
+def _read_training_flags(run: Mapping[str, Any], runs_here: bool) -> tuple[dict[str, Any], list[str]]:
+    """The training flags of a run by name as far as they are accepted, and what is wrong with them.
+
+    They are checked alone and together with the inputs of the run.
+    """
     given = dict(run["training_flags"])
     mistakes = _noted("", lambda: pop_num_nodes(given))
     values: dict[str, Any] = {}
@@ -151,7 +168,7 @@ def _flag_mistakes(run: Mapping[str, Any], runs_here: bool) -> list[str]:
             own = _SET_BY_THE_PIPELINE[name]
             instead = f"give the input {own} instead" if own else "leave it out"
             mistakes.append(f"training_flags: {name}: the pipeline sets this flag itself; {instead}.")
-    return mistakes + find_contradictions({**run, **values}, runs_here)
+    return values, mistakes + find_contradictions({**run, **values}, runs_here)
 
 
 def _option_mistakes(run: Mapping[str, Any]) -> list[str]:
@@ -171,25 +188,27 @@ class _Place:
         name: Name of the input, for messages.
         uri: The path or URI.
         check: Function that looks it up, and raises one of the two errors.
+        may_be_on_hub: Whether a name that is no path may be that of a model on the hub.
     """
 
     name: str
     uri: str
     check: Callable[[], object]
+    may_be_on_hub: bool = False
 
     @property
     def is_remote(self) -> bool:
         """Whether a store or the hub must answer."""
         is_path = self.uri.startswith((".", "/", "~")) or Path(self.uri).exists()
-        return "://" in self.uri or not (is_path or self.uri.endswith((".json", ".jsonl")))
+        return "://" in self.uri or (self.may_be_on_hub and not is_path)
 
 
-def _places(run: Mapping[str, Any]) -> list[_Place]:
-    """The base model and the data of a run."""
+def _places(run: Mapping[str, Any], flags: Mapping[str, Any]) -> list[_Place]:
+    """The base model, which must fit the training flags, and the data of a run."""
     base, data, evaluation = (run.get(name, "") for name in ("base_model_uri", "data_uri", "eval_data_uri"))
     metric = run["evaluation_options"].get("metric", run["metric"])
     default_metric = metric if metric in METRICS else "exact_match"
-    places = [_Place("base_model_uri", base, lambda: _check_kind(base))]
+    places = [_Place("base_model_uri", base, lambda: _check_kind(base, {**run, **flags}), True)]
     if data:
         read: Callable[[str], object] = (
             _read_data if evaluation else partial(_check_scored_data, default_metric=default_metric)
@@ -198,6 +217,19 @@ def _places(run: Mapping[str, Any]) -> list[_Place]:
     if evaluation:
         places.append(_Place("eval_data_uri", evaluation, lambda: _check_scored_data(evaluation, default_metric)))
     return places
+
+
+def _flag_places(values: Mapping[str, Any], before: str) -> list[_Place]:
+    """The files and folders that training flags name beside base model and data.
+
+    Args:
+        values: Values of flags by name.
+        before: What a message writes before the flag's name.
+    """
+    checks: dict[str, Callable[[str], object]] = dict.fromkeys(_CONFIGURATIONS, _check_configuration)
+    checks |= {"lora_weight_path": _check_adapter, "resume_from_checkpoint": _check_checkpoint}
+    found = {name: values[name] for name in checks if isinstance(values.get(name), str) and values[name]}
+    return [_Place(f"{before}{name}", value, partial(checks[name], value)) for name, value in found.items()]
 
 
 def _place_mistakes(places: Sequence[_Place], runs_here: bool) -> list[str]:
@@ -242,18 +274,43 @@ class _LookUp(threading.Thread):
             raise self._raised
 
 
-def _check_kind(uri: str) -> None:
-    """Check that a base model is of a supported kind, by its config.json."""
+def _check_kind(uri: str, flags: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Check that a base model is of a supported kind, by its config.json, and can honor the training flags."""
+    if not uri:
+        raise UserError("empty; give a checkpoint's folder, an s3:// URI or a hub id.")
     path = Path(uri).expanduser()
     if "://" not in uri and path.is_dir():
-        detect_generation(path)
-        return
-    place = f"{uri}/config.json"
+        generation = detect_generation(path)
+    else:
+        place = f"{uri}/config.json"
+        generation = generation_of(parse_json(storage.read_model_file(uri, "config.json"), place), place)
+    raise_mistakes(find_unfit_flags(flags, generation))
+
+
+def _check_configuration(path: str) -> None:
+    """Check that a file of settings, can be read; the text may also be such a file in Base64."""
+    if not os.path.exists(path):  # noqa: PTH110 - a long text is no path, and Path.exists would fail
+        with suppress(ValueError):
+            json.loads(b64decode(path, altchars=b"-_", validate=True))
+            return
     try:
-        config = json.loads(storage.read_model_file(uri, "config.json"))
+        is_object = isinstance(json.loads(storage.read_bytes(path)), dict)
     except ValueError as error:
-        raise UserError(f"{place}: not valid JSON ({error}); the checkpoint is damaged.") from error
-    generation_of(config if isinstance(config, dict) else {}, place)
+        raise UserError(f"{path}: not valid JSON ({error}); correct it.") from error
+    if not is_object:
+        raise UserError(f"{path}: not a JSON object; write settings by name.")
+
+
+def _check_adapter(uri: str) -> None:
+    """Check that there is an adapter."""
+    storage.require_no_file(uri)
+    storage.size(storage.join(uri, "adapter_config.json"))
+
+
+def _check_checkpoint(address: str) -> None:
+    """Check that there is a checkpoint to resume from; `true` and `false` name none."""
+    if address.lower() not in ("true", "false"):
+        seal_of(address, address)
 
 
 def _check_shards(uri: str) -> None:
@@ -286,7 +343,9 @@ def _read_data(pattern: str) -> list[Sample]:
     """
     storage.require_allowed(pattern)
     if storage.is_object_uri(pattern):
-        storage.size(storage.expand(pattern)[0])
+        first = storage.expand(pattern)[0]
+        require_data_file(first)
+        storage.size(first)
         return []
     accepted, rejected = [], []
     for record in _first_records(storage.expand(pattern)):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError, describe_validation_error
 
 from .checkpoint import load_model
@@ -58,6 +59,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     from peft import LoraConfig
 
+    storage.require_no_file(str(folder))
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise UserError(

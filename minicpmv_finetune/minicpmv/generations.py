@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.data.image_files import Transparency
 from minicpmv_finetune.errors import UserError, describe_validation_error
 
@@ -308,14 +309,30 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing or damaged.
     """
+    storage.require_no_file(str(path.parent))
     try:
-        document = json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{path.parent}: there is no {path.name}, so this is not a checkpoint; give its folder."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, fetch it again.") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, place: str) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Args:
+        content: Content of the file.
+        place: Where the file is, for the error message.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error}); the checkpoint is damaged, fetch it again.") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: not a JSON object; the checkpoint is damaged, fetch it again.")
+        raise UserError(f"{place}: not a JSON object; the checkpoint is damaged, fetch it again.")
     return document

@@ -13,7 +13,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 
 from . import s3
 from .failures import explain_failures, fail_missing
-from .files import read_bytes
+from .files import read_bytes, require_no_file
 from .transfers import FILES_AT_ONCE
 from .uris import is_object_uri, join, local_path, split_object_uri
 
@@ -133,6 +133,7 @@ def read_model_file(uri: str, name: str, cache_dir: Path | None = None) -> bytes
         RetryableError: The store does not answer.
     """
     if is_object_uri(uri):
+        require_no_file(uri)
         return read_bytes(join(uri, name))
     if reference := hub_reference(uri):
         repo, revision = reference
@@ -144,6 +145,7 @@ def read_model_file(uri: str, name: str, cache_dir: Path | None = None) -> bytes
                 found = hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, etag_timeout=5)
             return Path(found).read_bytes()
     path = local_path(uri)
+    require_no_file(uri)
     if path.is_dir() and not (path / name).exists():
         raise UserError(f"{uri}: there is no {name}, so this is not a checkpoint; give its folder.")
     return read_bytes(str(path / name)) if path.is_dir() else fail_missing(uri)

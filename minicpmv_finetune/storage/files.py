@@ -14,7 +14,7 @@ from minicpmv_finetune.errors import UserError
 
 from . import s3
 from .failures import explain_failures
-from .uris import is_object_uri, local_path, shorten, split_object_uri
+from .uris import is_object_uri, local_path, parent, shorten, split_object_uri
 
 
 class StoredFile(NamedTuple):
@@ -179,6 +179,23 @@ def is_folder(uri: str) -> bool:
         below = f"{key.rstrip('/')}/"
         is_file = first is not None and first["Key"] == key and key != below
         return not is_file and next(s3.list_objects(bucket, below), None) is not None
+
+
+def require_no_file(uri: str) -> None:
+    """Refuse a file where a folder is needed; whether there is a folder is not checked.
+
+    Raises:
+        UserError: The URI names a file, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    with explain_failures(uri):
+        if is_object_uri(uri):
+            bucket, key = split_object_uri(uri)
+            is_file = bool(key) and next((item["Key"] == key for item in s3.list_objects(bucket, key)), False)
+        else:
+            is_file = local_path(uri).is_file()
+    if is_file and not uri.endswith("/"):
+        raise UserError(f"{shorten(uri)}: is a file, but a folder is needed; give {shorten(parent(uri))}.")
 
 
 def list_files(uri: str) -> dict[str, int]:

@@ -1,13 +1,15 @@
 """Options and help texts of the commands."""
 
+import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from minicpmv_finetune.cli import kubeflow, local, models, steps
 from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs import checks
@@ -56,14 +58,58 @@ def test_every_command_and_option_has_help(name: str) -> None:
         (["validate-data", "--data", "d.json", "--out", "o", "--max-reject-ratio", "5"], "give at most 1"),
         (["run", "--data", "d.json", "--training-flags", "[]"], "--training-flags: must be a JSON object"),
         (["run", "--data", "d.json", "--data-options", "{"], "--data-options: invalid JSON"),
+        (["plan", "--data", "d.json", "--eval-fraction", "1"], "eval_fraction: 1.0 is not accepted; give less than 1."),
     ],
 )
 def test_a_mistake_is_reported_before_any_work(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checks, "_check_kind", lambda uri: None)  # the default is on the hub
+    monkeypatch.setattr(checks, "_check_kind", lambda *arguments: None)  # the default is on the hub
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, UserError)
     assert sentence in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name, command in COMMANDS.items()
+        for option in command.params
+        if "PATH" in str(option.metavar) or option.name in ("out", "source")
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_an_empty_path_is_not_the_working_directory(
+    name: str, option: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    others = [other for other in COMMANDS[name].params if other.required and other is not option]
+    words = name.split()
+    for other in (*others, option):
+        is_argument = other.param_type_name == "argument"
+        words += [*([] if is_argument else other.opts[:1]), "" if other is option else "x"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, UserError), done.output
+    assert str(done.exception) == f"{'SOURCE' if option.name == 'source' else option.opts[0]}: empty; give a path."
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_path_is_refused_if_it_is_empty() -> None:
+    for group in (kubeflow, local, models, steps):
+        for command in group.app.registered_commands:
+            for name, annotated in inspect.get_annotations(cast("Any", command.callback)).items():
+                kind, *more = get_args(annotated) or (annotated,)
+                if kind is Path or Path in get_args(kind):
+                    assert more[0].parser, f"{command.callback}: {name} must be a path_option"
+
+
+def test_a_place_is_refused_before_the_inputs_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "check_run", lambda *arguments: pytest.fail("checked the inputs first"))
+    (tmp_path / "notes.txt").write_text("mine")
+    for command in ("run", "retrain"):
+        done = CliRunner().invoke(app, [command, "--data", "d.json", "--out", str(tmp_path)])
+        assert isinstance(done.exception, UserError)
+        assert "did not write" in str(done.exception)

@@ -1,5 +1,6 @@
 """The checks of a whole run before its first step."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -93,12 +94,33 @@ def test_a_run_without_mistakes_is_accepted(given: dict[str, Any]) -> None:
         ({"data_uri": "nowhere.json"}, "data_uri: nowhere.json: not found"),
         ({"eval_data_uri": "nowhere.json"}, "eval_data_uri: nowhere.json: not found"),
         ({"base_model_uri": "/nowhere"}, "base_model_uri: /nowhere: not found"),
+        ({"base_model_uri": ""}, "base_model_uri: empty; give a checkpoint's folder"),
+        ({"training_flags": {"deepspeed": "nowhere.json"}}, "training_flags: deepspeed: nowhere.json: not found"),
+        ({"training_flags": {"fsdp_config": "no.json"}}, "training_flags: fsdp_config: no.json: not found"),
+        ({"training_flags": {"lora_weight_path": "/no"}}, "lora_weight_path: /no/adapter_config.json: not found"),
+        ({"training_flags": {"resume_from_checkpoint": "/no"}}, "resume_from_checkpoint: /no: there is no such local"),
+        ({"training_flags": {"llm_type": "minicpm"}}, "contradicts the checkpoint: MiniCPM-V 4.6 uses qwen"),
+        ({"training_flags": {"lora_layer_replication": "0:2,1:3"}}, "mixes linear and full attention"),
+        ({"training_flags": {"report_to": "wandbb"}}, "--report_to wandbb: unknown; did you mean wandb?"),
     ],
 )
 def test_a_mistake_is_found_before_the_run(given: dict[str, Any], more: dict[str, Any], sentence: str) -> None:
     mistakes = _mistakes(given, **more)
     assert len(mistakes) == 1
     assert sentence in mistakes[0]
+
+
+def test_files_and_folders_that_training_flags_name_are_accepted_if_they_are_there(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "adapter_config.json").write_text("{}")
+    flags = {"deepspeed": str(tmp_path / "zero.json"), "lora_weight_path": str(tmp_path)}
+    check_run(FINETUNE_INPUTS, {**given, "training_flags": {**flags, "resume_from_checkpoint": "True"}})
+    as_text = base64.b64encode(b'{"zero_optimization": {"stage": 2}}').decode()
+    check_run(FINETUNE_INPUTS, {**given, "training_flags": {"deepspeed": as_text}})
+    (tmp_path / "zero.json").write_text("{")
+    assert "zero.json: not valid JSON" in _mistakes(given, training_flags=flags)[0]
 
 
 def test_the_mistakes_of_every_source_are_named_at_once(given: dict[str, Any]) -> None:
@@ -165,6 +187,13 @@ def test_only_the_beginning_of_the_data_is_read(given: dict[str, Any], monkeypat
     check_run(FINETUNE_INPUTS, given)
 
 
+@pytest.mark.parametrize("key", ["", "/data", "/data/"])
+def test_a_folder_in_a_store_is_no_data(given: dict[str, Any], key: str, s3_uri: str) -> None:
+    storage.write_bytes(f"{s3_uri}/data/a.jsonl", b"{}")
+    (mistake,) = _mistakes(given, data_uri=f"{s3_uri}{key}")
+    assert f"data_uri: {s3_uri}{key}: is a folder; name its data files, such as" in mistake
+
+
 def test_what_a_store_does_not_answer_is_only_a_warning(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +209,7 @@ def test_look_ups_have_a_time_limit_together(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checks, "_LOOK_UP_SECONDS", 0.01)
-    for name in ("size", "read_model_file"):
+    for name in ("is_folder", "read_model_file"):
         monkeypatch.setattr(storage, name, lambda *arguments: threading.Event().wait())
     there = {"data_uri": "s3://bucket/train.json", "base_model_uri": "owner/name"}
     assert check_run(FINETUNE_INPUTS, there) == there
@@ -196,7 +225,7 @@ def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
     def refuse(uri: str) -> int:
         raise AccessError(f"{uri}: access denied") if "closed" in uri else UserError(f"{uri}: not found")
 
-    monkeypatch.setattr(storage, "size", refuse)
+    monkeypatch.setattr(storage, "is_folder", refuse)
     with pytest.raises(MistakesError) as caught:
         check_run(
             FINETUNE_INPUTS,
@@ -215,13 +244,22 @@ def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
         ("--data_path {data} --model_name_or_path /nowhere", "--model_name_or_path: /nowhere: not found"),
         ("--data_path {data} --eval_data_path nowhere.json", "--eval_data_path: nowhere.json: not found"),
         ("--data_path {data} --lora_r 0", "--lora_r: 0 is not accepted"),
+        ("--data_path {data} --deepspeed nowhere.json", "--deepspeed: nowhere.json: not found"),
+        ("--data_path {data} --llm_type llama3", "--llm_type llama3 contradicts the checkpoint"),
+        ("--data_path {data} --output_dir {data}", "--output_dir: {data}: is also the input --data_path"),
+        ("--data_path {data} --output_dir ", "--output_dir: empty; give a path."),
+        (
+            "--data_path {data} --model_name_or_path {base}/config.json",
+            "is a file, but a folder is needed; give {base}",
+        ),
     ],
 )
 def test_a_training_is_checked_before_it_starts(given: dict[str, Any], words: str, sentence: str) -> None:
-    argv = ["--model_name_or_path", given["base_model_uri"], *words.format(data=given["data_uri"]).split()]
+    places = {"data": given["data_uri"], "base": given["base_model_uri"]}
+    argv = ["--model_name_or_path", given["base_model_uri"], *words.format(**places).split(" ")]
     with pytest.raises(UserError) as caught:
         check_training(argv)
-    assert sentence in str(caught.value)
+    assert sentence.format(**places) in str(caught.value)
 
 
 def test_the_choices_of_the_metric_are_the_metrics() -> None:

@@ -380,15 +380,15 @@ def _installed_integrations(names: Iterable[str], announce: Callable[[str], None
     The published launch scripts name tensorboard, so without its package this one is left out, with a sentence.
 
     Raises:
-        UserError: Another one is unknown or not installed.
+        UserError: Another one is not set up.
     """
     available = get_available_reporting_integrations()
     missing = [name for name in names if name not in available]
     for name in missing:
         if name != "tensorboard":
             raise UserError(
-                f"--report_to {name}: unknown, or its package is not installed; leave the flag out, because "
-                "metrics go to MLflow and the report, or install the package."
+                f"--report_to {name}: is not set up here; leave the flag out, because metrics go to MLflow and the "
+                "report."
             )
         announce("--report_to tensorboard: its package is not installed; metrics go to MLflow and the report.")
     return [name for name in names if name not in missing]

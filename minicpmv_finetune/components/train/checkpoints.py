@@ -139,19 +139,7 @@ class Checkpoints:
                 newer program.
         """
         place = f"--resume_from_checkpoint {address}"
-        checkpoint = Path(address).resolve()
-        if not checkpoint.is_dir():
-            raise UserError(
-                f"{place}: there is no such local folder; leave the flag out to resume from the newest checkpoint."
-            )
-        number = checkpoint.name.removeprefix("checkpoint-")
-        seal = _read_seal_at(str(checkpoint.parent), int(number)) if number.isdigit() else None
-        if seal is None:
-            raise UserError(
-                f"{place}: not a complete checkpoint of a training, because {checkpoint.name}.json is not beside it; "
-                "give a checkpoint-N folder with its checkpoint-N.json, or continue a finished adapter by "
-                "--lora_weight_path."
-            )
+        checkpoint, seal = Path(address).resolve(), seal_of(address, place)
         self._require_readable(seal, place)
         if seal.training != self.training:
             raise UserError(
@@ -243,6 +231,31 @@ class Checkpoints:
             return False
         storage.write_bytes(str(_seal_path(self.folder / name)), seal.model_dump_json(indent=1).encode())
         return True
+
+
+def seal_of(address: str, place: str) -> Seal:
+    """The seal of a checkpoint that the user named.
+
+    Args:
+        address: Path of the checkpoint's folder.
+        place: What the error message begins with.
+
+    Raises:
+        UserError: There is no such folder, or no seal beside it.
+    """
+    checkpoint = Path(address).resolve()
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"{place}: there is no such local folder; leave the flag out to resume from the newest checkpoint."
+        )
+    number = checkpoint.name.removeprefix("checkpoint-")
+    seal = _read_seal_at(str(checkpoint.parent), int(number)) if number.isdigit() else None
+    if seal is None:
+        raise UserError(
+            f"{place}: not a complete checkpoint of a training, because {checkpoint.name}.json is not beside it; give "
+            "a checkpoint-N folder with its checkpoint-N.json, or continue a finished adapter by --lora_weight_path."
+        )
+    return seal
 
 
 def _seal_path(checkpoint: Path) -> Path:

@@ -16,8 +16,10 @@ from typing import Any, Literal
 import yaml
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes
 
+_NEVER_EMPTY = ("model_name_or_path", "data_path", "output_dir")  # "" would be the working directory
 TABLE_PATH = Path(__file__).with_name("flags.json")
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _COUNT = Accepted(at_least=1, at_most=2**31 - 1)
@@ -108,6 +110,8 @@ class Flag:
             raise UserError(
                 f"--{self.name}: {word!r} is not {kinds.get(self.type, 'a JSON object')}; correct it."
             ) from None
+        if not word and self.name in _NEVER_EMPTY:
+            raise UserError(f"--{self.name}: empty; give a path.")
         accepted = RANGES.get(self.name) or Accepted(self.choices)
         if remedy := accepted.remedy(value):
             raise UserError(f"--{self.name}: {word} is not accepted; {remedy}.")
@@ -250,16 +254,42 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
     return sentences + [f"--{name} {str(value).lower()}: {_REFUSED[name, value]}." for name, value in refused]
 
 
+def find_unfit_flags(values: Mapping[str, Any], generation: Generation) -> list[str]:
+    """A sentence for each flag that a base model of this generation cannot honor.
+
+    Args:
+        values: Values of flags by name.
+        generation: Generation of the base model.
+    """
+    sentences = []
+    llm_type = values.get("llm_type")
+    if llm_type not in {None, "", generation.llm_type, *generation.older_llm_types}:
+        sentences.append(
+            f"--llm_type {llm_type} contradicts the checkpoint: MiniCPM-V {generation.version} uses "
+            f"{generation.llm_type}; leave the flag out or correct it."
+        )
+    if values.get("use_lora") and values.get("lora_layer_replication") and not generation.interchangeable_layers:
+        sentences.append(
+            f"--lora_layer_replication: MiniCPM-V {generation.version} mixes linear and full attention in a fixed "
+            "order, which replicated layers would break; leave the flag out."
+        )
+    return sentences
+
+
 def _missing_packages(values: Mapping[str, Any]) -> list[str]:
     """A sentence for each optimizer or tracker whose package is not installed."""
     optimizer = str(values.get("optim") or "")
     trackers = str(values.get("report_to") or "").replace("[", " ").replace("]", " ").replace(",", " ").split()
     wanted = {f"--optim {optimizer}": package for start, package in _OPTIMIZERS.items() if optimizer.startswith(start)}
     wanted |= {f"--report_to {name}": _TRACKERS[name] for name in trackers if name in _TRACKERS}
+    unknown = [name for name in trackers if name not in (*_TRACKERS, *_ALWAYS_ACCEPTED_TRACKERS)]
     return [
-        f"{flag}: the package {package} is not installed; leave the flag out, or install the package."
-        for flag, package in wanted.items()
-        if find_spec(package) is None
+        *(f"--report_to {name}: unknown; {did_you_mean(name, _TRACKERS)}leave the flag out." for name in unknown),
+        *(
+            f"{flag}: the package {package} is not installed; leave the flag out, or install the package."
+            for flag, package in wanted.items()
+            if find_spec(package) is None
+        ),
     ]
 
 
@@ -281,7 +311,12 @@ _OPTIMIZERS = {
     "schedule_free": "schedulefree",
     "stable_adamw": "optimi",
 }
-_TRACKERS = {name: name for name in ("wandb", "comet_ml", "swanlab", "trackio", "neptune", "clearml", "dvclive")}
+_TRACKERS = {
+    **{name: name for name in ("wandb", "comet_ml", "swanlab", "trackio", "neptune", "clearml", "dvclive", "mlflow")},
+    **{"azure_ml": "azureml", "dagshub": "dagshub", "codecarbon": "codecarbon"},
+}
+# Kubeflow's is built in; without TensorBoard's package, which the published launch scripts name, it is left out.
+_ALWAYS_ACCEPTED_TRACKERS = ("all", "none", "tensorboard", "kubeflow")
 _SCHEDULES = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),

@@ -162,9 +162,14 @@ def _end_stopped(number: signal.Signals, folder: Path) -> NoReturn:
 
 def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
     """Raise the error that the training processes recorded, or end with the exit code of the one that failed."""
-    # A process that was killed is the cause of the others' failures, not their consequence.
-    failures = sorted(failed.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
-    rank, code = failures[0][0], failures[0][1].exitcode
+    # Of the processes that ended first, one that was killed is the cause, and what the others report its consequence.
+    # torchrun kills those that are left, a frozen one half a minute later.
+    first = min(failure.timestamp for failure in failed.failures.values())
+    rank, failure = min(
+        failed.failures.items(),
+        key=lambda item: (item[1].timestamp > first + 1, item[1].exitcode > 0, item[1].timestamp),
+    )
+    code = failure.exitcode
     error, recorded = folder / ERROR_FILE, folder / EXIT_CODE_FILE
     if error.exists() and code > 0:
         is_mistake = recorded.exists() and recorded.read_text() == str(USER_ERROR_EXIT)

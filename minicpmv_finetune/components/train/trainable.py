@@ -14,9 +14,11 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import put_adapter, read_adapter_config, update_layer_types
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
+from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 
 from .arguments import Arguments, LoraArguments
+from .flags import find_unfit_flags
 
 _LANGUAGE_MODEL_PREFIX = re.compile(r"^(\^?)llm\\\.")
 
@@ -36,11 +38,7 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         UserError: The arguments contradict the model.
     """
     training, lora = arguments.training, arguments.lora
-    if training.llm_type not in {None, generation.llm_type, *generation.older_llm_types}:
-        raise UserError(
-            f"--llm_type {training.llm_type} contradicts the checkpoint: MiniCPM-V {generation.version} uses "
-            f"{generation.llm_type}; leave the flag out or correct it."
-        )
+    raise_mistakes(find_unfit_flags({**vars(training), **vars(lora)}, generation))
     if not training.tune_vision:
         model.get_submodule(generation.vision_tower).requires_grad_(False)
     if not training.tune_llm:
@@ -221,14 +219,11 @@ def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments
     prefix = re.escape(generation.language_model).replace("\\", "\\\\") + r"\\."
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched: list[str] = []
-    try:
-        # First as given, for models whose language model is called `llm`; then with this generation's name for it.
-        for candidate in (pattern, _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)):
-            if not matched:
-                pattern = candidate
-                matched = [name for name in layers if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise UserError(f"--lora_target_modules {pattern!r}: not a regular expression ({error}).") from error
+    # First as given, for models whose language model is called `llm`; then with this generation's name for it.
+    for candidate in (pattern, _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)):
+        if not matched:
+            pattern = candidate
+            matched = [name for name in layers if re.fullmatch(pattern, name)]
     if not matched:
         raise UserError(
             f"--lora_target_modules {pattern!r}: matches no linear layer of MiniCPM-V {generation.version}, whose "
@@ -261,11 +256,6 @@ def _layer_replication(
     """The ranges of the language model's layers to stack, parsed from text such as `0:4,2:6`."""
     if not ranges:
         return None
-    if not generation.interchangeable_layers:
-        raise UserError(
-            f"--lora_layer_replication: MiniCPM-V {generation.version} mixes linear and full attention in a fixed "
-            "order, which replicated layers would break; leave the flag out."
-        )
     count = model.config.get_text_config().num_hidden_layers
     pairs = [re.fullmatch(r"\s*(\d+):(\d+)\s*", part) for part in ranges.split(",")]
     stacked = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]

@@ -107,7 +107,7 @@ def test_data_is_required() -> None:
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"typo":1}', "--lr_scheduler_kwargs"),
         ("--report_to wandb", "the package wandb is not installed"),
         ("--lora_target_modules (", "is no regular expression"),
-        ("--report_to typo", "unknown, or"),
+        ("--report_to typo", "report_to typo: unknown; leave"),
         ("--accelerator_config nowhere.json", "nowhere.json"),
         ("--dataloader_multiprocessing_context fork", "--dataloader_num_workers"),
         ("--dataloader_prefetch_factor 2", "dataloader_num_workers"),

@@ -9,13 +9,14 @@ import torch
 from playwright.sync_api import Page
 from safetensors.torch import load_file
 from torch.distributed.elastic.agent.server import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.components.train.launch import _without_useless_restarts, launch
+from minicpmv_finetune.components.train.launch import _fail, _without_useless_restarts, launch
 from minicpmv_finetune.components.train.result import _base_address
-from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.components.train.worker_exit import ERROR_FILE, EXIT_CODE_FILE
+from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.reports.training_record import read_record
@@ -154,6 +155,28 @@ def test_a_mistake_ends_the_script_with_2_and_no_traceback(tiny_46: Path, tmp_pa
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr
+
+
+def _failures(**codes_and_seconds: tuple[int, int]) -> ChildFailedError:
+    """What torchrun raises: the exit code of each process, and the second in which torchrun noticed its end."""
+    failures = {}
+    for rank, (code, seconds) in enumerate(codes_and_seconds.values()):
+        failures[rank] = ProcessFailure(rank, 1, code, "/nowhere")
+        failures[rank].timestamp = seconds
+    return ChildFailedError("train", failures)
+
+
+def test_a_killed_process_is_the_cause_of_what_others_report_in_the_same_moment(tmp_path: Path) -> None:
+    (tmp_path / ERROR_FILE).write_text("The connection was closed.")
+    with pytest.raises(SystemExit) as ended:
+        _fail(_failures(reports=(1, 100), is_killed=(-9, 100)), tmp_path)
+    assert ended.value.code == 137
+
+
+def test_a_frozen_process_that_torchrun_kills_later_is_not_the_cause(tmp_path: Path) -> None:
+    (tmp_path / ERROR_FILE).write_text("Training process 1 made no progress.")
+    with pytest.raises(RetryableError, match="made no progress"):
+        _fail(_failures(watchdog=(75, 100), is_frozen=(-9, 130)), tmp_path)
 
 
 def test_the_record_is_json(adapter: Path) -> None:
