@@ -30,6 +30,7 @@ from .samples import ImageRef, Reject, Sample, SampleError, Turn, content_digest
 MINIATURE_SIDE = 16  # pixels
 _UNNAMED_PLACEHOLDER = "<image>"
 _PLACEHOLDER = re.compile(r"<image>|<image_\d+>")
+_OTHER_MARK = re.compile(r"<(video|audio)>(?!.*</\1>)", re.DOTALL)  # of other formats; with an end tag it is HTML
 _CACHED_IMAGES = 4096
 _REMOTE_READS = 16  # parallel reads of each process: a store answers many requests in the time of one
 
@@ -389,6 +390,12 @@ def _turn(number: int, raw: _RawTurn, text: str, placeholders: dict[str, int]) -
     role = _role(raw.role)
     if raw.loss and role != "assistant":
         raise SampleError("schema", f"turn {number} ({role}) has loss true, but only answers are trained; remove it.")
+    if role != "assistant" and (mark := _OTHER_MARK.search(text)):
+        raise SampleError(
+            "video" if mark[1] == "video" else "unsupported",
+            f"turn {number} ({role}) marks {mark[0]}, which is not supported; give frames of a video as images, and "
+            "write what is said as text.",
+        )
     parts = tuple(_split_at_placeholders(text, placeholders))
     turn = Turn(role=role, parts=parts, loss=raw.loss is not False or role != "assistant")
     has_image = any(isinstance(part, int) for part in turn.parts)

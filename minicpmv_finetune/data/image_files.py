@@ -8,6 +8,7 @@ data is validated.
 
 import base64
 import binascii
+import codecs
 import io
 import posixpath
 import re
@@ -155,7 +156,6 @@ _OTHER_CONTENTS = (
     (0, b"<html", "a web page", "download it again"),
     (0, b"<svg", "an SVG drawing", "convert it to PNG"),
     (0, b"<?xml", "an XML document", "replace it by an image, such as a PNG"),
-    (0, b"{", "text, such as JSON", "download it again"),
     (0, b"%pdf", "a PDF", "convert its pages to PNG"),
     (0, b"%!ps", "PostScript", "convert it to PNG"),
     (0, b"\xc5\xd0\xd3\xc6", "PostScript", "convert it to PNG"),
@@ -171,6 +171,7 @@ _OTHER_CONTENTS = (
     (4, b"ftyp", "a video, or an image in a format of videos", "convert it to JPEG"),
 )
 _BYTES_THAT_TELL = 256
+_CHARACTERS_SHOWN = 60
 _ADDRESS_IN_MEMORY = re.compile(r" object at 0x[0-9a-f]+")
 
 
@@ -194,12 +195,25 @@ def explain_unreadable(content: bytes, error: Exception) -> str:
         return "not a readable image: the file is empty; write the image again."
     if found := explain_content(content):
         return f"not a readable image: it is {found}."
+    if beginning := _beginning_of_text(content):
+        return f"not a readable image: it is text, which begins with {beginning!r}; download the image again."
     if isinstance(error, UnidentifiedImageError):
         return (
             f"not a readable image: its first bytes {content[:12]!r} are of no known format; convert it to PNG or JPEG."
         )
     reason = _ADDRESS_IN_MEMORY.sub("", f"{type(error).__name__}: {error}")
     return f"not a readable image ({reason:.200}); replace it."
+
+
+def _beginning_of_text(content: bytes) -> str:
+    """The first characters of a text; empty if the bytes are no text."""
+    try:
+        # An incremental decoder accepts that the last character is cut.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content[:_BYTES_THAT_TELL])
+    except UnicodeDecodeError:
+        return ""
+    is_text = all(character.isprintable() or character.isspace() for character in text)
+    return " ".join(text.split())[:_CHARACTERS_SHOWN] if is_text else ""
 
 
 def has_exif_rotation(image: Image.Image) -> bool:

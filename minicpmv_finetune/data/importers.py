@@ -26,7 +26,7 @@ from minicpmv_finetune.progress import progress, report_outcome
 
 from . import image_files
 from .other_formats import convert, describe_ignored, kind_of
-from .reading import local_copy, read_records
+from .reading import local_copy, read_records, require_source
 from .samples import Reject, RejectLog, SampleError
 
 _TABLES = (".parquet", ".arrow")
@@ -77,6 +77,8 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
         UserError: There is no file at the source, its format is unknown, or no item of it can be used.
     """
     check_file(out, "import-data")
+    if not storage.is_folder(source):
+        require_source(source)
     out = out.expanduser().resolve()  # through a link, to the file that it names
     rejects_file = out.with_name(f"{out.stem}.rejects.jsonl")
     files = [out, rejects_file, out.with_name(f"{out.stem}.pictures.tar")]

@@ -22,12 +22,15 @@ _TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response"
 _TURNS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("question", "query", "prompt", "instruction", "input")
 _ANSWERS = ("answer", "answers", "response", "output", "completion")
+_SYSTEMS = ("system", "system_prompt", "system_message")
 _PREFERRED = ("chosen", "completion", "preferred_output")
 # Names of fields that contain images, and names that look as if.
 _IMAGE_FIELD = re.compile(r"(image|img|picture|photo|pic)s?([_-]?(path|url|uri|file|name|file_?name|base64|data)s?)?")
 _IMAGE_FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|heic)", re.IGNORECASE)
 _IMAGE_LIKE = re.compile(r"(image|img|picture|photo).*|.*[_-](image|img|picture|photo|pic)s?([_-].*)?")
 _VIDEOS = ("video", "videos", "video_path", "video_url")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PART_FIELDS = ("image_url", "image", "url", "path")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("loss", "weight", "loss_scale", "train", "trainable")
 _FALSE = (False, 0, "false", "False", "0")  # as programs write a judgement
@@ -52,7 +55,7 @@ _REFUSED_IN_TURNS = {
 
 # Where a row has `conversations` already, these fields are more than a remark: what they say would not be trained.
 _MEANINGFUL_IN_ROWS = frozenset(
-    {"images", *_VIDEOS, *_REFUSED_IN_ROWS, *_REASONING, "system", "history", "messages"}
+    {"images", *_VIDEOS, *_REFUSED_IN_ROWS, *_REASONING, *_SYSTEMS, "history", "messages"}
     | {"chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output", "kto_tag"}
 )
 _MEANINGFUL_IN_TURNS = frozenset({"from", "value", *_WEIGHTS, *_REASONING, *_REFUSED_IN_TURNS} - {"loss"})
@@ -133,7 +136,8 @@ def convert(item: Any, refer: Callable[[Any], str]) -> ConvertedSample:
     if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
         fields.pop("answers", None)
         own["answers"] = answers
-    ignored = [*fields, *dict.fromkeys(name for turn in turns for name in turn.ignored)]
+    in_turns = [name for turn in turns for name in (*turn.ignored, *_ignored_in_parts(turn.content))]
+    ignored = [*fields, *dict.fromkeys(in_turns)]
     image, conversations = _place_images(turns, images, refer)
     identity = {"id": own.pop("id")} if "id" in own else {}
     content = {**identity, **({"image": image} if image else {}), "conversations": conversations, **own}
@@ -279,13 +283,15 @@ def _take_turns(fields: dict[str, Any]) -> list[_Turn]:
         turns = _take_question(fields)
     start = 1 if turns[0].role == "system" else 0
     turns = [*turns[:start], *_take_history(fields), *turns[start:]]
-    if (system := fields.pop("system", None)) is not None:
+    for name in _SYSTEMS:
+        if (system := fields.pop(name, None)) is None:
+            continue
         if not isinstance(system, str):
-            raise SampleError("schema", f"`system` is {kind_of(system)}, not text; correct it.")
+            raise SampleError("schema", f"`{name}` is {kind_of(system)}, not text; correct it.")
         if turns[0].role != "system":
             turns = [_Turn("system", system), *turns]
         elif turns[0].content != system:
-            raise SampleError("two_system_turns", "`system` and the first turn are two system prompts; keep one.")
+            raise SampleError("two_system_turns", f"`{name}` and another field are two system prompts; keep one.")
     return _with_reasoning(turns, fields)
 
 
@@ -326,6 +332,33 @@ def _as_turn(turn: Mapping[str, Any]) -> Iterable[_Turn]:
         raise SampleError("unsupported", f"a turn of the {role} is to be trained, but only answers are; remove that.")
     [result] = _with_reasoning([_Turn(role, content, loss or role != "assistant")], fields)
     return [_Turn(result.role, result.content, result.loss, tuple(f"messages.{name}" for name in fields))]
+
+
+def _ignored_in_parts(content: Any) -> list[str]:
+    """The fields of a turn's parts that are not used.
+
+    Raises:
+        SampleError: A field says something that would be lost.
+    """
+    ignored = []
+    for part in content if isinstance(content, list) else [content]:
+        fields = _filled(part) if isinstance(part, dict) else {}
+        is_text = fields.pop("type", "") in _TEXT_PARTS
+        content_field = "text" if is_text else next((name for name in _IMAGE_PART_FIELDS if name in fields), "")
+        value = fields.pop(content_field, None)
+        if isinstance(value, dict) and "url" in value:
+            fields |= {name: more for name, more in _filled(value).items() if name != "url"}
+        if not _take_loss(fields, _WEIGHTS, "a part of a turn"):
+            raise SampleError(
+                "unsupported", "a part of a turn is not to be trained, but a turn is trained whole; divide the turn."
+            )
+        for name, more in fields.items():
+            if name in _REFUSED_IN_TURNS or name == "text" or _is_image(name, more) or _names_image(more):
+                raise SampleError(
+                    "unsupported", f"a part of a turn has `{name}` beside its own content; write it as another part."
+                )
+            ignored.append(f"messages.content.{name}")
+    return ignored
 
 
 def _with_preferred(turns: list[_Turn], preferred: list[_Turn]) -> list[_Turn]:
@@ -442,13 +475,13 @@ def _text(content: Any, unplaced: list[Any], place: Callable[[Any], str]) -> str
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else "text"
-        if kind in ("text", "input_text", "output_text"):
+        if kind in _TEXT_PARTS:
             part_text = part.get("text") if isinstance(part, dict) else part
             if not isinstance(part_text, str):
                 raise SampleError("schema", f"a turn has {kind_of(part_text)} in place of a text; correct it.")
             parts.append(part_text)
         elif kind in ("image_url", "input_image") or (kind == "image" and not unplaced):
-            image = part.get("image_url") or part.get("image") or part.get("url") or part.get("path")
+            image = next((part[name] for name in _IMAGE_PART_FIELDS if part.get(name)), None)
             parts.append(place(image["url"] if isinstance(image, dict) and "url" in image else image))
         elif kind == "image":
             parts.append(place(unplaced.pop(0)))

@@ -94,6 +94,18 @@ def require_data_file(uri: str) -> None:
         raise UserError(f"{uri}: is a folder; name its data files, such as '{storage.join(uri, '*.jsonl')}'.")
 
 
+def require_source(pattern: str) -> None:
+    """Refuse a name or pattern of data files that leads to none, before anything is written.
+
+    Raises:
+        UserError: There is no such file, it is a folder, or access is denied.
+        RetryableError: The store does not answer.
+    """
+    first = storage.expand(pattern)[0]
+    require_data_file(first)
+    storage.size(first)
+
+
 def local_copy(uri: str) -> Path:
     """A data file on this machine, because no store keeps a stream open while images are checked for hours.
 

@@ -221,7 +221,7 @@ class RejectLog:
     """Writes each reject to `rejects.jsonl` at once, so that memory does not grow with their number.
 
     The file gets its final name at the end of the `with` block, also when an exception ends the block: the list is
-    most useful when the step fails.
+    most useful when the step fails. Only a step that fails without a reject leaves no list.
 
     Attributes:
         counts: Number of rejects by reason.
@@ -244,9 +244,12 @@ class RejectLog:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another folder.") from error
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         self._file.close()
-        Path(self._file.name).replace(self.path)
+        if kind is None or self.counts:
+            Path(self._file.name).replace(self.path)
+        else:
+            Path(self._file.name).unlink()
 
     def append(self, reject: Reject, split: Split) -> None:
         """Write one reject and count it."""

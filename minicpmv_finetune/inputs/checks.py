@@ -38,7 +38,7 @@ from minicpmv_finetune.components.train.flags import (
 from minicpmv_finetune.components.validate_data.validate import settings_from as validation_settings
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import InspectedImage, check_record
-from minicpmv_finetune.data.reading import Record, local_copy, read_records, require_data_file
+from minicpmv_finetune.data.reading import Record, local_copy, read_records, require_source
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
 from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of, parse_json
@@ -343,9 +343,7 @@ def _read_data(pattern: str) -> list[Sample]:
     """
     storage.require_allowed(pattern)
     if storage.is_object_uri(pattern):
-        first = storage.expand(pattern)[0]
-        require_data_file(first)
-        storage.size(first)
+        require_source(pattern)
         return []
     accepted, rejected = [], []
     for record in _first_records(storage.expand(pattern)):

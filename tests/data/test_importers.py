@@ -13,7 +13,8 @@ from pyarrow import parquet
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.importers import import_data
-from minicpmv_finetune.data.samples import Reject, Sample, read_samples
+from minicpmv_finetune.data.other_formats import convert
+from minicpmv_finetune.data.samples import Reject, Sample, SampleError, read_samples
 from minicpmv_finetune.errors import UserError
 
 
@@ -104,6 +105,53 @@ def openai(*parts: dict[str, Any] | str) -> dict[str, Any]:
 
 def image_url(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+
+
+def test_a_source_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    for source in ("no.json", "no*.json", "no"):
+        with pytest.raises(UserError, match=r"not found|no file matches"):
+            import_data(str(tmp_path / source), tmp_path / "new" / "train.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def answered(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Color?"}, {"role": "assistant", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    ("item", "ignored"),
+    [
+        (openai(image_url(data_uri("red"))), ("messages.content.detail",)),
+        (
+            openai({"type": "image", "image": "red.png", "max_pixels": 9, "text": None}),
+            ("messages.content.max_pixels",),
+        ),
+        (openai({"type": "text", "text": "Hi.", "cache_control": {"type": "x"}}), ("messages.content.cache_control",)),
+        (answered({"type": "text", "text": "Red.", "loss": True}), ()),
+        ({"system_prompt": "Be brief.", **openai("Hi.")}, ()),
+    ],
+)
+def test_fields_of_parts_are_converted_or_counted(item: dict[str, Any], ignored: tuple[str, ...]) -> None:
+    sample = convert(item, str)
+    assert sample.ignored == ignored
+    if "system_prompt" in item:
+        assert sample.content["conversations"][0] == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        (answered({"type": "text", "text": "Red.", "loss": False}), "a turn is trained whole"),
+        (answered({"type": "text", "text": "Red.", "weight": 0}), "a turn is trained whole"),
+        (openai({"type": "text", "text": "Color?", "image": "red.png"}), "has `image` beside its own content"),
+        (openai({"type": "image", "image": "red.png", "text": "Color?"}), "has `text` beside its own content"),
+        (openai({"type": "text", "text": "Color?", "video": "a.mp4"}), "has `video` beside its own content"),
+        ({"system": "A.", "system_prompt": "B.", **openai("Hi.")}, "two system prompts"),
+    ],
+)
+def test_fields_of_parts_that_would_be_lost_are_refused(item: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SampleError, match=sentence):
+        convert(item, str)
 
 
 def test_openai_messages(folder: Path) -> None:

@@ -212,9 +212,10 @@ def multiple_choice(answer: str, expected: Sequence[str]) -> float:
     """1 if the answer names the expected option's letter; the rule-based match of MMBench and MMMU (2023).
 
     Normalized: full-width characters (Ｂ) and marks of emphasis (**B**). The letter is, in this order: the whole answer
-    ("b", "(B)"), its beginning ("B. a cat", "B) a cat", "B、一只猫"), boxed, the letter after "answer is", "option",
-    答案 or 选, before "is correct", in brackets, or at the end of a sentence ("It is B."). Several letters at the first
-    of these places are no choice, and neither is the article of "A dog".
+    ("b", "(B)"), its beginning ("B. a cat", "B) a cat", "B a cat", "B、一只猫"), boxed or in an <answer> tag, the
+    letter after "answer is", "option", "I think", 答案 or 选, before "is correct", in brackets, or at the end of a
+    sentence ("It is B."). Several letters at the first of these places are no choice, and neither is the article of
+    "A dog".
     """
     option = chosen_option(answer)
     return float(option is not None and any(option == chosen_option(text) for text in expected))
@@ -253,7 +254,7 @@ _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 
 _EMPHASIS = re.compile(r"[*`$]|__|\\(?:text|mathrm|textbf)\b")
 # An option's letter: a capital that stands alone, or a small letter with which the text ends.
-_LETTER = r"([A-Z]|[a-z](?=\W*$))(?![A-Za-z0-9_]|['’][a-z])"
+_LETTER = r"([A-Z]|[a-z](?=\W*(?:$|</)))(?![A-Za-z0-9_]|['’-][A-Za-z]|\.[A-Za-z]\.)"
 # Not the article of "A dog" or the pronoun of "I think".
 _NO_WORD = r"(?:(?<![AI])|(?![ \t]+(?!(?:as|because|due|for|is|since|was|which)\b)[A-Za-z]))"
 # Not the first of several letters: "A or B", "A, B", "A和B"; but "B, a cat".
@@ -261,7 +262,9 @@ _NO_LIST = (
     r"(?!\W*\s(?:and|or)\s+\W*[A-Z](?![\w'’])|\W*[/&+、和或与及]\s*\W?[A-Z](?![\w'’])"
     r"|\W*[,\n]\s*(?:(?:and|or)\s+)?\W?[A-Z](?![\w'’]|\s+[a-z]))"
 )
-_CHOSEN = rf"[\s\"'(\[{{\\【「]*{_LETTER}{_NO_WORD}{_NO_LIST}"
+# "I think B", but not "I think B is wrong".
+_NOT_DENIED = r"(?!\s+(?:is|was)(?:n['’]t|\s+(?:not|wrong|incorrect|false))\b)"
+_CHOSEN = rf"[\s\"'(\[{{\\【「]*{_LETTER}{_NO_WORD}{_NO_LIST}{_NOT_DENIED}"
 _OPTION = (
     re.compile(r"^\W*([A-Za-z])\W*$"),
     # At the beginning, unless that is an abbreviation (U.S.) or a later line begins with another option.
@@ -270,12 +273,16 @@ _OPTION = (
         r"(?:\s*[)\]】」:;、。]|\s*\.(?![A-Za-z]\.)|(?<!I)\s*,|\s+[-–—]\s|\s*\n|\s*选?项|\s+(?=[一-鿿]))"
         r"(?![\s\S]*\n\W*[A-Z][.):、])"
     ),
+    # "B a cat", also "A a cat", but neither "A cat" nor "C major".
+    re.compile(r"^([A-H])\s+(?=(?:a|an|the)\s)"),
     re.compile(r"^\(?([a-z])\)\s"),
     re.compile(r"\\boxed\{\W*([A-Z])\W*\}"),
+    re.compile(rf"(?i:<answer>){_CHOSEN}"),
     re.compile(
         r"(?:(?i:\b(?:answer|choice|option|choose|select|pick|go with|it is|it's)\b(?: (?:to|for) [^.:\n]*?)?"
         rf"(?:\s+(?:is|should be|would be|must be|option|choice|letter)\b)*)\s*(?:[:=]|-+>)?{_CHOSEN}"
-        rf"|(?:答案|(?<!不)选)[应该就择项]*[是为选]?(?:选项)?\s*:?{_CHOSEN})"
+        rf"|(?<!n['’]t )(?<!not )\b(?:think|believe|guess)\b(?:\s+(?:that|it is|it['’]s|option))*{_CHOSEN}"
+        rf"|(?:答案[」』】\])]?|(?<!不)选)[应该就择项]*[是为选]?(?:选项)?\s*:?{_CHOSEN})"
     ),
     re.compile(
         r"(?<![\w'’.-])(?<!or )(?<!and )([A-Z])\)?\s*(?:is\s+(?:the\s+)?(?:correct|right|best)\b|(?:选?项)?是?正确)"

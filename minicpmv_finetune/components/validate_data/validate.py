@@ -24,7 +24,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import AcceptedSample, check_records, clear_image_cache, image_addresses
 from minicpmv_finetune.data.other_formats import describe_ignored
-from minicpmv_finetune.data.reading import Record, local_copy, read_records
+from minicpmv_finetune.data.reading import Record, local_copy, read_records, require_source
 from minicpmv_finetune.data.samples import (
     DATASET_FILE,
     DatasetInfo,
@@ -112,6 +112,7 @@ def validate_data(
         sources.append(("eval", eval_data_uri))
     for _, uri in sources:
         storage.require_allowed(uri)
+        require_source(uri)
     clear_image_cache()
     _list_archive.cache_clear()
     with (

@@ -278,13 +278,21 @@ Option B|option b|Option (B)|Option B: a cat|I choose B because it fits|I would 
 My answer is "B"|答案是B|答案：B|答案为B|正确答案是：B。|答案选B|选B。|故选：B|我选B|选择B|选项B
 B选项|B选项正确|B是正确的|因此，答案是选项B。
 B is correct|B is the correct answer.|It is B.|It's B|The answer to this question is B because of the ears.|正解はB
+B a cat|B the cat|I think B|I think B.|I think it is B|I think that B is right|I believe B because it fits
+I guess option B|<answer>B</answer>|<answer> B. A cat </answer>|<answer>b</answer>|<ANSWER>B</ANSWER>
+The ears are round.↵<answer>B</answer>|「答案」B|【答案】B|『答案』：B|「答案」是B|[答案]B。
 Die Antwort ist B.|La respuesta correcta es B|Réponse : B|Ответ: B|A. dog↵B. cat↵Answer: B|Let me think.↵B
 """
 NO_CHOICES = r"""
 A dog|a dog|A cat sits there|I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
 A, B, C|A↵B|The answer is A or B|The answer is A or B is right|Answer: A, B|答案是A和B|Answer: A dog|It is A dog
 I choose A dog|The dog is a|不选B|The answer is not B|U.S. flag|J.P. Morgan|AB|Answer: AB|T-shirt|B's
-A. dog↵B. cat↵C. cow|答案是猫|A股|C语言|7
+A. dog↵B. cat↵C. cow|答案是猫|A股|C语言|7|C major|B flat
+X marks the spot|I think A dog|I think so|I think I know
+I think A or B|I don't think B|I do not think B|I think B is wrong
+I think B isn't right|I think T-shirt|I think U.S. flag
+<answer>A dog</answer>|<answer>A or B</answer>|<answer></answer>|<answer>cat</answer>
+「答案」猫|「答案」A或B|【答案】|「答案」A dog
 """
 
 

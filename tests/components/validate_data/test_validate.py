@@ -448,6 +448,12 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
         "more than one system turn",
     ),
     "question last": ({TURNS: [ASK_WORDS, ANSWER, ASK_WORDS]}, "roles", "the last turn is the user's"),
+    "mark of a video": (
+        {TURNS: [{**ASK, "content": "<video>\nWhat?"}, ANSWER]},
+        "video",
+        "marks <video>, which is not",
+    ),
+    "mark of a sound": ({TURNS: [{**ASK, "content": "Hear <audio>"}, ANSWER]}, "unsupported", "marks <audio>, which"),
     "placeholder without image": ({TURNS: [ASK, ANSWER]}, "placeholder_without_image", "the text contains <image>"),
     "numbered placeholder for an unnamed image": (
         {"image": "a.png", TURNS: [{"role": "user", "content": "<image_00>"}, ANSWER]},
@@ -573,6 +579,24 @@ def test_fields_without_a_meaning_are_counted_and_named(folder: DataFolder, caps
     assert len(shown.images) == 1
 
 
+@pytest.mark.parametrize("text", ["Write <video><source src='a.mp4'></video>", "What does <audio> ... </audio> do?"])
+def test_a_web_pages_tag_is_no_mark_of_a_video(text: str, folder: DataFolder) -> None:
+    folder.check([{TURNS: [{"role": "user", "content": text}, {**ANSWER, "content": "A page with <video>."}]}])
+    assert folder.rejects == []
+
+
+def test_a_source_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        validate_data(
+            str(tmp_path / "no.json"),
+            "",
+            tmp_path / "new" / "ds",
+            tmp_path / "new" / "rejects.jsonl",
+            ValidationSettings(),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_many_different_fields_do_not_fill_the_memory(folder: DataFolder) -> None:
     info = folder.check([{**TEXT_ONLY, f"field {number}": 1} for number in range(1100)])
     assert len(info.ignored_fields) == 1001
@@ -640,7 +664,10 @@ def test_a_sample_with_a_doubled_key_is_rejected(folder: DataFolder) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9", "PostScript"),
         (b"<svg xmlns=''/>", "an SVG drawing"),
         (b"\x0a\x05\x01\x08" + bytes(200), r"its first bytes b'\\n\\x05"),
-        (b"words and words", "its first bytes b'words and wo' are of no known format"),
+        (b"404: Not Found", "it is text, which begins with '404: Not Found'; download the image again"),
+        (b'{"message":\n "Not Found"}', 'it is text, which begins with .*"Not Found"'),
+        ("未找到".encode() * 90, "it is text, which begins with '未找到未"),
+        (b"RIFX\xff\xfe\x00 words", "are of no known format"),
     ],
 )
 def test_what_a_file_has_in_place_of_an_image_is_named(content: bytes, words: str, folder: DataFolder) -> None:
