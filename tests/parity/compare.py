@@ -54,7 +54,7 @@ ZERO_GRADIENT = 1e-6  # absolute; the gradient of the keys' bias is zero in theo
 PIXELS = 1e-6  # of the mean over a slice
 TRAJECTORY = 1e-4  # five optimizer steps amplify rounding differences of the first step
 
-# Intentional departures from the official code; docs/generations.md explains them.
+# Intentional departures from the official code; docs/generations.md explains them, and a test compares the names.
 IMAGE_ID = "image id: training numbers every image, as the processor does, and not only sliced ones"
 LINE_BREAKS = "line breaks: a mark named in a dict is replaced in place, without additional line breaks"
 LINE_BREAKS_FIRST = "line breaks first: line breaks at the beginning of an answer are removed"

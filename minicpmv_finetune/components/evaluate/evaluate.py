@@ -9,7 +9,7 @@ whatever its score was when it was evaluated itself: only then are all scores fr
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,7 @@ def evaluate(
     facts = _facts(own, base_model_uri, info.fingerprint, settings)
     with step_run("evaluate") as run:
         run.log_parameters({**facts, **{f"gate/{name}": value for name, value in asdict(settings.gate).items()}})
-        answers = {
-            name: [
-                replace(given, text=own.normalize_answer(given.text))  # models of other generations write differently
-                for given in _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
-            ]
-            for name, (checkpoint, encoder) in models.items()
-        }
+        answers = _answers(models, own, samples, settings)
         evaluation = assess(
             samples,
             answers.get("base"),
@@ -90,8 +84,7 @@ def evaluate(
         record = read_record(model) if (model / RECORD_FILE).is_file() else None
         write_report(report_file, evaluation, facts, record)
         # The predictions are written last, so that there is a report whenever there are predictions.
-        lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
-        storage.write_bytes(str(predictions_file), "".join(lines).encode())
+        _write_predictions(predictions_file, evaluation)
         run.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()})
         run.log_headline(_headline_figures(evaluation), {"metric": evaluation.metric})
         run.log_report(report_file, "evaluation.html")
@@ -176,6 +169,19 @@ def _samples_to_evaluate(dataset: Path, encoders: Sequence[Encoder]) -> tuple[li
     return samples, left_out
 
 
+def _answers(
+    models: Mapping[str, tuple[Path, Encoder]], own: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
+) -> dict[str, list[Answer]]:
+    """The answers of each model by name, as the tuned model, to which `own` belongs, writes text."""
+    return {
+        name: [
+            replace(given, text=own.normalize_answer(given.text))  # models of other generations write differently
+            for given in _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
+        ]
+        for name, (checkpoint, encoder) in models.items()
+    }
+
+
 def _generate_answers(
     name: str, checkpoint: Path, encoder: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
 ) -> list[Answer]:
@@ -197,6 +203,11 @@ def _with_written_answers(samples: Sequence[Sample], encoder: Encoder) -> list[S
         )
         for sample in samples
     ]
+
+
+def _write_predictions(path: Path, evaluation: Evaluation) -> None:
+    lines = [json.dumps(_line(prediction), ensure_ascii=False) + "\n" for prediction in evaluation.predictions]
+    storage.write_bytes(str(path), "".join(lines).encode())
 
 
 def _line(prediction: Prediction) -> dict[str, object]:

@@ -69,40 +69,20 @@ def merge(
     """
     inputs = {"--base-model": base_model_uri, "--adapter": str(adapter), "--shards": str(shards)}
     check_folder(model, "merge", inputs)
-    record = read_record(adapter)
-    base = storage.fetch(base_model_uri)
-    generation = detect_generation(base)
-    for place, version in ((adapter, record.generation), (shards, read_manifest(shards).generation)):
-        _require_generation(place, version, base_model_uri, generation)
-    base_fingerprint = fingerprint(base)
-    record.require_base(adapter, base_model_uri, base_fingerprint)
+    parts = _open_parts(base_model_uri, adapter, shards)
     with (
         claimed_folder(model, "merge", inputs, [report_file]) as output,
         step_run("merge") as run,
         output.assembled() as staging,
     ):
-        run.log_parameters(
-            {
-                "base_model": base_model_uri,
-                "parity_rows": settings.parity_rows,
-                "generation": record.generation,
-                "base_fingerprint": base_fingerprint,
-                "data_fingerprint": record.data_fingerprint,
-                "git_commit": git_commit(),
-            }
-        )
-        streamed = stream(base, adapter, staging)
-        is_adapter = (adapter / ADAPTER_CONFIG).is_file()
-        report = _report_streaming(streamed, base_model_uri, base_fingerprint, record, is_adapter)
+        run.log_parameters({**_parameters(parts), "parity_rows": settings.parity_rows})
+        streamed = stream(parts.base, adapter, staging)
+        report = _report_streaming(streamed, parts)
         _write_report(report_file, report)
-        if not streamed.changed and streamed.layout.layers is None:
-            raise UserError(
-                f"{adapter}: the merged model would equal the base model in every tensor, because the training changed "
-                "nothing or less than the weights' type can store; raise the learning rate or the number of steps."
-            )
-        _add_other_files(staging, base, adapter, streamed, generation, record, report)
+        _require_change(streamed, adapter)
+        _add_other_files(staging, parts, streamed, report)
         started = time.monotonic()
-        check = _run_parity_check(base, adapter, staging, shards, settings.parity_rows)
+        check = _run_parity_check(parts.base, adapter, staging, shards, settings.parity_rows)
         # "gate" is what 0.1.0 called the parity check, and its key in the file.
         seconds = {**report.seconds, "gate": time.monotonic() - started}
         report = report.model_copy(update={"parity_check": check, "seconds": seconds})
@@ -119,6 +99,62 @@ def merge(
     return report
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What is merged.
+
+    Attributes:
+        base_uri: Address of the base model.
+        base: Local folder of the base model.
+        fingerprint: Fingerprint of the base model.
+        generation: Generation of the base model.
+        adapter: Output of the train step.
+        record: Record of the training.
+    """
+
+    base_uri: str
+    base: Path
+    fingerprint: str
+    generation: Generation
+    adapter: Path
+    record: TrainingRecord
+
+
+def _open_parts(base_model_uri: str, adapter: Path, shards: Path) -> _Parts:
+    """Fetch the base model, and make sure that adapter and shards were made for it.
+
+    Raises:
+        UserError: They were not, or one of them is missing.
+    """
+    record = read_record(adapter)
+    base = storage.fetch(base_model_uri)
+    generation = detect_generation(base)
+    for place, version in ((adapter, record.generation), (shards, read_manifest(shards).generation)):
+        _require_generation(place, version, base_model_uri, generation)
+    parts = _Parts(base_model_uri, base, fingerprint(base), generation, adapter, record)
+    record.require_base(adapter, base_model_uri, parts.fingerprint)
+    return parts
+
+
+def _parameters(parts: _Parts) -> dict[str, str]:
+    """What is merged, for MLflow."""
+    return {
+        "base_model": parts.base_uri,
+        "generation": parts.record.generation,
+        "base_fingerprint": parts.fingerprint,
+        "data_fingerprint": parts.record.data_fingerprint,
+        "git_commit": git_commit(),
+    }
+
+
+def _require_change(streamed: StreamingResult, adapter: Path) -> None:
+    if not streamed.changed and streamed.layout.layers is None:
+        raise UserError(
+            f"{adapter}: the merged model would equal the base model in every tensor, because the training changed "
+            "nothing or less than the weights' type can store; raise the learning rate or the number of steps."
+        )
+
+
 def _require_generation(place: Path, version: str, base_model_uri: str, generation: Generation) -> None:
     if version != generation.version:
         raise UserError(
@@ -127,15 +163,13 @@ def _require_generation(place: Path, version: str, base_model_uri: str, generati
         )
 
 
-def _report_streaming(
-    streamed: StreamingResult, base_model_uri: str, base_fingerprint: str, record: TrainingRecord, is_adapter: bool
-) -> MergeReport:
+def _report_streaming(streamed: StreamingResult, parts: _Parts) -> MergeReport:
     return MergeReport(
-        base_model=base_model_uri,
-        base_fingerprint=base_fingerprint,
-        generation=record.generation,
-        data_fingerprint=record.data_fingerprint,
-        kind="adapter" if is_adapter else "full",
+        base_model=parts.base_uri,
+        base_fingerprint=parts.fingerprint,
+        generation=parts.record.generation,
+        data_fingerprint=parts.record.data_fingerprint,
+        kind="adapter" if (parts.adapter / ADAPTER_CONFIG).is_file() else "full",
         bytes=streamed.bytes,
         moved=streamed.moved,
         changed=streamed.changed,
@@ -145,21 +179,13 @@ def _report_streaming(
     )
 
 
-def _add_other_files(
-    folder: Path,
-    base: Path,
-    adapter: Path,
-    streamed: StreamingResult,
-    generation: Generation,
-    record: TrainingRecord,
-    report: MergeReport,
-) -> None:
+def _add_other_files(folder: Path, parts: _Parts, streamed: StreamingResult, report: MergeReport) -> None:
     """Add the files that are not weights: the base's, adapted to the merged weights, the card and the record."""
-    copy_non_weight_files(base, folder)
+    copy_non_weight_files(parts.base, folder)
     edit_config(folder, streamed.layout)
-    write_max_slices(folder, record.max_slice_nums)
-    write_card(folder, generation, report, record)
-    shutil.copyfile(adapter / RECORD_FILE, folder / RECORD_FILE)
+    write_max_slices(folder, parts.record.max_slice_nums)
+    write_card(folder, parts.generation, report, parts.record)
+    shutil.copyfile(parts.adapter / RECORD_FILE, folder / RECORD_FILE)
 
 
 def _write_report(path: Path, report: MergeReport) -> None:

@@ -107,23 +107,14 @@ def validate_data(
             or a file is not valid JSON as a whole.
         RetryableError: The store does not answer.
     """
-    sources: list[tuple[Split, str]] = [("train", data_uri)]
-    if eval_data_uri:
-        sources.append(("eval", eval_data_uri))
-    for _, uri in sources:
-        storage.require_allowed(uri)
-        require_source(uri)
+    sources = _sources(data_uri, eval_data_uri)
     clear_image_cache()
     _list_archive.cache_clear()
+    inputs = {"--data": data_uri, "--eval-data": eval_data_uri}
     with (
         step_run("validate-data") as run,
         tempfile.TemporaryDirectory(prefix="validate-data-") as scratch,
-        claimed_folder(
-            dataset,
-            "validate-data",
-            {"--data": data_uri, "--eval-data": eval_data_uri},
-            [rejects_file, *([report] if report else [])],
-        ) as output,
+        claimed_folder(dataset, "validate-data", inputs, [rejects_file, *([report] if report else [])]) as output,
         output.assembled() as staging,
         RejectLog(rejects_file) as rejects,
     ):
@@ -142,12 +133,31 @@ def validate_data(
             raise refusal
         run.log_parameters({"data_fingerprint": info.fingerprint})
         (staging / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n")
+    _print_findings(info)
+    return info
+
+
+def _sources(data_uri: str, eval_data_uri: str) -> list[tuple[Split, str]]:
+    """The data of each split.
+
+    Raises:
+        UserError: There is no file at a URI, or it may not be read.
+    """
+    sources: list[tuple[Split, str]] = [("train", data_uri)]
+    if eval_data_uri:
+        sources.append(("eval", eval_data_uri))
+    for _, uri in sources:
+        storage.require_allowed(uri)
+        require_source(uri)
+    return sources
+
+
+def _print_findings(info: DatasetInfo) -> None:
     for warning in data_warnings(info):
         print(f"warning: {warning}", file=sys.stderr)
     if info.ignored_fields:
         print(f"note: {describe_ignored(info.ignored_fields)}", file=sys.stderr)
     report_outcome(_outcome(info))
-    return info
 
 
 def _check_and_split(
