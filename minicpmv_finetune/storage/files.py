@@ -195,7 +195,7 @@ def require_no_file(uri: str) -> None:
         else:
             is_file = local_path(uri).is_file()
     if is_file and not uri.endswith("/"):
-        raise UserError(f"{shorten(uri)}: is a file, but a folder is needed; give {shorten(parent(uri))}.")
+        raise UserError(f"{shorten(uri)}: is a file, but a folder is needed; give '{shorten(parent(uri))}'.")
 
 
 def list_files(uri: str) -> dict[str, int]:

@@ -250,7 +250,7 @@ def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
         ("--data_path {data} --output_dir ", "--output_dir: empty; give a path."),
         (
             "--data_path {data} --model_name_or_path {base}/config.json",
-            "is a file, but a folder is needed; give {base}",
+            "is a file, but a folder is needed; give '{base}'",
         ),
     ],
 )
