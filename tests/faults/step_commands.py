@@ -12,7 +12,7 @@ TRAIN_FLAGS = (
 )
 
 
-STEP_SECONDS = 240
+STEP_SECONDS = 400
 """A step that takes longer hangs."""
 
 

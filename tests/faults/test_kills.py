@@ -55,7 +55,7 @@ def _interrupt(command: list[str], environment: dict[str, str], seconds: float, 
 
 
 def _find_leftovers(environment: dict[str, str]) -> list[psutil.Process]:
-    """Processes of an interrupted step that are still alive ten seconds later."""
+    """Processes of an interrupted step that are still alive half a minute later."""
 
     def belongs(process: psutil.Process) -> bool:
         try:
@@ -63,7 +63,7 @@ def _find_leftovers(environment: dict[str, str]) -> list[psutil.Process]:
         except psutil.Error:
             return False
 
-    _, alive = psutil.wait_procs([process for process in psutil.process_iter() if belongs(process)], timeout=10)
+    _, alive = psutil.wait_procs([process for process in psutil.process_iter() if belongs(process)], timeout=30)
     return list(alive)
 
 

@@ -101,9 +101,9 @@ def test_a_training_ends_soon_whatever_ends_it(
         ) as process,
     ):
         try:
-            seconds = _follow(psutil.Process(process.pid), tmp_path / "log", ending)
-            code = process.wait(1)
-            _, left = psutil.wait_procs(_processes_of(tmp_path), timeout=5)
+            seconds, limit = _follow(psutil.Process(process.pid), tmp_path / "log", ending)
+            code = process.wait(10)
+            _, left = psutil.wait_procs(_processes_of(tmp_path), timeout=SECONDS)
         finally:
             for survivor in _processes_of(tmp_path):
                 survivor.kill()
@@ -111,24 +111,30 @@ def test_a_training_ends_soon_whatever_ends_it(
     assert code == ending.code, lines
     assert re.match(ending.sentence, lines[-1]), lines
     assert fault == "step" or "Traceback" not in "".join(lines), lines
-    assert seconds < SECONDS
+    assert seconds < limit
     assert not left
 
 
-def _follow(launcher: psutil.Process, log: Path, ending: Ending) -> float:
-    """Disturb a training in its third step; returns the seconds from the last progress to the end."""
-    last_step, progressed, disturb = 0, time.monotonic(), ending.disturb
+def _follow(launcher: psutil.Process, log: Path, ending: Ending) -> tuple[float, float]:
+    """Disturb a training in its third step.
+
+    Returns:
+        The seconds from the disturbance or the last progress to the end, and their limit: a busy machine may take as
+        long for a step as it did before, and the fault may be at the end of the step after the next.
+    """
+    last_step, progressed, disturb, longest = 0, time.monotonic(), ending.disturb, 0.0
     while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
         step = log.read_text().count("loss ")
         if step > last_step:
+            longest = max(longest, time.monotonic() - progressed) if last_step else longest
             last_step, progressed = step, time.monotonic()
         if disturb and step >= 3:
             disturb(launcher)
-            disturb = None
-        if time.monotonic() - progressed > 100:
+            disturb, progressed = None, time.monotonic()
+        if time.monotonic() - progressed > 240:
             raise AssertionError(log.read_text())
         time.sleep(0.05)
-    return time.monotonic() - progressed
+    return time.monotonic() - progressed, SECONDS + 2 * longest
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
