@@ -101,6 +101,7 @@ def test_a_run_without_mistakes_is_accepted(given: dict[str, Any]) -> None:
         ({"training_flags": {"resume_from_checkpoint": "/no"}}, "resume_from_checkpoint: /no: there is no such local"),
         ({"training_flags": {"llm_type": "minicpm"}}, "contradicts the checkpoint: MiniCPM-V 4.6 uses qwen"),
         ({"training_flags": {"lora_layer_replication": "0:2,1:3"}}, "mixes linear and full attention"),
+        ({"training_flags": {"lora_layers_to_transform": "first"}}, "give layer numbers such as 0,1,5"),
         ({"training_flags": {"report_to": "wandbb"}}, "--report_to wandbb: unknown; did you mean wandb?"),
     ],
 )

@@ -250,6 +250,9 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         re.compile(str(values.get("lora_target_modules") or ""))
     except re.error as error:
         sentences.append(f"--lora_target_modules: is no regular expression ({error}); correct it.")
+    layers = values.get("lora_layers_to_transform")
+    if layers is not None and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", str(layers)):
+        sentences.append(f"--lora_layers_to_transform {layers}: give layer numbers such as 0,1,5.")
     refused = [(name, value) for name, value in _REFUSED if name in values and values[name] is value]
     return sentences + [f"--{name} {str(value).lower()}: {_REFUSED[name, value]}." for name, value in refused]
 

@@ -234,12 +234,7 @@ def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments
 
 def _select_layers(names: list[str], lora: LoraArguments) -> list[str]:
     """Those of the target modules that are in the layers of `lora_layers_to_transform`."""
-    try:
-        wanted = {int(number) for number in str(lora.lora_layers_to_transform).split(",")}
-    except ValueError:
-        raise UserError(
-            f"--lora_layers_to_transform {lora.lora_layers_to_transform}: give layer numbers such as 0,1,5."
-        ) from None
+    wanted = {int(number) for number in str(lora.lora_layers_to_transform).split(",")}
     counter = re.compile(rf"\.{re.escape(lora.lora_layers_pattern or 'layers')}\.(\d+)\.")
     numbered = {name: int(found.group(1)) for name in names if (found := counter.search(name))}
     if not wanted <= set(numbered.values()):

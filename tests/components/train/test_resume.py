@@ -111,7 +111,7 @@ def test_checkpoints_are_uploaded_and_downloaded_again(
     with _start(_flags(tiny_46, shards, tmp_path / "first" / "adapter", flags)) as process:
         _wait_for_step(process, 8)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
     assert process.returncode == 75
     # Another pod, whose disk is empty.
     launch(_flags(tiny_46, shards, tmp_path / "second" / "adapter", flags))
