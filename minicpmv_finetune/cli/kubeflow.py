@@ -153,7 +153,10 @@ def setup(
 
 @app.command(rich_help_panel=PANEL)
 def upload(
-    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data files of this machine.")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(parser=not_empty("DATA"), metavar="DATA...", help="Data files of this machine."),
+    ],
     profile: ProfileName = "",
     namespace: Namespace = "",
     to: Annotated[

@@ -80,6 +80,13 @@ def retrain(
     print_reports(out)
 
 
+def _check_fraction(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Check the share of held-out images as validate-data does."""
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings
+
+    ValidationSettings(eval_fraction=options["eval_fraction"])
+
+
 @app.command(rich_help_panel=PANEL)
 @with_inputs(
     rows(
@@ -87,6 +94,7 @@ def retrain(
         "num_train_epochs use_lora tune_vision tune_llm lora_r"
     ),
     check=check_whole_run,
+    first=_check_fraction,
 )
 def plan(
     inputs: Inputs,
@@ -99,9 +107,6 @@ def plan(
     output: Annotated[Literal["table", "json"], typer.Option(help="Tables, or JSON for a program.")] = "table",
 ) -> None:
     """Estimate the cost of a run before a GPU is requested: samples, tokens, shards, memory, steps."""
-    from minicpmv_finetune.components.validate_data.validate import ValidationSettings
-
-    ValidationSettings(eval_fraction=eval_fraction)
     from minicpmv_finetune.estimate.cost import Recipe
     from minicpmv_finetune.estimate.plan import estimate_run, print_estimate
 
