@@ -25,6 +25,7 @@ from minicpmv_finetune.tracking.registry import list_versions
 from minicpmv_finetune.tracking.step_runs import mlflow_client
 
 from .client import Cluster
+from .forwarding import reachable
 from .store import pipeline_root, use_store
 
 _RUN_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -151,7 +152,7 @@ def _read_shards_location(manifest_uri: str) -> str:
 def _list_registered_models(cluster: Cluster) -> list[str]:
     """Addresses of all versions of registered models."""
     if cluster.profile.mlflow:
-        os.environ.setdefault(environment.TRACKING_URI.name, cluster.profile.mlflow.tracking_uri)
+        os.environ.setdefault(environment.TRACKING_URI.name, reachable(cluster.profile.mlflow.tracking_uri))
     elif not environment.TRACKING_URI.read():
         return []
     return [str(version.source) for version in list_versions(mlflow_client()) if version.source]

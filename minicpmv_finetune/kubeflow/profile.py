@@ -11,7 +11,6 @@ A profile names Secrets and never contains their values: their keys become envir
 """
 
 import difflib
-import os
 import re
 import sys
 from functools import wraps
@@ -317,13 +316,6 @@ class Profile(_Section):
         """The same profile with this version's container images of a registry."""
         named = {variant: container_images.named(variant, registry) for variant in ("data", "trainer")}
         return self.model_copy(update={"images": self.images.model_copy(update=named)})
-
-
-def use_storage(profile: Profile) -> None:
-    """Make this process use the storage that the profile names, unless the environment names another one."""
-    if profile.s3.endpoint:
-        os.environ.setdefault("AWS_ENDPOINT_URL", profile.s3.endpoint)
-    os.environ.setdefault("AWS_DEFAULT_REGION", profile.s3.region)
 
 
 def load_profile(profile: str | Path, namespace: str = "") -> Profile:
