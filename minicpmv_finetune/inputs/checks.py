@@ -138,6 +138,15 @@ def check_training(argv: Sequence[str]) -> None:
     raise_mistakes(mistakes + _place_mistakes(places, runs_here=True))
 
 
+def check_data(path: str) -> None:
+    """Check whether the first samples of a data file of this machine can be used.
+
+    Raises:
+        UserError: The file is missing or unreadable, or none of its first samples can be used.
+    """
+    _read_data(path)
+
+
 def check_base_model(option: str, uri: str) -> None:
     """Check that a base model is there and of a supported kind, before a step imports torch.
 

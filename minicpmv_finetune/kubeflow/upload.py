@@ -22,6 +22,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.reading import Record, read_records
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
+from minicpmv_finetune.inputs.checks import check_data
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.progress import progress
 
@@ -150,6 +151,8 @@ def upload(
     files = [Path(os.path.abspath(path.expanduser())) for path in data]  # noqa: PTH100 - links stay as they are
     absent = [path for path in files if not path.is_file()]
     raise_mistakes([f"{path}: {_no_file(path)}; give data files of this machine." for path in absent])
+    for path in files:
+        check_data(str(path))
     folder = Path(os.path.commonpath([path.parent for path in files]))
     place = _destination(destination, profile)
     names = _Names(folder, outside_allowed)

@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.inputs import checks
 from minicpmv_finetune.kubeflow import store
 from tests.cluster.commands import Answer, Command
 from tests.cluster.fake_kubernetes import FakeKubernetes
 
 PICTURE = b"not decoded here"
+READ_DATA = checks._read_data  # the fixtures of this folder leave it out
 
 
 def _sample(image: Any) -> dict[str, Any]:
@@ -160,6 +162,22 @@ def test_mistakes_are_named_before_anything_is_sent(
     done = _upload(command, profile, s3_uri, path, *words)
     assert done.code == 2
     assert sentence in done.err
+    assert storage.walk(s3_uri) == {}
+
+
+def test_data_in_another_format_is_refused_before_it_is_copied(
+    data: Callable[..., Path],
+    command: Command,
+    profile: Callable[..., Path],
+    s3_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "_read_data", READ_DATA)
+    path = data()
+    path.write_text(json.dumps([{"image": "two.png", "conversations": [{"from": "human", "value": "What?"}]}]))
+    done = _upload(command, profile, s3_uri, path)
+    assert done.code == 2
+    assert "import-data" in done.err
     assert storage.walk(s3_uri) == {}
 
 
