@@ -156,7 +156,7 @@ def test_keys_that_open_one_folder_are_enough(s3_uri: str, tmp_path: Path, monke
     """A Profile's keys open only `private-artifacts/NAMESPACE/*`: even HeadBucket is forbidden to them."""
     folder = f"{s3_uri}/private-artifacts/team-a/run"
     asked = []
-    send = BaseClient._make_api_call
+    send = vars(BaseClient)["_make_api_call"]
 
     def record(client: BaseClient, operation: str, parameters: dict[str, str]) -> Any:
         asked.append((operation, parameters.get("Key") or parameters.get("Prefix") or ""))

@@ -480,7 +480,7 @@ def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
 
 def _network_variables(profile: Profile) -> dict[str, str]:
     """The variables by which libraries, and Kubeflow's launcher in the same container, find proxy and certificates."""
-    variables = {}
+    variables: dict[str, str] = {}
     if profile.proxy.http or profile.proxy.https:
         # Kubernetes puts in the address of its API, which the launcher calls by number.
         inside = ("localhost", "127.0.0.1", "$(KUBERNETES_SERVICE_HOST)", ".svc", ".svc.cluster.local")
