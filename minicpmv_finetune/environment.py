@@ -53,6 +53,12 @@ ALLOWED_URIS = Variable(
     "folders that data and its images may be read from, separated by spaces; without it every place may be",
     former="MINICPMV_ALLOWED_URIS",
 )
+RETRY_WAITS = Variable(
+    f"{PREFIX}RETRY_WAITS",
+    "seconds that a step of a pipeline waits after each fault before it tries again, separated by spaces, or none; "
+    "after the last attempt it ends with 75",
+    "30 60 120",
+)
 PROGRESS_SECONDS = Variable(
     f"{PREFIX}PROGRESS_SECONDS", "seconds between two lines of progress in a log", "10", "MINICPMV_PROGRESS_SECONDS"
 )
@@ -80,6 +86,9 @@ PLUGIN_RUN_ID = Variable("MLFLOW_RUN_ID", "run that Kubeflow's MLflow plugin has
 
 # Kubeflow's and Kubernetes'.
 PIPELINE_RUN_ID = Variable("KFP_RUN_ID", "id of the pipeline run; the pipeline sets it from a label of the pod")
+RETRY_INDEX = Variable(
+    "KFP_RETRY_INDEX", "how often Argo has started this pod again; 0 also where a person started the step again", "0"
+)
 POD_NAME = Variable("KFP_POD_NAME", "name of this pod; its host name without it")
 KFP_ENDPOINT = Variable("KF_PIPELINES_ENDPOINT", "address of the Kubeflow Pipelines API; the profile's without it")
 KFP_UI_ENDPOINT = Variable("KF_PIPELINES_UI_ENDPOINT", "address that links begin with; the profile's without it")

@@ -67,6 +67,22 @@ class RetryableError(_OneLineError):
     exit_code = RETRY_EXIT
 
 
+class StoppedError(RetryableError):
+    """A signal asked this process to end; a later attempt may go on, but this process must not."""
+
+
+class SentenceExit(SystemExit):
+    """The end of a process with another exit code than those two, whose sentence is already printed.
+
+    Attributes:
+        sentence: Why it ends.
+    """
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(code)
+        self.sentence = sentence
+
+
 def describe_validation_error(error: "ValidationError", whole: str = "") -> str:
     """The first problem that pydantic found, as `place: reason`; the place is `whole` if it is no single field."""
     first = error.errors()[0]

@@ -1,8 +1,12 @@
 """Markers of permanent errors, so that Kubeflow's retries of a task that cannot succeed end at once.
 
 Kubeflow Pipelines sees no exit code: its launcher swallows it, and a retry policy has no condition on one. So a task
-that ends with a permanent error writes a marker beside its outputs. An attempt that finds the marker of the same inputs
-ends at once with the same sentence, and `minicpmv-finetune run` recovers exit code 2 from it.
+that ends with a permanent error writes a marker beside its outputs. An attempt that Argo starts again finds the marker
+of the same inputs and ends at once with the same sentence, and `minicpmv-finetune run` recovers exit code 2 from it.
+
+A person who presses Retry has removed the cause, so that attempt must look again. Kubeflow starts it with the same
+outputs, but with `KFP_RETRY_INDEX=0`, whereas an attempt that Argo starts again has a higher index. So a first attempt
+removes the marker. What people read about a failure is written to the root of the run, see `run_records`.
 """
 
 import hashlib
@@ -10,9 +14,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 
-from .errors import RetryableError, UserError, end_process, explain_disk_errors
+from .errors import RetryableError, SentenceExit, StoppedError, UserError, end_process, explain_disk_errors, first_line
+from .run_records import forget_failed_step, write_failed_step
 
 MARKER_NAME = "permanent_error.json"
 
@@ -21,7 +26,7 @@ MARKER_NAME = "permanent_error.json"
 def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Iterator[None]:
     """Run a component's body so that a user's mistake is remembered across Kubeflow's retries.
 
-    The marker only saves time: if it cannot be read or written, the step continues without it.
+    Marker and record only help: if they cannot be read or written, the step continues without them.
 
     Args:
         output_uri: URI of any of the task's output artifacts; the marker is stored beside it.
@@ -33,17 +38,42 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     marker_uri = storage.join(storage.parent(output_uri), MARKER_NAME)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
     message = _read_marker(marker_uri, digest)
-    if message is not None:
+    if message is not None and _is_repetition():
+        write_failed_step(output_uri, message, UserError.exit_code)
         end_process(UserError(message))
+    if message is not None:
+        _remove_marker(marker_uri)
+    forget_failed_step(output_uri)
     try:
         with explain_disk_errors():
             yield
     except UserError as error:
         with suppress(UserError, RetryableError):
             storage.write_bytes(marker_uri, json.dumps({"inputs": digest, "message": str(error)}).encode())
+        write_failed_step(output_uri, str(error), error.exit_code)
+        end_process(error)
+    except StoppedError as error:
+        # About a second is left. Somebody deleted the pod or cancelled the run, and the step did not fail.
         end_process(error)
     except RetryableError as error:
+        write_failed_step(output_uri, str(error), error.exit_code)
         end_process(error)
+    except SentenceExit as ended:
+        write_failed_step(output_uri, ended.sentence, int(str(ended.code)))
+        raise
+    except Exception as error:
+        write_failed_step(output_uri, f"{type(error).__name__}: {first_line(error)}; see the step's log", 1)
+        raise
+
+
+def _is_repetition() -> bool:
+    """Whether Argo has started this attempt, because an earlier one ended."""
+    return environment.RETRY_INDEX.read().strip() not in ("", "0")
+
+
+def _remove_marker(marker_uri: str) -> None:
+    with suppress(UserError, RetryableError):
+        storage.remove_file(marker_uri)
 
 
 def _read_marker(marker_uri: str, inputs: str) -> str | None:

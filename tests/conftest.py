@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Test processes run side by side; without this each would start a thread per core for every matrix product.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# After a fault a step tries again once, at once.
+os.environ.setdefault("MINICPMV_FINETUNE_RETRY_WAITS", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from minicpmv_finetune import storage
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune import environment, storage
+from minicpmv_finetune.errors import RetryableError, SentenceExit, StoppedError, UserError
 from minicpmv_finetune.permanent_errors import MARKER_NAME, permanent_error_marked
+from minicpmv_finetune.run_records import FailedStep, read_failed_steps
 
 INPUTS = {"data_uri": "train.json", "ratio": 0.05}
 
@@ -24,6 +25,12 @@ def exit_code(output_uri: str, error: Exception | None, inputs: Mapping[str, obj
     with pytest.raises(SystemExit) as raised:
         run_task(output_uri, error, inputs)
     return raised.value.code
+
+
+@pytest.fixture(autouse=True)
+def second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Argo sets when it starts a pod again."""
+    monkeypatch.setenv(environment.RETRY_INDEX.name, "1")
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -49,6 +56,49 @@ def test_a_marker_of_other_inputs_is_ignored(output_uri: str) -> None:
     exit_code(output_uri, UserError("sentence"))
     assert run_task(output_uri, None, {**INPUTS, "ratio": 0.5})
     assert exit_code(output_uri, None, dict(reversed(INPUTS.items()))) == 2  # the order of inputs does not matter
+
+
+@pytest.mark.parametrize("index", ["0", "", None])
+def test_an_attempt_that_a_person_starts_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str | None
+) -> None:
+    output_uri = str(tmp_path / "dataset")
+    exit_code(output_uri, UserError("train.json: not found."))
+    monkeypatch.delenv(environment.RETRY_INDEX.name)
+    if index is not None:
+        monkeypatch.setenv(environment.RETRY_INDEX.name, index)  # as recorded: a person's retry has 0
+    assert run_task(output_uri, None)
+    assert not list(tmp_path.iterdir()), "the old sentence is still there"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "code"),
+    [
+        (UserError("train.json: not found."), "train.json: not found.", 2),
+        (RetryableError("the store does not answer."), "the store does not answer.", 75),
+        (SentenceExit(137, "process 0 was killed."), "process 0 was killed.", 137),
+        (KeyError("x"), "KeyError: 'x'; see the step's log", 1),
+    ],
+)
+def test_why_a_step_failed_is_at_the_root_of_its_run_until_it_starts_again(
+    output_uri: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, sentence: str, code: int
+) -> None:
+    # As Kubeflow stores artifacts: <root>/<pipeline>/<run>/<task>/<execution>/<artifact>.
+    root = storage.join(storage.parent(storage.parent(output_uri)), "run-7")
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
+    monkeypatch.setenv(environment.RETRY_INDEX.name, "0")
+    artifact = storage.join(root, "train/execution/adapter")
+    with pytest.raises((SystemExit, KeyError)), permanent_error_marked(artifact, INPUTS):
+        raise error
+    assert read_failed_steps(root) == [FailedStep(step="train", sentence=sentence, exit_code=code)]
+    assert run_task(artifact, None)
+    assert not read_failed_steps(root)
+
+
+def test_a_signal_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, tmp_path.name)
+    assert exit_code(str(tmp_path / "train/adapter"), StoppedError("stopped by SIGTERM.")) == 75
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_temporary_fault_leaves_no_marker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

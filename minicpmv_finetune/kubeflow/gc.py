@@ -5,7 +5,9 @@ Below `<root>/<pipeline>/` Kubeflow stores one folder per run. The shards that p
 
 - the folder of a run that is no longer on the server, if it contains no registered model of MLflow;
 - shards whose cache key is in no run's manifest;
-- checkpoints of a run that succeeded, because they serve only to continue after an interruption.
+- checkpoints of a run that succeeded, because they serve only to continue after an interruption;
+- below `<root>/minicpmv-checkpoints/`, those of a training that is finished, or that nobody went on with for a month,
+  unless a run holds the lease on them.
 
 Folders that were written to recently are never unused, because they may belong to a run that has just started. If the
 server or MLflow does not answer, nothing is unused.
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from minicpmv_finetune import environment, storage
+from minicpmv_finetune.components.train.checkpoint_place import CHECKPOINTS, FINISHED_FILE, LEASE_FILE
 from minicpmv_finetune.errors import AccessError, UserError
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, SHARED_CACHE_NAME
@@ -31,6 +34,8 @@ from .store import pipeline_root, use_store
 _RUN_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CHECKPOINTS = "checkpoints"
 _NO_RUN = "no run uses these shards"
+_LEASE_AGE = timedelta(hours=1)  # a run that trains writes its lease every few minutes
+_ABANDONED_AGE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
     for name, file in storage.walk(shared).items():
         folder = storage.join(shared, name.partition("/")[0])
         candidates.setdefault(folder, _Candidate(_NO_RUN)).files.append(file)
+    candidates |= _unused_checkpoints(storage.join(root, CHECKPOINTS))
     newest = datetime.now(UTC) - timedelta(days=min_age_days)
     kept = [f"{_as_s3(uri)}/" for uri in referenced]
     return [
@@ -108,6 +114,26 @@ def _root(cluster: Cluster) -> str:
         return pipeline_root(cluster.profile)
     except AccessError as error:
         raise UserError(f"gc: {str(error).rstrip('.')}; or give --root.") from error
+
+
+def _unused_checkpoints(base: str) -> dict[str, _Candidate]:
+    """The folders of checkpoints that no run will go on from."""
+    folders: dict[str, dict[str, storage.StoredFile]] = {}
+    for name, file in storage.walk(base).items():
+        folder, _, rest = name.partition("/")
+        if rest:
+            folders.setdefault(folder, {})[rest] = file
+    now, unused = datetime.now(UTC), dict[str, _Candidate]()
+    for folder, files in folders.items():
+        candidate = _Candidate("its training is finished", list(files.values()))
+        if LEASE_FILE in files and now - files[LEASE_FILE].written < _LEASE_AGE:
+            continue
+        if FINISHED_FILE not in files:
+            if now - candidate.written < _ABANDONED_AGE:
+                continue
+            candidate = _Candidate("nobody has gone on from these checkpoints for a month", candidate.files)
+        unused[storage.join(base, folder)] = candidate
+    return unused
 
 
 def _as_s3(uri: str) -> str:

@@ -20,9 +20,19 @@ from typing import Annotated, Any, Literal
 from kfp import dsl, kubernetes
 from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from minicpmv_finetune import container_images, environment
+from minicpmv_finetune.attempts import NO_RETRY
 from minicpmv_finetune.errors import UserError, describe_validation_error
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.pipelines.pipeline import copy_choices
@@ -50,6 +60,10 @@ def _require_pinned(image: str) -> str:
         raise ValueError("a container image needs a digest (…@sha256:…) or a tag other than latest")
     return image
 
+
+# After every end of a pod, a mistake's too, Argo waits so long before it looks whether to start another one.
+_LOST_POD_BACKOFF = 5
+_LOST_POD_FACTOR = 2
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[KMGTPE]i?)?$")]
 ContainerImage = Annotated[str, AfterValidator(_require_pinned)]
@@ -80,12 +94,34 @@ class Identity(_Section):
 
 
 class Retry(_Section):
-    """Attempts after a failed one; the wait grows from `backoff` by `factor` up to `longest_backoff`."""
+    """Attempts after a failed one, and how long a step waits before each.
+
+    A step waits itself after a fault: first `backoff`, then `factor` times as long, at most `longest_wait`. Argo makes
+    as many attempts for pods that are lost, and waits only seconds, because it waits after a mistake too.
+    """
 
     attempts: int = Field(default=3, ge=0, le=10)
     backoff: str = Field(default="60s", pattern=r"^\d+s$")
     factor: float = Field(default=2.0, ge=1)
-    longest_backoff: str = Field(default="1800s", pattern=r"^\d+s$")
+    longest_wait: str = Field(
+        default="1800s",
+        pattern=r"^\d+s$",
+        # Its name in 0.1.0, which wrote it where Argo reads how long all attempts may take together.
+        validation_alias=AliasChoices("longest_wait", "longest_backoff"),
+    )
+
+    def waits(self) -> list[float]:
+        """Seconds that a step waits before its second attempt, its third, and so on."""
+        first, longest = (float(text.removesuffix("s")) for text in (self.backoff, self.longest_wait))
+        return [min(first * self.factor**number, longest) for number in range(self.attempts)]
+
+    def longest_duration(self, timeout_seconds: int) -> int:
+        """Seconds after which Argo may give a step up: when every attempt has used its whole time, and never before.
+
+        Argo counts from the start of the first attempt, and ends a running attempt too.
+        """
+        waits = sum(_LOST_POD_BACKOFF * _LOST_POD_FACTOR**number for number in range(self.attempts))
+        return (self.attempts + 1) * timeout_seconds + int(waits)
 
 
 class SecretEnvironment(_Section):
@@ -400,6 +436,8 @@ def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     _select_nodes(settings, task)
     _mount_volumes(profile, settings, task)
     _set_environment(profile, task)
+    if step == "notify" and profile.kubeflow_pipelines.ui_endpoint:
+        task.set_env_variable(environment.KFP_UI_ENDPOINT.name, profile.kubeflow_pipelines.ui_endpoint)
     if step == "train" and profile.runtime:
         task.set_env_variable(environment.TRAINING_RUNTIME.name, profile.runtime)
         if profile.train_on_nodes:
@@ -421,8 +459,10 @@ def _set_limits(profile: Profile, settings: StepSettings, task: dsl.PipelineTask
     task.set_cpu_request(settings.cpu[0]).set_cpu_limit(settings.cpu[1])
     task.set_memory_request(settings.memory[0]).set_memory_limit(settings.memory[1])
     kubernetes.set_timeout(task, settings.timeout_seconds)
-    retry = profile.retry
-    task.set_retry(retry.attempts, retry.backoff, retry.factor, retry.longest_backoff)
+    longest = profile.retry.longest_duration(settings.timeout_seconds)
+    task.set_retry(profile.retry.attempts, f"{_LOST_POD_BACKOFF}s", _LOST_POD_FACTOR, f"{longest}s")
+    waits = " ".join(f"{seconds:g}" for seconds in profile.retry.waits())
+    task.set_env_variable(environment.RETRY_WAITS.name, waits or NO_RETRY)
 
 
 def _select_nodes(settings: StepSettings, task: dsl.PipelineTask) -> None:

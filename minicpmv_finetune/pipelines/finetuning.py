@@ -65,7 +65,7 @@ FINETUNE = Pipeline(
     name="minicpmv-finetune",
     display_name="Fine-tune MiniCPM-V",
     description="From images with questions and answers to a merged model, compared with its base on new data.",
-    steps=("validate-data", "preprocess", "train", "merge", "evaluate", "register"),
+    steps=("validate-data", "preprocess", "train", "merge", "evaluate", "register", "notify"),
     inputs=FINETUNE_INPUTS,
     add_tasks=_finetune,
 )

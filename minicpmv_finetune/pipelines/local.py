@@ -119,7 +119,8 @@ def _run_steps(steps: RunSteps, pipeline: Pipeline, inputs: Mapping[str, Any], o
         # Subprocesses do not use the container images, so a name that does not mention Python is no problem.
         with warnings.catch_warnings(), contextlib.redirect_stdout(display.stream), steps.in_charge():
             warnings.filterwarnings("ignore", message="You may be attemping to run a task")
-            pipeline.build()(**inputs)
+            # Without a webhook nobody but the reader of this terminal is told.
+            pipeline.build(with_report=bool(environment.WEBHOOK_URL.read()))(**inputs)
         status = "FINISHED"
     except (RuntimeError, ValueError) as error:
         if steps.stopped_by:
@@ -188,7 +189,11 @@ def _kfp_runner(
 
     from minicpmv_finetune.shards.format import CACHE_NAME
 
-    passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("AWS_", "MLFLOW_", environment.WEBHOOK_URL.name))
+    }
     # A container sees only the pipeline root of this machine's files; the shard cache for later runs is beside it.
     cache = out / CACHE_NAME
     cache.mkdir(exist_ok=True)

@@ -5,7 +5,8 @@ that it does not depend on how many pipelines there are or what they do.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from kfp.dsl import pipeline_context
 from kfp.dsl.graph_component import GraphComponent
 
 from minicpmv_finetune import container_images, environment
+from minicpmv_finetune.components.notify.component import notify
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input
 
 _DOCUMENTATION = "More: `docs/inputs.md` and `docs/kubeflow-ui.md` in the repository."
+
+WEBHOOK_SECRET = "minicpmv-webhook"
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,22 @@ class Pipeline:
                 lines += ["", f"**{group.capitalize()}**", "", *map(_guide_line, rows)]
         return "\n".join([*lines, "", _DOCUMENTATION])
 
-    def build(self, partitions: int = 1) -> GraphComponent:
+    def build(self, partitions: int = 1, with_report: bool = True) -> GraphComponent:
         """Build kfp's representation of the pipeline.
+
+        Its last task says how the run ended, whatever happened, and posts it to a webhook; the webhook's address comes
+        from the Secret `minicpmv-webhook` (key `url`), if the namespace has one.
 
         Args:
             partitions: Number of pods that each prepare a part of the data, before preprocess itself adds the
                 manifest. It is fixed when the pipeline is built, so that the usual pipeline has no loop in its graph.
+            with_report: Whether it has this last task; a run on this machine tells its user itself.
         """
 
         def pipeline(*values: Any) -> None:
-            self.add_tasks(dict(zip([item.name for item in self.inputs], values, strict=True)), partitions)
+            given = dict(zip([item.name for item in self.inputs], values, strict=True))
+            with _reported(self.name) if with_report else nullcontext():
+                self.add_tasks(given, partitions)
             _choose_container_images()
 
         pipeline.__signature__ = inspect.Signature([_parameter(item) for item in self.inputs])  # type: ignore[attr-defined]
@@ -84,6 +94,17 @@ def copy_choices(source: GraphComponent, target: GraphComponent) -> None:
     for name, parameter in target.pipeline_spec.root.input_definitions.parameters.items():
         del parameter.literals[:]
         parameter.literals.extend(parameters[name].literals)
+
+
+@contextmanager
+def _reported(pipeline: str) -> Iterator[None]:
+    """Add the task that says how the run ended, after the tasks that the block adds."""
+    task = notify(pipeline=pipeline)
+    task.set_caching_options(False)
+    set_run_id(task)
+    kubernetes.use_secret_as_env(task, WEBHOOK_SECRET, {"url": environment.WEBHOOK_URL.name}, optional=True)
+    with dsl.ExitHandler(task, name=pipeline.removeprefix("minicpmv-")):
+        yield
 
 
 def inputs_of(component: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,18 +3,14 @@
     validate data → plan retraining ──nothing new──▶ done
                                     └─something new─▶ preprocess → train → merge → evaluate → register
 
-If the data equals the champion's training data, the run ends successfully before a GPU is requested. In every case the
-last task posts the outcome to a webhook; its address comes from the Secret `minicpmv-webhook` (key `url`), if the
-namespace has one.
+If the data equals the champion's training data, the run ends successfully before a GPU is requested.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 
-from minicpmv_finetune import environment
-from minicpmv_finetune.components.notify.component import notify
 from minicpmv_finetune.components.plan_retraining.component import plan_retraining
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, defaults
 
@@ -22,22 +18,17 @@ from .finetuning import add_tuning, add_validation
 from .pipeline import Pipeline, inputs_of, set_run_id
 
 NAME = "minicpmv-retrain"
-WEBHOOK_SECRET = "minicpmv-webhook"
 
 
 def _retrain(inputs: Mapping[str, Any], partitions: int) -> None:
-    notified = notify(pipeline=NAME)
-    notified.set_caching_options(False)
-    kubernetes.use_secret_as_env(notified, WEBHOOK_SECRET, {"url": environment.WEBHOOK_URL.name}, optional=True)
-    with dsl.ExitHandler(notified, name="retrain"):
-        dataset = add_validation(inputs)
-        planned = plan_retraining(dataset=dataset, **inputs_of(plan_retraining, inputs))
-        planned.set_caching_options(False)
-        with dsl.If(planned.outputs["decision"] == "something new", name="train-if-new"):
-            # Settings that are no inputs here have the other pipeline's defaults; the flags override all of them.
-            training = {**defaults(FINETUNE_INPUTS), **inputs, "training_flags": planned.outputs["flags"]}
-            add_tuning(dataset, training, partitions)
-    set_run_id(notified, planned)
+    dataset = add_validation(inputs)
+    planned = plan_retraining(dataset=dataset, **inputs_of(plan_retraining, inputs))
+    planned.set_caching_options(False)
+    set_run_id(planned)
+    with dsl.If(planned.outputs["decision"] == "something new", name="train-if-new"):
+        # Settings that are no inputs here have the other pipeline's defaults; the flags override all of them.
+        training = {**defaults(FINETUNE_INPUTS), **inputs, "training_flags": planned.outputs["flags"]}
+        add_tuning(dataset, training, partitions)
 
 
 RETRAIN = Pipeline(

@@ -27,14 +27,19 @@ from typing import TYPE_CHECKING, Any
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import without_password
 from minicpmv_finetune.git_commit import git_commit
+from minicpmv_finetune.run_records import Outcome, Result, write_outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
 
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
 _OUTCOME_TAG = "minicpmv.outcome"
+_RESULT_TAG = "minicpmv.result"
+_ERROR_TAG = "minicpmv.error"
+_FAULT_TAG = "minicpmv.fault"  # with the number of the attempt
+_DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's page of a run begins with it
 _COMMIT_TAG = "mlflow.source.git.commit"  # MLflow's page shows it as the version of the source
 _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
 _MAX_BATCH = 1000  # MLflow's own limit for metrics in one call
@@ -193,8 +198,13 @@ def step_run(task: str) -> Iterator[StepRun]:
     run.finish("FINISHED")
 
 
-def open_step_run(task: str) -> StepRun:
-    """Find or create a step's run below its pipeline's run."""
+def open_step_run(task: str, reopen: bool = True) -> StepRun:
+    """Find or create a step's run below its pipeline's run.
+
+    Args:
+        task: Name of the step.
+        reopen: Whether the pipeline's run, if it has ended, is running again, as after a person's retry.
+    """
     if not environment.TRACKING_URI.read():
         return StepRun()
     try:
@@ -208,14 +218,14 @@ def open_step_run(task: str) -> StepRun:
         else:
             experiment = _experiment(client)
             if pipeline_run:
-                parent = _pipeline_run(client, experiment, pipeline_run)
+                parent = _pipeline_run(client, experiment, pipeline_run, reopen)
         if parent:
             tags["mlflow.parentRunId"] = parent
         if pipeline_run:
             tags[_PIPELINE_TAG] = pipeline_run
             if found := _find(client, experiment, pipeline_run, task):
-                client.update_run(found, status="RUNNING")
-                return StepRun(client, found, parent=parent)
+                client.update_run(found.info.run_id, status="RUNNING")
+                return StepRun(client, found.info.run_id, parent=parent)
         return StepRun(client, client.create_run(experiment, tags=tags).info.run_id, parent=parent)
     except Exception as error:
         return StepRun(failure=_describe(error))
@@ -230,25 +240,58 @@ def link_to_run(task: str) -> str:
         client = mlflow_client()
         plugin_run = environment.PLUGIN_RUN_ID.read()
         experiment = client.get_run(plugin_run).info.experiment_id if plugin_run else _experiment(client)
-        run = _find(client, experiment, pipeline_run, task)
+        found = _find(client, experiment, pipeline_run, task)
     except Exception:
         return ""  # the end of the step has reported that the server does not answer
     address = without_password(server).rstrip("/")
-    return f"\n[This step in MLflow]({address}/#/experiments/{experiment}/runs/{run})\n" if run else ""
+    return f"\n[This step in MLflow]({address}/#/experiments/{experiment}/runs/{found.info.run_id})\n" if found else ""
 
 
-def note_outcome(sentence: str) -> None:
-    """Store the outcome in a tag of the pipeline's run, also where Kubeflow opened that run, for `read_outcome`."""
-    _on_pipeline_run(lambda run: run.log_tags({_OUTCOME_TAG: sentence}))
+def note_fault(task: str, attempt: int, sentence: str) -> None:
+    """Note in a step's run a fault after which the step tries again; only in a pipeline run, where it is found."""
+    _note_on_step(task, {f"{_FAULT_TAG}.{attempt}": sentence})
 
 
-def read_outcome() -> str:
-    """The last outcome stored in the pipeline's run; empty when there is none, or when MLflow cannot be read."""
+def note_failure(task: str, sentence: str) -> None:
+    """Note why a step failed, in its run and, unless that has ended, in the pipeline's run."""
+    _note_on_step(task, {_ERROR_TAG: sentence, _DESCRIPTION_TAG: sentence})
+    _on_pipeline_run(lambda run: _note_end(run, "failed", f"failed in {task}: {sentence}"), unless_ended=True)
+
+
+def note_outcome(result: Result, sentence: str) -> None:
+    """Store what the pipeline run came to: in tags of its MLflow run, also where Kubeflow opened it, and in the store.
+
+    `read_outcome` finds it again.
+    """
+    write_outcome(result, sentence)
+    _on_pipeline_run(lambda run: _note_end(run, result, sentence))
+
+
+def read_outcome() -> Outcome | None:
+    """The last outcome noted in the pipeline's run; None when there is none, or when MLflow cannot be read."""
     try:
         found = _open_pipeline_run()
-        return str(found[0].get_run(found[1]).data.tags.get(_OUTCOME_TAG, "")) if found else ""
+        tags = found[0].get_run(found[1]).data.tags if found else {}
+        return Outcome.model_validate({"result": tags[_RESULT_TAG], "sentence": tags[_OUTCOME_TAG]})
     except Exception:
-        return ""
+        return None
+
+
+def end_pipeline_run(status: str, result: str, sentence: str) -> None:
+    """Close the run that holds a pipeline run's steps, and let its page say how it ended."""
+    _on_pipeline_run(lambda run: _note_end(run, result, sentence))
+    finish_pipeline_run(status)
+
+
+def _note_end(run: StepRun, result: str, sentence: str) -> None:
+    run.log_tags({_RESULT_TAG: result, _OUTCOME_TAG: sentence, _DESCRIPTION_TAG: sentence})
+
+
+def _note_on_step(task: str, tags: Mapping[str, str]) -> None:
+    if environment.PIPELINE_RUN_ID.read():
+        run = open_step_run(task, reopen=False)
+        run.log_tags(tags)
+        run.finish("FAILED")
 
 
 def finish_pipeline_run(status: str) -> None:
@@ -260,9 +303,11 @@ def finish_pipeline_run(status: str) -> None:
         _on_pipeline_run(lambda run: _finish_with_steps(run, status))
 
 
-def _on_pipeline_run(act: Callable[[StepRun], None]) -> None:
+def _on_pipeline_run(act: Callable[[StepRun], None], unless_ended: bool = False) -> None:
     try:
         found = _open_pipeline_run()
+        if found and unless_ended and found[0].get_run(found[1]).info.status != "RUNNING":
+            return
         run = StepRun(*found) if found else None
     except Exception as error:
         run = StepRun(failure=_describe(error))
@@ -343,10 +388,12 @@ def _experiment(client: "MlflowClient") -> str:
         raise
 
 
-def _pipeline_run(client: "MlflowClient", experiment: str, pipeline_run: str) -> str:
+def _pipeline_run(client: "MlflowClient", experiment: str, pipeline_run: str, reopen: bool = False) -> str:
     """The run of the whole pipeline run, created by the first step that needs it."""
     if found := _find(client, experiment, pipeline_run, "pipeline"):
-        return found
+        if reopen and found.info.status != "RUNNING":
+            client.update_run(found.info.run_id, status="RUNNING")
+        return str(found.info.run_id)
     tags = {_PIPELINE_TAG: pipeline_run, _TASK_TAG: "pipeline", "mlflow.runName": pipeline_run, **_commit_tags()}
     return str(client.create_run(experiment, tags=tags).info.run_id)
 
@@ -356,10 +403,10 @@ def _commit_tags() -> dict[str, str]:
     return {} if commit == environment.GIT_COMMIT.default else {_COMMIT_TAG: commit}
 
 
-def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str) -> str | None:
+def _find(client: "MlflowClient", experiment: str, pipeline_run: str, task: str) -> "Run | None":
     query = f"tags.`{_PIPELINE_TAG}` = '{pipeline_run}' and tags.`{_TASK_TAG}` = '{task}'"
     runs = client.search_runs([experiment], filter_string=query, max_results=1)
-    return str(runs[0].info.run_id) if runs else None
+    return runs[0] if runs else None
 
 
 def _is_refusal(error: Exception) -> bool:

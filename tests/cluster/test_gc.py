@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,19 @@ def test_without_a_pipeline_root_the_option_root_is_required(
     done = command("gc", "--profile", profile(pipeline_root=""))
     assert done.code == 2
     assert "--root" in done.err
+
+
+def test_checkpoints_are_kept_until_their_training_is_finished_or_abandoned(
+    command: Command, kubeflow: FakeKubeflow, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed() -> list[str]:
+        done = command("gc", "--root", root, "--min-age-days", "0", "--output", "json")
+        return [item["uri"].removeprefix(f"{root}/minicpmv-checkpoints/") for item in done.json]
+
+    names = ("running/lease.json", "running/checkpoint-1.json", "stopped/checkpoint-1.json")
+    finished = ("finished/checkpoint-1.json", "finished/finished.json", "again/finished.json", "again/lease.json")
+    for name in (*names, *finished):
+        storage.write_bytes(f"{root}/minicpmv-checkpoints/{name}", b"{}")
+    assert listed() == ["finished"]
+    monkeypatch.setattr("minicpmv_finetune.kubeflow.gc._ABANDONED_AGE", timedelta(0))
+    assert listed() == ["finished", "stopped"]

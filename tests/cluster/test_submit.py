@@ -357,7 +357,8 @@ def test_all_pages_of_a_list_are_read(
 def test_runs_lists_the_steps_of_one_run(kubeflow: FakeKubeflow, command: Command) -> None:
     command("submit", *INPUTS, "--name", "monday", "--wait", "--poll", "0")
     rows = command("runs", "monday", "--output", "json").json
-    assert [row["step"] for row in rows] == ["validate-data", "preprocess", "train", "merge", "evaluate", "register"]
+    steps = ["validate-data", "preprocess", "train", "merge", "evaluate", "register", "notify"]
+    assert [row["step"] for row in rows] == steps
     assert "SUCCEEDED" in command("runs").out
     nothing = command("runs", "tuesday")
     assert nothing.code == 2

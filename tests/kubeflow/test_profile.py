@@ -41,6 +41,17 @@ def _tasks(pipeline: dict[str, Any], dag: dict[str, Any]) -> Iterator[tuple[str,
             yield name, task
 
 
+def _seconds(retry: dict[str, Any], field: str) -> int:
+    return int(retry.get(field, "0s").removesuffix("s"))
+
+
+def _longest_duration(retry: dict[str, Any], pod: dict[str, Any]) -> float:
+    """Seconds that a step may take whose every attempt uses its whole time, with Argo's waits between them."""
+    attempts, first = retry.get("maxRetryCount", 0), _seconds(retry, "backoffDuration")
+    waits = sum(first * retry.get("backoffFactor", 2) ** number for number in range(attempts))
+    return (attempts + 1) * int(pod.get("activeDeadlineSeconds", 0)) + waits
+
+
 def violations(document: Document) -> Iterator[str]:
     """Yield the requirements that a compiled pipeline does not meet."""
     pipeline, platform = document
@@ -58,7 +69,8 @@ def violations(document: Document) -> Iterator[str]:
             "memory": {"resourceMemoryRequest", "resourceMemoryLimit"} <= set(resources),
             "timeout": int(pod.get("activeDeadlineSeconds", 0)) > 0,
             "retry": retry.get("maxRetryCount", 0) > 0 and retry.get("backoffFactor", 0) > 1,
-            "backoff": {"backoffDuration", "backoffMaxDuration"} <= set(retry),
+            "backoff": _seconds(retry, "backoffDuration") in range(1, 11),  # a mistake ends after it
+            "duration": _seconds(retry, "backoffMaxDuration") >= _longest_duration(retry, pod),
             "labels": {"app.kubernetes.io/name", "app.kubernetes.io/component", "environment"} <= set(labels),
             "scratch": any(mount["mountPath"] == "/scratch" for mount in pod.get("emptyDirMounts", [])),
             "pull policy": pod.get("imagePullPolicy") == "IfNotPresent",
@@ -85,9 +97,10 @@ def violations(document: Document) -> Iterator[str]:
 
 @BY_NAME
 def test_committed_pipelines_meet_every_requirement(profile: Path) -> None:
-    document = _read(profile.stem)
-    assert {name for name, _ in _tasks(document[0], document[0]["root"]["dag"])} == set(FINETUNE.steps)
-    assert list(violations(document)) == []
+    for name, pipeline in ((profile.stem, FINETUNE), (f"{profile.stem}.retrain", RETRAIN)):
+        document = _read(name)
+        assert {name for name, _ in _tasks(document[0], document[0]["root"]["dag"])} == set(pipeline.steps)
+        assert list(violations(document)) == []
 
 
 _REMOVALS: dict[str, Callable[[Any, Any, Any], object]] = {
@@ -99,6 +112,7 @@ _REMOVALS: dict[str, Callable[[Any, Any, Any], object]] = {
     "timeout": lambda container, pod, task: pod.pop("activeDeadlineSeconds"),
     "retry": lambda container, pod, task: task["retryPolicy"].pop("backoffFactor"),
     "backoff": lambda container, pod, task: task["retryPolicy"].pop("backoffDuration"),
+    "duration": lambda container, pod, task: task["retryPolicy"].update(backoffMaxDuration="3600s"),
     "labels": lambda container, pod, task: pod["podMetadata"]["labels"].pop("environment"),
     "scratch": lambda container, pod, task: pod["emptyDirMounts"].pop(0),
     "pull policy": lambda container, pod, task: pod.pop("imagePullPolicy"),
@@ -115,8 +129,24 @@ _REMOVALS: dict[str, Callable[[Any, Any, Any], object]] = {
 def test_a_requirement_that_is_not_met_is_found(requirement: str) -> None:
     pipeline, platform = copy.deepcopy(_read("dev"))
     container = pipeline["deploymentSpec"]["executors"]["exec-train"]["container"]
-    _REMOVALS[requirement](container, platform["exec-train"], pipeline["root"]["dag"]["tasks"]["train"])
+    _REMOVALS[requirement](container, platform["exec-train"], _task_of(pipeline, "train"))
     assert list(violations((pipeline, platform))) == [f"train: {requirement}"]
+
+
+def _task_of(pipeline: dict[str, Any], step: str) -> Any:
+    return dict(_tasks(pipeline, pipeline["root"]["dag"]))[step]
+
+
+@pytest.mark.parametrize("field", ["longest_wait", "longest_backoff"])  # the second is its name in 0.1.0
+def test_a_step_waits_after_faults_as_the_profile_says(field: str, tmp_path: Path) -> None:
+    retry = {"attempts": 4, "backoff": "60s", "factor": 3, field: "600s"}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(PROFILES[0].read_text()) | {"retry": retry}))
+    pipeline = yaml.safe_load_all(write_pipeline(FINETUNE, load_profile(path), tmp_path / "p.yaml").read_text())
+    executors = next(pipeline)["deploymentSpec"]["executors"]
+    for executor in executors.values():
+        variables = {variable["name"]: variable["value"] for variable in executor["container"]["env"]}
+        assert variables[environment.RETRY_WAITS.name] == "60 180 540 600"
 
 
 def test_in_production_steps_with_gpus_have_a_queue() -> None:
@@ -233,7 +263,7 @@ def test_the_run_form_has_a_title_and_a_sentence_for_every_input() -> None:
 
 def test_kubeflow_does_not_cache_the_validation() -> None:
     pipeline, _ = _read("dev")
-    assert "enableCache" not in pipeline["root"]["dag"]["tasks"]["validate-data"]["cachingOptions"]
+    assert "enableCache" not in _task_of(pipeline, "validate-data")["cachingOptions"]
 
 
 def test_the_pipeline_itself_is_not_changed() -> None:

@@ -23,11 +23,19 @@ def dags(compiled: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_every_step_is_a_task(compiled: dict[str, Any]) -> None:
     tasks = [name for component in dags(compiled) for name in component["dag"]["tasks"]]
-    assert {name for name in tasks if not name.startswith("condition-")} == set(FINETUNE.steps)
+    groups = ("condition-", "exit-handler-")
+    assert {name for name in tasks if not name.startswith(groups)} == set(FINETUNE.steps)
+
+
+def test_the_end_of_a_run_is_reported_whatever_happened(compiled: dict[str, Any]) -> None:
+    tasks = compiled["root"]["dag"]["tasks"]
+    assert tasks["notify"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert set(tasks) - {"notify"} == {"exit-handler-1"}
 
 
 def test_only_a_model_that_passes_the_gate_is_registered(compiled: dict[str, Any]) -> None:
-    (condition,) = [task for name, task in compiled["root"]["dag"]["tasks"].items() if name.startswith("condition-")]
+    tasks = [item for component in dags(compiled) for item in component["dag"]["tasks"].items()]
+    (condition,) = [task for name, task in tasks if name.startswith("condition-")]
     assert condition["triggerPolicy"]["condition"].endswith("== 'promote'")
     assert list(compiled["components"][condition["componentRef"]["name"]]["dag"]["tasks"]) == ["register"]
 

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.register.register import register
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.run_records import Outcome
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.promotion_record import PromotionRecord, write_promotion_record
 from minicpmv_finetune.tracking.registry import (
@@ -190,7 +191,7 @@ def test_the_register_step_promotes_and_tags_its_run(
     assert run.data.tags["minicpmv.version"] == "1"
     assert "is champion" in run.data.tags["minicpmv.promotion"]
     assert client.get_model_version(name, "1").run_id == run.info.run_id
-    assert step_runs.read_outcome() == run.data.tags["minicpmv.promotion"]
+    assert step_runs.read_outcome() == Outcome(result="promoted", sentence=run.data.tags["minicpmv.promotion"])
     page = f"{os.environ['MLFLOW_TRACKING_URI']}/#"
     assert link_to_newest(name) == f"\n[Version 1 in MLflow]({page}/models/{name}/versions/1)\n"
     address = f"{page}/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"

@@ -45,17 +45,18 @@ def evaluate(
     """
     from pathlib import Path
 
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as run
     from minicpmv_finetune.components.evaluate.evaluate import settings_from
     from minicpmv_finetune.components.evaluate.promotion import record_decision
     from minicpmv_finetune.components.evaluate.report import markdown
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.tracking.registry import champion_to_beat
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
     options = {"metric": metric, **evaluation_options}
     inputs = {"model": model.uri, "base_model_uri": base_model_uri, "dataset": dataset.uri, "options": options}
-    with permanent_error_marked(predictions.uri, inputs):
+
+    def work() -> None:
         settings = settings_from(options)
         champion = champion_to_beat(registered_model)  # before the answers are generated, which takes long
         files = Path(predictions.path), Path(evaluation_report.path)
@@ -71,3 +72,5 @@ def evaluate(
         about = champion, base_model_uri, Path(dataset.path), model.uri, model.metadata
         has_passed = record_decision(Path(promotion_record.path), result, *about)
         Path(decision).write_text("promote" if has_passed else "keep")
+
+    run_step("evaluate", predictions.uri, inputs, work)

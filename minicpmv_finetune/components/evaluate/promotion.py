@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpmv_finetune.data.samples import read_info
+from minicpmv_finetune.run_records import Result
 from minicpmv_finetune.tracking.promotion_record import PromotionRecord, write_promotion_record
 from minicpmv_finetune.tracking.registry import Version
 from minicpmv_finetune.tracking.step_runs import note_outcome
@@ -48,5 +49,6 @@ def record_decision(
         metrics=evaluation.metrics,
     )
     write_promotion_record(path, record)
-    note_outcome(f"{'passed' if record.promote else 'failed'} the gate: {record.reason}")
+    result: Result = "passed the gate" if record.promote else "failed the gate"
+    note_outcome(result, f"{result}: {record.reason}")
     return record.promote

@@ -28,22 +28,27 @@ def merge(
     from pathlib import Path
 
     from minicpmv_finetune import storage
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.merge.merge import MergeSettings, markdown
     from minicpmv_finetune.components.merge.merge import merge as run
     from minicpmv_finetune.components.merge.page import page_written
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
     inputs = {"base_model_uri": base_model_uri, "adapter": adapter.uri, "shards": shards.uri}
-    with (
-        permanent_error_marked(model.uri, inputs),
-        storage.kept_beside(model.uri, model.path, "merge-report.json") as report,
-        page_written(report, Path(merge_report.path)),
-    ):
-        found = run(base_model_uri, Path(adapter.path), Path(shards.path), Path(model.path), report, MergeSettings())
-        # Only named keys: the adapter's metadata also contains Kubeflow's own, such as the name that the UI displays.
-        for key in ("generation", "base_model", "use_lora"):
-            if key in adapter.metadata:
-                model.metadata[key] = adapter.metadata[key]
-        model.metadata.update(adapter_uri=adapter.uri, display_name="merged model")
-        Path(merge_summary.path).write_text(markdown(found) + link_to_run("merge"))
+
+    def work() -> None:
+        with (
+            storage.kept_beside(model.uri, model.path, "merge-report.json") as report,
+            page_written(report, Path(merge_report.path)),
+        ):
+            found = run(
+                base_model_uri, Path(adapter.path), Path(shards.path), Path(model.path), report, MergeSettings()
+            )
+            # Only named keys: the metadata also contains Kubeflow's own, such as the name that the UI displays.
+            for key in ("generation", "base_model", "use_lora"):
+                if key in adapter.metadata:
+                    model.metadata[key] = adapter.metadata[key]
+            model.metadata.update(adapter_uri=adapter.uri, display_name="merged model")
+            Path(merge_summary.path).write_text(markdown(found) + link_to_run("merge"))
+
+    run_step("merge", model.uri, inputs, work)

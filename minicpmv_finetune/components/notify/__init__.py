@@ -1,1 +1,1 @@
-"""After a scheduled run: post the outcome to a webhook."""
+"""The last step of a run: say how it ended, also to a webhook."""

@@ -6,17 +6,24 @@ from minicpmv_finetune.container_images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
-def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str) -> None:
-    """Post the outcome of a run to the webhook in the variable MINICPMV_FINETUNE_WEBHOOK_URL, if it is set.
+def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, summary: dsl.Output[dsl.Markdown]) -> None:
+    """Say how a run ended: on this step's page, in MLflow, and to a webhook if MINICPMV_FINETUNE_WEBHOOK_URL is set.
 
     Args:
         status: Final status of the run in Kubeflow.
         pipeline: Name of the pipeline.
+        summary: How the run ended, with the sentence of a step that failed.
     """
-    from minicpmv_finetune.components.notify.notify import notify as run
-    from minicpmv_finetune.errors import RetryableError, UserError, end_process
+    from pathlib import Path
 
-    try:
-        run(pipeline, status.state, status.error_message or "")
-    except (UserError, RetryableError) as error:
-        end_process(error)
+    from minicpmv_finetune.attempts import run_step
+    from minicpmv_finetune.components.notify.notify import describe_end, post
+    from minicpmv_finetune.tracking.step_runs import end_pipeline_run
+
+    def work() -> None:
+        end = describe_end(pipeline, status.state, status.error_message or "", summary.uri)
+        Path(summary.path).write_text(end.markdown())
+        end_pipeline_run("FAILED" if end.has_failed else "FINISHED", end.result or end.state.lower(), end.description)
+        post(end)
+
+    run_step("notify", summary.uri, {"pipeline": pipeline, "state": status.state}, work)

@@ -33,13 +33,16 @@ def plan_retraining(
     import json
     from pathlib import Path
 
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.plan_retraining.planning import plan_retraining as run
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
 
     inputs = {"dataset": dataset.uri, "base_model_uri": base_model_uri, "start_from": start_from}
-    with permanent_error_marked(retraining_plan.uri, {**inputs, "registered_model": registered_model}):
+
+    def work() -> None:
         is_new, merged_flags = run(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
         news = "something new" if is_new else "nothing new"
         Path(flags).write_text(json.dumps(merged_flags))
         Path(decision).write_text(news)
         Path(retraining_plan.path).write_text(f"{news.capitalize()}.\n")
+
+    run_step("plan-retraining", retraining_plan.uri, {**inputs, "registered_model": registered_model}, work)

@@ -40,7 +40,7 @@ def plan_retraining(
     fingerprint = read_info(dataset).fingerprint
     if champion is not None and champion.data_fingerprint == fingerprint:
         sentence = f"nothing new: version {champion.number} of {registered_model} was tuned on this data"
-        note_outcome(sentence)
+        note_outcome("nothing new", sentence)
         report_outcome(sentence)
         return False, dict(training_flags)
     flags = dict(training_flags)

@@ -42,6 +42,7 @@ def preprocess(
     from pathlib import Path
 
     from minicpmv_finetune import storage
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.preprocess.preprocess import (
         PreprocessSettings,
         check_parts,
@@ -49,7 +50,6 @@ def preprocess(
         markdown,
     )
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as run
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.shards.codecs import check_codec
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
@@ -58,38 +58,39 @@ def preprocess(
         "base_model_uri": base_model_uri,
         "settings": [max_slice_nums, model_max_length, max_reject_ratio, picture_codec],
     }
-    with (
-        permanent_error_marked(shards.uri, inputs),
-        storage.kept_beside(shards.uri, shards.path, "rejects.jsonl") as rejects,
-    ):
-        manifest = run(
-            Path(dataset.path),
-            base_model_uri,
-            Path(shards.path),
-            rejects,
-            PreprocessSettings(
-                max_slice_nums=max_slice_nums,
-                model_max_length=model_max_length,
-                max_reject_ratio=max_reject_ratio,
-                codec=check_codec(picture_codec),
-            ),
-            cache_uri or default_cache(dataset.uri),
-            num_workers,
-            Path(shards_report.path),
-        )
-        check_parts(manifest, parts)
-        shards.metadata.update(
-            generation=manifest.generation,
-            fingerprint=manifest.data_fingerprint,
-            bytes=manifest.bytes,
-            codec=manifest.codec,
-            location=manifest.location,
-        )
-        for split, lengths in manifest.lengths.items():
-            shards_metrics.log_metric(f"{split}_samples", len(lengths))
-            shards_metrics.log_metric(f"{split}_slices", manifest.slices[split])
-            shards_metrics.log_metric(f"{split}_tokens", sum(lengths))
-        Path(shards_summary.path).write_text(markdown(manifest) + link_to_run("preprocess"))
+
+    def work() -> None:
+        with storage.kept_beside(shards.uri, shards.path, "rejects.jsonl") as rejects:
+            manifest = run(
+                Path(dataset.path),
+                base_model_uri,
+                Path(shards.path),
+                rejects,
+                PreprocessSettings(
+                    max_slice_nums=max_slice_nums,
+                    model_max_length=model_max_length,
+                    max_reject_ratio=max_reject_ratio,
+                    codec=check_codec(picture_codec),
+                ),
+                cache_uri or default_cache(dataset.uri),
+                num_workers,
+                Path(shards_report.path),
+            )
+            check_parts(manifest, parts)
+            shards.metadata.update(
+                generation=manifest.generation,
+                fingerprint=manifest.data_fingerprint,
+                bytes=manifest.bytes,
+                codec=manifest.codec,
+                location=manifest.location,
+            )
+            for split, lengths in manifest.lengths.items():
+                shards_metrics.log_metric(f"{split}_samples", len(lengths))
+                shards_metrics.log_metric(f"{split}_slices", manifest.slices[split])
+                shards_metrics.log_metric(f"{split}_tokens", sum(lengths))
+            Path(shards_summary.path).write_text(markdown(manifest) + link_to_run("preprocess"))
+
+    run_step("preprocess", shards.uri, inputs, work)
 
 
 @dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
@@ -124,12 +125,12 @@ def preprocess_part(
     """
     from pathlib import Path
 
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.preprocess.preprocess import (
         PreprocessSettings,
         default_cache,
         preprocess_partition,
     )
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.shards.codecs import check_codec
 
     inputs = {
@@ -137,7 +138,8 @@ def preprocess_part(
         "base_model_uri": base_model_uri,
         "settings": [max_slice_nums, model_max_length, picture_codec, part, num_parts],
     }
-    with permanent_error_marked(place.uri, inputs):
+
+    def work() -> str:
         settings = PreprocessSettings(
             max_slice_nums=max_slice_nums, model_max_length=model_max_length, codec=check_codec(picture_codec)
         )
@@ -145,3 +147,5 @@ def preprocess_part(
         key = preprocess_partition(Path(dataset.path), base_model_uri, settings, cache, part, num_parts, num_workers)
         Path(place.path).write_text(f"{cache}/{key}\n")
         return key
+
+    return run_step("preprocess-part", place.uri, inputs, work)

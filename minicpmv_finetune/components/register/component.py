@@ -18,15 +18,20 @@ def register(
     """
     from pathlib import Path
 
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.register.register import register as run
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.reports.markdown import escape
     from minicpmv_finetune.tracking.registry import link_to_newest
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
-    with permanent_error_marked(
-        registration.uri, {"promotion_record": promotion_record.uri, "registered_model": registered_model}
-    ):
+    def work() -> None:
         sentence = run(Path(promotion_record.path), registered_model)
         links = link_to_newest(registered_model) + link_to_run("register")
         Path(registration.path).write_text(f"{escape(sentence)}.\n{links}")
+
+    run_step(
+        "register",
+        registration.uri,
+        {"promotion_record": promotion_record.uri, "registered_model": registered_model},
+        work,
+    )

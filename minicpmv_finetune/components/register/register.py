@@ -5,6 +5,7 @@ from pathlib import Path
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import report_outcome
+from minicpmv_finetune.run_records import Result
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import OvertakenError, is_configured, open_registry
 from minicpmv_finetune.tracking.step_runs import note_outcome, step_run
@@ -32,6 +33,7 @@ def register(record_file: Path, name: str) -> str:
     missing = "registered_model is empty" if not name else "" if is_configured() else "MLFLOW_TRACKING_URI is not set"
     if missing:
         sentence = f"passed the gate, but it is not registered, because {missing}"
+        note_outcome("not registered", sentence)
         report_outcome(sentence)
         return sentence
     registry = open_registry(name)
@@ -41,13 +43,15 @@ def register(record_file: Path, name: str) -> str:
             # The claim is the run's id and not the model's: a run with cached steps registers the model of an older
             # run, and its promotion is a new one.
             registry.promote(version.number, record.champion, record.reason, environment.PIPELINE_RUN_ID.read())
+            result: Result = "promoted"
             sentence = f"version {version.number} of {name} is champion: {record.reason}"
         except OvertakenError as error:
+            result = "challenger"
             compared = f"version {record.champion}" if record.champion else "no champion"
             sentence = (
                 f"version {version.number} of {name} stays challenger: it was compared with {compared}, but {error}"
             )
         run.log_tags({"minicpmv.version": version.number, "minicpmv.promotion": sentence})
-    note_outcome(sentence)
+    note_outcome(result, sentence)
     report_outcome(sentence)
     return sentence

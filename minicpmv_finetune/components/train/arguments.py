@@ -132,8 +132,8 @@ class TrainingArguments(transformers.TrainingArguments):
     checkpoint_uri: str = field(
         default="",
         metadata={
-            "help": "Folder or s3:// URI of checkpoints, from which an interrupted training continues; by default "
-            "beside output_dir until the training has finished.",
+            "help": "Folder or s3:// URI of checkpoints, from which an interrupted training continues; {digest} in it "
+            "stands for this training's digest. By default beside output_dir until the training has finished.",
             IN_DIGEST: False,
         },
     )

@@ -7,8 +7,9 @@ otherwise the checkpoint before it is used. The layout is the same in a folder a
 
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+
+from .checkpoint_place import Lease
 
 SCHEMA_VERSION = 1
 
@@ -36,7 +39,14 @@ class Checkpoints:
     """The checkpoints of one training, in a local folder and, if wanted, in an object store."""
 
     def __init__(
-        self, folder: Path, uri: str, keep: int, training: str, world_size: int, keep_local: int | None = None
+        self,
+        folder: Path,
+        uri: str,
+        keep: int,
+        training: str,
+        world_size: int,
+        keep_local: int | None = None,
+        lease: Lease | None = None,
     ) -> None:
         """Describe where the checkpoints are; nothing is read or written yet.
 
@@ -47,7 +57,9 @@ class Checkpoints:
             keep_local: Number of them that stay in the folder; by default all.
             training: Digest of the training, see `training_identity`.
             world_size: Number of processes.
+            lease: The right to write to `uri`, where other runs may want to write too.
         """
+        self.lease = lease
         self.folder = folder
         self.uri = uri
         self.keep = keep
@@ -56,6 +68,17 @@ class Checkpoints:
         self.world_size = world_size
         self._uploads = ThreadPoolExecutor(max_workers=1)
         self._upload: Future[None] | None = None
+
+    @contextmanager
+    def written_by_this_run(self) -> Iterator[None]:
+        """Give the lease back when the block ends, and note whether the training in it is finished."""
+        is_finished = False
+        try:
+            yield
+            is_finished = True
+        finally:
+            if self.lease:
+                self.lease.release(is_finished)
 
     def upload_part(self, step: int) -> dict[str, str]:
         """Upload this node's files of a checkpoint that another node will seal, and delete them here.
@@ -205,6 +228,13 @@ class Checkpoints:
 
     def _upload_checkpoint(self, seal: Seal, files: Collection[str]) -> None:
         name = f"checkpoint-{seal.step}"
+        if self.lease and not self.lease.is_held():
+            print(
+                f"{name} is not uploaded: this run was out of reach, and another one writes to {self.uri} now.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
         for file in files:
             storage.upload_file(self.folder / name / file, f"{self.uri}/{name}/{file}")
         storage.write_bytes(f"{self.uri}/{name}.json", seal.model_dump_json(indent=1).encode())

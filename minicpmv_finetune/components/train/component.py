@@ -51,11 +51,11 @@ def train(
     import shutil
     from pathlib import Path
 
-    from minicpmv_finetune import storage
+    from minicpmv_finetune.attempts import run_step
+    from minicpmv_finetune.components.train.checkpoint_place import checkpoints_of
     from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes
     from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.components.train.trainjob import train_on_nodes, uses_nodes
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.reports.training_record import read_record
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
@@ -72,18 +72,21 @@ def train(
         **training_flags,
         "model_name_or_path": base_model_uri,
     }
-    with permanent_error_marked(adapter.uri, {"shards": shards.uri, "flags": flags}):
-        # A retried pod searches this folder for checkpoints, and continues from the newest.
-        checkpoints = {"checkpoint_uri": storage.join(storage.parent(adapter.uri), "checkpoints")}
-        nodes = pop_num_nodes(flags)
+
+    def work() -> None:
+        # Any later attempt of the same training searches this folder for checkpoints, and continues from the newest.
+        all_flags = {**flags, "checkpoint_uri": checkpoints_of(adapter.uri)}
+        nodes = pop_num_nodes(all_flags)
         if uses_nodes(nodes):
-            node_flags = as_flags({**flags, **checkpoints, "data_path": shards.uri})
+            node_flags = as_flags({**all_flags, "data_path": shards.uri})
             train_on_nodes(node_flags, nodes, adapter.uri, Path(adapter.path))
         else:
-            launch(as_flags({**flags, **checkpoints, "data_path": shards.path, "output_dir": adapter.path}))
+            launch(as_flags({**all_flags, "data_path": shards.path, "output_dir": adapter.path}))
         record = read_record(Path(adapter.path))
         adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
         for name, value in record.headline.items():
             training_metrics.log_metric(name, value)
         Path(training_summary.path).write_text(record.markdown() + link_to_run("train"))
         shutil.copyfile(Path(adapter.path) / "training.html", training_report.path)
+
+    run_step("train", adapter.uri, {"shards": shards.uri, "flags": flags}, work)

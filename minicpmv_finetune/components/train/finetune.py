@@ -43,6 +43,7 @@ from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
 from .arguments import Arguments, TrainingArguments, input_places, parse
 from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_memory
+from .checkpoint_place import PLACEHOLDER, Lease, choose_place
 from .checkpoints import Checkpoints
 from .datasets import Collator, ExampleDataset, PackDataset
 from .feature_store import is_reusable, prepare_stores
@@ -120,7 +121,7 @@ def _train(
     checkpoints = _open_checkpoints(arguments, inputs, out)
     resume_from = _find_checkpoint(training, checkpoints)
     train_dataset, eval_dataset = _open_datasets(inputs, model, arguments)
-    with _open_run(training, output) as run:
+    with checkpoints.written_by_this_run(), _open_run(training, output) as run:
         run.log_parameters(_run_parameters(arguments, inputs))
         run.log_parameters(effective_settings(arguments))
         run.log_headline({}, _headline_settings(arguments, inputs))
@@ -307,9 +308,10 @@ def _load_base_model(inputs: _Inputs, arguments: Arguments) -> PreTrainedModel:
 def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Checkpoints:
     """Describe where this training's checkpoints are, and let the Trainer write there."""
     training = arguments.training
+    digest = training_digest(arguments, inputs.manifest.data_fingerprint, inputs.base_fingerprint)
+    lease = _find_place(training, digest) if PLACEHOLDER in training.checkpoint_uri else None
     uri = training.checkpoint_uri
     is_remote = storage.is_object_uri(uri)
-    digest = training_digest(arguments, inputs.manifest.data_fingerprint, inputs.base_fingerprint)
     keep = training.save_total_limit or 2
     folder = Path(uri).expanduser().resolve() if uri and not is_remote else out.with_name(f".{out.name}.checkpoints")
     keep_local = min(keep, 2) if is_remote or not uri else training.save_total_limit
@@ -318,7 +320,28 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     if training.process_index == 0:
         others = input_places(arguments) | {"--output_dir": str(out), "--resume_from_checkpoint": ""}
         claim_workspace(folder, "train, for its checkpoints,", others, known_by=["checkpoint-*.json"])
-    return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size, keep_local)
+    return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size, keep_local, lease)
+
+
+def _find_place(training: TrainingArguments, digest: str) -> Lease | None:
+    """Let all processes use the folder that the first one chooses for this training's checkpoints."""
+    from_beginning = str(training.resume_from_checkpoint).lower() == "false"
+    lease: Lease | None = None
+    place = [""]
+    failure: UserError | RetryableError | None = None
+    if training.process_index == 0:
+        try:
+            place[0], lease = choose_place(training.checkpoint_uri, digest, training.world_size, from_beginning)
+        except (UserError, RetryableError) as error:
+            failure = error
+    if training.world_size > 1:
+        torch.distributed.broadcast_object_list(place)
+    if failure or not place[0]:
+        raise failure or RetryableError("the first process could not choose a folder for the checkpoints.")
+    training.checkpoint_uri = place[0]
+    if from_beginning:
+        training.resume_from_checkpoint = None  # what is in that folder, this run has written
+    return lease
 
 
 def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> Path | None:

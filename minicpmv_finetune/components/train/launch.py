@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
+from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
 
 from .flags import check_flags, take_processes
 from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
@@ -28,16 +28,8 @@ WORKER = "minicpmv_finetune.components.train.worker"
 _STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-class CrashExit(SystemExit):
-    """A training process ended with an error of the program, whose traceback it printed; it would end so again.
-
-    Attributes:
-        sentence: Which process ended, and how.
-    """
-
-    def __init__(self, code: int, sentence: str) -> None:
-        super().__init__(code)
-        self.sentence = sentence
+class CrashExit(SentenceExit):
+    """A training process ended with an error of the program, whose traceback it printed; it would end so again."""
 
 
 def launch(flags: Sequence[str], processes: int | None = None) -> None:
@@ -51,6 +43,7 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
     Raises:
         UserError: A flag is wrong, or a training process found a mistake that only the user can fix.
         RetryableError: A training process met a fault that may be gone at the next attempt.
+        StoppedError: A signal ended the training, and its state is saved.
         SystemExit: A training process failed for another reason (with its exit code), or signal n ended the training
             (with 128 + n).
     """
@@ -155,7 +148,7 @@ def _end_stopped(number: signal.Signals, folder: Path) -> NoReturn:
             "the newest checkpoint, if there is one."
         )
     if error.exists() and number != signal.SIGINT:
-        raise RetryableError(sentence) from None
+        raise StoppedError(sentence) from None
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(128 + number) from None
 
@@ -178,7 +171,7 @@ def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
     if code > 0 and recorded.exists():
         raise CrashExit(code, sentence) from None
-    raise SystemExit(code if code > 0 else 128 - code) from None
+    raise SentenceExit(code if code > 0 else 128 - code, sentence) from None
 
 
 def _describe_failure(rank: int, code: int, progress: Sequence[StepProgress]) -> str:

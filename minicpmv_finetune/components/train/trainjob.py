@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RETRY_EXIT, USER_ERROR_EXIT, RetryableError, UserError
+from minicpmv_finetune.errors import (
+    RETRY_EXIT,
+    USER_ERROR_EXIT,
+    RetryableError,
+    SentenceExit,
+    StoppedError,
+    UserError,
+)
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
 
@@ -86,7 +93,7 @@ def train_on_nodes(flags: Sequence[str], nodes: int, output_uri: str, out: Path,
         except _CancelledError:
             # First of all: Argo leaves about a second.
             cluster.delete(name)
-            raise RetryableError(
+            raise StoppedError(
                 f"Training was stopped by SIGTERM, and TrainJob {name} is deleted; running the step again continues "
                 "from the newest checkpoint."
             ) from None
@@ -345,8 +352,9 @@ def _fail(name: str, condition: Mapping[str, Any], exits: Sequence[tuple[int, st
     for code, _ in exits:
         # Codes above 128 are signals: the node was taken away.
         if 0 < code < 128 and code != RETRY_EXIT:
-            print(f"error: TrainJob {name}: a node ended with exit code {code} ({reason}).", file=sys.stderr)
-            raise SystemExit(code)
+            sentence = f"TrainJob {name}: a node ended with exit code {code} ({reason})."
+            print(f"error: {sentence}", file=sys.stderr)
+            raise SentenceExit(code, sentence)
     raise RetryableError(
         f"TrainJob {name} failed ({reason}); running the step again continues from the newest checkpoint."
     )

@@ -73,24 +73,25 @@ def validate_data(
     from pathlib import Path
 
     from minicpmv_finetune import storage
+    from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.validate_data.report import figures, markdown
     from minicpmv_finetune.components.validate_data.validate import settings_from
     from minicpmv_finetune.components.validate_data.validate import validate_data as run
     from minicpmv_finetune.inputs.checks import check_in_first_step, inputs_among
-    from minicpmv_finetune.permanent_errors import permanent_error_marked
     from minicpmv_finetune.tracking.registry import champion_to_beat
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
     inputs = inputs_among(given)
-    with (
-        permanent_error_marked(dataset.uri, inputs),
-        storage.kept_beside(dataset.uri, dataset.path, "rejects.jsonl") as rejects,
-    ):
-        check_in_first_step(inputs)
-        settings = settings_from({"max_reject_ratio": max_reject_ratio, "seed": seed, **data_options})
-        champion_to_beat(registered_model)
-        info = run(data_uri, eval_data_uri, Path(dataset.path), rejects, settings, Path(data_report.path))
-        dataset.metadata.update(fingerprint=info.fingerprint, exif_transpose=info.exif_transpose, **info.rows)
-        for name, value in figures(info).items():
-            data_metrics.log_metric(name, value)
-        Path(data_summary.path).write_text(markdown(info) + link_to_run("validate-data"))
+
+    def work() -> None:
+        with storage.kept_beside(dataset.uri, dataset.path, "rejects.jsonl") as rejects:
+            check_in_first_step(inputs)
+            settings = settings_from({"max_reject_ratio": max_reject_ratio, "seed": seed, **data_options})
+            champion_to_beat(registered_model)
+            info = run(data_uri, eval_data_uri, Path(dataset.path), rejects, settings, Path(data_report.path))
+            dataset.metadata.update(fingerprint=info.fingerprint, exif_transpose=info.exif_transpose, **info.rows)
+            for name, value in figures(info).items():
+                data_metrics.log_metric(name, value)
+            Path(data_summary.path).write_text(markdown(info) + link_to_run("validate-data"))
+
+    run_step("validate-data", dataset.uri, inputs, work)

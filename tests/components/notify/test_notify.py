@@ -1,10 +1,13 @@
 """The message that a real web server receives from notify."""
 
+from pathlib import Path
+
 import pytest
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.components.notify.notify import notify
+from minicpmv_finetune.components.notify.notify import describe_end, notify, post
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.run_records import FailedStep, Outcome, working_for, write_failed_step, write_outcome
 from tests.servers import Webhook
 
 
@@ -16,17 +19,75 @@ def one_run_without_waits(webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
-def test_the_outcome_is_posted(webhook: Webhook) -> None:
+def write_records(root: Path, outcome: Outcome | None, failed: FailedStep | None) -> str:
+    """Leave at a run's root what its steps leave there; returns the address of notify's own output."""
+    if outcome:
+        with working_for(str(root / "evaluate/execution/report")):
+            write_outcome(outcome.result, outcome.sentence)
+    if failed:
+        write_failed_step(str(root / failed.step / "execution/report"), failed.sentence, failed.exit_code)
+    return str(root / "notify/execution/summary")
+
+
+PROMOTED = Outcome(result="promoted", sentence="version 3 of digits is champion: better by 0.1")
+FAILED_GATE = Outcome(result="failed the gate", sentence="failed the gate: no better than the champion")
+NOTHING_NEW = Outcome(result="nothing new", sentence="nothing new: version 3 of digits was tuned on this data")
+MISTAKE = FailedStep(step="train", sentence="--lora_r: 0 is below 1; give 1 or more.", exit_code=2)
+
+
+# The states are those that a Kubeflow server was recorded to send; the message of a failure is empty.
+@pytest.mark.parametrize(
+    ("state", "outcome", "failed", "text", "fields"),
+    [
+        ("COMPLETE", PROMOTED, None, f"succeeded, promoted: {PROMOTED.sentence}", ("SUCCEEDED", "promoted", "")),
+        ("RUNNING", FAILED_GATE, None, f"succeeded, {FAILED_GATE.sentence}", ("SUCCEEDED", "failed the gate", "")),
+        ("RUNNING", NOTHING_NEW, None, f"succeeded, {NOTHING_NEW.sentence}", ("SUCCEEDED", "nothing new", "")),
+        (
+            "FAILED",
+            None,
+            MISTAKE,
+            "failed in train, --lora_r: 0 is below 1; give 1 or more",
+            ("FAILED", "failed", "train"),
+        ),
+        ("FAILED", PROMOTED, MISTAKE, "failed in train, --lora_r: 0 is below 1", ("FAILED", "failed", "train")),
+        ("FAILED", None, None, "failed, a step ended without a sentence", ("FAILED", "failed", "")),
+        ("COMPLETE", None, None, "succeeded", ("SUCCEEDED", "", "")),
+        ("SUCCEEDED", None, None, "succeeded", ("SUCCEEDED", "", "")),  # a run on this machine
+        ("CANCELED", None, None, "canceled", ("CANCELED", "", "")),
+    ],
+)
+def test_the_message_says_how_the_run_ended(
+    tmp_path: Path,
+    webhook: Webhook,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    outcome: Outcome | None,
+    failed: FailedStep | None,
+    text: str,
+    fields: tuple[str, str, str],
+) -> None:
+    monkeypatch.setenv(environment.KFP_UI_ENDPOINT.name, "https://kubeflow.example/")
+    end = describe_end("minicpmv-retrain", state, "", write_records(tmp_path / "run-7", outcome, failed))
+    post(end)
+    (message,) = webhook.received
+    link = "https://kubeflow.example/#/runs/details/run-7"
+    assert message["text"].startswith(f"minicpmv-retrain: {text}")
+    assert message["text"].endswith(f" ({link})")
+    assert (message["state"], message["result"], message["step"]) == fields
+    assert message["link"] == link
+    assert end.outcome in end.markdown()
+
+
+def test_the_outcome_is_posted_by_pipelines_of_0_1_0(webhook: Webhook) -> None:
     assert notify("minicpmv-retrain", "FAILED", "train failed")
-    assert webhook.received == [
-        {
-            "text": "minicpmv-retrain: failed, train failed (run run-7)",
-            "pipeline": "minicpmv-retrain",
-            "run": "run-7",
-            "state": "FAILED",
-            "outcome": "train failed",
-        }
-    ]
+    (message,) = webhook.received
+    assert message["text"] == "minicpmv-retrain: failed, train failed (run run-7)"
+    assert {key: message[key] for key in ("pipeline", "run", "state", "outcome")} == {
+        "pipeline": "minicpmv-retrain",
+        "run": "run-7",
+        "state": "FAILED",
+        "outcome": "train failed",
+    }
 
 
 def test_a_failed_post_is_repeated(webhook: Webhook) -> None:

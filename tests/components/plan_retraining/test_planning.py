@@ -8,6 +8,7 @@ from minicpmv_finetune import environment
 from minicpmv_finetune.components.plan_retraining.planning import plan_retraining
 from minicpmv_finetune.data.samples import DATASET_FILE, DatasetInfo
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.run_records import Outcome
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.promotion_record import PromotionRecord
 from minicpmv_finetune.tracking.registry import open_registry
@@ -47,7 +48,9 @@ def test_without_a_champion_the_data_is_new(database: Path, dataset: Path) -> No
 def test_the_champions_data_is_not_new(database: Path, dataset: Path) -> None:
     promote("of the new data")
     assert plan_retraining(dataset, "base", "model", "base", FLAGS) == (False, FLAGS)
-    assert step_runs.read_outcome() == "nothing new: version 1 of model was tuned on this data"
+    assert step_runs.read_outcome() == Outcome(
+        result="nothing new", sentence="nothing new: version 1 of model was tuned on this data"
+    )
 
 
 def test_training_may_continue_from_the_champions_adapter(database: Path, dataset: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.train.checkpoints import Checkpoints
 from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.errors import UserError
@@ -38,8 +38,8 @@ def undisturbed(tiny_46: Path, shards: Path, tmp_path_factory: pytest.TempPathFa
 
 def _start(flags: list[str]) -> "subprocess.Popen[str]":
     code = f"from minicpmv_finetune.cli.main import main; import sys; sys.argv[1:] = ['train', *{flags!r}]; main()"
-    environment = {**os.environ, "MINICPMV_FINETUNE_PROGRESS_SECONDS": "0"}
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    variables = {**os.environ, environment.PROGRESS_SECONDS.name: "0"}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=variables)
 
 
 def _wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
@@ -104,16 +104,18 @@ def test_a_parent_that_is_killed_leaves_no_orphan_process(tiny_46: Path, shards:
     assert list(tmp_path.glob(".adapter.checkpoints/checkpoint-*.json"))
 
 
-def test_checkpoints_are_uploaded_and_downloaded_again(
-    tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, s3_uri: str
+def test_checkpoints_are_uploaded_and_downloaded_again_also_by_another_run(
+    tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = f"--checkpoint_uri {s3_uri}/run --save_total_limit 3"
+    flags = f"--checkpoint_uri {s3_uri}/minicpmv-checkpoints/{{digest}} --save_total_limit 3"
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
     with _start(_flags(tiny_46, shards, tmp_path / "first" / "adapter", flags)) as process:
         _wait_for_step(process, 8)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=300)
     assert process.returncode == 75
-    # Another pod, whose disk is empty.
+    # Another pod, whose disk is empty, of another run of the same inputs.
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-8")
     launch(_flags(tiny_46, shards, tmp_path / "second" / "adapter", flags))
     result = tmp_path / "second" / "adapter"
     assert _same(result, undisturbed)
@@ -123,6 +125,11 @@ def test_checkpoints_are_uploaded_and_downloaded_again(
     assert _same(kept[-1], undisturbed)
     assert not _same(kept[0], undisturbed)
     assert read_record(kept[0]) == read_record(result)
+    folders = {name.split("/")[0] for name in storage.walk(f"{s3_uri}/minicpmv-checkpoints")}
+    (folder,) = folders
+    names = set(storage.list_files(f"{s3_uri}/minicpmv-checkpoints/{folder}"))
+    assert "finished.json" in names
+    assert "lease.json" not in names
 
 
 def test_another_number_of_processes_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
