@@ -135,7 +135,7 @@ def mlflow_objects(profile: Profile) -> list[dict[str, Any]]:
     pod = by_kind["Deployment"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
     container["image"] = _image(profile)
-    own = [
+    own: list[dict[str, Any]] = [
         {"name": "MLFLOW_ARTIFACTS_DESTINATION", "value": storage.join(pipeline_root(profile), "minicpmv-mlflow")},
         *(
             {"name": variable, "valueFrom": {"secretKeyRef": {"name": profile.s3.secret, "key": key}}}
