@@ -17,6 +17,7 @@ import kfp_server_api
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.permanent_errors import MARKER_NAME
+from minicpmv_finetune.run_records import FAILED_STEPS
 
 from .client import Cluster
 from .pods import Namespace, NoAccessError
@@ -85,7 +86,7 @@ def read_marker(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow)
     """The sentence that a failed step left in the store, at the root of its run or beside its outputs; or empty."""
     with suppress(UserError, RetryableError, _NoLogError):
         folder = _task_folder(cluster, run, step)
-        record = storage.join(storage.parent(folder), f"failed_steps/{step.name}.json")
+        record = storage.join(storage.parent(folder), f"{FAILED_STEPS}/{step.name}.json")
         for read_uri, key in ((lambda: record, "sentence"), (lambda: _newest_file(folder, MARKER_NAME), "message")):
             with suppress(UserError, _NoLogError, ValueError, KeyError):
                 return str(json.loads(storage.read_bytes(read_uri()))[key])
