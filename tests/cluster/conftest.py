@@ -19,7 +19,7 @@ from tests.cluster.fake_kubernetes import serving as serve_kubernetes
 def no_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands do not look up data and base model, which do not exist; `tests/inputs/test_checks.py` does."""
     for name in ("_check_kind", "_read_data"):
-        monkeypatch.setattr(checks, name, lambda uri: [])
+        monkeypatch.setattr(checks, name, lambda *arguments: [])
     # A command sets these from its profile; they must not stay behind.
     for variable in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         if variable not in os.environ:
