@@ -11,7 +11,7 @@ _FIELDS: dict[str, Any] = {
     "max_slice_nums": 9,
     "use_lora": True,
     "parameters": {"trainable": 1, "total": 2},
-    "metrics": {},
+    "metrics": {"loss": 0.5},
     "arguments": {},
     "history": [],
 }
