@@ -4,6 +4,7 @@ Kubeflow's API lists no artifact of a task, so they are found by their place:
 `<pipeline root>/<pipeline>/<run>/<step>/<execution>/<artifact>`.
 """
 
+import html
 import re
 from dataclasses import dataclass
 
@@ -75,8 +76,8 @@ def read_result(cluster: Cluster, pipeline: str, run_id: str) -> Result | None:
         return None
     record = PromotionRecord.model_validate_json(storage.read_bytes(storage.join(folder, record_name)))
     report = _newest(files, "evaluate", "report")
-    summary = _newest(files, "register", "registration", "summary")
-    registration = storage.read_bytes(storage.join(folder, summary)).decode().strip() if summary else ""
+    page = _newest(files, "register", "registration", "summary")
+    registration = storage.read_bytes(storage.join(folder, page)).decode().strip() if page else ""
     return Result(
         metric=record.metric,
         score=record.metrics.get("answer_score", record.metrics.get(f"tuned_{record.metric}")),
@@ -85,7 +86,7 @@ def read_result(cluster: Cluster, pipeline: str, run_id: str) -> Result | None:
         reason=record.reason,
         report=storage.join(folder, report) if report else "",
         model=record.model_uri,
-        registration=_ESCAPED.sub(r"\1", registration.partition("\n")[0]).rstrip("."),
+        registration=html.unescape(_ESCAPED.sub(r"\1", registration.partition("\n")[0])).rstrip("."),
     )
 
 

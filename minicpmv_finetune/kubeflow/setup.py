@@ -169,6 +169,9 @@ def _apply(client: kubernetes.client.ApiClient, namespace: str, item: dict[str, 
 def _settings(profile: Profile, named: str, cluster: Cluster | None) -> Iterator[str]:
     """The commands that let the other commands use this profile, registry, MLflow and token."""
     variables = {environment.PROFILE.name: named, environment.NAMESPACE.name: profile.namespace}
+    registry = _image(profile).rpartition("/")[0]
+    if registry != environment.REGISTRY.default:
+        variables[environment.REGISTRY.name] = registry
     if profile.mlflow is None:
         variables[environment.MLFLOW.name] = own_tracking_uri(profile)
     yield f"export {' '.join(f'{name}={shlex.quote(value)}' for name, value in variables.items() if value)}"

@@ -83,7 +83,8 @@ def test_setup_prints_what_is_missing_and_applies_it(stock: FakeKubernetes, comm
     again = command(*words, "--apply")
     assert again.code == 0
     assert "MLflow: found at http://mlflow.kubeflow:5000" in again.out
-    assert "MINICPMV_FINETUNE_MLFLOW=http://mlflow.kubeflow:5000" in again.out
+    for setting in ("REGISTRY=registry.example.com/me", "MLFLOW=http://mlflow.kubeflow:5000"):
+        assert f"MINICPMV_FINETUNE_{setting}" in again.out
     assert "TOKEN" not in again.out
 
 
@@ -186,9 +187,8 @@ def test_wait_ends_with_score_report_and_version(
     run = f"{s3_uri}/minicpmv-finetune/{run_id}"
     report = f"{run}/evaluate/5f0c/evaluation_report"
     _write({f"{run}/evaluate/5f0c/promotion_record": json.dumps(record), report: "<html>"})
-    _write(
-        {f"{run}/condition-1/register/77aa/registration": "version 3 of my\\_receipts is champion: better.\n\n[x](y)\n"}
-    )
+    page = "version 3 of my\\_receipts is champion: it&#x27;s better.\n\n[x](y)\n"
+    _write({f"{run}/condition-1/register/77aa/registration": page})
     done = command("submit", *INPUTS, "--name", "monday", "--profile", settings, "--wait", "--poll", "0")
     lines = [line.split(maxsplit=1) for line in done.out.splitlines()[-5:]]
     assert dict(lines) == {
@@ -196,7 +196,7 @@ def test_wait_ends_with_score_report_and_version(
         "gate": "passed, 98.7 points better than the base model",
         "report": report,
         "model": "s3://bucket/model",
-        "version": "version 3 of my_receipts is champion: better",
+        "version": "version 3 of my_receipts is champion: it's better",
     }
 
 

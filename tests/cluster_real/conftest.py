@@ -3,8 +3,8 @@
 The caller names the cluster: `KF_PIPELINES_ENDPOINT`, `KUBECONFIG`, a profile by `MINICPMV_FINETUNE_PROFILE` (with
 images that the cluster can pull, and for several users `MINICPMV_FINETUNE_NAMESPACE` and `KF_PIPELINES_TOKEN`), and the
 store's keys as `AWS_*` if they are not to come from the cluster's Secret. Without these every test here is skipped, and
-so is what the cluster lacks, with the reason. Runs, schedules, experiments, pods and stored files that the suite makes
-are removed at its end.
+so is what the cluster lacks, with the reason. Runs with their files and pods, schedules, the experiment, data and what
+is in MLflow are removed at the end.
 """
 
 import json
@@ -16,14 +16,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+if TYPE_CHECKING:
+    from minicpmv_finetune.kubeflow.profile import MLflow
+
 NEEDED = ("KUBECONFIG", "KF_PIPELINES_ENDPOINT", "MINICPMV_FINETUNE_PROFILE")
 COMMAND = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()"]
-SMALL = {
+SMALL: dict[str, Any] = {
     "lora_r": 8,
     "lora_alpha": 16,
     "learning_rate": 3e-3,
@@ -102,6 +105,20 @@ class RealCluster:
             return started
         return self.command(*words, "--wait", *more)
 
+    def start_unchecked(self, name: str, inputs: Mapping[str, Any]) -> str:
+        """Start a run as the form of the UI does, without the checks of `submit`; returns its id."""
+        from minicpmv_finetune.inputs.table import defaults
+        from minicpmv_finetune.kubeflow.client import connect
+        from minicpmv_finetune.kubeflow.profile import chosen_profile
+        from minicpmv_finetune.kubeflow.submit import Request, submit
+        from minicpmv_finetune.pipelines import pipeline_of
+
+        pipeline = pipeline_of("finetune")
+        given = {**defaults(pipeline.inputs), **inputs}
+        request = Request(pipeline, given, f"{name}-{self.word}", self.experiment)
+        self.runs.append(submit(connect(chosen_profile().with_gpus(0)), request).run_id)
+        return self.runs[-1]
+
     def steps(self, run: str) -> dict[str, dict[str, Any]]:
         return {row["step"]: row for row in self.command("runs", run, "--output", "json").json}
 
@@ -157,15 +174,17 @@ def _remove(made: RealCluster) -> None:
     """Leave nothing behind; what cannot be removed is named."""
     from minicpmv_finetune import storage
     from minicpmv_finetune.kubeflow.client import connect
+    from minicpmv_finetune.kubeflow.gc import delete, find_unused
     from minicpmv_finetune.kubeflow.profile import chosen_profile
 
     left = []
     for name in made.schedules:
         left += [] if made.command("schedule", "delete", name).code == 0 else [f"schedule {name}"]
-    connected = connect(chosen_profile())
+    profile = chosen_profile()
+    connected = connect(profile)
     experiment = connected.experiment_id(made.experiment)
-    runs = {str(run.run_id) for run in connected.runs(experiment)} if experiment else set()
-    for run in runs | set(made.runs):
+    runs = {*made.runs, *(str(run.run_id) for run in (connected.runs(experiment) if experiment else ()))}
+    for run in runs:
         made.command("cancel", run)
         try:
             connected.call(connected.client.runs.run_service_delete_run, run)
@@ -174,9 +193,30 @@ def _remove(made: RealCluster) -> None:
         made.kubectl("delete", "workflows.argoproj.io", "-l", f"pipeline/runid={run}", "--ignore-not-found")
     if experiment:
         connected.call(connected.client.experiments.experiment_service_delete_experiment, experiment)
+    if profile.mlflow:
+        _remove_from_mlflow(made.experiment, runs, profile.mlflow)
+    for folder in find_unused(connected, "", min_age_days=0):
+        if any(run in folder.uri for run in runs):
+            delete(folder)
     for name in storage.walk(made.store):
         storage.remove_file(storage.join(made.store, name))
     assert not left, f"left behind: {', '.join(left)}"
+
+
+def _remove_from_mlflow(name: str, runs: set[str], settings: "MLflow") -> None:
+    """Remove what the suite's runs have logged, and the registered models whose name begins so."""
+    from minicpmv_finetune.kubeflow.forwarding import reachable
+    from minicpmv_finetune.tracking.step_runs import mlflow_client
+
+    os.environ.setdefault("MLFLOW_TRACKING_URI", reachable(settings.tracking_uri))
+    client = mlflow_client()
+    for model in client.search_registered_models(filter_string=f"name LIKE '{name}%'"):
+        client.delete_registered_model(model.name)
+    if found := client.get_experiment_by_name(settings.experiment):
+        for run in runs:
+            query = f"tags.`minicpmv.pipeline_run` = '{run}'"
+            for tracked in client.search_runs([found.experiment_id], filter_string=query):
+                client.delete_run(tracked.info.run_id)
 
 
 @pytest.fixture(scope="session")

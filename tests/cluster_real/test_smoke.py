@@ -35,15 +35,23 @@ def test_logs_are_read_while_the_pod_is_there(cluster: RealCluster, trained: str
 
 def test_a_mistake_ends_with_its_sentence(cluster: RealCluster, digits_in_store: dict[str, str]) -> None:
     missing = f"{cluster.store}/data/none.json"
-    done = cluster.submit("mistake", {**digits_in_store, **SMALL, "data_uri": missing})
-    assert done.code != 0
-    assert "none.json" in done.out + done.err
-    assert cluster.steps(cluster.runs[-1])["validate-data"]["state"] == "FAILED"
+    run = cluster.start_unchecked("mistake", {**digits_in_store, **SMALL, "data_uri": missing})
+    eventually(lambda: cluster.state(run) == "FAILED", 600)
+    row = cluster.steps(run)["validate-data"]
+    assert row["state"] == "FAILED"
+    assert "none.json" in row["message"]
+
+
+def test_a_mistake_that_is_seen_from_here_starts_nothing(cluster: RealCluster, digits_in_store: dict[str, str]) -> None:
+    missing = f"data_uri={cluster.store}/data/none.json"
+    done = cluster.command("submit", "--gpus", "0", "--experiment", cluster.experiment, "-p", missing)
+    assert done.code == 2
+    assert "none.json" in done.err
 
 
 def test_a_failed_gate_is_no_failed_run(cluster: RealCluster, digits_in_store: dict[str, str]) -> None:
     # Two steps with a tiny learning rate teach nothing, so the base model is as good.
-    flags = {**SMALL["training_flags"], "max_steps": 2}  # type: ignore[dict-item]
+    flags = {**SMALL["training_flags"], "max_steps": 2}
     done = cluster.submit("gate", {**digits_in_store, **SMALL, "learning_rate": 1e-9, "training_flags": flags})
     assert done.code == 0, done.out + done.err
     assert cluster.state(cluster.runs[-1]) == "SUCCEEDED"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError, without_password
 from minicpmv_finetune.progress import report_outcome
+from minicpmv_finetune.reports.markdown import escape
 from minicpmv_finetune.run_records import FailedStep, Outcome, place_of, read_failed_steps
 from minicpmv_finetune.run_records import read_outcome as read_stored_outcome
 from minicpmv_finetune.tracking.step_runs import read_outcome as read_tracked_outcome
@@ -76,7 +77,7 @@ class RunEnd:
     def markdown(self) -> str:
         """The same as a page."""
         title = self.state.lower() + (f" in {self.step}" if self.step else f", {self.result}" if self.result else "")
-        return f"**{title}**\n\n{self.outcome}\n"
+        return f"**{escape(title)}**\n\n{escape(self.outcome)}\n"
 
 
 def describe_end(pipeline: str, state: str, failure: str = "", output_uri: str = "") -> RunEnd:

@@ -7,6 +7,7 @@ import pytest
 from minicpmv_finetune import environment
 from minicpmv_finetune.components.notify.notify import describe_end, notify, post
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.reports.markdown import escape
 from minicpmv_finetune.run_records import FailedStep, Outcome, working_for, write_failed_step, write_outcome
 from tests.servers import Webhook
 
@@ -75,7 +76,7 @@ def test_the_message_says_how_the_run_ended(
     assert message["text"].endswith(f" ({link})")
     assert (message["state"], message["result"], message["step"]) == fields
     assert message["link"] == link
-    assert end.outcome in end.markdown()
+    assert escape(end.outcome) in end.markdown()
 
 
 def test_the_outcome_is_posted_by_pipelines_of_0_1_0(webhook: Webhook) -> None:
