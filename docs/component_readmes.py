@@ -56,8 +56,8 @@ def readme(component: Any) -> str:
             *([f"Returns: {' '.join((returned or '').split())}", ""] if returned else []),
             *([f"Without Kubeflow: `minicpmv-finetune {command} --help`.", ""] if command in _commands() else []),
             "A mistake in the inputs or the data ends the step with exit code 2 and one sentence that names the place,",
-            "the cause and the remedy. After a fault of storage or network a step of a pipeline repeats itself, and ends",
-            "with exit code 75 if the fault stays ([who tries again](../../../docs/reliability.md#who-tries-again)).",
+            "the cause and the remedy. After a fault of storage or network a step of a pipeline repeats itself, and",
+            "ends with exit code 75 if the fault stays ([who tries again](../../../docs/reliability.md#who-tries-again)).",
             "",
         ]
     )
