@@ -57,7 +57,7 @@ def readme(component: Any) -> str:
             *([f"Without Kubeflow: `minicpmv-finetune {command} --help`.", ""] if command in _commands() else []),
             "A mistake in the inputs or the data ends the step with exit code 2 and one sentence that names the place,",
             "the cause and the remedy. After a fault of storage or network a step of a pipeline repeats itself, and",
-            "ends with exit code 75 if the fault stays ([who tries again](../../../docs/reliability.md#who-tries-again)).",
+            "ends with exit code 75 if it stays ([who tries again](../../../docs/reliability.md#who-tries-again)).",
             "",
         ]
     )
