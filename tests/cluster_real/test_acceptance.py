@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from minicpmv_finetune.pipelines.pipeline import WEBHOOK_SECRET
 from tests.cluster_real.conftest import SMALL, RealCluster, eventually
 
 INPUTS_OF_RETRAIN = {item.name for item in RETRAIN_INPUTS}
+PICTURES = Path(__file__).parents[2] / "build" / "ui"
 
 
 def test_an_uploaded_file_runs_with_the_forms_defaults(
@@ -169,6 +171,31 @@ def test_the_webhook_hears_how_a_run_ended(cluster: RealCluster, digits_in_store
             cluster.kubectl("delete", "secret", WEBHOOK_SECRET)
             server.shutdown()
     assert b"none.json" in received[-1]
+
+
+def test_the_ui_shows_form_and_graph(cluster: RealCluster, trained: str) -> None:
+    """Takes the pictures of docs/kubeflow-ui.md anew, into build/ui."""
+    from playwright.sync_api import sync_playwright
+
+    from minicpmv_finetune.kubeflow.client import connect
+    from minicpmv_finetune.kubeflow.profile import chosen_profile
+
+    address = os.environ.get("KF_PIPELINES_UI_ENDPOINT", "").rstrip("/")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not address or cluster.has_several_users or chromium is None:
+        pytest.skip("needs KF_PIPELINES_UI_ENDPOINT, a UI without a login, and Chromium")
+    version = connect(chosen_profile()).run(trained).pipeline_version_reference
+    query = f"pipelineId={version.pipeline_id}&pipelineVersionId={version.pipeline_version_id}"
+    pages = {"form": (f"runs/new?{query}", "Run parameters"), "graph": (f"runs/details/{trained}", "notify")}
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, (path, text) in pages.items():
+            page = browser.new_page(viewport={"width": 1500, "height": 1000})
+            page.goto(f"{address}/#/{path}")
+            page.get_by_text(text, exact=True).first.wait_for(timeout=60_000)
+            page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+        browser.close()
 
 
 def test_gc_lists_only_what_nothing_refers_to(cluster: RealCluster, trained: str) -> None:
