@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.data.samples import read_info
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import report_outcome
-from minicpmv_finetune.tracking.registry import Version, champion_of
+from minicpmv_finetune.tracking.registry import Version, champion_of, is_configured
 from minicpmv_finetune.tracking.step_runs import note_outcome
 
 STARTS = ("base", "champion")
@@ -36,6 +37,11 @@ def plan_retraining(
         raise UserError(f"start_from: {start_from!r} is none of {', '.join(STARTS)}; choose one.")
     if not registered_model:
         raise UserError("registered_model: empty, so there is no champion to compare with; give a name.")
+    if not is_configured():
+        raise UserError(
+            f"{environment.TRACKING_URI}: not set, so there is no champion to compare with, and the same data would be "
+            "trained on every time; name MLflow in the profile, or use the pipeline minicpmv-finetune."
+        )
     champion = champion_of(registered_model)
     fingerprint = read_info(dataset).fingerprint
     if champion is not None and champion.data_fingerprint == fingerprint:

@@ -76,6 +76,12 @@ def test_invalid_arguments_are_named(database: Path, dataset: Path, name: str, s
         plan_retraining(dataset, "base", name, start, FLAGS)
 
 
+def test_without_mlflow_nothing_is_trained_again_and_again(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(environment.TRACKING_URI.name, raising=False)
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: not set, so there is no champion"):
+        plan_retraining(dataset, "base", "model", "base", FLAGS)
+
+
 def test_a_server_that_is_down_is_an_error_before_any_training(
     dataset: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
