@@ -20,6 +20,7 @@ VARIABLE = (
     (r"version [0-9a-f]{12}", "version DIGEST"),
     (r"minicpmv-finetune-\d{8}-\d{6}", "minicpmv-finetune-TIME"),
     (r"[ \t]+", " "),
+    (r"(SUCCEEDED 1) \d+", r"\1 SECONDS"),
 )
 
 

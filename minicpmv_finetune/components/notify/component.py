@@ -6,13 +6,13 @@ from minicpmv_finetune.container_images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
-def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, summary: dsl.Output[dsl.Markdown]) -> None:
+def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, run_summary: dsl.Output[dsl.Markdown]) -> None:
     """Say how a run ended: on this step's page, in MLflow, and to a webhook if MINICPMV_FINETUNE_WEBHOOK_URL is set.
 
     Args:
         status: Final status of the run in Kubeflow.
         pipeline: Name of the pipeline.
-        summary: How the run ended, with the sentence of a step that failed.
+        run_summary: How the run ended, with the sentence of a step that failed.
     """
     from pathlib import Path
 
@@ -21,9 +21,9 @@ def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, summary: dsl.Outp
     from minicpmv_finetune.tracking.step_runs import end_pipeline_run
 
     def work() -> None:
-        end = describe_end(pipeline, status.state, status.error_message or "", summary.uri)
-        Path(summary.path).write_text(end.markdown())
+        end = describe_end(pipeline, status.state, status.error_message or "", run_summary.uri)
+        Path(run_summary.path).write_text(end.markdown())
         end_pipeline_run("FAILED" if end.has_failed else "FINISHED", end.result or end.state.lower(), end.description)
         post(end)
 
-    run_step("notify", summary.uri, {"pipeline": pipeline, "state": status.state}, work)
+    run_step("notify", run_summary.uri, {"pipeline": pipeline, "state": status.state}, work)
