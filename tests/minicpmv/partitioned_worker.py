@@ -46,13 +46,15 @@ def _under_zero3(checkpoint: Path) -> tuple[Any, Step]:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    keep = HfDeepSpeedConfig(SETTINGS)  # transformers loads models sharded as long as this object exists
+    settings = HfDeepSpeedConfig(SETTINGS)  # for transformers ZeRO-3 is on as long as this object exists
     model, _ = load_model(checkpoint, torch.float32)
-    assert keep.is_zero3()
+    assert settings.is_zero3()
     parameters: list[Any] = list(model.parameters())
     assert all(parameter.ds_numel for parameter in parameters)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    engine: Any
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
+    engine.transformers_settings = settings
 
     def step(loss: torch.Tensor) -> None:
         engine.backward(loss)
