@@ -18,7 +18,8 @@ test: install browser check  ## lint, type check and all tests
 	$(BIN)/python -m pytest -n 2 -m "not faults_only"
 
 test-faults: install browser  ## kill each step at three moments, and fuzz each reader with 2,000 inputs
-	FAULT_MOMENTS=3 FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults tests/components/train/test_watchdog.py tests/components/train/test_endings.py tests/minicpmv/test_partitioned.py
+	FAULT_MOMENTS=3 $(BIN)/python -m pytest -n 2 -m faults_only
+	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults/test_fuzz.py
 
 test-faults-long: install browser  ## the same with twenty moments and 12,500 inputs
 	FAULT_MOMENTS=20 FUZZ_EXAMPLES=12500 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/faults
