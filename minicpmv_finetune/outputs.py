@@ -201,11 +201,16 @@ def check_object_folder(out: str, inputs: Mapping[str, str]) -> None:
     Raises:
         UserError: As the text says.
     """
-    place = f"{out.rstrip('/')}/"
+    place = _in_store(out)
     for name, value in inputs.items():
-        other = f"{value.rstrip('/')}/"
-        if value and (place == other or other.startswith(place) or place.startswith(other)):
+        other = _in_store(value)
+        if storage.is_object_uri(value) and (other.startswith(place) or place.startswith(other)):
             raise UserError(f"{out}: is, contains or lies in the input {name} ({value}); choose another output.")
+
+
+def _in_store(uri: str) -> str:
+    """Bucket and key of a folder, whichever of the two schemes names it, with a slash at the end."""
+    return f"{uri.partition('://')[2].rstrip('/')}/"
 
 
 def check_file(out: Path, step: str) -> None:
@@ -319,6 +324,14 @@ def check_workspace(
     return is_known
 
 
+def release_workspace(out: Path) -> None:
+    """Remove a folder that `claim_workspace` claimed, if nothing but its mark is left in it."""
+    with suppress(OSError):
+        if {entry.name for entry in out.iterdir()} <= {MARK}:
+            (out / MARK).unlink(missing_ok=True)
+            out.rmdir()
+
+
 def _refuse_store(out: str | Path, step: str) -> None:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
         raise UserError(f"{out}: {step} writes to this machine, not to a store; give a local path.")
@@ -340,10 +353,10 @@ def _local_places(value: str) -> list[Path]:
     if not value or storage.is_object_uri(value) or "://" in value or value[:5].lower() == "data:":
         return []
     try:
-        found = storage.expand(value)
+        found = [storage.local_path(name) for name in storage.expand(value)]
     except UserError:
         return []  # the step itself reports what is missing
-    return [path.resolve() for path in map(Path, found) if path.exists()]
+    return [path.resolve() for path in found if path.exists()]
 
 
 def _refuse_foreign_files(out: str | Path, path: Path, step: str) -> _Mark | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.outputs import MARK, claimed_files, claimed_folder
+from minicpmv_finetune.outputs import MARK, check_object_folder, claimed_files, claimed_folder
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -99,6 +99,28 @@ def test_a_file_input_means_the_file_and_not_its_folder(mine: Path) -> None:
     before = tree(mine)
     write(mine / "prepared", {"--data": str(mine / "train.json")})
     assert {name: digest for name, digest in tree(mine).items() if not name.startswith("prepared")} == before
+
+
+@pytest.mark.parametrize(
+    ("out", "dataset"), [("~/mine", "{mine}"), ("{mine}", "~/mine"), ("{mine}/new", "~/mine"), ("~", "~/mine")]
+)
+def test_the_home_folder_has_two_names(
+    out: str, dataset: str, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="the input --dataset"):
+        write(out.format(mine=mine), {"--dataset": dataset.format(mine=mine)})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "out", ["s3://bucket/models", "minio://bucket/models/", "s3://bucket/models/new", "s3://bucket"]
+)
+def test_a_place_in_a_store_that_overlaps_an_input_is_refused(out: str) -> None:
+    with pytest.raises(UserError, match="the input --base-model"):
+        check_object_folder(out, {"--adapter": "/models", "--base-model": "s3://bucket/models"})
+    check_object_folder("s3://bucket/models-2", {"--adapter": "", "--base-model": "s3://bucket/models"})
 
 
 @pytest.mark.parametrize("out", [".", "./", "", "sub/.."])

@@ -17,7 +17,15 @@ Inputs = Mapping[str, Any]
 """The parameter of a command that `with_inputs` turns into options."""
 
 
-def not_empty(name: str, kind: Callable[[str], Any] = Path) -> Any:
+def _path(text: str) -> Path:
+    """The path, with `~` as the home folder also where the shell has left it, as in `--out=~/run`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such home directory; write the path in full.") from None
+
+
+def not_empty(name: str, kind: Callable[[str], Any] = _path) -> Any:
     """What typer calls with the text of a path; an empty one would be the working directory.
 
     Args:
@@ -33,7 +41,7 @@ def not_empty(name: str, kind: Callable[[str], Any] = Path) -> Any:
     return parse
 
 
-def path_option(name: str, help: str, *more: str, kind: Callable[[str], Any] = Path, **settings: Any) -> Any:
+def path_option(name: str, help: str, *more: str, kind: Callable[[str], Any] = _path, **settings: Any) -> Any:
     """An option for a path.
 
     Args:
@@ -143,4 +151,5 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
 
 def absolute(uri: str) -> str:
     """The absolute path of a local file, because steps may run in another folder; URIs and hub ids are unchanged."""
-    return str(Path(uri).absolute()) if uri and "://" not in uri and Path(uri).exists() else uri
+    is_path = uri and "://" not in uri and _path(uri).exists()
+    return str(_path(uri).absolute()) if is_path else uri

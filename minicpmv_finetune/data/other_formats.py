@@ -38,7 +38,9 @@ _FALSE = (False, 0, "false", "False", "0")  # as programs write a judgement
 _TOOLS = "tool calls are not supported; write the conversation without them"
 # Fields of a row that change what is trained in a way that this project does not offer.
 _REFUSED_IN_ROWS = {
-    **dict.fromkeys(("audio", "audios"), "audio is not supported; write what is said as text"),
+    **dict.fromkeys(
+        ("audio", "audios", "audio_path", "audio_url"), "audio is not supported; write what is said as text"
+    ),
     **dict.fromkeys(("tools", "functions"), _TOOLS),
     "objects": "boxes beside the text are not supported; write them into the text as the model answers them",
 }

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -174,10 +175,13 @@ def _link_results(out: Path, folder: Path, names: Iterable[str]) -> None:
 
 def _link(link: Path, target: Path) -> None:
     """Make a link lead to the newest result; at every moment it leads to the old or the new one."""
-    temporary = link.with_name(f".{link.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.relative_to(link.parent))
-    temporary.replace(link)
+    if os.path.lexists(link) and not link.is_symlink():
+        print(f"warning: {link} was put there by something else while the run worked; see {target}", file=sys.stderr)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{link.name}.", dir=link.parent) as folder:
+        temporary = Path(folder) / "link"
+        temporary.symlink_to(target.relative_to(link.parent))
+        temporary.replace(link)
 
 
 def _kfp_runner(

@@ -38,9 +38,10 @@ def open_shards(uri: str, cache_dir: Path | None = None) -> Path:
         UserError: There are no finished shards, or files are damaged at their source.
         RetryableError: The store does not answer.
     """
-    folder = storage.fetch(storage.join(uri, MANIFEST_FILE)).parent if storage.is_object_uri(uri) else Path(uri)
+    is_stored = storage.is_object_uri(uri)
+    folder = storage.fetch(storage.join(uri, MANIFEST_FILE)).parent if is_stored else storage.local_path(uri)
     manifest = read_manifest(folder)
-    location = manifest.location or (uri if storage.is_object_uri(uri) else "")
+    location = manifest.location or (uri if is_stored else "")
     cache = storage.cache_folder(cache_dir) / "shards"
     if not location:
         with _locked(cache / _cache_name(str(folder.absolute()), manifest)) as record:

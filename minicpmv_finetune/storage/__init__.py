@@ -24,7 +24,7 @@ from .files import (
 )
 from .staging import make_readable, staged_folder, swap_in
 from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, kept_beside, upload_file, upload_folder
-from .uris import is_object_uri, is_supported, join, parent, require_allowed, resolve
+from .uris import is_object_uri, is_supported, join, local_path, parent, require_allowed, resolve
 
 __all__ = [
     "FILES_AT_ONCE",
@@ -42,6 +42,7 @@ __all__ = [
     "join",
     "kept_beside",
     "list_files",
+    "local_path",
     "make_readable",
     "open_stream",
     "parent",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli import kubeflow, local, models, steps
 from minicpmv_finetune.cli.main import app
+from minicpmv_finetune.cli.options import absolute, not_empty
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs import checks
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, REQUIRED, RETRAIN_INPUTS, Input
@@ -104,6 +105,17 @@ def test_every_path_is_refused_if_it_is_empty() -> None:
                 kind, *more = get_args(annotated) or (annotated,)
                 if kind is Path or Path in get_args(kind):
                     assert more[0].parser, f"{command.callback}: {name} must be a path_option"
+
+
+def test_the_home_folder_is_found_where_the_shell_has_left_its_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    assert not_empty("--out")("~/run") == tmp_path / "run"
+    assert absolute("~/base") == str(tmp_path / "base")
+    with pytest.raises(UserError, match="no such home directory"):
+        not_empty("--out")("~nobody-of-this-name/run")
 
 
 def test_a_place_is_refused_before_the_inputs_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

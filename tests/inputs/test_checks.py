@@ -316,14 +316,18 @@ def test_the_first_step_accepts_what_it_cannot_look_up(extra: dict[str, Any], tm
     check_in_first_step({"data_uri": str(tmp_path / "train.json"), "base_model_uri": "/models/m", **extra})
 
 
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("galore_adamw", "galore_torch"), ("adamw_torch_8bit", "torchao"), ("adamw_anyprecision", "torchdistx")],
+)
 def test_packages_of_the_training_are_not_needed_where_the_data_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optim: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minicpmv_finetune.components.train.flags.find_spec", lambda name: None)
-    flags = {"optim": "galore_adamw"}
+    flags = {"optim": optim}
     given = {"data_uri": str(tmp_path / "train.json"), "base_model_uri": "/models/m", "training_flags": flags}
     check_in_first_step(given)
-    with pytest.raises(UserError, match="galore_torch is not installed"):
+    with pytest.raises(UserError, match=f"{package} is not installed"):
         check_run(FINETUNE_INPUTS, given)
 
 

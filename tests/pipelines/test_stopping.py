@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from kfp import dsl
 
-from minicpmv_finetune.pipelines.local import run_pipeline
+from minicpmv_finetune.pipelines.local import _link, run_pipeline
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 from minicpmv_finetune.pipelines.run_display import RunDisplay
 from minicpmv_finetune.pipelines.run_folder import RunFolder
@@ -97,6 +97,22 @@ def test_fresh_begins_anew_and_removes_the_unfinished_run(
     assert "Removed" in capsys.readouterr().out
     assert (tmp_path / "prepared").read_text() == "xx"
     assert len(list((tmp_path / "out" / "artifacts").glob("small-*"))) == 1
+
+
+def test_a_link_to_a_result_replaces_links_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        _link(tmp_path / "model", tmp_path / name)
+        assert (tmp_path / "model").readlink() == Path(name)
+    (tmp_path / "model").unlink()
+    (tmp_path / "model").mkdir()  # by a user, while the run works
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / ".report.html").write_text("mine")
+    for name in ("model", "report.html"):
+        _link(tmp_path / name, tmp_path / "second")
+        assert f"{tmp_path / name} was put there by something else" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {".report.html", "first", "model", "report.html", "second"}
+    assert (tmp_path / "report.html").read_text() == (tmp_path / ".report.html").read_text() == "mine"
 
 
 @pytest.fixture

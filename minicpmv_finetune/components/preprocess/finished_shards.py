@@ -33,7 +33,7 @@ class FinishedShards:
     @property
     def folder(self) -> Path | None:
         """The path of the folder, or None if it is in object storage."""
-        return None if storage.is_object_uri(self.uri) else Path(self.uri)
+        return None if storage.is_object_uri(self.uri) else storage.local_path(self.uri)
 
     def find(self, tasks: Sequence[ShardTask]) -> dict[str, ShardRecord]:
         """The records of the finished tasks, by name; a task whose file is damaged or missing is not finished."""

@@ -5,6 +5,7 @@ counts only if its seal `checkpoint-N.json`, written last, is beside it and ever
 otherwise the checkpoint before it is used. The layout is the same in a folder and in an object store.
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -17,10 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import release_workspace
 
 from .checkpoint_place import Lease
 
 SCHEMA_VERSION = 1
+_SEAL_NAME = re.compile(r"checkpoint-(\d+)\.json")
+_OWN_NAMES = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\..*")
+"""Folders of checkpoints, and the staging folders and files that a killed process left."""
 
 
 class Seal(BaseModel):
@@ -113,9 +118,9 @@ class Checkpoints:
         files = {**uploaded, **_hashes(checkpoint)}
         seal = Seal(step=step, world_size=self.world_size, training=self.training, files=files)
         storage.write_bytes(str(_seal_path(checkpoint)), seal.model_dump_json(indent=1).encode())
-        for stale in self.folder.glob("checkpoint-*.json"):
-            if not stale.with_suffix("").is_dir():
-                stale.unlink()
+        for other in self._steps(str(self.folder)):
+            if not (self.folder / f"checkpoint-{other}").is_dir():
+                _seal_path(self.folder / f"checkpoint-{other}").unlink()
         self.finish_upload()
         others = [old for old in self._own_steps(str(self.folder)) if old != step]
         for old in others[self.keep_local - 1 :] if self.keep_local else ():
@@ -162,7 +167,7 @@ class Checkpoints:
                 newer program.
         """
         place = f"--resume_from_checkpoint {address}"
-        checkpoint, seal = Path(address).resolve(), seal_of(address, place)
+        checkpoint, seal = _named_folder(address), seal_of(address, place)
         self._require_readable(seal, place)
         if seal.training != self.training:
             raise UserError(
@@ -192,9 +197,10 @@ class Checkpoints:
                 "the beginning."
             )
 
-    def has_those_of_others(self) -> bool:
-        """Whether another training has checkpoints in the folder."""
-        return len(self._steps(str(self.folder))) > len(self._own_steps(str(self.folder)))
+    def places_of_others(self) -> list[str]:
+        """The places, among folder and store, that have checkpoints of another training."""
+        places = [place for place in (str(self.folder), self.uri) if place]
+        return [place for place in places if len(self._steps(place)) > len(self._own_steps(place))]
 
     def addresses(self) -> list[str]:
         """Where this training's newest checkpoints are, in the local folder or else in the store, the oldest first."""
@@ -203,16 +209,24 @@ class Checkpoints:
         return [storage.join(places[step], f"checkpoint-{step}") for step in sorted(places)[-self.keep :]]
 
     def delete_local(self) -> None:
-        """Delete the local folder, when the training's result is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete this training's local checkpoints and incomplete ones, when its result is complete.
+
+        The folder stays if it has checkpoints of another training, or something that a user put there.
+        """
+        for step in self._own_steps(str(self.folder)):
+            _seal_path(self.folder / f"checkpoint-{step}").unlink()
+        for path in self.folder.glob("*"):
+            if not _OWN_NAMES.fullmatch(path.name) or _seal_path(path).exists():
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        release_workspace(self.folder)
 
     def _steps(self, uri: str) -> set[int]:
         names = storage.list_files(uri) if uri else {}
-        return {
-            int(name.removeprefix("checkpoint-").removesuffix(".json"))
-            for name in names
-            if name.startswith("checkpoint-") and name.endswith(".json")
-        }
+        return {int(found[1]) for name in names if (found := _SEAL_NAME.fullmatch(name))}
 
     def _own_steps(self, uri: str) -> list[int]:
         """The steps of this training's sealed checkpoints, the newest first; those of others are left alone."""
@@ -273,7 +287,7 @@ def seal_of(address: str, place: str) -> Seal:
     Raises:
         UserError: There is no such folder, or no seal beside it.
     """
-    checkpoint = Path(address).resolve()
+    checkpoint = _named_folder(address)
     if not checkpoint.is_dir():
         raise UserError(
             f"{place}: there is no such local folder; leave the flag out to resume from the newest checkpoint."
@@ -286,6 +300,10 @@ def seal_of(address: str, place: str) -> Seal:
             "a checkpoint-N folder with its checkpoint-N.json, or continue a finished adapter by --lora_weight_path."
         )
     return seal
+
+
+def _named_folder(address: str) -> Path:
+    return (Path(address) if "://" in address else storage.local_path(address)).resolve()
 
 
 def _seal_path(checkpoint: Path) -> Path:

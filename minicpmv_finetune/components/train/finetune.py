@@ -319,7 +319,7 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     training.output_dir = str(folder)
     if training.process_index == 0:
         others = input_places(arguments) | {"--output_dir": str(out), "--resume_from_checkpoint": ""}
-        claim_workspace(folder, "train, for its checkpoints,", others, known_by=["checkpoint-*.json"])
+        claim_workspace(folder, "train, for its checkpoints,", others, known_by=["checkpoint-[0-9]*.json"])
     return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size, keep_local, lease)
 
 
@@ -356,10 +356,10 @@ def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> P
         )
     if newest:
         _log(f"continuing from {newest.name}")
-    elif checkpoints.has_those_of_others():
+    elif others := checkpoints.places_of_others():
         _log(
-            f"{checkpoints.folder} has checkpoints of a training with another base model, other data or other flags; "
-            "they are not continued, and checkpoints of the same steps replace them"
+            f"{others[0]} has checkpoints of a training with another base model, other data or other flags; they are "
+            "not continued, and checkpoints of the same steps replace them"
         )
     return newest
 
@@ -554,7 +554,7 @@ def _make_record(
 
 
 def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None
+    return storage.local_path(text) if text else None
 
 
 def _log(sentence: str) -> None:

@@ -313,6 +313,10 @@ _OPTIMIZERS = {
     "grokadamw": "grokadamw",
     "schedule_free": "schedulefree",
     "stable_adamw": "optimi",
+    "adamw_anyprecision": "torchdistx",
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu": "torch_npu",
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
 }
 _TRACKERS = {
     **{name: name for name in ("wandb", "comet_ml", "swanlab", "trackio", "neptune", "clearml", "dvclive", "mlflow")},

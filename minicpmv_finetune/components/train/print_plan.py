@@ -5,7 +5,6 @@ Only the base model's configuration is read, no weight.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -64,7 +63,7 @@ def describe_training(arguments: Arguments) -> tuple[list[Part], str]:
     Raises:
         UserError: The arguments contradict each other or the base model.
     """
-    cache = Path(arguments.training.cache_dir) if arguments.training.cache_dir else None
+    cache = storage.local_path(arguments.training.cache_dir) if arguments.training.cache_dir else None
     base = storage.fetch(arguments.model.model_name_or_path, cache)
     model, generation = load_model(base, device_map="meta")
     with torch.device("meta"):

@@ -78,7 +78,7 @@ def check_continued_adapter(arguments: Arguments, base_fingerprint: str) -> None
 
 def _adapter_folder(arguments: Arguments) -> Path:
     address = arguments.lora.lora_weight_path
-    return storage.fetch(address) if storage.is_object_uri(address) else Path(address)
+    return storage.fetch(address) if storage.is_object_uri(address) else storage.local_path(address)
 
 
 def _continue_adapter(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> PeftModel:

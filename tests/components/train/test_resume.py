@@ -217,6 +217,35 @@ def test_a_named_checkpoint_is_checked_like_one_that_is_found(tmp_path: Path, ch
     assert str(error.value).startswith(f"--resume_from_checkpoint {place}: ")
 
 
+def test_the_end_of_a_training_deletes_its_own_checkpoints_alone(tmp_path: Path) -> None:
+    folder = tmp_path / ".adapter.checkpoints"
+    for training, step in (("this", 10), ("that", 20)):
+        _write_checkpoint(folder, step)
+        _checkpoints(folder, training=training).seal(step)
+    _write_checkpoint(folder, 30)  # incomplete
+    (folder / ".checkpoint-30.json.123").write_text("{")
+    (folder / MARK).write_text("{}")
+    for name in ("notes.txt", "checkpoint-best.json"):
+        (folder / name).write_text("mine")
+    assert _checkpoints(folder).places_of_others() == [str(folder)]
+    _checkpoints(folder).delete_local()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {MARK, "notes.txt", "checkpoint-best.json", "checkpoint-20", "checkpoint-20.json"}
+    for name in ("notes.txt", "checkpoint-best.json"):
+        (folder / name).unlink()
+    _checkpoints(folder, training="that").delete_local()
+    assert not folder.exists()
+
+
+def test_checkpoints_of_another_training_in_a_store_are_noticed(tmp_path: Path, s3_uri: str) -> None:
+    for training in ("that", "this"):
+        checkpoints = _checkpoints(tmp_path / training, f"{s3_uri}/kept", training)
+        assert checkpoints.places_of_others() == ([f"{s3_uri}/kept"] if training == "this" else [])
+        _write_checkpoint(tmp_path / training, 1)
+        checkpoints.seal(1)
+        checkpoints.finish_upload()
+
+
 def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = _checkpoints(tmp_path)
     for step in (5, 10, 15):

@@ -533,7 +533,7 @@ FOREIGN_FIELDS: list[Json] = [
     *({name: "a.png"} for name in ("images", "img", "image_path", "image_url", "Image", "file_name", "image ")),
     *({name: ["a.png"]} for name in ("images", "image_urls", "imgs")),
     *({name: "17"} for name in ("image_id", "coco_image", "imageBase64", "photo_of_front", "pics")),
-    *({name: "clip"} for name in ("videos", "audio", "audios")),
+    *({name: "clip"} for name in ("videos", "audio", "audios", "audio_path", "audio_url")),
     *({name: "Be brief."} for name in ("system", "chosen", "rejected", "rejected_response", "reasoning_content")),
     *({name: [{}]} for name in ("messages", "history", "tools", "objects", "functions")),
     *({name: False} for name in ("label", "kto_tag", "weight", "loss")),
