@@ -208,6 +208,29 @@ def check_object_folder(out: str, inputs: Mapping[str, str]) -> None:
             raise UserError(f"{out}: is, contains or lies in the input {name} ({value}); choose another output.")
 
 
+def check_cache(cache: str, inputs: Mapping[str, str]) -> None:
+    """Refuse a cache that is an input or lies in one; other files beside it do not matter, since a cache only adds.
+
+    Args:
+        cache: Folder or URI of the cache; empty for the default.
+        inputs: Paths or URIs that the step reads, by the names of its options.
+
+    Raises:
+        UserError: As the text says, or the cache is no local path and no URI of a store.
+    """
+    if not cache:
+        return
+    in_store = storage.is_object_uri(cache)
+    place = Path() if in_store else storage.local_path(cache).resolve()
+    for name, value in inputs.items():
+        if in_store:
+            is_inside = storage.is_object_uri(value) and _in_store(cache).startswith(_in_store(value))
+        else:
+            is_inside = any(other in (place, *place.parents) for other in _local_places(value))
+        if is_inside:
+            raise UserError(f"{cache}: is or lies in the input {name} ({value}); choose another cache.")
+
+
 def _in_store(uri: str) -> str:
     """Bucket and key of a folder, whichever of the two schemes names it, with a slash at the end."""
     return f"{uri.partition('://')[2].rstrip('/')}/"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.outputs import MARK, check_object_folder, claimed_files, claimed_folder
+from minicpmv_finetune.outputs import MARK, check_cache, check_object_folder, claimed_files, claimed_folder
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -121,6 +121,24 @@ def test_a_place_in_a_store_that_overlaps_an_input_is_refused(out: str) -> None:
     with pytest.raises(UserError, match="the input --base-model"):
         check_object_folder(out, {"--adapter": "/models", "--base-model": "s3://bucket/models"})
     check_object_folder("s3://bucket/models-2", {"--adapter": "", "--base-model": "s3://bucket/models"})
+
+
+@pytest.mark.parametrize(
+    "cache", ["{mine}", "{mine}/images/", "{mine}/new/cache", "s3://bucket/base/", "minio://bucket/base/x"]
+)
+def test_a_cache_in_an_input_is_refused(cache: str, mine: Path) -> None:
+    inputs = {"--dataset": str(mine), "--base-model": "s3://bucket/base"}
+    with pytest.raises(UserError, match="is or lies in the input"):
+        check_cache(cache.format(mine=mine), inputs)
+
+
+@pytest.mark.parametrize(
+    "cache", ["", "{mine}/..", "{mine}-cache", "s3://bucket", "s3://bucket/base-2", "s3://other/base"]
+)
+def test_a_cache_may_be_beside_inputs_or_contain_them(cache: str, mine: Path) -> None:
+    data = str(mine / "train.json")
+    check_cache(cache.format(mine=mine), {"--dataset": str(mine), "--data": data, "--base-model": "s3://bucket/base"})
+    check_cache(str(mine), {"--data": data})
 
 
 @pytest.mark.parametrize("out", [".", "./", "", "sub/.."])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
-from minicpmv_finetune.outputs import check_folder, check_object_folder, claimed_folder, folder_beside
+from minicpmv_finetune.outputs import check_cache, check_folder, check_object_folder, claimed_folder, folder_beside
 
 from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, not_empty, path_option, read_json_object, with_inputs
 
@@ -83,7 +83,9 @@ def preprocess(
     num_workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0 means one per core.")] = 0,
 ) -> None:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
-    check_folder(out, "preprocess", {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]})
+    read = {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]}
+    check_folder(out, "preprocess", read)
+    check_cache(cache, read)
     from minicpmv_finetune.inputs.checks import check_base_model
     from minicpmv_finetune.shards.codecs import check_codec
 

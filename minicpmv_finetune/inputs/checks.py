@@ -43,7 +43,7 @@ from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
 from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of, parse_json
 from minicpmv_finetune.options import raise_mistakes
-from minicpmv_finetune.outputs import check_folder
+from minicpmv_finetune.outputs import check_cache, check_folder
 from minicpmv_finetune.shards.format import read_manifest
 
 from .table import FINETUNE_INPUTS, INPUTS, Input, defaults, read_inputs
@@ -124,8 +124,9 @@ def check_training(argv: Sequence[str]) -> None:
     """
     _, values, mistakes = read_flags(argv)
     places = _flag_places(values, "--")
+    inputs = {f"--{name}": str(values.get(name) or "") for name in _INPUT_FLAGS}
+    mistakes += _noted("--cache_dir", lambda: check_cache(str(values.get("cache_dir") or ""), inputs))
     if out := values.get("output_dir"):
-        inputs = {f"--{name}": str(values.get(name) or "") for name in _INPUT_FLAGS}
         mistakes += _noted("--output_dir", lambda: check_folder(out, "train", inputs))
     if model := values.get("model_name_or_path"):
         places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model, values), True))

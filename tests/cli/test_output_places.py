@@ -69,7 +69,7 @@ def invoke(mine: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
 
     def run(command: str, out: str) -> str:
         before = tree(mine.parent)
-        words = [word.format(mine=mine, out=out) for word in COMMANDS[command].split()]
+        words = COMMANDS[command].format(mine=mine, out=out).split()
         done = CliRunner().invoke(app, words)
         assert isinstance(done.exception, UserError), (done.output, done.exception)
         assert tree(mine.parent) == before
@@ -112,6 +112,13 @@ def test_a_place_that_is_not_the_commands_own_is_refused(command: str, out: str,
 def test_an_input_and_a_folder_in_it_are_refused(command: str, name: str, below: str, invoke: Invoke) -> None:
     sentence = invoke(command, f"{name}{below.format(name=name)}")
     assert "input" in sentence, sentence
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("preprocess", "--cache"), ("train", "--cache_dir"), ("train-raw", "--cache_dir")]
+)
+def test_a_cache_in_an_input_is_refused(command: str, option: str, invoke: Invoke) -> None:
+    assert "lies in the input" in invoke(command, f"new {option} base/cache")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "merge"])

@@ -34,7 +34,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.options import Accepted, check_settings
-from minicpmv_finetune.outputs import claimed_folder
+from minicpmv_finetune.outputs import check_cache, claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 from minicpmv_finetune.shards.encoding import count_slices, store, tokenize
@@ -131,6 +131,7 @@ def preprocess(
     """
     inputs = {"--dataset": str(dataset), "--base-model": base_model_uri}
     beside = [rejects_file, *([report] if report else [])]
+    check_cache(cache_uri, inputs)
     with claimed_folder(shards, "preprocess", inputs, beside) as output, step_run("preprocess") as run:
         run.log_parameters({"base_model": base_model_uri, **asdict(settings), "git_commit": git_commit()})
         job = _make_job(dataset, base_model_uri, settings, cache_uri or str(shards.absolute().parent / CACHE_NAME))

@@ -33,7 +33,7 @@ from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
 from minicpmv_finetune.minicpmv.packed import enable_packing
-from minicpmv_finetune.outputs import OutputFolder, claim_workspace, claimed_folder
+from minicpmv_finetune.outputs import OutputFolder, check_cache, claim_workspace, claimed_folder
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import TrainingRecord
 from minicpmv_finetune.shards.cache import open_shards
@@ -225,6 +225,7 @@ class _Inputs:
 
 
 def _fetch_inputs(arguments: Arguments) -> _Inputs:
+    check_cache(arguments.training.cache_dir or "", input_places(arguments))
     cache = _path(arguments.training.cache_dir)
     shards = open_shards(arguments.data.data_path, cache)
     manifest = read_manifest(shards)
