@@ -196,12 +196,14 @@ def folder_beside(out: Path) -> Path:
 
 
 def check_object_folder(out: str, inputs: Mapping[str, str]) -> None:
-    """Refuse a folder in a store that is an input, lies in one or contains one; the upload checks its objects.
+    """Refuse a bucket, and a folder in a store that is, contains or lies in an input; the upload checks its objects.
 
     Raises:
         UserError: As the text says.
     """
     place = _in_store(out)
+    if place.count("/") == 1:
+        raise UserError(f"{out}: is a whole bucket; add the name of a folder, such as {out.rstrip('/')}/model.")
     for name, value in inputs.items():
         other = _in_store(value)
         if storage.is_object_uri(value) and (other.startswith(place) or place.startswith(other)):

@@ -114,13 +114,16 @@ def test_the_home_folder_has_two_names(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "out", ["s3://bucket/models", "minio://bucket/models/", "s3://bucket/models/new", "s3://bucket"]
-)
+@pytest.mark.parametrize("out", ["s3://b/a/models", "minio://b/a/models/", "s3://b/a/models/new", "s3://b/a"])
 def test_a_place_in_a_store_that_overlaps_an_input_is_refused(out: str) -> None:
     with pytest.raises(UserError, match="the input --base-model"):
-        check_object_folder(out, {"--adapter": "/models", "--base-model": "s3://bucket/models"})
-    check_object_folder("s3://bucket/models-2", {"--adapter": "", "--base-model": "s3://bucket/models"})
+        check_object_folder(out, {"--adapter": "/models", "--base-model": "s3://b/a/models"})
+
+
+def test_a_place_in_a_store_is_a_folder_beside_the_inputs() -> None:
+    check_object_folder("s3://b/a/models-2", {"--adapter": "", "--base-model": "s3://b/a/models"})
+    with pytest.raises(UserError, match="is a whole bucket; add the name of a folder, such as s3://b/model"):
+        check_object_folder("s3://b/", {})
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ class RunDisplay:
             self.crashed = True
         elif line.startswith("error: "):
             self.error = line.removeprefix("error: ")
+        elif self.error and line.startswith("- "):  # one of several mistakes, each on a line
+            self.error += f" {line.removeprefix('- ')}"
         elif line.startswith(_REMARKS):
             self.say(line)
         elif _PROGRESS.match(line):

@@ -115,6 +115,12 @@ def test_a_link_to_a_result_replaces_links_alone(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "report.html").read_text() == (tmp_path / ".report.html").read_text() == "mine"
 
 
+def test_all_mistakes_that_a_step_names_are_shown() -> None:
+    display = RunDisplay(StringIO())
+    display.stream.write("error: 2 inputs are wrong.\n- lora_r: 0 is too small.\n- seed: -1 is too small.\n- ")
+    assert display.error == "2 inputs are wrong. lora_r: 0 is too small. seed: -1 is too small."
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     """The command of a step without inputs, as kfp.local makes it."""
