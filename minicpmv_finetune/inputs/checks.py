@@ -24,7 +24,8 @@ from typing import Any
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.evaluate.metrics import METRICS, check_metrics, expected_answers
 from minicpmv_finetune.components.evaluate.settings import settings_from as evaluation_settings
-from minicpmv_finetune.components.train.checkpoints import seal_of
+from minicpmv_finetune.components.train.checkpoint_place import PLACEHOLDER
+from minicpmv_finetune.components.train.checkpoints import check_local_folder, local_folder, seal_of
 from minicpmv_finetune.components.train.flags import (
     as_flags,
     find_contradictions,
@@ -127,7 +128,8 @@ def check_training(argv: Sequence[str]) -> None:
     inputs = {f"--{name}": str(values.get(name) or "") for name in _INPUT_FLAGS}
     mistakes += _noted("--cache_dir", lambda: check_cache(str(values.get("cache_dir") or ""), inputs))
     if out := values.get("output_dir"):
-        mistakes += _noted("--output_dir", lambda: check_folder(out, "train", inputs))
+        found = _noted("--output_dir", lambda: check_folder(out, "train", inputs))
+        mistakes += found or _noted("--checkpoint_uri", lambda: _check_checkpoints(values, inputs))
     if model := values.get("model_name_or_path"):
         places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model, values), True))
     if data := values.get("data_path"):
@@ -321,6 +323,14 @@ def _check_checkpoint(address: str) -> None:
     """Check that there is a checkpoint to resume from; `true` and `false` name none."""
     if address.lower() not in ("true", "false"):
         seal_of(address, address)
+
+
+def _check_checkpoints(flags: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """Check that a training may write its checkpoints where its flags say."""
+    uri = str(flags.get("checkpoint_uri") or "")
+    if PLACEHOLDER not in uri:  # whose folder is not known yet
+        out = storage.local_path(flags["output_dir"]).resolve()
+        check_local_folder(local_folder(uri, out), out, inputs)
 
 
 def _check_shards(uri: str) -> None:

@@ -250,6 +250,14 @@ def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
         ("--data_path {data} --output_dir {data}", "--output_dir: {data}: is also the input --data_path"),
         ("--data_path {data} --output_dir ", "--output_dir: empty; give a path."),
         (
+            "--data_path {data} --output_dir {base}-2 --checkpoint_uri {base}",
+            "--checkpoint_uri: {base}: is also the input --model_name_or_path",
+        ),
+        (
+            "--data_path {data} --output_dir {base}-2 --checkpoint_uri {base}-2/kept",
+            "--checkpoint_uri: {base}-2/kept: is, contains or lies in --output_dir",
+        ),
+        (
             "--data_path {data} --model_name_or_path {base}/config.json",
             "is a file, but a folder is needed; give '{base}'",
         ),

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.outputs import release_workspace
+from minicpmv_finetune.outputs import check_workspace, claim_workspace, release_workspace
 
 from .checkpoint_place import Lease
 
@@ -26,6 +26,8 @@ SCHEMA_VERSION = 1
 _SEAL_NAME = re.compile(r"checkpoint-(\d+)\.json")
 _OWN_NAMES = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\..*")
 """Folders of checkpoints, and the staging folders and files that a killed process left."""
+_STEP = "train, for its checkpoints,"
+_KNOWN_BY = ("checkpoint-[0-9]*.json",)
 
 
 class Seal(BaseModel):
@@ -275,6 +277,43 @@ class Checkpoints:
             return False
         storage.write_bytes(str(_seal_path(self.folder / name)), seal.model_dump_json(indent=1).encode())
         return True
+
+
+def local_folder(checkpoint_uri: str, out: Path) -> Path:
+    """The folder that the Trainer writes checkpoints to.
+
+    Args:
+        checkpoint_uri: Value of the flag.
+        out: The training's output folder.
+    """
+    is_given = checkpoint_uri and not storage.is_object_uri(checkpoint_uri)
+    return storage.local_path(checkpoint_uri).resolve() if is_given else out.with_name(f".{out.name}.checkpoints")
+
+
+def check_local_folder(folder: Path, out: Path, inputs: Mapping[str, str]) -> None:
+    """Refuse a folder of checkpoints that may not be written, before any work; see `check_workspace`.
+
+    Args:
+        folder: The folder.
+        out: The training's output folder.
+        inputs: Paths and URIs that the training reads, by the names of their flags.
+
+    Raises:
+        UserError: The folder overlaps the output folder, or as `check_workspace`.
+    """
+    check_workspace(folder, _STEP, _inputs_beside(folder, out, inputs), known_by=_KNOWN_BY)
+
+
+def claim_local_folder(folder: Path, out: Path, inputs: Mapping[str, str]) -> None:
+    """Claim a folder of checkpoints; arguments and errors are those of `check_local_folder`."""
+    claim_workspace(folder, _STEP, _inputs_beside(folder, out, inputs), known_by=_KNOWN_BY)
+
+
+def _inputs_beside(folder: Path, out: Path, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What a folder of checkpoints must not overlap beside the output; a training may resume from what is in it."""
+    if out == folder or out in folder.parents or folder in out.parents:
+        raise UserError(f"{folder}: is, contains or lies in --output_dir ({out}); give another --checkpoint_uri.")
+    return {**inputs, "--resume_from_checkpoint": ""}
 
 
 def seal_of(address: str, place: str) -> Seal:

@@ -33,7 +33,7 @@ from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
 from minicpmv_finetune.minicpmv.packed import enable_packing
-from minicpmv_finetune.outputs import OutputFolder, check_cache, claim_workspace, claimed_folder
+from minicpmv_finetune.outputs import OutputFolder, check_cache, claimed_folder
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import TrainingRecord
 from minicpmv_finetune.shards.cache import open_shards
@@ -44,7 +44,7 @@ from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 from .arguments import Arguments, TrainingArguments, input_places, parse
 from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_memory
 from .checkpoint_place import PLACEHOLDER, Lease, choose_place
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, claim_local_folder, local_folder
 from .datasets import Collator, ExampleDataset, PackDataset
 from .feature_store import is_reusable, prepare_stores
 from .fused_lora import fuse_adapters
@@ -314,13 +314,12 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     uri = training.checkpoint_uri
     is_remote = storage.is_object_uri(uri)
     keep = training.save_total_limit or 2
-    folder = Path(uri).expanduser().resolve() if uri and not is_remote else out.with_name(f".{out.name}.checkpoints")
+    folder = local_folder(uri, out)
     keep_local = min(keep, 2) if is_remote or not uri else training.save_total_limit
     training.save_total_limit = None  # the Trainer would also delete the checkpoints of other trainings
     training.output_dir = str(folder)
     if training.process_index == 0:
-        others = input_places(arguments) | {"--output_dir": str(out), "--resume_from_checkpoint": ""}
-        claim_workspace(folder, "train, for its checkpoints,", others, known_by=["checkpoint-[0-9]*.json"])
+        claim_local_folder(folder, out, input_places(arguments))
     return Checkpoints(folder, uri if is_remote else "", keep, digest, training.world_size, keep_local, lease)
 
 
