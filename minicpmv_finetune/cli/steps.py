@@ -149,6 +149,7 @@ def merge(
     ],
 ) -> None:
     """Step 4: merge the adapter into the base model, and check on real samples that the logits agree."""
+    import sys
     import tempfile
 
     from minicpmv_finetune import storage
@@ -164,7 +165,7 @@ def merge(
     from minicpmv_finetune.inputs.checks import check_base_model
 
     check_base_model("--base-model", base)
-    from minicpmv_finetune.components.merge.merge import MergeSettings
+    from minicpmv_finetune.components.merge.merge import MergeSettings, describe_replaced
     from minicpmv_finetune.components.merge.merge import merge as step
 
     if not is_remote:
@@ -172,7 +173,9 @@ def merge(
         return
     with tempfile.TemporaryDirectory() as folder:
         model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
-        step(base, adapter, shards, model, report, MergeSettings())
+        merged = step(base, adapter, shards, model, report, MergeSettings())
+        if replaced := describe_replaced(report_uri, merged):
+            print(f"{out}: the result of {replaced} is replaced.", file=sys.stderr)
         sent = storage.upload_folder(model, out, last="config.json")
         # After the folder, whose record shows a repeated command that this report is its own.
         storage.write_bytes(report_uri, report.read_bytes())

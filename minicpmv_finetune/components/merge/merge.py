@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
 from minicpmv_finetune.git_commit import git_commit
@@ -30,7 +32,7 @@ from .report import MergeReport, ParityReport, markdown
 from .streaming import StreamingResult, stream
 from .tensor_layout import edit_config
 
-__all__ = ["MergeReport", "MergeSettings", "markdown", "merge"]
+__all__ = ["MergeReport", "MergeSettings", "describe_replaced", "markdown", "merge"]
 
 PARITY_CHECK = "minicpmv_finetune.components.merge.parity_check"
 
@@ -97,6 +99,32 @@ def merge(
         "base + adapter"
     )
     return report
+
+
+def describe_replaced(report_uri: str, report: MergeReport) -> str:
+    """What an earlier model in a store was made from, if a new one replaces it.
+
+    Args:
+        report_uri: URI of the earlier model's report.
+        report: Report of the new model.
+
+    Returns:
+        Base model and data; empty if there is no earlier model, or the new one is the same.
+
+    Raises:
+        UserError: Access is denied.
+        RetryableError: The store does not answer.
+    """
+    if report_uri.rpartition("/")[2] not in storage.list_files(storage.parent(report_uri)):
+        return ""
+    try:
+        earlier = MergeReport.model_validate_json(storage.read_bytes(report_uri))
+    except ValidationError:
+        return "another version of this program"
+    decisive = {"base_fingerprint", "data_fingerprint", "changed"}
+    if earlier.model_dump(include=decisive) == report.model_dump(include=decisive):
+        return ""
+    return f"--base-model {earlier.base_model} and the data {earlier.data_fingerprint[:12]}"
 
 
 @dataclass(frozen=True)

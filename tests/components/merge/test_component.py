@@ -71,3 +71,17 @@ def test_an_adapter_without_metadata_can_be_merged(tmp_path: Path, report: Merge
         "adapter_uri": str(tmp_path / "adapter"),
         "display_name": "merged model",
     }
+
+
+def test_a_model_in_a_store_that_another_one_replaces_is_named(report: MergeReport, tmp_path: Path) -> None:
+    place = tmp_path / "model.merge-report.json"
+    assert module.describe_replaced(str(place), report) == ""
+    place.write_text(report.model_copy(update={"seconds": {"streaming": 3.0}}).model_dump_json())
+    assert module.describe_replaced(str(place), report) == ""
+    for change in ({"changed": {"w": 0.4}}, {"data_fingerprint": "1"}):
+        other = report.model_copy(update=change)
+        place.write_text(other.model_dump_json())
+        replaced = f"--base-model base and the data {other.data_fingerprint}"
+        assert module.describe_replaced(str(place), report) == replaced
+    place.write_text("{}")
+    assert module.describe_replaced(str(place), report) == "another version of this program"
