@@ -33,12 +33,19 @@ MARK = ".minicpmv-finetune.json"
 FILES_MARK = ".minicpmv-finetune-files.json"
 _PARTIAL = ".minicpmv-finetune-partial-"
 _COMPLETING = ("dataset.json", "manifest.json", "training.json", "config.json")
-_UNMARKED = {
-    "validate-data": ("dataset.json", ("train.jsonl", "eval.jsonl")),
+_UNMARKED: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "validate-data": ("dataset.json", ("train.jsonl", "eval.jsonl", "duplicates.jsonl")),
     "preprocess": ("manifest.json", ("*.parquet",)),
     "train": (
         "training.json",
-        ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "training.html", "checkpoint-*"),
+        (
+            *("training.html", "trainer_state.json", "unsent_metrics.jsonl", "checkpoint-[0-9]*", "README.md"),
+            *("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json"),
+            *("model*.safetensors", "model.safetensors.index.json", "chat_template.jinja", "configuration.json"),
+            *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+            *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+            *("added_tokens.json", "vocab.json", "merges.txt"),
+        ),
     ),
 }
 """How results of 0.1.0, which left no mark, are known: by the completing file and the names of the others."""

@@ -319,22 +319,39 @@ class TestFilesBeside:
 class TestUnmarkedResults:
     """Results of 0.1.0 left no mark."""
 
-    def test_they_are_known_by_their_completing_file(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("step", "names"),
+        [
+            ("validate-data", "dataset.json train.jsonl eval.jsonl duplicates.jsonl"),
+            ("preprocess", "manifest.json train-00000.parquet eval-00000.parquet"),
+            ("train", "training.json training.html adapter_config.json adapter_model.safetensors README.md"),
+            ("train", "training.json trainer_state.json unsent_metrics.jsonl"),
+        ],
+    )
+    def test_they_are_known_by_their_completing_file(self, step: str, names: str, tmp_path: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()
-        (out / "manifest.json").write_text("{}")
-        (out / "train-00000.parquet").write_text("x")
-        write(out)
+        for name in names.split():
+            (out / name).write_text("old")
+        write(out, step=step)
+        assert sorted(tree(out)) == [MARK, "deeper", "deeper/a.parquet", "manifest.json"]
         assert (out / "manifest.json").read_text() == "new"
 
-    def test_something_foreign_among_them_is_not_touched(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["notes.txt", "train.json", "plan.md", "modeling_minicpmv.py"])
+    @pytest.mark.parametrize(
+        ("step", "completing"),
+        [("validate-data", "dataset.json"), ("preprocess", "manifest.json"), ("train", "training.json")],
+    )
+    def test_something_foreign_among_them_is_not_touched(
+        self, step: str, completing: str, name: str, tmp_path: Path
+    ) -> None:
         out = tmp_path / "out"
         out.mkdir()
-        (out / "manifest.json").write_text("{}")
-        (out / "notes.txt").write_text("mine")
+        (out / completing).write_text("{}")
+        (out / name).write_text("mine")
         before = tree(tmp_path)
         with pytest.raises(UserError, match="did not write"):
-            write(out)
+            write(out, step=step)
         assert tree(tmp_path) == before
 
 
