@@ -400,12 +400,15 @@ def _refuse_foreign_files(out: str | Path, path: Path, step: str) -> _Mark | Non
     names = {entry.name for entry in path.iterdir()} - _own_single_files(path, step)
     if not names:
         return None
-    mark = _read_mark(path) if MARK in names else _mark_of_unmarked(path, step)
-    if mark is None:
-        example = min(names)
-        raise UserError(
-            f"{out}: contains files that {step} did not write, such as {example}; choose a new or empty folder."
-        )
+    if MARK in names:
+        mark = _read_mark(path)
+    else:
+        if foreign := _foreign_to_unmarked(names, step):
+            raise UserError(
+                f"{out}: contains files that {step} did not write, such as {min(foreign)}; choose a new or empty "
+                "folder."
+            )
+        mark = _Mark(step=step, files=dict.fromkeys(_entries_below(path), ""))
     if mark.step != step:
         raise UserError(f"{out}: contains the result of {mark.step}; choose another output.")
     foreign = set(_entries_below(path)) - mark.own_files(path) - _own_single_files(path, step)
@@ -504,14 +507,12 @@ def _completing_first(name: str) -> tuple[bool, str]:
     return name not in _COMPLETING, name
 
 
-def _mark_of_unmarked(folder: Path, step: str) -> _Mark | None:
+def _foreign_to_unmarked(names: set[str], step: str) -> set[str]:
+    """Those of the names in a folder without a mark that are not of this step's result by 0.1.0; all if it is none."""
     completing, patterns = _UNMARKED.get(step, ("", ()))
-    if not completing or not (folder / completing).is_file():
-        return None
-    names = {entry.name for entry in folder.iterdir()} - {completing}
-    if not all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
-        return None
-    return _Mark(step=step, files=dict.fromkeys(_entries_below(folder), ""))
+    if completing not in names:
+        return names
+    return {name for name in names - {completing} if not any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def _read_mark(folder: Path) -> _Mark:

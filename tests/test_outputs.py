@@ -350,7 +350,7 @@ class TestUnmarkedResults:
         (out / completing).write_text("{}")
         (out / name).write_text("mine")
         before = tree(tmp_path)
-        with pytest.raises(UserError, match="did not write"):
+        with pytest.raises(UserError, match=f"did not write, such as {name}"):
             write(out, step=step)
         assert tree(tmp_path) == before
 
