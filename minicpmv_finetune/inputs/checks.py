@@ -29,6 +29,7 @@ from minicpmv_finetune.components.train.checkpoints import check_local_folder, l
 from minicpmv_finetune.components.train.flags import (
     as_flags,
     find_contradictions,
+    find_flags_without_gpu,
     find_mistakes,
     find_unfit_flags,
     pop_num_nodes,
@@ -124,6 +125,7 @@ def check_training(argv: Sequence[str]) -> None:
         UserError: Flags, the base model or the data cannot be used; all mistakes at once.
     """
     _, values, mistakes = read_flags(argv)
+    mistakes += find_flags_without_gpu(values)
     places = _flag_places(values, "--")
     inputs = {f"--{name}": str(values.get(name) or "") for name in _INPUT_FLAGS}
     mistakes += _noted("--cache_dir", lambda: check_cache(str(values.get("cache_dir") or ""), inputs))
@@ -180,6 +182,7 @@ def _read_training_flags(run: Mapping[str, Any], runs_here: bool) -> tuple[dict[
             own = _SET_BY_THE_PIPELINE[name]
             instead = f"give the input {own} instead" if own else "leave it out"
             mistakes.append(f"training_flags: {name}: the pipeline sets this flag itself; {instead}.")
+    mistakes += find_flags_without_gpu(values) if runs_here else []
     return values, mistakes + find_contradictions({**run, **values}, runs_here)
 
 

@@ -26,8 +26,8 @@ from minicpmv_finetune.errors import UserError, first_line
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
 from minicpmv_finetune.workers import SHARED_MEMORY
 
+from .flags import FP16_WITHOUT_GPU, FSDP_WITHOUT_GPU, check_flags
 from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
-from .flags import check_flags
 from .flags import pop_num_nodes as pop_num_nodes
 from .intervals import choose_intervals
 
@@ -343,9 +343,9 @@ def _check(arguments: Arguments) -> None:
     training = arguments.training
     if training.fsdp and training.use_cpu:
         # accelerate would train plain DDP without a warning.
-        raise UserError("--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3.")
+        raise UserError(FSDP_WITHOUT_GPU)
     if training.fp16 and training.use_cpu:
-        raise UserError("--fp16: needs a GPU, and there is none; leave it out, or give --bf16 true.")
+        raise UserError(FP16_WITHOUT_GPU)
     if training.dataloader_multiprocessing_context and not training.dataloader_num_workers:
         raise UserError("--dataloader_multiprocessing_context: there are no workers; give --dataloader_num_workers.")
     if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):

@@ -6,6 +6,7 @@ from the script's own parser, which imports torch and transformers and takes sec
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -277,6 +278,33 @@ def find_unfit_flags(values: Mapping[str, Any], generation: Generation) -> list[
             "order, which replicated layers would break; leave the flag out."
         )
     return sentences
+
+
+def find_flags_without_gpu(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each flag that needs a GPU, where the training would surely run without one.
+
+    The training itself asks torch; this tells it sooner, by the files of devices.
+
+    Args:
+        values: Values of flags by name.
+    """
+    may_have_gpu = sys.platform != "linux" or any(Path(device).exists() for device in _GPU_DEVICES)
+    if may_have_gpu and not values.get("use_cpu"):
+        return []
+    uses_fsdp = values.get("strategy") == "fsdp2" or (values.get("fsdp") and not values.get("deepspeed"))
+    needed = {
+        FP16_WITHOUT_GPU: values.get("fp16"),
+        FSDP_WITHOUT_GPU: uses_fsdp,
+        LIGER_WITHOUT_GPU: values.get("use_liger_kernel"),
+    }
+    return [sentence for sentence, is_given in needed.items() if is_given]
+
+
+FP16_WITHOUT_GPU = "--fp16: needs a GPU, and there is none; leave it out, or give --bf16 true."
+FSDP_WITHOUT_GPU = "--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3."
+LIGER_WITHOUT_GPU = "--use_liger_kernel: its kernels run on a GPU, and this machine has none; leave the flag out."
+# Of NVIDIA (also in Windows' subsystem and on Jetson), AMD, Intel, Habana and Huawei.
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd", "/dev/dri", "/dev/accel", "/dev/davinci_manager")
 
 
 def _missing_packages(values: Mapping[str, Any]) -> list[str]:

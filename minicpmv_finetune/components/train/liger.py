@@ -14,6 +14,8 @@ from torch import nn
 
 from minicpmv_finetune.errors import UserError
 
+from .flags import LIGER_WITHOUT_GPU
+
 
 def use_liger(language_model: nn.Module) -> None:
     """Replace the layers for which liger has kernels.
@@ -25,7 +27,7 @@ def use_liger(language_model: nn.Module) -> None:
         UserError: There is no GPU, the package is not installed, or it does not support this language model.
     """
     if not torch.cuda.is_available():
-        raise UserError("--use_liger_kernel: its kernels run on a GPU, and this machine has none; leave the flag out.")
+        raise UserError(LIGER_WITHOUT_GPU)
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel.")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

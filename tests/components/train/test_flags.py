@@ -11,6 +11,7 @@ from minicpmv_finetune.components.train.flags import (
     Flag,
     check_flags,
     find_contradictions,
+    find_flags_without_gpu,
     find_mistakes,
     table,
 )
@@ -94,6 +95,21 @@ def test_mistakes_in_words_are_named(words: str, sentence: str) -> None:
 )
 def test_contradictions_have_a_remedy(values: dict[str, object], sentence: str) -> None:
     assert sentence in find_contradictions(values)[0]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"fp16": True}, {"strategy": "fsdp2"}, {"fsdp": "full_shard"}, {"use_liger_kernel": True}]
+)
+def test_what_needs_a_gpu_is_found_where_there_is_none(
+    flags: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("minicpmv_finetune.components.train.flags._GPU_DEVICES", ("/dev/null",))
+    assert find_flags_without_gpu(flags) == []
+    (sentence,) = find_flags_without_gpu({**flags, "use_cpu": True})
+    monkeypatch.setattr("minicpmv_finetune.components.train.flags._GPU_DEVICES", ())
+    assert find_flags_without_gpu(flags) == [sentence]
+    assert find_flags_without_gpu(dict.fromkeys(flags, False)) == []
 
 
 def test_a_negation_is_the_flag_set_to_false() -> None:
