@@ -304,7 +304,15 @@ FP16_WITHOUT_GPU = "--fp16: needs a GPU, and there is none; leave it out, or giv
 FSDP_WITHOUT_GPU = "--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3."
 LIGER_WITHOUT_GPU = "--use_liger_kernel: its kernels run on a GPU, and this machine has none; leave the flag out."
 # Of NVIDIA (also in Windows' subsystem and on Jetson), AMD, Intel, Habana and Huawei.
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd", "/dev/dri", "/dev/accel", "/dev/davinci_manager")
+_GPU_DEVICES = (
+    "/dev/nvidiactl",
+    "/dev/dxg",
+    "/dev/nvmap",
+    "/dev/kfd",
+    "/dev/dri",
+    "/dev/accel",
+    "/dev/davinci_manager",
+)
 
 
 def _missing_packages(values: Mapping[str, Any]) -> list[str]:
