@@ -136,8 +136,8 @@ def check_training(argv: Sequence[str]) -> None:
         places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model, values), True))
     if data := values.get("data_path"):
         is_raw = data.endswith((".json", ".jsonl"))
-        check_data: Callable[[str], object] = _read_data if is_raw else _check_shards
-        places.append(_Place("--data_path", data, lambda: check_data(data)))
+        check_data: Callable[[], object] = partial(_read_data, data) if is_raw else partial(_check_shards, data, values)
+        places.append(_Place("--data_path", data, check_data))
         if is_raw and (evaluation := values.get("eval_data_path")):
             places.append(_Place("--eval_data_path", evaluation, lambda: _read_data(evaluation)))
     raise_mistakes(mistakes + _place_mistakes(places, runs_here=True))
@@ -336,8 +336,8 @@ def _check_checkpoints(flags: Mapping[str, Any], inputs: Mapping[str, str]) -> N
         check_local_folder(local_folder(uri, out), out, inputs)
 
 
-def _check_shards(uri: str) -> None:
-    """Check that a local folder contains the manifest of shards."""
+def _check_shards(uri: str, flags: Mapping[str, Any]) -> None:
+    """Check that a local folder contains the manifest of shards, with samples to evaluate if the flags need some."""
     if "://" in uri:
         return
     folder = Path(uri).expanduser()
@@ -345,7 +345,12 @@ def _check_shards(uri: str) -> None:
         raise UserError(
             f"{uri}: no such folder; give the shards folder that preprocess wrote, or a .json or .jsonl file."
         )
-    read_manifest(folder)
+    strategy = flags.get("eval_strategy", "no")
+    if not read_manifest(folder).rows("eval") and strategy != "no":
+        raise UserError(
+            f"{uri}: has no samples to evaluate, which --eval_strategy {strategy} needs; give validate-data an "
+            "eval_fraction or evaluation data, or leave the flag out."
+        )
 
 
 def _check_scored_data(pattern: str, default_metric: str) -> None:

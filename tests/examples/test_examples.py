@@ -70,10 +70,11 @@ def test_data_from_a_table_is_accepted_whole(run: Run, digits: Path, tmp_path: P
     assert not any(json.loads((tmp_path / "train.json").read_text())[0]["image"].startswith(place) for place in "/~")
 
 
-def test_training_flags_are_accepted_without_a_remark() -> None:
+@pytest.mark.parametrize("data", ["train.json", "shards"])
+def test_training_flags_are_accepted_without_a_remark(data: str) -> None:
     remarks: list[str] = []
     arguments = parse(
-        [str(EXAMPLES / "training.yaml"), "--data_path", "x", "--output_dir", "y"], announce=remarks.append
+        [str(EXAMPLES / "training.yaml"), "--data_path", data, "--output_dir", "y"], announce=remarks.append
     )
     assert remarks == []
     assert arguments.training.use_lora

@@ -21,6 +21,8 @@ from minicpmv_finetune.inputs import checks
 from minicpmv_finetune.inputs.checks import check_in_first_step, check_run, check_training, inputs_among
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, RETRAIN_INPUTS, Input
 from minicpmv_finetune.options import Accepted, _fields
+from minicpmv_finetune.shards.format import MANIFEST_FILE, read_manifest
+from tests.shards.example_shards import write_example_shards
 
 
 def _sample(answer: str = "cat", **more: Any) -> dict[str, Any]:
@@ -269,6 +271,20 @@ def test_a_training_is_checked_before_it_starts(given: dict[str, Any], words: st
     with pytest.raises(UserError) as caught:
         check_training(argv)
     assert sentence.format(**places) in str(caught.value)
+
+
+def test_shards_without_samples_to_evaluate_are_found_before_a_training_that_needs_some(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    shards = write_example_shards(tmp_path / "shards")
+    flags = ["--model_name_or_path", given["base_model_uri"], "--data_path", str(shards)]
+    check_training(flags)
+    with pytest.raises(UserError, match="has no samples to evaluate, which --eval_strategy epoch needs"):
+        check_training([*flags, "--eval_strategy", "epoch"])
+    manifest = read_manifest(shards)
+    complete = manifest.model_copy(update={"lengths": {**manifest.lengths, "eval": [5]}})
+    (shards / MANIFEST_FILE).write_text(complete.model_dump_json())
+    check_training([*flags, "--eval_strategy", "epoch"])
 
 
 def test_the_choices_of_the_metric_are_the_metrics() -> None:

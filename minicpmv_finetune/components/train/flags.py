@@ -233,6 +233,12 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         sentences.append(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
         )
+    is_raw = str(values.get("data_path") or "").endswith((".json", ".jsonl"))
+    if is_raw and values.get("eval_strategy", "no") != "no" and not values.get("eval_data_path"):
+        sentences.append(
+            f"--eval_strategy {values['eval_strategy']}: nothing is held out of raw training data; give "
+            "--eval_data_path, or leave the flag out."
+        )
     if values.get("lora_weight_path") and not use_lora:
         sentences.append("--lora_weight_path: an adapter is given, but no adapter is trained; give --use_lora true.")
     metric = values.get("metric_for_best_model")

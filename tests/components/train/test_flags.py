@@ -91,6 +91,7 @@ def test_mistakes_in_words_are_named(words: str, sentence: str) -> None:
         ({"q_lora": True}, "needs --use_lora true"),
         ({"packing": True, "train_sampling_strategy": "group_by_length"}, "leave --group_by_length out"),
         ({"early_stopping_patience": 2}, "nothing is evaluated"),
+        ({"eval_strategy": "steps", "data_path": "train.json"}, "--eval_strategy steps: nothing is held out of raw"),
     ],
 )
 def test_contradictions_have_a_remedy(values: dict[str, object], sentence: str) -> None:
