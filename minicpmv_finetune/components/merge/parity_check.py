@@ -29,6 +29,7 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.format import Manifest, ShardReader
+from minicpmv_finetune.workers import end_with_parent
 
 from .names import read_tensor_names
 from .report import GeneratedAnswer, Parity, ParityReport
@@ -199,4 +200,5 @@ def _share_of_same_predictions(found: Sequence[torch.Tensor], expected: Sequence
 
 
 if __name__ == "__main__":
+    end_with_parent()  # a merge that is killed, as for lack of memory, must not leave the model in memory
     main(sys.argv[1:])
