@@ -32,6 +32,7 @@ from minicpmv_finetune.errors import UserError
 MARK = ".minicpmv-finetune.json"
 FILES_MARK = ".minicpmv-finetune-files.json"
 _PARTIAL = ".minicpmv-finetune-partial-"
+_OF_FILE_SYSTEM = "lost+found"  # a folder at the root of a new ext4 volume
 _COMPLETING = ("dataset.json", "manifest.json", "training.json", "config.json")
 _UNMARKED: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "validate-data": ("dataset.json", ("train.jsonl", "eval.jsonl", "duplicates.jsonl")),
@@ -341,7 +342,7 @@ def check_workspace(
     _refuse_overlap(str(out), path, inputs)
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{out}: is a file, but {step} writes a folder; choose another output.")
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    names = _names_in(path) if path.is_dir() else set()
     is_known = MARK in names and _read_mark(path).step == step
     is_of_0_1_0 = MARK not in names and all(any(fnmatchcase(name, known) for name in names) for known in known_by)
     if names and not (is_known or is_of_0_1_0):
@@ -397,7 +398,7 @@ def _refuse_foreign_files(out: str | Path, path: Path, step: str) -> _Mark | Non
         return None
     if not path.is_dir():
         raise UserError(f"{out}: is a file, but {step} writes a folder; choose another output.")
-    names = {entry.name for entry in path.iterdir()} - _own_single_files(path, step)
+    names = _names_in(path) - _own_single_files(path, step)
     if not names:
         return None
     if MARK in names:
@@ -469,12 +470,22 @@ def _must_be_assembled_inside(path: Path) -> bool:
     return path == Path.cwd() or path.is_mount() or (path.is_dir() and not os.access(path.parent, os.W_OK))
 
 
+def _names_in(folder: Path) -> set[str]:
+    """Names of what is in a folder, without what belongs to the file system."""
+    return {entry.name for entry in folder.iterdir()} - _names_of_file_system(folder)
+
+
+def _names_of_file_system(folder: Path) -> set[str]:
+    return {_OF_FILE_SYSTEM} if folder.is_mount() else set()
+
+
 def _entries_below(folder: Path) -> Iterator[str]:
     """Relative paths of files and empty folders, without the mark and what an interrupted attempt left."""
+    skipped = {MARK, *_names_of_file_system(folder)}
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
-        is_own = relative.parts[0] == MARK or relative.parts[0].startswith(_PARTIAL)
-        if not is_own and (path.is_symlink() or not path.is_dir() or not any(path.iterdir())):
+        is_skipped = relative.parts[0] in skipped or relative.parts[0].startswith(_PARTIAL)
+        if not is_skipped and (path.is_symlink() or not path.is_dir() or not any(path.iterdir())):
             yield relative.as_posix()
 
 

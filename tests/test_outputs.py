@@ -181,6 +181,20 @@ def test_a_mount_point_is_assembled_inside(tmp_path: Path, monkeypatch: pytest.M
     assert (out / "manifest.json").read_text() == "new"
 
 
+def test_a_new_volume_is_empty_although_its_file_system_has_a_folder_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "volume"
+    (out / "lost+found").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"such as lost\+found"):
+        write(out)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    for content in ("first", "second"):
+        write(out, content=content)
+        assert sorted(tree(out)) == [MARK, "deeper", "deeper/a.parquet", "lost+found", "manifest.json"]
+        assert (out / "manifest.json").read_text() == content
+
+
 @pytest.mark.parametrize("out", ["/proc/x", "/dev/null/x", "/dev/null"])
 def test_a_place_that_cannot_be_written_is_one_sentence(out: str) -> None:
     with pytest.raises(UserError, match=out):
