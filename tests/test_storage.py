@@ -13,6 +13,7 @@ from botocore.client import BaseClient
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.storage.failures import explain_failures
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -475,3 +476,11 @@ def test_a_file_beside_an_output_is_stored_also_after_a_failure(s3_uri: str, tmp
             raise UserError("too many")
     assert storage.read_bytes(f"{s3_uri}/task/rejects.jsonl") == b"one"
     assert path == tmp_path / "rejects.jsonl"
+
+
+def test_a_servers_error_that_botocore_cannot_parse_is_worth_a_retry() -> None:
+    sentence = "s3://bucket/key: the store answers with an error of its own"
+    with pytest.raises(RetryableError, match=sentence), explain_failures("s3://bucket/key"):
+        raise AttributeError("'StreamingChecksumBody' object has no attribute 'strip'")
+    with pytest.raises(AttributeError), explain_failures("s3://bucket/key"):
+        raise AttributeError("another bug")

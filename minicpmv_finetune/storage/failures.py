@@ -64,6 +64,11 @@ def explain_failures(uri: str) -> Iterator[None]:
         if isinstance(response, botocore.ClientError):
             _explain_response(shown, response)
         raise RetryableError(f"{shown}: the store does not answer ({type(error).__name__}); try again.") from error
+    except AttributeError as error:
+        # botocore cannot parse a server's error to a request for an object whose checksum it wants to compare.
+        if "StreamingChecksumBody" not in str(error):
+            raise
+        raise RetryableError(f"{shown}: the store answers with an error of its own; try again.") from error
 
 
 def fail_missing(uri: str) -> NoReturn:
