@@ -37,7 +37,7 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     """
     marker_uri = storage.join(storage.parent(output_uri), MARKER_NAME)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-    message = _read_marker(marker_uri, digest)
+    message = read_marker(marker_uri, digest)
     if message is not None and _is_repetition():
         write_failed_step(output_uri, message, UserError.exit_code)
         end_process(UserError(message))
@@ -76,10 +76,10 @@ def _remove_marker(marker_uri: str) -> None:
         storage.remove_file(marker_uri)
 
 
-def _read_marker(marker_uri: str, inputs: str) -> str | None:
-    """The error message of an earlier attempt with the same inputs; None if there was none."""
-    with suppress(UserError, RetryableError, ValueError):
+def read_marker(marker_uri: str, inputs: str | None = None) -> str | None:
+    """The error message of an earlier attempt with the same inputs, or with any; None if there was none."""
+    with suppress(UserError, RetryableError, ValueError, KeyError, AttributeError):
         marker = json.loads(storage.read_bytes(marker_uri))
-        if marker.get("inputs") == inputs:
+        if inputs in (None, marker.get("inputs")):
             return str(marker["message"])
     return None

@@ -115,8 +115,9 @@ def test_a_bug_keeps_its_traceback_and_leaves_no_marker(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_marker_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / MARKER_NAME).write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", '{"message": "of other inputs"}'])
+def test_a_damaged_marker_is_ignored(content: str, tmp_path: Path) -> None:
+    (tmp_path / MARKER_NAME).write_text(content)
     assert run_task(str(tmp_path / "dataset"), None)
 
 

@@ -21,6 +21,8 @@ from minicpmv_finetune.pipelines import PipelineChoice
 from .options import Output, not_empty, path_option
 
 if TYPE_CHECKING:
+    import kfp_server_api
+
     from minicpmv_finetune.kubeflow.client import Cluster
     from minicpmv_finetune.kubeflow.profile import Profile
     from minicpmv_finetune.kubeflow.results import Result
@@ -144,9 +146,10 @@ def setup(
     The exit code is 0 only if nothing is missing.
     """
     from minicpmv_finetune.kubeflow.checks import exit_code
+    from minicpmv_finetune.kubeflow.profile import DEFAULT_PROFILE
     from minicpmv_finetune.kubeflow.setup import set_up
 
-    found = set_up(_load(profile, namespace, registry=registry), profile or "kubeflow", apply)
+    found = set_up(_load(profile, namespace, registry=registry), profile or DEFAULT_PROFILE, apply)
     _print(asdict(found), output, lambda: "\n".join([*(check.line() for check in found.checks), "", *found.settings]))
     sys.exit(exit_code(found.checks))
 
@@ -229,22 +232,23 @@ def submit(
     if output == "text":
         print(text, flush=True)
     run = follow_visibly(cluster, submission.run_id, timeout, poll)
-    result = _read_result(cluster, chosen.name, submission.run_id) if run.state == "SUCCEEDED" else None
-    lines = [describe_outcome(cluster, run), *(result.lines() if result else [])]
+    result, came_to = _read_result(cluster, run) if run.state == "SUCCEEDED" else (None, "")
+    lines = [describe_outcome(cluster, run, came_to), *(result.lines() if result else [])]
     answer.update(state=run.state, outcome=lines[0], result=asdict(result) if result else None)
     _print(answer, output, lambda: "\n".join(lines))
     sys.exit(0 if run.state in ("SUCCEEDED", "SKIPPED") else 1)
 
 
-def _read_result(cluster: "Cluster", pipeline: str, run_id: str) -> "Result | None":
-    """The result of a run, where the store can be read from here."""
-    from minicpmv_finetune.kubeflow.results import read_result
+def _read_result(cluster: "Cluster", run: "kfp_server_api.V2beta1Run") -> "tuple[Result | None, str]":
+    """The result of a run, else what it came to without one, where the store can be read from here."""
+    from minicpmv_finetune.kubeflow.results import read_result, why_without_result
 
     try:
-        return read_result(cluster, pipeline, run_id)
+        result = read_result(cluster, run)
+        return result, "" if result else why_without_result(cluster, run)
     except (UserError, RetryableError) as error:
         print(f"warning: the run's result cannot be read from here: {error}", file=sys.stderr)
-        return None
+        return None, ""
 
 
 def _describe_submission(submission: "Submission", dry_run: bool) -> str:

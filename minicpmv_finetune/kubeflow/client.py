@@ -85,8 +85,8 @@ class Cluster:
 
     def run_link(self, run_id: str) -> str:
         """The address of a run in the Kubeflow UI."""
-        base = environment.KFP_UI_ENDPOINT.read() or self.profile.kubeflow_pipelines.ui_endpoint or self.endpoint
-        return f"{without_password(base).rstrip('/')}/#/runs/details/{run_id}"
+        base = self.profile.kubeflow_pipelines.ui_address() or without_password(self.endpoint)
+        return f"{base.rstrip('/')}/#/runs/details/{run_id}"
 
     def pipeline_id(self, name: str) -> str | None:
         """The id of the pipeline with this name, if there is one."""

@@ -29,8 +29,9 @@ _DATA, _ERROR = b"\x00", b"\x01"  # channels of the first forwarded port
 
 
 def service_of(address: str) -> tuple[str, str] | None:
-    """Name and namespace of the Service that an address may name; None if the host has another form."""
-    match = _SERVICE.fullmatch(urlsplit(address).hostname or "")
+    """Name and namespace of the Service that an address may name; None if it has another form, or begins with https."""
+    parts = urlsplit(address)
+    match = _SERVICE.fullmatch(parts.hostname or "") if parts.scheme == "http" else None
     return (match["name"], match["namespace"]) if match else None
 
 
@@ -47,7 +48,7 @@ def reachable(address: str) -> str:
     """
     parts = urlsplit(address)
     service = service_of(address)
-    if service is None or parts.scheme != "http" or is_inside_cluster():
+    if service is None or is_inside_cluster():
         return address
     port = _forward(*service, parts.port or 80, (environment.KUBECONFIG.read(), os.getpid()))
     if port is None:

@@ -15,7 +15,6 @@ server or MLflow does not answer, nothing is unused.
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -29,9 +28,8 @@ from minicpmv_finetune.tracking.step_runs import mlflow_client
 
 from .client import Cluster
 from .forwarding import reachable
-from .store import pipeline_root, use_store
+from .store import RUN_ID, pipeline_root, use_store
 
-_RUN_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CHECKPOINTS = "checkpoints"
 _NO_RUN = "no run uses these shards"
 _LEASE_AGE = timedelta(hours=1)  # a run that trains writes its lease every few minutes
@@ -91,7 +89,7 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
             folder, why = _candidate_of(name, states)
             if why:
                 candidates.setdefault(storage.join(base, folder), _Candidate(why)).files.append(file)
-            elif name.endswith(f"/{MANIFEST_FILE}") and _RUN_FOLDER.fullmatch(name.split("/")[0]):
+            elif name.endswith(f"/{MANIFEST_FILE}") and RUN_ID.fullmatch(name.split("/")[0]):
                 referenced.append(_read_shards_location(storage.join(base, name)))
     shared = storage.join(root, SHARED_CACHE_NAME)
     for name, file in storage.walk(shared).items():
@@ -158,7 +156,7 @@ def _candidate_of(name: str, states: dict[str, str]) -> tuple[str, str]:
     parts = name.split("/")
     if parts[0] == CACHE_NAME and len(parts) > 2:
         return "/".join(parts[:2]), _NO_RUN
-    if not _RUN_FOLDER.fullmatch(parts[0]):
+    if not RUN_ID.fullmatch(parts[0]):
         return "", ""
     if parts[0] not in states:
         return parts[0], "its run was deleted"

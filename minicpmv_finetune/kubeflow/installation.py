@@ -28,7 +28,7 @@ _LAUNCHERS_SECRET, _LAUNCHERS_KEYS = "mlpipeline-minio-artifact", {"accesskey", 
 
 
 def check_installation(profile: Profile, cluster: Cluster | None, core: kubernetes.client.CoreV1Api) -> Iterator[Check]:
-    """Check the namespace of the runs, and what Kubeflow itself needs there.
+    """Check the namespace of the runs, what Kubeflow itself needs there, and what every pod of a run names.
 
     Args:
         profile: Settings of the cluster.
@@ -38,6 +38,19 @@ def check_installation(profile: Profile, cluster: Cluster | None, core: kubernet
     yield run_check("namespace", _check_namespace, profile, cluster, core)
     yield run_check("launcher", _check_launcher, profile.namespace, core)
     yield run_check("retries", _check_retries, home_of(profile, cluster, core), core)
+    namespace = profile.namespace
+    for secret, keys in profile.secrets().items():
+        remedy = f"create it with the keys {', '.join(sorted(keys))}; see k8s/README.md"
+        read = partial(core.read_namespaced_secret, secret, namespace)
+        yield run_check(f"Secret {secret}", read_object, read, remedy, partial(_describe_keys, secret, keys))
+    remedy = "correct service_account in the profile, or, if it is not Kubeflow's own, apply an overlay of k8s/"
+    read = partial(core.read_namespaced_service_account, profile.service_account, namespace)
+    yield run_check(f"service account {profile.service_account}", read_object, read, remedy)
+    if bundle := profile.ca_bundle:
+        remedy = f"create it with the certificates in the key {bundle.key}"
+        read = partial(core.read_namespaced_config_map, bundle.config_map, namespace)
+        describe = partial(_describe_keys, bundle.config_map, {bundle.key})
+        yield run_check(f"ConfigMap {bundle.config_map}", read_object, read, remedy, describe)
 
 
 def home_of(profile: Profile, cluster: Cluster | None, core: kubernetes.client.CoreV1Api) -> str | None:
@@ -101,21 +114,21 @@ def _check_launcher(namespace: str, core: kubernetes.client.CoreV1Api) -> str:
     remedy = "Kubeflow creates it in its own namespace and in each Profile's; ask the administrator"
     read = partial(core.read_namespaced_secret, _LAUNCHERS_SECRET, namespace)
     try:
-        found = read_object(read, remedy, partial(describe_keys, _LAUNCHERS_SECRET, _LAUNCHERS_KEYS))
+        found = read_object(read, remedy, partial(_describe_keys, _LAUNCHERS_SECRET, _LAUNCHERS_KEYS))
     except UserError as error:
         raise UserError(f"Secret {_LAUNCHERS_SECRET}: {error}") from error
     return f"Secret {_LAUNCHERS_SECRET} {found}; pipeline root: {root}"
 
 
-def describe_keys(secret: str, keys: set[str], answer: Any) -> str:
-    """A sentence about a Secret that has all these keys.
+def _describe_keys(name: str, keys: set[str], answer: Any) -> str:
+    """A sentence about a Secret or ConfigMap that has all these keys.
 
     Raises:
         UserError: One is missing.
     """
     missing = keys - set(answer.data or {})
     if missing:
-        raise UserError(f"{secret} lacks the keys {', '.join(sorted(missing))}; add them.")
+        raise UserError(f"{name} lacks the keys {', '.join(sorted(missing))}; add them.")
     return f"found, with {', '.join(sorted(keys))}"
 
 

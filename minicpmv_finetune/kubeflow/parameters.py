@@ -16,6 +16,7 @@ from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 
+from .forwarding import reachable
 from .profile import Profile
 from .store import use_store
 from .yaml_files import read_mapping
@@ -72,7 +73,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
     raise_mistakes(mistakes)
     if profile.mlflow is None:
         checked["registered_model"] = ""
-    return {**checked, "base_model_uri": pin_to_commit(base_model) if place == "hub" else base_model}
+    return {**checked, "base_model_uri": pin_to_commit(base_model, profile) if place == "hub" else base_model}
 
 
 def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
@@ -108,8 +109,10 @@ def not_reachable(name: str, address: str) -> str:
     return f"{name}: {address} is a path on this machine, which the cluster cannot read; copy it to s3:// first{how}."
 
 
-def pin_to_commit(model: str) -> str:
+def pin_to_commit(model: str, profile: Profile) -> str:
     """The address of a model on the hub with its current commit, `owner/name@COMMIT`; unchanged with a revision.
+
+    The hub is the mirror that the profile names for the run, unless `HF_ENDPOINT` names one for this machine.
 
     Raises:
         UserError: The hub has no such model.
@@ -121,8 +124,10 @@ def pin_to_commit(model: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+    is_named = environment.Variable("HF_ENDPOINT", "read by huggingface_hub").read()
+    mirror = "" if is_named else reachable(profile.hub.endpoint)
     try:
-        commit = HfApi().model_info(name, timeout=10).sha
+        commit = HfApi(endpoint=mirror or None).model_info(name, timeout=10).sha
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{name}: the hub has no such model; check the spelling, or set HF_TOKEN.") from error
     except Exception as error:

@@ -109,11 +109,16 @@ def _why_unscheduled(condition: Record, step: str, profile: Profile) -> str:
         if devices := [name for name in short if "/" in name]:
             remedy = (
                 f"check with `kubectl describe nodes` that a node offers {devices[0]} and that it is free, correct "
-                f"{field}.accelerator, or compile with --gpus 0"
+                f"{field}.accelerator, or run without by --gpus 0"
             )
         return f"no node has enough {', '.join(short)} ({message}); {remedy or 'use larger nodes'}."
     if "untolerated taint" in message:
         return f"no node accepts its pod ({message}); add the taint to {field}.tolerations."
+    if "volume node affinity" in message:
+        return (
+            f"no node that it may use reaches its volume ({message}); use a storage class whose volumes are made where "
+            "the pod runs (WaitForFirstConsumer)."
+        )
     if "node affinity" in message or "node selector" in message:
         return f"no node fits its labels ({message}); correct {field}.node_selector."
     return f"no node accepts its pod ({message or condition.get('reason')})."
@@ -127,8 +132,9 @@ def _why_container_waits(reason: str, message: str, profile: Profile) -> str:
             f"its container image {image[1] if image else ''} cannot be pulled ({cause}); push it, correct `images` "
             "of the profile, or name the registry's credentials in images.pull_secrets."
         )
-    if reason == "CreateContainerConfigError":
-        kind = "ConfigMap" if "configmap" in message.lower() else "Secret"
+    named = re.search("configmap|secret", message, re.IGNORECASE)
+    if reason == "CreateContainerConfigError" and named:
+        kind = "Secret" if named[0].lower() == "secret" else "ConfigMap"
         return f"its container lacks a {kind} or one of its keys ({message}); create it in {profile.namespace}."
     return f"its container cannot be started ({reason}: {message})."
 

@@ -27,7 +27,7 @@ from minicpmv_finetune.pipelines import all_pipelines
 from .checks import Check, SkippedError, run_check
 from .client import Cluster, connect
 from .forwarding import reachable
-from .installation import check_installation, describe_keys
+from .installation import check_installation
 from .kubernetes_access import kubernetes_client, read_object
 from .parameters import base_model_place, not_reachable, pin_to_commit
 from .profile import Accelerator, Profile, StepSettings
@@ -77,8 +77,9 @@ def check_kubeflow(profile: Profile, found: list[Cluster]) -> str:
 
 def _check_object_storage(profile: Profile) -> str:
     """Write, read and delete an object with the keys that the run's pods will have, if they can be read from here."""
-    keys = read_keys(profile)
-    os.environ.update(keys)
+    if keys := read_keys(profile):
+        os.environ.pop("AWS_SESSION_TOKEN", None)  # belongs to the keys of this machine
+        os.environ.update(keys)
     use_store(profile)
     whose = f"the keys of Secret {profile.s3.secret}" if keys else "the keys of this machine"
     try:
@@ -153,21 +154,9 @@ def _check_kubernetes(profile: Profile, cluster: Cluster | None) -> Iterator[Che
         return
     core, namespace = kubernetes.client.CoreV1Api(client), profile.namespace
     yield from check_installation(profile, cluster, core)
-    for secret, keys in profile.secrets().items():
-        remedy = f"create it with the keys {', '.join(sorted(keys))}; see k8s/README.md"
-        read = partial(core.read_namespaced_secret, secret, namespace)
-        yield run_check(f"Secret {secret}", read_object, read, remedy, partial(describe_keys, secret, keys))
-    overlay = "apply an overlay of k8s/"
-    read = partial(core.read_namespaced_service_account, profile.service_account, namespace)
-    yield run_check(f"service account {profile.service_account}", read_object, read, overlay)
     for claim in profile.claims():
         read = partial(core.read_namespaced_persistent_volume_claim, claim, namespace)
-        yield run_check(f"claim {claim}", read_object, read, overlay)
-    if bundle := profile.ca_bundle:
-        remedy = f"create it with the certificates in the key {bundle.key}"
-        read = partial(core.read_namespaced_config_map, bundle.config_map, namespace)
-        describe = partial(describe_keys, bundle.config_map, {bundle.key})
-        yield run_check(f"ConfigMap {bundle.config_map}", read_object, read, remedy, describe)
+        yield run_check(f"claim {claim}", read_object, read, "create it, or apply an overlay of k8s/ that has it")
     for step, settings in profile.steps.items():
         yield from _check_step(core, namespace, step, settings)
     if profile.runtime:
@@ -228,7 +217,7 @@ def _check_base_model(uri: str, profile: Profile) -> str:
     if place == "this machine":
         raise UserError(not_reachable("base_model_uri", uri))
     if place == "hub":
-        return pin_to_commit(uri)
+        return pin_to_commit(uri, profile)
     if "config.json" not in storage.list_files(uri):
         raise UserError(f"{uri}: contains no config.json, so it is not a checkpoint; check the URI.")
     return f"a checkpoint at {uri}"

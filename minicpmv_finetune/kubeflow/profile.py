@@ -33,7 +33,7 @@ from pydantic import (
 
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.attempts import NO_RETRY
-from minicpmv_finetune.errors import UserError, describe_validation_error
+from minicpmv_finetune.errors import UserError, describe_validation_error, without_password
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.pipelines.pipeline import copy_choices
 
@@ -158,6 +158,10 @@ class KubeflowPipelines(_Section):
     time_zone: str = Field(
         default="UTC", description="Time zone in which the server reads schedules (CRON_SCHEDULE_TIMEZONE)."
     )
+
+    def ui_address(self) -> str:
+        """Where people open the UI, without a password; empty if neither environment nor profile says it."""
+        return without_password(environment.KFP_UI_ENDPOINT.read() or self.ui_endpoint)
 
 
 class Accelerator(_Section):
@@ -342,16 +346,20 @@ class Profile(_Section):
             accelerator = Accelerator(resource=resource, count=count)
             settings["train"] = settings["train"].model_copy(update={"accelerator": accelerator})
             return self.model_copy(update={"steps": settings})
-        for step, found in settings.items():
-            if found.accelerator:
-                update: dict[str, Any] = {"accelerator": None, "tolerations": (), "node_selector": {}}
-                settings[step] = found.model_copy(update=update)
-        return self.model_copy(update={"steps": settings})
+        steps = {step: _without_gpu(found) for step, found in settings.items()}
+        return self.model_copy(update={"default": _without_gpu(self.default), "steps": steps})
 
     def with_registry(self, registry: str) -> "Profile":
         """The same profile with this version's container images of a registry."""
         named = {variant: container_images.named(variant, registry) for variant in ("data", "trainer")}
         return self.model_copy(update={"images": self.images.model_copy(update=named)})
+
+
+def _without_gpu(settings: StepSettings) -> StepSettings:
+    """The settings for any node, if they ask for a GPU; else unchanged."""
+    if settings.accelerator is None:
+        return settings
+    return settings.model_copy(update={"accelerator": None, "tolerations": (), "node_selector": {}})
 
 
 def load_profile(profile: str | Path, namespace: str = "") -> Profile:
@@ -436,8 +444,8 @@ def _apply(profile: Profile, step: str, task: dsl.PipelineTask) -> None:
     _select_nodes(settings, task)
     _mount_volumes(profile, settings, task)
     _set_environment(profile, task)
-    if step == "notify" and profile.kubeflow_pipelines.ui_endpoint:
-        task.set_env_variable(environment.KFP_UI_ENDPOINT.name, profile.kubeflow_pipelines.ui_endpoint)
+    if step == "notify" and (ui_address := profile.kubeflow_pipelines.ui_address()):
+        task.set_env_variable(environment.KFP_UI_ENDPOINT.name, ui_address)
     if step == "train" and profile.runtime:
         task.set_env_variable(environment.TRAINING_RUNTIME.name, profile.runtime)
         if profile.train_on_nodes:

@@ -1,20 +1,22 @@
-"""The result of a finished run: score, gate, report and registered version, from the artifacts in the store.
+"""The result of a finished run: score, gate, report and registered version, from what its steps left in the store.
 
 Kubeflow's API lists no artifact of a task, so they are found by their place:
-`<pipeline root>/<pipeline>/<run>/<step>/<execution>/<artifact>`.
+`<pipeline root>/<pipeline>/<run>/<step>/<execution>/<artifact>`. What a run came to stands beside the steps' folders
+(`run_records`).
 """
 
-import html
-import re
 from dataclasses import dataclass
 
+import kfp_server_api
+
 from minicpmv_finetune import storage
+from minicpmv_finetune.run_records import read_outcome
 from minicpmv_finetune.tracking.promotion_record import PromotionRecord
 
 from .client import Cluster
-from .store import pipeline_root, use_store
+from .store import run_folder, use_store
 
-_ESCAPED = re.compile(r"\\([^a-zA-Z0-9\s])")  # Markdown's way to keep a mark such as an underscore
+_OF_REGISTER = ("promoted", "challenger", "not registered")  # the results that register notes
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,26 @@ class Result:
         return [f"  {name:<9}{text}" for name, text in facts.items() if text]
 
 
-def read_result(cluster: Cluster, pipeline: str, run_id: str) -> Result | None:
+def read_result(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> Result | None:
     """The result of a run; None if it evaluated nothing, as a scheduled run without new data.
 
     Args:
         cluster: The server of the run.
-        pipeline: Name of the run's pipeline.
-        run_id: Id of the run.
+        run: The run, with its tasks.
 
     Raises:
         UserError: The store cannot be read with the keys that are known here.
         RetryableError: The store does not answer.
     """
     use_store(cluster.profile)
-    folder = storage.join(storage.join(pipeline_root(cluster.profile), pipeline), run_id)
+    folder = run_folder(cluster.profile, run)
     files = storage.walk(folder)
     record_name = _newest(files, "evaluate", "promotion_record")
     if not record_name:
         return None
     record = PromotionRecord.model_validate_json(storage.read_bytes(storage.join(folder, record_name)))
     report = _newest(files, "evaluate", "report")
-    page = _newest(files, "register", "registration", "summary")
-    registration = storage.read_bytes(storage.join(folder, page)).decode().strip() if page else ""
+    outcome = read_outcome(folder)
     return Result(
         metric=record.metric,
         score=record.metrics.get("answer_score", record.metrics.get(f"tuned_{record.metric}")),
@@ -86,11 +86,22 @@ def read_result(cluster: Cluster, pipeline: str, run_id: str) -> Result | None:
         reason=record.reason,
         report=storage.join(folder, report) if report else "",
         model=record.model_uri,
-        registration=html.unescape(_ESCAPED.sub(r"\1", registration.partition("\n")[0])).rstrip("."),
+        registration=outcome.sentence.rstrip(".") if outcome and outcome.result in _OF_REGISTER else "",
     )
 
 
-def _newest(files: dict[str, storage.StoredFile], step: str, *artifacts: str) -> str:
-    """The newest file of a step whose artifact's name ends with one of these; empty if there is none."""
-    found = [name for name in files if step in name.split("/")[:-1] and name.endswith(artifacts)]
+def why_without_result(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
+    """What a run came to that evaluated nothing: that nothing was new; empty if it has not said so.
+
+    Raises:
+        UserError, RetryableError: See `read_result`.
+    """
+    use_store(cluster.profile)
+    outcome = read_outcome(run_folder(cluster.profile, run))
+    return outcome.sentence.rstrip(".") if outcome else ""
+
+
+def _newest(files: dict[str, storage.StoredFile], step: str, artifact: str) -> str:
+    """The newest file of a step whose artifact's name ends so; empty if there is none."""
+    found = [name for name in files if step in name.split("/")[:-1] and name.endswith(artifact)]
     return max(found, key=lambda name: files[name].written, default="")

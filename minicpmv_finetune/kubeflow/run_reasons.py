@@ -17,7 +17,7 @@ from .pod_reasons import why_died, why_node_ended
 from .pod_reasons import why_waiting as why_pod_waits
 from .pods import Namespace, NoAccessError, Pod, Record
 from .run_steps import StepRow, list_steps, step_of_path
-from .step_logs import last_error, read_log, read_marker
+from .step_logs import last_error, read_log, stored_sentence
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _why_failed(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow,
         sentence = last_error(read_log(cluster, run, step))
     except (UserError, RetryableError):
         sentence = ""
-    sentence = sentence or read_marker(cluster, run, step)
+    sentence = sentence or stored_sentence(cluster, run, step)
     if not sentence:
         messages = [str(node.get("message") or "") for node in _nodes(observed) if _belongs_to(node, step)]
         sentences = (why_node_ended(message, step.step, cluster.profile) for message in messages)

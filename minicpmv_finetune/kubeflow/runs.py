@@ -1,6 +1,5 @@
 """Commands for submitted runs: list them, follow them to the end, retry and stop them."""
 
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +18,10 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from .client import Cluster
 from .run_reasons import explained_steps, stopped_workflows, why_waiting, why_without_step
 from .run_steps import duration, list_steps, waiting_since
+from .store import RUN_ID
 
 FINISHED_STATES = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
 _MAX_FAILURES = 30  # consecutive failed polls, some minutes, which a server needs to move to another node
-_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PATIENCE_SECONDS = 30  # until a pod that does not start is explained
 _COLORS = {"SUCCEEDED": "green", "RUNNING": "cyan", "FAILED": "red", "CANCELED": "yellow"}
 
@@ -66,7 +65,7 @@ def find_run(cluster: Cluster, id_or_name: str) -> kfp_server_api.V2beta1Run:
     Raises:
         UserError: There is no such run.
     """
-    run_id = id_or_name if _ID.fullmatch(id_or_name) else ""
+    run_id = id_or_name if RUN_ID.fullmatch(id_or_name) else ""
     run_id = run_id or next((str(run.run_id) for run in cluster.runs(name=id_or_name)), "")
     if not run_id:
         raise UserError(f"{id_or_name}: no run has this id or name; see `minicpmv-finetune runs`.")
@@ -163,8 +162,14 @@ class _Wait:
                 self._console.print(sentence, markup=False)
 
 
-def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
-    """A sentence about a finished run, with what the step that failed says about it."""
+def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run, came_to: str = "") -> str:
+    """A sentence about a finished run, with what the step that failed says about it.
+
+    Args:
+        cluster: The server of the run.
+        run: The run, with its tasks.
+        came_to: What a run that did not fail came to, if that is known.
+    """
     link = cluster.run_link(run.run_id)
     if run.state == "FAILED":
         failed = [step for step in explained_steps(cluster, run) if step.state == "FAILED"]
@@ -173,7 +178,7 @@ def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
         message = why_without_step(cluster, run) or "no step has started"
         return f"{run.display_name}: failed: {message.rstrip('.')}; {link}"
     outcome = "cancelled" if run.state == "CANCELED" else (run.state or "unknown").lower()
-    return f"{run.display_name}: {outcome}; {link}"
+    return f"{run.display_name}: {', '.join(filter(None, (outcome, came_to)))}; {link}"
 
 
 def retry(cluster: Cluster, run: kfp_server_api.V2beta1Run, dry_run: bool) -> None:

@@ -7,7 +7,6 @@ namespace of runs; `manifests/mlflow.yaml` is what `kubectl kustomize k8s/stock`
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from minicpmv_finetune.errors import UserError
 
 from .checks import Check, SkippedError, run_check
 from .client import Cluster
-from .installation import check_installation, describe_keys
-from .kubernetes_access import call_kubernetes, kubernetes_client, read_object
+from .installation import check_installation
+from .kubernetes_access import call_kubernetes, kubernetes_client
 from .preflight import check_kubeflow
 from .profile import Profile
 from .store import pipeline_root
@@ -66,21 +65,11 @@ def set_up(profile: Profile, named: str, apply: bool) -> Setup:
         raise UserError("setup: no kubeconfig here; set KUBECONFIG, or run it in a Kubeflow notebook.")
     servers: list[Cluster] = []
     checks = [run_check("Kubeflow Pipelines", check_kubeflow, profile, servers)]
-    checks += _check_namespace(profile, servers[0] if servers else None, kubernetes.client.CoreV1Api(client))
+    server = servers[0] if servers else None
+    checks += check_installation(profile, server, kubernetes.client.CoreV1Api(client))
     checks.append(run_check("container images", _check_images, profile))
     checks.append(run_check("MLflow", _check_mlflow, profile, client, apply))
-    return Setup(tuple(checks), tuple(_settings(profile, named, servers[0] if servers else None)))
-
-
-def _check_namespace(profile: Profile, cluster: Cluster | None, core: kubernetes.client.CoreV1Api) -> Iterator[Check]:
-    yield from check_installation(profile, cluster, core)
-    account, namespace = profile.service_account, profile.namespace
-    read = partial(core.read_namespaced_service_account, account, namespace)
-    yield run_check(f"service account {account}", read_object, read, "correct service_account in the profile")
-    for secret, keys in profile.secrets().items():
-        read = partial(core.read_namespaced_secret, secret, namespace)
-        remedy = f"create it with the keys {', '.join(sorted(keys))}"
-        yield run_check(f"Secret {secret}", read_object, read, remedy, partial(describe_keys, secret, keys))
+    return Setup(tuple(checks), tuple(_settings(profile, named, server)))
 
 
 def _image(profile: Profile) -> str:

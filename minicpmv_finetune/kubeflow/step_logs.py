@@ -16,13 +16,13 @@ import kfp_server_api
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.permanent_errors import MARKER_NAME
-from minicpmv_finetune.run_records import FAILED_STEPS
+from minicpmv_finetune.permanent_errors import MARKER_NAME, read_marker
+from minicpmv_finetune.run_records import read_failed_steps
 
 from .client import Cluster
 from .pods import Namespace, NoAccessError
 from .run_steps import StepRow, pod_name
-from .store import pipeline_root, use_store
+from .store import pipeline_root, run_folder, use_store
 
 # glog's lines: level, month and day, time, thread, file and line of Kubeflow's launcher.
 _LAUNCHER = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] (.*)")
@@ -82,14 +82,15 @@ def last_error(log: str) -> str:
     return next((failure for failure in reversed(failures) if not _EXIT_STATUS.match(failure)), "")
 
 
-def read_marker(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
+def stored_sentence(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
     """The sentence that a failed step left in the store, at the root of its run or beside its outputs; or empty."""
     with suppress(UserError, RetryableError, _NoLogError):
-        folder = _task_folder(cluster, run, step)
-        record = storage.join(storage.parent(folder), f"{FAILED_STEPS}/{step.name}.json")
-        for read_uri, key in ((lambda: record, "sentence"), (lambda: _newest_file(folder, MARKER_NAME), "message")):
-            with suppress(UserError, _NoLogError, ValueError, KeyError):
-                return str(json.loads(storage.read_bytes(read_uri()))[key])
+        use_store(cluster.profile)
+        folder = run_folder(cluster.profile, run)
+        for failed in read_failed_steps(folder):
+            if failed.step == step.name:
+                return failed.sentence
+        return read_marker(_newest_file(storage.join(folder, step.name), MARKER_NAME)) or ""
     return ""
 
 
@@ -173,17 +174,10 @@ def _read_archive(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRo
 
 
 def _read_executor_logs(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
-    return storage.read_bytes(_newest_file(_task_folder(cluster, run, step), "executor-logs")).decode(errors="replace")
-
-
-def _task_folder(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
-    """The folder with the outputs of a step's attempts; Kubeflow names it by pipeline, run and step."""
+    """The copies of all attempts are in the step's folder of the run."""
     use_store(cluster.profile)
-    workflow = step.pod.rpartition("-")[0]
-    # The Workflow's name is the pipeline's, and five characters.
-    pipeline = workflow.rpartition("-")[0]
-    root = (run.runtime_config.pipeline_root if run.runtime_config else "") or pipeline_root(cluster.profile)
-    return storage.join(root, f"{pipeline}/{run.run_id}/{step.name}")
+    folder = storage.join(run_folder(cluster.profile, run), step.name)
+    return storage.read_bytes(_newest_file(folder, "executor-logs")).decode(errors="replace")
 
 
 def _newest_file(folder: str, name: str) -> str:

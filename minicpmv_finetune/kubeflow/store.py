@@ -6,7 +6,9 @@ names, and an address inside the cluster is reached through a port-forward; both
 
 import base64
 import os
+import re
 
+import kfp_server_api
 import kubernetes
 
 from minicpmv_finetune import environment, storage
@@ -15,8 +17,11 @@ from minicpmv_finetune.errors import AccessError, UserError
 from .forwarding import reachable
 from .kubernetes_access import call_kubernetes, kubernetes_client
 from .profile import Profile
+from .run_steps import workflow_name
 
 LAUNCHER = "kfp-launcher"
+RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Id of a run, which is also the name of its folder."""
 _STOCK_ROOT = "minio://mlpipeline/v2/artifacts"  # KFP's own, where neither profile nor kfp-launcher names one
 _ADDRESSES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _KEYS = (
@@ -77,6 +82,18 @@ def pipeline_root(profile: Profile) -> str:
     if not storage.is_object_uri(root):
         raise UserError(f"pipeline root {root}: is not in an S3-compatible store; set pipeline_root in the profile.")
     return f"s3://{root.partition('://')[2].rstrip('/')}"
+
+
+def run_folder(profile: Profile, run: kfp_server_api.V2beta1Run) -> str:
+    """The folder of a run that has begun, which Kubeflow names by pipeline and run; each step has a folder in it.
+
+    Raises:
+        AccessError, UserError, RetryableError: See `pipeline_root`.
+    """
+    root = (run.runtime_config.pipeline_root if run.runtime_config else "") or pipeline_root(profile)
+    # The Workflow's name is the pipeline's, and five characters.
+    pipeline = workflow_name(run).rpartition("-")[0]
+    return storage.join(root, f"{pipeline}/{run.run_id}")
 
 
 def _root_of_launcher(namespace: str) -> str:

@@ -64,6 +64,22 @@ def test_options_replace_settings_of_a_profile(command: Command, tmp_path: Path)
     assert "nvidia" not in path.read_text()
 
 
+def test_the_last_step_links_to_the_ui_that_the_environment_names(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://me:hidden@kubeflow.example.com")
+    path = tmp_path / "pipeline.yaml"
+    assert command("compile", path, "--profile", "kubeflow").code == 0
+    executors = _first_document(path)["deploymentSpec"]["executors"]
+    variables = {
+        (name, item["name"], item["value"])
+        for name, executor in executors.items()
+        for item in executor["container"]["env"]
+        if "UI_ENDPOINT" in item["name"]
+    }
+    assert variables == {("exec-notify", "KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example.com")}
+
+
 @pytest.mark.parametrize("name", ["finetune", "retrain"])
 def test_objects_belong_to_the_profiles_namespace(name: str, command: Command, tmp_path: Path) -> None:
     path = tmp_path / "objects.yaml"

@@ -142,10 +142,13 @@ def test_an_overlay_for_a_stock_installation_only_adds(name: str, rendered: dict
             # Where Kubeflow itself runs, pods may connect to what they could before.
             assert name != "overlays/kubeflow" or "Egress" not in item["spec"]["policyTypes"]
     (container,) = _named(manifests, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
-    names = [item["name"] for item in container["env"]]
-    assert names.index("NAMESPACE") < names.index("MLFLOW_ARTIFACTS_DESTINATION")
     (place,) = [item["value"] for item in container["env"] if item["name"] == "MLFLOW_ARTIFACTS_DESTINATION"]
-    assert place == "s3://mlpipeline/private-artifacts/$(NAMESPACE)/mlflow"
+    # Where `setup --apply` puts them too: below the pipeline root.
+    root = "v2/artifacts" if name == "overlays/kubeflow" else "private-artifacts/$(NAMESPACE)/v2/artifacts"
+    assert place == f"s3://mlpipeline/{root}/minicpmv-mlflow"
+    if "$(NAMESPACE)" in place:
+        names = [item["name"] for item in container["env"]]
+        assert names.index("NAMESPACE") < names.index("MLFLOW_ARTIFACTS_DESTINATION")
     profile = load_profile(name.partition("/")[2], "team-a")
     secrets = {item["valueFrom"]["secretKeyRef"]["name"] for item in container["env"] if "secretKeyRef" in str(item)}
     assert secrets == set(profile.secrets())
@@ -160,6 +163,16 @@ def test_in_a_profiles_namespace_a_run_reaches_kubeflows_object_store(rendered: 
     # A policy counts a pod's own port, not that of its Service.
     assert {8333, 8887, 8888, 8080} <= {item["port"] for item in kubeflow["ports"]}
     assert "169.254.20.10/32" in str(rules)
+
+
+def test_runs_of_a_server_with_one_user_may_train_on_several_nodes(rendered: dict[str, list[Manifest]]) -> None:
+    """The same rights as in a namespace of its own, for the service account of the shipped profile."""
+    name = "minicpmv-finetune-nodes"
+    stock, prod = rendered["overlays/kubeflow"], rendered["overlays/prod"]
+    assert _named(stock, "Role", name)["rules"] == _named(prod, "Role", name)["rules"]
+    (subject,) = _named(stock, "RoleBinding", name)["subjects"]
+    profile = load_profile("kubeflow")
+    assert (subject["name"], subject["namespace"]) == (profile.service_account, profile.namespace)
 
 
 @pytest.mark.parametrize("name", ["overlays/dev", "overlays/kind", "overlays/prod"])
@@ -263,6 +276,14 @@ def test_roles_have_least_privilege(overlay: list[Manifest]) -> None:
                 assert rule["verbs"] == ["get"]
             if "pods" in rule["resources"]:
                 assert set(rule["verbs"]) <= {"get", "list", "watch"}
+
+
+def test_who_submits_runs_may_do_what_the_commands_do(overlay: list[Manifest]) -> None:
+    rules = _named(overlay, "Role", "minicpmv-finetune-submit")["rules"]
+    allowed = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    assert {("runs", "retry"), ("runs", "terminate"), ("runs", "readLog")} <= allowed
+    # Why a step waits or died stands on its pod, in its events, and in the Workflow.
+    assert {("pods", "list"), ("pods/log", "get"), ("events", "list"), ("workflows", "list")} <= allowed
 
 
 def test_runs_have_their_own_role(overlay: list[Manifest]) -> None:

@@ -1,5 +1,6 @@
 """`preflight` on a cluster that has everything, and with each requirement missing."""
 
+import base64
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -274,6 +275,18 @@ def test_a_container_image_is_checked_from_inside(command: Command) -> None:
     assert {"import torch", "import kfp.dsl", "compiler", "user"} <= set(found)
     assert found["import pyarrow"][0] == "ok"
     assert found["user"][0] == ("failed" if os.getuid() == 0 else "ok")
+
+
+def test_the_store_is_tried_with_the_keys_of_the_run_alone(
+    production: Callable[..., Path], kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    keys = {name: base64.b64encode(os.environ[name].encode()).decode() for name in names}
+    kubeflow.kubernetes[f"{SPACE}/secrets/minicpmv-s3"] = {"data": keys}
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of this machine's keys")
+    state, message = _states(command, "--profile", production())["object storage"]
+    assert (state, message.endswith("with the keys of Secret minicpmv-s3")) == ("ok", True), message
+    assert "AWS_SESSION_TOKEN" not in os.environ
 
 
 def test_without_a_profile_a_stock_installation_is_checked(

@@ -169,6 +169,31 @@ def test_the_same_commands_work_in_a_notebook(
     assert "kubectl" not in command("setup", *options).out
 
 
+def test_wait_says_that_nothing_was_new(
+    kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path], s3_uri: str
+) -> None:
+    words = (
+        "submit",
+        *INPUTS,
+        "--pipeline",
+        "retrain",
+        "--name",
+        "nightly",
+        "--profile",
+        profile(pipeline_root=s3_uri),
+    )
+    run_id = command(*words, "--output", "json").json["run_id"]
+    sentence = "nothing new: version 3 of receipts was tuned on this data"
+    _write(
+        {
+            f"{s3_uri}/minicpmv-retrain/{run_id}/outcome.json": json.dumps(
+                {"result": "nothing new", "sentence": sentence}
+            )
+        }
+    )
+    assert f"nightly: succeeded, {sentence}; " in command(*words, "--wait", "--poll", "0").out
+
+
 def test_wait_ends_with_score_report_and_version(
     kubeflow: FakeKubeflow, command: Command, profile: Callable[..., Path], s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,8 +212,8 @@ def test_wait_ends_with_score_report_and_version(
     run = f"{s3_uri}/minicpmv-finetune/{run_id}"
     report = f"{run}/evaluate/5f0c/evaluation_report"
     _write({f"{run}/evaluate/5f0c/promotion_record": json.dumps(record), report: "<html>"})
-    page = "version 3 of my\\_receipts is champion: it&#x27;s better.\n\n[x](y)\n"
-    _write({f"{run}/condition-1/register/77aa/registration": page})
+    outcome = {"result": "promoted", "sentence": "version 3 of my_receipts is champion: it's better."}
+    _write({f"{run}/outcome.json": json.dumps(outcome)})
     done = command("submit", *INPUTS, "--name", "monday", "--profile", settings, "--wait", "--poll", "0")
     lines = [line.split(maxsplit=1) for line in done.out.splitlines()[-5:]]
     assert dict(lines) == {

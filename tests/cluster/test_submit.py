@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import kfp
@@ -244,6 +245,29 @@ def test_a_base_model_without_a_revision_is_not_used(kubeflow: FakeKubeflow, com
     assert done.code == 75
     assert "openbmb/MiniCPM-V-4.6@COMMIT" in done.err
     assert kubeflow.runs == {}
+
+
+def test_the_commit_comes_from_the_profiles_mirror(
+    command: Command, profile: Callable[..., Path], kubeflow: FakeKubeflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    class Hub:
+        def __init__(self, endpoint: str | None) -> None:
+            asked.append(endpoint)
+
+        def model_info(self, name: str, timeout: float) -> SimpleNamespace:
+            return SimpleNamespace(sha=f"commit-of-{name}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    settings = profile(hub={"endpoint": "https://hub.example.com"})
+    words = ("submit", "-p", "data_uri=s3://b/x", "-p", "base_model_uri=owner/name", "--dry-run", "--output", "json")
+    parameters = command(*words, "--profile", settings).json["parameters"]
+    assert parameters["base_model_uri"] == "owner/name@commit-of-owner/name"
+    monkeypatch.setenv("HF_ENDPOINT", "https://other.example.com")
+    command(*words, "--profile", settings)
+    assert asked == ["https://hub.example.com", None]
 
 
 @pytest.mark.parametrize(

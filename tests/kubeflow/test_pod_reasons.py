@@ -63,6 +63,14 @@ def test_recorded_pods_that_wait(step: str, parts: tuple[str, ...], profile: Pro
         (_unscheduled("", "SchedulingGated"), "held back by a queue"),
         (_waits("CreateContainerConfigError", "couldn't find key url in Secret team/x"), "couldn't find key url"),
         (_waits("CreateContainerConfigError", 'configmap "ca" not found'), "lacks a ConfigMap"),
+        (
+            _waits("CreateContainerConfigError", "container has runAsNonRoot and image will run as root"),
+            "cannot be started (CreateContainerConfigError: container has runAsNonRoot",
+        ),
+        (
+            _unscheduled("0/3 nodes are available: 3 node(s) had volume node affinity conflict."),
+            "no node that it may use reaches its volume",
+        ),
         (_waits("CrashLoopBackOff", "back-off 10s"), "CrashLoopBackOff"),
         (_waits("InvalidImageName", 'couldn\'t parse image "A:b"'), "cannot be pulled"),
     ],

@@ -196,6 +196,16 @@ def test_a_profile_of_the_package_fits_a_stock_installation(name: str, account: 
     assert {(gpu["type"], gpu["count"]) for gpu in gpus.values()} == {("nvidia.com/gpu", "1")}
 
 
+def test_without_gpus_no_step_asks_for_one_though_all_did(tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "k8s/profiles/dev.yaml").read_text())
+    content |= {"default": content["steps"]["train"], "steps": {}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    settings = load_profile(tmp_path / "mine.yaml").with_gpus(0)
+    for step in ("train", "merge"):
+        found = settings.step_settings(step)
+        assert (found.accelerator, found.tolerations, found.node_selector) == (None, (), {})
+
+
 def test_hub_proxy_certificates_and_volumes_reach_every_pod(tmp_path: Path) -> None:
     content = yaml.safe_load(PROFILES[0].read_text()) | {
         "hub": {"secret": "hub", "endpoint": "https://hub.example.com"},
