@@ -33,7 +33,7 @@ def run_step(step: str, output_uri: str, inputs: Mapping[str, object], work: Cal
         step: Name of the step.
         output_uri: URI of any of the task's output artifacts, see `permanent_error_marked`.
         inputs: Inputs of the task.
-        work: Body of the component; it must be able to begin anew after a fault.
+        work: Body of the component; it must be able to begin again after a fault.
 
     Returns:
         What `work` returns.

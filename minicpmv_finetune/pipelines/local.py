@@ -120,7 +120,7 @@ def _run_steps(steps: RunSteps, pipeline: Pipeline, inputs: Mapping[str, Any], o
         # Subprocesses do not use the container images, so a name that does not mention Python is no problem.
         with warnings.catch_warnings(), contextlib.redirect_stdout(display.stream), steps.in_charge():
             warnings.filterwarnings("ignore", message="You may be attemping to run a task")
-            # Without a webhook nobody but the reader of this terminal is told.
+            # Without a webhook nobody but the reader of this terminal would learn of it.
             pipeline.build(with_report=bool(environment.WEBHOOK_URL.read()))(**inputs)
         status = "FINISHED"
     except (RuntimeError, ValueError) as error:

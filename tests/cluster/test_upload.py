@@ -18,7 +18,7 @@ from minicpmv_finetune.kubeflow import store
 from tests.cluster.commands import Answer, Command
 from tests.cluster.fake_kubernetes import FakeKubernetes
 
-PICTURE = b"not decoded here"
+IMAGE = b"not decoded here"
 READ_DATA = checks._read_data  # the fixtures of this folder leave it out
 
 
@@ -32,8 +32,8 @@ def data(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a data file beside two images, one of them in a folder."""
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
-    (folder / "images" / "one.png").write_bytes(PICTURE)
-    (folder / "two.png").write_bytes(PICTURE + b"2")
+    (folder / "images" / "one.png").write_bytes(IMAGE)
+    (folder / "two.png").write_bytes(IMAGE + b"2")
 
     def write(*images: Any, name: str = "train.json") -> Path:
         path = folder / name
@@ -67,13 +67,13 @@ def test_data_and_images_are_copied_under_a_digest_of_their_content(
     uri = first.out.strip()
     assert (first.code, uri.startswith(f"{s3_uri}/minicpmv-data/"), uri.endswith("/train.json")) == (0, True, True)
     assert storage.read_bytes(uri) == path.read_bytes()
-    assert [storage.read_bytes(image) for image in _images(uri)] == [PICTURE, PICTURE + b"2", PICTURE]
+    assert [storage.read_bytes(image) for image in _images(uri)] == [IMAGE, IMAGE + b"2", IMAGE]
     again = _upload(command, profile, s3_uri, path, "--output", "json").json
     assert (again["uris"], again["files"], again["sent"]) == ([uri], 3, 0)
     # Another content has another address, and the first stays as it was.
     (path.parent / "two.png").write_bytes(b"other")
     assert _upload(command, profile, s3_uri, path).out.strip() != uri
-    assert storage.read_bytes(_images(uri)[1]) == PICTURE + b"2"
+    assert storage.read_bytes(_images(uri)[1]) == IMAGE + b"2"
 
 
 def test_an_interrupted_upload_sends_only_the_rest(
@@ -85,7 +85,7 @@ def test_an_interrupted_upload_sends_only_the_rest(
     storage.remove_file(_images_of(path, uri)[1])
     assert _upload(command, profile, s3_uri, path, "--dry-run", "--output", "json").json["sent"] == 2
     assert _upload(command, profile, s3_uri, path, "--output", "json").json["sent"] == 2
-    assert storage.read_bytes(_images(uri)[1]) == PICTURE + b"2"
+    assert storage.read_bytes(_images(uri)[1]) == IMAGE + b"2"
 
 
 def _images_of(path: Path, uri: str) -> list[str]:
@@ -99,7 +99,7 @@ def test_absolute_paths_become_relative_ones(
     done = _upload(command, profile, s3_uri, path)
     assert (done.code, "images named by a URI: 1 stays where it is" in done.err) == (0, True)
     images = _images(done.out.strip())
-    assert [storage.read_bytes(image) for image in images[:2]] == [PICTURE, PICTURE + b"2"]
+    assert [storage.read_bytes(image) for image in images[:2]] == [IMAGE, IMAGE + b"2"]
     assert images[2] == "s3://other/three.png"
 
 
@@ -125,7 +125,7 @@ def test_images_outside_of_the_datas_folder_are_copied_only_on_request(
     assert "--outside" in refused.err
     assert storage.walk(s3_uri) == {}
     done = _upload(command, profile, s3_uri, path, "--outside")
-    assert [storage.read_bytes(found) for found in _images(done.out.strip())] == [PICTURE + b"2", b"secret"]
+    assert [storage.read_bytes(found) for found in _images(done.out.strip())] == [IMAGE + b"2", b"secret"]
 
 
 def test_several_data_files_and_an_archive_keep_their_places(

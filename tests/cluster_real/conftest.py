@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tests.cluster.commands import Answer
+
 if TYPE_CHECKING:
     from minicpmv_finetune.kubeflow.profile import MLflow
 
@@ -51,19 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="runs in `make test-cluster` alone"))
         elif missing:
             item.add_marker(pytest.mark.skip(reason=f"needs a real cluster: {', '.join(missing)} not set"))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from minicpmv_finetune.pipelines.pipeline import WEBHOOK_SECRET
 from tests.cluster_real.conftest import SMALL, RealCluster, eventually
 
 INPUTS_OF_RETRAIN = {item.name for item in RETRAIN_INPUTS}
-PICTURES = Path(__file__).parents[2] / "build" / "ui"
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "ui"
 
 
 def test_an_uploaded_file_runs_with_the_forms_defaults(
@@ -174,7 +174,7 @@ def test_the_webhook_hears_how_a_run_ended(cluster: RealCluster, digits_in_store
 
 
 def test_the_ui_shows_form_and_graph(cluster: RealCluster, trained: str) -> None:
-    """Takes the pictures of docs/kubeflow-ui.md anew, into build/ui."""
+    """Takes the screenshots of docs/kubeflow-ui.md, into build/ui."""
     from playwright.sync_api import sync_playwright
 
     from minicpmv_finetune.kubeflow.client import connect
@@ -187,14 +187,14 @@ def test_the_ui_shows_form_and_graph(cluster: RealCluster, trained: str) -> None
     version = connect(chosen_profile()).run(trained).pipeline_version_reference
     query = f"pipelineId={version.pipeline_id}&pipelineVersionId={version.pipeline_version_id}"
     pages = {"form": (f"runs/new?{query}", "Run parameters"), "graph": (f"runs/details/{trained}", "notify")}
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, (path, text) in pages.items():
             page = browser.new_page(viewport={"width": 1500, "height": 1000})
             page.goto(f"{address}/#/{path}")
             page.get_by_text(text, exact=True).first.wait_for(timeout=60_000)
-            page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
         browser.close()
 
 
