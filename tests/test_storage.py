@@ -484,3 +484,18 @@ def test_a_servers_error_that_botocore_cannot_parse_is_worth_a_retry() -> None:
         raise AttributeError("'StreamingChecksumBody' object has no attribute 'strip'")
     with pytest.raises(AttributeError), explain_failures("s3://bucket/key"):
         raise AttributeError("another bug")
+
+
+def test_an_answer_that_botocore_cannot_parse_is_asked_for_again(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{s3_uri}/lease", b"content")
+    plain: Any = vars(BaseClient)["_make_api_call"]
+    failures = [AttributeError("'StreamingChecksumBody' object has no attribute 'strip'")]
+
+    def call(connection: Any, operation: str, parameters: Any) -> Any:
+        if operation == "GetObject" and failures:
+            raise failures.pop()
+        return plain(connection, operation, parameters)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", call)
+    assert storage.read_bytes(f"{s3_uri}/lease") == b"content"
+    assert not failures

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minicpmv_finetune.errors import AccessError, RetryableError, UserError, describe_full_disk, is_full_disk
 
-from .s3 import load_boto3
+from .s3 import is_unparsed_answer, load_boto3
 from .uris import is_object_uri, shorten
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def explain_failures(uri: str) -> Iterator[None]:
             _explain_response(shown, response)
         raise RetryableError(f"{shown}: the store does not answer ({type(error).__name__}); try again.") from error
     except AttributeError as error:
-        # botocore cannot parse a server's error to a request for an object whose checksum it wants to compare.
-        if "StreamingChecksumBody" not in str(error):
+        if not is_unparsed_answer(error):
             raise
         raise RetryableError(f"{shown}: the store answers with an error of its own; try again.") from error
 

@@ -34,6 +34,11 @@ def load_boto3() -> None:
             importlib.import_module(name)
 
 
+def is_unparsed_answer(error: AttributeError) -> bool:
+    """Whether botocore failed to parse a server's error, as it does where it wants to compare an object's checksum."""
+    return "StreamingChecksumBody" in str(error)
+
+
 def client(validates_checksums: bool = True) -> "S3Client":
     """The client for the current environment and this process; a forked process must not share connections.
 
@@ -94,7 +99,7 @@ def list_objects(bucket: str, prefix: str, delimiter: str = "") -> Iterator["Obj
 def read_object(uri: str, span: tuple[int, int] | None = None) -> bytes:
     """An object's bytes, or a part of them: first byte and number of bytes.
 
-    boto3 repeats a request that fails, but not one whose response breaks off.
+    boto3 repeats a request that fails, but not one whose response breaks off, nor one whose answer it cannot parse.
     """
     from botocore.exceptions import ResponseStreamingError
 
@@ -104,7 +109,9 @@ def read_object(uri: str, span: tuple[int, int] | None = None) -> bytes:
     for wait in _WAITS:
         try:
             return connection.get_object(Bucket=bucket, Key=key, **part)["Body"].read()  # type: ignore[arg-type]
-        except ResponseStreamingError:
+        except (ResponseStreamingError, AttributeError) as error:
+            if isinstance(error, AttributeError) and not is_unparsed_answer(error):
+                raise
             # A random wait, so that workers that were cut off at the same moment do not return at the same moment.
             time.sleep(wait * random.uniform(0.5, 1.5))  # noqa: S311
     return connection.get_object(Bucket=bucket, Key=key, **part)["Body"].read()  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The folder of a training's checkpoints that every run of the same content finds, and one run at a time writes to.
 
-Kubeflow gives each start of a pipeline other output addresses, also when Argo begins the same run anew. So where the
+Kubeflow gives each start of a pipeline other output addresses, also when Argo begins the same run again. So where the
 address of the checkpoints contains `{digest}`, that stands for the training's own digest: any later attempt, and any
 other run of the same data, base model and flags, goes on from what is there.
 
@@ -59,6 +59,7 @@ class Lease:
         self.holder = holder
         self._uri = storage.join(folder, LEASE_FILE)
         self._ended = threading.Event()
+        self._writing = threading.Lock()  # a renewal that has begun would write the lease again after its release
 
     def take(self) -> str:
         """Take the lease, and renew it until `release`.
@@ -93,7 +94,7 @@ class Lease:
     def release(self, is_finished: bool) -> None:
         """Let others write, and note whether the training is finished; without the store the lease expires."""
         self._ended.set()
-        with suppress(UserError, RetryableError):
+        with suppress(UserError, RetryableError), self._writing:
             if self.is_held():
                 if is_finished:
                     storage.write_bytes(storage.join(self.folder, FINISHED_FILE), b"{}")
@@ -101,8 +102,8 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(_LEASE_SECONDS / 5):
-            with suppress(UserError, RetryableError):
-                if not self.is_held():
+            with suppress(UserError, RetryableError), self._writing:
+                if self._ended.is_set() or not self.is_held():
                     return
                 self._write()
 

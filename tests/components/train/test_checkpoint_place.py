@@ -91,10 +91,18 @@ def test_a_lease_that_is_not_renewed_expires(address: str, monkeypatch: pytest.M
 
 
 def test_a_lease_is_renewed_while_it_is_held(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_place, "_LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(checkpoint_place, "_LEASE_SECONDS", 5.0)
     _, lease = choose(address, "run-7", monkeypatch)
     assert lease
-    time.sleep(0.8)
+
+    def expires() -> float:
+        return float(json.loads(storage.read_bytes(f"{lease.folder}/{LEASE_FILE}"))["expires"])
+
+    first = expires()
+    while expires() == first:
+        time.sleep(0.05)
+    # The moment at which the lease would be over without a renewal.
+    monkeypatch.setattr(checkpoint_place.time, "time", lambda: first + 0.01)
     assert choose(address, "run-8", monkeypatch)[0] == "a1b2-run-8"
     lease.release(is_finished=True)
     assert set(storage.list_files(lease.folder)) == {FINISHED_FILE}
