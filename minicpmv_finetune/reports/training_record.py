@@ -1,5 +1,6 @@
 """`training.json` in the adapter's folder: the base, the data, the arguments and the metrics of a training."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ class TrainingRecord(BaseModel):
             **{f"`{name}`": f"{value:.4g}" for name, value in self.headline.items()},
         }
         return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
+def mean_loss(history: Sequence[Mapping[str, float]]) -> float | None:
+    """The mean loss of a training that was continued, over the steps of all its parts; None if none was logged.
+
+    Args:
+        history: Logged metrics; each loss is the mean of the steps since the loss before it.
+    """
+    total, last = 0.0, 0.0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
 
 
 def read_record(folder: Path) -> TrainingRecord:

@@ -1,7 +1,6 @@
 """Callbacks of the Trainer: progress bar, metrics for MLflow, sealed checkpoints, and an orderly end on a signal."""
 
 import ctypes
-import math
 import resource
 import signal
 import sys
@@ -36,7 +35,6 @@ class TrainingMonitor(TrainerCallback):
         self.lengths = lengths
         self.unit = unit
         self.last_logged_step = run.last_step("train/loss")
-        self.loss = float("nan")
         self.bar: Any = None
         self.samples = 0
         self.tokens = 0
@@ -111,9 +109,6 @@ class TrainingMonitor(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        # A training of fewer steps than a given --logging_steps logs only its mean loss.
-        last_loss = metrics.get("train_loss", self.loss) if math.isnan(self.loss) else self.loss
-        self.loss = metrics.get("loss", last_loss)
         if "train_runtime" in metrics:
             speed = self.samples_per_second(args.world_size)
             metrics |= {"train_runtime": self.seconds, "train_samples_per_second": speed}

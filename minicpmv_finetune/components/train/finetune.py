@@ -35,7 +35,7 @@ from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.outputs import OutputFolder, check_cache, claimed_folder
 from minicpmv_finetune.progress import report_outcome
-from minicpmv_finetune.reports.training_record import TrainingRecord
+from minicpmv_finetune.reports.training_record import TrainingRecord, mean_loss
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 from minicpmv_finetune.shards.packing import pack_samples
@@ -140,8 +140,8 @@ def _train(
                 f"{trainer.state.max_steps}; its state is saved in {training.checkpoint_uri or checkpoints.folder}, "
                 "and running the same command again continues from there."
             )
-        record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics)
-        run.log_headline({"loss": monitor.loss})
+        record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics, resume_from is not None)
+        run.log_headline({"loss": record.final_loss})
         kept = checkpoints.addresses() if "save_total_limit" in arguments.given and training.use_lora else []
         save_result(trainer, inputs.base, output, record, argv, run, kept)
         # No process ends, and so closes the process group, while another one still works.
@@ -149,7 +149,7 @@ def _train(
         if training.process_index == 0 and not training.checkpoint_uri:
             checkpoints.delete_local()
     if training.process_index == 0:
-        report_outcome(f"loss {monitor.loss:.4f}, {model.share} trained")
+        report_outcome(f"loss {record.final_loss:.4f}, {model.share} trained")
 
 
 @contextmanager
@@ -527,7 +527,14 @@ def _make_record(
     monitor: TrainingMonitor,
     trainer: MiniCPMVTrainer,
     metrics: Mapping[str, float],
+    is_continued: bool,
 ) -> TrainingRecord:
+    history = [
+        {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+        for entry in trainer.state.log_history
+    ]
+    # A training that was continued measures only its last part, and 0 where no step was left.
+    whole = mean_loss(history) if is_continued else None
     return TrainingRecord(
         base_model=arguments.model.model_name_or_path,
         base_fingerprint=inputs.base_fingerprint,
@@ -537,7 +544,7 @@ def _make_record(
         use_lora=arguments.training.use_lora,
         parameters={"trainable": model.trainable, "total": model.total},
         metrics={
-            "loss": metrics["train_loss"],
+            "loss": metrics["train_loss"] if whole is None else whole,
             "epochs": metrics["epoch"],
             "samples/s": monitor.samples_per_second(arguments.training.world_size),
             "seconds": monitor.seconds,
@@ -546,10 +553,7 @@ def _make_record(
             "peak_memory_mb": peak_memory() / 1e6,
         },
         arguments=json.loads(json.dumps(chosen_settings(arguments), default=str)),
-        history=[
-            {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-            for entry in trainer.state.log_history
-        ],
+        history=history,
     )
 
 

@@ -50,6 +50,13 @@ class MiniCPMVTrainer(Trainer):
         self._sample_ids = sample_ids
         self._rows: list[int] = []  # row numbers of the batches since the last optimizer step
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Run an epoch, unless the checkpoint that is continued has every step: transformers would add another one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute the gradients of a batch.
 

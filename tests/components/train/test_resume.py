@@ -132,11 +132,21 @@ def test_checkpoints_are_uploaded_and_downloaded_again_also_by_another_run(
     assert "lease.json" not in names
 
 
-def test_another_number_of_processes_is_refused(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
-    flags = _flags(tiny_46, shards, tmp_path / "adapter", f"--checkpoint_uri {tmp_path / 'kept'} --max_steps 3")
-    launch(flags)
+def test_a_finished_training_is_repeated_without_a_step_and_not_by_other_processes(
+    tiny_46: Path, shards: Path, tmp_path: Path
+) -> None:
+    first, again = (
+        _flags(tiny_46, shards, tmp_path / name, f"--checkpoint_uri {tmp_path / 'kept'} --max_steps 3")
+        for name in ("first", "again")
+    )
+    launch(first)
     with pytest.raises(UserError, match="written by 1 processes, but 2 run now"):
-        launch(flags, 2)
+        launch(first, 2)
+    launch(again)
+    assert _same(tmp_path / "again", tmp_path / "first")
+    records = [read_record(tmp_path / name) for name in ("first", "again")]
+    assert records[1].final_loss == records[0].final_loss
+    assert records[1].metrics["loss"] == pytest.approx(records[0].metrics["loss"], rel=1e-3)
 
 
 def test_another_training_starts_from_the_beginning(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
