@@ -203,6 +203,15 @@ def folder_beside(out: Path) -> Path:
     return path if _must_be_assembled_inside(path) else path.parent
 
 
+def work_folder(out: Path, name: str) -> Path:
+    """The hidden folder for what a step keeps until its result is complete.
+
+    It is beside the output; in the output where that is a mount point, or where nothing can be written beside it.
+    """
+    path = out.expanduser().resolve()
+    return path / f"{_PARTIAL}{name}" if _has_no_place_beside(path) else path.with_name(f".{path.name}.{name}")
+
+
 def check_object_folder(out: str, inputs: Mapping[str, str]) -> None:
     """Refuse a bucket, and a folder in a store that is, contains or lies in an input; the upload checks its objects.
 
@@ -467,12 +476,17 @@ def _create(out: str | Path, path: Path) -> list[Path]:
 
 
 def _must_be_assembled_inside(path: Path) -> bool:
-    return path == Path.cwd() or path.is_mount() or (path.is_dir() and not os.access(path.parent, os.W_OK))
+    return path == Path.cwd() or _has_no_place_beside(path)
+
+
+def _has_no_place_beside(path: Path) -> bool:
+    return path.is_mount() or (path.is_dir() and not os.access(path.parent, os.W_OK))
 
 
 def _names_in(folder: Path) -> set[str]:
-    """Names of what is in a folder, without what belongs to the file system."""
-    return {entry.name for entry in folder.iterdir()} - _names_of_file_system(folder)
+    """Names of what is in a folder, without what belongs to the file system and what an interrupted attempt left."""
+    names = {entry.name for entry in folder.iterdir()} - _names_of_file_system(folder)
+    return {name for name in names if not name.startswith(_PARTIAL)}
 
 
 def _names_of_file_system(folder: Path) -> set[str]:

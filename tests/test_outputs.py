@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minicpmv_finetune.components.train.checkpoints import claim_local_folder, local_folder
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.outputs import MARK, check_cache, check_object_folder, claimed_files, claimed_folder
 
@@ -179,6 +180,27 @@ def test_a_mount_point_is_assembled_inside(tmp_path: Path, monkeypatch: pytest.M
     write(out)
     assert out.stat().st_ino == number
     assert (out / "manifest.json").read_text() == "new"
+
+
+def test_an_interrupted_training_keeps_its_checkpoints_in_a_mount_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "mounted"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    checkpoints = local_folder("", out)
+    assert checkpoints.parent == out
+    with pytest.raises(InterruptedError), claimed_folder(out, "train", {}):
+        claim_local_folder(checkpoints, out, {})
+        (checkpoints / "checkpoint-1").mkdir()
+        raise InterruptedError
+    assert sorted(entry.name for entry in out.iterdir()) == [checkpoints.name]
+    with claimed_folder(out, "train", {}) as output:
+        claim_local_folder(checkpoints, out, {})
+        with output.assembled() as staging:
+            (staging / "training.json").write_text("new")
+    assert (checkpoints / "checkpoint-1").is_dir()
+    assert (out / "training.json").read_text() == "new"
 
 
 def test_a_new_volume_is_empty_although_its_file_system_has_a_folder_there(

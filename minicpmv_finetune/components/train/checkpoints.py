@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.outputs import check_workspace, claim_workspace, release_workspace
+from minicpmv_finetune.outputs import check_workspace, claim_workspace, release_workspace, work_folder
 
 from .checkpoint_place import Lease
 
@@ -287,7 +287,7 @@ def local_folder(checkpoint_uri: str, out: Path) -> Path:
         out: The training's output folder.
     """
     is_given = checkpoint_uri and not storage.is_object_uri(checkpoint_uri)
-    return storage.local_path(checkpoint_uri).resolve() if is_given else out.with_name(f".{out.name}.checkpoints")
+    return storage.local_path(checkpoint_uri).resolve() if is_given else work_folder(out, "checkpoints")
 
 
 def check_local_folder(folder: Path, out: Path, inputs: Mapping[str, str]) -> None:
@@ -311,7 +311,8 @@ def claim_local_folder(folder: Path, out: Path, inputs: Mapping[str, str]) -> No
 
 def _inputs_beside(folder: Path, out: Path, inputs: Mapping[str, str]) -> dict[str, str]:
     """What a folder of checkpoints must not overlap beside the output; a training may resume from what is in it."""
-    if out == folder or out in folder.parents or folder in out.parents:
+    overlaps = out == folder or out in folder.parents or folder in out.parents
+    if overlaps and folder != work_folder(out, "checkpoints"):
         raise UserError(f"{folder}: is, contains or lies in --output_dir ({out}); give another --checkpoint_uri.")
     return {**inputs, "--resume_from_checkpoint": ""}
 
