@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
-from minicpmv_finetune.outputs import check_cache, check_folder, check_object_folder, claimed_folder, folder_beside
+from minicpmv_finetune.outputs import (
+    MARK,
+    check_cache,
+    check_folder,
+    check_object_folder,
+    claimed_folder,
+    folder_beside,
+)
 
 from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, not_empty, path_option, read_json_object, with_inputs
 
@@ -176,6 +183,7 @@ def merge(
         merged = step(base, adapter, shards, model, report, MergeSettings())
         if replaced := describe_replaced(report_uri, merged):
             print(f"{out}: the result of {replaced} is replaced.", file=sys.stderr)
+        (model / MARK).unlink()  # is for a local folder; with the time of each file it would be sent at each repetition
         sent = storage.upload_folder(model, out, last="config.json")
         # After the folder, whose record shows a repeated command that this report is its own.
         storage.write_bytes(report_uri, report.read_bytes())

@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.git_commit import git_commit
+from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 from minicpmv_finetune.pipelines.summary import print_summary
@@ -140,7 +141,7 @@ def test_the_merge_command_writes_to_a_store(
     done = subprocess.run([*command, *flags, "--out", f"{s3_uri}/models/digits"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     uploaded = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
-    assert {path.name for path in uploaded.iterdir()} == {path.name for path in model.iterdir()}
+    assert {path.name for path in uploaded.iterdir()} == {path.name for path in model.iterdir()} - {MARK}
     assert (uploaded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert json.loads(storage.read_bytes(f"{s3_uri}/models/digits.merge-report.json"))["changed"]
 

@@ -288,7 +288,10 @@ _OPTION = (
         r"(?<![\w'’.-])(?<!or )(?<!and )([A-Z])\)?\s*(?:is\s+(?:the\s+)?(?:correct|right|best)\b|(?:选?项)?是?正确)"
     ),
     re.compile(r"[(\[【「]([A-Z])[)\]】」]"),
-    re.compile(r"(?:\b(?:is|ist|es|est|è|é)\s+|:\s*|[は是]\s*|\w{2}\W*\n)[\"'(\[【「]*([A-Z])\W*$"),
+    re.compile(
+        r"(?:\b(?:is|ist|es|est|è|é|là|هي|هو)\s+|정?답[은는이]?\s+|:\s*|[は是]\s*|คือ\s*|\w{2}\W*\n)"
+        r"[\"'(\[【「]*([A-Z])(?:입니다|이다|です|ครับ|ค่ะ)?\W*$"
+    ),
 )
 
 # The contractions of the published evaluation, without apostrophes: the answer may lack some or all of them.

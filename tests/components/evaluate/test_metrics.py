@@ -281,7 +281,8 @@ B is correct|B is the correct answer.|It is B.|It's B|The answer to this questio
 B a cat|B the cat|I think B|I think B.|I think it is B|I think that B is right|I believe B because it fits
 I guess option B|<answer>B</answer>|<answer> B. A cat </answer>|<answer>b</answer>|<ANSWER>B</ANSWER>
 The ears are round.↵<answer>B</answer>|「答案」B|【答案】B|『答案』：B|「答案」是B|[答案]B。
-Die Antwort ist B.|La respuesta correcta es B|Réponse : B|Ответ: B|A. dog↵B. cat↵Answer: B|Let me think.↵B
+Die Antwort ist B.|La respuesta correcta es B|Réponse : B|Ответ: B|정답은 B입니다.|정답은 B|답은 (B)이다|Đáp án là B
+正解はBです。|คำตอบคือ B|الإجابة هي B|A. dog↵B. cat↵Answer: B|Let me think.↵B
 """
 NO_CHOICES = r"""
 A dog|a dog|A cat sits there|I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
