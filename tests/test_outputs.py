@@ -190,10 +190,15 @@ def test_an_interrupted_training_keeps_its_checkpoints_in_a_mount_point(
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     checkpoints = local_folder("", out)
     assert checkpoints.parent == out
-    with pytest.raises(InterruptedError), claimed_folder(out, "train", {}):
-        claim_local_folder(checkpoints, out, {})
-        (checkpoints / "checkpoint-1").mkdir()
-        raise InterruptedError
+
+    def train_until_interrupted() -> None:
+        with claimed_folder(out, "train", {}):
+            claim_local_folder(checkpoints, out, {})
+            (checkpoints / "checkpoint-1").mkdir()
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train_until_interrupted()
     assert sorted(entry.name for entry in out.iterdir()) == [checkpoints.name]
     with claimed_folder(out, "train", {}) as output:
         claim_local_folder(checkpoints, out, {})
