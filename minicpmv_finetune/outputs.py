@@ -162,7 +162,7 @@ def claimed_folder(
         UserError: The place is an input, overlaps one, is a file, cannot be written, or contains something foreign.
     """
     known = check_folder(out, step, inputs)
-    path = Path(out).expanduser().resolve()
+    path = storage.real_path(str(out))
     is_of_0_1_0 = known is not None and not (path / MARK).exists()
     with claimed_files(beside, step, inputs, trusts_existing=is_of_0_1_0):
         if known and known.inputs and known.inputs != dict(inputs):
@@ -189,7 +189,7 @@ def check_folder(out: str | Path, step: str, inputs: Mapping[str, str]) -> _Mark
         UserError: As `claimed_folder`.
     """
     _refuse_store(out, step)
-    path = Path(out).expanduser().resolve()
+    path = storage.real_path(str(out))
     _refuse_overlap(str(out), path, inputs)
     known = _refuse_foreign_files(out, path, step)
     for folder in _create(out, path):
@@ -199,7 +199,7 @@ def check_folder(out: str | Path, step: str, inputs: Mapping[str, str]) -> _Mark
 
 def folder_beside(out: Path) -> Path:
     """The folder for the files that a step writes beside its output: the output itself where it is assembled inside."""
-    path = out.expanduser().resolve()
+    path = storage.real_path(str(out))
     return path if _must_be_assembled_inside(path) else path.parent
 
 
@@ -208,7 +208,7 @@ def work_folder(out: Path, name: str) -> Path:
 
     It is beside the output; in the output where that is a mount point, or where nothing can be written beside it.
     """
-    path = out.expanduser().resolve()
+    path = storage.real_path(str(out))
     return path / f"{_PARTIAL}{name}" if _has_no_place_beside(path) else path.with_name(f".{path.name}.{name}")
 
 
@@ -240,7 +240,7 @@ def check_cache(cache: str, inputs: Mapping[str, str]) -> None:
     if not cache:
         return
     in_store = storage.is_object_uri(cache)
-    place = Path() if in_store else storage.local_path(cache).resolve()
+    place = Path() if in_store else storage.real_path(cache)
     for name, value in inputs.items():
         if in_store:
             is_inside = storage.is_object_uri(value) and _in_store(cache).startswith(_in_store(value))
@@ -262,7 +262,7 @@ def check_file(out: Path, step: str) -> None:
         UserError: The place is a folder or in a store, or its folder cannot be written.
     """
     _refuse_store(out, step)
-    path = out.expanduser().resolve()
+    path = storage.real_path(str(out))
     if path.is_dir():
         raise UserError(f"{out}: is a folder, but {step} writes a file; add a name.")
     for folder in _create(out, path.parent):
@@ -284,7 +284,7 @@ def claimed_files(
     Raises:
         UserError: A file is an input, lies in one, or exists and was not written by this step.
     """
-    places = [Path(file).expanduser().resolve() for file in files]
+    places = [storage.real_path(str(file)) for file in files]
     for place in places:
         _refuse_overlap(str(place), place, inputs)
         if os.path.lexists(place) and not trusts_existing:
@@ -317,7 +317,7 @@ def claim_workspace(
 
     Arguments and errors are those of `check_workspace`.
     """
-    path = out.expanduser().resolve()
+    path = storage.real_path(str(out))
     is_known = check_workspace(out, step, inputs, links, known_by)
     _create(out, path)
     if not is_known:
@@ -347,7 +347,7 @@ def check_workspace(
         UserError: The folder is an input, overlaps one, cannot be written, or is used by something else.
     """
     _refuse_store(out, step)
-    path = out.expanduser().resolve()
+    path = storage.real_path(str(out))
     _refuse_overlap(str(out), path, inputs)
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{out}: is a file, but {step} writes a folder; choose another output.")
@@ -395,10 +395,10 @@ def _local_places(value: str) -> list[Path]:
     if not value or storage.is_object_uri(value) or "://" in value or value[:5].lower() == "data:":
         return []
     try:
-        found = [storage.local_path(name) for name in storage.expand(value)]
+        found = [storage.real_path(name) for name in storage.expand(value)]
     except UserError:
         return []  # the step itself reports what is missing
-    return [path.resolve() for path in found if path.exists()]
+    return [path for path in found if path.exists()]
 
 
 def _refuse_foreign_files(out: str | Path, path: Path, step: str) -> _Mark | None:

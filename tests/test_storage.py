@@ -57,7 +57,10 @@ def test_local_bytes_round_trip_and_leave_nothing_else(tmp_path: Path) -> None:
         ("missing.json", "not found"),
         (".", "is a folder"),
         ("file/below", "is a file, not a folder"),
-        ("x" * 5000, "invalid path"),
+        ("x" * 256, "longer than a path can be"),
+        ("x/" * 2100, "longer than a path can be"),
+        ("half\udce9.json", "not UTF-8 text"),
+        ("link", "is a symbolic link to moved away, where nothing is"),
         ("null\0character", "null character"),
         ("https://example.org/a.png", "web addresses are refused"),
         ("HTTP://example.org/a.png", "web addresses are refused"),
@@ -67,9 +70,16 @@ def test_local_bytes_round_trip_and_leave_nothing_else(tmp_path: Path) -> None:
 def test_a_local_mistake_is_explained(uri: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("moved away")
     with pytest.raises(UserError, match=sentence) as raised:
         storage.read_bytes(uri)
     assert len(str(raised.value)) < 400
+
+
+def test_links_that_lead_in_a_circle_are_no_path(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(UserError, match="links lead in a circle"):
+        storage.real_path(str(tmp_path / "circle"))
 
 
 def test_a_missing_base_model_is_explained(tmp_path: Path) -> None:

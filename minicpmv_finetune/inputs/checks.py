@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -214,7 +213,7 @@ class _Place:
     @property
     def is_remote(self) -> bool:
         """Whether a store or the hub must answer."""
-        is_path = self.uri.startswith((".", "/", "~")) or Path(self.uri).exists()
+        is_path = self.uri.startswith((".", "/", "~")) or os.path.exists(self.uri)  # noqa: PTH110 - see below
         return "://" in self.uri or (self.may_be_on_hub and not is_path)
 
 
@@ -293,8 +292,7 @@ def _check_kind(uri: str, flags: Mapping[str, Any] = MappingProxyType({})) -> No
     """Check that a base model is of a supported kind, by its config.json, and can honor the training flags."""
     if not uri:
         raise UserError("empty; give a checkpoint's folder, an s3:// URI or a hub id.")
-    path = Path(uri).expanduser()
-    if "://" not in uri and path.is_dir():
+    if "://" not in uri and (path := storage.local_path(uri)).is_dir():
         generation = detect_generation(path)
     else:
         place = f"{uri}/config.json"
@@ -332,7 +330,7 @@ def _check_checkpoints(flags: Mapping[str, Any], inputs: Mapping[str, str]) -> N
     """Check that a training may write its checkpoints where its flags say."""
     uri = str(flags.get("checkpoint_uri") or "")
     if PLACEHOLDER not in uri:  # whose folder is not known yet
-        out = storage.local_path(flags["output_dir"]).resolve()
+        out = storage.real_path(flags["output_dir"])
         check_local_folder(local_folder(uri, out), out, inputs)
 
 
@@ -340,7 +338,7 @@ def _check_shards(uri: str, flags: Mapping[str, Any]) -> None:
     """Check that a local folder contains the manifest of shards, with samples to evaluate if the flags need some."""
     if "://" in uri:
         return
-    folder = Path(uri).expanduser()
+    folder = storage.local_path(uri)
     if not folder.is_dir():
         raise UserError(
             f"{uri}: no such folder; give the shards folder that preprocess wrote, or a .json or .jsonl file."
@@ -403,8 +401,11 @@ def _first_records(uris: Sequence[str]) -> Iterator[Record]:
 def _without_decoding(address: str) -> InspectedImage | SampleError:
     """Accept an image that exists; those in archives and stores are not looked up."""
     is_file = not image_files.is_data_uri(address) and not image_files.archive_of(address) and "://" not in address
-    if is_file and not Path(address).exists():
-        return SampleError("image_missing", f"{address}: not found; check the path or URI.")
+    if is_file:
+        try:
+            storage.size(address)
+        except UserError as error:
+            return SampleError("image_missing", str(error))
     return InspectedImage(ImageRef(uri=address, sha256="", width=1, height=1), b"", ())
 
 

@@ -24,7 +24,7 @@ from .files import (
 )
 from .staging import make_readable, staged_folder, swap_in
 from .transfers import FILES_AT_ONCE, check_upload, download_file, file_sha256, kept_beside, upload_file, upload_folder
-from .uris import is_object_uri, is_supported, join, local_path, parent, require_allowed, resolve
+from .uris import is_object_uri, is_supported, join, local_path, parent, real_path, require_allowed, resolve
 
 __all__ = [
     "FILES_AT_ONCE",
@@ -48,6 +48,7 @@ __all__ = [
     "parent",
     "read_bytes",
     "read_model_file",
+    "real_path",
     "remove_file",
     "require_allowed",
     "require_no_file",

@@ -72,6 +72,10 @@ def explain_failures(uri: str) -> Iterator[None]:
 
 def fail_missing(uri: str) -> NoReturn:
     """Raise the error for a file, object or folder that does not exist."""
+    if not is_object_uri(uri) and Path(uri).is_symlink():
+        raise UserError(
+            f"{shorten(uri)}: is a symbolic link to {shorten(str(Path(uri).readlink()))}, where nothing is; correct it."
+        )
     similar = None if is_object_uri(uri) else _similar_name(Path(uri))
     if similar is None:
         raise UserError(f"{shorten(uri)}: not found; check the path or URI.")

@@ -11,6 +11,9 @@ from minicpmv_finetune.errors import UserError
 _OBJECT_SCHEMES = ("s3://", "minio://")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LONGEST_SHOWN = 200  # characters of a URI in an error message
+# Bytes that Linux and its common file systems allow.
+_LONGEST_PATH = 4095
+_LONGEST_NAME = 255  # in a folder
 
 
 def is_object_uri(uri: str) -> bool:
@@ -71,7 +74,7 @@ def require_allowed(uri: str) -> str:
     allowed = environment.ALLOWED_URIS.read().split()
     if not allowed or "\0" in uri:  # no file's name contains a null character: reading it reports the mistake
         return uri
-    place = uri if is_object_uri(uri) else str(Path(uri).resolve())
+    place = uri if is_object_uri(uri) else str(real_path(uri))
     if not any(f"{place}/".startswith(f"{folder.rstrip('/')}/") for folder in allowed):
         raise UserError(
             f"{uri}: outside of the folders that this step may read ({', '.join(allowed)}); copy it into one of them."
@@ -100,9 +103,30 @@ def local_path(uri: str) -> Path:
     if "\0" in uri:
         raise UserError(f"{uri!r}: a path cannot contain a null character; correct it.")
     try:
+        content = uri.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{uri!a:.200}: this path is not UTF-8 text, so no file can name it; rename it.") from None
+    if len(content) > _LONGEST_PATH or max(map(len, content.split(b"/"))) > _LONGEST_NAME:
+        raise UserError(
+            f"{shorten(uri)}: longer than a path can be; check it, or write the content of an image as "
+            "data:image/png;base64,…"
+        )
+    try:
         return Path(uri).expanduser()
     except RuntimeError:
         raise UserError(f"{shorten(uri)}: there is no such home directory; write the path in full.") from None
+
+
+def real_path(uri: str) -> Path:
+    """The path that a URI without a scheme names, with symbolic links followed.
+
+    Raises:
+        UserError: The URI has a scheme that is not supported, or is no valid path, or its links lead in a circle.
+    """
+    try:
+        return local_path(uri).resolve()
+    except RuntimeError:
+        raise UserError(f"{shorten(uri)}: its symbolic links lead in a circle; correct them.") from None
 
 
 def shorten(uri: str) -> str:

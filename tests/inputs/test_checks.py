@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -171,6 +172,20 @@ def test_unusable_data_is_found_before_the_run(given: dict[str, Any], content: s
     mistakes = _mistakes(given)
     assert mistakes[0].startswith("data_uri: ")
     assert sentence in mistakes[0]
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (base64.b64encode(b"an image" * 100).decode(), "longer than a path can be"),
+        ("null\0character.png", r"'/.*null\\x00character.png': a path cannot contain a null character"),
+        ("missing.png", "missing.png: not found"),
+    ],
+)
+def test_an_image_that_is_no_path_is_a_reject(given: dict[str, Any], image: str, sentence: str) -> None:
+    Path(given["data_uri"]).write_text(json.dumps([_sample(image=image)]))
+    [mistake] = _mistakes(given)
+    assert re.search(sentence, mistake)
 
 
 def test_metrics_of_training_data_do_not_matter_beside_evaluation_data(given: dict[str, Any], tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def local_folder(checkpoint_uri: str, out: Path) -> Path:
         out: The training's output folder.
     """
     is_given = checkpoint_uri and not storage.is_object_uri(checkpoint_uri)
-    return storage.local_path(checkpoint_uri).resolve() if is_given else work_folder(out, "checkpoints")
+    return storage.real_path(checkpoint_uri) if is_given else work_folder(out, "checkpoints")
 
 
 def check_local_folder(folder: Path, out: Path, inputs: Mapping[str, str]) -> None:
@@ -343,7 +343,7 @@ def seal_of(address: str, place: str) -> Seal:
 
 
 def _named_folder(address: str) -> Path:
-    return (Path(address) if "://" in address else storage.local_path(address)).resolve()
+    return Path(address).resolve() if "://" in address else storage.real_path(address)
 
 
 def _seal_path(checkpoint: Path) -> Path:
