@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -84,7 +85,7 @@ def parse_value(name: str, value: Any, kind: type, accepted: Accepted = ANY) -> 
     """
     if isinstance(value, str) and kind is not str:
         try:
-            value = json.loads(value.lower() if kind is bool else value)
+            value = read_json(value.lower() if kind is bool else value, name)
         except ValueError:
             raise _wrong_type(name, value, kind) from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -96,6 +97,29 @@ def parse_value(name: str, value: Any, kind: type, accepted: Accepted = ANY) -> 
     if remedy := accepted.remedy(value):
         raise UserError(f"{name}: {value!r} is not accepted; {remedy}.")
     return value
+
+
+def read_json(text: str, name: str) -> Any:
+    """The value that JSON contains.
+
+    Args:
+        text: The JSON.
+        name: Name of the option, for the message.
+
+    Raises:
+        ValueError: The text is not JSON.
+        UserError: An object has a key twice, of which Python itself keeps the last.
+    """
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if doubled := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise UserError(f"{name}: has {doubled[0]!r} twice; keep one.")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=as_object)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
 
 
 def _wrong_type(name: str, value: Any, kind: type) -> UserError:

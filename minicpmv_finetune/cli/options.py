@@ -11,6 +11,7 @@ import typer
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
+from minicpmv_finetune.options import read_json
 
 Output = Literal["text", "json"]
 Inputs = Mapping[str, Any]
@@ -138,11 +139,11 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
     """The JSON object in an option's text.
 
     Raises:
-        UserError: The text is not a JSON object.
+        UserError: The text is not a JSON object, or has a key twice.
     """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = read_json(text, option)
+    except ValueError as error:
         raise UserError(f"{option}: invalid JSON ({error}); write it like '{{\"name\": 1}}'.") from error
     if not isinstance(value, dict):
         raise UserError(f"{option}: must be a JSON object; write it like '{{\"name\": 1}}'.")

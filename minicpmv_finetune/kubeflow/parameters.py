@@ -15,11 +15,11 @@ from minicpmv_finetune.inputs.checks import check_run
 from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
+from minicpmv_finetune.yaml_files import read_mapping
 
 from .forwarding import reachable
 from .profile import Profile
 from .store import use_store
-from .yaml_files import read_mapping
 
 BaseModelPlace = Literal["object storage", "volume", "hub", "this machine"]
 

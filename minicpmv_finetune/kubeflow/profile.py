@@ -36,9 +36,9 @@ from minicpmv_finetune.attempts import NO_RETRY
 from minicpmv_finetune.errors import UserError, describe_validation_error, without_password
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.pipelines.pipeline import copy_choices
+from minicpmv_finetune.yaml_files import read_mapping
 
 from .kubernetes_access import own_namespace
-from .yaml_files import read_mapping
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 CA_FOLDER = "/etc/minicpmv-ca"

@@ -26,12 +26,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError, describe_validation_error
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines import PipelineChoice, pipeline_of
+from minicpmv_finetune.yaml_files import read_mapping
 
 from .client import Cluster, name_filter
 from .compiling import content_digest, pipeline_for
 from .parameters import resolve_parameters
 from .submit import DEFAULT_EXPERIMENT, ensure_version, plugins_input, runtime_config
-from .yaml_files import read_mapping
 
 LATEST = "latest"
 _DIGEST = re.compile(r"\[definition ([0-9a-f]{12})\]")

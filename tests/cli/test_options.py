@@ -59,6 +59,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
         (["validate-data", "--data", "d.json", "--out", "o", "--max-reject-ratio", "5"], "give at most 1"),
         (["run", "--data", "d.json", "--training-flags", "[]"], "--training-flags: must be a JSON object"),
         (["run", "--data", "d.json", "--data-options", "{"], "--data-options: invalid JSON"),
+        (["run", "--data", "d.json", "--data-options", '{"seed": 1, "seed": 2}'], "--data-options: has 'seed' twice"),
         (["plan", "--data", "d.json", "--eval-fraction", "1"], "eval_fraction: 1.0 is not accepted; give less than 1."),
     ],
 )

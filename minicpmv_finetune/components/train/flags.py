@@ -14,11 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import Generation
-from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes
+from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes, read_json
+from minicpmv_finetune.yaml_files import read_mapping
 
 _NEVER_EMPTY = ("model_name_or_path", "data_path", "output_dir")  # "" would be the working directory
 TABLE_PATH = Path(__file__).with_name("flags.json")
@@ -124,7 +123,7 @@ class Flag:
                 raise ValueError(word)
             return word.lower() in _TRUE
         if self.type == "json" or (self.type == "json_or_file" and word.startswith("{")):
-            value = json.loads(word)
+            value = read_json(word, f"--{self.name}")
             if not isinstance(value, dict):
                 raise ValueError(word)
             return value
@@ -420,17 +419,7 @@ def expand_file(argv: list[str]) -> list[str]:
     """Put a configuration file's flags before those of the command line, which take precedence."""
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return argv
-    path = Path(argv[0])
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file of training flags.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: invalid YAML{line}; write one flag per line, such as `lora_r: 16`.") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: must contain flags by name, such as `lora_r: 16`.")
+    document = read_mapping(Path(argv[0]), "flags by name", "write one flag per line, such as `lora_r: 16`")
     return [*as_flags(document), *argv[1:]]
 
 
@@ -443,7 +432,7 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         flags.append(f"--{name}")
         plain = _with_whole_numbers(value)
         if isinstance(plain, dict):
-            flags.append(json.dumps(plain))
+            flags.append(json.dumps(plain, default=str))  # YAML has dates too
         else:
             flags += [str(item) for item in plain] if isinstance(plain, list) else [str(plain)]
     return flags

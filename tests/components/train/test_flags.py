@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from minicpmv_finetune.components.train.flags import (
     RENAMED,
     Flag,
     check_flags,
+    expand_file,
     find_contradictions,
     find_flags_without_gpu,
     find_mistakes,
@@ -61,6 +63,37 @@ def test_a_typing_error_in_a_name_gets_the_nearest_name(name: str) -> None:
     assert "no such flag; did you mean --" in mistakes[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"lora_r: 8\nlora_r: 16\n", "has the key 'lora_r' twice"),
+        (b"lr_scheduler_kwargs: {a: 1, a: 2}\n", "has the key 'a' twice"),
+        (b"# caf\xe9\nlora_r: 8\n", "not valid YAML"),
+        (b"lora_r: 2026-02-30\n", "not valid YAML"),
+        (b"lora_r: 8\n---\nlora_r: 9\n", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"- lora_r: 8\n", "not a YAML mapping of flags by name; write one flag per line, such as `lora_r: 16`"),
+        (b"", "not a YAML mapping of flags"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_used_is_one_sentence(content: bytes, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        check_flags([str(file), "--data_path", "data"])
+    assert str(caught.value).startswith(f"{file}: ")
+    assert sentence in str(caught.value)
+
+
+def test_yaml_may_have_dates_and_merge_a_mapping_into_another(tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_text("lr_scheduler_kwargs: &shared {since: 2026-02-03, a: 1}\naccelerator_config: {<<: *shared, a: 2}\n")
+    assert expand_file([str(file), "--seed", "1"]) == [
+        *("--lr_scheduler_kwargs", '{"since": "2026-02-03", "a": 1}'),
+        *("--accelerator_config", '{"since": "2026-02-03", "a": 2}', "--seed", "1"),
+    ]
+
+
 def test_every_number_has_a_range() -> None:
     assert set(NUMBERS) == set(RANGES)
 
@@ -75,6 +108,7 @@ def test_every_number_has_a_range() -> None:
         ("--max_steps 0", "--max_steps: 0 is not accepted; give at least 1, or -1."),
         ("--lr_scheduler_type cosin", "--lr_scheduler_type: cosin is not accepted; did you mean cosine?"),
         ("--optim adamw", "--optim: adamw is not accepted; did you mean adamw_"),
+        ('--lr_scheduler_kwargs={"a":1,"a":2}', "--lr_scheduler_kwargs: has 'a' twice; keep one."),
         ("--lora_r 0 --seed -1 --sede 3", "3 inputs are wrong. --lora_r: 0"),
     ],
 )
