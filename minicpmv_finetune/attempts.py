@@ -30,7 +30,7 @@ def run_step(step: str, output_uri: str, inputs: Mapping[str, object], work: Cal
     """Do the work of a component.
 
     Args:
-        step: Name of the step.
+        step: Name of the step, with its number if several pods share it: preprocess-part[1].
         output_uri: URI of any of the task's output artifacts, see `permanent_error_marked`.
         inputs: Inputs of the task.
         work: Body of the component; it must be able to begin again after a fault.
@@ -41,7 +41,7 @@ def run_step(step: str, output_uri: str, inputs: Mapping[str, object], work: Cal
     Raises:
         SystemExit: The step failed; its sentence is printed.
     """
-    with permanent_error_marked(output_uri, inputs), working_for(output_uri), _noted(step):
+    with permanent_error_marked(output_uri, inputs, step), working_for(output_uri), _noted(step):
         return _repeated(step, work)
 
 

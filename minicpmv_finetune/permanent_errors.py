@@ -23,7 +23,7 @@ MARKER_NAME = "permanent_error.json"
 
 
 @contextmanager
-def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Iterator[None]:
+def permanent_error_marked(output_uri: str, inputs: Mapping[str, object], step: str = "") -> Iterator[None]:
     """Run a component's body so that a user's mistake is remembered across Kubeflow's retries.
 
     Marker and record only help: if they cannot be read or written, the step continues without them.
@@ -31,6 +31,7 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     Args:
         output_uri: URI of any of the task's output artifacts; the marker is stored beside it.
         inputs: Inputs of the task; a marker that was written for other inputs is ignored.
+        step: Name of the step, with its number in a loop; empty for the name of its folder.
 
     Raises:
         SystemExit: The body raised one of the two errors; its sentence is printed and its exit code is used.
@@ -39,30 +40,30 @@ def permanent_error_marked(output_uri: str, inputs: Mapping[str, object]) -> Ite
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
     message = read_marker(marker_uri, digest)
     if message is not None and _is_repetition():
-        write_failed_step(output_uri, message, UserError.exit_code)
+        write_failed_step(output_uri, message, UserError.exit_code, step)
         end_process(UserError(message))
     if message is not None:
         _remove_marker(marker_uri)
-    forget_failed_step(output_uri)
+    forget_failed_step(output_uri, step)
     try:
         with explain_disk_errors():
             yield
     except UserError as error:
         with suppress(UserError, RetryableError):
             storage.write_bytes(marker_uri, json.dumps({"inputs": digest, "message": str(error)}).encode())
-        write_failed_step(output_uri, str(error), error.exit_code)
+        write_failed_step(output_uri, str(error), error.exit_code, step)
         end_process(error)
     except StoppedError as error:
         # About a second is left. Somebody deleted the pod or cancelled the run, and the step did not fail.
         end_process(error)
     except RetryableError as error:
-        write_failed_step(output_uri, str(error), error.exit_code)
+        write_failed_step(output_uri, str(error), error.exit_code, step)
         end_process(error)
     except SentenceExit as ended:
-        write_failed_step(output_uri, ended.sentence, int(str(ended.code)))
+        write_failed_step(output_uri, ended.sentence, int(str(ended.code)), step)
         raise
     except Exception as error:
-        write_failed_step(output_uri, f"{type(error).__name__}: {first_line(error)}; see the step's log", 1)
+        write_failed_step(output_uri, f"{type(error).__name__}: {first_line(error)}; see the step's log", 1, step)
         raise
 
 

@@ -5,6 +5,7 @@ promoted is a success like any other, and a failed step's artifacts are never up
 its run, where one request finds it, whatever the run's steps are called:
 
     <pipeline root>/<pipeline>/<run id>/failed_steps/<step>.json    FailedStep; removed when the step starts again
+                                                                    (preprocess-part[1]: preprocess-part-1.json)
     <pipeline root>/<pipeline>/<run id>/outcome.json                Outcome; the last one counts
 
 A run on this machine has the same files in its folder. `notify` reads both, and so may everybody who lists runs. A step
@@ -69,20 +70,32 @@ def working_for(output_uri: str) -> Iterator[None]:
         _root.reset(token)
 
 
-def write_failed_step(output_uri: str, sentence: str, exit_code: int) -> None:
-    """Write why the step failed to which an output belongs; a store that cannot be written to changes nothing."""
-    root, step = place_of(output_uri)
+def write_failed_step(output_uri: str, sentence: str, exit_code: int, step: str = "") -> None:
+    """Write why the step failed to which an output belongs; a store that cannot be written to changes nothing.
+
+    Args:
+        output_uri: Any output of the step.
+        sentence: Why it failed.
+        exit_code: With which it ends.
+        step: Name of the step, with its number in a loop; empty for the name of its folder, which loops share.
+    """
+    root, folder = place_of(output_uri)
     if root:
-        failed = FailedStep(step=step, sentence=sentence, exit_code=exit_code)
-        _write(storage.join(root, f"{FAILED_STEPS}/{step}.json"), failed)
+        failed = FailedStep(step=step or folder, sentence=sentence, exit_code=exit_code)
+        _write(_record_of(root, failed.step), failed)
 
 
-def forget_failed_step(output_uri: str) -> None:
-    """Remove what an earlier attempt at this step wrote."""
-    root, step = place_of(output_uri)
+def forget_failed_step(output_uri: str, step: str = "") -> None:
+    """Remove what an earlier attempt at this step wrote; the arguments are those of `write_failed_step`."""
+    root, folder = place_of(output_uri)
     if root:
         with suppress(UserError, RetryableError):
-            storage.remove_file(storage.join(root, f"{FAILED_STEPS}/{step}.json"))
+            storage.remove_file(_record_of(root, step or folder))
+
+
+def _record_of(root: str, step: str) -> str:
+    # Brackets are wildcards in many programs.
+    return storage.join(root, f"{FAILED_STEPS}/{step.replace('[', '-').replace(']', '')}.json")
 
 
 def read_failed_steps(root: str) -> list[FailedStep]:

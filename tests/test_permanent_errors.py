@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,26 @@ def test_without_access_to_the_store_the_step_runs_and_keeps_its_sentence(
     assert run_task(f"{s3_uri}/dataset", None)
     assert exit_code(f"{s3_uri}/dataset", UserError("sentence")) == 2
     assert capsys.readouterr().err == "error: sentence\n"
+
+
+def test_parts_that_run_side_by_side_have_a_record_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
+    root = str(tmp_path / "run-7")
+
+    def end(part: int, error: Exception | None) -> None:
+        # Kubeflow gives every part a folder of its own, below one for the step.
+        place = storage.join(root, f"preprocess-part/execution-{part}/place")
+        with suppress(SystemExit), permanent_error_marked(place, {"part": part}, f"preprocess-part[{part}]"):
+            if error:
+                raise error
+
+    def sentences() -> dict[str, str]:
+        return {failed.step: failed.sentence for failed in read_failed_steps(root)}
+
+    end(0, UserError("part 0's."))
+    end(1, RetryableError("part 1's."))
+    end(2, None)
+    assert sentences() == {"preprocess-part[0]": "part 0's.", "preprocess-part[1]": "part 1's."}
+    assert sorted(storage.list_files(f"{root}/failed_steps")) == ["preprocess-part-0.json", "preprocess-part-1.json"]
+    end(1, None)
+    assert sentences() == {"preprocess-part[0]": "part 0's."}

@@ -213,6 +213,7 @@ def submit(
     from minicpmv_finetune.kubeflow.runs import describe_outcome, follow_visibly
     from minicpmv_finetune.kubeflow.submit import Request
     from minicpmv_finetune.kubeflow.submit import submit as start
+    from minicpmv_finetune.kubeflow.tracking_server import end_tracked_runs
     from minicpmv_finetune.pipelines import pipeline_of
 
     settings = _load(profile, namespace, gpus, registry)
@@ -232,6 +233,8 @@ def submit(
     if output == "text":
         print(text, flush=True)
     run = follow_visibly(cluster, submission.run_id, timeout, poll)
+    if run.state != "SUCCEEDED":
+        end_tracked_runs(settings, {submission.run_id: run.state})
     result, came_to = _read_result(cluster, run) if run.state == "SUCCEEDED" else (None, "")
     lines = [describe_outcome(cluster, run, came_to), *(result.lines() if result else [])]
     answer.update(state=run.state, outcome=lines[0], result=asdict(result) if result else None)
@@ -276,6 +279,7 @@ def runs(
     from minicpmv_finetune.kubeflow.run_reasons import explained_steps
     from minicpmv_finetune.kubeflow.runs import find_run, list_runs
     from minicpmv_finetune.kubeflow.runs import retry as start_again
+    from minicpmv_finetune.kubeflow.tracking_server import end_tracked_runs
 
     if (retry or dry_run) and not run:
         raise UserError("runs --retry: name the run to start again, as in `runs --retry RUN`.")
@@ -293,6 +297,8 @@ def runs(
         change = "would be started again" if dry_run else "is being started again"
         _print(answer, output, lambda: f"{found.display_name}: {change}; {cluster.run_link(found.run_id)}")
         return
+    if found.state in ("FAILED", "CANCELED"):
+        end_tracked_runs(cluster.profile, {found.run_id: found.state})
     rows = [asdict(step) for step in explained_steps(cluster, found)]
     columns = ("step", "state", "attempts", "seconds", "message")
     shown = [{name: row[name] for name in columns} for row in rows]
@@ -335,13 +341,17 @@ def cancel(
     dry_run: DryRun = False,
     output: OutputFormat = "text",
 ) -> None:
-    """Stop a run; a run that has finished stays as it is."""
+    """Stop a run, and end its run in MLflow as KILLED; a run that has finished stays as it is."""
     from minicpmv_finetune.kubeflow.runs import cancel as stop
     from minicpmv_finetune.kubeflow.runs import find_run
+    from minicpmv_finetune.kubeflow.tracking_server import end_tracked_runs
 
     cluster = _connect(_load(profile, namespace))
     found = find_run(cluster, run)
     changed = stop(cluster, found, dry_run)
+    if not dry_run and (changed or found.state in ("CANCELING", "CANCELED")):
+        # No step of a run that is being stopped starts any more, so nothing would end it in MLflow.
+        end_tracked_runs(cluster.profile, {found.run_id: "CANCELED"})
     change = "would be stopped" if dry_run else "is being stopped"
     answer = {"run_id": found.run_id, "changed": changed, "dry_run": dry_run}
     text = f"{found.display_name}: {change if changed else f'has finished or is stopping ({found.state})'}"
@@ -366,12 +376,15 @@ def gc(
     """List run folders, shards and checkpoints that no run or registered model refers to; delete them with --delete."""
     from minicpmv_finetune.kubeflow.gc import delete as delete_folder
     from minicpmv_finetune.kubeflow.gc import find_unused
+    from minicpmv_finetune.kubeflow.runs import ended_runs
+    from minicpmv_finetune.kubeflow.tracking_server import end_tracked_runs
 
-    settings = _load(profile, namespace)
-    found = find_unused(_connect(settings), root, min_age_days)
+    cluster = _connect(_load(profile, namespace))
+    found = find_unused(cluster, root, min_age_days)
     if delete:
         for item in found:
             delete_folder(item)
+        end_tracked_runs(cluster.profile, ended_runs(cluster))
     state = "deleted" if delete else "unused"
     lines = [f"{state} {item.uri} ({item.bytes / 1e9:.2f} GB, last written {item.written})" for item in found]
     total = f"{len(found)} folders, {sum(item.bytes for item in found) / 1e9:.2f} GB {state}"

@@ -57,6 +57,17 @@ def reachable(address: str) -> str:
     return parts._replace(netloc=f"{user}{at}127.0.0.1:{port}").geturl()
 
 
+def resolves(address: str) -> bool:
+    """Whether the host of a web address is known here; true for an address of another kind, such as a file."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        return True
+    try:
+        return bool(socket.getaddrinfo(parts.hostname, parts.port or 80))
+    except (OSError, ValueError):
+        return False
+
+
 @lru_cache
 def _forward(service: str, namespace: str, port: int, origin: tuple[str, int]) -> int | None:
     """A local port that is forwarded to a Service; None if there is no kubeconfig or no such Service.

@@ -14,11 +14,10 @@ server or MLflow does not answer, nothing is unused.
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from minicpmv_finetune import environment, storage
+from minicpmv_finetune import storage
 from minicpmv_finetune.components.train.checkpoint_place import CHECKPOINTS, FINISHED_FILE, LEASE_FILE
 from minicpmv_finetune.errors import AccessError, UserError
 from minicpmv_finetune.pipelines import all_pipelines
@@ -27,8 +26,8 @@ from minicpmv_finetune.tracking.registry import list_versions
 from minicpmv_finetune.tracking.step_runs import mlflow_client
 
 from .client import Cluster
-from .forwarding import reachable
 from .store import RUN_ID, pipeline_root, use_store
+from .tracking_server import use_tracking
 
 _CHECKPOINTS = "checkpoints"
 _NO_RUN = "no run uses these shards"
@@ -175,8 +174,6 @@ def _read_shards_location(manifest_uri: str) -> str:
 
 def _list_registered_models(cluster: Cluster) -> list[str]:
     """Addresses of all versions of registered models."""
-    if cluster.profile.mlflow:
-        os.environ.setdefault(environment.TRACKING_URI.name, reachable(cluster.profile.mlflow.tracking_uri))
-    elif not environment.TRACKING_URI.read():
+    if not use_tracking(cluster.profile):
         return []
     return [str(version.source) for version in list_versions(mlflow_client()) if version.source]

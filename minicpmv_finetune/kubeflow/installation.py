@@ -11,15 +11,17 @@ from typing import Any
 import kubernetes
 import yaml
 
+from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import AccessError, RetryableError, UserError
 
 from .checks import Check, SkippedError, run_check
 from .client import Cluster
 from .forwarding import service_of
-from .kubernetes_access import call_kubernetes, read_object
+from .kubernetes_access import call_kubernetes, kubernetes_client, read_object
 from .profile import Profile
 from .store import LAUNCHER
 
+_IMAGES = {"data": container_images.DATA_IMAGE, "trainer": container_images.TRAINER_IMAGE}
 _STOCK_NAMESPACE = "kubeflow"
 _API_SERVICE = "ml-pipeline"
 _CONTROLLER = "workflow-controller-configmap"
@@ -51,6 +53,49 @@ def check_installation(profile: Profile, cluster: Cluster | None, core: kubernet
         read = partial(core.read_namespaced_config_map, bundle.config_map, namespace)
         describe = partial(_describe_keys, bundle.config_map, {bundle.key})
         yield run_check(f"ConfigMap {bundle.config_map}", read_object, read, remedy, describe)
+
+
+def image_of(profile: Profile, variant: str) -> str:
+    """The container image `data` or `trainer` that a run uses."""
+    named = profile.images.data if variant == "data" else profile.images.trainer
+    return named or container_images.chosen(_IMAGES[variant])
+
+
+def check_images(profile: Profile) -> str:
+    """Whether nodes can get the container images; an image without a registry must be on them already.
+
+    Raises:
+        SkippedError: It names no registry, and what the nodes have cannot be seen from here.
+        UserError: It names no registry, and no node has it.
+    """
+    images = [image_of(profile, variant) for variant in _IMAGES]
+    local = [image for image in images if image.startswith(f"{environment.REGISTRY.default}/")]
+    if not local:
+        return " and ".join(images)
+    unnamed = f"{' and '.join(local)} {'name' if len(local) > 1 else 'names'} no registry"
+    remedy = (
+        f"`make images push REGISTRY=…` and name that registry by --registry or {environment.REGISTRY}, or name them "
+        "in `images` of the profile"
+    )
+    on_nodes = _images_of_nodes()
+    if not on_nodes:
+        raise SkippedError(f"{unnamed}, so your nodes must have them already; else {remedy}")
+    if missing := [image for image in local if not any(f"/{name}".endswith(f"/{image}") for name in on_nodes)]:
+        raise UserError(f"{unnamed}, and no node has {' or '.join(missing)}; {remedy}.")
+    return f"{unnamed}, and nodes have them"
+
+
+def _images_of_nodes() -> set[str]:
+    """Names of the container images on nodes, of each node's fifty largest; empty if they cannot be seen from here."""
+    client = kubernetes_client()
+    if client is None:
+        return set()
+    try:
+        nodes = call_kubernetes("list nodes", kubernetes.client.CoreV1Api(client).list_node)
+    except (AccessError, RetryableError):
+        return set()
+    images = [image for node in (nodes.items if nodes else []) for image in node.status.images or []]
+    return {name for image in images for name in image.names or []}
 
 
 def home_of(profile: Profile, cluster: Cluster | None, core: kubernetes.client.CoreV1Api) -> str | None:

@@ -20,6 +20,7 @@ RUN_LABEL = "pipeline/runid"
 _NODE_NAME = "workflows.argoproj.io/node-name"
 _NODE_ID = "workflows.argoproj.io/node-id"
 _TIMEOUT_SECONDS = (5, 30)
+_IDS_AT_ONCE = 100
 
 Record = dict[str, Any]
 
@@ -67,7 +68,11 @@ class Namespace:
     def workflows(self, run_ids: Sequence[str]) -> dict[str, Record]:
         """The Workflows of runs by the run's id; a stock Kubeflow deletes them an hour after their end."""
         path = f"/apis/argoproj.io/v1alpha1/namespaces/{self.name}/workflows"
-        items = self._items(path, labelSelector=f"{RUN_LABEL} in ({','.join(run_ids)})")
+        # A selector is part of an address, whose length is limited.
+        groups = [run_ids[start : start + _IDS_AT_ONCE] for start in range(0, len(run_ids), _IDS_AT_ONCE)]
+        items = [
+            item for ids in groups for item in self._items(path, labelSelector=f"{RUN_LABEL} in ({','.join(ids)})")
+        ]
         return {str(item["metadata"].get("labels", {}).get(RUN_LABEL)): item for item in items}
 
     def train_job(self, run_id: str) -> Record:

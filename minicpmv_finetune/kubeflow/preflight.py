@@ -27,13 +27,15 @@ from minicpmv_finetune.pipelines import all_pipelines
 from .checks import Check, SkippedError, run_check
 from .client import Cluster, connect
 from .forwarding import reachable
-from .installation import check_installation
+from .installation import check_images, check_installation
 from .kubernetes_access import kubernetes_client, read_object
 from .parameters import base_model_place, not_reachable, pin_to_commit
 from .profile import Accelerator, Profile, StepSettings
 from .store import pipeline_root, read_keys, use_store
+from .tracking_server import use_tracking
 
 _OLDEST_KUBEFLOW = (2, 17)
+_CREDENTIALS = ("USERNAME", "PASSWORD", "TOKEN")  # MLflow's variables end so
 
 
 def check_cluster(profile: Profile, data: str = "", base_model: str = "") -> list[Check]:
@@ -47,6 +49,7 @@ def check_cluster(profile: Profile, data: str = "", base_model: str = "") -> lis
     found: list[Cluster] = []
     checks = [
         run_check("Kubeflow Pipelines", check_kubeflow, profile, found),
+        run_check("container images", check_images, profile),
         run_check("object storage", _check_object_storage, profile),
         run_check("MLflow", _check_mlflow, profile),
         *(run_check(f"shared memory of {step}", _check_shared_memory, profile, step) for step in profile.steps),
@@ -98,12 +101,13 @@ def _check_object_storage(profile: Profile) -> str:
 
 def _check_mlflow(profile: Profile) -> str:
     uri = environment.TRACKING_URI.read() or (profile.mlflow.tracking_uri if profile.mlflow else "")
-    if not uri:
+    if not use_tracking(profile):
         raise SkippedError("the profile names none, so the gate decides and no model is registered")
     if not uri.startswith(("http://", "https://")):
         raise SkippedError(f"{uri} is not a server")
+    address = reachable(environment.TRACKING_URI.read())
     try:
-        with urllib.request.urlopen(_request(f"{reachable(uri).rstrip('/')}/version"), timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(_request(f"{address.rstrip('/')}/version"), timeout=10) as answer:  # noqa: S310
             return f"{uri}, version {answer.read(100).decode(errors='replace').strip()}"
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -120,12 +124,18 @@ def _check_mlflow(profile: Profile) -> str:
 
 
 def _request(address: str) -> urllib.request.Request:
-    """A request to an http(s) address; urllib cannot connect to an address that contains a user and password."""
+    """A request to MLflow, with a user and password of the address or else with what MLflow's own client sends."""
     parts = urllib.parse.urlsplit(address)
+    # urllib cannot connect to an address that contains a user and password.
     request = urllib.request.Request(without_password(address))  # noqa: S310 - the caller has checked the scheme
+    user, password, token = (environment.Variable(f"MLFLOW_TRACKING_{name}", "").read() for name in _CREDENTIALS)
     if parts.username is not None:
-        credentials = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        request.add_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
+        user, password = urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or "")
+    if user:
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {basic}")
+    elif token:
+        request.add_header("Authorization", f"Bearer {token}")
     return request
 
 

@@ -59,6 +59,13 @@ def list_runs(cluster: Cluster, experiment: str, limit: int) -> list[RunRow]:
     return [_row(cluster, run, "CANCELED" if run.run_id in stopped else run.state or "PENDING") for run in listed]
 
 
+def ended_runs(cluster: Cluster) -> dict[str, str]:
+    """How each run of the namespace ended, by its id; those that have not ended are left out."""
+    listed = [run for run in cluster.runs() if run.state in FINISHED_STATES]
+    stopped = _stopped(cluster, listed)
+    return {str(run.run_id): "CANCELED" if run.run_id in stopped else str(run.state) for run in listed}
+
+
 def find_run(cluster: Cluster, id_or_name: str) -> kfp_server_api.V2beta1Run:
     """The run with this id, or the newest run with this name, with its tasks.
 

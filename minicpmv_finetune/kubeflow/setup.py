@@ -13,12 +13,12 @@ from typing import Any
 import kubernetes
 import yaml
 
-from minicpmv_finetune import container_images, environment, storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import UserError
 
-from .checks import Check, SkippedError, run_check
+from .checks import Check, run_check
 from .client import Cluster
-from .installation import check_installation
+from .installation import check_images, check_installation, image_of
 from .kubernetes_access import call_kubernetes, kubernetes_client
 from .preflight import check_kubeflow
 from .profile import Profile
@@ -67,23 +67,9 @@ def set_up(profile: Profile, named: str, apply: bool) -> Setup:
     checks = [run_check("Kubeflow Pipelines", check_kubeflow, profile, servers)]
     server = servers[0] if servers else None
     checks += check_installation(profile, server, kubernetes.client.CoreV1Api(client))
-    checks.append(run_check("container images", _check_images, profile))
+    checks.append(run_check("container images", check_images, profile))
     checks.append(run_check("MLflow", _check_mlflow, profile, client, apply))
     return Setup(tuple(checks), tuple(_settings(profile, named, server)))
-
-
-def _image(profile: Profile) -> str:
-    return profile.images.data or container_images.chosen(container_images.DATA_IMAGE)
-
-
-def _check_images(profile: Profile) -> str:
-    image = _image(profile)
-    if image.startswith(f"{environment.REGISTRY.default}/"):
-        raise SkippedError(
-            f"{image} names no registry, so your nodes must have it; else build and push the images, and set "
-            f"{environment.REGISTRY}"
-        )
-    return f"{image}, and trainer beside it"
 
 
 def _check_mlflow(profile: Profile, client: kubernetes.client.ApiClient, apply: bool) -> str:
@@ -106,7 +92,7 @@ def _check_mlflow(profile: Profile, client: kubernetes.client.ApiClient, apply: 
         )
     for item in mlflow_objects(profile):
         _apply(client, profile.namespace, item)
-    return f"applied, from the image {_image(profile)}; it will answer at {own}"
+    return f"applied, from the image {image_of(profile, 'data')}; it will answer at {own}"
 
 
 def own_tracking_uri(profile: Profile) -> str:
@@ -123,7 +109,7 @@ def mlflow_objects(profile: Profile) -> list[dict[str, Any]]:
         by_kind["ConfigMap"]["data"]["MLFLOW_S3_ENDPOINT_URL"] = profile.s3.endpoint
     pod = by_kind["Deployment"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
-    container["image"] = _image(profile)
+    container["image"] = image_of(profile, "data")
     own: list[dict[str, Any]] = [
         {"name": "MLFLOW_ARTIFACTS_DESTINATION", "value": storage.join(pipeline_root(profile), "minicpmv-mlflow")},
         *(
@@ -158,7 +144,7 @@ def _apply(client: kubernetes.client.ApiClient, namespace: str, item: dict[str, 
 def _settings(profile: Profile, named: str, cluster: Cluster | None) -> Iterator[str]:
     """The commands that let the other commands use this profile, registry, MLflow and token."""
     variables = {environment.PROFILE.name: named, environment.NAMESPACE.name: profile.namespace}
-    registry = _image(profile).rpartition("/")[0]
+    registry = image_of(profile, "data").rpartition("/")[0]
     if registry != environment.REGISTRY.default:
         variables[environment.REGISTRY.name] = registry
     if profile.mlflow is None:

@@ -87,10 +87,11 @@ def stored_sentence(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: Step
     with suppress(UserError, RetryableError, _NoLogError):
         use_store(cluster.profile)
         folder = run_folder(cluster.profile, run)
-        for failed in read_failed_steps(folder):
-            if failed.step == step.name:
-                return failed.sentence
-        return read_marker(_newest_file(storage.join(folder, step.name), MARKER_NAME)) or ""
+        sentences = {failed.step: failed.sentence for failed in read_failed_steps(folder)}
+        # Earlier versions wrote no number, so that the sentence could be that of another part.
+        if sentence := sentences.get(step.step) or sentences.get(step.name):
+            return sentence
+        return read_marker(_newest_file(_folder_of(folder, step), MARKER_NAME)) or ""
     return ""
 
 
@@ -176,8 +177,16 @@ def _read_archive(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRo
 def _read_executor_logs(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
     """The copies of all attempts are in the step's folder of the run."""
     use_store(cluster.profile)
-    folder = storage.join(run_folder(cluster.profile, run), step.name)
+    folder = _folder_of(run_folder(cluster.profile, run), step)
     return storage.read_bytes(_newest_file(folder, "executor-logs")).decode(errors="replace")
+
+
+def _folder_of(run: str, step: StepRow) -> str:
+    """The folder in which a step has one folder for each time that Argo began it."""
+    folder = storage.join(run, step.name)
+    if step.step != step.name:
+        raise _NoLogError(f"{folder} does not say which of its folders is that of {step.step}")
+    return folder
 
 
 def _newest_file(folder: str, name: str) -> str:

@@ -16,7 +16,7 @@ from minicpmv_finetune.errors import AccessError, UserError
 
 from .forwarding import reachable
 from .kubernetes_access import call_kubernetes, kubernetes_client
-from .profile import Profile
+from .profile import Profile, SecretEnvironment
 from .run_steps import workflow_name
 
 LAUNCHER = "kfp-launcher"
@@ -50,21 +50,24 @@ def _is_set(names: tuple[str, ...]) -> bool:
 
 
 def read_keys(profile: Profile) -> dict[str, str]:
-    """The variables that the profile's Secret becomes in a pod; empty where this user cannot read the Secret."""
+    """The variables that the store's Secret becomes in a pod; empty where this user cannot read the Secret."""
+    return read_variables(profile, profile.s3)
+
+
+def read_variables(profile: Profile, named: SecretEnvironment) -> dict[str, str]:
+    """The variables that a Secret becomes in a pod; empty where this user cannot read the Secret."""
     client = kubernetes_client()
     if client is None:
         return {}
     core = kubernetes.client.CoreV1Api(client)
-    secret, namespace = profile.s3.secret, profile.namespace
+    secret, namespace = named.secret, profile.namespace
     try:
         found = call_kubernetes(f"read Secret {secret}", core.read_namespaced_secret, secret, namespace)
     except AccessError:
         return {}
     data = (found.data if found else None) or {}
     return {
-        variable: base64.b64decode(data[key]).decode()
-        for key, variable in profile.s3.variables.items()
-        if data.get(key)
+        variable: base64.b64decode(data[key]).decode() for key, variable in named.variables.items() if data.get(key)
     }
 
 

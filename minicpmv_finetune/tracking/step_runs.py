@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import without_password
+from minicpmv_finetune.errors import RetryableError, without_password
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.run_records import Outcome, Result, write_outcome
 
@@ -301,6 +301,42 @@ def finish_pipeline_run(status: str) -> None:
     """
     if not environment.PLUGIN_RUN_ID.read():
         _on_pipeline_run(lambda run: _finish_with_steps(run, status))
+
+
+def end_abandoned_runs(statuses: Mapping[str, str]) -> None:
+    """End what is still running in MLflow of pipeline runs that are over, for example because somebody cancelled them.
+
+    Such a run has no last step that would do it. A run that Kubeflow's plugin has opened is left to the plugin.
+
+    Args:
+        statuses: How a pipeline run ended, in MLflow's words (FINISHED, FAILED, KILLED), by its id.
+
+    Raises:
+        RetryableError: MLflow refuses, or does not answer.
+    """
+    try:
+        client = mlflow_client()
+        experiments = [found.experiment_id for found in client.search_experiments()]
+        query = f"tags.`{_PIPELINE_TAG}` LIKE '%' and attributes.status = 'RUNNING'"
+        token = None
+        abandoned: list[Run] = []
+        while experiments:
+            page = client.search_runs(experiments, query, page_token=token)
+            abandoned += [run for run in page if run.data.tags[_PIPELINE_TAG] in statuses]
+            token = page.token
+            if not token:
+                break
+        for run in abandoned:
+            status = statuses[run.data.tags[_PIPELINE_TAG]]
+            if run.data.tags.get(_TASK_TAG) != "pipeline":
+                # Nobody is there who would end a step's run; a run that is over has no step that works.
+                client.set_terminated(run.info.run_id, status="KILLED")
+                continue
+            if status == "KILLED":
+                _note_end(StepRun(client, run.info.run_id), "cancelled", "cancelled")
+            client.set_terminated(run.info.run_id, status=status)
+    except Exception as error:
+        raise RetryableError(f"{without_password(environment.TRACKING_URI.read())}: {_describe(error)}") from error
 
 
 def _on_pipeline_run(act: Callable[[StepRun], None], unless_ended: bool = False) -> None:

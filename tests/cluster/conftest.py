@@ -21,7 +21,8 @@ def no_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_check_kind", "_read_data"):
         monkeypatch.setattr(checks, name, lambda *arguments: [])
     # A command sets these from its profile; they must not stay behind.
-    for variable in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    store = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    for variable in (*store, "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         if variable not in os.environ:
             monkeypatch.setenv(variable, "")
             monkeypatch.delenv(variable)

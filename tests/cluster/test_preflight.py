@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
+from minicpmv_finetune.container_images import DATA_IMAGE
+from minicpmv_finetune.kubeflow.checks import run_check
+from minicpmv_finetune.kubeflow.installation import check_images
+from minicpmv_finetune.kubeflow.preflight import _request
+from minicpmv_finetune.kubeflow.profile import load_profile
 from tests.cluster.commands import INPUTS, ROOT, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
+from tests.cluster.fake_kubernetes import FakeKubernetes
 
+VERSION = DATA_IMAGE.rpartition(":")[2]
 SPACE = "/api/v1/namespaces/minicpmv-finetune"
 # As in objects/stock-configmaps.yaml of the recordings, and on a recorded Profile's namespace.
 STOCK_CONTROLLER = {
@@ -43,6 +50,7 @@ def production(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", kubeflow.url)
     kubeflow.tokens["mine"] = {"minicpmv-finetune"}
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "mine")
+    monkeypatch.setenv("MINICPMV_FINETUNE_REGISTRY", "registry.example.com/team")
     node = {"metadata": {"name": "gpu"}, "status": {"allocatable": {"nvidia.com/gpu": "8"}}}
     custom = "namespaces/minicpmv-finetune"
     kubeflow.kubernetes.update(
@@ -297,3 +305,56 @@ def test_without_a_profile_a_stock_installation_is_checked(
     done = command("preflight")
     assert "No profile is named, so kubeflow is used" in done.err
     assert "skipped MLflow: the profile names none" in done.out
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "state", "message"),
+    [
+        ({}, None, "skipped", "no registry, so your nodes must have them already; else `make images push REGISTRY=…`"),
+        (
+            {},
+            ["docker.io/library/python:3"],
+            "failed",
+            "name that registry by --registry or MINICPMV_FINETUNE_REGISTRY",
+        ),
+        (
+            {},
+            [f"localhost/minicpmv-finetune/{name}:{VERSION}" for name in ("data", "trainer")],
+            "ok",
+            "nodes have them",
+        ),
+        (
+            {"images": {"data": "r.example/data:1"}},
+            ["r.example/data:1"],
+            "failed",
+            f"trainer:{VERSION} names no registry",
+        ),
+        ({"images": {"data": "r.example/data:1", "trainer": "r.example/trainer:1"}}, None, "ok", "r.example/trainer:1"),
+    ],
+)
+def test_images_without_a_registry_must_be_on_the_nodes(
+    change: dict[str, Any],
+    names: list[str] | None,
+    state: str,
+    message: str,
+    kubernetes_server: FakeKubernetes,
+    profile: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MINICPMV_FINETUNE_REGISTRY", raising=False)
+    if names is not None:
+        nodes = [{"metadata": {"name": "node"}, "status": {"images": [{"names": names, "sizeBytes": 1}]}}]
+        kubernetes_server.objects["/api/v1/nodes"] = {"items": nodes}
+    found = run_check("container images", check_images, load_profile(profile(**change)))
+    assert found.state == state
+    assert message in found.detail
+
+
+def test_mlflow_is_asked_with_the_credentials_of_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("USERNAME", "somebody"), ("PASSWORD", "hidden")):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    basic = base64.b64encode(b"somebody:hidden").decode()
+    assert _request("http://mlflow:5000/version").get_header("Authorization") == f"Basic {basic}"
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
+    assert _request("http://mlflow:5000/version").get_header("Authorization") == "Bearer token"

@@ -1,9 +1,17 @@
 """What people read of a log: the step's own lines, and the sentence that says why it failed."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
-from minicpmv_finetune.kubeflow.step_logs import last_error, without_launcher
-from tests.kubeflow.recorded import FOLDER
+from minicpmv_finetune.kubeflow import step_logs
+from minicpmv_finetune.kubeflow.client import Cluster
+from minicpmv_finetune.kubeflow.run_steps import list_steps
+from minicpmv_finetune.kubeflow.step_logs import last_error, stored_sentence, without_launcher
+from tests.kubeflow.recorded import FOLDER, read_run
 
 MISTAKE = "s3://datasets/digits/none.json: nothing lies there; check the path or URI."
 LAUNCHER = "F1126 01:16:33.406910      15 main.go:130] failed to execute component: "
@@ -45,3 +53,20 @@ def test_warnings_and_errors_of_the_launcher_stay() -> None:
 )
 def test_the_reason_of_a_failure_is_the_last_one_that_the_log_names(log: str, sentence: str) -> None:
     assert last_error(log) == sentence
+
+
+def test_a_part_has_its_own_sentence_and_no_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run("partitions")
+    parts = {row.step: row for row in list_steps(run) if row.name == "preprocess-part"}
+    assert sorted(parts) == ["preprocess-part[0]", "preprocess-part[1]"]
+    monkeypatch.setattr(step_logs, "run_folder", lambda profile, run: str(tmp_path))
+    monkeypatch.setattr(step_logs, "use_store", lambda profile: None)
+    cluster = cast("Cluster", SimpleNamespace(profile=None))
+    marker = tmp_path / "preprocess-part" / "execution-0" / "permanent_error.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text(json.dumps({"inputs": "", "message": "part 0's"}))
+    record = {"step": "preprocess-part[0]", "sentence": "part 0's", "exit_code": 2}
+    (tmp_path / "failed_steps").mkdir()
+    (tmp_path / "failed_steps" / "preprocess-part-0.json").write_text(json.dumps(record))
+    found = [stored_sentence(cluster, run, parts[f"preprocess-part[{number}]"]) for number in (0, 1)]
+    assert found == ["part 0's", ""]

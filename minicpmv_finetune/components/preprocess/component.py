@@ -148,4 +148,4 @@ def preprocess_part(
         Path(place.path).write_text(f"{cache}/{key}\n")
         return key
 
-    return run_step("preprocess-part", place.uri, inputs, work)
+    return run_step(f"preprocess-part[{part}]", place.uri, inputs, work)
