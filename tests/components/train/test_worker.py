@@ -1,0 +1,33 @@
+"""What a training process leaves out before it imports anything large."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from minicpmv_finetune.components.train.worker import leave_out_bitsandbytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "is_left_out"),
+    [
+        ("", {}, True),
+        ("--q_lora true", {}, False),
+        ("--q-lora", {}, False),
+        ("--optim adamw_torch_fused", {}, True),
+        ("--optim paged_adamw_8bit", {}, False),
+        ("--optim=adamw_bnb_8bit", {}, False),
+        ("", {"quantization_config": {"load_in_4bit": True}}, False),
+        ("", None, False),
+    ],
+)
+def test_bitsandbytes_is_imported_only_where_it_is_needed(
+    flags: str, config: dict[str, object] | None, is_left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    sys.modules.pop("bitsandbytes", None)
+    leave_out_bitsandbytes(["--model_name_or_path", str(tmp_path), "--data_path", "d", *flags.split()])
+    assert ("bitsandbytes" in sys.modules) == is_left_out
