@@ -1,6 +1,5 @@
 """YAML files that a person writes: training flags, profiles, schedules and inputs."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,12 @@ def read_mapping(path: Path, expected: str, remedy: str) -> dict[str, Any]:
         UserError: The file cannot be read, is not YAML, has a key twice, or contains something else.
     """
     try:
-        loader = _Loader(path.read_bytes())
-        try:
-            content = loader.get_single_data()
-        finally:
-            loader.dispose()
+        with path.open("rb") as file:
+            content = _Loader(file).get_single_data()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split()):.200}); {remedy}.") from error
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split()):.300}); {remedy}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a YAML mapping of {expected}; {remedy}.")
     return content
@@ -40,7 +36,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if doubled := [key for key, count in keys.items() if count > 1]:
-            raise yaml.MarkedYAMLError(problem=f"has the key {doubled[0]!r} twice", problem_mark=node.start_mark)
+        keys = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"has the key {key.value!r} twice", problem_mark=key.start_mark)
+            keys.add(key.value)
         return node

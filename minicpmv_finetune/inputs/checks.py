@@ -46,6 +46,7 @@ from minicpmv_finetune.minicpmv.generations import detect_generation, generation
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.outputs import check_cache, check_folder
 from minicpmv_finetune.shards.format import read_manifest
+from minicpmv_finetune.tracking.registry import check_name
 
 from .table import FINETUNE_INPUTS, INPUTS, Input, defaults, read_inputs
 
@@ -86,6 +87,8 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool
     mistakes += _option_mistakes(run)
     if "start_from" in run and not run["registered_model"]:
         mistakes.append("registered_model: empty, so there is no champion to compare with; give a name.")
+    if name := run["registered_model"]:
+        mistakes += _noted("registered_model", lambda: check_name(name))
     # A default that is used in place of a wrong value is not looked up.
     looked_up = {item.name for item in inputs} - (set(given) - set(checked))
     places = [place for place in _places(run, flags) if place.name in looked_up]
@@ -170,12 +173,13 @@ def _read_training_flags(run: Mapping[str, Any], runs_here: bool) -> tuple[dict[
     values: dict[str, Any] = {}
 
     def read() -> None:
-        flags, _ = take_processes(as_flags(given))
+        flags = as_flags({name: value for name, value in given.items() if name != "nproc_per_node"})
         found, sentences = find_mistakes(replace_removed_flags(flags, lambda sentence: None))
         values.update(found)
         mistakes.extend(f"training_flags: {sentence.removeprefix('--')}" for sentence in sentences)
 
     mistakes += _noted("training_flags", read)
+    mistakes += _noted("training_flags", lambda: take_processes(as_flags(given)))
     for name in values:
         if name in _SET_BY_THE_PIPELINE:
             own = _SET_BY_THE_PIPELINE[name]

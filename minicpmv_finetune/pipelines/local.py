@@ -75,9 +75,10 @@ def run_pipeline(
     """
     artifacts = out / "artifacts"
     digest = inputs_digest(pipeline.name, inputs)
-    tracking = environment.TRACKING_URI.read() or f"sqlite:///{out.absolute()}/mlflow.db"
-    if tracking.startswith("http"):
-        # Unlike a database file, a server may be down.
+    given_address = environment.TRACKING_URI.read()
+    tracking = given_address or f"sqlite:///{out.absolute()}/mlflow.db"
+    if given_address:
+        # A server may be down, and an address may be wrong.
         champion_of(inputs.get("registered_model", ""))
     with locked(artifacts) as lock:
         if fresh:

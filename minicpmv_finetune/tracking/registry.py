@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RetryableError, UserError, without_password
+from minicpmv_finetune.errors import RetryableError, UserError, first_line, without_password
 
 from .promotion_record import PromotionRecord
 from .step_runs import mlflow_client
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _TAG = "minicpmv."
 _MOVES = ".moves"
+_LONGEST_NAME = 200  # characters; MLflow stores 256, those of the log included
 _MODEL_DESCRIPTION = (
     "Models that passed the gate of minicpmv-finetune; each version's tags contain its address and scores. The alias "
     "`champion` names the version to serve, and `challenger` the newest. Move the champion with `minicpmv-finetune "
@@ -117,18 +118,40 @@ def open_registry(name: str) -> "Registry":
     """Open the registry of one model, after a check that the server answers.
 
     Raises:
-        UserError: No server is named, the name is invalid, or the server refuses.
+        UserError: No server is named, its address or the name is invalid, or the server refuses.
         RetryableError: The server does not answer.
     """
     if not is_configured():
         raise UserError(
             f"{environment.TRACKING_URI} is not set, so there is no model registry; set it to MLflow's address."
         )
-    if not name.strip() or any(mark in name for mark in "'/:"):
-        raise UserError(f"registered_model: {name!r} cannot name a model in MLflow; use letters, digits and dashes.")
-    registry = Registry(name, mlflow_client())
+    check_name(name)
+    address = without_password(environment.TRACKING_URI.read())
+    try:
+        client = mlflow_client()
+    except Exception as error:  # each kind of address has a library of its own, with its own errors
+        raise UserError(
+            f"{environment.TRACKING_URI}: {address} cannot be used ({without_password(first_line(error)):.200}); give "
+            "the address of an MLflow server, such as http://localhost:5000, or of a database, such as "
+            "sqlite:///mlflow.db."
+        ) from error
+    registry = Registry(name, client)
     registry.check()
     return registry
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no registered model can have.
+
+    Raises:
+        UserError: As the text says.
+    """
+    is_long = len(name) > _LONGEST_NAME
+    if is_long or not name.strip() or name in (".", "..") or any(mark in name for mark in "'/:"):
+        raise UserError(
+            f"registered_model: {name[:_LONGEST_NAME]!r} cannot name a model in MLflow; use at most {_LONGEST_NAME} "
+            "letters, digits and dashes."
+        )
 
 
 def link_to_newest(name: str) -> str:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.outputs import MARK
@@ -198,6 +198,20 @@ def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "address", ["localhost:5000", "sqlite:////proc/x/mlflow.db"]
+)
+def test_an_address_of_mlflow_that_cannot_be_used_is_found_before_the_run(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.TRACKING_URI.name, address)
+    with pytest.raises(
+        UserError, match="give the address of an MLflow server, such as http://localhost:5000"
+    ) as raised:
+        run_pipeline(tmp_path / "out", {"registered_model": "model"})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["run", "--data", "nowhere.json"], "nowhere.json"),
@@ -221,7 +235,7 @@ def test_wrong_arguments_end_with_exit_code_2_and_one_sentence(
 def test_a_step_without_its_store_ends_the_run_with_exit_code_75(
     tiny_46: Path, unreachable: str, tmp_path: Path
 ) -> None:
-    environment = {
+    variables = {
         **os.environ,
         "AWS_ENDPOINT_URL": unreachable,
         "AWS_ACCESS_KEY_ID": "key",
@@ -229,7 +243,7 @@ def test_a_step_without_its_store_ends_the_run_with_exit_code_75(
     }
     arguments = ["--data", "s3://bucket/train.json", "--base-model", str(tiny_46), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "run"]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, *arguments], env=variables, capture_output=True, text=True)
     assert done.returncode == 75, done.stderr
     assert "s3://bucket/train.json" in done.stderr
     assert "Traceback" not in done.stderr

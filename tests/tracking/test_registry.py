@@ -270,7 +270,7 @@ def test_errors_do_not_show_the_servers_password(unreachable: str, monkeypatch: 
     assert "hidden" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a'b"])
+@pytest.mark.parametrize("name", ["", "a/b", "a'b", "..", "a" * 251])
 def test_names_that_mlflow_cannot_store_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot name a model"):
