@@ -197,16 +197,12 @@ def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> No
         run_pipeline(tmp_path / "out", {"data_uri": str(tmp_path / "data.json"), "base_model_uri": str(tiny_46)})
 
 
-@pytest.mark.parametrize(
-    "address", ["localhost:5000", "sqlite:////proc/x/mlflow.db"]
-)
+@pytest.mark.parametrize("address", ["localhost:5000", "sqlite:////proc/x/mlflow.db"])
 def test_an_address_of_mlflow_that_cannot_be_used_is_found_before_the_run(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(environment.TRACKING_URI.name, address)
-    with pytest.raises(
-        UserError, match="give the address of an MLflow server, such as http://localhost:5000"
-    ) as raised:
+    with pytest.raises(UserError, match="give the address of an MLflow server, such as http://localhost:5000"):
         run_pipeline(tmp_path / "out", {"registered_model": "model"})
     assert not list(tmp_path.iterdir())
 
