@@ -93,10 +93,12 @@ def preprocess(
     read = {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]}
     check_folder(out, "preprocess", read)
     check_cache(cache, read)
+    from minicpmv_finetune.data.samples import read_info
     from minicpmv_finetune.inputs.checks import check_base_model
     from minicpmv_finetune.shards.codecs import check_codec
 
     codec = check_codec(picture_codec)
+    read_info(dataset)
     check_base_model("--base-model", inputs["base_model_uri"])
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as step
@@ -170,8 +172,12 @@ def merge(
         check_object_folder(out, {"--base-model": base})
         storage.check_upload(out, report_uri)
     from minicpmv_finetune.inputs.checks import check_base_model
+    from minicpmv_finetune.reports.training_record import read_record
+    from minicpmv_finetune.shards.format import read_manifest
 
     check_base_model("--base-model", base)
+    read_record(adapter)
+    read_manifest(shards)
     from minicpmv_finetune.components.merge.merge import MergeSettings, describe_replaced
     from minicpmv_finetune.components.merge.merge import merge as step
 
@@ -214,8 +220,10 @@ def evaluate(
 
     options = {"metric": inputs["metric"], "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = settings_from({**options, "gate": read_json_object(gate, "--gate")})
+    from minicpmv_finetune.data.samples import read_info
     from minicpmv_finetune.inputs.checks import check_base_model
 
+    read_info(dataset)
     for option, uri in (("--model", str(model)), ("--base-model", base_model), ("--champion", champion)):
         if uri:
             check_base_model(option, uri)

@@ -377,6 +377,12 @@ def _take_question(fields: dict[str, Any]) -> list[_Turn]:
     answer = next((name for name in (*_ANSWERS, "chosen") if name in fields), "")
     found = fields.get(answer)
     if isinstance(found, list):
+        if len(found) > 1 and answer not in ("answer", "answers"):  # LLaMA-Factory ranks two answers in such a list
+            raise SampleError(
+                "unsupported",
+                f"`{answer}` has {len(found)} answers, of which some may be wrong; keep the right one, or name the "
+                "right ones `answers`.",
+            )
         fields.setdefault("answers", found)  # all of them are right
         found = found[0]
     if question is None or not isinstance(found, str):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -72,6 +73,27 @@ def test_a_mistake_is_reported_before_any_work(
     assert isinstance(done.exception, UserError)
     assert sentence in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("preprocess --base-model base --dataset base --out o", "base: no dataset.json here"),
+        ("merge --base-model base --adapter base --shards base --out o", "base: no training.json here"),
+        ("evaluate --model base --dataset base --out o", "base: no dataset.json here"),
+    ],
+)
+def test_a_wrong_folder_is_found_before_torch_is_imported(
+    words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "minicpmv4_6"}')
+    for step in ("preprocess.preprocess", "merge.merge", "evaluate.evaluate"):
+        monkeypatch.setitem(sys.modules, f"minicpmv_finetune.components.{step}", None)
+    done = CliRunner().invoke(app, words.split())
+    assert isinstance(done.exception, UserError), done.exception
+    assert sentence in str(done.exception)
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,7 @@ def test_answers_that_are_not_to_be_trained_stay_so(field: dict[str, Any], folde
         ({"prompt": "Color?", "query": "Of what?", "response": "Red."}, "unsupported"),
         ({"instruction": "Color?", "input": ["a"], "output": "Red."}, "schema"),
         ({"messages": [{"content": "Color?"}, ANSWER]}, "schema"),
+        ({"instruction": "Color?", "output": ["Red.", "Blue."]}, "unsupported"),
     ],
     ids=str,
 )

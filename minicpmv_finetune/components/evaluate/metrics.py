@@ -270,7 +270,7 @@ _OPTION = (
     # At the beginning, unless that is an abbreviation (U.S.) or a later line begins with another option.
     re.compile(
         rf"^[\"'(\[【「]*([A-Z]){_NO_LIST}"
-        r"(?:\s*[)\]】」:;、。]|\s*\.(?![A-Za-z]\.)|(?<!I)\s*,|\s+[-–—]\s|\s*\n|\s*选?项|\s+(?=[一-鿿]))"
+        r"(?:\s*[)\]】」:;、。]|\s*\.(?![A-Za-z]\.)|(?<!I)\s*,|\s+[-–—]\s|\s*\n|\s*[选選]?[项項]|\s+(?=[一-鿿]))"
         r"(?![\s\S]*\n\W*[A-Z][.):、])"
     ),
     # "B a cat", also "A a cat", but neither "A cat" nor "C major".
@@ -279,13 +279,15 @@ _OPTION = (
     re.compile(r"\\boxed\{\W*([A-Z])\W*\}"),
     re.compile(rf"(?i:<answer>){_CHOSEN}"),
     re.compile(
-        r"(?:(?i:\b(?:answer|choice|option|choose|select|pick|go with|it is|it's)\b(?: (?:to|for) [^.:\n]*?)?"
-        rf"(?:\s+(?:is|should be|would be|must be|option|choice|letter)\b)*)\s*(?:[:=]|-+>)?{_CHOSEN}"
+        r"(?:(?i:\b(?:answer|choice|option|choose|select|pick|go with|it (?:is|(?:must|should|has to) be)|it's)\b"
+        r"(?: (?:to|for) [^.:\n]*?)?"
+        rf"(?:\s+(?:is|should be|would be|must be|option|choice|letter)\b)*)\s*(?:[:=–—]|-+>?)?{_CHOSEN}"
         rf"|(?<!n['’]t )(?<!not )\b(?:think|believe|guess)\b(?:\s+(?:that|it is|it['’]s|option))*{_CHOSEN}"
-        rf"|(?:答案[」』】\])]?|(?<!不)选)[应该就择项]*[是为选]?(?:选项)?\s*:?{_CHOSEN})"
+        rf"|(?:答案[」』】\])]?|(?<!不)[选選])[应應该該就择擇项項]*[是为為选選]?(?:[选選][项項])?\s*:?{_CHOSEN})"
     ),
     re.compile(
-        r"(?<![\w'’.-])(?<!or )(?<!and )([A-Z])\)?\s*(?:is\s+(?:the\s+)?(?:correct|right|best)\b|(?:选?项)?是?正确)"
+        r"(?<![\w'’.-])(?<!or )(?<!and )([A-Z])\)?\s*(?:is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+        r"|(?:[选選]?[项項])?是?正[确確])"
     ),
     re.compile(r"[(\[【「]([A-Z])[)\]】」]"),
     re.compile(

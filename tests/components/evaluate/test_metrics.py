@@ -276,6 +276,7 @@ Answer: B|answer: b|Answer：B|Answer: (B) a cat|ANSWER: B|The answer is: B|The 
 The correct option is B|The right choice is B.|The answer is option B.|The answer is **B. A cat**|The answer is B, a cat
 Option B|option b|Option (B)|Option B: a cat|I choose B because it fits|I would go with B.|I'd pick B.
 My answer is "B"|答案是B|答案：B|答案为B|正确答案是：B。|答案选B|选B。|故选：B|我选B|选择B|选项B
+B選項|B選項正確|選擇B|答案為B|我選B|Answer – B|It must be B|B is the answer
 B选项|B选项正确|B是正确的|因此，答案是选项B。
 B is correct|B is the correct answer.|It is B.|It's B|The answer to this question is B because of the ears.|正解はB
 B a cat|B the cat|I think B|I think B.|I think it is B|I think that B is right|I believe B because it fits
@@ -285,7 +286,7 @@ Die Antwort ist B.|La respuesta correcta es B|Réponse : B|Ответ: B|정답�
 正解はBです。|คำตอบคือ B|الإجابة هي B|A. dog↵B. cat↵Answer: B|Let me think.↵B
 """
 NO_CHOICES = r"""
-A dog|a dog|A cat sits there|I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
+A dog|a dog|A cat sits there|It must be A dog|不選B|Answer – A dog|I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
 A, B, C|A↵B|The answer is A or B|The answer is A or B is right|Answer: A, B|答案是A和B|Answer: A dog|It is A dog
 I choose A dog|The dog is a|不选B|The answer is not B|U.S. flag|J.P. Morgan|AB|Answer: AB|T-shirt|B's
 A. dog↵B. cat↵C. cow|答案是猫|A股|C语言|7|C major|B flat
