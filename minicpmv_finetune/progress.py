@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.errors import UserError
 
 OUTCOME_MARK = "→ "
 _WIDTH = 110
@@ -47,6 +48,9 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         total: Number of units.
         unit: Plural name of the unit, such as " samples".
         **options: Further arguments of tqdm.
+
+    Raises:
+        UserError: The variable for the interval contains no number.
     """
     terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
     return _Bar(
@@ -54,7 +58,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         desc=description,
         unit=unit,
         file=sys.stderr if terminal else _LineStream(sys.stderr),
-        mininterval=0.1 if terminal else float(environment.PROGRESS_SECONDS.read()),
+        mininterval=0.1 if terminal else _seconds_between_lines(),
         miniters=1,
         # tqdm itself draws nothing on a terminal that reports no size, which is common in containers.
         ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,
@@ -63,6 +67,14 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         ascii=False,
         **options,
     )
+
+
+def _seconds_between_lines() -> float:
+    text = environment.PROGRESS_SECONDS.read()
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{environment.PROGRESS_SECONDS}: {text!r} is not a number of seconds; correct it.") from None
 
 
 def report_outcome(sentence: str) -> None:

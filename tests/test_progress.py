@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.progress import progress
 
 
@@ -33,6 +34,12 @@ def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypatch: p
     first, last = capsys.readouterr().err.splitlines()
     assert "0/5000" in first
     assert "100%" in last
+
+
+def test_an_interval_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.PROGRESS_SECONDS.name, "10s")
+    with pytest.raises(UserError, match="'10s' is not a number of seconds"):
+        progress("slicing", 3, " images")
 
 
 def test_a_terminal_gets_one_line_that_is_redrawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,19 @@ def test_a_local_mistake_is_explained(uri: str, sentence: str, tmp_path: Path, m
     assert len(str(raised.value)) < 400
 
 
+@pytest.mark.parametrize("folder", ["{tmp}/link", "data", "./data/", "{tmp}/data/"])
+def test_an_allowed_folder_may_be_relative_or_a_link(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(environment.ALLOWED_URIS.name, folder.format(tmp=tmp_path))
+    storage.require_allowed(f"{tmp_path}/link/a.json")
+    with pytest.raises(UserError, match="outside of the folders"):
+        storage.require_allowed(f"{tmp_path}/data-2/a.json")
+
+
 def test_links_that_lead_in_a_circle_are_no_path(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(UserError, match="links lead in a circle"):

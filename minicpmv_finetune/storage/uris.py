@@ -63,7 +63,7 @@ def require_allowed(uri: str) -> str:
     separated by spaces; if it is not set, every place is allowed.
 
     Args:
-        uri: Absolute URI; symbolic links of a local path are followed before the check.
+        uri: Absolute URI; symbolic links of a local path, and of the folders, are followed before the check.
 
     Returns:
         The URI, unchanged.
@@ -75,7 +75,8 @@ def require_allowed(uri: str) -> str:
     if not allowed or "\0" in uri:  # no file's name contains a null character: reading it reports the mistake
         return uri
     place = uri if is_object_uri(uri) else str(real_path(uri))
-    if not any(f"{place}/".startswith(f"{folder.rstrip('/')}/") for folder in allowed):
+    folders = [folder if is_object_uri(folder) else str(real_path(folder)) for folder in allowed]
+    if not any(f"{place}/".startswith(f"{folder.rstrip('/')}/") for folder in folders):
         raise UserError(
             f"{uri}: outside of the folders that this step may read ({', '.join(allowed)}); copy it into one of them."
         )

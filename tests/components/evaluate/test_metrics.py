@@ -286,7 +286,8 @@ Die Antwort ist B.|La respuesta correcta es B|Réponse : B|Ответ: B|정답�
 正解はBです。|คำตอบคือ B|الإجابة هي B|A. dog↵B. cat↵Answer: B|Let me think.↵B
 """
 NO_CHOICES = r"""
-A dog|a dog|A cat sits there|It must be A dog|不選B|Answer – A dog|I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
+A dog|a dog|A cat sits there|It must be A dog|不選B|Answer – A dog
+I think so|I, for one, do not know|I'm sure|A or B|A and B|A/B|A、B|A和B|Both A and B
 A, B, C|A↵B|The answer is A or B|The answer is A or B is right|Answer: A, B|答案是A和B|Answer: A dog|It is A dog
 I choose A dog|The dog is a|不选B|The answer is not B|U.S. flag|J.P. Morgan|AB|Answer: AB|T-shirt|B's
 A. dog↵B. cat↵C. cow|答案是猫|A股|C语言|7|C major|B flat
