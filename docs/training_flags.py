@@ -11,6 +11,7 @@ import dataclasses
 import json
 from typing import Any
 
+import torch
 import transformers
 from transformers.training_args import OptimizerNames
 
@@ -85,6 +86,11 @@ def _choices(action: argparse.Action) -> list[str]:
         return sorted({"minicpm", "llama3"} | ours)
     if action.dest == "debug":
         return ["underflow_overflow", "tpu_metrics_debug"]
+    if action.dest == "torch_compile_mode":
+        return list(torch._inductor.list_mode_options())
+    if action.dest == "train_sampling_strategy":
+        # batch_rebalance reads every sample to find its length; group_by_length takes the lengths from the manifest.
+        return [str(choice) for choice in action.choices or () if choice != "batch_rebalance"]
     return [str(choice) for choice in action.choices or ()]
 
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError, first_line
@@ -328,6 +329,9 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     try:
         model, data, training, lora = instance.parse_args_into_dataclasses(args=flags)
     except _ERRORS_OF_VALUES as error:
+        if "process group" in str(error):
+            # What transformers leaves behind where torch was built without a backend.
+            raise UserError("--ddp_backend: torch has no such backend on this machine; leave the flag out.") from error
         raise UserError(f"Training arguments: {first_line(error)}") from error
     given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
     arguments = Arguments(model, data, training, lora, given)
@@ -368,9 +372,9 @@ def _check_optimizer(training: TrainingArguments) -> None:
             training.lr_scheduler_type, optimizer, 1, num_training_steps=10, scheduler_specific_kwargs=kwargs
         )
     except _ERRORS_OF_VALUES as error:
+        name = SchedulerType(training.lr_scheduler_type).value
         raise UserError(
-            f"--lr_scheduler_type {training.lr_scheduler_type}: {first_line(error).rstrip('.')}; see "
-            "--lr_scheduler_kwargs."
+            f"--lr_scheduler_type {name}: {first_line(error).rstrip('.')}; see --lr_scheduler_kwargs."
         ) from error
 
 

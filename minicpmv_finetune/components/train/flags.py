@@ -301,6 +301,7 @@ def find_flags_without_gpu(values: Mapping[str, Any]) -> list[str]:
         FP16_WITHOUT_GPU: values.get("fp16"),
         FSDP_WITHOUT_GPU: uses_fsdp,
         LIGER_WITHOUT_GPU: values.get("use_liger_kernel"),
+        NCCL_WITHOUT_GPU: values.get("ddp_backend") == "nccl",
     }
     return [sentence for sentence, is_given in needed.items() if is_given]
 
@@ -308,6 +309,7 @@ def find_flags_without_gpu(values: Mapping[str, Any]) -> list[str]:
 FP16_WITHOUT_GPU = "--fp16: needs a GPU, and there is none; leave it out, or give --bf16 true."
 FSDP_WITHOUT_GPU = "--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3."
 LIGER_WITHOUT_GPU = "--use_liger_kernel: its kernels run on a GPU, and this machine has none; leave the flag out."
+NCCL_WITHOUT_GPU = "--ddp_backend nccl: connects GPUs, and there are none; leave the flag out."
 # Of NVIDIA (also in Windows' subsystem and on Jetson), AMD, Intel, Habana and Huawei.
 _GPU_DEVICES = (
     "/dev/nvidiactl",

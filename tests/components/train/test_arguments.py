@@ -104,6 +104,13 @@ def test_data_is_required() -> None:
         ("--optim apollo_adamw", "--optim"),
         ("--optim_args nonsense", "give NAME=VALUE"),
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs"),
+        (
+            '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":"x"}',
+            "warmup_stable_decay: ",
+        ),
+        ("--ddp_backend mpi", "--ddp_backend: torch has no such backend"),
+        ("--torch_compile_mode typo", "max-autotune"),
+        ("--train_sampling_strategy batch_rebalance", "group_by_length"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"typo":1}', "--lr_scheduler_kwargs"),
         ("--report_to wandb", "the package wandb is not installed"),
         ("--lora_target_modules (", "is no regular expression"),

@@ -133,7 +133,14 @@ def test_contradictions_have_a_remedy(values: dict[str, object], sentence: str) 
 
 
 @pytest.mark.parametrize(
-    "flags", [{"fp16": True}, {"strategy": "fsdp2"}, {"fsdp": "full_shard"}, {"use_liger_kernel": True}]
+    "flags",
+    [
+        {"fp16": True},
+        {"strategy": "fsdp2"},
+        {"fsdp": "full_shard"},
+        {"use_liger_kernel": True},
+        {"ddp_backend": "nccl"},
+    ],
 )
 def test_what_needs_a_gpu_is_found_where_there_is_none(
     flags: dict[str, object], monkeypatch: pytest.MonkeyPatch

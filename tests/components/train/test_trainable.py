@@ -135,6 +135,10 @@ def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46:
         ([*LORA, "--lora_target_modules", "nothing"], "matches no linear layer"),
         ([*LORA, "--lora_target_modules", "("], "is no regular expression"),
         ([*LORA, "--lora_layers_to_transform", "99"], "layers .99. contain no target"),
+        (
+            [*LORA, "--lora_layers_to_transform", "0", "--lora_layers_pattern", "blocks"],
+            "no target's name has a number",
+        ),
         ([*LORA, "--lora_layers_to_transform", "first"], "give layer numbers"),
         ([*LORA, "--lora_layer_replication", "0:2,1:3"], "mixes linear and full attention"),
         ([*LORA, "--lora_bias", "some"], "lora_bias: some is not accepted"),
