@@ -40,11 +40,12 @@ check: install  ## lint and type check
 
 install: .venv/installed  ## install the locked packages and this project into .venv
 
-# -qq hides pip's warnings about mirrors; errors are still shown.
+# -qq hides pip's warnings about mirrors; errors are still shown. Python compiles what it imports, a small part of the
+# 23,000 files that pip would compile in 80 seconds.
 .venv/installed: requirements.lock pyproject.toml
 	@echo "Installing the locked packages into .venv (about 7 GB; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
 

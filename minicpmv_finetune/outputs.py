@@ -50,6 +50,7 @@ _UNMARKED: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """How results of 0.1.0, which left no mark, are known: by the completing file and the names of the others."""
+_RUNS_OF_0_1_0 = ("artifacts/minicpmv-*-*", "run.log")
 
 
 class _Mark(BaseModel):
@@ -311,7 +312,7 @@ def claim_workspace(
     step: str,
     inputs: Mapping[str, str],
     links: Sequence[str] = (),
-    known_by: Sequence[str] = ("artifacts", "run.log"),
+    known_by: Sequence[str] = _RUNS_OF_0_1_0,
 ) -> None:
     """Claim a folder that several runs share: each adds to it, and replaces nothing but these links.
 
@@ -329,7 +330,7 @@ def check_workspace(
     step: str,
     inputs: Mapping[str, str],
     links: Sequence[str] = (),
-    known_by: Sequence[str] = ("artifacts", "run.log"),
+    known_by: Sequence[str] = _RUNS_OF_0_1_0,
 ) -> bool:
     """Refuse a folder that several runs share if it may not be written, before any work.
 
@@ -338,7 +339,7 @@ def check_workspace(
         step: What uses the folder.
         inputs: Paths or URIs that are read, by the names of the options.
         links: Names of symbolic links that each run sets again.
-        known_by: Names, or patterns of names, that such a folder of 0.1.0 contains.
+        known_by: Patterns of paths that such a folder of 0.1.0 contains.
 
     Returns:
         Whether the folder has this step's mark already.
@@ -353,7 +354,7 @@ def check_workspace(
         raise UserError(f"{out}: is a file, but {step} writes a folder; choose another output.")
     names = _names_in(path) if path.is_dir() else set()
     is_known = MARK in names and _read_mark(path).step == step
-    is_of_0_1_0 = MARK not in names and all(any(fnmatchcase(name, known) for name in names) for known in known_by)
+    is_of_0_1_0 = MARK not in names and all(any(path.glob(known)) for known in known_by)
     if names and not (is_known or is_of_0_1_0):
         raise UserError(
             f"{out}: contains files that {step} did not write, such as {min(names)}; choose a new or empty folder."

@@ -10,7 +10,14 @@ import pytest
 
 from minicpmv_finetune.components.train.checkpoints import claim_local_folder, local_folder
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.outputs import MARK, check_cache, check_object_folder, claimed_files, claimed_folder
+from minicpmv_finetune.outputs import (
+    MARK,
+    check_cache,
+    check_object_folder,
+    claim_workspace,
+    claimed_files,
+    claimed_folder,
+)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -377,6 +384,15 @@ class TestUnmarkedResults:
         write(out, step=step)
         assert sorted(tree(out)) == [MARK, "deeper", "deeper/a.parquet", "manifest.json"]
         assert (out / "manifest.json").read_text() == "new"
+
+    def test_a_folder_of_runs_is_known_by_the_runs(self, tmp_path: Path) -> None:
+        (tmp_path / "run.log").write_text("old")
+        (tmp_path / "artifacts" / "figures").mkdir(parents=True)
+        with pytest.raises(UserError, match="contains files that run did not write"):
+            claim_workspace(tmp_path, "run", {})
+        (tmp_path / "artifacts" / "minicpmv-finetune-20260102-030405").mkdir()
+        claim_workspace(tmp_path, "run", {})
+        assert (tmp_path / MARK).is_file()
 
     @pytest.mark.parametrize("name", ["notes.txt", "train.json", "plan.md", "modeling_minicpmv.py"])
     @pytest.mark.parametrize(

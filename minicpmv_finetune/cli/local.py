@@ -34,7 +34,7 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
-    claim_workspace(out, "demo", {}, tuple(LINKS), known_by=("artifacts", "run.log", "digits"))
+    claim_workspace(out, "demo", {}, tuple(LINKS), known_by=("artifacts/minicpmv-*-*", "run.log", "digits"))
     from minicpmv_finetune.pipelines.demo import run_demo
 
     run_demo(out, seed, fresh)
