@@ -12,16 +12,19 @@ the working directory or a mount point, it is assembled inside and its files are
 last: without it a result does not exist.
 """
 
+import fcntl
 import os
 import re
 import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -31,6 +34,8 @@ from minicpmv_finetune.errors import UserError
 
 MARK = ".minicpmv-finetune.json"
 FILES_MARK = ".minicpmv-finetune-files.json"
+_LOCK = ".minicpmv-finetune-lock"
+_SECONDS_TO_LOCK = 60
 _PARTIAL = ".minicpmv-finetune-partial-"
 _OF_FILE_SYSTEM = "lost+found"  # a folder at the root of a new ext4 volume
 _COMPLETING = ("dataset.json", "manifest.json", "training.json", "config.json")
@@ -113,10 +118,10 @@ class OutputFolder:
         """A folder to write the result into, which becomes the output when the block ends without an error."""
         inside = _must_be_assembled_inside(self.path)
         keep = False
-        parent = self.path if inside else self.path.parent
-        staging = Path(tempfile.mkdtemp(prefix=_PARTIAL if inside else f".{self.path.name}.", dir=parent))
+        staging, lock = _make_staging(self.path, inside)
         try:
             yield staging
+            (staging / _LOCK).unlink()
             storage.make_readable(staging)
             files = {name: _state(staging / name) for name in sorted(_entries_below(staging))}
             mark = self.mark.model_copy(update={"files": files})
@@ -135,6 +140,7 @@ class OutputFolder:
         finally:
             if not keep:
                 shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
 
     def _move_in(self, staging: Path, mark: _Mark) -> None:
         before = _read_mark(self.path).own_files(self.path)
@@ -474,6 +480,26 @@ def _create(out: str | Path, path: Path) -> list[Path]:
                 folder.rmdir()
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output.") from error
     return missing
+
+
+def _make_staging(out: Path, inside: bool) -> tuple[Path, int]:
+    """A new hidden folder in or beside an output, and the descriptor of the lock that shows that it is in use.
+
+    A process that was killed leaves its folder, which may contain a whole model, but not its lock: such folders are
+    removed. A folder of the last minute stays, since its lock may be about to be taken.
+    """
+    parent, prefix = (out, _PARTIAL) if inside else (out.parent, f".{out.name}.")
+    for lock in parent.glob(f"{escape(prefix)}*/{_LOCK}"):
+        with suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - lock.stat().st_mtime > _SECONDS_TO_LOCK:
+                shutil.rmtree(lock.parent)
+                print(f"{lock.parent}: what an interrupted attempt left is removed.", file=sys.stderr)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    held = os.open(staging / _LOCK, os.O_CREAT | os.O_WRONLY)
+    with suppress(OSError):  # of a file system without locks, where nothing is removed either
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return staging, held
 
 
 def _must_be_assembled_inside(path: Path) -> bool:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -186,6 +188,38 @@ def test_a_mount_point_is_assembled_inside(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     write(out)
     assert out.stat().st_ino == number
+    assert (out / "manifest.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_what_a_killed_attempt_left_is_removed_by_the_next_one(
+    is_mount: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: is_mount and path == out)
+    code = f"""
+import os
+from pathlib import Path
+from minicpmv_finetune.outputs import claimed_folder
+Path.is_mount = lambda path: {is_mount} and path == Path({str(out)!r})
+with claimed_folder({str(out)!r}, "preprocess", {{}}) as output, output.assembled() as staging:
+    (staging / "large").write_text("half")
+    print(staging, flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as killed:
+        assert killed.stdout is not None
+        left = Path(killed.stdout.readline().strip())
+        (lock,) = left.glob(".*lock")
+        os.utime(lock, (0, 0))
+        write(out)
+        assert (left / "large").is_file()  # still in use
+        killed.kill()
+    write(out)
+    assert not left.exists()
     assert (out / "manifest.json").read_text() == "new"
 
 
