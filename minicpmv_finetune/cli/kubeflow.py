@@ -16,7 +16,7 @@ import typer
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_file
-from minicpmv_finetune.pipelines import PipelineChoice
+from minicpmv_finetune.pipelines import PipelineChoice, all_pipelines
 
 from .options import Output, not_empty, path_option
 
@@ -494,8 +494,11 @@ def _connect(profile: "Profile") -> "Cluster":
     return connect(profile)
 
 
+_OBJECT = "apiVersion: pipelines.kubeflow.org/v2beta1\nkind: Pipeline\nmetadata:\n  name: {name}\n"
+
+
 def _refuse_other_file(output: Path) -> None:
-    """Refuse to overwrite a file that is no compiled pipeline.
+    """Refuse to overwrite a file that is no compiled pipeline of this program.
 
     Raises:
         UserError: As the text says.
@@ -505,9 +508,13 @@ def _refuse_other_file(output: Path) -> None:
         raise UserError(f"{output}: compile writes YAML; give a name that ends with .yaml.")
     if output.exists():
         with output.open("rb") as file:
-            start = file.read(4096)
-        if b"# PIPELINE DEFINITION" not in start and b"pipelines.kubeflow.org" not in start:
-            raise UserError(f"{output}: exists and is no compiled pipeline; choose another file.")
+            start = file.read(4096).decode(errors="replace")
+        is_own = any(
+            start.startswith((f"# PIPELINE DEFINITION\n# Name: {pipeline.name}\n", _OBJECT.format(name=pipeline.name)))
+            for pipeline in all_pipelines().values()
+        )
+        if not is_own:
+            raise UserError(f"{output}: exists and is no pipeline that compile wrote; choose another file.")
 
 
 def _print(answer: Any, output: Output, text: Callable[[], str]) -> None:

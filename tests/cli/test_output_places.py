@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from minicpmv_finetune.cli.kubeflow import _refuse_other_file
 from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.errors import UserError
 from tests.shards.example_shards import write_example_shards
@@ -171,3 +172,22 @@ def test_objects_in_a_store_are_neither_replaced_nor_deleted(s3_uri: str, mine: 
     done = CliRunner().invoke(app, words)
     assert "lies in the input --base-model" in str(done.exception)
     assert storage.read_bytes(f"{s3_uri}/models/base/config.json") == b"{}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# PIPELINE DEFINITION\n# Name: another-pipeline\n",
+        "apiVersion: pipelines.kubeflow.org/v2beta1\nkind: Pipeline\nmetadata:\n  name: another-pipeline\n",
+        "# my notes about pipelines.kubeflow.org\n",
+    ],
+)
+def test_another_pipeline_is_not_overwritten(content: str, mine: Path, invoke: Invoke) -> None:
+    (mine / "pipeline.yaml").write_text(content)
+    assert "exists and is no pipeline that compile wrote" in invoke("compile", "pipeline.yaml")
+
+
+def test_a_compiled_pipeline_is_written_again(tmp_path: Path) -> None:
+    compiled = Path(__file__).parents[2] / "minicpmv_finetune" / "pipelines" / "compiled"
+    for file in sorted(compiled.glob("*.yaml")):
+        _refuse_other_file(file)
