@@ -202,8 +202,9 @@ def submit(
     pipeline: PipelineName = "finetune",
     mlflow_experiment: Annotated[str, typer.Option(help="Experiment for Kubeflow's own MLflow plugin.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run, and exit with 1 if it fails.")] = False,
-    timeout: Annotated[float, typer.Option(help="Maximum seconds to wait; the run continues afterwards.")] = 7 * 86400,
-    poll: Annotated[float, typer.Option(help="Seconds between two requests while waiting.")] = 5,
+    timeout: Annotated[float, typer.Option(min=0, help="Maximum seconds to wait; the run continues afterwards.")] = 7
+    * 86400,
+    poll: Annotated[float, typer.Option(min=0, help="Seconds between two requests while waiting.")] = 5,
     dry_run: DryRun = False,
     output: OutputFormat = "text",
 ) -> None:

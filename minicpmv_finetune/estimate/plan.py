@@ -98,11 +98,8 @@ def estimate_run(
     encoder = Encoder.from_checkpoint(base, max_slice_nums)
     model = read_model(base)
     rejected: Counter[str] = Counter()
-    by_uri = {
-        uri: list(measure_samples(uri, encoder, exif_transpose, rejected))
-        for uri in filter(None, (data_uri, eval_data_uri))
-    }
-    measured = [sample for samples in by_uri.values() for sample in samples]
+    splits = [list(measure_samples(uri, encoder, exif_transpose, rejected)) for uri in (data_uri, eval_data_uri) if uri]
+    measured = [sample for samples in splits for sample in samples]
     too_long = [sample for sample in measured if sample.tokens > model_max_length]
     if too_long:
         rejected["too_long"] = len(too_long)
@@ -111,7 +108,7 @@ def estimate_run(
         shortest = f"; the shortest has {min(sample.tokens for sample in measured):,} tokens" if measured else ""
         raise UserError(f"{data_uri}: no usable sample{shortest}; rejected: {dict(rejected) or 'none'}; fix the data.")
     if eval_data_uri:
-        eval_samples = sum(sample.tokens <= model_max_length for sample in by_uri[eval_data_uri])
+        eval_samples = sum(sample.tokens <= model_max_length for sample in splits[1])
     else:
         eval_samples = round(eval_fraction * len(fitting))
     return Estimate(

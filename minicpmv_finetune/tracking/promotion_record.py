@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.errors import UserError, describe_validation_error
 
 
 class PromotionRecord(BaseModel):
@@ -37,9 +38,15 @@ def read_promotion_record(path: Path) -> PromotionRecord:
     """Read a file that evaluate wrote.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or it is no promotion record.
     """
-    return PromotionRecord.model_validate_json(storage.read_bytes(str(path)))
+    try:
+        return PromotionRecord.model_validate_json(storage.read_bytes(str(path)))
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: not a promotion record ({describe_validation_error(error, 'the file')}); give the file that "
+            "evaluate wrote in a pipeline."
+        ) from error
 
 
 # Pipelines that were compiled by 0.1.0 import these names.

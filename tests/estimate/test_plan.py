@@ -157,6 +157,9 @@ def test_steps_follow_from_batches_and_epochs(data: Path, tiny_46: Path) -> None
     assert estimate(data, tiny_46, recipe=recipe_with(batch_size=2, epochs=2.0)).steps == 6
     recipe = recipe_with(batch_size=1, devices=2, accumulation_steps=3, epochs=3.0)
     assert estimate(data, tiny_46, recipe=recipe).steps == 3
+    # The same file may be both, as in a first trial.
+    same = estimate(data, tiny_46, str(data), recipe=recipe_with(batch_size=2, epochs=2.0))
+    assert (same.steps, same.samples, same.eval_samples) == (6, 10, 5)
 
 
 def test_parameters_are_counted_from_headers(tiny_46: Path) -> None:

@@ -277,6 +277,13 @@ def test_names_that_mlflow_cannot_store_are_refused(name: str, monkeypatch: pyte
         open_registry(name)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"promote": "perhaps"}'])
+def test_a_file_that_is_no_promotion_record_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "record").write_text(content)
+    with pytest.raises(UserError, match="record: not a promotion record"):
+        register(tmp_path / "record", "model")
+
+
 def test_versions_of_one_model_and_of_all_models(registry: Registry) -> None:
     registered(registry, 2)
     client = MlflowClient()
