@@ -134,6 +134,9 @@ def check_training(argv: Sequence[str]) -> None:
     if out := values.get("output_dir"):
         found = _noted("--output_dir", lambda: check_folder(out, "train", inputs))
         mistakes += found or _noted("--checkpoint_uri", lambda: _check_checkpoints(values, inputs))
+    elif not any(sentence.startswith("--output_dir:") for sentence in mistakes):
+        # transformers would write to trainer_output in the working directory.
+        mistakes.append("--output_dir: missing; give the folder that receives the result.")
     if model := values.get("model_name_or_path"):
         places.append(_Place("--model_name_or_path", model, lambda: _check_kind(model, values), True))
     if data := values.get("data_path"):

@@ -269,6 +269,7 @@ def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
         ("--data_path {data} --llm_type llama3", "--llm_type llama3 contradicts the checkpoint"),
         ("--data_path {data} --output_dir {data}", "--output_dir: {data}: is also the input --data_path"),
         ("--data_path {data} --output_dir ", "--output_dir: empty; give a path."),
+        ("--data_path {data}", "--output_dir: missing; give the folder"),
         (
             "--data_path {data} --output_dir {base}-2 --checkpoint_uri {base}",
             "--checkpoint_uri: {base}: is also the input --model_name_or_path",
@@ -295,7 +296,8 @@ def test_shards_without_samples_to_evaluate_are_found_before_a_training_that_nee
     given: dict[str, Any], tmp_path: Path
 ) -> None:
     shards = write_example_shards(tmp_path / "shards")
-    flags = ["--model_name_or_path", given["base_model_uri"], "--data_path", str(shards)]
+    places = {"model_name_or_path": given["base_model_uri"], "data_path": shards, "output_dir": tmp_path / "out"}
+    flags = [f"--{name}={value}" for name, value in places.items()]
     check_training(flags)
     with pytest.raises(UserError, match="has no samples to evaluate, which --eval_strategy epoch needs"):
         check_training([*flags, "--eval_strategy", "epoch"])
