@@ -552,7 +552,8 @@ def _remove(folder: Path, name: str) -> None:
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in before.items() if now.get(name) != value) or "other inputs"
+    parts = [f"{name} {value}" if value else f"no {name}" for name, value in before.items() if now.get(name) != value]
+    return ", ".join(parts) or "other inputs"
 
 
 def _completing_first(name: str) -> tuple[bool, str]:

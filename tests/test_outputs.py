@@ -285,8 +285,10 @@ def test_a_step_replaces_its_own_result_and_says_so_when_its_inputs_differ(
     write(tmp_path / "out", {"--dataset": "one"}, content="one")
     write(tmp_path / "out", {"--dataset": "one"}, content="again")
     assert capsys.readouterr().err == ""
-    write(tmp_path / "out", {"--dataset": "two"}, content="two")
+    write(tmp_path / "out", {"--dataset": "two", "--base-model": ""}, content="two")
     assert "the result of --dataset one is replaced" in capsys.readouterr().err
+    write(tmp_path / "out", {"--dataset": "two", "--base-model": "base"}, content="two")
+    assert "the result of no --base-model is replaced" in capsys.readouterr().err
     assert (tmp_path / "out" / "manifest.json").read_text() == "two"
 
 

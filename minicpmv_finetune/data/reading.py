@@ -18,6 +18,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 
 from . import image_files
+from .other_formats import kind_of
 from .samples import SampleError
 
 _CHUNK = 1 << 18  # bytes read at once, at least
@@ -148,7 +149,7 @@ def read_records(uri: str, path: Path, report_bytes: Callable[[int], object] = l
         else:
             window.hold()
             try:
-                kind = type(window.value()).__name__
+                kind = kind_of(window.value())
                 _expect_end(window)
             except _InvalidJsonError:
                 window.rewind()

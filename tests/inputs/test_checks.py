@@ -162,7 +162,7 @@ def test_a_base_model_of_another_kind_is_refused(given: dict[str, Any], config: 
     [
         ("[]", "empty_file"),
         ("[{]", "invalid JSON at line 1"),
-        ('"text"', "contains str, not an array of samples"),
+        ('"text"', "contains text, not an array of samples"),
         (json.dumps([{"id": 1}]), "none of the first 1 samples can be used. schema: "),
         (json.dumps([_sample(image="no.png")]), "image_missing: "),
         (json.dumps([_sample(metric="anlss")]), "sample 0: metric: 'anlss' is none of exact_match"),

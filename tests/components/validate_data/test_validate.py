@@ -783,7 +783,11 @@ def test_json_beyond_pythons_limits_is_invalid_too(content: str, folder: DataFol
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"[\xff\xfe]", "not UTF-8"), (b'"words"', "contains str, not an array"), (b"7", "contains int, not an array")],
+    [
+        (b"[\xff\xfe]", "not UTF-8"),
+        (b'"words"', "contains text, not an array"),
+        (b"7", "contains a number, not an array"),
+    ],
 )
 def test_a_file_of_another_kind_is_refused(content: bytes, sentence: str, folder: DataFolder) -> None:
     with pytest.raises(UserError, match=f"train.json: {sentence}"):
