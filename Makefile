@@ -138,14 +138,16 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 IMAGES := data trainer
 
+# Its tag is the release of Debian, so that another release is another image, and one that is there is built once.
+BASE := $(shell cat images/base)
 base-image:  ## build the base image that images/base names, from Debian's packages (as root)
 	rm -rf build/base && mkdir -p build
-	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/base
-	tar -C build/base -c . | podman import - $$(cat images/base) && rm -rf build/base
+	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates $(lastword $(subst :, ,$(BASE))) build/base
+	tar -C build/base -c . | podman import - $(BASE) && rm -rf build/base
 
 images: install $(if $(filter push,$(MAKECMDGOALS)),registry-is-named)  ## build the container images, with their software bills of materials in build/images
 	rm -rf build/lib build/images/*.whl && mkdir -p build/images
-	podman image exists $$(cat images/base) || $(MAKE) base-image
+	podman image exists $(BASE) || $(MAKE) base-image
 	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir build/images .
 	test -x build/sbom/bin/cyclonedx-py || \
 		{ $(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install -qq cyclonedx-bom; }
@@ -154,7 +156,7 @@ images: install $(if $(filter push,$(MAKECMDGOALS)),registry-is-named)  ## build
 		build/sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 			--output-file build/images/$$image.cdx.json build/images/$$image.txt && \
 		buildah build --layers --isolation chroot $(BUILD_OPTIONS) --file images/Dockerfile \
-			--build-arg BASE=$$(podman image inspect --format '{{.Id}}' $$(cat images/base)) \
+			--build-arg BASE=$$(podman image inspect --format '{{.Id}}' $(BASE)) \
 			--build-arg VARIANT=$$image --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
 			--tag minicpmv-finetune/$$image:$(VERSION) . || exit 1; \
 	done

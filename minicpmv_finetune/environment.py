@@ -79,6 +79,11 @@ WORKER_EXIT_FOLDER = Variable(
     f"{PREFIX}WORKER_EXIT_FOLDER", "set by the launcher: folder into which its training processes write why they ended"
 )
 
+MLFLOW_UI = Variable(
+    f"{PREFIX}MLFLOW_UI",
+    "address at which people open MLflow, for links on the pages of a run; the profile's without it",
+)
+
 # MLflow's.
 TRACKING_URI = Variable("MLFLOW_TRACKING_URI", "address of MLflow; without it nothing is tracked")
 EXPERIMENT = Variable("MLFLOW_EXPERIMENT_NAME", "experiment of the runs", "minicpmv-finetune")

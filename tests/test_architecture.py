@@ -14,7 +14,17 @@ STEPS = ("validate_data", "preprocess", "train", "merge", "evaluate", "register"
 LAYERS = (
     ("moved_modules",),
     ("errors", "environment"),
-    ("container_images", "git_commit", "storage", "progress", "workers", "process_tree", "options", "yaml_files"),
+    (
+        "container_images",
+        "kubernetes_terms",
+        "git_commit",
+        "storage",
+        "progress",
+        "workers",
+        "process_tree",
+        "options",
+        "yaml_files",
+    ),
     ("run_records", "outputs"),
     ("permanent_errors",),
     ("data",),

@@ -227,7 +227,7 @@ def submit(
     cluster = _connect(settings)
     submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)
     answer: dict[str, Any] = {**asdict(submission), "dry_run": dry_run, "state": None, "outcome": None, "result": None}
-    text = _describe_submission(submission, dry_run)
+    text = _describe_submission(submission, dry_run, cluster.where(submission.run_id))
     if not wait or dry_run:
         _print(answer, output, lambda: text)
         return
@@ -255,12 +255,12 @@ def _read_result(cluster: "Cluster", run: "kfp_server_api.V2beta1Run") -> "tuple
         return None, ""
 
 
-def _describe_submission(submission: "Submission", dry_run: bool) -> str:
+def _describe_submission(submission: "Submission", dry_run: bool, where: str) -> str:
     would = "would be " if dry_run else ""
     uploaded = f"{would}uploaded" if submission.uploaded else "already uploaded"
     started = f"{would}started" if submission.started else "already started"
     lines = [f"pipeline version {submission.pipeline_version}: {uploaded}", f"run {submission.name}: {started}"]
-    return "\n".join([*lines, submission.link] if submission.link else lines)
+    return "\n".join([*lines, where] if submission.run_id else lines)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -277,6 +277,7 @@ def runs(
     output: OutputFormat = "text",
 ) -> None:
     """List the newest runs, or the steps of one run with the reason why a step failed or waits."""
+    from minicpmv_finetune.kubeflow.client import HOW_TO_LINK
     from minicpmv_finetune.kubeflow.run_reasons import explained_steps
     from minicpmv_finetune.kubeflow.runs import find_run, list_runs
     from minicpmv_finetune.kubeflow.runs import retry as start_again
@@ -290,13 +291,15 @@ def runs(
     if not run:
         rows = [asdict(row) for row in list_runs(cluster, experiment, most)]
         _print(rows, output, lambda: _table(rows) or "no runs")
+        if rows and not rows[0]["link"]:
+            print(f"note: {HOW_TO_LINK}", file=sys.stderr)
         return
     found = find_run(cluster, run)
     if retry:
         start_again(cluster, found, dry_run)
         answer = {"run_id": found.run_id, "changed": True, "dry_run": dry_run}
         change = "would be started again" if dry_run else "is being started again"
-        _print(answer, output, lambda: f"{found.display_name}: {change}; {cluster.run_link(found.run_id)}")
+        _print(answer, output, lambda: f"{found.display_name}: {change}; {cluster.where(found.run_id)}")
         return
     if found.state in ("FAILED", "CANCELED"):
         end_tracked_runs(cluster.profile, {found.run_id: found.state})
@@ -424,28 +427,29 @@ def list_schedules(profile: ProfileName = "", namespace: Namespace = "", output:
     _print(rows, output, lambda: _table(rows) or "no schedules")
 
 
-@schedule_app.command()
-def pause(
-    name: ScheduleName,
-    profile: ProfileName = "",
-    namespace: Namespace = "",
-    dry_run: DryRun = False,
-    output: OutputFormat = "text",
-) -> None:
-    """Stop a schedule from starting runs, until it is resumed."""
-    _set_enabled(name, _load(profile, namespace), False, dry_run, output)
+def _switch(enabled: bool) -> Callable[..., None]:
+    """The command that resumes or pauses a schedule."""
+
+    def switch(
+        name: ScheduleName,
+        profile: ProfileName = "",
+        namespace: Namespace = "",
+        dry_run: DryRun = False,
+        output: OutputFormat = "text",
+    ) -> None:
+        from minicpmv_finetune.kubeflow.schedule import set_enabled
+
+        changed = set_enabled(_connect(_load(profile, namespace)), name, enabled, dry_run)
+        state = "resumed" if enabled else "paused"
+        change = f"would be {state}" if dry_run else state
+        text = f"{name}: {change if changed else f'was {state} already'}"
+        _print({"name": name, "changed": changed, "dry_run": dry_run}, output, lambda: text)
+
+    return switch
 
 
-@schedule_app.command()
-def resume(
-    name: ScheduleName,
-    profile: ProfileName = "",
-    namespace: Namespace = "",
-    dry_run: DryRun = False,
-    output: OutputFormat = "text",
-) -> None:
-    """Let a paused schedule start runs again."""
-    _set_enabled(name, _load(profile, namespace), True, dry_run, output)
+schedule_app.command("pause", help="Stop a schedule from starting runs, until it is resumed.")(_switch(enabled=False))
+schedule_app.command("resume", help="Let a paused schedule start runs again.")(_switch(enabled=True))
 
 
 @schedule_app.command("delete")
@@ -468,16 +472,6 @@ def delete_schedules(
     state = "would be deleted" if dry_run else "deleted"
     lines = [f"{item}: {state if existed else 'does not exist'}" for item, existed in deleted.items()]
     _print(deleted, output, lambda: "\n".join(lines))
-
-
-def _set_enabled(name: str, profile: "Profile", enabled: bool, dry_run: bool, output: Output) -> None:
-    from minicpmv_finetune.kubeflow.schedule import set_enabled
-
-    changed = set_enabled(_connect(profile), name, enabled, dry_run)
-    state = "resumed" if enabled else "paused"
-    change = f"would be {state}" if dry_run else state
-    text = f"{name}: {change if changed else f'was {state} already'}"
-    _print({"name": name, "changed": changed, "dry_run": dry_run}, output, lambda: text)
 
 
 def _load(profile: str, namespace: str, gpus: int | None = None, registry: str = "") -> "Profile":

@@ -6,7 +6,7 @@ last page, and errors that are sentences instead of HTTP bodies. Address and tok
 
 - the address: `KF_PIPELINES_ENDPOINT`, else the profile, from outside the cluster through a port-forward;
 - the token: `KF_PIPELINES_TOKEN`, else the service account's token, which Kubernetes mounts into pods that request it;
-- links: `KF_PIPELINES_UI_ENDPOINT`, else the profile, else the address.
+- links: `KF_PIPELINES_UI_ENDPOINT`, else the profile, else the address, unless only pods can reach it.
 """
 
 import contextlib
@@ -25,10 +25,13 @@ from kfp.client import Client, set_volume_credentials
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError, without_password
+from minicpmv_finetune.kubernetes_terms import service_of
 
 from .forwarding import reachable
+from .kubernetes_access import is_inside_cluster
 from .profile import Profile
 
+HOW_TO_LINK = f"for links, set {environment.KFP_UI_ENDPOINT} to the address at which you open Kubeflow's UI"
 TIMEOUT_SECONDS = (5, 30)  # to connect, and for each wait for data
 _PAGE_SIZE = 100
 
@@ -42,12 +45,14 @@ class Cluster:
         profile: Settings of the cluster.
         endpoint: Address of the server.
         namespace: Namespace of the runs; None where the server has a single user, because it then refuses a namespace.
+        ui: Address at which a browser opens the UI; empty if it is not known.
     """
 
     client: Client
     profile: Profile
     endpoint: str
     namespace: str | None
+    ui: str
 
     def call(self, service: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call one of the client's services.
@@ -84,9 +89,12 @@ class Cluster:
         return next(self.list_all(service, field, *arguments, filter=name_filter(name), **options), None)
 
     def run_link(self, run_id: str) -> str:
-        """The address of a run in the Kubeflow UI."""
-        base = self.profile.kubeflow_pipelines.ui_address() or without_password(self.endpoint)
-        return f"{base.rstrip('/')}/#/runs/details/{run_id}"
+        """The address of a run in the Kubeflow UI; empty if it is not known."""
+        return f"{self.ui.rstrip('/')}/#/runs/details/{run_id}" if self.ui else ""
+
+    def where(self, run_id: str) -> str:
+        """Where to see a run: its link, else its id and what to set for a link."""
+        return self.run_link(run_id) or f"run {run_id} ({HOW_TO_LINK})"
 
     def pipeline_id(self, name: str) -> str | None:
         """The id of the pipeline with this name, if there is one."""
@@ -101,6 +109,19 @@ class Cluster:
         service = self.client.pipelines.pipeline_service_list_pipeline_versions
         found = self.find(service, "pipeline_versions", name, pipeline_id)
         return str(found.pipeline_version_id) if found else None
+
+    def version_inputs(self, pipeline_id: str, version_id: str | None = None) -> set[str]:
+        """Names of the inputs of a pipeline's version, or of its newest one; none if it has no version."""
+        pipelines = self.client.pipelines
+        if version_id:
+            found = [self.call(pipelines.pipeline_service_get_pipeline_version, pipeline_id, version_id)]
+        else:
+            newest = {"sort_by": "created_at desc", "page_size": 1}
+            listed = self.call(pipelines.pipeline_service_list_pipeline_versions, pipeline_id, **newest)
+            found = listed.pipeline_versions or []
+        # The file has the pipeline alone, or beside its settings for Kubernetes.
+        specs = [version.pipeline_spec.get("pipeline_spec", version.pipeline_spec) for version in found]
+        return {name for spec in specs for name in spec["root"].get("inputDefinitions", {}).get("parameters", {})}
 
     def experiment_id(self, name: str) -> str | None:
         """The id of the experiment with this name, if there is one."""
@@ -167,7 +188,11 @@ def connect(profile: Profile) -> Cluster:
         health = client.healthzs.healthz_service_get_healthz(_request_timeout=TIMEOUT_SECONDS)
     if not _is_json(client.healthzs.healthz_service_get_healthz):
         raise _not_an_api(endpoint)
-    return Cluster(client, profile, endpoint, profile.namespace if health.multi_user else None)
+    ui = profile.kubeflow_pipelines.ui_address()
+    if not ui and address == endpoint and not (is_inside_cluster() and service_of(endpoint)):
+        # Neither a port-forward of this process nor the name of a Service leads a browser anywhere.
+        ui = without_password(endpoint)
+    return Cluster(client, profile, endpoint, profile.namespace if health.multi_user else None, ui)
 
 
 @contextlib.contextmanager

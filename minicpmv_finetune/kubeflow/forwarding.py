@@ -7,7 +7,6 @@ port is open as long as the process lives.
 
 import contextlib
 import os
-import re
 import socket
 import struct
 import threading
@@ -20,19 +19,12 @@ from kubernetes.stream.ws_client import create_websocket, get_websocket_url
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.kubernetes_terms import service_of
 
 from .kubernetes_access import call_kubernetes, is_inside_cluster, kubernetes_client
 
-_SERVICE = re.compile(r"(?P<name>[a-z0-9-]+)\.(?P<namespace>[a-z0-9-]+)(\.svc(\.[a-z0-9.-]+)?)?")
 _PIECE = 1 << 16  # bytes in one frame
 _DATA, _ERROR = b"\x00", b"\x01"  # channels of the first forwarded port
-
-
-def service_of(address: str) -> tuple[str, str] | None:
-    """Name and namespace of the Service that an address may name; None if it has another form, or begins with https."""
-    parts = urlsplit(address)
-    match = _SERVICE.fullmatch(parts.hostname or "") if parts.scheme == "http" else None
-    return (match["name"], match["namespace"]) if match else None
 
 
 def reachable(address: str) -> str:

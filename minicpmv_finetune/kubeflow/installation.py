@@ -13,10 +13,10 @@ import yaml
 
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.errors import AccessError, RetryableError, UserError
+from minicpmv_finetune.kubernetes_terms import service_of
 
 from .checks import Check, SkippedError, run_check
 from .client import Cluster
-from .forwarding import service_of
 from .kubernetes_access import call_kubernetes, kubernetes_client, read_object
 from .profile import Profile
 from .store import LAUNCHER

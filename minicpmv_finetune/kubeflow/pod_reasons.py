@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minicpmv_finetune.kubernetes_terms import cannot_be_pulled, why_container_waits
+
 from .profile import Profile
 
 Record = Mapping[str, Any]
 
-_UNPULLABLE = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
-_ORDINARY_WAITS = ("ContainerCreating", "PodInitializing", "")
 _CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)"', re.IGNORECASE)
 _INSUFFICIENT = re.compile(r"Insufficient ([\w./-]*\w)")
 _IMAGE = re.compile(r'image "([^"]+)"')
@@ -40,7 +40,7 @@ def why_waiting(pod: Record, step: str, profile: Profile, warnings: Sequence[str
     for container in _containers(status):
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, message = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
-        if reason not in _ORDINARY_WAITS:
+        if why_container_waits(reason):
             return _why_container_waits(reason, message, profile)
     return _why_warned(warnings[-1], step, profile) if warnings else ""
 
@@ -125,7 +125,7 @@ def _why_unscheduled(condition: Record, step: str, profile: Profile) -> str:
 
 
 def _why_container_waits(reason: str, message: str, profile: Profile) -> str:
-    if reason in _UNPULLABLE:
+    if cannot_be_pulled(reason):
         image = _IMAGE.search(message)
         cause = message.rpartition(": ")[2] or reason
         return (

@@ -12,11 +12,12 @@ from typing import Any
 import kubernetes
 import urllib3
 
+from minicpmv_finetune.kubernetes_terms import RUN_LABEL
+
 from .kubernetes_access import kubernetes_client
 from .profile import Profile
 from .run_steps import step_of_path
 
-RUN_LABEL = "pipeline/runid"
 _NODE_NAME = "workflows.argoproj.io/node-name"
 _NODE_ID = "workflows.argoproj.io/node-id"
 _TIMEOUT_SECONDS = (5, 30)

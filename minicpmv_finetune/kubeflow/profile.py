@@ -34,13 +34,13 @@ from pydantic import (
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.attempts import NO_RETRY
 from minicpmv_finetune.errors import UserError, describe_validation_error, without_password
+from minicpmv_finetune.kubernetes_terms import QUEUE_LABEL
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.pipelines.pipeline import copy_choices
 from minicpmv_finetune.yaml_files import read_mapping
 
 from .kubernetes_access import own_namespace
 
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 CA_FOLDER = "/etc/minicpmv-ca"
 """Where pods, and the nodes of k8s/components/trainer, find the certificates of a profile's ConfigMap."""
 SHIPPED = ("kubeflow", "kubeflow-profile")
@@ -146,6 +146,7 @@ class MLflow(_Section):
     """The tracking server, and the Secret with its credentials if it requires any."""
 
     tracking_uri: str
+    ui_endpoint: str = Field(default="", description="Address at which people open it, for links.")
     experiment: str = "minicpmv-finetune"
     credentials: SecretEnvironment | None = None
 
@@ -512,6 +513,7 @@ def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
         "AWS_DEFAULT_REGION": profile.s3.region,
         environment.TRACKING_URI.name: profile.mlflow.tracking_uri if profile.mlflow else "",
         environment.EXPERIMENT.name: profile.mlflow.experiment if profile.mlflow else "",
+        environment.MLFLOW_UI.name: _mlflow_ui(profile),
         environment.ALLOWED_URIS.name: " ".join(profile.allowed_uris),
         "HF_ENDPOINT": profile.hub.endpoint,
         **_network_variables(profile),
@@ -524,6 +526,10 @@ def _set_environment(profile: Profile, task: dsl.PipelineTask) -> None:
         kubernetes.use_secret_as_env(task, credentials.secret, credentials.variables)
     if profile.hub.secret:
         kubernetes.use_secret_as_env(task, profile.hub.secret, profile.hub.variables)
+
+
+def _mlflow_ui(profile: Profile) -> str:
+    return without_password(environment.MLFLOW_UI.read() or profile.mlflow.ui_endpoint) if profile.mlflow else ""
 
 
 def _network_variables(profile: Profile) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import kfp_server_api
 
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.kubernetes_terms import RUN_LABEL
 
 from .client import Cluster
 from .pod_reasons import why_died, why_node_ended
@@ -174,5 +175,5 @@ def _progress(namespace: Namespace, run: kfp_server_api.V2beta1Run) -> str:
 def _how_to_see(cluster: Cluster, run: kfp_server_api.V2beta1Run, obstacle: str) -> str:
     return (
         f"Kubeflow does not say why, and {obstacle}; see `kubectl -n {cluster.profile.namespace} describe pods "
-        f"-l pipeline/runid={run.run_id}`."
+        f"-l {RUN_LABEL}={run.run_id}`."
     )

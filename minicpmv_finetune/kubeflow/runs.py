@@ -36,7 +36,7 @@ class RunRow:
         state: State on the server, such as RUNNING.
         created_at: When the run was created, in UTC.
         seconds: Duration so far; None if the run has not started.
-        link: Address of the run in the UI.
+        link: Address of the run in the UI; empty if it is not known.
     """
 
     run_id: str
@@ -115,7 +115,7 @@ def follow(
                 raise
         if time.monotonic() >= deadline:
             raise RetryableError(
-                f"{run_id}: has not finished after {timeout:.0f} s, and continues; see {cluster.run_link(run_id)}."
+                f"{run_id}: has not finished after {timeout:.0f} s, and continues; see {cluster.where(run_id)}."
             )
         time.sleep(min(poll, max(deadline - time.monotonic(), 0)))
 
@@ -177,7 +177,7 @@ def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run, came_to: 
         run: The run, with its tasks.
         came_to: What a run that did not fail came to, if that is known.
     """
-    link = cluster.run_link(run.run_id)
+    link = cluster.where(run.run_id)
     if run.state == "FAILED":
         failed = [step for step in explained_steps(cluster, run) if step.state == "FAILED"]
         if failed:

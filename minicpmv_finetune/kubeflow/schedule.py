@@ -24,6 +24,7 @@ from cron_descriptor import ExpressionDescriptor, Options
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError, describe_validation_error
+from minicpmv_finetune.inputs.table import defaults
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines import PipelineChoice, pipeline_of
 from minicpmv_finetune.yaml_files import read_mapping
@@ -228,6 +229,7 @@ def _reconcile(cluster: Cluster, schedule: Schedule, dry_run: bool) -> Iterator[
     when = describe_time(schedule.cron, _time_zone(cluster))
     existing = list(_list_existing(cluster, schedule.name))
     reference = _pipeline_reference(cluster, schedule, dry_run)
+    schedule = _with_defaults(cluster, schedule, reference)
     digest = _definition_digest(cluster, schedule, reference)
     same = [found for found in existing if _stored_digest(found) == digest]
     if not same:
@@ -307,6 +309,21 @@ def _pipeline_reference(
     elif schedule.version == "current":
         version_id = cluster.version_id(pipeline_id, content_digest(pipeline_for(pipeline, cluster.profile)))
     return kfp_server_api.V2beta1PipelineVersionReference(pipeline_id=pipeline_id, pipeline_version_id=version_id)
+
+
+def _with_defaults(
+    cluster: Cluster, schedule: Schedule, reference: kfp_server_api.V2beta1PipelineVersionReference
+) -> Schedule:
+    """The schedule with every default, as `submit` sends them: the UI compares runs by what they were given.
+
+    A version that this program did not upload may lack inputs, and the server refuses those that it does not know.
+    """
+    known = defaults(pipeline_of(schedule.pipeline).inputs)
+    is_own = schedule.version == "current" or reference.pipeline_id is None
+    if not is_own:
+        names = cluster.version_inputs(reference.pipeline_id, reference.pipeline_version_id)
+        known = {name: value for name, value in known.items() if name in names}
+    return schedule.model_copy(update={"parameters": {**known, **schedule.parameters}})
 
 
 def _definition_digest(

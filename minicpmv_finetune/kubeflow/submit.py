@@ -52,7 +52,7 @@ class Submission:
         name: Name of the run.
         started: Whether the run was new.
         run_id: Id of the run; empty if it was not started.
-        link: Address of the run in the UI; empty if it was not started.
+        link: Address of the run in the UI; empty if it was not started, or the UI's address is not known.
         parameters: Inputs of the run.
     """
 

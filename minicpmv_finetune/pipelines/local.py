@@ -21,10 +21,10 @@ from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import champion_of
 
 from .finetuning import FINETUNE
+from .local_steps import CONTAINER_LABEL, RunSteps
 from .pipeline import Pipeline
 from .run_display import RunDisplay
 from .run_folder import LINKS, RunFolder, inputs_digest, locked, open_run, remove_unfinished, unfinished_runs
-from .run_steps import CONTAINER_LABEL, RunSteps
 
 Runner = Literal["subprocess", "docker"]
 _ALSO_AFTER_FAILURE = tuple(name for name in LINKS if name != "model")

@@ -18,6 +18,7 @@ from kfp.dsl.graph_component import GraphComponent
 from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.components.notify.component import notify
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input
+from minicpmv_finetune.kubernetes_terms import RUN_LABEL
 
 _DOCUMENTATION = "More: `docs/inputs.md` and `docs/kubeflow-ui.md` in the repository."
 
@@ -115,7 +116,7 @@ def inputs_of(component: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def set_run_id(*tasks: dsl.PipelineTask) -> None:
     """Pass the run's id to tasks; it connects a step's MLflow run with its pipeline run, also after a retry."""
     for task in tasks:
-        kubernetes.use_field_path_as_env(task, environment.PIPELINE_RUN_ID.name, "metadata.labels['pipeline/runid']")
+        kubernetes.use_field_path_as_env(task, environment.PIPELINE_RUN_ID.name, f"metadata.labels['{RUN_LABEL}']")
 
 
 def _parameter(item: Input) -> inspect.Parameter:

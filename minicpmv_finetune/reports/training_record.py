@@ -55,10 +55,15 @@ class TrainingRecord(BaseModel):
         return next((entry["loss"] for entry in reversed(self.history) if "loss" in entry), self.metrics["loss"])
 
     @property
-    def headline(self) -> dict[str, float]:
-        """The metrics by the names of Kubeflow's table, where the file's `loss` says that it is the mean."""
+    def figures(self) -> dict[str, float]:
+        """The metrics by the names of pages and tables, where the file's `loss` says that it is the mean."""
         rest = {name: value for name, value in self.metrics.items() if name != "loss"}
         return {"final_loss": self.final_loss, "mean_loss": self.metrics["loss"], **rest}
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The metrics of Kubeflow's table, which sorts them by name: there `epochs` would come before the loss."""
+        return {name: value for name, value in self.figures.items() if name != "epochs"}
 
     def markdown(self) -> str:
         """The base, the share of trained parameters and the final metrics as a table."""
@@ -66,7 +71,7 @@ class TrainingRecord(BaseModel):
         rows = {
             "Base model": f"`{self.base_model}` (MiniCPM-V {self.generation})",
             "Trained": f"{self.parameters['trainable']:,} of {self.parameters['total']:,} parameters ({share:.1%})",
-            **{f"`{name}`": f"{value:.4g}" for name, value in self.headline.items()},
+            **{f"`{name}`": f"{value:.4g}" for name, value in self.figures.items()},
         }
         return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
 

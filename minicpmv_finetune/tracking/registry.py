@@ -31,7 +31,7 @@ from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError, first_line, without_password
 
 from .promotion_record import PromotionRecord
-from .step_runs import mlflow_client
+from .step_runs import browser_address, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -155,15 +155,15 @@ def check_name(name: str) -> None:
 
 
 def link_to_newest(name: str) -> str:
-    """A line of Markdown with a link to the version that was registered last; empty without a name or a server."""
-    server = environment.TRACKING_URI.read()
-    if not name or not server.startswith("http"):
+    """A line of Markdown with a link to the version that was registered last; empty without a name or an address."""
+    address = browser_address()
+    if not name or not address.startswith("http"):
         return ""
     try:
         newest = open_registry(name).challenger()
     except (UserError, RetryableError):
         return ""  # the model is registered, and only the link is missing
-    page = f"{without_password(server).rstrip('/')}/#/models/{urllib.parse.quote(name)}"
+    page = f"{address}/#/models/{urllib.parse.quote(name)}"
     return f"\n[Version {newest.number} in MLflow]({page}/versions/{newest.number})\n" if newest else ""
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, without_password
 from minicpmv_finetune.git_commit import git_commit
+from minicpmv_finetune.kubernetes_terms import service_of
 from minicpmv_finetune.run_records import Outcome, Result, write_outcome
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _ERROR_TAG = "minicpmv.error"
 _FAULT_TAG = "minicpmv.fault"  # with the number of the attempt
 _DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's page of a run begins with it
 _COMMIT_TAG = "mlflow.source.git.commit"  # MLflow's page shows it as the version of the source
+_HOW_TO_LINK = f"for links, set `mlflow.ui_endpoint` in the profile, or {environment.MLFLOW_UI} when you submit"
 _MAX_PARAMETER_LENGTH = 6000  # MLflow's own limit for a parameter's value
 _MAX_BATCH = 1000  # MLflow's own limit for metrics in one call
 _SQLITE = "sqlite:///"
@@ -232,7 +234,7 @@ def open_step_run(task: str, reopen: bool = True) -> StepRun:
 
 
 def link_to_run(task: str) -> str:
-    """A line of Markdown with a link to a step's run; empty where no server tracks the pipeline run."""
+    """A line of Markdown that leads to a step's run; empty where no server tracks the pipeline run."""
     server, pipeline_run = environment.TRACKING_URI.read(), environment.PIPELINE_RUN_ID.read()
     if not server.startswith("http") or not pipeline_run:
         return ""
@@ -243,8 +245,19 @@ def link_to_run(task: str) -> str:
         found = _find(client, experiment, pipeline_run, task)
     except Exception:
         return ""  # the end of the step has reported that the server does not answer
-    address = without_password(server).rstrip("/")
-    return f"\n[This step in MLflow]({address}/#/experiments/{experiment}/runs/{found.info.run_id})\n" if found else ""
+    if not found:
+        return ""
+    if address := browser_address():
+        return f"\n[This step in MLflow]({address}/#/experiments/{experiment}/runs/{found.info.run_id})\n"
+    return f"\nThis step in MLflow: run `{found.info.run_id}` ({_HOW_TO_LINK})\n"
+
+
+def browser_address() -> str:
+    """Where people open the MLflow server; empty where only pods can reach it and nothing names another address."""
+    named, server = environment.MLFLOW_UI.read(), environment.TRACKING_URI.read()
+    if not named and environment.KUBERNETES_HOST.read() and service_of(server):
+        return ""
+    return without_password(named or server).rstrip("/")
 
 
 def note_fault(task: str, attempt: int, sentence: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from kubernetes.utils.quantity import parse_quantity
 from minicpmv_finetune import storage
 from minicpmv_finetune.container_images import DATA_IMAGE, TRAINER_IMAGE
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
-from minicpmv_finetune.kubeflow.profile import QUEUE_LABEL, load_profile
+from minicpmv_finetune.kubeflow.profile import load_profile
+from minicpmv_finetune.kubernetes_terms import QUEUE_LABEL
 
 ROOT = Path(__file__).parents[2]
 KUBECTL = Path(sys.executable).with_name("kubectl")
@@ -156,12 +158,18 @@ def test_an_overlay_for_a_stock_installation_only_adds(name: str, rendered: dict
     assert _named(manifests, "ConfigMap", "mlflow-storage")["data"]["MLFLOW_S3_ENDPOINT_URL"] == profile.s3.endpoint
 
 
-def test_in_a_profiles_namespace_a_run_reaches_kubeflows_object_store(rendered: dict[str, list[Manifest]]) -> None:
+def test_in_a_profiles_namespace_a_run_reaches_all_that_a_profile_may_name(
+    rendered: dict[str, list[Manifest]],
+) -> None:
+    """A proxy, a hub mirror, an object store and MLflow, inside or outside, on any port; not the cloud's metadata."""
     manifests = rendered["overlays/kubeflow-profile"]
     rules = _named(manifests, "NetworkPolicy", "minicpmv-finetune-run")["spec"]["egress"]
-    (kubeflow,) = [rule for rule in rules if "kubernetes.io/metadata.name" in str(rule["to"])]
-    # A policy counts a pod's own port, not that of its Service.
-    assert {8333, 8887, 8888, 8080} <= {item["port"] for item in kubeflow["ports"]}
+    open_to = [target for rule in rules if "ports" not in rule for target in rule["to"]]
+    assert {"namespaceSelector": {}} in open_to
+    blocks = {block["cidr"]: block["except"] for target in open_to if (block := target.get("ipBlock"))}
+    for cidr, closed in (("0.0.0.0/0", "169.254.169.254"), ("::/0", "fd00:ec2::254")):
+        assert any(ip_address(closed) in ip_network(part) for part in blocks[cidr])
+        assert not any(ip_network(part).prefixlen < 10 for part in blocks[cidr])
     assert "169.254.20.10/32" in str(rules)
 
 
@@ -305,7 +313,7 @@ def test_a_users_mistake_ends_a_trainjob_and_a_lost_node_does_not(rendered: dict
     spec = job["template"]["spec"]
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"]["values"] == [USER_ERROR_EXIT]
+    assert rule["onExitCodes"]["values"] == [USER_ERROR_EXIT, 126, 127]
     assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"] == job["name"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     assert jobset["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.kubeflow import runs
-from tests.cluster.commands import INPUTS, Command
+from minicpmv_finetune.kubeflow import client, runs
+from minicpmv_finetune.kubeflow.profile import load_profile
+from tests.cluster.commands import INPUTS, ROOT, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 from tests.kubeflow.recorded import FOLDER, read, read_pods
 
@@ -254,3 +255,20 @@ def test_the_progress_of_several_nodes_is_shown_where_trainer_knows_it(
     objects[path] = {"items": [{"status": {"trainerStatus": status}}]}
     rows = command("runs", recorded("training"), "--output", "json").json
     assert rows[-1]["message"] == "42 %, loss 0.31, 12 min left"
+
+
+def test_no_link_has_an_address_that_only_the_cluster_knows(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = command("submit", *INPUTS, "--output", "json").json["run_id"]
+    assert command("runs", "--output", "json").json[0]["link"] == f"{kubeflow.url}/#/runs/details/{run_id}"
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    monkeypatch.delenv("KF_PIPELINES_UI_ENDPOINT", raising=False)
+    monkeypatch.setattr(client, "reachable", lambda address: kubeflow.url)  # a port-forward of the command's own
+    done = command("runs", "--output", "json")
+    assert done.json[0]["link"] == ""
+    assert done.err.count("set KF_PIPELINES_UI_ENDPOINT to the address at which you open Kubeflow's UI") == 1
+    dev = load_profile(ROOT / "k8s" / "profiles" / "dev.yaml")
+    assert client.connect(dev).where(run_id).startswith(f"run {run_id} (for links, set KF_PIPELINES_UI_ENDPOINT")
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/")
+    assert command("runs", "--output", "json").json[0]["link"] == f"https://kubeflow.example/#/runs/details/{run_id}"

@@ -1,5 +1,6 @@
 """Recurring runs as code, on a server that cannot change a recurring run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from minicpmv_finetune.inputs.table import defaults
 from minicpmv_finetune.kubeflow.schedule import describe_time, to_six_fields
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 from tests.cluster.commands import BASE_MODEL, INPUTS, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 
@@ -52,6 +55,29 @@ def test_apply_creates_a_schedule_once(kubeflow: FakeKubeflow, command: Command,
     assert _apply(command, schedules()) == ["keep"]
     assert kubeflow.recurring_runs == before
     assert all(line.startswith("GET") for line in kubeflow.requests)
+
+
+def test_a_schedule_sends_every_default_that_its_version_knows(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write
+) -> None:
+    def sent() -> dict[str, Any]:
+        (created,) = kubeflow.recurring_runs.values()
+        return dict(created["runtime_config"]["parameters"])
+
+    given = {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL}
+    assert _apply(command, schedules()) == ["create"]
+    assert sent() == {**defaults(RETRAIN.inputs), **given}
+    # Another program's version is the newest one now, and has no input `seed`.
+    newest = max(kubeflow.versions.values(), key=lambda version: version["created_at"])
+    spec = json.loads(json.dumps(newest["pipeline_spec"]))
+    del spec.get("pipeline_spec", spec)["root"]["inputDefinitions"]["parameters"]["seed"]
+    version = {**newest, "pipeline_version_id": "other", "display_name": "other", "created_at": kubeflow.now()}
+    kubeflow.versions["other"] = {**version, "pipeline_spec": spec}
+    for chosen in ("latest", "other"):
+        kubeflow.recurring_runs.clear()
+        assert _apply(command, schedules(version=chosen)) == ["create"]
+        assert "seed" not in sent()
+        assert sent()["metric"] == defaults(RETRAIN.inputs)["metric"]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,19 @@ def test_images_are_pushed_to_the_registry_that_is_named() -> None:
     assert all(f"registry.example.com/team/$image:{VERSION}-{name}" in joined for name in ("amd64", "arm64"))
 
 
+def test_the_base_image_is_built_once_for_each_release_of_debian(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "base").write_text("localhost/minicpmv-finetune/base:trixie\n")
+
+    def shown(target: str) -> str:
+        # Nothing is installed: the packages count as installed already.
+        words = ["make", "-n", "-o", "install", "-f", str(ROOT / "Makefile"), target]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    assert "ca-certificates trixie build/base" in shown("base-image")
+    assert "podman image exists localhost/minicpmv-finetune/base:trixie || make base-image" in shown("images")
+
+
 def test_a_package_with_an_entry_for_each_python_version_keeps_them_all(packages: tuple[str, str]) -> None:
     lock = (ROOT / "requirements.lock").read_text()
     _, listed = packages

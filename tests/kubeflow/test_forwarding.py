@@ -2,7 +2,7 @@
 
 import pytest
 
-from minicpmv_finetune.kubeflow.forwarding import service_of
+from minicpmv_finetune.kubernetes_terms import service_of
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import pytest
 from kfp import dsl
 
 from minicpmv_finetune.pipelines.local import _link, run_pipeline
+from minicpmv_finetune.pipelines.local_steps import RunSteps
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 from minicpmv_finetune.pipelines.run_display import RunDisplay
 from minicpmv_finetune.pipelines.run_folder import RunFolder
-from minicpmv_finetune.pipelines.run_steps import RunSteps
 
 
 @dsl.component(base_image="python:3", install_kfp_package=False)

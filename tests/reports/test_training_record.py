@@ -3,6 +3,7 @@
 import pytest
 
 from minicpmv_finetune.reports.training_record import mean_loss
+from tests.example_record import example_record
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,10 @@ def test_the_mean_loss_of_a_continued_training_counts_every_step(
     history: list[dict[str, float]], mean: float | None
 ) -> None:
     assert mean_loss(history) == mean
+
+
+def test_the_loss_comes_first_in_kubeflows_table() -> None:
+    metrics = {"loss": 0.5, "epochs": 3.0, "samples/s": 2.0, "padding": 0.1, "peak_memory_mb": 1.0}
+    record = example_record(metrics=metrics, history=[{"loss": 0.25}])
+    assert sorted(record.headline)[:2] == ["final_loss", "mean_loss"]
+    assert "| `epochs` | 3 |" in record.markdown()

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.step_runs import (
     StepRun,
     finish_pipeline_run,
@@ -285,3 +287,29 @@ def test_a_database_appears_only_with_all_its_tables(tmp_path: Path) -> None:
     first, all_tables = done.stdout.split()
     assert int(first) == int(all_tables) > 20
     assert [path.name for path in place.parent.iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.parametrize(
+    ("server", "named", "address"),
+    [
+        ("https://somebody:hidden@mlflow.example/", "", "https://mlflow.example"),
+        ("http://mlflow.kubeflow:5000", "", ""),
+        ("http://mlflow.kubeflow:5000", "https://mlflow.example", "https://mlflow.example"),
+    ],
+)
+def test_pages_link_mlflow_where_a_browser_can_open_it(
+    server: str, named: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.KUBERNETES_HOST.name, "10.0.0.1")
+    monkeypatch.setenv(environment.TRACKING_URI.name, server)
+    monkeypatch.setenv(environment.MLFLOW_UI.name, named)
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
+    found = SimpleNamespace(info=SimpleNamespace(run_id="0123"))
+    for name, answer in (("mlflow_client", None), ("_experiment", "1"), ("_find", found)):
+        monkeypatch.setattr(step_runs, name, lambda *arguments, answer=answer: answer)
+    assert step_runs.browser_address() == address
+    line = step_runs.link_to_run("train")
+    if address:
+        assert line == f"\n[This step in MLflow]({address}/#/experiments/1/runs/0123)\n"
+    else:
+        assert line.startswith("\nThis step in MLflow: run `0123` (for links, set `mlflow.ui_endpoint` in the profile")

@@ -42,7 +42,7 @@ def _facts(record: TrainingRecord) -> dict[str, str]:
         "Trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
         "Maximum slices of an image": str(record.max_slice_nums),
         "Data fingerprint": record.data_fingerprint,
-        **{name: f"{value:,.4g}" for name, value in record.headline.items()},
+        **{name: f"{value:,.4g}" for name, value in record.figures.items()},
         "Device": f"{device} ({platform.machine()})",
         "Processes": environment.WORLD_SIZE.read(),
         "torch": torch.__version__,

@@ -33,6 +33,7 @@ from minicpmv_finetune.errors import (
     StoppedError,
     UserError,
 )
+from minicpmv_finetune.kubernetes_terms import QUEUE_LABEL, RUN_LABEL
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
 
@@ -45,8 +46,6 @@ from .trainjob_waiting import container_status, describe_state, out_of_memory, r
 if TYPE_CHECKING:
     from kubernetes.client import V1Pod
 
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-PIPELINE_RUN_LABEL = "pipeline/runid"  # as Kubeflow Pipelines labels the pods of a run
 _COMMAND = ["python", "-m", "minicpmv_finetune.components.train.trainjob_pod"]
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 _DEADLINE = "activeDeadlineSeconds"  # a field of Kubeflow Trainer 2.3 and newer
@@ -146,7 +145,7 @@ def build_job(
     main = _main_container(pod)
     labels = {"app.kubernetes.io/name": "minicpmv-finetune"}
     if run := environment.PIPELINE_RUN_ID.read(variables):
-        labels[PIPELINE_RUN_LABEL] = run
+        labels[RUN_LABEL] = run
     if queue := pod["metadata"].get("labels", {}).get(QUEUE_LABEL):
         labels[QUEUE_LABEL] = queue
     timeout = pod["spec"].get(_DEADLINE)

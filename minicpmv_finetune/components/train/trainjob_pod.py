@@ -9,13 +9,14 @@ the TrainJob reads how the pod ended from its exit code, and the sentence of an 
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RetryableError, UserError, end_process
+from minicpmv_finetune.errors import RetryableError, UserError, end_process, first_line
 from minicpmv_finetune.reports.training_record import RECORD_FILE
 
 from .launch import CrashExit, launch
@@ -42,7 +43,7 @@ def run_node(output_uri: str, flags: Sequence[str], termination_message: Path = 
         SystemExit: With the exit code of a user's mistake or of a temporary fault, after its sentence was printed.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _crashes_named():
             trained = Path(folder) / "trained"
             _launch([*flags, "--output_dir", str(trained)], LifeWatch(output_uri))
             if environment.NODE_RANK.read() == "0":
@@ -64,6 +65,24 @@ def _launch(flags: Sequence[str], watch: LifeWatch) -> None:
         if watch.is_abandoned:
             raise UserError(ABANDONED) from None
         raise
+
+
+@contextmanager
+def _crashes_named() -> Iterator[None]:
+    """Turn a bug outside of the training processes into a crash that no restart of the nodes repeats.
+
+    What another node's end raises here in torchrun's agent (its rendezvous, and torch's RuntimeError) stays as it is,
+    and so does what a network or a disk may raise: those nodes are worth a restart.
+    """
+    try:
+        yield
+    except (UserError, RetryableError, RuntimeError, OSError, EOFError):
+        raise
+    except Exception as error:
+        if "rendezvous" in type(error).__module__:
+            raise
+        traceback.print_exc()
+        raise UserError(f"exit code 1: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _upload(folder: Path, uri: str) -> None:

@@ -3,22 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minicpmv_finetune.kubernetes_terms import why_container_waits
+
 from .trainjob_cluster import CONTAINER
 
 if TYPE_CHECKING:
     from kubernetes.client import V1ContainerStatus, V1Pod
 
 _RESTART_LABEL = "jobset.sigs.k8s.io/restart-attempt"
-# Reasons of a waiting container that need somebody to act; others, such as ContainerCreating, pass by themselves.
-_STUCK = {
-    "ErrImagePull": "its image cannot be pulled",
-    "ImagePullBackOff": "its image cannot be pulled",
-    "InvalidImageName": "its image has no valid name",
-    "ErrImageNeverPull": "its image is not on the node",
-    "CreateContainerConfigError": "its container cannot be created",
-    "CreateContainerError": "its container cannot be created",
-    "RunContainerError": "its container cannot be started",
-}
 
 
 def container_status(pod: "V1Pod") -> "V1ContainerStatus | None":
@@ -48,8 +40,8 @@ def _reason(pod: "V1Pod") -> str:
             return f"a node waits for a machine ({_shorten(condition.message or condition.reason or 'unscheduled')})"
     status = container_status(pod)
     waiting = status.state.waiting if status and status.state else None
-    if waiting is not None and waiting.reason in _STUCK:
-        return f"a node waits because {_STUCK[waiting.reason]} ({_shorten(waiting.message or waiting.reason)})"
+    if waiting is not None and (why := why_container_waits(waiting.reason or "")):
+        return f"a node waits because {why} ({_shorten(waiting.message or waiting.reason)})"
     return ""
 
 

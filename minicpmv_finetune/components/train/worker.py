@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .flags import read_flags
-from .worker_exit import repeat_exit
+from .worker_exit import record_exit, repeat_exit
 
 
 def leave_out_bitsandbytes(flags: Sequence[str]) -> None:
@@ -39,6 +39,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     repeat_exit()
     leave_out_bitsandbytes(sys.argv[1:])
-    from .finetune import main
+    try:
+        from .finetune import main
+    except Exception:
+        record_exit(1)  # a library that is missing or broken stays so
+        raise
 
     main(sys.argv[1:])

@@ -16,7 +16,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from kfp import dsl
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.components.train import trainjob_pod
@@ -733,6 +735,35 @@ def test_what_need_not_be_repeated_ends_with_the_code_of_a_mistake(
         run_node(f"{s3_uri}/adapter", [], tmp_path / "message")
     assert ended.value.code == 2
     assert (tmp_path / "message").read_text().startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (ImportError("no module torchrun"), 2, "exit code 1: ImportError: no module torchrun"),
+        (RendezvousConnectionError("the other node is gone"), RendezvousConnectionError, ""),
+        (torch.distributed.DistNetworkError("connection reset"), RuntimeError, ""),
+        (ConnectionResetError("reset"), OSError, ""),
+    ],
+)
+def test_a_bug_outside_of_the_training_processes_is_not_repeated(
+    raised: Exception,
+    code: int | type[Exception],
+    message: str,
+    s3_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def launch(flags: Sequence[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr(trainjob_pod, "launch", launch)
+    with pytest.raises(SystemExit if isinstance(code, int) else code) as ended:
+        run_node(f"{s3_uri}/adapter", [], tmp_path / "message")
+    assert getattr(ended.value, "code", None) == (code if isinstance(code, int) else None)
+    assert (tmp_path / "message").exists() == bool(message)
+    if message:
+        assert (tmp_path / "message").read_text() == message
 
 
 @pytest.mark.parametrize(

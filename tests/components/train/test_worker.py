@@ -1,12 +1,14 @@
-"""What a training process leaves out before it imports anything large."""
+"""What a training process does before it imports anything large, and when it cannot."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 from minicpmv_finetune.components.train.worker import leave_out_bitsandbytes
+from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,13 @@ def test_bitsandbytes_is_imported_only_where_it_is_needed(
     sys.modules.pop("bitsandbytes", None)
     leave_out_bitsandbytes(["--model_name_or_path", str(tmp_path), "--data_path", "d", *flags.split()])
     assert ("bitsandbytes" in sys.modules) == is_left_out
+
+
+def test_a_process_whose_import_fails_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINICPMV_FINETUNE_WORKER_EXIT_FOLDER", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "minicpmv_finetune.components.train.finetune", None)
+    monkeypatch.setattr(sys, "argv", ["worker"])
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # this process keeps its own
+    with pytest.raises(ImportError):
+        runpy.run_module("minicpmv_finetune.components.train.worker", run_name="__main__")
+    assert (tmp_path / EXIT_CODE_FILE).read_text() == "1"
