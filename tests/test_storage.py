@@ -293,6 +293,24 @@ def test_a_malformed_endpoint_is_a_mistake(s3_uri: str, monkeypatch: pytest.Monk
         storage.read_bytes(f"{s3_uri}/file")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("AWS_DEFAULT_REGION", "bad region", "AWS_DEFAULT_REGION: .*'bad region'.*; write it like us-east-1"),
+        ("AWS_PROFILE", "nosuch", r"s3://bucket/key: .*\(nosuch\).*; correct or unset AWS_PROFILE"),
+        ("AWS_CONFIG_FILE", "{tmp}/config", "s3://bucket/key: .*/config; correct this file of AWS's configuration"),
+    ],
+)
+def test_a_wrong_setting_of_aws_is_a_mistake_that_names_it(
+    name: str, value: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("[default")
+    for variable, content in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), (name, value)):
+        monkeypatch.setenv(variable, content.format(tmp=tmp_path))
+    with pytest.raises(UserError, match=sentence):
+        storage.read_bytes("s3://bucket/key")
+
+
 def test_a_server_that_is_down_is_reported_soon_and_worth_a_retry(
     s3_uri: str, unreachable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -50,7 +50,13 @@ def explain_failures(uri: str) -> Iterator[None]:
         if is_full_disk(error):
             raise RetryableError(f"{shown}: {describe_full_disk(error)}") from error
         raise RetryableError(f"{shown}: {error.strerror or error}; try again.") from error
-    except (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.ProfileNotFound) as error:
+    except botocore.ProfileNotFound as error:
+        raise AccessError(
+            f"{shown}: {str(error).rstrip('.')}; correct or unset AWS_PROFILE, or add it to AWS's configuration."
+        ) from error
+    except (botocore.ConfigParseError, botocore.ConfigNotFound) as error:
+        raise UserError(f"{shown}: {str(error).rstrip('.')}; correct this file of AWS's configuration.") from error
+    except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
         raise AccessError(
             f"{shown}: no S3 credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
             "(and AWS_ENDPOINT_URL for a server of your own)."

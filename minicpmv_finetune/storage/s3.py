@@ -70,7 +70,10 @@ def _make_client(variables: tuple[tuple[str, str], ...], process: int, validates
     try:
         return Session().client("s3", config=config)
     except ValueError as error:
-        raise UserError(f"AWS_ENDPOINT_URL: {error}; write it as http://host:port.") from error
+        reason = str(error).rstrip(".")
+        if "region" in reason:
+            raise UserError(f"AWS_DEFAULT_REGION: {reason}; write it like us-east-1.") from error
+        raise UserError(f"AWS_ENDPOINT_URL: {reason}; write it as http://host:port.") from error
 
 
 @lru_cache(maxsize=2)
