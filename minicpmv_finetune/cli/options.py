@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 from minicpmv_finetune.options import read_json
@@ -19,11 +20,12 @@ Inputs = Mapping[str, Any]
 
 
 def _path(text: str) -> Path:
-    """The path, with `~` as the home folder also where the shell has left it, as in `--out=~/run`."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text}: there is no such home directory; write the path in full.") from None
+    """The path, with `~` as the home folder also where the shell has left it, as in `--out=~/run`.
+
+    Raises:
+        UserError: No file can have this path. (That a place must not be in a store is the command's own sentence.)
+    """
+    return Path(text) if "://" in text else storage.local_path(text)
 
 
 def not_empty(name: str, kind: Callable[[str], Any] = _path) -> Any:

@@ -61,6 +61,8 @@ def test_every_command_and_option_has_help(name: str) -> None:
         (["run", "--data", "d.json", "--training-flags", "[]"], "--training-flags: must be a JSON object"),
         (["run", "--data", "d.json", "--data-options", "{"], "--data-options: invalid JSON"),
         (["run", "--data", "d.json", "--data-options", '{"seed": 1, "seed": 2}'], "--data-options: has 'seed' twice"),
+        (["upload", "x" * 256], "longer than a path can be"),
+        (["compile", "half\udce9.yaml"], "not UTF-8 text"),
         (["plan", "--data", "d.json", "--eval-fraction", "1"], "eval_fraction: 1.0 is not accepted; give less than 1."),
     ],
 )
