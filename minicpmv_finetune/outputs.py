@@ -382,8 +382,9 @@ def release_workspace(out: Path) -> None:
 
 
 def _refuse_store(out: str | Path, step: str) -> None:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
-        raise UserError(f"{out}: {step} writes to this machine, not to a store; give a local path.")
+    if store := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(out)):
+        shown = f"{store[1]}://{str(out)[store.end() :]}"  # a Path has lost a slash
+        raise UserError(f"{shown}: {step} writes to this machine, not to a store; give a local path.")
 
 
 def _refuse_overlap(out: str, path: Path, inputs: Mapping[str, str]) -> None:

@@ -124,7 +124,9 @@ def test_a_cache_in_an_input_is_refused(command: str, option: str, invoke: Invok
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "merge"])
 def test_a_store_is_refused_where_a_command_writes_to_this_machine(command: str, invoke: Invoke) -> None:
-    assert "local path" in invoke(command, "s3://bucket/place")
+    sentence = invoke(command, "s3://bucket/place")
+    assert "s3://bucket/place: " in sentence
+    assert "local path" in sentence
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("import-data", "compile")])
