@@ -411,7 +411,7 @@ BAD_SAMPLES: dict[str, tuple[Any, str, str]] = {
         r"no\.png: not found",
     ),
     "folder as image": ({"image": ".", TURNS: [ASK, ANSWER]}, "image_missing", "is a folder"),
-    "endless name": ({"image": "a" * 9999, TURNS: [ASK, ANSWER]}, "image_missing", "invalid path"),
+    "endless name": ({"image": "a" * 9999, TURNS: [ASK, ANSWER]}, "image_missing", "longer than a path can be"),
     "null in a name": ({"image": "a\0.png", TURNS: [ASK, ANSWER]}, "image_missing", "null character"),
     "image is no image": (
         {"image": "text.png", TURNS: [ASK, ANSWER]},
