@@ -15,11 +15,11 @@ demo: install  ## train a tiny MiniCPM-V to read digits: the whole pipeline on t
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
 test: install browser check  ## lint, type check and all tests
-	$(BIN)/python -m pytest -n 2 -m "not faults_only"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not faults_only"
 
 test-faults: install browser  ## kill each step at three moments, and fuzz each reader with 2,000 inputs
-	FAULT_MOMENTS=3 $(BIN)/python -m pytest -n 2 -m faults_only
-	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/faults/test_fuzz.py
+	FAULT_MOMENTS=3 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults_only
+	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults/test_fuzz.py
 
 test-faults-long: install browser  ## the same with twenty moments and 12,500 inputs
 	FAULT_MOMENTS=20 FUZZ_EXAMPLES=12500 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/faults
@@ -81,7 +81,7 @@ mutation: install  ## mutation test of six files, 980 mutants (half an hour)
 coverage: export PYTHONPATH := $(CURDIR)/build/coverage
 coverage: install browser build/coverage/sitecustomize.py  ## report lines and branches that no test reaches, started processes included
 	rm -rf build/coverage/data && mkdir build/coverage/data
-	$(BIN)/python -m coverage run -m pytest -n 2 -m "not faults_only"
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal -m "not faults_only"
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
