@@ -366,8 +366,9 @@ def check_workspace(
             f"{out}: contains files that {step} did not write, such as {min(names)}; choose a new or empty folder."
         )
     for name in links:
-        if os.path.lexists(path / name) and not (path / name).is_symlink():
-            raise UserError(f"{path / name}: {step} would replace this with a link to its result; move it away.")
+        link = path / name
+        if os.path.lexists(link) and not (link.is_symlink() and link.resolve().is_relative_to(path)):
+            raise UserError(f"{link}: {step} would replace this with a link to its result; move it away.")
     for folder in _create(out, path):
         folder.rmdir()
     return is_known

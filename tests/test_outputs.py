@@ -421,6 +421,16 @@ class TestUnmarkedResults:
         assert sorted(tree(out)) == [MARK, "deeper", "deeper/a.parquet", "manifest.json"]
         assert (out / "manifest.json").read_text() == "new"
 
+    def test_a_link_of_the_users_is_not_replaced(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        claim_workspace(out, "run", {}, links=["model"])
+        (out / "model").symlink_to("artifacts/minicpmv-finetune-20260102-030405/merge/model")
+        claim_workspace(out, "run", {}, links=["model"])
+        (out / "model").unlink()
+        (out / "model").symlink_to(tmp_path)
+        with pytest.raises(UserError, match="move it away"):
+            claim_workspace(out, "run", {}, links=["model"])
+
     def test_a_folder_of_runs_is_known_by_the_runs(self, tmp_path: Path) -> None:
         (tmp_path / "run.log").write_text("old")
         (tmp_path / "artifacts" / "figures").mkdir(parents=True)

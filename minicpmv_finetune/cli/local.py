@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
 from minicpmv_finetune.outputs import check_workspace, claim_workspace
 from minicpmv_finetune.pipelines.run_folder import LINKS
@@ -156,6 +157,8 @@ def predict(
     thinking: Annotated[bool, typer.Option("--thinking", help="Request reasoning first (MiniCPM-V 4.5).")] = False,
 ) -> None:
     """Ask a tuned model a question about an image."""
+    if not prompt.strip():
+        raise UserError("--prompt: empty; write a question.")
     from minicpmv_finetune.inputs.checks import check_base_model
 
     check_base_model("--model", model)

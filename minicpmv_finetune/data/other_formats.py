@@ -223,7 +223,9 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
                 "video", f"contains a video ({shown:.100}), which is not supported; give frames as images."
             )
     for name, reason in _REFUSED_IN_ROWS.items():
-        if name in fields:
+        value = fields.get(name)
+        # Tables have {"ref": [], "bbox": []} in each row without boxes.
+        if _filled(value) if isinstance(value, dict) else value is not None:
             raise SampleError("unsupported", f"has `{name}`: {reason}.")
     # Beside a question and its answer, a label that is a number or a word may be a class.
     is_question = bool(fields.keys() & {"answer", "answers"})

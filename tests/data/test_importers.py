@@ -208,6 +208,11 @@ BEFORE = [("user", "Hi."), ("assistant", "Hello.")]
 @pytest.mark.parametrize(
     ("item", "turns", "ignored"),
     [
+        (
+            {"messages": [ASK, ANSWER], "objects": {"ref": [], "bbox": []}},
+            [("user", ASK["content"]), ("assistant", ANSWER["content"])],
+            "objects",
+        ),
         # LLaMA-Factory
         ({"instruction": "Color?", "output": "Red."}, ASKED, ""),
         (

@@ -1,7 +1,7 @@
 """Fixtures of the tests with real faults: a store behind a disturbing relay, and the inputs of every step."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +25,11 @@ def moments() -> int:
 
 
 @pytest.fixture(scope="session")
-def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the inputs of every step, made without disturbance: the data, `base`, and the steps' results."""
+def prepared(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the inputs of every step up to training, made without disturbance: the data, `base`, shards."""
     import json
 
-    from minicpmv_finetune.components.merge.merge import MergeSettings, merge
     from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-    from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -51,7 +49,25 @@ def inputs(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory
     preprocess(
         folder / "dataset", str(tiny_46), folder / "shards", folder / "preprocess-rejects.jsonl", PreprocessSettings()
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(prepared: Path) -> Path:
+    """The same folder with the inputs of every step: an adapter and a merged model too."""
+    from minicpmv_finetune.components.merge.merge import MergeSettings, merge
+    from minicpmv_finetune.components.train.launch import launch
+
+    folder = prepared
     model_and_data = ["--model_name_or_path", str(folder / "base"), "--data_path", str(folder / "shards")]
     launch([*TRAIN_FLAGS.split(), *model_and_data, "--output_dir", str(folder / "adapter")])
-    merge(str(tiny_46), folder / "adapter", folder / "shards", folder / "model", folder / "merge.json", MergeSettings())
+    base = str(folder / "base")
+    merge(base, folder / "adapter", folder / "shards", folder / "model", folder / "merge.json", MergeSettings())
     return folder
+
+
+@pytest.fixture
+def inputs_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """A function that returns the folder with a step's inputs and undisturbed result, and trains only if needed."""
+    early = ("validate-data", "preprocess")
+    return lambda step: request.getfixturevalue("prepared" if step in early else "inputs")

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "step",
     ["preprocess", *(pytest.param(step, marks=pytest.mark.faults_only) for step in STEPS if step != "preprocess")],
 )
-def test_a_full_disk_ends_a_step_in_one_sentence(step: str, inputs: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_step_in_one_sentence(
+    step: str, inputs_of: Callable[[str], Path], small_disk: Path, tmp_path: Path
+) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        step_command(step, inputs, small_disk), env=environment, capture_output=True, text=True, timeout=STEP_SECONDS
+        step_command(step, inputs_of(step), small_disk),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=STEP_SECONDS,
     )
     assert done.returncode == 75, done.stderr
     assert re.match("error: .*no space (is )?left on", done.stderr.splitlines()[-1], re.IGNORECASE)

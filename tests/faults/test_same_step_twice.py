@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,22 @@ STEPS_TESTED = ["validate-data", "preprocess", "merge"]
 @pytest.mark.parametrize(
     "step", [pytest.param(step, marks=() if step == "preprocess" else pytest.mark.faults_only) for step in STEPS_TESTED]
 )
-def test_two_processes_at_once_leave_one_complete_result(step: str, inputs: Path, tmp_path: Path) -> None:
+def test_two_processes_at_once_leave_one_complete_result(
+    step: str, inputs_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     result = STEPS[step].result
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     alone = tmp_path / "alone"
     subprocess.run(
-        step_command(step, inputs, alone), check=True, env=environment, capture_output=True, timeout=STEP_SECONDS
+        step_command(step, inputs_of(step), alone),
+        check=True,
+        env=environment,
+        capture_output=True,
+        timeout=STEP_SECONDS,
     )
     together = tmp_path / "together"
     environment["XDG_CACHE_HOME"] = str(tmp_path / "another-cache")
-    command = step_command(step, inputs, together)
+    command = step_command(step, inputs_of(step), together)
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     messages = [process.communicate(timeout=STEP_SECONDS)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], messages

@@ -83,7 +83,7 @@ def _process_count() -> int:
     import torch
 
     wanted = environment.PROCESSES_A_NODE.read()
-    return int(wanted) if wanted.isdigit() else max(torch.cuda.device_count(), 1)
+    return max(int(wanted) if wanted.isdigit() else torch.cuda.device_count(), 1)
 
 
 def _prepare_environment(processes: int) -> None:

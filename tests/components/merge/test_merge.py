@@ -155,6 +155,7 @@ def test_a_killed_parity_check_is_a_retryable_error(tiny_46: Path, train: Train,
     assert not list(tmp_path.glob("*model*"))
 
 
+@pytest.mark.faults_only
 def test_a_terminated_merge_ends_its_parity_check_and_leaves_no_files(
     tiny_46: Path, train: Train, shards: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,8 @@
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from torch import nn
@@ -49,14 +50,31 @@ def _prepared(folder: Path, train: Path, evaluation: Path, base: Path) -> Path:
     return folder / "shards"
 
 
-@pytest.fixture
-def losses(tiny_46: Path, tmp_path: Path) -> Callable[..., list[float]]:
-    """A function that trains and returns the losses step by step."""
+class Training(NamedTuple):
+    """A finished training.
 
-    def train(shards: Path, flags: str, processes: int = 1, out: str = "out") -> list[float]:
-        paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(tmp_path / out)]
+    Attributes:
+        folder: Its output folder.
+        losses: The loss of each step.
+    """
+
+    folder: Path
+    losses: list[float]
+
+
+Train = Callable[..., Training]
+
+
+@pytest.fixture(scope="session")
+def train(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A function that trains on shards with some flags and processes, once for all tests that ask for the same."""
+
+    @cache
+    def train(shards: Path, flags: str, processes: int = 1) -> Training:
+        folder = tmp_path_factory.mktemp("training") / "out"
+        paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(folder)]
         launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
-        return [entry["loss"] for entry in read_record(tmp_path / out).history if "loss" in entry]
+        return Training(folder, [entry["loss"] for entry in read_record(folder).history if "loss" in entry])
 
     return train
 
