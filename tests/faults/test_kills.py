@@ -91,7 +91,8 @@ def test_running_an_interrupted_step_again_repairs_it(
             assert hidden <= {FILES_MARK}, "an incomplete result is left"
         result = out / STEPS[step].result
         if result.exists() and step != "evaluate":
-            assert read_result(result) == expected, "an incomplete result is visible"
+            # A folder that is claimed has a mark, and nothing else until the result is complete.
+            assert read_result(result) in ({}, expected), "an incomplete result is visible"
         again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STEP_SECONDS)
         assert again.returncode == 0, again.stderr
         assert read_result(result) == expected

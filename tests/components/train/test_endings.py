@@ -87,7 +87,8 @@ def test_a_training_ends_soon_whatever_ends_it(
     command = [sys.executable, "-c", START, "train", *paths, *FLAGS.split(), *saving]
     variables = {"TMPDIR": str(tmp_path), "PET_NPROC_PER_NODE": str(processes), "PET_MAX_RESTARTS": "0", FAULT: fault}
 
-    def limit_files() -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores in what it starts in the background
         if fault == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1500 * 1024,) * 2)
 
@@ -97,7 +98,7 @@ def test_a_training_ends_soon_whatever_ends_it(
             [*command, "--dataloader_num_workers", str(workers)],
             env={**os.environ, **variables, environment.PROGRESS_SECONDS.name: "0"},
             stderr=log,
-            preexec_fn=limit_files,
+            preexec_fn=prepare,
         ) as process,
     ):
         try:
