@@ -7,10 +7,13 @@ workers that survive SIGTERM would keep their trainer from ending; therefore it 
 """
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +24,7 @@ from minicpmv_finetune.errors import RetryableError, UserError, explain_disk_err
 from minicpmv_finetune.workers import SHARED_MEMORY, end_with_parent
 
 _ERROR = "error"  # key of a batch that is an error
+_LONGEST_SOCKET_PATH = 103  # bytes; of Linux 107, of macOS 103
 _DEFAULT_PREFETCH = 2  # batches per worker, by torch's default
 SECONDS_FOR_A_BATCH = 300
 """How long a loader may wait for a batch, where no watchdog watches."""
@@ -102,6 +106,22 @@ def start_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+
+
+def use_short_socket_paths() -> None:
+    """Let workers hand over their batches where the folder for temporary files has a long path.
+
+    They pass file descriptors through a Unix socket in that folder. Where its path exceeds what the system allows, a
+    thread of the worker drops the batch, and the trainer waits for it.
+    """
+    path = Path(tempfile.gettempdir()) / "pymp-12345678" / "listener-12345678"  # as multiprocessing names it
+    if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH or not Path(SHARED_MEMORY).is_dir():
+        return
+    before, tempfile.tempdir = tempfile.tempdir, SHARED_MEMORY
+    try:
+        multiprocessing.util.get_temp_dir()  # which is kept, and inherited by workers
+    finally:
+        tempfile.tempdir = before
 
 
 def end_workers() -> None:

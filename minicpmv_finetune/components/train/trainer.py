@@ -13,7 +13,7 @@ from minicpmv_finetune.errors import UserError
 
 from .arguments import TrainingArguments
 from .callbacks import TrainingMonitor
-from .loading import Explained, HandOver, start_worker, unless_error
+from .loading import Explained, HandOver, start_worker, unless_error, use_short_socket_paths
 from .sampler import LengthGroupedSampler
 from .watchdog import BACKWARD, FORWARD, Watchdog
 
@@ -126,6 +126,8 @@ class MiniCPMVTrainer(Trainer):
         Persistent workers start once, and once more in a resumed training. If their start drew from the generator that
         dropout uses, the two trainings would differ. (Nothing in a row is random, so workers need no seeds.)
         """
+        if self.args.dataloader_num_workers:
+            use_short_socket_paths()
         loader: Any = super()._get_dataloader(Explained(dataset), *arguments, **options)
         base_loader = getattr(loader, "base_dataloader", loader)
         base_loader.generator = torch.Generator()

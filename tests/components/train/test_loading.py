@@ -1,11 +1,14 @@
 """A data loader hands over a batch or a sentence, and its workers can be ended at any moment."""
 
 import gc
+import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +26,7 @@ from minicpmv_finetune.components.train.loading import (
     end_workers,
     start_worker,
     unless_error,
+    use_short_socket_paths,
 )
 from minicpmv_finetune.errors import RetryableError, UserError
 
@@ -204,3 +208,17 @@ def test_the_end_of_a_worker_is_told_from_other_errors(text: str, sentence: str)
         described = describe_worker_failure(error)
     assert bool(described) == bool(sentence)
     assert sentence in described
+
+
+def test_a_batch_arrives_although_the_folder_for_temporary_files_has_a_long_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    process: Any = multiprocessing.current_process()
+    monkeypatch.setitem(process._config, "tempdir", None)
+    use_short_socket_paths()
+    (batch,) = DataLoader([torch.zeros(3)], num_workers=1, timeout=30)  # type: ignore[arg-type]
+    assert batch.shape == (1, 3)
+    assert tempfile.gettempdir() == str(long)
