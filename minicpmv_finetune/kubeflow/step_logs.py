@@ -26,6 +26,7 @@ from .store import pipeline_root, run_folder, use_store
 
 # glog's lines: level, month and day, time, thread, file and line of Kubeflow's launcher.
 _LAUNCHER = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] (.*)")
+_ARGO = re.compile(r"time=\S+ level=(debug|info) .*\bargo=true\b", re.IGNORECASE)
 _EXECUTOR_NOTE = re.compile(r"\[KFP Executor [^\]]* INFO\]: ?(.*)")
 _EXIT_STATUS = re.compile(r"exit status \d+$")
 _LAUNCHER_FAILURE = re.compile(r"failed to execute component: (.*)")
@@ -98,14 +99,22 @@ def stored_sentence(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: Step
 def _own_lines(lines: Iterator[str]) -> Iterator[str]:
     for line in lines:
         if match := _LAUNCHER.match(line):
+            if match[2].endswith(": {"):
+                _skip_document(lines)
             if match[1] in "IW" or _EXIT_STATUS.search(match[2]):
                 continue
         elif match := _EXECUTOR_NOTE.match(line):
             if match[1].startswith("Got executor_input"):
-                # The document begins on the next line, indented, and ends with a brace in the first column.
-                next(dropwhile(lambda part: part != "}", lines), None)
+                _skip_document(lines)
+            continue
+        elif _ARGO.match(line):
             continue
         yield line
+
+
+def _skip_document(lines: Iterator[str]) -> None:
+    """Skip a JSON document, whose other lines are indented and whose end is a brace in the first column."""
+    next(dropwhile(lambda part: part != "}", lines), None)
 
 
 def _read_pod(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:

@@ -24,6 +24,11 @@ def test_the_launchers_lines_and_documents_are_left_out() -> None:
     assert last_error(log) == MISTAKE
 
 
+def test_what_launcher_and_argo_print_after_a_success_is_left_out() -> None:
+    log = (FOLDER / "log-success.txt").read_text()
+    assert without_launcher(log) == "→ 1,497 samples to train on, 300 to evaluate, 0 rejected\n"
+
+
 def test_warnings_and_errors_of_the_launcher_stay() -> None:
     log = (
         "[KFP Executor 2026-11-26 01:16:31,161 WARNING]: slow store\n"
