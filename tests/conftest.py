@@ -57,9 +57,11 @@ def tiny_46(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny random checkpoint of any generation, by its version."""
-    from tests.tiny_checkpoints import write_tiny
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+    from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
-    return lru_cache(lambda version: write_tiny(tmp_path_factory.mktemp("tiny") / version, version))
+    folder = tmp_path_factory.mktemp("tiny")
+    return lru_cache(lambda version: write_tiny_checkpoint(folder / version, version, corpus=DEMO_CORPUS))
 
 
 @pytest.fixture(scope="session")

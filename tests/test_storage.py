@@ -3,16 +3,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from botocore.client import BaseClient
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from minicpmv_finetune import environment, storage
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.errors import AccessError, RetryableError, UserError
 from minicpmv_finetune.storage.failures import explain_failures
 
 if TYPE_CHECKING:
@@ -100,12 +104,24 @@ def test_a_missing_base_model_is_explained(tmp_path: Path) -> None:
         storage.fetch(str(tmp_path / "nowhere"))
 
 
-def test_a_name_that_is_no_path_is_looked_up_on_the_hub(tmp_path: Path) -> None:
-    # The tests have no network (HF_HUB_OFFLINE is set). Of the two meanings, a mistyped path is the more likely one.
-    with pytest.raises(UserError, match="no such local path, and the hub cannot be reached"):
+def test_a_name_that_is_no_path_is_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests have no network. Of the two meanings, a mistyped path is the more likely one.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=LocalEntryNotFoundError("no answer")))
+    with pytest.raises(UserError, match=r"no such local path, and the hub cannot be reached.* tiny-base"):
         storage.fetch("build/modle", tmp_path)
-    with pytest.raises(RetryableError, match="hf://owner/name: the hub does not answer"):
+    with pytest.raises(RetryableError, match=r"hf://owner/name: the hub does not answer.* tiny-base"):
         storage.fetch("hf://owner/name", tmp_path)
+
+
+@pytest.mark.parametrize("look_up", [storage.fetch, partial(storage.read_model_file, name="config.json")])
+@pytest.mark.parametrize("uri", ["owner/name", "hf://owner/name"])
+def test_without_access_to_the_hub_a_way_to_try_is_named(
+    look_up: Callable[[str], object], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(AccessError, match=r"HF_HUB_OFFLINE is set; .*`minicpmv-finetune tiny-base`"):
+        look_up(uri)
 
 
 def test_staged_folder_appears_only_when_done(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The commands that run on this machine: the demonstration, both pipelines, the estimate, and a question to a model."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,12 +9,15 @@ import typer
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
-from minicpmv_finetune.outputs import check_workspace, claim_workspace
+from minicpmv_finetune.minicpmv.tiny_checkpoint import Version
+from minicpmv_finetune.outputs import check_workspace, claim_workspace, claimed_folder
 from minicpmv_finetune.pipelines.run_folder import LINKS
 
 from .options import First, Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
 
 PANEL = "Run here"
+TINY_BASE_OPTIONS = "--learning-rate 3e-3 --num-train-epochs 30"
+"""Options of `run` with which a few dozen samples are enough: random weights need larger steps than published ones."""
 app = typer.Typer()
 
 
@@ -39,6 +43,36 @@ def demo(
     from minicpmv_finetune.pipelines.demo import run_demo
 
     run_demo(out, seed, fresh)
+
+
+@app.command(rich_help_panel=PANEL)
+def tiny_base(
+    out: Out,
+    generation: Annotated[Version, typer.Option(help="Generation of MiniCPM-V.")] = "4.6",
+    corpus: Annotated[
+        str,
+        typer.Option(
+            help="Data whose texts the tokenizer learns, a path, pattern or s3:// URI as for --data of run; any other "
+            "text is one token per byte.",
+        ),
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights.")] = 42,
+) -> None:
+    """Write a base model of about a million random weights, to try your data without a download or a GPU.
+
+    It has the files of the published generation, and knows nothing until it is trained.
+    """
+    with claimed_folder(out, "tiny-base", {"--corpus": corpus}) as output, output.assembled() as folder:
+        from minicpmv_finetune.data.texts import read_texts
+
+        texts = read_texts(corpus) if corpus else []
+        from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+
+        write_tiny_checkpoint(folder, generation, seed, texts)
+    known = f", which knows the {len(texts):,} texts of {corpus}" if corpus else ""
+    print(f"a tiny untrained MiniCPM-V {generation} in {out}{known}")
+    command = ["minicpmv-finetune", "run", "--data", corpus or "train.json", "--base-model", str(out)]
+    print(f"to train it: {shlex.join(command)} {TINY_BASE_OPTIONS}")
 
 
 def _check_place(step: str) -> First:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.errors import AccessError, RetryableError, UserError
 
 from . import s3
 from .failures import explain_failures, fail_missing
@@ -18,6 +18,7 @@ from .transfers import FILES_AT_ONCE
 from .uris import is_object_uri, join, local_path, split_object_uri
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.@-]+")
+_WITHOUT_HUB = "to try without the hub, let `minicpmv-finetune tiny-base` write a small base model."
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
@@ -51,7 +52,7 @@ def fetch(uri: str, cache_dir: Path | None = None) -> Path:
             # A mistyped path is more likely than a hub that is down.
             raise UserError(
                 f"{uri}: no such local path, and the hub cannot be reached to look for a model of that name; give a "
-                f"checkpoint's folder, an s3:// URI, or hf://{uri} to wait for the hub."
+                f"checkpoint's folder, an s3:// URI, or hf://{uri} to wait for the hub; {_WITHOUT_HUB}"
             ) from error
     return fail_missing(uri)
 
@@ -172,6 +173,7 @@ def _fetch_model(name: str, cache_dir: Path | None) -> Path:
 @contextmanager
 def _explain_hub_failures(name: str) -> Iterator[None]:
     """Turn exceptions of the hub's client into one of the two errors."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -191,4 +193,11 @@ def _explain_hub_failures(name: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(f"{name}: the model on the hub lacks a file of a checkpoint; give another.") from error
-        raise RetryableError(f"hf://{name}: the hub does not answer ({type(error).__name__}); try again.") from error
+        if constants.HF_HUB_OFFLINE:
+            raise AccessError(
+                f"{name}: no such local path, and the hub cannot be reached to look for a model of that name, since "
+                f"HF_HUB_OFFLINE is set; unset it, or give a checkpoint's folder; {_WITHOUT_HUB}"
+            ) from error
+        raise RetryableError(
+            f"hf://{name}: the hub does not answer ({type(error).__name__}); try again; {_WITHOUT_HUB}"
+        ) from error

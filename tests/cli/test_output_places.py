@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "run --data {mine}/train.json --base-model {mine}/base --out {out}",
     "retrain": "retrain --data {mine}/train.json --base-model {mine}/base --out {out}",
     "demo": "demo --out {out}",
+    "tiny-base": "tiny-base --corpus {mine}/train.json --out {out}",
     "compile": "compile {out}",
 }
 FOLDERS = ("dataset", "base", "shards", "adapter", "model")

@@ -19,7 +19,7 @@ from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.minicpmv.linear_attention import gated_delta_rule
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import enable_packing
-from tests.tiny_checkpoints import VERSIONS
+from minicpmv_finetune.minicpmv.tiny_checkpoint import VERSIONS
 
 PATCH = 14
 MOST_SYNCHRONIZATIONS = 30

@@ -20,7 +20,7 @@ from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
 from minicpmv_finetune.minicpmv.answer import answer
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from tests.tiny_checkpoints import VERSIONS
+from minicpmv_finetune.minicpmv.tiny_checkpoint import VERSIONS
 
 LORA = "--use_lora true --tune_llm false --tune_vision false --lora_r 8 --lora_dropout 0 --learning_rate 3e-3"
 STEPS = "--max_steps 16 --save_strategy no"

@@ -22,9 +22,10 @@ from PIL import Image
 from minicpmv_finetune.components.preprocess.shard_tasks import LIBRARIES
 from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
 from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.tiny_checkpoint import VERSIONS, write_tiny_checkpoint
+from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 from minicpmv_finetune.shards.codecs import CODECS, Codec, restore_slices
 from minicpmv_finetune.shards.encoding import ENCODING_VERSION, store, tokenize
-from tests.tiny_checkpoints import VERSIONS, write_tiny
 
 GOLDEN = Path(__file__).with_name("encoded_samples.json")
 COMMAND = "python -m tests.shards.test_encoding"
@@ -185,7 +186,10 @@ def write_golden() -> None:
     changed.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        checkpoints = {version: write_tiny(Path(temporary) / version, version) for version in VERSIONS}
+        checkpoints = {
+            version: write_tiny_checkpoint(Path(temporary) / version, version, corpus=DEMO_CORPUS)
+            for version in VERSIONS
+        }
         encoders = {version: Encoder.from_checkpoint(path, MAX_SLICE_NUMS) for version, path in checkpoints.items()}
         samples = {
             version: {name: golden_entry(name, encoder) for name in SAMPLES} for version, encoder in encoders.items()

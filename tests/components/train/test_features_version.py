@@ -23,7 +23,8 @@ from minicpmv_finetune.components.train.feature_store import FEATURES_VERSION, c
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.model_input import ModelInput
-from tests.tiny_checkpoints import VERSIONS, write_tiny
+from minicpmv_finetune.minicpmv.tiny_checkpoint import VERSIONS, write_tiny_checkpoint
+from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
 
 GOLDEN = Path(__file__).with_name("golden_features.json")
 COMMAND = "python -m tests.components.train.test_features_version"
@@ -85,7 +86,10 @@ def test_the_golden_values_belong_to_this_version() -> None:
 def _write_golden() -> None:
     """Write the golden file; refuses to replace values of the same version by others."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {version: _features(write_tiny(Path(folder) / version, version)) for version in VERSIONS}
+        found = {
+            version: _features(write_tiny_checkpoint(Path(folder) / version, version, corpus=DEMO_CORPUS))
+            for version in VERSIONS
+        }
     if GOLDEN.exists() and (old := json.loads(GOLDEN.read_text()))["version"] == FEATURES_VERSION:
         for version in VERSIONS:
             if version in old["features"] and not _are_equal(found[version], old["features"][version]):
