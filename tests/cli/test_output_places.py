@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from minicpmv_finetune.cli.kubeflow import _refuse_other_file
 from minicpmv_finetune.cli.main import app
+from minicpmv_finetune.data.samples import DatasetInfo
 from minicpmv_finetune.errors import UserError
 from tests.shards.example_shards import write_example_shards
 
@@ -44,6 +45,8 @@ def mine(tmp_path: Path, tiny_46: Path) -> Path:
         "conversations": [{"role": role, "content": "x"} for role in ("user", "assistant")],
     }
     (folder / "train.json").write_text(json.dumps([sample]))
+    info = DatasetInfo(fingerprint="0", rows={"train": 1, "eval": 0}, rejected={})
+    (folder / "dataset" / "dataset.json").write_text(info.model_dump_json())
     write_example_shards(folder / "shards")
     for name in ("base", "model"):
         shutil.copyfile(tiny_46 / "config.json", folder / name / "config.json")
