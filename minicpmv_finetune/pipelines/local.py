@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -171,7 +172,24 @@ def _link_results(out: Path, folder: Path, names: Iterable[str]) -> None:
     """Make links lead to the results of a run; what the run did not write keeps its link."""
     for name in names:
         if (folder / LINKS[name]).exists():
-            _link(out / name, folder / LINKS[name])
+            _link(out / name, _with_ending(folder / LINKS[name], Path(name).suffix))
+
+
+def _with_ending(result: Path, ending: str) -> Path:
+    """A result under a name with this ending, beside it.
+
+    Kubeflow's artifacts have no ending, and a browser looks at the name of the file that a link leads to: it would show
+    a page's source.
+    """
+    if result.is_dir() or result.suffix == ending:
+        return result
+    named = result.with_name(f"{result.name}{ending}")
+    named.unlink(missing_ok=True)
+    try:
+        named.hardlink_to(result)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(result, named)
+    return named
 
 
 def _link(link: Path, target: Path) -> None:

@@ -39,7 +39,7 @@ LINKS = {
     "report.html": "evaluate/evaluation_report",
     "model": "merge/model",
 }
-"""Links that a run leaves beside its artifacts, whose own names have no ending."""
+"""Links that a run leaves beside its artifacts, by the names of the results below the run's folder."""
 _LOCK_FILE = ".lock"
 _SECONDS_FOR_LOCK = 5.0
 _READ_FOLDERS = ("base_model_uri", "lora_weight_path")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from kfp import dsl
 
-from minicpmv_finetune.pipelines.local import _link, run_pipeline
+from minicpmv_finetune.pipelines.local import _link, _link_results, run_pipeline
 from minicpmv_finetune.pipelines.local_steps import RunSteps
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 from minicpmv_finetune.pipelines.run_display import RunDisplay
@@ -97,6 +97,19 @@ def test_fresh_begins_anew_and_removes_the_unfinished_run(
     assert "Removed" in capsys.readouterr().out
     assert (tmp_path / "prepared").read_text() == "xx"
     assert len(list((tmp_path / "out" / "artifacts").glob("small-*"))) == 1
+
+
+def test_the_link_to_a_report_leads_to_a_file_that_a_browser_takes_for_a_page(tmp_path: Path) -> None:
+    run = tmp_path / "artifacts" / "run"
+    for content in ("first", "second"):
+        (run / "evaluate").mkdir(parents=True, exist_ok=True)
+        (run / "evaluate" / "evaluation_report").write_text(content)
+        _link_results(tmp_path, run, ["report.html", "model"])
+        assert (tmp_path / "report.html").resolve().name == "evaluation_report.html"
+        assert (tmp_path / "report.html").read_text() == content
+    (run / "merge" / "model").mkdir(parents=True)
+    _link_results(tmp_path, run, ["model"])
+    assert (tmp_path / "model").resolve() == (run / "merge" / "model").resolve()
 
 
 def test_a_link_to_a_result_replaces_links_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
