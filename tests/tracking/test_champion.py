@@ -55,11 +55,12 @@ def test_an_impossible_promotion_or_rollback_is_a_user_error(database: Path) -> 
 
 
 def test_a_run_does_not_start_while_the_registry_is_down(
-    tmp_path: Path, digits: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Path, tiny_46: Path, unreachable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", unreachable)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    arguments = ["run", "--data", str(digits / "train.json"), "--out", str(tmp_path / "run")]
+    inputs = ["--data", str(digits / "train.json"), "--base-model", str(tiny_46)]
+    arguments = ["run", *inputs, "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(main.app, arguments)
     assert isinstance(done.exception, RetryableError), done.exception
     assert not (tmp_path / "run" / "artifacts").exists()
