@@ -237,7 +237,7 @@ def _select_layers(names: list[str], lora: LoraArguments) -> list[str]:
     wanted = {int(number) for number in str(lora.lora_layers_to_transform).split(",")}
     counter = re.compile(rf"\.{re.escape(lora.lora_layers_pattern or 'layers')}\.(\d+)\.")
     numbered = {name: int(found.group(1)) for name in names if (found := counter.search(name))}
-    if not numbered:
+    if lora.lora_layers_pattern and not numbered:
         raise UserError(
             f"--lora_layers_pattern {lora.lora_layers_pattern}: no target's name has a number behind this word; leave "
             "the flag out."

@@ -38,7 +38,7 @@ def test_bitsandbytes_is_imported_only_where_it_is_needed(
 def test_a_process_whose_import_fails_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINICPMV_FINETUNE_WORKER_EXIT_FOLDER", str(tmp_path))
     monkeypatch.setitem(sys.modules, "minicpmv_finetune.components.train.finetune", None)
-    monkeypatch.delitem(sys.modules, "minicpmv_finetune.components.train.worker")  # it is run anew
+    monkeypatch.delitem(sys.modules, "minicpmv_finetune.components.train.worker")  # so that it is imported again
     monkeypatch.setattr(sys, "argv", ["worker"])
     monkeypatch.setattr("signal.signal", lambda *arguments: None)  # this process keeps its own
     with pytest.raises(ImportError):
