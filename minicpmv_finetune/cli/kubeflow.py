@@ -278,7 +278,7 @@ def runs(
 ) -> None:
     """List the newest runs, or the steps of one run with the reason why a step failed or waits."""
     from minicpmv_finetune.kubeflow.client import HOW_TO_LINK
-    from minicpmv_finetune.kubeflow.run_reasons import explained_steps
+    from minicpmv_finetune.kubeflow.run_reasons import explained_steps, why_no_step
     from minicpmv_finetune.kubeflow.runs import find_run, list_runs
     from minicpmv_finetune.kubeflow.runs import retry as start_again
     from minicpmv_finetune.kubeflow.tracking_server import end_tracked_runs
@@ -306,7 +306,12 @@ def runs(
     rows = [asdict(step) for step in explained_steps(cluster, found)]
     columns = ("step", "state", "attempts", "seconds", "message")
     shown = [{name: row[name] for name in columns} for row in rows]
-    _print(rows, output, lambda: _table(shown) or f"{found.display_name}: {found.state}; no step has started yet")
+
+    def without_step() -> str:
+        why = why_no_step(cluster, found)
+        return f"{found.display_name}: {found.state}; no step has started yet" + (f"; {why}" if why else "")
+
+    _print(rows, output, lambda: _table(shown) or without_step())
 
 
 @app.command(rich_help_panel=PANEL)

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .kubernetes_access import is_inside_cluster
 from .profile import Profile
 
 HOW_TO_LINK = f"for links, set {environment.KFP_UI_ENDPOINT} to the address at which you open Kubeflow's UI"
+_UPLOAD_WITHOUT_RIGHTS = re.compile(r"Failed to create a pipeline( version)?")
+_ACCESS = "become a contributor of the namespace's Profile, or request the role minicpmv-finetune-submit there"
 TIMEOUT_SECONDS = (5, 30)  # to connect, and for each wait for data
 _PAGE_SIZE = 100
 
@@ -235,10 +238,14 @@ def _explain(endpoint: str, error: kfp_server_api.ApiException) -> UserError | R
         return UserError(f"{endpoint}: no trusted connection ({error.reason}); check the server's certificate.")
     if status == 401:
         return UserError(
-            f"{endpoint}: the token is missing or has expired (401); set {environment.KFP_TOKEN} to a new one."
+            f"{endpoint}: the token is missing or has expired (401); set {environment.KFP_TOKEN} to a new one, with "
+            "the command that `minicpmv-finetune setup` prints."
         )
     if status == 403:
-        return UserError(f"{endpoint}: access denied ({message or 403}); request the role minicpmv-finetune-submit.")
+        return UserError(f"{endpoint}: access denied ({message or 403}); {_ACCESS}.")
+    if status == 400 and _UPLOAD_WITHOUT_RIGHTS.fullmatch(message):
+        # So a server with several users answers who may not upload, and names no other reason.
+        return UserError(f"{endpoint}: Kubeflow Pipelines does not say why ({message}); {_ACCESS}.")
     if status == 404:
         return UserError(f"{endpoint}: not found ({message or 404}); check the name or id.")
     if status in (408, 429) or status >= 500:

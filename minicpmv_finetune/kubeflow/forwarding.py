@@ -18,7 +18,7 @@ import websocket
 from kubernetes.stream.ws_client import create_websocket, get_websocket_url
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.kubernetes_terms import service_of
 
 from .kubernetes_access import call_kubernetes, is_inside_cluster, kubernetes_client
@@ -73,11 +73,41 @@ def _forward(service: str, namespace: str, port: int, origin: tuple[str, int]) -
     found = call_kubernetes(f"read Service {service} in {namespace}", core.read_namespaced_service, service, namespace)
     if found is None:
         return None
-    pod, target = _endpoint(core, found, port)
+    tunnels = _Tunnels(client, core, found, port)
     listener = socket.create_server(("127.0.0.1", 0))
-    path = f"/api/v1/namespaces/{namespace}/pods/{pod}/portforward"
-    threading.Thread(target=_serve, args=(listener, client, path, target), daemon=True).start()
+    threading.Thread(target=_serve, args=(listener, tunnels), daemon=True).start()
     return int(listener.getsockname()[1])
+
+
+class _Tunnels:
+    """Opens connections to a pod of a Service; to another one where that pod is gone, as after a server's upgrade."""
+
+    def __init__(
+        self,
+        client: kubernetes.client.ApiClient,
+        core: kubernetes.client.CoreV1Api,
+        service: kubernetes.client.V1Service,
+        port: int,
+    ) -> None:
+        self._client, self._core, self._service, self._port = client, core, service, port
+        self._target = _endpoint(core, service, port)
+
+    def open(self) -> tuple[websocket.WebSocket, int]:
+        """A connection, and the pod's port that it leads to.
+
+        Raises:
+            websocket.WebSocketException, OSError, UserError, RetryableError: No pod of the Service answers.
+        """
+        try:
+            return self._open()
+        except (websocket.WebSocketException, OSError):
+            self._target = _endpoint(self._core, self._service, self._port)
+            return self._open()
+
+    def _open(self) -> tuple[websocket.WebSocket, int]:
+        pod, port = self._target
+        path = f"/api/v1/namespaces/{self._service.metadata.namespace}/pods/{pod}/portforward"
+        return _open_tunnel(self._client, path, port), port
 
 
 def _endpoint(core: kubernetes.client.CoreV1Api, service: kubernetes.client.V1Service, port: int) -> tuple[str, int]:
@@ -102,13 +132,13 @@ def _named_port(pod: kubernetes.client.V1Pod, name: str) -> int | None:
     return next((port.container_port for port in ports if port.name == name), None)
 
 
-def _serve(listener: socket.socket, client: kubernetes.client.ApiClient, path: str, port: int) -> None:
+def _serve(listener: socket.socket, tunnels: _Tunnels) -> None:
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=_pass_on, args=(connection, client, path, port), daemon=True).start()
+        threading.Thread(target=_pass_on, args=(connection, tunnels), daemon=True).start()
 
 
-def _pass_on(connection: socket.socket, client: kubernetes.client.ApiClient, path: str, port: int) -> None:
+def _pass_on(connection: socket.socket, tunnels: _Tunnels) -> None:
     """Pass the bytes of one local connection to a pod's port and back, until one side ends.
 
     Not with the library's own PortForward: it takes in whatever the local side sends, so an upload of gigabytes would
@@ -116,8 +146,8 @@ def _pass_on(connection: socket.socket, client: kubernetes.client.ApiClient, pat
     """
     with contextlib.closing(connection):
         try:
-            tunnel = _open_tunnel(client, path, port)
-        except (websocket.WebSocketException, OSError):
+            tunnel, port = tunnels.open()
+        except (websocket.WebSocketException, OSError, UserError, RetryableError):
             return  # the client of the local port reports that the server does not answer
         threading.Thread(target=_send, args=(connection, tunnel), daemon=True).start()
         with contextlib.suppress(websocket.WebSocketException, OSError):

@@ -129,7 +129,7 @@ def _check_namespace(profile: Profile, cluster: Cluster | None, core: kubernetes
                 "(pipeline-runner)."
             )
         return f"runs are created in {home}, the server's own"
-    remedy = f"create a Kubeflow Profile {namespace} (docs/kubeflow.md), or give --namespace with yours"
+    remedy = f"create a Kubeflow Profile {namespace} (k8s/README.md), or give --namespace with yours"
     read = partial(core.read_namespace, namespace)
     return read_object(read, remedy, partial(_describe_namespace, namespace))
 
@@ -140,7 +140,7 @@ def _describe_namespace(namespace: str, answer: Any) -> str:
     if missing:
         raise UserError(
             f"{namespace} is no Kubeflow Profile's: it lacks the label {' and '.join(missing)}, without which "
-            "Kubeflow's object store and metadata let no pod of it in; create a Profile (docs/kubeflow.md)."
+            "Kubeflow's object store and metadata let no pod of it in; create a Profile (k8s/README.md)."
         )
     return f"runs are created in {namespace}, a Kubeflow Profile's"
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.kubernetes_terms import cannot_be_pulled, why_container_waits
 
 from .profile import Profile
@@ -129,8 +130,9 @@ def _why_container_waits(reason: str, message: str, profile: Profile) -> str:
         image = _IMAGE.search(message)
         cause = message.rpartition(": ")[2] or reason
         return (
-            f"its container image {image[1] if image else ''} cannot be pulled ({cause}); push it, correct `images` "
-            "of the profile, or name the registry's credentials in images.pull_secrets."
+            f"its container image {image[1] if image else ''} cannot be pulled ({cause}); push it, name its registry "
+            f"({environment.REGISTRY}, --registry, or `images` of the profile), or the registry's credentials in "
+            "images.pull_secrets."
         )
     named = re.search("configmap|secret", message, re.IGNORECASE)
     if reason == "CreateContainerConfigError" and named:

@@ -20,6 +20,8 @@ from .pods import Namespace, NoAccessError, Pod, Record
 from .run_steps import StepRow, list_steps, step_of_path
 from .step_logs import last_error, read_log, stored_sentence
 
+_NO_POD = "has no pod of this run"
+
 
 @dataclass(frozen=True)
 class _Observed:
@@ -52,10 +54,19 @@ def why_waiting(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> list[str]:
     observed = _observe(cluster, run)
     if observed.obstacle:
         return [f"a pod has not started yet: {_how_to_see(cluster, run, observed.obstacle)}"]
+    if not _nodes(observed) and not observed.pods:
+        return [_why_not_begun(observed)]
     found = [(pod.step, _why_pod_waits(cluster, observed, pod)) for pod in observed.pods]
     return [f"{step}: {sentence}" for step, sentence in found if sentence] + [
         f"{step}: {sentence}" for step, sentence in _pods_not_created(cluster, observed)
     ]
+
+
+def why_no_step(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
+    """Why no step of a run has started, whether it waits or has failed; empty if that is not known."""
+    if run.state in ("SUCCEEDED", "SKIPPED", "CANCELED", "CANCELING"):
+        return ""
+    return why_without_step(cluster, run) if run.state == "FAILED" else " ".join(why_waiting(cluster, run))
 
 
 def why_without_step(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
@@ -87,7 +98,7 @@ def _observe(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> _Observed:
     except NoAccessError:
         workflow = {}
     # A server with a single user has its runs in its own namespace, whatever the profile says.
-    obstacle = "" if pods or workflow else f"namespace {namespace.name} has no pod of this run"
+    obstacle = "" if pods or workflow else f"namespace {namespace.name} {_NO_POD}"
     return _Observed(namespace, pods, workflow, obstacle)
 
 
@@ -152,6 +163,17 @@ def _pods_not_created(cluster: Cluster, observed: _Observed) -> Iterator[tuple[s
                 yield step, sentence
 
 
+def _why_not_begun(observed: _Observed) -> str:
+    """Why a Workflow has no node yet: its controller says so, as where too many run at once, or does not work."""
+    status = observed.workflow.get("status", {})
+    if message := str(status.get("message") or "").rstrip(". "):
+        return f"the run has not begun: {message}."
+    return (
+        "the run has not begun: Argo's controller has not taken it up; see whether the Deployment workflow-controller "
+        "runs, where Kubeflow Pipelines is installed."
+    )
+
+
 def _nodes(observed: _Observed) -> list[Mapping[str, Any]]:
     nodes = list((observed.workflow.get("status", {}).get("nodes") or {}).values())
     return sorted(nodes, key=lambda node: str(node.get("startedAt") or ""))
@@ -173,6 +195,12 @@ def _progress(namespace: Namespace, run: kfp_server_api.V2beta1Run) -> str:
 
 
 def _how_to_see(cluster: Cluster, run: kfp_server_api.V2beta1Run, obstacle: str) -> str:
+    if obstacle.endswith(_NO_POD) and run.state in ("SUCCEEDED", "FAILED"):
+        # Its log was looked for too, and that command says where.
+        return (
+            f"Kubeflow does not say why, and {obstacle} any more, which a stock Kubeflow deletes an hour after its "
+            f"end; see `minicpmv-finetune logs {run.run_id}`."
+        )
     return (
         f"Kubeflow does not say why, and {obstacle}; see `kubectl -n {cluster.profile.namespace} describe pods "
         f"-l {RUN_LABEL}={run.run_id}`."

@@ -68,7 +68,9 @@ def workflow_name(run: kfp_server_api.V2beta1Run) -> str:
 
 
 def waiting_since(run: kfp_server_api.V2beta1Run) -> datetime | None:
-    """Since when a pod of the run waits for its start; None if none does."""
+    """Since when a pod of the run, or the run itself, waits for its start; None if none does."""
+    if not _tasks(run):
+        return run.created_at if run.state in (None, "PENDING", "RUNNING") else None
     pods = [task for task in _tasks(run) if not task.child_tasks and _NUMBER.search(task.display_name or "")]
     return min((task.start_time for task in pods if task.state == "PENDING" and task.start_time), default=None)
 

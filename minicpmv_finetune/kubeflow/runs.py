@@ -17,7 +17,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 
 from .client import Cluster
 from .run_reasons import explained_steps, stopped_workflows, why_waiting, why_without_step
-from .run_steps import duration, list_steps, waiting_since
+from .run_steps import StepRow, duration, list_steps, waiting_since
 from .store import RUN_ID
 
 FINISHED_STATES = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
@@ -123,40 +123,75 @@ def follow(
 def follow_visibly(cluster: Cluster, run_id: str, timeout: float, poll: float) -> kfp_server_api.V2beta1Run:
     """Follow a run and show its steps on stderr: as a live table on a terminal, else as one line per change.
 
-    Once a pod has waited for its start for half a minute, the reason is printed, because Kubeflow says nowhere that a
-    run waits for something that does not come by itself.
+    A step that failed is shown with its reason. Once a pod, or the run itself, has waited for its start for half a
+    minute, the reason is printed, because Kubeflow says nowhere that a run waits for something that does not come by
+    itself.
     """
     console = Console(file=sys.stderr, highlight=False)
-    wait = _Wait(cluster, console)
-    if console.is_terminal:
+    reasons = _Reasons(cluster, console)
+    shown: dict[str, tuple[str, int]] = {}
+
+    def print_changes(run: kfp_server_api.V2beta1Run) -> None:
+        for step in list_steps(run):
+            if shown.get(step.step) != (step.state, step.attempts):
+                shown[step.step] = (step.state, step.attempts)
+                console.print(_line(step, reasons.of_failure(run, step)), markup=False, soft_wrap=True)
+        reasons.report_waiting(run)
+
+    try:
+        if not console.is_terminal:
+            return follow(cluster, run_id, print_changes, timeout, poll)
         with Live(console=console, auto_refresh=False) as live:
 
             def update(run: kfp_server_api.V2beta1Run) -> None:
                 live.update(_table(run), refresh=True)
-                wait.report(run)
+                for step in list_steps(run):
+                    reasons.say(f"{step.step}: {why}" if (why := reasons.of_failure(run, step)) else "")
+                reasons.report_waiting(run)
 
             return follow(cluster, run_id, update, timeout, poll)
-    states: dict[str, str] = {}
-
-    def print_changes(run: kfp_server_api.V2beta1Run) -> None:
-        for step in list_steps(run):
-            if states.get(step.step) != step.state:
-                states[step.step] = step.state
-                console.print(f"{step.step}: {step.state}", markup=False)
-        wait.report(run)
-
-    return follow(cluster, run_id, print_changes, timeout, poll)
+    except KeyboardInterrupt:
+        reasons.say(f"The run continues; see {cluster.where(run_id)}. `minicpmv-finetune cancel` stops it.")
+        raise
 
 
-class _Wait:
-    """Says once for each pod that waits why it does."""
+def _line(step: StepRow, why: str) -> str:
+    """A step's state with its attempts if there were several, its duration once it has ended, and why it failed."""
+    facts = [step.state]
+    has_ended = step.state in FINISHED_STATES
+    if step.attempts > 1:
+        facts.append(f"{step.attempts} attempts" if has_ended else f"attempt {step.attempts}")
+    if has_ended and step.seconds is not None:
+        facts.append(f"{step.seconds} s")
+    return f"{step.step}: {', '.join(facts)}" + (f": {why}" if why else "")
+
+
+class _Reasons:
+    """Says once for each pod that waits why it does, and why a step failed."""
 
     def __init__(self, cluster: Cluster, console: Console) -> None:
         self._cluster, self._console = cluster, console
         self._noticed: dict[datetime, float] = {}
         self._said: set[str] = set()
+        self._failures: dict[tuple[str, int], str] = {}
 
-    def report(self, run: kfp_server_api.V2beta1Run) -> None:
+    def of_failure(self, run: kfp_server_api.V2beta1Run, step: StepRow) -> str:
+        """Why a step failed, which is looked up once; empty if it did not."""
+        if step.state != "FAILED":
+            return ""
+        if (key := (step.step, step.attempts)) not in self._failures:
+            for found in explained_steps(self._cluster, run):
+                self._failures[found.step, found.attempts] = found.message
+        return self._failures.get(key, "")
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence, unless it is empty or was printed before."""
+        if sentence and sentence not in self._said:
+            self._said.add(sentence)
+            self._console.print(sentence, markup=False, soft_wrap=True)
+
+    def report_waiting(self, run: kfp_server_api.V2beta1Run) -> None:
+        """Say why pods wait, if one has waited for long."""
         since = waiting_since(run)
         if since is None or run.state in FINISHED_STATES:
             return
@@ -164,9 +199,7 @@ class _Wait:
         if time.monotonic() - self._noticed.setdefault(since, time.monotonic()) < _PATIENCE_SECONDS:
             return
         for sentence in why_waiting(self._cluster, run):
-            if sentence not in self._said:
-                self._said.add(sentence)
-                self._console.print(sentence, markup=False)
+            self.say(sentence)
 
 
 def describe_outcome(cluster: Cluster, run: kfp_server_api.V2beta1Run, came_to: str = "") -> str:

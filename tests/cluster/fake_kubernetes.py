@@ -222,7 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _port_forward(self, query: Mapping[str, str], body: Any, pod: str) -> None:
         port = int(query["ports"])
-        forward(self, port, self.state.ports[pod, port])
+        if (pod, port) not in self.state.ports:
+            return self._refuse(404, f'pods "{pod}" not found')
+        return forward(self, port, self.state.ports[pod, port])
 
     def _groups(self, query: Mapping[str, str], body: Any) -> None:
         versions = [{"groupVersion": f"trainer.kubeflow.org/{name}", "version": name} for name in self.state.versions]

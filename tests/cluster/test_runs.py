@@ -225,8 +225,40 @@ def test_wait_names_the_command_that_shows_why_a_pod_waits(
 def test_a_run_without_tasks_is_not_no_runs(command: Command, recorded: Recorded) -> None:
     run_id = recorded("waiting", run_details=None, state="PENDING")
     shown = command("runs", run_id).out
-    assert "no step has started yet" in shown
+    assert "no step has started yet; a pod has not started yet: Kubeflow does not say why" in shown
     assert "no runs" not in shown
+    assert command("runs", recorded("waiting", run_details=None), "--output", "json").json == []
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ({}, "Argo's controller has not taken it up"),
+        ({"message": "postponed because too many workflows are running."}, "begun: postponed because too many"),
+    ],
+)
+def test_a_run_that_nobody_takes_up_is_explained(
+    status: dict[str, Any],
+    reason: str,
+    command: Command,
+    kubeflow: FakeKubeflow,
+    in_kubernetes: Any,
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "_PATIENCE_SECONDS", 0)
+    run_id = recorded("waiting", run_details=None, state="PENDING")
+    in_kubernetes(workflows={"items": [{"metadata": {"labels": {"pipeline/runid": run_id}}, "status": status}]})
+    assert reason in command("runs", run_id).out
+    waiting = {**read("run-waiting"), "run_details": None, "state": "PENDING"}
+    kubeflow.answer_next(r"GET /apis/v2beta1/runs/", *[json.dumps(waiting)] * 2)
+    assert command("submit", *INPUTS, "--wait", "--poll", "0").err.count(reason) == 1
+
+
+def test_where_pods_are_gone_the_log_is_named(command: Command, recorded: Recorded, in_kubernetes: Any) -> None:
+    in_kubernetes()
+    run_id = recorded("sdk-doc")
+    assert f"an hour after its end; see `minicpmv-finetune logs {run_id}`" in command("runs", run_id).out
 
 
 def test_retry_starts_the_failed_steps_again(kubeflow: FakeKubeflow, command: Command, recorded: Recorded) -> None:

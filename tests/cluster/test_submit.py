@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import kfp
+import kfp_server_api
 import pytest
 
+from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults
 from minicpmv_finetune.kubeflow import client, runs
 from minicpmv_finetune.pipelines import finetune
-from tests.cluster.commands import BASE_MODEL, INPUTS, Command
+from tests.cluster.commands import BASE_MODEL, INPUTS, ROOT, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow
 from tests.cluster.fake_kubernetes import FakeKubernetes
 
@@ -131,8 +133,18 @@ def test_wait_follows_the_run_to_its_end(kubeflow: FakeKubeflow, command: Comman
     assert "succeeded" in done.out
     for step in ("validate-data", "preprocess", "train", "merge", "evaluate"):
         assert f"{step}: RUNNING\n" in done.err
-        assert f"{step}: SUCCEEDED\n" in done.err
+        assert re.search(f"^{step}: SUCCEEDED, [0-9]+ s$", done.err, re.MULTILINE)
     assert "driver" not in done.err
+
+
+def test_wait_has_attempts_and_reason_on_the_line_of_a_step(kubeflow: FakeKubeflow, command: Command) -> None:
+    kubeflow.outcomes.update(preprocess=["FAILED", "SUCCEEDED"], train="FAILED")
+    reason = f"--lora_r: 0 is below 1, {'which is a long story, ' * 10}so correct it."
+    kubeflow.logs["train"] = f"error: {reason}\n"
+    lines = command("submit", *INPUTS, "--wait", "--poll", "0").err.splitlines()
+    assert "preprocess: RUNNING, attempt 2" in lines
+    assert [line for line in lines if re.fullmatch(r"preprocess: SUCCEEDED, 2 attempts, \d+ s", line)]
+    assert [line for line in lines if re.match(r"train: FAILED, \d+ s: ", line) and line.endswith(reason)]
 
 
 def test_wait_prints_the_error_of_the_failed_step(kubeflow: FakeKubeflow, command: Command) -> None:
@@ -154,6 +166,7 @@ def test_wait_shows_a_table_on_a_terminal(
     assert ["step", "state", "attempts", "seconds"] in rows
     states = {row[0]: row[1] for row in rows if len(row) > 1}
     assert (states["train"], states["merge"]) == ("SUCCEEDED", "FAILED")
+    assert "merge: Kubeflow does not say why" in done.err
 
 
 def test_wait_prints_one_json_document(kubeflow: FakeKubeflow, command: Command) -> None:
@@ -190,6 +203,17 @@ def test_wait_ends_at_its_timeout_and_the_run_continues(kubeflow: FakeKubeflow, 
     assert "continues" in done.err
     (run,) = kubeflow.runs.values()
     assert run["state"] == "RUNNING"
+
+
+def test_who_stops_waiting_is_told_that_the_run_continues(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.time, "sleep", stop)
+    done = command("submit", *INPUTS, "--wait")
+    assert (done.code, "The run continues; see http" in done.err) == (130, True)
 
 
 def test_the_mlflow_experiment_is_passed_to_the_servers_plugin(kubeflow: FakeKubeflow, command: Command) -> None:
@@ -273,8 +297,8 @@ def test_the_commit_comes_from_the_profiles_mirror(
 @pytest.mark.parametrize(
     ("answer", "code", "message"),
     [
-        (401, 2, "KF_PIPELINES_TOKEN"),
-        (403, 2, "minicpmv-finetune-submit"),
+        (401, 2, "KF_PIPELINES_TOKEN to a new one, with the command that `minicpmv-finetune setup` prints"),
+        (403, 2, "contributor of the namespace's Profile, or request the role minicpmv-finetune-submit"),
         (500, 75, "answered 500"),
         (503, 75, "answered 503"),
         (429, 75, "answered 429"),
@@ -290,6 +314,17 @@ def test_errors_of_the_server_are_reported_in_one_sentence(
     assert done.code == code
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_the_recorded_refusal_of_an_upload_names_the_missing_right() -> None:
+    (file,) = (ROOT / "tests/cluster/recordings/multi-user").glob("POST_v2beta1.pipelines.upload_400*.json")
+    error = kfp_server_api.ApiException(400)
+    error.body = json.dumps(json.loads(file.read_text())["response"])
+    with (
+        pytest.raises(UserError, match="contributor of the namespace's Profile"),
+        client.explain_api_errors("http://x"),
+    ):
+        raise error
 
 
 def test_a_call_to_a_server_that_hangs_ends_with_a_timeout(
@@ -322,6 +357,21 @@ def test_from_outside_the_server_is_reached_through_a_port_forward(
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 0, done.err
     assert len(kubeflow.runs) == 1
+
+
+def test_a_port_forward_finds_the_pod_that_replaced_its_own(
+    kubeflow: FakeKubeflow, kubernetes_server: FakeKubernetes, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = urlsplit(kubeflow.url)
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    kubernetes_server.add_service("kubeflow", "ml-pipeline", 8888, (str(address.hostname), int(address.port or 0)))
+    assert command("runs").code == 0
+    (pod,) = kubernetes_server.objects["/api/v1/namespaces/kubeflow/pods"]["items"]
+    pod["metadata"]["name"] = "ml-pipeline-1"
+    kubernetes_server.ports = {("ml-pipeline-1", 8333): kubernetes_server.ports["ml-pipeline-0", 8333]}
+    assert command("runs").code == 0
+    kubernetes_server.ports.clear()
+    assert command("runs").code == 75
 
 
 def test_a_missing_address_is_a_mistake(

@@ -33,7 +33,15 @@ def _waits(reason: str, message: str = "") -> dict[str, Any]:
     [
         ("gpu", ("no node has enough nvidia.com/gpu (", "steps.train.accelerator", "--gpus 0")),
         ("nosecret", ("lacks a Secret", 'secret "not-there" not found')),
-        ("noimage", ("nowhere.example/none:1 cannot be pulled", "no such host", "images.pull_secrets")),
+        (
+            "noimage",
+            (
+                "nowhere.example/none:1 cannot be pulled",
+                "no such host",
+                "MINICPMV_FINETUNE_REGISTRY",
+                "images.pull_secrets",
+            ),
+        ),
         ("hungry", ()),
     ],
 )
