@@ -18,7 +18,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_file
 from minicpmv_finetune.pipelines import PipelineChoice, all_pipelines
 
-from .options import Output, not_empty, path_option
+from .options import Output, not_empty, path_option, recipe_option
 
 if TYPE_CHECKING:
     import kfp_server_api
@@ -59,7 +59,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="Input of the pipeline as name=value; may be repeated.")
 ]
-ParametersFile = Annotated[Path | None, path_option("--parameters", "YAML file of inputs; -p has priority over it.")]
+Recipe = Annotated[str | None, recipe_option()]
 PipelineName = Annotated[PipelineChoice, typer.Option("--pipeline", help="Pipeline to use.")]
 Experiment = Annotated[str, typer.Option(help="Experiment of Kubeflow Pipelines.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Id or name of the run.")]
@@ -194,7 +194,7 @@ def submit(
     gpus: Gpus = None,
     registry: Registry = "",
     parameter: Parameters = None,
-    parameters: ParametersFile = None,
+    recipe: Recipe = None,
     name: Annotated[
         str, typer.Option(help="Name of the run; a second run with the same name and inputs is not started.")
     ] = "",
@@ -222,7 +222,7 @@ def submit(
     # The defaults too: the UI's comparison of runs shows only what a run was given.
     inputs = {
         **defaults(chosen.inputs),
-        **resolve_parameters(chosen, read_parameters(parameter or [], parameters), settings),
+        **resolve_parameters(chosen, read_parameters(parameter or [], recipe), settings),
     }
     cluster = _connect(settings)
     submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)

@@ -85,7 +85,7 @@ def _check_place(step: str) -> First:
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(FINETUNE_INPUTS, check=check_whole_run, first=_check_place("run"))
+@with_inputs(FINETUNE_INPUTS, check=check_whole_run, first=_check_place("run"), recipe=True)
 def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess", fresh: Fresh = False) -> None:
     """Run the whole pipeline on this machine, from data to an evaluated, merged model.
 
@@ -100,7 +100,7 @@ def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subp
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(RETRAIN_INPUTS, check=check_whole_run, first=_check_place("retrain"))
+@with_inputs(RETRAIN_INPUTS, check=check_whole_run, first=_check_place("retrain"), recipe=True)
 def retrain(
     inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess", fresh: Fresh = False
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 from minicpmv_finetune.options import read_json
 
@@ -63,6 +64,27 @@ Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (
 DEFAULT_MODEL: str = INPUTS["registered_model"].default
 
 
+def recipe_option(**settings: Any) -> Any:
+    """The option for a recipe.
+
+    Args:
+        **settings: Further arguments of `typer.Option`.
+    """
+    text = (
+        "Recipe that contains inputs: one of those that `minicpmv-finetune recipes` lists, or a YAML file. Inputs given "
+        "by themselves have priority, in a JSON object key by key."
+    )
+    return typer.Option(
+        "--recipe",
+        "--parameters",
+        help=text,
+        parser=not_empty("--recipe", str),
+        metavar="NAME_OR_PATH",
+        show_default=False,
+        **settings,
+    )
+
+
 Check = Callable[[Sequence[Input], Mapping[str, Any]], dict[str, Any]]
 First = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 
@@ -75,7 +97,11 @@ def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[s
 
 
 def with_inputs(
-    inputs: Iterable[Input], required: Iterable[str] = (), check: Check = check_inputs, first: First | None = None
+    inputs: Iterable[Input],
+    required: Iterable[str] = (),
+    check: Check = check_inputs,
+    first: First | None = None,
+    recipe: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of these inputs in place of its parameter `inputs`.
 
@@ -86,6 +112,7 @@ def with_inputs(
         required: Names of inputs whose default does not apply to this command.
         check: Function that checks the values of the inputs and returns them in their types.
         first: Function of the given inputs and the command's own options that is called before `check`.
+        recipe: Whether the command also takes inputs from a recipe, by `--recipe`.
     """
     rows = tuple(inputs)
     needed = set(required)
@@ -93,12 +120,15 @@ def with_inputs(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def checked(**options: Any) -> None:
-            given = {row.name: options.pop(row.name) for row in rows}
+            given = _from_json(rows, {row.name: options.pop(row.name) for row in rows})
+            context, name = options.pop("context", None), options.pop("recipe", None)
+            if name:
+                given = _over_recipe(read_recipe(name), given, context)
             if first:
                 first(given, options)
-            command(inputs={**given, **check(rows, _from_json(rows, given))}, **options)
+            command(inputs={**given, **check(rows, given)}, **options)
 
-        parameters = []
+        parameters = list(_RECIPE_PARAMETERS) if recipe else []
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == "inputs":
                 parameters += [_parameter(row, row.name in needed) for row in rows]
@@ -110,6 +140,36 @@ def with_inputs(
         return checked
 
     return decorate
+
+
+def _require_less(context: typer.Context, name: str | None) -> str | None:
+    """Let a recipe contain an input that is required: typer asks for options before the command is called."""
+    if name:
+        required = [row.name for row in INPUTS.values() if row.default is REQUIRED]
+        found = {key: value for key, value in read_recipe(name).items() if key in required}
+        context.default_map = {**(context.default_map or {}), **found}
+    return name
+
+
+_RECIPE_PARAMETERS = (
+    inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    inspect.Parameter(
+        "recipe",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[str | None, recipe_option(callback=_require_less, is_eager=True)],
+    ),
+)
+
+
+def _over_recipe(recipe: Mapping[str, Any], options: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+    """The inputs of the recipe, those given as options over them, and defaults for the others."""
+    given = {}
+    for name, value in options.items():
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            given[name] = value
+    return {**options, **over_recipe(recipe, given)}
 
 
 def _parameter(row: Input, is_required: bool) -> inspect.Parameter:

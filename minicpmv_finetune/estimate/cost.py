@@ -7,9 +7,10 @@ allocator.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -51,6 +52,7 @@ class Recipe:
         tune_llm: Whether to train the language model's own weights.
         lora_r: Rank of the adapters.
         accumulation_steps: Number of batches per optimizer step.
+        whole: The parts that are trained whole beside the adapters.
     """
 
     devices: int
@@ -61,6 +63,7 @@ class Recipe:
     tune_llm: bool
     lora_r: int
     accumulation_steps: int
+    whole: tuple[str, ...] = ("embeddings", "merger")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Model:
         intermediate_size: Width of the language model's feed-forward layers.
         linear_layers: Number of its layers with linear attention.
         linear_channels: Number of channels of queries, keys and values in such a layer.
+        adapts_feed_forward: Whether the feed-forward layers get adapters, which keep their inputs.
     """
 
     parameters: Mapping[str, int]
@@ -90,6 +94,7 @@ class Model:
     intermediate_size: int
     linear_layers: int
     linear_channels: int
+    adapts_feed_forward: bool = False
 
     @property
     def total(self) -> int:
@@ -99,54 +104,84 @@ class Model:
     def trained(self, recipe: Recipe) -> int:
         """Number of trained parameters: the adapters, and the modules that are trained completely."""
         parts = self.parameters
-        count = parts["merger"] + (parts["vision"] if recipe.tune_vision else 0)
+        vision = parts["vision"] if recipe.tune_vision else 0
         if recipe.use_lora:
-            return count + parts["embeddings"] + recipe.lora_r * self.lora_features
+            return vision + sum(parts[part] for part in recipe.whole) + recipe.lora_r * self.lora_features
+        count = vision + parts["merger"]
         if recipe.tune_llm:
             return count + parts["language"] + parts["embeddings"] + parts["head"]
         return count
 
 
-def read_model(checkpoint: Path) -> Model:
+Tensor = tuple[str, Sequence[int], int]
+"""Name and shape of a tensor, and how many such tensors there are in layers of other numbers."""
+
+
+def read_model(checkpoint: Path, targets: str = "") -> Model:
     """Count a checkpoint's parameters from the headers of its safetensors files.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        targets: Regular expression of the layers that get adapters; empty means the published default.
 
     Raises:
         UserError: There are no such files, or the configuration lacks a size.
     """
     generation = detect_generation(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
-    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
-    parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
-    lora_features = 0
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise UserError(f"{checkpoint}: contains no *.safetensors file; give a complete checkpoint as base model.")
+    tensors: list[Tensor] = []
     for path in files:
-        with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                shape = tensors.get_slice(name).get_shape()
-                parameters[_part(name, generation)] += math.prod(shape)
-                if len(shape) == 2 and re.fullmatch(generation.lora_target_modules, name.removesuffix(".weight")):
-                    lora_features += sum(shape)
+        with safe_open(path, framework="numpy") as file:
+            tensors += [(name, file.get_slice(name).get_shape(), 1) for name in file.keys()]  # noqa: SIM118 - no mapping
+    try:
+        return measure_model(generation, config, tensors, targets)
+    except KeyError as error:
+        raise UserError(f"{checkpoint / 'config.json'}: lacks {error.args[0]}; give a complete checkpoint.") from error
+
+
+def measure_model(
+    generation: Generation, config: Mapping[str, Any], tensors: Iterable[Tensor], targets: str = ""
+) -> Model:
+    """Count a model's parameters from its tensors' shapes.
+
+    Args:
+        generation: Generation of the model.
+        config: Content of its config.json.
+        tensors: All tensors.
+        targets: Regular expression of the layers that get adapters; empty means the published default.
+
+    Raises:
+        KeyError: The configuration lacks a size.
+    """
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
+    adapted: dict[str, int] = {}
+    patterns = generation.target_patterns(targets or generation.lora_target_modules)
+    for name, shape, count in tensors:
+        parameters[_part(name, generation)] += count * math.prod(shape)
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and any(re.fullmatch(pattern, module) for pattern in patterns):
+            adapted[module] = count * sum(shape)
     linear_channels = sum(
         count * int(text.get(f"linear_num_{kind}_heads", heads)) * int(text.get(f"linear_{kind}_head_dim", 128))
         for kind, count, heads in (("key", 2, 16), ("value", 1, 32))  # the defaults of Qwen 3.5
     )
-    try:
-        return Model(
-            parameters,
-            lora_features,
-            int(text["hidden_size"]),
-            int(text["num_hidden_layers"]),
-            int(text["vocab_size"]),
-            int(vision["hidden_size"]),
-            int(vision["num_hidden_layers"]),
-            int(text.get("intermediate_size") or 4 * int(text["hidden_size"])),
-            list(text.get("layer_types") or []).count("linear_attention"),
-            linear_channels,
-        )
-    except KeyError as error:
-        raise UserError(f"{checkpoint / 'config.json'}: lacks {error.args[0]}; give a complete checkpoint.") from error
+    return Model(
+        parameters,
+        sum(adapted.values()),
+        int(text["hidden_size"]),
+        int(text["num_hidden_layers"]),
+        int(text["vocab_size"]),
+        int(vision["hidden_size"]),
+        int(vision["num_hidden_layers"]),
+        int(text.get("intermediate_size") or 4 * int(text["hidden_size"])),
+        list(text.get("layer_types") or []).count("linear_attention"),
+        linear_channels,
+        any(".mlp." in module for module in adapted),
+    )
 
 
 def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, checkpointing: bool) -> dict[str, float]:
@@ -163,7 +198,8 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     # PEFT keeps the original of a module that is trained completely beside the adapters.
     frozen = model.total - (0 if recipe.use_lora else trained)
     text_width, vision_width = tokens * model.hidden_size, patches * model.vision_hidden_size
-    text, gated = (_TEXT, _GATED) if recipe.use_lora else (_TEXT_TRAINED, _GATED_TRAINED)
+    keeps_inputs = not recipe.use_lora or model.adapts_feed_forward
+    text, gated = (_TEXT_TRAINED, _GATED_TRAINED) if keeps_inputs else (_TEXT, _GATED)
     layer = tokens * (text * model.hidden_size + gated * model.intermediate_size)
     linear = tokens * _LINEAR * model.linear_channels if model.linear_layers else 0
     vision_layers = model.vision_layers if recipe.tune_vision else 0  # a frozen tower keeps nothing

@@ -1,4 +1,4 @@
-"""The inputs of a run on a cluster: read from the command line and a file, checked, and the base model pinned.
+"""The inputs of a run on a cluster: read from the command line and a recipe, checked, and the base model pinned.
 
 All checks happen before anything is sent: names, types and ranges by the table of inputs, and whether the cluster can
 read the addresses.
@@ -6,16 +6,15 @@ read the addresses.
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
 from minicpmv_finetune.inputs.checks import check_run
+from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe
 from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
-from minicpmv_finetune.yaml_files import read_mapping
 
 from .forwarding import reachable
 from .profile import Profile
@@ -24,21 +23,23 @@ from .store import use_store
 BaseModelPlace = Literal["object storage", "volume", "hub", "this machine"]
 
 
-def read_parameters(assignments: Sequence[str], file: Path | None) -> dict[str, Any]:
-    """Inputs from a YAML file and from `name=value` words; a word replaces the file's value.
+def read_parameters(assignments: Sequence[str], recipe: str | None = None) -> dict[str, Any]:
+    """Inputs from a recipe and from `name=value` words, which have priority.
+
+    Args:
+        assignments: The words.
+        recipe: Name of a recipe of the package, or path of a YAML file of inputs.
 
     Raises:
         UserError: The file cannot be read, or a word has no value.
     """
     given = {}
-    if file:
-        given = read_mapping(file, "inputs by name", "give a YAML file with lines like data_uri: s3://…")
     for assignment in assignments:
         name, mark, value = assignment.partition("=")
         if not mark:
             raise UserError(f"{assignment}: no value; write it as name=value.")
         given[name] = value
-    return given
+    return over_recipe(read_recipe(recipe), given) if recipe else given
 
 
 def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Profile) -> dict[str, Any]:

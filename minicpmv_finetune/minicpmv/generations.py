@@ -5,6 +5,7 @@ files alone, so a wrong base model is refused in a tenth of a second, before tor
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,18 @@ class Generation:
     empty_thinking: str = ""
     older_llm_types: tuple[str, ...] = ()
 
+    def target_patterns(self, pattern: str) -> tuple[str, str]:
+        """A pattern of `--lora_target_modules` as given, and with this generation's name for the language model.
 
+        The first that matches a layer applies; in published scripts the language model is called `llm`.
+        """
+        if pattern == PUBLISHED_LORA_TARGETS:
+            pattern = self.lora_target_modules
+        prefix = re.escape(self.language_model).replace("\\", "\\\\") + r"\\."
+        return pattern, _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)
+
+
+_LANGUAGE_MODEL_PREFIX = re.compile(r"^(\^?)llm\\\.")
 _QWEN3_5_LORA_TARGETS = (
     r"model\.language_model\..*layers\.\d+\."
     # Three of four layers are linear attention, where one projection computes queries, keys and values.

@@ -249,7 +249,10 @@ def test_options_have_priority_over_the_file_of_inputs(
     kubeflow: FakeKubeflow, command: Command, tmp_path: Path
 ) -> None:
     file = tmp_path / "inputs.yaml"
-    file.write_text("data_uri: s3://b/x\nbase_model_uri: /models/m\nseed: 1\nuse_lora: true\ntraining_flags: {a: 1}\n")
+    file.write_text(
+        "data_uri: s3://b/x\nbase_model_uri: /models/m\nseed: 1\nuse_lora: true\n"
+        "training_flags: {max_steps: 1, logging_steps: 5}\n"
+    )
     command(
         "submit", "--parameters", file, "-p", "seed=2", "-p", 'training_flags={"max_steps": 3}', "-p", "use_lora=False"
     )
@@ -260,7 +263,7 @@ def test_options_have_priority_over_the_file_of_inputs(
         "base_model_uri": "/models/m",
         "seed": 2,
         "use_lora": False,
-        "training_flags": {"max_steps": 3},
+        "training_flags": {"max_steps": 3, "logging_steps": 5},
     }
 
 

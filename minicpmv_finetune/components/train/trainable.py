@@ -13,14 +13,12 @@ from transformers import PreTrainedModel
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import put_adapter, read_adapter_config, update_layer_types
-from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
+from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 
 from .arguments import Arguments, LoraArguments
 from .flags import find_unfit_flags
-
-_LANGUAGE_MODEL_PREFIX = re.compile(r"^(\^?)llm\\\.")
 
 
 def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> PreTrainedModel | PeftModel:
@@ -214,13 +212,9 @@ def _target_modules(
 def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
     """The expression with this generation's module names, and the linear layers that it matches."""
     pattern = lora.lora_target_modules
-    if pattern == PUBLISHED_LORA_TARGETS:
-        pattern = generation.lora_target_modules
-    prefix = re.escape(generation.language_model).replace("\\", "\\\\") + r"\\."
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched: list[str] = []
-    # First as given, for models whose language model is called `llm`; then with this generation's name for it.
-    for candidate in (pattern, _LANGUAGE_MODEL_PREFIX.sub(rf"\1{prefix}", pattern)):
+    for candidate in generation.target_patterns(pattern):
         if not matched:
             pattern = candidate
             matched = [name for name in layers if re.fullmatch(pattern, name)]

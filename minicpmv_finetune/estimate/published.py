@@ -1,0 +1,36 @@
+"""The sizes of the published models, so that a recipe's cost is known without a checkpoint.
+
+`published.json` has the shape of every tensor; the number of a layer stands for all layers that have this tensor.
+Random weights of these sizes are what `benchmarks/gpu.py` trains.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from minicpmv_finetune.minicpmv.generations import GENERATIONS
+
+from .cost import Model, measure_model
+
+_TABLE = Path(__file__).with_name("published.json")
+_EQUAL_SIZES = {"4.7": "4.6"}
+
+
+def published_model(version: str, targets: str = "") -> Model:
+    """The numbers of a published model that its cost depends on.
+
+    Args:
+        version: Generation, such as "4.6".
+        targets: Regular expression of the layers that get adapters; empty means the published default.
+    """
+    generation = next(one for one in GENERATIONS if one.version == version)
+    sizes = _table()[_EQUAL_SIZES.get(version, version)]
+    config = {"text_config": sizes["text"], "vision_config": sizes["vision"]}
+    return measure_model(generation, config, [tuple(tensor) for tensor in sizes["tensors"]], targets)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_TABLE.read_text())
+    return content
