@@ -99,10 +99,11 @@ lock:  ## resolve the newest versions and write requirements.lock
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras \
 		--output-file requirements.lock pyproject.toml
 
-readmes: install  ## write the README of each step from its component, and the tables of environment variables and inputs
+readmes: install  ## write the README of each step from its component, and the tables of environment variables, inputs and recipes
 	$(BIN)/python docs/component_readmes.py
 	$(BIN)/python docs/environment_table.py
 	$(BIN)/python docs/inputs_table.py
+	$(BIN)/python docs/recipes_table.py
 	$(BIN)/python docs/training_flags.py
 
 # The site needs no torch: the API reference is read from the source, not imported.

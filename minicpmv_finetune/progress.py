@@ -6,8 +6,10 @@ a shorter interval and draws the lines of its steps as one live bar.
 """
 
 import io
+import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -80,3 +82,18 @@ def _seconds_between_lines() -> float:
 def report_outcome(sentence: str) -> None:
     """Print a step's outcome in one line, which `minicpmv-finetune run` shows beside the step's name."""
     print(f"{OUTCOME_MARK}{sentence}", file=sys.stderr, flush=True)
+
+
+def quieten_libraries() -> None:
+    """Disable progress bars and warnings of libraries before they are imported.
+
+    This program shows its own progress, and uses a CPU on purpose where there is no GPU.
+    """
+    # Progress bars, and warnings that reference kernels run where there is no GPU.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # The hub's client reports each of its attempts; the error at the end says what to do.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not Path("/dev/nvidiactl").exists():
+        # Without this setting DeepSpeed warns that it falls back to the CPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -18,7 +18,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_file
 from minicpmv_finetune.pipelines import PipelineChoice, all_pipelines
 
-from .options import Output, not_empty, path_option, recipe_option
+from .options import Output, not_empty, path_option, recipe_option, text_table
 
 if TYPE_CHECKING:
     import kfp_server_api
@@ -290,7 +290,7 @@ def runs(
     cluster = _connect(_load(profile, namespace))
     if not run:
         rows = [asdict(row) for row in list_runs(cluster, experiment, most)]
-        _print(rows, output, lambda: _table(rows) or "no runs")
+        _print(rows, output, lambda: text_table(rows) or "no runs")
         if rows and not rows[0]["link"]:
             print(f"note: {HOW_TO_LINK}", file=sys.stderr)
         return
@@ -311,7 +311,7 @@ def runs(
         why = why_no_step(cluster, found)
         return f"{found.display_name}: {found.state}; no step has started yet" + (f"; {why}" if why else "")
 
-    _print(rows, output, lambda: _table(shown) or without_step())
+    _print(rows, output, lambda: text_table(shown) or without_step())
 
 
 @app.command(rich_help_panel=PANEL)
@@ -429,7 +429,7 @@ def list_schedules(profile: ProfileName = "", namespace: Namespace = "", output:
     from minicpmv_finetune.kubeflow.schedule import list_schedules as find
 
     rows = [asdict(row) for row in find(_connect(_load(profile, namespace)))]
-    _print(rows, output, lambda: _table(rows) or "no schedules")
+    _print(rows, output, lambda: text_table(rows) or "no schedules")
 
 
 def _switch(enabled: bool) -> Callable[..., None]:
@@ -519,14 +519,3 @@ def _refuse_other_file(output: Path) -> None:
 
 def _print(answer: Any, output: Output, text: Callable[[], str]) -> None:
     print(json.dumps(answer, indent=1, ensure_ascii=False) if output == "json" else text())
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """A text table with the keys as headings; each column is as wide as its widest cell."""
-    if not rows:
-        return ""
-    cells = [list(rows[0]), *([("" if value is None else str(value)) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )

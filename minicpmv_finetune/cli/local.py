@@ -1,23 +1,26 @@
 """The commands that run on this machine: the demonstration, both pipelines, the estimate, and a question to a model."""
 
+import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS, rows
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS
 from minicpmv_finetune.minicpmv.tiny_checkpoint import Version
 from minicpmv_finetune.outputs import check_workspace, claim_workspace, claimed_folder
 from minicpmv_finetune.pipelines.run_folder import LINKS
 
-from .options import First, Inputs, NewTokens, Out, absolute, check_whole_run, with_inputs
+from .options import First, Inputs, NewTokens, Out, Output, absolute, check_whole_run, text_table, with_inputs
 
 PANEL = "Run here"
 TINY_BASE_OPTIONS = "--learning-rate 3e-3 --num-train-epochs 30"
 """Options of `run` with which a few dozen samples are enough: random weights need larger steps than published ones."""
+_MANY = 2**16  # GPUs, or batches of a step
 app = typer.Typer()
 
 
@@ -119,56 +122,91 @@ def _check_fraction(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> No
     """Check the share of held-out images as validate-data does."""
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings
 
-    ValidationSettings(eval_fraction=options["eval_fraction"])
+    if options["eval_fraction"] is not None:
+        ValidationSettings(eval_fraction=options["eval_fraction"])
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(
-    rows(
-        "data_uri base_model_uri eval_data_uri max_slice_nums model_max_length per_device_train_batch_size "
-        "num_train_epochs use_lora tune_vision tune_llm lora_r"
-    ),
-    check=check_whole_run,
-    first=_check_fraction,
-)
+@with_inputs(FINETUNE_INPUTS, check=check_whole_run, first=_check_fraction, recipe=True)
 def plan(
     inputs: Inputs,
     eval_fraction: Annotated[
-        float, typer.Option(help="Share of the images held out when there is no evaluation data.")
-    ] = 0.1,
+        float | None, typer.Option(help="Share of the images held out when there is no evaluation data.")
+    ] = None,
     exif_transpose: Annotated[bool, typer.Option(help="Rotate images by their EXIF orientation.")] = False,
-    devices: Annotated[int, typer.Option(min=1, help="Number of GPUs to train on.")] = 1,
-    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=_MANY, help="Number of GPUs to train on; by default those of the inputs.")
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, max=_MANY, help="Batches per optimizer step; by default those of the inputs.")
+    ] = None,
     output: Annotated[Literal["table", "json"], typer.Option(help="Tables, or JSON for a program.")] = "table",
 ) -> None:
-    """Estimate the cost of a run before a GPU is requested: samples, tokens, shards, memory, steps."""
-    from minicpmv_finetune.estimate.cost import Recipe
-    from minicpmv_finetune.estimate.plan import estimate_run, print_estimate
+    """Estimate the cost of a run before a GPU is requested: samples, tokens, shards, memory, steps.
 
-    recipe = Recipe(
-        devices=devices,
-        batch_size=inputs["per_device_train_batch_size"],
-        epochs=inputs["num_train_epochs"],
-        use_lora=inputs["use_lora"],
-        tune_vision=inputs["tune_vision"],
-        tune_llm=inputs["tune_llm"],
-        lora_r=inputs["lora_r"],
-        accumulation_steps=gradient_accumulation_steps,
-    )
+    It takes the inputs of `run`, also a recipe. Nothing is trained, and of the base model only headers are read.
+    """
+    from minicpmv_finetune.components.validate_data.validate import settings_from
+    from minicpmv_finetune.estimate.plan import estimate_run, print_estimate
+    from minicpmv_finetune.inputs.planned import planned
+
+    flags = {"nproc_per_node": devices, "gradient_accumulation_steps": gradient_accumulation_steps}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if devices is not None:
+        given["num_nodes"] = 1
+    settings = planned({**inputs, "training_flags": {**inputs["training_flags"], **given}})
+    data = settings_from(inputs["data_options"])
     estimate = estimate_run(
         inputs["data_uri"],
         inputs["eval_data_uri"],
         inputs["base_model_uri"],
         inputs["max_slice_nums"],
         inputs["model_max_length"],
-        eval_fraction,
-        exif_transpose,
-        recipe,
+        data.eval_fraction if eval_fraction is None else eval_fraction,
+        exif_transpose or data.exif_transpose,
+        settings.recipe,
+        settings.targets,
+        settings.checkpointing,
+        settings.strategy,
     )
     if output == "json":
         print(estimate.model_dump_json(indent=1))
     else:
         print_estimate(estimate)
+
+
+@app.command(rich_help_panel=PANEL)
+def recipes(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="Recipe to print, as a start for one of your own.")
+    ] = "",
+    output: Annotated[Output, typer.Option(help="Text, or one JSON document for a program.")] = "text",
+) -> None:
+    """List the recipes of `--recipe` with the memory and hours that `plan` estimates, or print one."""
+    from minicpmv_finetune.inputs.recipe import read_recipe, recipe_path
+    from minicpmv_finetune.inputs.recipe_costs import CARDS, SAMPLES, recipe_costs
+
+    if name:
+        print(json.dumps(read_recipe(name), indent=1) if output == "json" else recipe_path(name).read_text().rstrip())
+        return
+    costs = recipe_costs()
+    if output == "json":
+        print(json.dumps([asdict(cost) for cost in costs], indent=1))
+        return
+    rows = [
+        {
+            "recipe": cost.name,
+            "trains": cost.trains,
+            "GPUs": f"{cost.devices} x {cost.memory_gb} GB",
+            "needs": f"{cost.needed_gb:.1f} GB",
+            **{f"hours on {card}": cost.hours.get(card) for card in CARDS},
+        }
+        for cost in costs
+    ]
+    print(text_table(rows))
+    print(
+        f"\nHours are for {SAMPLES:,} samples, and rough; `minicpmv-finetune plan --recipe NAME --data …` knows yours."
+    )
 
 
 @app.command(rich_help_panel=PANEL)
@@ -207,4 +245,5 @@ def _with_absolute_paths(inputs: Inputs) -> dict[str, Any]:
 
 def _places(inputs: Inputs) -> dict[str, str]:
     """The paths and URIs among the inputs, by the names of their options."""
-    return {row.option: inputs[row.name] for row in FINETUNE_INPUTS if row.name.endswith("_uri")}
+    # What a recipe contains may be of another type; the checks of the run say so.
+    return {row.option: str(inputs[row.name] or "") for row in FINETUNE_INPUTS if row.name.endswith("_uri")}

@@ -4,15 +4,14 @@ A user's mistake ends with one sentence and exit code 2, a temporary fault with 
 imported only when a command needs them, so that help and mistakes in arguments appear at once.
 """
 
-import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
+from minicpmv_finetune.progress import quieten_libraries
 
 from . import kubeflow, local, models, steps
 
@@ -30,7 +29,7 @@ for group in (local, kubeflow, models, steps):
 
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
-    _quieten_libraries()
+    quieten_libraries()
     if "--help" in sys.argv:
         show_option_names_whole()
     # After SIGTERM a step removes its incomplete output, as after an error; by default the process would end at once.
@@ -47,10 +46,23 @@ def main() -> None:
 def show_option_names_whole() -> None:
     """Let the help break descriptions, not the names of options, where a terminal is narrow.
 
-    Rich makes the two widest columns of a table narrower until the table fits, and typer lets it.
+    Rich makes the two widest columns of a table narrower until the table fits, and typer lets it. It would end a long
+    word of a description, such as the name of an environment variable, with an ellipsis; here the word is broken.
     """
     import typer.rich_utils
+    from rich.columns import Columns
+    from rich.measure import Measurement
     from rich.table import Table
+
+    class Folded:
+        def __init__(self, part: Any) -> None:
+            self.part = part
+
+        def __rich_console__(self, console: Any, options: Any) -> Any:
+            yield from console.render(self.part, options.update(overflow="fold"))
+
+        def __rich_measure__(self, console: Any, options: Any) -> Measurement:
+            return Measurement.get(console, options, self.part)
 
     class NamesWhole(Table):
         def add_row(self, *cells: Any, **options: Any) -> None:
@@ -58,21 +70,9 @@ def show_option_names_whole() -> None:
                 # The last two columns are the type and the description.
                 for number in range(len(cells)):
                     self.add_column(no_wrap=number < len(cells) - 2, overflow="fold")
+            # A description's parts, such as the name of an environment variable, are a table of their own.
+            if isinstance(cells[-1], Columns):
+                cells[-1].renderables = [Folded(part) for part in cells[-1].renderables]
             super().add_row(*cells, **options)
 
     typer.rich_utils.Table = NamesWhole  # type: ignore[misc]
-
-
-def _quieten_libraries() -> None:
-    """Disable progress bars and warnings of libraries before they are imported.
-
-    This program shows its own progress, and uses a CPU on purpose where there is no GPU.
-    """
-    # Progress bars, and warnings that reference kernels run where there is no GPU.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # The hub's client reports each of its attempts; the error at the end says what to do.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not Path("/dev/nvidiactl").exists():
-        # Without this setting DeepSpeed warns that it falls back to the CPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

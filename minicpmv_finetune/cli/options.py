@@ -71,8 +71,8 @@ def recipe_option(**settings: Any) -> Any:
         **settings: Further arguments of `typer.Option`.
     """
     text = (
-        "Recipe that contains inputs: one of those that `minicpmv-finetune recipes` lists, or a YAML file. Inputs given "
-        "by themselves have priority, in a JSON object key by key."
+        "Recipe that contains inputs: one that `minicpmv-finetune recipes` lists, or a YAML file. Inputs given by "
+        "themselves have priority, in a JSON object key by key."
     )
     return typer.Option(
         "--recipe",
@@ -216,3 +216,14 @@ def absolute(uri: str) -> str:
     """The absolute path of a local file, because steps may run in another folder; URIs and hub ids are unchanged."""
     is_path = uri and "://" not in uri and _path(uri).exists()
     return str(_path(uri).absolute()) if is_path else uri
+
+
+def text_table(rows: list[dict[str, Any]]) -> str:
+    """A text table with the keys as headings; each column is as wide as its widest cell."""
+    if not rows:
+        return ""
+    cells = [list(rows[0]), *([("" if value is None else str(value)) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

@@ -228,7 +228,7 @@ def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches
 
     The forward pass takes two operations per parameter and token (Kaplan et al. 2020, 2.1). The backward pass takes
     two for the gradients of the activations, and two for the gradient of each trained parameter. Attention scores are
-    added. Checkpointing adds a forward pass.
+    added. Checkpointing adds a forward pass. A frozen vision tower runs forward only.
 
     Args:
         model: The model.
@@ -244,7 +244,8 @@ def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches
     scores = 2.0 * model.layers * model.hidden_size * float(np.square(tokens).sum())
     vision = 2.0 * (parts["vision"] + parts["merger"]) * patches
     share = min(1.0, model.trained(recipe) / model.total)
-    return (text + scores + vision) * (2.0 + share + (1.0 if checkpointing else 0.0))
+    again = 1.0 if checkpointing else 0.0
+    return (text + scores) * (2.0 + share + again) + vision * (3.0 + again if recipe.tune_vision else 1.0)
 
 
 def padding_share(lengths: Sequence[int], batch_size: int) -> float:

@@ -67,6 +67,8 @@ class Estimate(BaseModel):
     estimated_gpu_bytes: dict[str, int] = Field(description="Memory of each GPU by strategy, without checkpointing.")
     estimated_gpu_bytes_with_checkpointing: dict[str, int]
     estimated_flops: float = Field(description="FLOPs of the whole training, with checkpointing.")
+    strategy: str = Field(description="Strategy of the run, a name in estimated_gpu_bytes.")
+    checkpointing: bool = Field(description="Whether the run uses checkpointing.")
 
 
 def estimate_run(
@@ -78,6 +80,9 @@ def estimate_run(
     eval_fraction: float,
     exif_transpose: bool,
     recipe: Recipe,
+    targets: str = "",
+    checkpointing: bool = False,
+    strategy: str = "single GPU",
 ) -> Estimate:
     """Estimate the cost of a run.
 
@@ -90,13 +95,16 @@ def estimate_run(
         eval_fraction: Share of the images that is held out if there is no evaluation data.
         exif_transpose: Whether images are rotated by their EXIF orientation.
         recipe: Settings of the training.
+        targets: Regular expression of the layers that get adapters; empty means the published default.
+        checkpointing: Whether activations are computed again in the backward pass.
+        strategy: Name of the run's strategy in the estimate of memory.
 
     Raises:
         UserError: Data or base model cannot be read, or no sample can be used.
     """
     base = storage.fetch(base_model_uri)
     encoder = Encoder.from_checkpoint(base, max_slice_nums)
-    model = read_model(base)
+    model = read_model(base, targets)
     rejected: Counter[str] = Counter()
     splits = [list(measure_samples(uri, encoder, exif_transpose, rejected)) for uri in (data_uri, eval_data_uri) if uri]
     measured = [sample for samples in splits for sample in samples]
@@ -121,6 +129,8 @@ def estimate_run(
         estimated_shard_bytes=_estimate_shard_bytes(fitting, encoder.slicing.patch_size),
         packing_waste=packing_share([sample.tokens for sample in fitting], model_max_length),
         **_count_samples(fitting, eval_samples),
+        strategy=strategy,
+        checkpointing=checkpointing,
         **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples),
     )
 
@@ -209,6 +219,10 @@ def _data_table(estimate: Estimate) -> Table:
         name: " · ".join(f"{'most' if share == 100 else f'{share} %'} {value:,}" for share, value in values.items())
         for name, values in {"tokens": estimate.token_percentiles, "slices": estimate.slice_percentiles}.items()
     }
+    memories = (
+        estimate.estimated_gpu_bytes_with_checkpointing if estimate.checkpointing else estimate.estimated_gpu_bytes
+    )
+    memory = memories[estimate.strategy]
     rows = {
         "samples": f"{estimate.samples:,}, of them {estimate.eval_samples:,} to evaluate",
         "rejected": ", ".join(f"{reason} {count:,}" for reason, count in estimate.rejected.items()) or "none",
@@ -220,6 +234,7 @@ def _data_table(estimate: Estimate) -> Table:
         "padding": f"{estimate.padding_waste:.1%} of a batch, {estimate.packing_waste:.1%} when packed",
         "parameters": f"{estimate.parameters:,}, of them trained {estimate.trained_parameters:,}",
         "training": f"{estimate.steps:,} steps, about {estimate.estimated_flops:.2g} FLOPs",
+        "this run": f"{estimate.strategy}{', with checkpointing' * estimate.checkpointing}: {_size(memory)} a GPU",
     }
     for name, value in rows.items():
         table.add_row(name, value)

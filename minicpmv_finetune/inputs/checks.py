@@ -29,6 +29,7 @@ from minicpmv_finetune.components.train.flags import (
     as_flags,
     find_contradictions,
     find_flags_without_gpu,
+    find_missing_gpus,
     find_mistakes,
     find_unfit_flags,
     pop_num_nodes,
@@ -182,7 +183,10 @@ def _read_training_flags(run: Mapping[str, Any], runs_here: bool) -> tuple[dict[
         mistakes.extend(f"training_flags: {sentence.removeprefix('--')}" for sentence in sentences)
 
     mistakes += _noted("training_flags", read)
-    mistakes += _noted("training_flags", lambda: take_processes(as_flags(given)))
+    processes: list[int | None] = []
+    mistakes += _noted("training_flags", lambda: processes.append(take_processes(as_flags(given))[1]))
+    if runs_here and processes:
+        mistakes += [f"training_flags: {sentence}" for sentence in find_missing_gpus(processes[0])]
     for name in values:
         if name in _SET_BY_THE_PIPELINE:
             own = _SET_BY_THE_PIPELINE[name]

@@ -66,9 +66,9 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
     Raises:
         UserError: There is no such recipe, or its file is not a YAML mapping.
     """
-    return read_mapping(
-        recipe_path(name_or_file), "inputs by name", "give a YAML file with lines like data_uri: s3://…"
-    )
+    remedy = "give a YAML file with lines like data_uri: s3://…"
+    content = read_mapping(recipe_path(name_or_file), "inputs by name", remedy)
+    return {str(name): value for name, value in content.items()}
 
 
 def over_recipe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from minicpmv_finetune import environment, storage
+from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes, take_processes
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
 from minicpmv_finetune.inputs.checks import check_run
 from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe
@@ -71,7 +72,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
         checked = check_run(pipeline.inputs, given, runs_here=False)
     except MistakesError as error:
         mistakes += error.sentences
-    raise_mistakes(mistakes)
+    raise_mistakes(mistakes + _needs_more_gpus(checked.get("training_flags", {}), profile))
     if profile.mlflow is None:
         checked["registered_model"] = ""
     return {**checked, "base_model_uri": pin_to_commit(base_model, profile) if place == "hub" else base_model}
@@ -85,6 +86,20 @@ def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
     if given.get("registered_model"):
         return [f"registered_model: the profile names no MLflow to register it in; {remedy}, or leave the input out."]
     return []
+
+
+def _needs_more_gpus(training_flags: Mapping[str, Any], profile: Profile) -> list[str]:
+    """A sentence if the train step would start more processes than its pod has GPUs; nodes have their own number."""
+    given = dict(training_flags)
+    nodes = pop_num_nodes(given)
+    _, processes = take_processes(as_flags(given))
+    accelerator = profile.step_settings("train").accelerator
+    if profile.train_on_nodes or nodes > 1 or accelerator is None or (processes or 1) <= accelerator.count:
+        return []
+    return [
+        f"training_flags: nproc_per_node is {processes}, but the profile gives train {accelerator.count} "
+        f"GPU{'s' * (accelerator.count > 1)}; give --gpus {processes}, or nproc_per_node {accelerator.count}."
+    ]
 
 
 def _use_store_if_possible(profile: Profile) -> None:

@@ -26,7 +26,7 @@ from .store import pipeline_root, run_folder, use_store
 
 # glog's lines: level, month and day, time, thread, file and line of Kubeflow's launcher.
 _LAUNCHER = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] (.*)")
-_ARGO = re.compile(r"time=\S+ level=(debug|info) .*\bargo=true\b", re.IGNORECASE)
+_ARGO = re.compile(r"time=\S+ level=(debug|info) .*\bargo=true\b|Error: exit status \d+$", re.IGNORECASE)
 _EXECUTOR_NOTE = re.compile(r"\[KFP Executor [^\]]* INFO\]: ?(.*)")
 _EXIT_STATUS = re.compile(r"exit status \d+$")
 _LAUNCHER_FAILURE = re.compile(r"failed to execute component: (.*)")
@@ -61,9 +61,9 @@ def read_log(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) ->
 
 
 def without_launcher(log: str) -> str:
-    """A log without what Kubeflow's launcher and executor print around the step's own lines.
+    """A log without what Kubeflow's launcher and executor, and Argo, print around the step's own lines.
 
-    Their warnings and errors stay, except for the repetition of the step's exit code.
+    Their warnings and errors stay, except for the repetitions of the step's exit code.
     """
     return "".join(f"{line}\n" for line in _own_lines(iter(log.splitlines())))
 

@@ -44,6 +44,7 @@ def test_help_shows_the_names_of_all_options_whole(words: tuple[str, ...], monke
     names = {name for parameter in shown_parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     missing = {name for name in names if name.startswith("--") and not re.search(rf"{name}(?![\w-])", shown)}
     assert missing == set()
+    assert not re.search(r"\w…", shown)
 
 
 def test_the_help_of_train_begins_with_our_own_flags_and_shows_both_defaults() -> None:

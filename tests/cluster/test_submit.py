@@ -234,6 +234,7 @@ def test_the_mlflow_experiment_is_passed_to_the_servers_plugin(kubeflow: FakeKub
         (["-p", "data_uri=s3://b/x", "-p", "base_model_uri=/home/me/model"], "is a path on this machine"),
         (["-p", "data_uri"], "write it as name=value"),
         (["--parameters", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--recipe", "4.5-8x80gb"], "nproc_per_node is 8, but the profile gives train 1 GPU; give --gpus 8"),
     ],
 )
 def test_mistakes_in_inputs_are_reported_before_any_request(

@@ -19,6 +19,8 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.estimate import cost
 from minicpmv_finetune.estimate.cost import Recipe
 from minicpmv_finetune.estimate.plan import Estimate, estimate_run
+from minicpmv_finetune.estimate.published import published_model
+from minicpmv_finetune.inputs.recipe_costs import estimate_hours
 from minicpmv_finetune.shards.codecs import CODECS
 from minicpmv_finetune.shards.format import read_manifest
 
@@ -215,6 +217,21 @@ def test_memory_is_within_a_fifth_of_what_a_gpu_needed(row: dict[str, Any]) -> N
         cost.Model(**row["model"]), recipe, row["tokens"], row["patches"], row["case"]["checkpointing"]
     )
     assert found["single GPU"] == pytest.approx(row["peak_memory"], rel=0.2)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "{version}-{batch}-{checkpointing}".format(**row["case"]))
+def test_hours_are_within_a_third_of_what_a_gpu_needed(row: dict[str, Any]) -> None:
+    case, model = row["case"], cost.Model(**row["model"])
+    recipe = recipe_with(tune_vision=False, batch_size=case["batch"])
+    lengths = [row["tokens"] // case["batch"]] * case["batch"]
+    flops = cost.estimate_flops(model, recipe, lengths, row["patches"], case["checkpointing"])
+    assert estimate_hours(model, 1, flops)["H100"] == pytest.approx(row["seconds"] / 3600, rel=0.34)
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.5", "4.6"])
+def test_published_sizes_are_those_of_the_models_that_a_gpu_trained(version: str) -> None:
+    measured = next(row["model"] for row in MEASURED if row["case"]["version"] == version)
+    assert published_model(version) == cost.Model(**measured)
 
 
 def test_flops_grow_with_the_trained_parameters_and_with_checkpointing() -> None:

@@ -35,6 +35,7 @@ def test_warnings_and_errors_of_the_launcher_stay() -> None:
         "epoch 1\n"
         "E1126 01:16:33.386282      15 launcher_v2.go:449] failed to upload output artifact\n"
         f"{LAUNCHER}exit status 2\n"
+        "Error: exit status 1\n"
     )
     assert without_launcher(log).splitlines() == log.splitlines()[:3]
 

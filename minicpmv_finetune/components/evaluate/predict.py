@@ -37,8 +37,6 @@ def predict(
     Raises:
         UserError: A model, an adapter, an image or the prompt is unusable, or the model has no reasoning to request.
     """
-    if not prompt.strip():
-        raise UserError("prompt: the prompt is empty; give a question.")
     if not all(address.strip() for address in images):
         raise UserError("image: an address is empty; give a path or an s3:// URI.")
     if max_new_tokens < 1:

@@ -27,7 +27,7 @@ from minicpmv_finetune.errors import UserError, first_line
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
 from minicpmv_finetune.workers import SHARED_MEMORY
 
-from .flags import FP16_WITHOUT_GPU, FSDP_WITHOUT_GPU, check_flags
+from .flags import FP16_WITHOUT_GPU, FSDP_WITHOUT_GPU, PARTITIONED_4_BIT, check_flags
 from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
 from .flags import pop_num_nodes as pop_num_nodes
 from .intervals import choose_intervals
@@ -353,10 +353,7 @@ def _check(arguments: Arguments) -> None:
     if training.dataloader_multiprocessing_context and not training.dataloader_num_workers:
         raise UserError("--dataloader_multiprocessing_context: there are no workers; give --dataloader_num_workers.")
     if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):
-        raise UserError(
-            "--q_lora: ZeRO-3 and FSDP partition weights, which is impossible for 4-bit weights; use --strategy ddp or "
-            "zero2, or train LoRA without q_lora."
-        )
+        raise UserError(PARTITIONED_4_BIT)
 
 
 def _check_optimizer(training: TrainingArguments) -> None:

@@ -110,8 +110,12 @@ class TrainingMonitor(TrainerCallback):
             return
         metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
         if "train_runtime" in metrics:
-            speed = self.samples_per_second(args.world_size)
-            metrics |= {"train_runtime": self.seconds, "train_samples_per_second": speed}
+            metrics |= {
+                "train_runtime": self.seconds,
+                "train_samples_per_second": self.samples_per_second(args.world_size),
+            }
+            if not self.samples:  # a checkpoint was complete, and no step was left
+                metrics = {name: value for name, value in metrics.items() if not name.endswith("_per_second")}
         metrics |= {"padding": self.padding, "waiting": self.waiting, "peak_memory_mb": peak_memory() / 1e6}
         if state.global_step > self.last_logged_step:
             self.run.log_metrics({f"train/{name}": value for name, value in metrics.items()}, state.global_step)

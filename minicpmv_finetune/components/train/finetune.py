@@ -533,8 +533,9 @@ def _make_record(
         {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
         for entry in trainer.state.log_history
     ]
-    # A training that was continued measures only its last part, and 0 where no step was left.
+    # A training that was continued measures only its last part, and nothing where no step was left.
     whole = mean_loss(history) if is_continued else None
+    speed = {"samples/s": monitor.samples_per_second(arguments.training.world_size)} if monitor.samples else {}
     return TrainingRecord(
         base_model=arguments.model.model_name_or_path,
         base_fingerprint=inputs.base_fingerprint,
@@ -546,7 +547,7 @@ def _make_record(
         metrics={
             "loss": metrics["train_loss"] if whole is None else whole,
             "epochs": metrics["epoch"],
-            "samples/s": monitor.samples_per_second(arguments.training.world_size),
+            **speed,
             "seconds": monitor.seconds,
             "padding": monitor.padding,
             "waiting": monitor.waiting,

@@ -247,6 +247,7 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         sentences.append("--save_strategy best: give --metric_for_best_model loss too.")
     if values.get("optim_args") and not all("=" in pair for pair in str(values["optim_args"]).split(",")):
         sentences.append(f"--optim_args {values['optim_args']}: give NAME=VALUE, several separated by commas.")
+    sentences += _find_clashes(values)
     sentences += _missing_packages(values) if trains_here else []
     schedule = str(values.get("lr_scheduler_type", ""))
     needed = _SCHEDULES.get(schedule, ())
@@ -261,6 +262,58 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         sentences.append(f"--lora_layers_to_transform {layers}: give layer numbers such as 0,1,5.")
     refused = [(name, value) for name, value in _REFUSED if name in values and values[name] is value]
     return sentences + [f"--{name} {str(value).lower()}: {_REFUSED[name, value]}." for name, value in refused]
+
+
+def _find_clashes(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each combination that transformers refuses, one at a time and after it has been imported."""
+
+    def value(name: str) -> Any:
+        return values.get(name, table()[name].default)
+
+    sentences = [
+        f"--bf16{full} and --fp16{full}: choose one of the two."
+        for full in ("", "_full_eval")
+        if values.get(f"bf16{full}") and values.get(f"fp16{full}")
+    ]
+    evaluated, saved = value("eval_strategy"), value("save_strategy")
+    sentences += _find_unsaved_best(value) if saved != "best" else []
+    schedule = value("lr_scheduler_type")
+    if schedule in ("reduce_lr_on_plateau", "greedy") and evaluated == "no":
+        sentences.append(f"--lr_scheduler_type {schedule}: nothing is evaluated; give --eval_strategy epoch.")
+    for strategy in ("logging", "eval", "save"):
+        steps = values.get(f"{strategy}_steps")
+        if value(f"{strategy}_strategy") == "steps" and steps and steps > 1 and steps != int(steps):
+            sentences.append(f"--{strategy}_steps {steps:g}: above 1 it must be a whole number of steps.")
+    if values.get("dataloader_num_workers") == 0:
+        sentences += [
+            f"--{name}: there are no workers; give --dataloader_num_workers, or leave the flag out."
+            for name in ("dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+            if values.get(name)
+        ]
+    if values.get("q_lora") and values.get("strategy") in ("zero3", "fsdp2"):
+        sentences.append(PARTITIONED_4_BIT)
+    return sentences
+
+
+def _find_unsaved_best(value: Callable[[str], Any]) -> list[str]:
+    """A sentence if the best weights shall be kept, but are not always saved when they are evaluated."""
+    flag = next((name for name in ("load_best_model_at_end", "early_stopping_patience") if value(name)), "")
+    evaluated, saved = value("eval_strategy"), value("save_strategy")
+    is_alone = flag == "early_stopping_patience" and evaluated == "no"  # which has a sentence of its own
+    if not flag or is_alone:
+        return []
+    if evaluated != saved:
+        return [
+            f"--{flag}: needs a checkpoint at each evaluation, but --eval_strategy is {evaluated} and --save_strategy "
+            f"{saved}; give both the same."
+        ]
+    every, each = value("eval_steps"), value("save_steps")
+    if evaluated == "steps" and every and min(every, each) >= 1 and each % every:
+        return [
+            f"--{flag}: needs checkpoints at evaluations only, but --save_steps {each:g} is no multiple of "
+            f"--eval_steps {every:g}; change one of them."
+        ]
+    return []
 
 
 def find_unfit_flags(values: Mapping[str, Any], generation: Generation) -> list[str]:
@@ -306,10 +359,23 @@ def find_flags_without_gpu(values: Mapping[str, Any]) -> list[str]:
     return [sentence for sentence, is_given in needed.items() if is_given]
 
 
+def find_missing_gpus(processes: int | None) -> list[str]:
+    """A sentence if there are fewer GPUs than training processes; without a GPU they train on the CPU."""
+    gpus = len(list(_DEVICES.glob("nvidia[0-9]*")))
+    if not gpus or (processes or 1) <= gpus:
+        return []
+    return [f"nproc_per_node is {processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)}; give at most {gpus}."]
+
+
+PARTITIONED_4_BIT = (
+    "--q_lora: ZeRO-3 and FSDP partition weights, which is impossible for 4-bit weights; use --strategy ddp or zero2, "
+    "or train LoRA without q_lora."
+)
 FP16_WITHOUT_GPU = "--fp16: needs a GPU, and there is none; leave it out, or give --bf16 true."
 FSDP_WITHOUT_GPU = "--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3."
 LIGER_WITHOUT_GPU = "--use_liger_kernel: its kernels run on a GPU, and this machine has none; leave the flag out."
 NCCL_WITHOUT_GPU = "--ddp_backend nccl: connects GPUs, and there are none; leave the flag out."
+_DEVICES = Path("/dev")
 # Of NVIDIA (also in Windows' subsystem and on Jetson), AMD, Intel, Habana and Huawei.
 _GPU_DEVICES = (
     "/dev/nvidiactl",

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
+from minicpmv_finetune.options import raise_mistakes
 
-from .flags import check_flags, take_processes
+from .flags import check_flags, find_missing_gpus, take_processes
 from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
     """
     flags, wanted = take_processes(flags)
     check_flags(flags)
+    raise_mistakes(find_missing_gpus(wanted))
     processes = processes or wanted or _process_count()
     _prepare_environment(processes)
 

@@ -96,7 +96,7 @@ def test_an_image_that_validation_refuses_is_refused(name: str, words: str, tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": " "}, "prompt: the prompt is empty"),
+        ({"prompt": " "}, "has no text"),
         ({"prompt": "an <|im_end|> inside"}, "prompt: .*special token"),
         ({"max_new_tokens": 0}, "no room"),
         ({"thinking": True}, "thinking: MiniCPM-V 4.6 has no think blocks"),

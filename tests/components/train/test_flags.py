@@ -126,10 +126,38 @@ def test_mistakes_in_words_are_named(words: str, sentence: str) -> None:
         ({"packing": True, "train_sampling_strategy": "group_by_length"}, "leave --group_by_length out"),
         ({"early_stopping_patience": 2}, "nothing is evaluated"),
         ({"eval_strategy": "steps", "data_path": "train.json"}, "--eval_strategy steps: nothing is held out of raw"),
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16: choose one"),
+        ({"bf16_full_eval": True, "fp16_full_eval": True}, "--bf16_full_eval and --fp16_full_eval: choose one"),
+        ({"load_best_model_at_end": True}, "--eval_strategy is no and --save_strategy steps"),
+        (
+            {"early_stopping_patience": 2, "eval_strategy": "epoch"},
+            "--eval_strategy is epoch and --save_strategy steps",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3.0},
+            "--save_steps 500 is no multiple",
+        ),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau: nothing is evaluated"),
+        ({"logging_steps": 1.5}, "--logging_steps 1.5: above 1"),
+        ({"dataloader_num_workers": 0, "dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor: there are no"),
+        ({"q_lora": True, "use_lora": True, "tune_llm": False, "strategy": "zero3"}, "impossible for 4-bit weights"),
     ],
 )
 def test_contradictions_have_a_remedy(values: dict[str, object], sentence: str) -> None:
     assert sentence in find_contradictions(values)[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"early_stopping_patience": 2, "eval_strategy": "epoch", "save_strategy": "epoch"},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 250.0},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.3},
+        {"logging_steps": 0.5},
+    ],
+)
+def test_what_fits_together_is_accepted(values: dict[str, object]) -> None:
+    assert find_contradictions(values) == []
 
 
 @pytest.mark.parametrize(

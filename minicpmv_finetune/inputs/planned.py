@@ -1,0 +1,82 @@
+"""What the inputs of a run mean for its cost: the settings that `plan` computes with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minicpmv_finetune.components.train.flags import (
+    as_flags,
+    find_mistakes,
+    pop_num_nodes,
+    replace_removed_flags,
+    take_processes,
+)
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.estimate.cost import Recipe
+
+from .table import FINETUNE_INPUTS, defaults
+
+_STRATEGIES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "ZeRO-3"}
+_PARTS = {"embed_tokens": "embeddings", "lm_head": "head", "resampler": "merger", "merger": "merger"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The settings of a run that its cost depends on.
+
+    Attributes:
+        recipe: Settings of the training.
+        targets: Regular expression of the layers that get adapters; empty means the published default.
+        checkpointing: Whether activations are computed again in the backward pass.
+        strategy: Name of the strategy in an estimate of memory.
+    """
+
+    recipe: Recipe
+    targets: str
+    checkpointing: bool
+    strategy: str
+
+
+def planned(inputs: Mapping[str, Any]) -> Planned:
+    """The settings in a run's inputs, which have been checked; those that are missing have their defaults.
+
+    Raises:
+        UserError: A flag names modules whose parameters are not counted.
+    """
+    run = {**defaults(FINETUNE_INPUTS), **inputs}
+    given = dict(run["training_flags"])
+    nodes = pop_num_nodes(given)
+    words, processes = take_processes(as_flags(given))
+    flags, _ = find_mistakes(replace_removed_flags(words, lambda sentence: None))
+    run |= {name: value for name, value in flags.items() if name in run}  # as in the train step
+    devices = nodes * (processes or 1)
+    recipe = Recipe(
+        devices=devices,
+        batch_size=run["per_device_train_batch_size"],
+        epochs=run["num_train_epochs"],
+        use_lora=run["use_lora"],
+        tune_vision=run["tune_vision"],
+        tune_llm=run["tune_llm"],
+        lora_r=run["lora_r"],
+        accumulation_steps=flags.get("gradient_accumulation_steps", 1),
+        whole=_whole_parts(str(flags.get("lora_modules_to_save") or "")),
+    )
+    plain = "DDP" if devices > 1 else "single GPU"
+    strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)
+    checkpointing = bool(flags.get("activation_checkpointing"))
+    return Planned(recipe, str(flags.get("lora_target_modules") or ""), checkpointing, strategy)
+
+
+def _whole_parts(modules_to_save: str) -> tuple[str, ...]:
+    """The parts that are trained whole beside the adapters, by the value of `--lora_modules_to_save`."""
+    names = [name.strip() for name in modules_to_save.split(",") if name.strip()]
+    parts = [] if "none" in names else ["embeddings", "merger"]
+    for name in (name for name in names if name != "none"):
+        part = _PARTS.get(name.rpartition(".")[2])
+        if part is None:
+            raise UserError(
+                f"training_flags: lora_modules_to_save {name}: plan does not count its parameters; it knows "
+                f"{', '.join(_PARTS)}."
+            )
+        parts.append(part)
+    return tuple(dict.fromkeys(parts))

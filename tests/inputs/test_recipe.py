@@ -1,0 +1,144 @@
+"""The recipes of the package, and how a recipe and other inputs are joined."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from minicpmv_finetune.cli.main import app
+from minicpmv_finetune.cli.options import Inputs, with_inputs
+from minicpmv_finetune.components.train.flags import (
+    as_flags,
+    find_contradictions,
+    find_mistakes,
+    find_unfit_flags,
+    replace_removed_flags,
+    take_processes,
+)
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.inputs.planned import planned
+from minicpmv_finetune.inputs.recipe import RECIPES, hardware_of, over_recipe, read_recipe
+from minicpmv_finetune.inputs.recipe_costs import recipe_cost
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, check_inputs
+from minicpmv_finetune.minicpmv.generations import GENERATIONS
+
+
+def inputs_of(name: str) -> dict[str, Any]:
+    return check_inputs(FINETUNE_INPUTS, {**read_recipe(name), "data_uri": "d.json"})
+
+
+def test_there_is_a_recipe_for_each_generation_and_size() -> None:
+    sizes = ("24gb", "80gb", "8x80gb")
+    assert list(RECIPES) == [f"{one.version}-{size}" for one in GENERATIONS for size in sizes]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_its_gpus(name: str) -> None:
+    cost = recipe_cost(name)
+    # Estimates of memory were off by up to a fifth.
+    assert cost.needed_gb <= 0.8 * cost.memory_gb
+    assert planned(inputs_of(name)).recipe.devices == hardware_of(name).devices
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_flags_of_a_recipe_are_accepted_and_explained(name: str) -> None:
+    inputs = inputs_of(name)
+    flags, _ = take_processes(as_flags(inputs.pop("training_flags")))
+    values, mistakes = find_mistakes(replace_removed_flags(flags, lambda sentence: None))
+    together = {**inputs, **values}
+    generation = next(one for one in GENERATIONS if name.startswith(one.version))
+    assert not [*mistakes, *find_contradictions(together), *find_unfit_flags(together, generation)]
+    lines = (Path(planned.__code__.co_filename).parent / "recipes" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith(f"# MiniCPM-V {generation.version}, ")
+    assert all("#" in line for line in lines if not line.startswith(("base_model_uri", "training_flags")))
+
+
+TRAINED = ("2.6-80gb", "4.6-80gb", "4.6-8x80gb")
+OTHERS = (name for name in RECIPES if name not in TRAINED and "-24gb" not in name)
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *(pytest.param(name, marks=pytest.mark.faults_only) for name in OTHERS)])
+def test_a_recipe_trains_as_many_parameters_as_planned(name: str, tiny: Any, tmp_path: Path) -> None:
+    from minicpmv_finetune.components.train.arguments import parse
+    from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+    from minicpmv_finetune.estimate.cost import read_model
+    from minicpmv_finetune.minicpmv.checkpoint import load_model
+
+    base = tiny(name.partition("-")[0])
+    inputs = inputs_of(name)
+    settings = planned(inputs)
+    training = {key: value for key, value in inputs.items() if INPUTS[key].group == "training"}
+    further = training.pop("training_flags")
+    flags, _ = take_processes(as_flags({**training, **further, "output_dir": tmp_path}))
+    common = ["--model_name_or_path", str(base), "--data_path", "nowhere"]
+    arguments = parse([*common, *flags], announce=lambda sentence: None)
+    trained = make_trainable(*load_model(base), arguments)
+    assert count_parameters(trained)[0] == read_model(base, settings.targets).trained(settings.recipe)
+
+
+def test_other_inputs_replace_those_of_a_recipe_key_by_key() -> None:
+    recipe = {"seed": 1, "training_flags": {"save_steps": 1, "q_lora": True}}
+    assert over_recipe(recipe, {"seed": "2", "training_flags": '{"save_steps": 5}'}) == {
+        "seed": "2",
+        "training_flags": {"save_steps": 5, "q_lora": True},
+    }
+    assert over_recipe(recipe, {"training_flags": "{"})["training_flags"] == "{"
+
+
+def test_a_command_takes_a_recipe_below_its_options(tmp_path: Path) -> None:
+    received: list[Inputs] = []
+    small = typer.Typer()
+
+    @small.command()
+    @with_inputs(FINETUNE_INPUTS, recipe=True)
+    def show(inputs: Inputs, other: Annotated[str, typer.Option()] = "") -> None:
+        received.append(inputs)
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("data_uri: d.json\nlora_r: 7\nseed: 7\ntraining_flags: {save_steps: 7, q_lora: true}\n")
+    words = ["--recipe", str(file), "--seed", "42", "--training-flags", '{"save_steps": 8}']
+    done = CliRunner().invoke(small, words)
+    assert done.exit_code == 0, done.output
+    (found,) = received
+    # 42 is the default of the seed too, and is given here.
+    assert (found["data_uri"], found["lora_r"], found["seed"]) == ("d.json", 7, 42)
+    assert found["training_flags"] == {"save_steps": 8, "q_lora": True}
+    assert found["lora_alpha"] == 64
+    assert CliRunner().invoke(small, ["--recipe", "4.5-24gb"]).exit_code == 2  # the data is missing
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("lora_rr: 1", "lora_rr: the pipeline has no such input; did you mean lora_r?"),
+        ("lora_r: many", "lora_r: 'many' is not a whole number"),
+        ("data_uri: 5", "data_uri: 5 is not a text"),
+        ("training_flags: {save_stepss: 1}", "save_stepss: no such flag; did you mean --save_steps?"),
+        ("training_flags: [1]", "training_flags: [1] is not a JSON object"),
+        ("1: 2", "1: the pipeline has no such input"),
+        ("- lora_r", "not a YAML mapping of inputs"),
+        ("lora_r: 1\nlora_r: 2", "has the key 'lora_r' twice"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_mistake_in_a_recipe_is_refused(command: str, content: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    words = [] if "data_uri" in content else ["--data", "missing.json"]
+    done = CliRunner().invoke(app, [command, "--recipe", str(file), "--base-model", str(tmp_path), *words])
+    assert isinstance(done.exception, UserError), done.output
+    assert sentence in str(done.exception)
+
+
+def test_an_unknown_recipe_is_refused_with_the_name_that_was_meant() -> None:
+    done = CliRunner().invoke(app, ["run", "--recipe", "4.5-24g"])
+    assert "did you mean 4.5-24gb?" in str(done.exception)
+
+
+def test_the_list_shows_memory_and_a_name_the_file() -> None:
+    listed = CliRunner().invoke(app, ["recipes"]).stdout
+    assert all(name in listed for name in RECIPES)
+    printed = CliRunner().invoke(app, ["recipes", "4.5-24gb"]).stdout
+    assert "q_lora: true" in printed
