@@ -13,8 +13,8 @@ _HEAD = """# Inputs of the pipelines
 
 Every input of the pipelines `finetune` and `retrain`;
 [`inputs/table.py`](../minicpmv_finetune/inputs/table.py) is the table, and `make readmes` writes this page from
-it. On the command line, `minicpmv-finetune run` and `minicpmv-finetune retrain` have an option for each; a JSON object
-is given as text there.
+it. On the command line, `minicpmv-finetune run`, `plan` and `retrain` have an option for each; a JSON object is given
+as text there. A YAML file, or a [recipe](recipes.md) of the package, may contain them: `--recipe NAME_OR_FILE`.
 
 Before the first step, a run is checked as a whole, in about two seconds: these inputs, the flags in `training_flags`
 and the options of the steps with their types and ranges; the kind of the base model, by its `config.json`; and

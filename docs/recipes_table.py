@@ -25,7 +25,8 @@ minicpmv-finetune submit --recipe 4.5-24gb -p data_uri=s3://bucket/train.json # 
 Inputs that you give as options, or by `-p`, have priority. JSON objects are joined key by key:
 `--training-flags '{{"save_steps": 100}}'` leaves the other flags of the recipe as they are. For a recipe of your own,
 copy one (`minicpmv-finetune recipes 4.5-24gb > mine.yaml`), change it, and give the file: `--recipe mine.yaml`. It may
-contain any input, also `data_uri`; a mistake in it is refused like one in an option.
+contain any input, also `data_uri`; a mistake in it is refused like one in an option. For the form in Kubeflow's UI,
+`minicpmv-finetune recipes 4.5-24gb --output json` prints the values.
 
 The recipes for eight GPUs have `nproc_per_node: 8` in `training_flags`. On Kubeflow request as many by `--gpus 8`, or
 in the [profile](glossary.md#profile); with another number of GPUs give `-p 'training_flags={{"nproc_per_node": 4}}'`.
