@@ -22,7 +22,7 @@ import random
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -156,15 +156,24 @@ def check_name(name: str) -> None:
 
 def link_to_newest(name: str) -> str:
     """A line of Markdown with a link to the version that was registered last; empty without a name or an address."""
+    return _link(name, lambda: open_registry(name).challenger())
+
+
+def link_to_champion(name: str) -> str:
+    """The same for the champion; empty where there is none."""
+    return _link(name, lambda: champion_of(name))
+
+
+def _link(name: str, find: "Callable[[], Version | None]") -> str:
     address = browser_address()
     if not name or not address.startswith("http"):
         return ""
     try:
-        newest = open_registry(name).challenger()
+        version = find()
     except (UserError, RetryableError):
-        return ""  # the model is registered, and only the link is missing
+        return ""  # the work is done, and only the link is missing
     page = f"{address}/#/models/{urllib.parse.quote(name)}"
-    return f"\n[Version {newest.number} in MLflow]({page}/versions/{newest.number})\n" if newest else ""
+    return f"\n[Version {version.number} in MLflow]({page}/versions/{version.number})\n" if version else ""
 
 
 def champion_of(name: str) -> Version | None:

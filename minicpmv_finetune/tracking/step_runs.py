@@ -233,8 +233,8 @@ def open_step_run(task: str, reopen: bool = True) -> StepRun:
         return StepRun(failure=_describe(error))
 
 
-def link_to_run(task: str) -> str:
-    """A line of Markdown that leads to a step's run; empty where no server tracks the pipeline run."""
+def link_to_run(task: str = "") -> str:
+    """A line of Markdown that leads to a step's run, or the whole run's; empty where no server tracks the latter."""
     server, pipeline_run = environment.TRACKING_URI.read(), environment.PIPELINE_RUN_ID.read()
     if not server.startswith("http") or not pipeline_run:
         return ""
@@ -242,14 +242,15 @@ def link_to_run(task: str) -> str:
         client = mlflow_client()
         plugin_run = environment.PLUGIN_RUN_ID.read()
         experiment = client.get_run(plugin_run).info.experiment_id if plugin_run else _experiment(client)
-        found = _find(client, experiment, pipeline_run, task)
+        found = _find(client, experiment, pipeline_run, task or "pipeline")
     except Exception:
         return ""  # the end of the step has reported that the server does not answer
     if not found:
         return ""
+    what = "step" if task else "run"
     if address := browser_address():
-        return f"\n[This step in MLflow]({address}/#/experiments/{experiment}/runs/{found.info.run_id})\n"
-    return f"\nThis step in MLflow: run `{found.info.run_id}` ({_HOW_TO_LINK})\n"
+        return f"\n[This {what} in MLflow]({address}/#/experiments/{experiment}/runs/{found.info.run_id})\n"
+    return f"\nThis {what} in MLflow: run `{found.info.run_id}` ({_HOW_TO_LINK})\n"
 
 
 def browser_address() -> str:

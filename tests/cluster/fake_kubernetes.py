@@ -4,6 +4,10 @@ It behaves like a real server in these points: a create with `fieldValidation=St
 by the models that Kubeflow Trainer publishes; a name that exists already is answered with 409; an object deleted in the
 foreground stays visible with its deletion time until everything that it owns is deleted; a followed log comes in chunks
 while the container runs.
+
+Labels of pods, conditions and restarts are as in recordings/objects/trainjob-*.json, and a webhook refuses with 403
+(fact 18 of the recordings' README). Not recorded: the points above, events, server-side apply, and port-forwards, which
+follow Kubernetes' documentation and kubectl.
 """
 
 import json

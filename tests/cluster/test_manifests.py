@@ -199,6 +199,11 @@ def test_in_development_a_base_model_may_come_from_the_hub(rendered: dict[str, l
     assert [item["port"] for item in rule["ports"]] == [443]
 
 
+def test_a_base_model_may_be_gated(rendered: dict[str, list[Manifest]]) -> None:
+    ((_, pod),) = _pods(rendered["jobs/fetch-base-model"])
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "minicpmv-hub", "optional": True}}]
+
+
 def test_no_object_is_cluster_wide(manifests: list[Manifest]) -> None:
     assert not {item["kind"] for item in manifests} & {"ClusterRole", "ClusterRoleBinding"}
 

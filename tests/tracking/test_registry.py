@@ -21,6 +21,7 @@ from minicpmv_finetune.tracking.registry import (
     OvertakenError,
     Registry,
     champion_to_beat,
+    link_to_champion,
     link_to_newest,
     list_versions,
     open_registry,
@@ -193,10 +194,12 @@ def test_the_register_step_promotes_and_tags_its_run(
     assert client.get_model_version(name, "1").run_id == run.info.run_id
     assert step_runs.read_outcome() == Outcome(result="promoted", sentence=run.data.tags["minicpmv.promotion"])
     page = f"{os.environ['MLFLOW_TRACKING_URI']}/#"
-    assert link_to_newest(name) == f"\n[Version 1 in MLflow]({page}/models/{name}/versions/1)\n"
+    for link in (link_to_newest, link_to_champion):
+        assert link(name) == f"\n[Version 1 in MLflow]({page}/models/{name}/versions/1)\n"
     address = f"{page}/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     assert step_runs.link_to_run("register") == f"\n[This step in MLflow]({address})\n"
     assert step_runs.link_to_run("train") == ""
+    assert step_runs.link_to_run().startswith(f"\n[This run in MLflow]({page}/experiments/")
     write_promotion_record(tmp_path / "promotion_record", record_of("s3://models/b"))
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "a later run")
     assert "stays challenger: it was compared with no champion, but the champion is version 1 now" in register(

@@ -28,21 +28,23 @@ def plan_retraining(
         training_flags: Any flag of the training script by name.
         flags: training_flags, and lora_weight_path if training continues from the champion.
         decision: something new, or nothing new.
-        retraining_plan: The decision as a sentence.
+        retraining_plan: The decision and its reason in a sentence, with a link to the champion in MLflow.
     """
     import json
     from pathlib import Path
 
     from minicpmv_finetune.attempts import run_step
-    from minicpmv_finetune.components.plan_retraining.planning import plan_retraining as run
+    from minicpmv_finetune.components.plan_retraining.planning import plan
+    from minicpmv_finetune.reports.markdown import escape
+    from minicpmv_finetune.tracking.registry import link_to_champion
 
     inputs = {"dataset": dataset.uri, "base_model_uri": base_model_uri, "start_from": start_from}
 
     def work() -> None:
-        is_new, merged_flags = run(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
-        news = "something new" if is_new else "nothing new"
-        Path(flags).write_text(json.dumps(merged_flags))
-        Path(decision).write_text(news)
-        Path(retraining_plan.path).write_text(f"{news.capitalize()}.\n")
+        found = plan(Path(dataset.path), base_model_uri, registered_model, start_from, training_flags)
+        Path(flags).write_text(json.dumps(found.flags))
+        Path(decision).write_text("something new" if found.is_new else "nothing new")
+        sentence = escape(found.sentence[0].upper() + found.sentence[1:])
+        Path(retraining_plan.path).write_text(f"{sentence}.\n{link_to_champion(registered_model)}")
 
     run_step("plan-retraining", retraining_plan.uri, {**inputs, "registered_model": registered_model}, work)

@@ -1,6 +1,7 @@
 """The decision whether a scheduled run has new data, and where its training starts."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,32 @@ from minicpmv_finetune.tracking.step_runs import note_outcome
 STARTS = ("base", "champion")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a scheduled run does.
+
+    Attributes:
+        is_new: Whether the data is new, so that it is trained on.
+        flags: The flags to train with.
+        sentence: Why, in words.
+    """
+
+    is_new: bool
+    flags: dict[str, Any]
+    sentence: str
+
+
 def plan_retraining(
     dataset: Path, base_model_uri: str, registered_model: str, start_from: str, training_flags: Mapping[str, Any]
 ) -> tuple[bool, dict[str, Any]]:
+    """Whether the data is new, and the flags to train with; pipelines that 0.1.0 compiled call this function."""
+    found = plan(dataset, base_model_uri, registered_model, start_from, training_flags)
+    return found.is_new, found.flags
+
+
+def plan(
+    dataset: Path, base_model_uri: str, registered_model: str, start_from: str, training_flags: Mapping[str, Any]
+) -> Plan:
     """Compare the data with the champion's data, and choose where training starts.
 
     Args:
@@ -25,9 +49,6 @@ def plan_retraining(
         registered_model: Name in MLflow's registry.
         start_from: "base", or "champion" to continue from the champion's adapter.
         training_flags: Flags of the training script, by name.
-
-    Returns:
-        Whether the data is new, and the flags to train with.
 
     Raises:
         UserError: Training cannot continue from the champion's adapter, or an argument is unusable.
@@ -48,14 +69,15 @@ def plan_retraining(
         sentence = f"nothing new: version {champion.number} of {registered_model} was tuned on this data"
         note_outcome("nothing new", sentence)
         report_outcome(sentence)
-        return False, dict(training_flags)
+        return Plan(False, dict(training_flags), sentence)
     flags = dict(training_flags)
     start = "the base model"
     if champion is not None and start_from == "champion":
         flags["lora_weight_path"] = _adapter_of(champion, base_model_uri)
         start = f"the adapter of version {champion.number}"
-    report_outcome(f"the data is new, training starts from {start}")
-    return True, flags
+    sentence = f"the data is new, training starts from {start}"
+    report_outcome(sentence)
+    return Plan(True, flags, sentence)
 
 
 def _adapter_of(champion: Version, base_model_uri: str) -> str:

@@ -7,7 +7,7 @@ other run of the same data, base model and flags, goes on from what is there.
     <pipeline root>/minicpmv-checkpoints/<digest>/checkpoint-N/, checkpoint-N.json    see `checkpoints`
                                                   lease.json                           who writes here, and until when
                                                   finished.json                        the training is finished
-    <pipeline root>/minicpmv-checkpoints/<digest>-<run>/                               a run that trains apart
+    <pipeline root>/minicpmv-checkpoints/<digest>-<run>/                               the same, trained apart
 
 A number of processes other than one is part of the name, because checkpoints of another number cannot be continued.
 Two runs of the same content would overwrite each other's files. So the first one holds a lease, which it renews while
@@ -148,7 +148,8 @@ def choose_place(uri: str, digest: str, world_size: int, from_beginning: bool) -
         from_beginning: Whether checkpoints of other runs are not wanted.
 
     Returns:
-        The folder, and the lease on it; None where no other run knows the folder.
+        The folder, and the lease on it, which a folder of the run's own has too, so that `gc` knows when it is not
+        needed any more; None on this machine.
 
     Raises:
         UserError: Access is denied.
@@ -160,7 +161,7 @@ def choose_place(uri: str, digest: str, world_size: int, from_beginning: bool) -
     run = environment.PIPELINE_RUN_ID.read() or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     own = f"{shared}-{run}"
     if from_beginning or _has_checkpoints(own):
-        return own, None
+        return own, _own_lease(own, run)
     lease = Lease(shared, run)
     if other := lease.take():
         print(
@@ -168,8 +169,14 @@ def choose_place(uri: str, digest: str, world_size: int, from_beginning: bool) -
             file=sys.stderr,
             flush=True,
         )
-        return own, None
+        return own, _own_lease(own, run)
     return shared, lease
+
+
+def _own_lease(folder: str, run: str) -> Lease:
+    lease = Lease(folder, run)
+    lease.take()
+    return lease
 
 
 def _has_checkpoints(folder: str) -> bool:

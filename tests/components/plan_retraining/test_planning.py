@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.components.plan_retraining.planning import plan_retraining
+from minicpmv_finetune.components.plan_retraining.planning import plan, plan_retraining
 from minicpmv_finetune.data.samples import DATASET_FILE, DatasetInfo
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.run_records import Outcome
@@ -43,6 +43,12 @@ def promote(fingerprint: str, adapter_uri: str = "s3://adapters/1") -> None:
 
 def test_without_a_champion_the_data_is_new(database: Path, dataset: Path) -> None:
     assert plan_retraining(dataset, "base", "model", "champion", FLAGS) == (True, FLAGS)
+
+
+def test_the_plan_says_why(database: Path, dataset: Path) -> None:
+    assert plan(dataset, "base", "model", "champion", FLAGS).sentence == (
+        "the data is new, training starts from the base model"
+    )
 
 
 def test_the_champions_data_is_not_new(database: Path, dataset: Path) -> None:

@@ -64,20 +64,24 @@ def test_the_second_run_trains_apart_and_says_so(
     assert place == "a1b2"
     assert lease
     assert choose(address, "run-7", monkeypatch)[0] == "a1b2", "a run does not wait for its own dead attempt"
-    assert choose(address, "run-8", monkeypatch) == ("a1b2-run-8", None)
+    place, own = choose(address, "run-8", monkeypatch)
+    assert place == "a1b2-run-8"
+    assert own
     assert "run run-7 trains the same at this moment, so this run trains apart" in capsys.readouterr().err
+    own.release(is_finished=True)
+    assert set(storage.list_files(own.folder)) == {FINISHED_FILE}, "gc would keep it for a month"
     lease.release(is_finished=False)
     assert choose(address, "run-9", monkeypatch)[0] == "a1b2"
 
 
 def test_a_run_that_trains_apart_goes_on_there(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(address.replace("{digest}", "a1b2-run-8/checkpoint-3.json"), b"{}")
-    assert choose(address, "run-8", monkeypatch) == ("a1b2-run-8", None)
+    assert choose(address, "run-8", monkeypatch)[0] == "a1b2-run-8"
 
 
 def test_from_the_beginning_means_a_folder_of_ones_own(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(address.replace("{digest}", "a1b2/checkpoint-3.json"), b"{}")
-    assert choose(address, "run-8", monkeypatch, from_beginning=True) == ("a1b2-run-8", None)
+    assert choose(address, "run-8", monkeypatch, from_beginning=True)[0] == "a1b2-run-8"
 
 
 def test_another_number_of_processes_has_a_folder_of_its_own(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
