@@ -147,6 +147,7 @@ def test_a_finished_training_is_repeated_without_a_step_and_not_by_other_process
     records = [read_record(tmp_path / name) for name in ("first", "again")]
     assert records[1].final_loss == records[0].final_loss
     assert records[1].metrics["loss"] == pytest.approx(records[0].metrics["loss"], rel=1e-3)
+    assert ["samples/s" in record.metrics for record in records] == [True, False]
 
 
 def test_another_training_starts_from_the_beginning(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
