@@ -72,7 +72,8 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
         checked = check_run(pipeline.inputs, given, runs_here=False)
     except MistakesError as error:
         mistakes += error.sentences
-    raise_mistakes(mistakes + _needs_more_gpus(checked.get("training_flags", {}), profile))
+    flags = checked.get("training_flags", given.get("training_flags"))
+    raise_mistakes(mistakes + _needs_more_gpus(flags if isinstance(flags, dict) else {}, profile))
     if profile.mlflow is None:
         checked["registered_model"] = ""
     return {**checked, "base_model_uri": pin_to_commit(base_model, profile) if place == "hub" else base_model}
@@ -91,8 +92,11 @@ def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
 def _needs_more_gpus(training_flags: Mapping[str, Any], profile: Profile) -> list[str]:
     """A sentence if the train step would start more processes than its pod has GPUs; nodes have their own number."""
     given = dict(training_flags)
-    nodes = pop_num_nodes(given)
-    _, processes = take_processes(as_flags(given))
+    try:
+        nodes = pop_num_nodes(given)
+        _, processes = take_processes(as_flags(given))
+    except UserError:  # which the checks of the run name
+        return []
     accelerator = profile.step_settings("train").accelerator
     if profile.train_on_nodes or nodes > 1 or accelerator is None or (processes or 1) <= accelerator.count:
         return []
