@@ -207,7 +207,7 @@ _TABLE = (
     Input(
         "registered_model",
         str,
-        "Name in MLflow's registry for a model that passes the gate; empty registers none.",
+        "Name in MLflow's registry, or empty to register nothing.",
         "registry",
         "minicpmv-finetune",
     ),

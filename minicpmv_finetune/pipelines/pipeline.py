@@ -19,8 +19,9 @@ from minicpmv_finetune import container_images, environment
 from minicpmv_finetune.components.notify.component import notify
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input
 from minicpmv_finetune.kubernetes_terms import RUN_LABEL
+from minicpmv_finetune.reports.markdown import with_code
 
-_DOCUMENTATION = "More: `docs/inputs.md` and `docs/kubeflow-ui.md` in the repository."
+_DOCUMENTATION = "More: `docs/inputs.md`, `docs/kubeflow-ui.md`."
 
 WEBHOOK_SECRET = "minicpmv-webhook"
 
@@ -140,8 +141,10 @@ def _add_choices(component: GraphComponent, inputs: tuple[Input, ...]) -> None:
 
 
 def _guide_line(item: Input) -> str:
+    # The UI's page of a pipeline cannot be scrolled to the top of a long description, where the first inputs are.
+    help_text = item.help.partition(";")[0].rstrip(".")
     needed = " (required)" if item.default is REQUIRED else ""
-    return f"- `{item.name}`{needed}: {item.help}"
+    return f"- `{item.name}`{needed}: {with_code(help_text)}"
 
 
 def _choose_container_images() -> None:

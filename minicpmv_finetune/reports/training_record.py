@@ -11,6 +11,7 @@ from minicpmv_finetune.errors import UserError
 
 RECORD_FILE = "training.json"
 SCHEMA_VERSION = 1
+_HEADLINE = ("final_loss", "mean_loss", "samples/s", "seconds", "peak_memory_mb")
 
 
 class TrainingRecord(BaseModel):
@@ -31,6 +32,9 @@ class TrainingRecord(BaseModel):
     metrics: dict[str, float] = Field(description="Final metrics, by name.")
     arguments: dict[str, Any] = Field(description="Arguments by name, without the defaults of transformers.")
     history: list[dict[str, float]] = Field(description="Logged metrics, one entry for each logged step.")
+    continued_from: int = Field(
+        default=0, description="Step of the checkpoint from which an interrupted training was continued; 0 for none."
+    )
 
     def require_base(self, adapter: Path, base: str, base_fingerprint: str) -> None:
         """Refuse a base model that the adapter was not trained on.
@@ -62,8 +66,8 @@ class TrainingRecord(BaseModel):
 
     @property
     def headline(self) -> dict[str, float]:
-        """The metrics of Kubeflow's table, which sorts them by name: there `epochs` would come before the loss."""
-        return {name: value for name, value in self.figures.items() if name != "epochs"}
+        """The metrics of Kubeflow's table, by name there, and in its comparison of runs above those of evaluate."""
+        return {name: value for name, value in self.figures.items() if name in _HEADLINE}
 
     def markdown(self) -> str:
         """The base, the share of trained parameters and the final metrics as a table."""
@@ -71,9 +75,16 @@ class TrainingRecord(BaseModel):
         rows = {
             "Base model": f"`{self.base_model}` (MiniCPM-V {self.generation})",
             "Trained": f"{self.parameters['trainable']:,} of {self.parameters['total']:,} parameters ({share:.1%})",
-            **{f"`{name}`": f"{value:.4g}" for name, value in self.figures.items()},
+            **{f"`{name}`": format_figure(value) for name, value in self.figures.items()},
         }
+        if self.continued_from:
+            rows["Continued"] = f"from step {self.continued_from:,}; speed and time are those of the steps after it"
         return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
+def format_figure(value: float) -> str:
+    """A metric for a reader: four digits, or a whole number where that is longer."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def mean_loss(history: Sequence[Mapping[str, float]]) -> float | None:

@@ -182,16 +182,44 @@ def test_the_ui_shows_form_and_graph(cluster: RealCluster, trained: str) -> None
     if not address or cluster.has_several_users or chromium is None:
         pytest.skip("needs KF_PIPELINES_UI_ENDPOINT, a UI without a login, and Chromium")
     version = connect(chosen_profile()).run(trained).pipeline_version_reference
-    query = f"pipelineId={version.pipeline_id}&pipelineVersionId={version.pipeline_version_id}"
-    pages = {"form": (f"runs/new?{query}", "Run parameters"), "graph": (f"runs/details/{trained}", "notify")}
+    ids = version.pipeline_id, version.pipeline_version_id
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, (path, text) in pages.items():
-            page = browser.new_page(viewport={"width": 1500, "height": 1000})
-            page.goto(f"{address}/#/{path}")
-            page.get_by_text(text, exact=True).first.wait_for(timeout=60_000)
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        page.set_default_timeout(120_000)
+
+        def show(path: str, text: str) -> None:
+            page.goto("about:blank")  # another fragment alone loads nothing
+            page.goto(f"{address}/#/{path}", wait_until="domcontentloaded")
+            page.get_by_text(text, exact=True).first.wait_for()
+
+        def take(name: str) -> None:
+            page.wait_for_timeout(2000)  # until what moves has come to rest
             page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+        show(f"pipelines/details/{ids[0]}/version/{ids[1]}", "Show Summary")
+        page.get_by_text("Show Summary", exact=True).click()
+        page.get_by_text("data_uri", exact=True).wait_for()
+        take("description")
+        show(f"runs/new?pipelineId={ids[0]}&pipelineVersionId={ids[1]}", "Run parameters")
+        take("form")
+        show(f"runs/details/{trained}", "notify")
+        for box, text in (("run_summary", "Succeeded"), ("finetune", "")):
+            page.locator(".react-flow__node", has_text=re.compile(f"^{box}$")).click(force=True)
+            if text:
+                page.get_by_role("button", name="Visualization", exact=True).click()
+                page.get_by_text(text).first.wait_for()
+                take(box)
+                page.get_by_label("close").first.click()
+        page.get_by_text("Open sub-DAG").click()
+        page.get_by_text("validate-data", exact=True).first.wait_for()
+        page.locator(".react-flow__controls-fitview").click()
+        take("graph")
+        page.locator(".react-flow__node", has_text=re.compile("^evaluation_report$")).click(force=True)
+        page.get_by_role("button", name="Visualization", exact=True).click()
+        page.frame_locator("iframe").get_by_text("exact match").first.wait_for()
+        take("report")
         browser.close()
 
 

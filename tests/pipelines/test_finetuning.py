@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 import yaml
 
 from minicpmv_finetune.pipelines.finetuning import FINETUNE
+from minicpmv_finetune.pipelines.pipeline import Pipeline
+from minicpmv_finetune.pipelines.retraining import RETRAIN
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,12 @@ def test_inputs_are_few_documented_and_have_defaults(compiled: dict[str, Any]) -
         "data_uri"
     ]
     assert inputs["use_lora"]["defaultValue"] is True
+
+
+@pytest.mark.parametrize("pipeline", [FINETUNE, RETRAIN], ids=["finetune", "retrain"])
+def test_names_in_the_description_are_code(pipeline: Pipeline) -> None:
+    # Elsewhere the UI takes a part between two underscores for emphasis, and removes them.
+    assert "_" not in re.sub(r"`[^`]*`", "", pipeline.guide)
 
 
 def test_every_component_input_is_documented(compiled: dict[str, Any]) -> None:

@@ -25,3 +25,11 @@ def test_the_loss_comes_first_in_kubeflows_table() -> None:
     record = example_record(metrics=metrics, history=[{"loss": 0.25}])
     assert sorted(record.headline)[:2] == ["final_loss", "mean_loss"]
     assert "| `epochs` | 3 |" in record.markdown()
+
+
+def test_a_large_number_is_no_power_of_ten() -> None:
+    record = example_record(metrics={"loss": 0.00001, "peak_memory_mb": 41234.5}, continued_from=1182)
+    assert "| `peak_memory_mb` | 41,234 |" in record.markdown()
+    assert "| `mean_loss` | 1e-05 |" in record.markdown()
+    assert "| Continued | from step 1,182; " in record.markdown()
+    assert "Continued" not in example_record().markdown()

@@ -50,6 +50,7 @@ def evaluate(
     from minicpmv_finetune.components.evaluate.evaluate import settings_from
     from minicpmv_finetune.components.evaluate.promotion import record_decision
     from minicpmv_finetune.components.evaluate.report import markdown
+    from minicpmv_finetune.reports.markdown import write_summary
     from minicpmv_finetune.tracking.registry import champion_to_beat
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
@@ -68,7 +69,7 @@ def evaluate(
             evaluation_metrics.log_metric(name, value)
         if matrix := result.confusion:
             confusion.log_confusion_matrix(list(matrix.labels), [list(row) for row in matrix.counts])
-        Path(evaluation_summary.path).write_text(markdown(result) + link_to_run("evaluate"))
+        write_summary(evaluation_summary.path, markdown(result) + link_to_run("evaluate"))
         about = champion, base_model_uri, Path(dataset.path), model.uri, model.metadata
         has_passed = record_decision(Path(promotion_record.path), result, *about)
         Path(decision).write_text("promote" if has_passed else "keep")

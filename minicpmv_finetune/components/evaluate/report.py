@@ -123,7 +123,7 @@ def markdown(evaluation: Evaluation) -> str:
     if evaluation.comparison is not None:
         counts = evaluation.comparison.outcomes
         lines += ["", ", ".join(f"{title.lower()} {counts[kind]}" for kind, title in _OUTCOMES.items()) + "."]
-    lines += ["", "| rule of the gate | |", "|---|---|"]
+    lines += ["", "| rule of the gate | |", "|:---|---|"]
     lines += [
         f"| {escape(check.reason)} | {'passed' if check.passed else 'failed'} |" for check in evaluation.decision.checks
     ]

@@ -32,6 +32,7 @@ def merge(
     from minicpmv_finetune.components.merge.merge import MergeSettings, markdown
     from minicpmv_finetune.components.merge.merge import merge as run
     from minicpmv_finetune.components.merge.page import page_written
+    from minicpmv_finetune.reports.markdown import write_summary
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
     inputs = {"base_model_uri": base_model_uri, "adapter": adapter.uri, "shards": shards.uri}
@@ -49,6 +50,6 @@ def merge(
                 if key in adapter.metadata:
                     model.metadata[key] = adapter.metadata[key]
             model.metadata.update(adapter_uri=adapter.uri, display_name="merged model")
-            Path(merge_summary.path).write_text(markdown(found) + link_to_run("merge"))
+            write_summary(merge_summary.path, markdown(found) + link_to_run("merge"))
 
     run_step("merge", model.uri, inputs, work)

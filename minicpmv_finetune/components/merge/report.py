@@ -16,6 +16,11 @@ class PartChange(BaseModel):
         description="Norm of the change over the norm of the base, both over the changed tensors of this part."
     )
 
+    @property
+    def percent(self) -> str:
+        """The relative change for a table; that of adapters can be far below one percent."""
+        return f"{self.relative * 100:.3g} %"
+
 
 class Parity(BaseModel):
     """The comparison of merged and unmerged logits, in float32."""
@@ -111,15 +116,19 @@ def markdown(report: MergeReport) -> str:
     ]
     if report.parity_check is not None:
         lines += _parity_table(report.parity_check)
-    lines += ["| part of the model | tensors changed | relative change |", "|---|---|---|"]
+    lines += ["| part of the model | tensors changed | relative change |", "|:---|:---|---:|"]
     lines += [
-        f"| {escape(part)} | {change.changed} of {change.tensors} | {change.relative:.2e} |"
+        f"| {escape(part)} | {change.changed} of {change.tensors} | {change.percent} |"
         for part, change in report.moved.items()
     ]
     if report.untied:
         lines += ["", "Input and output embeddings are one tensor in the base and two in the merged model."]
     if report.parity_check is not None and report.parity_check.generated:
-        lines += ["", "| sample | expected | answer of the merged folder, loaded in a new process |", "|---|---|---|"]
+        lines += [
+            "",
+            "| sample | expected | answer of the merged folder, loaded in a new process |",
+            "|:---|:---|:---|",
+        ]
         lines += [
             f"| {escape(item.id)} | {escape(item.expected)} | {escape(item.answer)} |"
             for item in report.parity_check.generated
@@ -136,10 +145,11 @@ def _parity_table(report: ParityReport) -> list[str]:
         "Parity check passed" if report.failure is None else f"Parity check **failed**: {escape(report.failure)}",
         "",
         "| check | found |",
-        "|---|---|",
+        "|:---|:---|",
         f"| largest difference of logits to the unmerged model, float32 | {parity.largest_difference:.2e} "
         f"(at most {parity.tolerance:.0e}) |",
-        f"| samples, logits compared | {parity.rows}, {parity.logits:,} |",
+        f"| samples compared | {parity.rows} |",
+        f"| logits compared | {parity.logits:,} |",
         f"| same predicted next token | {parity.same_first_choice:.2%} |",
         *([] if rounding is None else [f"| difference caused by storing in 16 bits | {rounding:.2e} |"]),
         "",

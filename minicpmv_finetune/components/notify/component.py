@@ -14,16 +14,15 @@ def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, run_summary: dsl.
         pipeline: Name of the pipeline.
         run_summary: How the run ended, with the sentence of a step that failed, and a link to the run in MLflow.
     """
-    from pathlib import Path
-
     from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.notify.notify import describe_end, post
+    from minicpmv_finetune.reports.markdown import write_summary
     from minicpmv_finetune.tracking.step_runs import end_pipeline_run, link_to_run
 
     def work() -> None:
         end = describe_end(pipeline, status.state, status.error_message or "", run_summary.uri)
-        Path(run_summary.path).write_text(end.markdown() + link_to_run())
-        end_pipeline_run("FAILED" if end.has_failed else "FINISHED", end.result or end.state.lower(), end.description)
+        write_summary(run_summary.path, end.markdown() + link_to_run())
+        end_pipeline_run(end.tracked_status, end.result or end.state.lower(), end.description)
         post(end)
 
     run_step("notify", run_summary.uri, {"pipeline": pipeline, "state": status.state}, work)

@@ -1,8 +1,8 @@
 """Say how a run ended, and post it to a webhook.
 
 Kubeflow tells the last step of a run only COMPLETE (also after a promotion), RUNNING (a condition was not met: nothing
-new, or the gate failed) or FAILED, with an empty message. What that means, the steps have left in the store
-(`run_records`) and in MLflow. A run that is cancelled has no last step, so nothing is posted about it.
+new, or the gate failed; but also that the run was cancelled or a step killed) or FAILED, with an empty message. What
+that means, the steps have left in the store (`run_records`) and in MLflow.
 
 The webhook's address is a secret, since everybody who has it can post: it comes from the environment, and is neither a
 parameter nor part of a message. Slack, Mattermost and similar programs display the `text` of the body; the other
@@ -29,6 +29,9 @@ from minicpmv_finetune.tracking.step_runs import read_outcome as read_tracked_ou
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = 10
 _UNSAID = "a step ended without a sentence, as one does that is killed for lack of memory; see the run"
+_STOPPED = "the run was cancelled, or a step was killed, as for lack of memory; see the run"
+# After these outcomes, steps are left out because of a condition; after any other, all steps have run to their end.
+_CONDITION_NOT_MET = ("failed the gate", "nothing new")
 # What Kubeflow calls the end of a run without a failure.
 _SUCCESSES = ("COMPLETE", "RUNNING", "SUCCEEDED")
 
@@ -40,8 +43,8 @@ class RunEnd:
     Attributes:
         pipeline: Name of the pipeline.
         run: Id of the run.
-        state: SUCCEEDED, FAILED, or another state as Kubeflow calls it.
-        result: "failed", or what a run came to, see `run_records.Result`; empty if it is not known.
+        state: SUCCEEDED, FAILED, STOPPED (cancelled or killed), or another state as Kubeflow calls it.
+        result: "failed", "stopped", or what a run came to, see `run_records.Result`; empty if it is not known.
         step: The step that failed; empty if none did or it is not known.
         outcome: The sentence about it.
         link: Address of the run in the Kubeflow UI; empty if the profile names no UI.
@@ -61,6 +64,11 @@ class RunEnd:
         return self.state != "SUCCEEDED"
 
     @property
+    def tracked_status(self) -> str:
+        """The status of the run in MLflow."""
+        return {"SUCCEEDED": "FINISHED", "STOPPED": "KILLED"}.get(self.state, "FAILED")
+
+    @property
     def text(self) -> str:
         """All of it in one line."""
         state = self.state.lower() + (f" in {self.step}" if self.step else "")
@@ -76,8 +84,11 @@ class RunEnd:
 
     def markdown(self) -> str:
         """The same as a page."""
-        title = self.state.lower() + (f" in {self.step}" if self.step else f", {self.result}" if self.result else "")
-        return f"**{escape(title)}**\n\n{escape(self.outcome)}\n"
+        result = self.result if not self.has_failed and not self.outcome.startswith(self.result) else ""
+        title = self.state.capitalize() + (f" in {self.step}" if self.step else f", {result}" if result else "")
+        if not self.outcome:
+            return f"**{escape(title)}.**\n"
+        return f"**{escape(title)}:** {escape(self.outcome.rstrip('.'))}.\n"
 
 
 def describe_end(pipeline: str, state: str, failure: str = "", output_uri: str = "") -> RunEnd:
@@ -99,6 +110,9 @@ def describe_end(pipeline: str, state: str, failure: str = "", output_uri: str =
         names = ", ".join(step.step for step in failed)
         return RunEnd(pipeline, run, state, "failed" if state == "FAILED" else "", names, sentence, link)
     result, sentence = (outcome.result, outcome.sentence) if outcome else ("", "")
+    # Pipelines of 0.1.0 name no output, and leave no outcome.
+    if state == "RUNNING" and result not in _CONDITION_NOT_MET and place_of(output_uri)[0]:
+        return RunEnd(pipeline, run, "STOPPED", "stopped", "", _STOPPED, link)
     return RunEnd(pipeline, run, "SUCCEEDED", result, "", sentence, link)
 
 

@@ -13,7 +13,6 @@ def preprocess(
     model_max_length: int,
     max_reject_ratio: float,
     shards: dsl.Output[dsl.Dataset],
-    shards_metrics: dsl.Output[dsl.Metrics],
     shards_summary: dsl.Output[dsl.Markdown],
     shards_report: dsl.Output[dsl.HTML],
     picture_codec: str = "source",
@@ -31,8 +30,7 @@ def preprocess(
         max_reject_ratio: Share of rejected samples above which the step fails.
         shards: A manifest, and the Parquet files beside it or in the cache in object storage; beside it in the store,
             rejects.jsonl lists every rejected sample.
-        shards_metrics: Counts of samples, slices and tokens.
-        shards_summary: The same counts as a table.
+        shards_summary: Counts of samples, slices and tokens.
         shards_report: Rejected samples, histograms of tokens and slices, and slices of some samples with their tokens.
         picture_codec: Codec of the images: source, raw, webp-lossless or png, all with the same pixels.
         cache_uri: Folder or s3:// URI where finished shards are kept for later runs; empty: beside the run's folder.
@@ -50,6 +48,7 @@ def preprocess(
         markdown,
     )
     from minicpmv_finetune.components.preprocess.preprocess import preprocess as run
+    from minicpmv_finetune.reports.markdown import write_summary
     from minicpmv_finetune.shards.codecs import check_codec
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
@@ -84,11 +83,7 @@ def preprocess(
                 codec=manifest.codec,
                 location=manifest.location,
             )
-            for split, lengths in manifest.lengths.items():
-                shards_metrics.log_metric(f"{split}_samples", len(lengths))
-                shards_metrics.log_metric(f"{split}_slices", manifest.slices[split])
-                shards_metrics.log_metric(f"{split}_tokens", sum(lengths))
-            Path(shards_summary.path).write_text(markdown(manifest) + link_to_run("preprocess"))
+            write_summary(shards_summary.path, markdown(manifest) + link_to_run("preprocess"))
 
     run_step("preprocess", shards.uri, inputs, work)
 

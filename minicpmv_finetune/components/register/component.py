@@ -20,14 +20,14 @@ def register(
 
     from minicpmv_finetune.attempts import run_step
     from minicpmv_finetune.components.register.register import register as run
-    from minicpmv_finetune.reports.markdown import escape
+    from minicpmv_finetune.reports.markdown import escape, write_summary
     from minicpmv_finetune.tracking.registry import link_to_newest
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
     def work() -> None:
         sentence = run(Path(promotion_record.path), registered_model)
         links = link_to_newest(registered_model) + link_to_run("register")
-        Path(registration.path).write_text(f"{escape(sentence)}.\n{links}")
+        write_summary(registration.path, f"{escape(sentence[0].upper() + sentence[1:])}.\n{links}")
 
     run_step(
         "register",

@@ -56,6 +56,7 @@ def train(
     from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes
     from minicpmv_finetune.components.train.launch import launch
     from minicpmv_finetune.components.train.trainjob import train_on_nodes, uses_nodes
+    from minicpmv_finetune.reports.markdown import write_summary
     from minicpmv_finetune.reports.training_record import read_record
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
@@ -86,7 +87,7 @@ def train(
         adapter.metadata.update(generation=record.generation, base_model=base_model_uri, use_lora=record.use_lora)
         for name, value in record.headline.items():
             training_metrics.log_metric(name, value)
-        Path(training_summary.path).write_text(record.markdown() + link_to_run("train"))
+        write_summary(training_summary.path, record.markdown() + link_to_run("train"))
         shutil.copyfile(Path(adapter.path) / "training.html", training_report.path)
 
     run_step("train", adapter.uri, {"shards": shards.uri, "flags": flags}, work)

@@ -140,7 +140,7 @@ def _train(
                 f"{trainer.state.max_steps}; its state is saved in {training.checkpoint_uri or checkpoints.folder}, "
                 "and running the same command again continues from there."
             )
-        record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics, resume_from is not None)
+        record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics, resume_from)
         run.log_headline({"loss": record.final_loss})
         kept = checkpoints.addresses() if "save_total_limit" in arguments.given and training.use_lora else []
         save_result(trainer, inputs.base, output, record, argv, run, kept)
@@ -527,15 +527,20 @@ def _make_record(
     monitor: TrainingMonitor,
     trainer: MiniCPMVTrainer,
     metrics: Mapping[str, float],
-    is_continued: bool,
+    resume_from: Path | None,
 ) -> TrainingRecord:
     history = [
         {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
         for entry in trainer.state.log_history
     ]
     # A training that was continued measures only its last part, and nothing where no step was left.
-    whole = mean_loss(history) if is_continued else None
-    speed = {"samples/s": monitor.samples_per_second(arguments.training.world_size)} if monitor.samples else {}
+    whole = mean_loss(history) if resume_from else None
+    measured = {
+        "samples/s": monitor.samples_per_second(arguments.training.world_size),
+        "seconds": monitor.seconds,
+        "padding": monitor.padding,
+        "waiting": monitor.waiting,
+    }
     return TrainingRecord(
         base_model=arguments.model.model_name_or_path,
         base_fingerprint=inputs.base_fingerprint,
@@ -547,14 +552,12 @@ def _make_record(
         metrics={
             "loss": metrics["train_loss"] if whole is None else whole,
             "epochs": metrics["epoch"],
-            **speed,
-            "seconds": monitor.seconds,
-            "padding": monitor.padding,
-            "waiting": monitor.waiting,
+            **(measured if monitor.samples else {}),
             "peak_memory_mb": peak_memory() / 1e6,
         },
         arguments=json.loads(json.dumps(chosen_settings(arguments), default=str)),
         history=history,
+        continued_from=int(resume_from.name.rpartition("-")[2]) if resume_from else 0,
     )
 
 

@@ -16,7 +16,6 @@ def validate_data(
     data_options: dict[str, Any],
     registered_model: str,
     dataset: dsl.Output[dsl.Dataset],
-    data_metrics: dsl.Output[dsl.Metrics],
     data_summary: dsl.Output[dsl.Markdown],
     data_report: dsl.Output[dsl.HTML],
     base_model_uri: str = "",
@@ -49,8 +48,7 @@ def validate_data(
             empty; exif_transpose (false), whether images are rotated as their EXIF orientation says.
         registered_model: Name in MLflow's model registry; the step first checks that its champion can be read.
         dataset: The accepted samples; beside it in the store, rejects.jsonl lists every rejected sample.
-        data_metrics: Counts of accepted and rejected samples.
-        data_summary: The same counts as a table, with the reasons and noteworthy properties.
+        data_summary: Counts of accepted and rejected samples, with the reasons and noteworthy properties.
         data_report: Counts, rejected samples, histograms, duplicates, and samples with their slices.
         base_model_uri: Base checkpoint of the later steps; empty if this step is not to check it.
         max_slice_nums: Only checked here, like all inputs below; the default is the pipeline's.
@@ -74,10 +72,11 @@ def validate_data(
 
     from minicpmv_finetune import storage
     from minicpmv_finetune.attempts import run_step
-    from minicpmv_finetune.components.validate_data.report import figures, markdown
+    from minicpmv_finetune.components.validate_data.report import markdown
     from minicpmv_finetune.components.validate_data.validate import settings_from
     from minicpmv_finetune.components.validate_data.validate import validate_data as run
     from minicpmv_finetune.inputs.checks import check_in_first_step, inputs_among
+    from minicpmv_finetune.reports.markdown import write_summary
     from minicpmv_finetune.tracking.registry import champion_to_beat
     from minicpmv_finetune.tracking.step_runs import link_to_run
 
@@ -90,8 +89,6 @@ def validate_data(
             champion_to_beat(registered_model)
             info = run(data_uri, eval_data_uri, Path(dataset.path), rejects, settings, Path(data_report.path))
             dataset.metadata.update(fingerprint=info.fingerprint, exif_transpose=info.exif_transpose, **info.rows)
-            for name, value in figures(info).items():
-                data_metrics.log_metric(name, value)
-            Path(data_summary.path).write_text(markdown(info) + link_to_run("validate-data"))
+            write_summary(data_summary.path, markdown(info) + link_to_run("validate-data"))
 
     run_step("validate-data", dataset.uri, inputs, work)

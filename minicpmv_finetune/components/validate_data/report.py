@@ -147,16 +147,9 @@ def markdown(info: DatasetInfo) -> str:
         text += f"\n| Rejected because of | Samples |\n|---|---:|\n{reasons}"
     if info.noted:
         notes = "".join(f"| {escape(_NOTES.get(code, code))} | {count:,} |\n" for code, count in info.noted.items())
-        text += f"\n| Noted | |\n|---|---:|\n{notes}"
+        text += f"\n| Noted | |\n|:---|---:|\n{notes}"
     text += "".join(f"\n**Warning:** {escape(warning)}\n" for warning in data_warnings(info))
     return f"{text}\nFingerprint of the content: `{info.fingerprint}`\n"
-
-
-def figures(info: DatasetInfo) -> dict[str, int]:
-    """The counts by which runs are compared in Kubeflow; the summary contains all counts."""
-    counts = {f"{split}_samples": rows for split, rows in info.rows.items()}
-    leaked = sum(count for code, count in info.noted.items() if code.startswith("leaked_"))
-    return {**counts, "leaked_samples": leaked, "rejected_samples": sum(info.rejected.values())}
 
 
 def data_warnings(info: DatasetInfo) -> list[str]:

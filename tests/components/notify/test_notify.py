@@ -32,6 +32,7 @@ def write_records(root: Path, outcome: Outcome | None, failed: FailedStep | None
 
 PROMOTED = Outcome(result="promoted", sentence="version 3 of digits is champion: better by 0.1")
 FAILED_GATE = Outcome(result="failed the gate", sentence="failed the gate: no better than the champion")
+PASSED_GATE = Outcome(result="passed the gate", sentence="passed the gate: better by 0.1")
 NOTHING_NEW = Outcome(result="nothing new", sentence="nothing new: version 3 of digits was tuned on this data")
 MISTAKE = FailedStep(step="train", sentence="--lora_r: 0 is below 1; give 1 or more.", exit_code=2)
 
@@ -53,6 +54,9 @@ MISTAKE = FailedStep(step="train", sentence="--lora_r: 0 is below 1; give 1 or m
         ("FAILED", PROMOTED, MISTAKE, "failed in train, --lora_r: 0 is below 1", ("FAILED", "failed", "train")),
         ("FAILED", None, None, "failed, a step ended without a sentence", ("FAILED", "failed", "")),
         ("COMPLETE", None, None, "succeeded", ("SUCCEEDED", "", "")),
+        # Cancelled while a step ran, also between evaluate and register.
+        ("RUNNING", None, None, "stopped, the run was cancelled", ("STOPPED", "stopped", "")),
+        ("RUNNING", PASSED_GATE, None, "stopped, the run was cancelled", ("STOPPED", "stopped", "")),
         ("SUCCEEDED", None, None, "succeeded", ("SUCCEEDED", "", "")),  # a run on this machine
         ("CANCELED", None, None, "canceled", ("CANCELED", "", "")),
     ],
@@ -77,6 +81,7 @@ def test_the_message_says_how_the_run_ended(
     assert (message["state"], message["result"], message["step"]) == fields
     assert message["link"] == link
     assert escape(end.outcome) in end.markdown()
+    assert end.markdown().startswith(f"**{end.state.capitalize()}")
 
 
 def test_the_outcome_is_posted_by_pipelines_of_0_1_0(webhook: Webhook) -> None:
