@@ -170,7 +170,7 @@ def _check_kubernetes(profile: Profile, cluster: Cluster | None) -> Iterator[Che
     for step, settings in profile.steps.items():
         yield from _check_step(core, namespace, step, settings)
     if profile.runtime:
-        remedy = "apply k8s/components/trainer, or remove the runtime from the profile"
+        remedy = "apply it, see k8s/README.md (Several nodes), or remove the runtime from the profile"
         read = _custom_object("trainer.kubeflow.org", "v1alpha1", namespace, "trainingruntimes", profile.runtime)
         yield run_check(f"training runtime {profile.runtime}", read_object, read, remedy)
 

@@ -188,10 +188,17 @@ def _progress(namespace: Namespace, run: kfp_server_api.V2beta1Run) -> str:
     parts = []
     if (percent := status.get("progressPercentage")) is not None:
         parts.append(f"{percent} %")
-    parts += [f"loss {metric['value']}" for metric in status.get("metrics") or [] if metric.get("name") == "loss"]
+    parts += [f"loss {_rounded(item['value'])}" for item in status.get("metrics") or [] if item.get("name") == "loss"]
     if (seconds := status.get("estimatedRemainingSeconds")) is not None:
         parts.append(f"{seconds // 60} min left" if seconds >= 60 else f"{seconds} s left")
     return ", ".join(parts)
+
+
+def _rounded(value: str) -> str:
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def _how_to_see(cluster: Cluster, run: kfp_server_api.V2beta1Run, obstacle: str) -> str:

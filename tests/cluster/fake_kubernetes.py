@@ -66,7 +66,9 @@ class FakeKubernetes:
         deleted: The propagation policy of every deletion.
         faults: Patterns of "METHOD path" with the error that is answered once to a matching request, in order; with a
             message of the test's own if it has one.
+        is_slow: Whether the pods of a deleted TrainJob stay until a test removes them.
         refusals: Messages of the events that say why a Job's pods are not created.
+        warnings: Messages of the events that warn about the first pod.
         jobsets: JobSets by name.
         events: Changes of the cluster; the next one happens each time a client gets the TrainJob.
         on_create: What the controller does with a new TrainJob.
@@ -84,7 +86,9 @@ class FakeKubernetes:
     created: list[Record] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     faults: list[tuple[str, int] | tuple[str, int, str]] = field(default_factory=list)
+    is_slow: bool = False
     refusals: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     jobsets: dict[str, Record] = field(default_factory=dict)
     events: Iterator[object] = field(default_factory=lambda: iter(()))
     on_create: Callable[[Record], None] = lambda job: None
@@ -251,17 +255,16 @@ class _Handler(BaseHTTPRequestHandler):
         job = self.state.jobs.get(name)
         if job is None:
             return self._refuse(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
-        if "deletionTimestamp" in job["metadata"]:
-            del self.state.jobs[name]
         return self._answer(job)
 
     def _delete(self, query: Mapping[str, str], body: Any, name: str) -> None:
         if name not in self.state.jobs:
             return self._refuse(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
         self.state.deleted.append(query.get("propagationPolicy", ""))
-        self.state.jobs[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        self.state.pods = {key: pod for key, pod in self.state.pods.items() if not key.startswith(name)}
-        return self._answer(self.state.jobs[name])
+        if not self.state.is_slow:
+            self.state.pods = {key: pod for key, pod in self.state.pods.items() if not key.startswith(name)}
+            self.state.jobsets.pop(name, None)
+        return self._answer(self.state.jobs.pop(name))
 
     def _pods(self, query: Mapping[str, str], body: Any) -> None:
         wanted = dict(part.split("=") for part in query["labelSelector"].split(","))
@@ -275,15 +278,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _events(self, query: Mapping[str, str], body: Any) -> None:
         wanted = dict(part.split("=") for part in query["fieldSelector"].split(","))
-        assert wanted == {"involvedObject.kind": "Job", "reason": "FailedCreate"}
+        if wanted == {"involvedObject.kind": "Job", "reason": "FailedCreate"}:
+            about, messages = f"{self.state.job['metadata']['name']}-node-0", self.state.refusals
+        else:
+            assert wanted == {"involvedObject.kind": "Pod", "type": "Warning"}
+            about, messages = next(iter(self.state.pods)), self.state.warnings
         events = [
             {
                 "metadata": {"name": f"event-{number}"},
-                "involvedObject": {"kind": "Job", "name": f"{self.state.job['metadata']['name']}-node-0"},
+                "involvedObject": {"kind": wanted["involvedObject.kind"], "name": about},
                 "reason": "FailedCreate",
                 "message": message,
             }
-            for number, message in enumerate(self.state.refusals)
+            for number, message in enumerate(messages)
         ]
         self._answer({"kind": "EventList", "apiVersion": "v1", "items": events})
 

@@ -28,7 +28,8 @@ KUBECTL = Path(sys.executable).with_name("kubectl")
 WEED = KUBECTL.with_name("weed")
 STOCK = {"overlays/kubeflow": "kubeflow", "overlays/kubeflow-profile": None}
 """The overlays that add to a namespace which is there, and the namespace that they name."""
-OVERLAYS = ["overlays/dev", "overlays/kind", "overlays/prod", "jobs/fetch-base-model", *STOCK]
+NODES = "overlays/kubeflow-nodes"
+OVERLAYS = ["overlays/dev", "overlays/kind", "overlays/prod", "jobs/fetch-base-model", NODES, *STOCK]
 
 Manifest = dict[str, Any]
 
@@ -183,6 +184,25 @@ def test_runs_of_a_server_with_one_user_may_train_on_several_nodes(rendered: dic
     assert (subject["name"], subject["namespace"]) == (profile.service_account, profile.namespace)
 
 
+def test_nodes_of_a_stock_installation_need_nothing_that_is_not_there(rendered: dict[str, list[Manifest]]) -> None:
+    """One runtime of the profiles' name, without a claim or policy, whose nodes ask for what train's pod asks for."""
+    (runtime,) = rendered[NODES]
+    profile = load_profile("kubeflow")
+    assert runtime["metadata"]["name"] == "minicpmv-finetune"
+    ((_, pod),) = _pods([runtime])
+    (node,) = pod["containers"]
+    assert not [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+    assert {mount["name"] for mount in node["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    train = profile.steps["train"]
+    assert train.accelerator
+    for amounts, place in ((node["resources"]["requests"], 0), (node["resources"]["limits"], 1)):
+        assert amounts == {
+            "cpu": train.cpu[place],
+            "memory": train.memory[place],
+            train.accelerator.resource: str(train.accelerator.count),
+        }
+
+
 @pytest.mark.parametrize("name", ["overlays/dev", "overlays/kind", "overlays/prod"])
 def test_no_label_of_a_profiles_namespace_is_changed(name: str, rendered: dict[str, list[Manifest]]) -> None:
     labels = _named(rendered[name], "Namespace", "minicpmv-finetune")["metadata"]["labels"]
@@ -255,7 +275,7 @@ def test_names_of_container_images_are_in_one_place(tmp_path: Path) -> None:
     }
     # What `make push` writes.
     names.write_text(re.sub("newName: .*/", "newName: registry.example.com/team/", names.read_text()))
-    for name in ("overlays/dev", "overlays/prod", "overlays/kubeflow", "jobs/fetch-base-model"):
+    for name in ("overlays/dev", "overlays/prod", "overlays/kubeflow", NODES, "jobs/fetch-base-model"):
         text = _render(folder / name)
         assert "image: registry.example.com/team/" in text
         assert "image: minicpmv-finetune/" not in text, name

@@ -138,7 +138,7 @@ def test_no_check_fails_on_a_complete_cluster(
             404,
             "training runtime minicpmv-finetune",
             "failed",
-            "components/trainer",
+            "apply it, see k8s/README.md",
         ),
         (SPACE, {"metadata": {"labels": {}}}, "namespace", "failed", "is no Kubeflow Profile's"),
         (SPACE, 404, "namespace", "failed", "create a Kubeflow Profile minicpmv-finetune"),

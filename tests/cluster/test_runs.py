@@ -278,15 +278,18 @@ def test_the_progress_of_several_nodes_is_shown_where_trainer_knows_it(
     command: Command, recorded: Recorded, in_kubernetes: Any
 ) -> None:
     objects = in_kubernetes()
+    # As Trainer 2.3 gave it, from transformers' own callback.
+    metrics = {"loss": "0.12395323647393121", "grad_norm": "1.5425218343734741", "current_step": "41"}
     status = {
+        "estimatedRemainingSeconds": 115,
+        "lastUpdatedTime": "2026-11-26T19:37:55Z",
+        "metrics": [{"name": name, "value": value} for name, value in metrics.items()],
         "progressPercentage": 42,
-        "estimatedRemainingSeconds": 754,
-        "metrics": [{"name": "loss", "value": "0.31"}, {"name": "learning_rate", "value": "1e-4"}],
     }
     path = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
     objects[path] = {"items": [{"status": {"trainerStatus": status}}]}
     rows = command("runs", recorded("training"), "--output", "json").json
-    assert rows[-1]["message"] == "42 %, loss 0.31, 12 min left"
+    assert rows[-1]["message"] == "42 %, loss 0.124, 1 min left"
 
 
 def test_no_link_has_an_address_that_only_the_cluster_knows(

@@ -121,6 +121,11 @@ class RealCluster:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def may(self, verb: str, resource: str, account: str) -> bool:
+        kubectl = Path(sys.executable).with_name("kubectl")
+        words = ["-n", self.namespace, "auth", "can-i", verb, resource, "--as", account]
+        return subprocess.run([kubectl, *words], capture_output=True, timeout=120).returncode == 0
+
     def pods(self, run: str, step: str) -> list[dict[str, Any]]:
         labels = f"pipeline/runid={run},app.kubernetes.io/component={step}"
         return list(json.loads(self.kubectl("get", "pods", "-l", labels, "-o", "json"))["items"])

@@ -1,10 +1,11 @@
-"""The rest, at most 60 minutes on two cores: lost pods, faults, retries by hand, schedules, the webhook and gc."""
+"""The rest, at most 60 minutes on two cores: lost pods, several nodes, faults, retries, schedules, webhook and gc."""
 
+import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import yaml
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.inputs.table import RETRAIN_INPUTS
+from minicpmv_finetune.kubernetes_terms import RUN_LABEL
 from minicpmv_finetune.pipelines.pipeline import WEBHOOK_SECRET
 from tests.cluster_real.conftest import SMALL, RealCluster, eventually
 
 INPUTS_OF_RETRAIN = {item.name for item in RETRAIN_INPUTS}
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "ui"
+K8S = Path(__file__).parents[2] / "k8s"
+GROUP = "trainer.kubeflow.org"
 
 
 def test_an_uploaded_file_runs_with_the_forms_defaults(
@@ -78,6 +82,77 @@ def test_a_deleted_pod_is_replaced_and_goes_on(cluster: RealCluster, digits_in_s
     cluster.kubectl("delete", "pod", first)
     eventually(lambda: cluster.state(run) == "SUCCEEDED", 1200, every=10)
     assert "continuing from checkpoint-" in cluster.command("logs", run, "--step", "train").out
+
+
+@pytest.fixture(scope="module")
+def runtime(cluster: RealCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a TrainingRuntime without GPUs: that of k8s/overlays/kubeflow-nodes, under a name of the suite."""
+    from minicpmv_finetune.kubeflow.profile import chosen_profile
+
+    if "trainjobs" not in cluster.kubectl("api-resources", "--api-group", GROUP, "-o", "name"):
+        pytest.skip("the cluster has no Kubeflow Trainer")
+    account = f"system:serviceaccount:{cluster.namespace}:{chosen_profile().service_account}"
+    if not cluster.may("create", f"trainjobs.{GROUP}", account):
+        pytest.skip(f"{account} may not create TrainJobs; see k8s/README.md (Several nodes)")
+    name, folder = f"acceptance-{cluster.word}", tmp_path_factory.mktemp("runtime")
+    manifest = yaml.safe_load(cluster.kubectl("kustomize", str(K8S / "overlays" / "kubeflow-nodes")))
+    manifest["metadata"]["name"] = name
+    (job,) = manifest["spec"]["template"]["spec"]["replicatedJobs"]
+    (node,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    node["resources"] = {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"cpu": "2", "memory": "6Gi"}}
+    spec = {"runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": name}, "suspend": True}
+    meta = {"metadata": {"name": name}}
+    probe = {"apiVersion": manifest["apiVersion"], "kind": "TrainJob", **meta, "spec": spec}
+    for item in (manifest, probe):
+        (folder / f"{item['kind']}.yaml").write_text(yaml.safe_dump(item))
+    try:
+        cluster.kubectl("apply", "-f", str(folder / "TrainingRuntime.yaml"))
+        cluster.kubectl("apply", "-f", str(folder / "TrainJob.yaml"))
+        try:
+            # The kinds may be there without a controller.
+            eventually(lambda: "Suspended" in cluster.kubectl("get", "trainjobs", name, "-o", "yaml"), 60)
+        except AssertionError:
+            pytest.skip("Kubeflow Trainer's controller does not answer")
+        finally:
+            cluster.kubectl("delete", "trainjobs", name, "--ignore-not-found", "--wait=false")
+        yield name
+    finally:
+        cluster.kubectl("delete", "trainingruntimes", name, "--ignore-not-found")
+
+
+def test_two_nodes_train_though_the_steps_pod_is_deleted(
+    cluster: RealCluster, digits_in_store: dict[str, str], runtime: str, changed_profile: Callable[..., Path]
+) -> None:
+    flags = {**SMALL["training_flags"], "num_nodes": 2}
+    inputs = {**digits_in_store, **SMALL, "seed": int(cluster.word, 16) + 1, "training_flags": flags}
+    # Enough steps to be deleted in the middle of them.
+    inputs["num_train_epochs"] = 4.0
+    cluster.submit("nodes", inputs, "--profile", str(changed_profile(runtime=runtime)), wait=False)
+    run = cluster.runs[-1]
+
+    def log() -> str:
+        return cluster.command("logs", run, "--step", "train").out
+
+    eventually(lambda: "samples/s" in log(), 1800)
+    assert "2 of 2 nodes run" in log()
+    (job,) = json.loads(cluster.kubectl("get", "trainjobs", "-l", f"{RUN_LABEL}={run}", "-o", "json"))["items"]
+    nodes = f"jobset.sigs.k8s.io/jobset-name={job['metadata']['name']}"
+    assert len(cluster.kubectl("get", "pods", "-l", nodes, "-o", "name").split()) == 2
+    newest = max(cluster.pods(run, "train"), key=lambda pod: pod["metadata"]["creationTimestamp"])
+    cluster.kubectl("delete", "pod", newest["metadata"]["name"])
+    eventually(lambda: cluster.state(run) == "SUCCEEDED", 1800, every=10)
+    # SIGTERM deletes the TrainJob if it comes in time; otherwise the next attempt follows the same one.
+    assert "is created, 2 nodes" in log() or "this attempt follows it" in log()
+
+
+def test_nodes_without_a_runtime_end_with_a_sentence(
+    cluster: RealCluster, digits_in_store: dict[str, str], runtime: str, changed_profile: Callable[..., Path]
+) -> None:
+    missing = changed_profile(runtime=f"not-{runtime}")
+    flags = {**SMALL["training_flags"], "num_nodes": 2}
+    done = cluster.submit("runtime", {**digits_in_store, **SMALL, "training_flags": flags}, "--profile", str(missing))
+    assert done.code != 0
+    assert f"has no TrainingRuntime not-{runtime}" in done.out + done.err
 
 
 def test_a_fault_is_repeated_by_the_step_itself(

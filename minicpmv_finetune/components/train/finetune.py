@@ -59,7 +59,7 @@ from .trainable import check_continued_adapter, count_parameters, keep_present_c
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
 from .watchdog import Watchdog
-from .worker_exit import exit_folder, has_failed, record_exit
+from .worker_exit import exit_folder, has_failed, record_crash, record_exit
 
 UNSENT_FILE = "unsent_metrics.jsonl"
 
@@ -197,7 +197,7 @@ def _record_failure(error: Exception) -> int | None:
         return 1
     # Errors of a device or of the network may be gone at the next attempt.
     if not has_lost_peer and not any(sign in str(error) for sign in _DEVICE_SIGNS):
-        record_exit(1)
+        record_crash(error)
     return None
 
 

@@ -20,7 +20,7 @@ from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceEx
 from minicpmv_finetune.options import raise_mistakes
 
 from .flags import check_flags, find_missing_gpus, take_processes
-from .worker_exit import ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
+from .worker_exit import CAUSE_FILE, ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -169,16 +169,18 @@ def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
     if error.exists() and code > 0:
         is_mistake = recorded.exists() and recorded.read_text() == str(USER_ERROR_EXIT)
         raise (UserError if is_mistake else RetryableError)(error.read_text()) from None
-    sentence = _describe_failure(rank, code, read_progress(folder))
+    cause = folder / CAUSE_FILE
+    sentence = _describe_failure(rank, code, read_progress(folder), cause.read_text() if cause.exists() else "")
     print(f"error: {sentence}", file=sys.stderr)
     if code > 0 and recorded.exists():
         raise CrashExit(code, sentence) from None
     raise SentenceExit(code if code > 0 else 128 - code, sentence) from None
 
 
-def _describe_failure(rank: int, code: int, progress: Sequence[StepProgress]) -> str:
+def _describe_failure(rank: int, code: int, progress: Sequence[StepProgress], cause: str) -> str:
     if code != -signal.SIGKILL:
-        return f"training process {rank} ended with exit code {code if code > 0 else 128 - code}."
+        ended = f"training process {rank} ended with exit code {code if code > 0 else 128 - code}"
+        return f"{ended} ({cause.rstrip('.')})." if cause and code > 0 else f"{ended}."
     step = next((f" in step {process.step}" for process in progress if process.rank == rank), "")
     return (
         f"training process {rank} was killed (signal 9){step}, as Linux does when memory runs out; give the pod "

@@ -38,7 +38,7 @@ from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
 
 from .flags import take_processes
-from .trainjob_cluster import CALL_TIMEOUT, GROUP, VERSION, Cluster, UnknownFieldError
+from .trainjob_cluster import CALL_TIMEOUT, GROUP, SETUP, VERSION, Cluster, UnknownFieldError
 from .trainjob_heartbeat import ABANDONED, sign_of_life
 from .trainjob_pod import CRASH
 from .trainjob_waiting import container_status, describe_state, out_of_memory, restarts, waiting_reasons
@@ -56,6 +56,7 @@ _FORWARDED = re.compile(
 )
 _CREDENTIAL = re.compile("KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL|USERNAME|AUTHORIZATION")
 _URL_WITH_LOGIN = re.compile(r"://[^/\s]*@")
+_SAY_AGAIN = 600  # seconds until the words of a state that has not changed are said again, if they are new
 _MAX_OUTAGE = 600  # seconds that Kubernetes may be out of reach, for example during an upgrade
 
 
@@ -220,12 +221,20 @@ def _escape(text: str) -> str:
 
 
 def _start(cluster: Cluster, name: str, job: Mapping[str, Any], interval: float) -> None:
-    """Create the TrainJob, or find that of an earlier attempt; one that failed is replaced."""
+    """Create the TrainJob, or find that of an earlier attempt; one that failed is replaced.
+
+    The name is free only when the nodes of a deleted job have ended: they may still save.
+    """
     cluster.require_trainer()
+    waits = False
     while True:
         found = cluster.find(name)
         if found is None:
-            if _create(cluster, job):
+            if cluster.has_remains(name):
+                if not waits:
+                    _log(f"The nodes of an earlier TrainJob {name} have not ended yet; this attempt waits for them")
+                waits = True
+            elif _create(cluster, job):
                 _log(f"TrainJob {name} is created, {job['spec']['trainer']['numNodes']} nodes")
                 return
         elif not _is_being_deleted(found):
@@ -233,7 +242,6 @@ def _start(cluster: Cluster, name: str, job: Mapping[str, Any], interval: float)
                 _log(f"TrainJob {name} of an earlier attempt exists; this attempt follows it")
                 return
             cluster.delete(name)
-        # The name is free only when the job's pods are deleted.
         time.sleep(interval)
 
 
@@ -283,34 +291,36 @@ class _Waits:
 
     def __init__(self, cluster: Cluster, name: str, nodes: int) -> None:
         self._cluster, self._name, self._nodes = cluster, name, nodes
-        self._said = ""
+        self._state = self._said = ""
+        self._said_at = 0.0
         self._most_restarts: int | None = None
 
     def report(self, job: Mapping[str, Any], pods: Sequence["V1Pod"]) -> None:
-        """Print the state if it is another one than the last time.
+        """Print the state if it is another one than the last time; new words for the same state only now and then.
 
         Raises:
             UserError: Kubernetes will never create the nodes' pods.
         """
         suspended = _condition(job, "Suspended")
-        events = (
-            []
-            if pods or suspended
-            else self._cluster.refused_pods(self._name, job["metadata"].get("creationTimestamp"))
-        )
-        for message in events:
-            if "violates PodSecurity" in message:
+        waiting = [pod for pod in pods if pod.status.phase == "Pending"]
+        reasons = waiting_reasons(pods, [])
+        if not suspended and not reasons and (waiting or not pods):
+            since = job["metadata"].get("creationTimestamp")
+            reasons = waiting_reasons(pods, self._cluster.warnings(self._name, waiting, since))
+        for reason in reasons:
+            if "violates PodSecurity" in reason.message:
                 raise UserError(
-                    f"TrainJob {self._name}: the namespace's Pod Security refuses the nodes ({message.rstrip('.')}); "
-                    "take what it names out of the TrainingRuntime, see k8s/components/trainer."
+                    f"TrainJob {self._name}: the namespace's Pod Security refuses the nodes ({reason.message}); take "
+                    f"what it names out of the TrainingRuntime, see {SETUP}."
                 )
-        why = "; ".join(waiting_reasons(pods, events))
         if self._most_restarts is None and restarts(pods):
             self._most_restarts = self._cluster.most_restarts(self._name)
-        state = describe_state(suspended, pods, self._nodes, self._most_restarts, why)
-        if state != self._said:
-            _log(f"TrainJob {self._name}: {state}")
-            self._said = state
+        state = describe_state(suspended, pods, self._nodes, self._most_restarts, [item.kind for item in reasons])
+        now = time.monotonic()
+        said = describe_state(suspended, pods, self._nodes, self._most_restarts, [str(item) for item in reasons])
+        if state != self._state or (said != self._said and now - self._said_at > _SAY_AGAIN):
+            _log(f"TrainJob {self._name}: {said}")
+            self._state, self._said, self._said_at = state, said, now
 
 
 def _end(

@@ -6,7 +6,7 @@ Every failure is one of the project's two kinds of error.
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 CONTAINER = "node"  # Trainer's name for the container, and the replicated job, that trains
+SETUP = "k8s/README.md (Several nodes)"  # where a person finds how to prepare a namespace
 CALL_TIMEOUT = (5, 30)  # seconds to connect, and between two parts of an answer
 _LOG_TIMEOUT = (5, 600)  # a log may be silent for a long time
 _JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"
@@ -103,13 +104,25 @@ class Cluster:
         return job
 
     def delete(self, name: str) -> None:
-        """Delete a TrainJob; it stays visible until its pods are deleted."""
+        """Delete a TrainJob; what belongs to it is deleted after it, see `has_remains`.
+
+        Not the other way round (foreground): Trainer starts the nodes again when a TrainJob, though it is being
+        deleted, has lost them.
+        """
         self._call(
             "delete trainjobs",
             lambda: self._custom.delete_namespaced_custom_object(
-                GROUP, VERSION, self.namespace, PLURAL, name, propagation_policy="Foreground", **_REQUEST
+                GROUP, VERSION, self.namespace, PLURAL, name, propagation_policy="Background", **_REQUEST
             ),
         )
+
+    def has_remains(self, name: str) -> bool:
+        """Whether pods or the JobSet of a deleted TrainJob are there, which a new one of this name would take over."""
+        if self.pods(name):
+            return True
+        with suppress(UserError):  # the right to get JobSets is optional
+            return self._jobset(name) is not None
+        return False
 
     def pods(self, name: str) -> list["V1Pod"]:
         """List the pods of a TrainJob that train."""
@@ -120,40 +133,46 @@ class Cluster:
         )
         return list(listed.items)
 
-    def refused_pods(self, name: str, since: str | None) -> list[str]:
-        """Why Kubernetes creates no pods of a TrainJob, as its newest event says; nothing if it may not be asked.
+    def warnings(self, name: str, pods: Sequence["V1Pod"], since: str | None) -> list[str]:
+        """What Kubernetes warns about last: why it creates no pods of a TrainJob, or why one is not started.
 
         Args:
             name: Name of the TrainJob.
+            pods: Its pods that wait; without any, its Job is asked about.
             since: When it was created; events of an earlier one of this name are older.
+
+        Returns:
+            The newest message; nothing if there is none, or if it may not be asked.
         """
         begin = datetime.fromisoformat(since) if since else datetime.min.replace(tzinfo=UTC)
-        selector = "involvedObject.kind=Job,reason=FailedCreate"
+        names = {pod.metadata.name for pod in pods}
+        kind = "involvedObject.kind=Pod,type=Warning" if pods else "involvedObject.kind=Job,reason=FailedCreate"
         with suppress(UserError, RetryableError):
             listed = self._call(
                 "list events",
-                lambda: self._core.list_namespaced_event(self.namespace, field_selector=selector, **_REQUEST),
+                lambda: self._core.list_namespaced_event(self.namespace, field_selector=kind, **_REQUEST),
             )
-            events = [
-                event
+            dated = [
+                (event.last_timestamp or begin, _POD_OF_THE_MESSAGE.sub("", str(event.message)))
                 for event in (listed.items if listed else [])
-                if (event.involved_object.name or "").startswith(f"{name}-")
-                and (event.last_timestamp or begin) >= begin
+                if (event.involved_object.name in names if pods else event.involved_object.name.startswith(f"{name}-"))
             ]
-            return [str(event.message) for event in events][-1:]
+            return [message for when, message in sorted(dated, key=lambda item: item[0]) if when >= begin][-1:]
         return []
 
     def most_restarts(self, name: str) -> int | None:
         """How often JobSet starts all nodes again; None if it may not be asked."""
         with suppress(UserError, RetryableError):
-            found = self._call(
-                "get jobsets",
-                lambda: self._custom.get_namespaced_custom_object(
-                    *_JOBSETS, self.namespace, "jobsets", name, **_REQUEST
-                ),
-            )
-            return int((found or {}).get("spec", {}).get("failurePolicy", {}).get("maxRestarts", 0)) or None
+            found = self._jobset(name) or {}
+            return int(found.get("spec", {}).get("failurePolicy", {}).get("maxRestarts", 0)) or None
         return None
+
+    def _jobset(self, name: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._call(
+            "get jobsets",
+            lambda: self._custom.get_namespaced_custom_object(*_JOBSETS, self.namespace, "jobsets", name, **_REQUEST),
+        )
+        return found
 
     def log(self, pod: str, follow: bool) -> Iterator[str]:
         """Read a pod's log.
@@ -217,7 +236,7 @@ class Cluster:
             if error.status in (401, 403):
                 raise UserError(
                     f"Kubernetes: this pod's service account may not {action} in {self.namespace} ({reason}); grant it "
-                    "this right, see k8s/README.md."
+                    f"this right, see {SETUP}."
                 ) from error
             if error.status == 400 and "unknown field" in reason:
                 raise UnknownFieldError(f"Kubernetes refuses to {action}: {reason}; fix it and run again.") from error
@@ -233,6 +252,8 @@ class Cluster:
             raise RetryableError(f"Kubernetes does not answer ({type(error).__name__}); try again.") from error
 
 
+# A name that is a new one at each attempt to create the pod.
+_POD_OF_THE_MESSAGE = re.compile(r'^Error creating: pods "[^"]*" is forbidden: ')
 _FAILED_WEBHOOK = re.compile(r'failed calling webhook "([^"]*)"')
 _WEBHOOK = re.compile(r'admission webhook "([^"]*)" denied the request')
 _MISSING_RUNTIME = re.compile(r'TrainingRuntime\S* "?([^"\s]+)"? not found|must be created before the TrainJob')
@@ -244,7 +265,7 @@ def _explain_refusal(action: str, namespace: str, reason: str) -> UserError | No
     if _MISSING_RUNTIME.search(reason):
         return UserError(
             f"Kubernetes: {namespace} has no TrainingRuntime {environment.TRAINING_RUNTIME.read()} ({reason}); apply "
-            f"k8s/components/trainer there, or name another one in {environment.TRAINING_RUNTIME}."
+            f"it, see {SETUP}, or name another one in {environment.TRAINING_RUNTIME}."
         )
     if quota := _QUOTA.search(reason):
         return UserError(

@@ -1,6 +1,7 @@
 """Why the nodes of a TrainJob wait, for a person: from their pods, and from their Job's events where there is none."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minicpmv_finetune.kubernetes_terms import why_container_waits
@@ -19,30 +20,46 @@ def container_status(pod: "V1Pod") -> "V1ContainerStatus | None":
     return next((status for status in statuses if status.name == CONTAINER), None)
 
 
-def waiting_reasons(pods: Sequence["V1Pod"], events: Sequence[str]) -> list[str]:
-    """Why nodes wait, each reason once.
+@dataclass(frozen=True)
+class Reason:
+    """Why a node waits.
+
+    Attributes:
+        kind: The kind of obstacle, which stays the same while its message changes.
+        message: What Kubernetes says of it now.
+    """
+
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.message})"
+
+
+def waiting_reasons(pods: Sequence["V1Pod"], events: Sequence[str]) -> list[Reason]:
+    """Why nodes wait, each kind of reason once.
 
     Args:
         pods: The nodes' pods.
-        events: Messages of the Job that could not create pods.
+        events: Messages of the Job that could not create pods; if there are pods, warnings about those that wait.
     """
     found = [reason for pod in pods if (reason := _reason(pod))]
-    if not pods:
-        found = [f"Kubernetes refuses to create the nodes' pods ({_shorten(message)})" for message in events]
-    return list(dict.fromkeys(found))
+    kind = "a node is not started yet" if pods else "Kubernetes refuses to create the nodes' pods"
+    return list({reason.kind: reason for reason in found or [Reason(kind, _shorten(text)) for text in events]}.values())
 
 
-def _reason(pod: "V1Pod") -> str:
+def _reason(pod: "V1Pod") -> Reason | None:
     if pod.status.phase != "Pending":
-        return ""
+        return None
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":
-            return f"a node waits for a machine ({_shorten(condition.message or condition.reason or 'unscheduled')})"
+            why = condition.message or condition.reason or "unscheduled"
+            return Reason("a node waits for a machine", _shorten(why))
     status = container_status(pod)
     waiting = status.state.waiting if status and status.state else None
     if waiting is not None and (why := why_container_waits(waiting.reason or "")):
-        return f"a node waits because {why} ({_shorten(waiting.message or waiting.reason)})"
-    return ""
+        return Reason(f"a node waits because {why}", _shorten(waiting.message or waiting.reason))
+    return None
 
 
 def _shorten(message: str) -> str:
@@ -56,7 +73,11 @@ def restarts(pods: Sequence["V1Pod"]) -> int:
 
 
 def describe_state(
-    suspended: Mapping[str, Any] | None, pods: Sequence["V1Pod"], nodes: int, most_restarts: int | None, why: str
+    suspended: Mapping[str, Any] | None,
+    pods: Sequence["V1Pod"],
+    nodes: int,
+    most_restarts: int | None,
+    why: Sequence[str],
 ) -> str:
     """A TrainJob's state, for a person who waits.
 
@@ -65,14 +86,14 @@ def describe_state(
         pods: The nodes' pods.
         nodes: The number of nodes.
         most_restarts: How often JobSet starts all nodes again; None if that is not known.
-        why: Why nodes wait; empty if that is not known.
+        why: Why nodes wait, as far as that is known.
     """
     if suspended:
         return f"suspended ({suspended.get('message') or suspended.get('reason')})"
     state = f"{sum(pod.status.phase == 'Running' for pod in pods)} of {nodes} nodes run"
     if count := restarts(pods):
         state += f", restart {count}" + (f" of {most_restarts}" if most_restarts else "")
-    return f"{state}; {why}" if why else state
+    return "; ".join([state, *why])
 
 
 def out_of_memory(pods: Sequence["V1Pod"]) -> dict[str, str]:

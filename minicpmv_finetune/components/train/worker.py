@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .flags import read_flags
-from .worker_exit import record_exit, repeat_exit
+from .worker_exit import record_crash, repeat_exit
 
 
 def leave_out_bitsandbytes(flags: Sequence[str]) -> None:
@@ -41,8 +41,8 @@ if __name__ == "__main__":
     leave_out_bitsandbytes(sys.argv[1:])
     try:
         from .finetune import main
-    except Exception:
-        record_exit(1)  # a library that is missing or broken stays so
+    except Exception as error:
+        record_crash(error)  # a library that is missing or broken stays so
         raise
 
     main(sys.argv[1:])

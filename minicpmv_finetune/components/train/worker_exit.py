@@ -2,7 +2,8 @@
 
 They share a folder that the launcher names in the environment. `error` contains a sentence for a person. `exit_code`
 contains the exit code of a process that ended for a known reason: torchrun starts such a process again, and the new
-process, which would fail in the same way, ends at once with that code. `progress-N` contains the step and stage of
+process, which would fail in the same way, ends at once with that code. `cause` contains the last line of a traceback
+that was printed. `progress-N` contains the step and stage of
 process N. A process that was killed leaves no `exit_code`, and its successor continues from a checkpoint.
 """
 
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.errors import first_line
 
-ERROR_FILE, EXIT_CODE_FILE = "error", "exit_code"
+ERROR_FILE, EXIT_CODE_FILE, CAUSE_FILE = "error", "exit_code", "cause"
 
 
 def exit_folder() -> Path | None:
@@ -57,6 +59,14 @@ def record_exit(code: int, error: str = "", restart: bool = False) -> bool:
     if not restart and not (folder / EXIT_CODE_FILE).exists():
         (folder / EXIT_CODE_FILE).write_text(str(code))
     return True
+
+
+def record_crash(error: Exception) -> None:
+    """Record that a bug ends this process, whose traceback is printed: another attempt would end so again."""
+    folder = exit_folder()
+    if record_exit(1) and folder and not (folder / CAUSE_FILE).exists():
+        kind, message = type(error).__name__, first_line(error)
+        (folder / CAUSE_FILE).write_text(kind if message == kind else f"{kind}: {message[:300]}")
 
 
 def has_failed() -> bool:

@@ -13,9 +13,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import api
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.components.train.launch import _fail, _without_useless_restarts, launch
+from minicpmv_finetune.components.train.launch import CrashExit, _fail, _without_useless_restarts, launch
 from minicpmv_finetune.components.train.result import _base_address
-from minicpmv_finetune.components.train.worker_exit import ERROR_FILE, EXIT_CODE_FILE
+from minicpmv_finetune.components.train.worker_exit import ERROR_FILE, EXIT_CODE_FILE, record_crash
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
 from minicpmv_finetune.minicpmv.checkpoint import load_model
@@ -177,6 +177,18 @@ def test_a_frozen_process_that_torchrun_kills_later_is_not_the_cause(tmp_path: P
     (tmp_path / ERROR_FILE).write_text("Training process 1 made no progress.")
     with pytest.raises(RetryableError, match="made no progress"):
         _fail(_failures(watchdog=(75, 100), is_frozen=(-9, 130)), tmp_path)
+
+
+def test_the_sentence_of_a_crash_names_its_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINICPMV_FINETUNE_WORKER_EXIT_FOLDER", str(tmp_path))
+    record_crash(KeyError("a bug"))
+    record_crash(ValueError("what another process says of it"))
+    with pytest.raises(CrashExit) as ended:
+        _fail(_failures(crashed=(1, 100)), tmp_path)
+    assert (ended.value.code, ended.value.sentence) == (
+        1,
+        "training process 0 ended with exit code 1 (KeyError: 'a bug').",
+    )
 
 
 def test_the_record_is_json(adapter: Path) -> None:

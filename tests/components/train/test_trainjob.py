@@ -274,7 +274,7 @@ def test_sigterm_deletes_the_job(cluster: FakeKubernetes, result: str, tmp_path:
         log = process.stderr.read()
     assert process.returncode == 75
     assert re.search("TrainJob train-.* is deleted; running the step again continues from the newest checkpoint", log)
-    assert cluster.deleted == ["Foreground"]
+    assert cluster.deleted == ["Background"]
     assert not (tmp_path / "adapter").exists()
 
 
@@ -290,11 +290,43 @@ def test_a_retry_follows_the_job_of_a_killed_pod(
     assert not cluster.deleted
 
 
-def test_a_job_that_cannot_be_followed_is_deleted(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_followed_is_not_created(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
     cluster.faults = [("GET .*/pods$", 403)]
     with pytest.raises(UserError, match=r"may not list pods in team .*; grant it this right"):
         _train(result, tmp_path / "adapter")
-    assert cluster.deleted == ["Foreground"]
+    assert not cluster.created
+
+
+@pytest.mark.parametrize("may_get_jobsets", [True, False])
+def test_nodes_of_a_deleted_job_end_before_another_is_created(
+    may_get_jobsets: bool,
+    cluster: FakeKubernetes,
+    result: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pods and JobSet outlive a TrainJob; a new one of the same name would take over the old JobSet and its state."""
+    name = job_name("run-1", result)
+
+    def events() -> Iterator[None]:
+        yield
+        yield
+        assert not cluster.created
+        del cluster.pods["old"]
+        if may_get_jobsets:
+            yield
+            assert not cluster.created
+            del cluster.jobsets[name]
+        else:
+            cluster.faults = [("GET .*/jobsets/", 403)]
+        yield
+
+    cluster.events = events()
+    cluster.pods["old"] = _node_pod(name, 0) | {"status": {"phase": "Running"}}
+    cluster.jobsets[name] = _recorded("trainjob-jobset")
+    cluster.on_create = lambda job: cluster.conclude("Complete")
+    _train(result, tmp_path / "adapter")
+    assert capsys.readouterr().err.count("have not ended yet; this attempt waits for them") == 1
 
 
 def test_a_job_that_failed_before_is_replaced(cluster: FakeKubernetes, result: str, tmp_path: Path) -> None:
@@ -308,8 +340,7 @@ def test_a_job_that_failed_before_is_replaced(cluster: FakeKubernetes, result: s
         _train(result, tmp_path / "adapter")
     cluster.on_create = lambda job: cluster.conclude("Complete")
     _train(result, tmp_path / "adapter")
-    # Its pods must be deleted before the name is used again, because they have the same labels.
-    assert cluster.deleted == ["Foreground"]
+    assert cluster.deleted == ["Background"]
     assert [job["metadata"]["name"] for job in cluster.created] == [job_name("run-1", result)] * 2
 
 
@@ -324,7 +355,7 @@ def test_a_mistake_on_any_node_ends_the_job_at_once(cluster: FakeKubernetes, res
     cluster.events = events()
     with pytest.raises(UserError, match="prepared for another model"):
         _train(result, tmp_path / "adapter")
-    assert cluster.deleted == ["Foreground"]
+    assert cluster.deleted == ["Background"]
     assert not (tmp_path / "adapter").exists()
 
 
@@ -590,7 +621,7 @@ def test_recorded_pods_say_why_they_wait(cluster: FakeKubernetes) -> None:
             made = _node_pod("train-1", number)
             made["status"] = {"phase": "Pending", "conditions": pod["conditions"], "containerStatuses": containers}
             cluster.pods[pod["name"]] = made
-    scheduling, secret, image = waiting_reasons(Cluster().pods("train-1"), [])
+    scheduling, secret, image = map(str, waiting_reasons(Cluster().pods("train-1"), []))
     assert scheduling.startswith("a node waits for a machine (0/1 nodes are available: 1 Insufficient nvidia.com/gpu")
     assert secret == 'a node waits because its container cannot be created (secret "not-there" not found)'
     assert image.startswith("a node waits because its image cannot be pulled (Back-off pulling image")
@@ -618,7 +649,7 @@ def _node_pod(job: str, index: int, attempt: int = 0) -> Record:
             'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: spec.RuntimeRef: Invalid '
             'value: {}: TrainingRuntime.trainer.kubeflow.org "minicpmv-finetune" not found: specified trainingRuntime '
             "must be created before the TrainJob is created",
-            "team has no TrainingRuntime minicpmv-finetune .*apply k8s/components/trainer",
+            "team has no TrainingRuntime minicpmv-finetune .*apply it, see k8s/README.md",
         ),
         (403, 'trainjobs "t" is forbidden: exceeded quota: gpus, requested: count/x=1', "the quota gpus of team"),
         (403, 'pods "t" is forbidden: violates PodSecurity "restricted:latest": hostPath', "Pod Security of team"),
@@ -649,17 +680,46 @@ def test_pods_that_kubernetes_refuses_are_explained(
 ) -> None:
     def events() -> Iterator[None]:
         yield
-        cluster.refusals = ['Error creating: pods "t" is forbidden: exceeded quota: gpus']
-        yield
-        yield
+        # The pod that was not created has a new name each time.
+        for name in ("n-0-0-mj5bg", "n-0-0-s8mkv", "n-0-0-5mnc4"):
+            cluster.refusals.append(f'Error creating: pods "{name}" is forbidden: exceeded quota: gpus')
+            yield
         cluster.refusals = ['Error creating: pods "t" is forbidden: violates PodSecurity "restricted:latest": x']
         yield
 
     cluster.events = events()
-    with pytest.raises(UserError, match=r"Pod Security refuses the nodes .*TrainingRuntime"):
+    with pytest.raises(UserError, match=r"Pod Security refuses the nodes \(violates PodSecurity .*TrainingRuntime"):
         _train(result, tmp_path / "adapter")
-    assert "0 of 2 nodes run; Kubernetes refuses to create the nodes' pods (Error creating" in capsys.readouterr().err
-    assert cluster.deleted == ["Foreground"]
+    said = capsys.readouterr().err
+    assert said.count("0 of 2 nodes run; Kubernetes refuses to create the nodes' pods (exceeded quota: gpus)") == 1
+    assert said.count("0 of 2 nodes run") == 2
+    assert cluster.deleted == ["Background"]
+
+
+def test_a_state_is_said_once_though_its_words_change(
+    cluster: FakeKubernetes, result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def events() -> Iterator[None]:
+        yield
+        pod = cluster.add_pod(0)
+        cluster.warnings = ["Failed to create pod sandbox: failed to find plugin"]
+        yield
+        for reason in ("ErrImagePull", "ImagePullBackOff", "ErrImagePull"):
+            waiting = {"reason": reason, "message": f"{reason} of a node"}
+            pod["status"]["containerStatuses"] = [{**_STATUS, "name": "node", "state": {"waiting": waiting}}]
+            yield
+            yield
+        cluster.conclude("Complete")
+        yield
+
+    cluster.events = events()
+    _train(result, tmp_path / "adapter")
+    said = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines() if "0 of 2 nodes run" in line]
+    assert said == [
+        "0 of 2 nodes run",
+        "0 of 2 nodes run; a node is not started yet (Failed to create pod sandbox: failed to find plugin)",
+        "0 of 2 nodes run; a node waits because its image cannot be pulled (ErrImagePull of a node)",
+    ]
 
 
 def test_restarts_are_counted(
@@ -782,7 +842,41 @@ def test_the_step_ends_as_such_a_node(
         _train(result, tmp_path / "adapter")
     if isinstance(ended.value, SystemExit):
         assert ended.value.code == 1
-        assert cluster.deleted == ["Foreground"]
+        assert cluster.deleted == ["Background"]
+
+
+def test_a_node_that_is_deleted_as_it_starts_ends() -> None:
+    """The first process of a container gets no signal that it has no handler for."""
+    before = signal.getsignal(signal.SIGTERM)
+    with trainjob_pod._ending_on_sigterm(lambda: None):
+        with trainjob_pod._without_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_node_that_is_deleted_while_it_waits_for_others_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits without Python, whose handler is not called; here it is one that does nothing."""
+    stuck, saved = threading.Event(), threading.Event()
+    monkeypatch.setattr(trainjob_pod, "_has_children", lambda: not saved.is_set())
+    with trainjob_pod._ending_on_sigterm(stuck.set, patience=0.1):
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.raise_signal(signal.SIGTERM)
+        assert not stuck.wait(0.3), "training processes may save"
+        saved.set()
+        assert stuck.wait(10)
+
+
+def test_a_stuck_node_without_a_step_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    watch = LifeWatch("s3://bucket/task/adapter")
+    trainjob_pod._end_stuck(watch, tmp_path / "message")
+    watch.is_abandoned = True
+    trainjob_pod._end_stuck(watch, tmp_path / "message")
+    assert codes == [143, 2]
+    assert (tmp_path / "message").read_text() == ABANDONED
 
 
 def test_nodes_that_run_out_of_memory_are_not_started_for_ever(

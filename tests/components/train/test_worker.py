@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minicpmv_finetune.components.train.worker import leave_out_bitsandbytes
-from minicpmv_finetune.components.train.worker_exit import EXIT_CODE_FILE
+from minicpmv_finetune.components.train.worker_exit import CAUSE_FILE, EXIT_CODE_FILE
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,4 @@ def test_a_process_whose_import_fails_is_not_started_again(tmp_path: Path, monke
     with pytest.raises(ImportError):
         runpy.run_module("minicpmv_finetune.components.train.worker", run_name="__main__")
     assert (tmp_path / EXIT_CODE_FILE).read_text() == "1"
+    assert (tmp_path / CAUSE_FILE).read_text().startswith("ModuleNotFoundError: import of minicpmv_finetune")
