@@ -29,7 +29,7 @@ from .trainjob_heartbeat import ABANDONED, LifeWatch
 TERMINATION_MESSAGE = Path("/dev/termination-log")
 """Kubernetes reads a container's termination message from this file, unless the manifest names another one."""
 
-STUCK_SECONDS = 10.0
+STUCK_SECONDS = 30.0
 """After SIGTERM, how long a node without training processes may take to end by itself."""
 
 CRASH = re.compile(r"exit code (\d+): ")
