@@ -68,7 +68,7 @@ class FakeKubernetes:
             message of the test's own if it has one.
         is_slow: Whether the pods of a deleted TrainJob stay until a test removes them.
         refusals: Messages of the events that say why a Job's pods are not created.
-        warnings: Messages of the events that warn about the first pod.
+        warnings: Messages of the events that warn about the newest pod.
         jobsets: JobSets by name.
         events: Changes of the cluster; the next one happens each time a client gets the TrainJob.
         on_create: What the controller does with a new TrainJob.
@@ -282,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
             about, messages = f"{self.state.job['metadata']['name']}-node-0", self.state.refusals
         else:
             assert wanted == {"involvedObject.kind": "Pod", "type": "Warning"}
-            about, messages = next(iter(self.state.pods)), self.state.warnings
+            about, messages = list(self.state.pods)[-1], self.state.warnings
         events = [
             {
                 "metadata": {"name": f"event-{number}"},
