@@ -87,6 +87,7 @@ def compile(
 ) -> None:
     """Write a pipeline as a YAML file for the Kubeflow UI or the kfp SDK."""
     from minicpmv_finetune.kubeflow.compiling import write_objects, write_pipeline
+    from minicpmv_finetune.kubeflow.parameters import needs_registry
     from minicpmv_finetune.kubeflow.profile import SHIPPED
     from minicpmv_finetune.pipelines import pipeline_of
 
@@ -97,6 +98,8 @@ def compile(
         if profile not in ("", *SHIPPED):
             raise UserError(f"--partitions: {profile} contains this setting; set preprocess_partitions there.")
         settings = settings.model_copy(update={"preprocess_partitions": partitions})
+    for sentence in needs_registry(chosen, {}) if settings.mlflow is None else ():
+        print(f"warning: {sentence}", file=sys.stderr)
     print((write_objects if objects else write_pipeline)(chosen, settings, output))
     if not objects:
         print(f"\nFor the field Pipeline description, when you upload the file in the UI:\n\n{chosen.guide}")

@@ -3,7 +3,8 @@
 Below `<root>/<pipeline>/` Kubeflow stores one folder per run. The shards that preprocess keeps for later runs are in
 `<root>/minicpmv-shards`, those of 0.1.0 in `<root>/<pipeline>/shards-cache`. These folders are unused:
 
-- the folder of a run that is no longer on the server, if it contains no registered model of MLflow;
+- the folder of a run that is no longer on the server, if it contains no registered model of MLflow; where no MLflow is
+  named, if the run registered none;
 - shards whose cache key is in no run's manifest;
 - checkpoints of a run that succeeded, because they serve only to continue after an interruption;
 - below `<root>/minicpmv-checkpoints/`, those of a training that is finished, or that nobody went on with for a month,
@@ -14,13 +15,15 @@ server or MLflow does not answer, nothing is unused.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from minicpmv_finetune import storage
+from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.train.checkpoint_place import CHECKPOINTS, FINISHED_FILE, LEASE_FILE
 from minicpmv_finetune.errors import AccessError, UserError
 from minicpmv_finetune.pipelines import all_pipelines
+from minicpmv_finetune.run_records import read_outcome
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, SHARED_CACHE_NAME
 from minicpmv_finetune.tracking.registry import list_versions
 from minicpmv_finetune.tracking.step_runs import mlflow_client
@@ -31,6 +34,7 @@ from .tracking_server import use_tracking
 
 _CHECKPOINTS = "checkpoints"
 _NO_RUN = "no run uses these shards"
+_REGISTERED = ("promoted", "challenger")  # the outcomes of a run that registered a model
 _LEASE_AGE = timedelta(hours=1)  # a run that trains writes its lease every few minutes
 _ABANDONED_AGE = timedelta(days=30)
 
@@ -80,7 +84,9 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
     root = root or _root(cluster)
     use_store(cluster.profile)
     states = {str(run.run_id): str(run.state) for run in cluster.runs()}
-    referenced = _list_registered_models(cluster)
+    is_tracked = use_tracking(cluster.profile)
+    referenced = _list_registered_models() if is_tracked else []
+    registering: set[str] = set()
     candidates: dict[str, _Candidate] = {}
     for pipeline in all_pipelines().values():
         base = storage.join(root, pipeline.name)
@@ -88,6 +94,7 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
             folder, why = _candidate_of(name, states)
             if why:
                 candidates.setdefault(storage.join(base, folder), _Candidate(why)).files.append(file)
+                registering |= {storage.join(base, folder)} if "register" in name.split("/")[1:-1] else set()
             elif name.endswith(f"/{MANIFEST_FILE}") and RUN_ID.fullmatch(name.split("/")[0]):
                 referenced.append(_read_shards_location(storage.join(base, name)))
     shared = storage.join(root, SHARED_CACHE_NAME)
@@ -95,14 +102,16 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
         folder = storage.join(shared, name.partition("/")[0])
         candidates.setdefault(folder, _Candidate(_NO_RUN)).files.append(file)
     candidates |= _unused_checkpoints(storage.join(root, CHECKPOINTS))
+    for folder in () if is_tracked else _folders_of_registered(registering):
+        del candidates[folder]
     newest = datetime.now(UTC) - timedelta(days=min_age_days)
-    kept = [f"{_as_s3(uri)}/" for uri in referenced]
+    prefixes = [f"{_as_s3(uri)}/" for uri in referenced]
     return [
         UnusedFolder(
             folder, sum(file.bytes for file in candidate.files), f"{candidate.written:%Y-%m-%d}", candidate.why
         )
         for folder, candidate in sorted(candidates.items())
-        if candidate.written <= newest and not any(uri.startswith(f"{_as_s3(folder)}/") for uri in kept)
+        if candidate.written <= newest and not any(uri.startswith(f"{_as_s3(folder)}/") for uri in prefixes)
     ]
 
 
@@ -172,8 +181,19 @@ def _read_shards_location(manifest_uri: str) -> str:
         return manifest_uri
 
 
-def _list_registered_models(cluster: Cluster) -> list[str]:
+def _folders_of_registered(folders: set[str]) -> set[str]:
+    """Those of some runs' folders whose run registered a model, as far as it has said so; one of 0.1.0 says nothing."""
+    outcomes = {folder: read_outcome(folder) for folder in folders}
+    kept = {folder for folder, found in outcomes.items() if found is None or found.result in _REGISTERED}
+    if kept:
+        print(
+            f"note: {len(kept)} folders are kept, because their runs registered a model; name MLflow "
+            f"({environment.MLFLOW}) to see which models are registered still.",
+            file=sys.stderr,
+        )
+    return kept
+
+
+def _list_registered_models() -> list[str]:
     """Addresses of all versions of registered models."""
-    if not use_tracking(cluster.profile):
-        return []
     return [str(version.source) for version in list_versions(mlflow_client()) if version.source]

@@ -65,7 +65,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
     if place == "this machine":
         mistakes.append(not_reachable("base_model_uri", base_model))
     if profile.mlflow is None:
-        mistakes += _needs_registry(pipeline, given)
+        mistakes += needs_registry(pipeline, given)
     _use_store_if_possible(profile)
     checked: dict[str, Any] = {}
     try:
@@ -79,8 +79,8 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
     return {**checked, "base_model_uri": pin_to_commit(base_model, profile) if place == "hub" else base_model}
 
 
-def _needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
-    """A sentence for what a run without MLflow cannot do."""
+def needs_registry(pipeline: Pipeline, given: Mapping[str, Any]) -> list[str]:
+    """A sentence for what a run without MLflow cannot do; nothing if it can do all that is given."""
     remedy = f"set {environment.MLFLOW}, or mlflow in the profile (k8s/README.md)"
     if "plan-retraining" in pipeline.steps:
         return [f"{pipeline.name}: needs the champion in MLflow's registry, but the profile names no MLflow; {remedy}."]

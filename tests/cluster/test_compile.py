@@ -49,6 +49,7 @@ def test_each_pipeline_is_written_with_or_without_a_profile(
     secret = "minicpmv-s3" if settings else "mlpipeline-minio-artifact"
     assert f"secretName: {secret}" in path.read_text()
     assert ("No profile is named, so kubeflow is used" in done.err) == (not settings)
+    assert ("needs the champion in MLflow's registry" in done.err) == (name == "minicpmv-retrain" and not settings)
 
 
 def test_options_replace_settings_of_a_profile(command: Command, tmp_path: Path) -> None:

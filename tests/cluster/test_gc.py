@@ -95,6 +95,29 @@ def test_the_folder_of_a_registered_model_is_kept(unused: Callable[..., list[str
     assert storage.read_bytes(f"{root}/minicpmv-finetune/{DELETED_RUN}/merge/model/config.json") == b"x"
 
 
+def test_without_mlflow_the_folders_of_runs_that_registered_a_model_are_kept(
+    kubeflow: FakeKubeflow,
+    command: Command,
+    root: str,
+    profile: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    runs = {str(uuid.UUID(int=number)): number for number in (1, 2, 3, 4)}
+    results = {2: "not registered", 3: "promoted"}
+    for run, number in runs.items():
+        _write(root, f"{run}/merge/model/config.json", *([f"{run}/register/x/registration"] if number > 1 else []))
+        if number in results:
+            outcome = json.dumps({"result": results[number], "sentence": "x"}).encode()
+            _write(root, f"{run}/outcome.json", content=outcome)
+    done = command(
+        *("gc", "--root", root, "--min-age-days", "0", "--output", "json", "--profile", profile(mlflow=None))
+    )
+    listed = [item["uri"].rpartition("/")[2] for item in done.json]
+    assert [runs[run] for run in listed] == [1, 2]
+    assert "2 folders are kept, because their runs registered a model; name MLflow" in done.err
+
+
 def test_a_registered_model_is_kept_whichever_scheme_names_its_store(
     kubeflow: FakeKubeflow, command: Command, root: str
 ) -> None:
