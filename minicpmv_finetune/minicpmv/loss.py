@@ -97,12 +97,15 @@ def supervised_loss(
     divisor = len(target_ids) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(hidden_states.device)
+    is_divided = _is_divided(head)
     if needs_gradient and len(states) and _is_frozen(head):
+        if is_divided:
+            head.unshard()  # FSDP gives the weight back after the backward pass
         total: torch.Tensor = _FrozenHeadLoss.apply(states, head.weight, target_ids)
         return SupervisedOutput(loss=total / divisor)
 
-    # Under ZeRO-3 all processes together gather the head's weights at each call, so all must make equally many calls.
-    chunk_size = max(len(states), 1) if is_deepspeed_zero3_enabled() else max(MAX_LOGITS // vocab_size, 1)
+    # All processes together gather a divided head's weights at each call, so all must make equally many calls.
+    chunk_size = max(len(states), 1) if is_divided else max(MAX_LOGITS // vocab_size, 1)
 
     def chunk_loss(states: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(states)
@@ -123,10 +126,26 @@ def supervised_loss(
     return output
 
 
-def _is_frozen(head: Callable[[torch.Tensor], torch.Tensor]) -> TypeGuard[torch.nn.Linear]:
-    """Whether a head is a single matrix that is not trained, has no adapter, and is complete on this process."""
-    plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
-    return plain and not is_deepspeed_zero3_enabled()
+def _is_divided(head: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether each process has a part of a head's weights."""
+    if is_deepspeed_zero3_enabled():
+        return True
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and _is_fsdp_module(head)
+
+
+def _is_fsdp_module(head: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(head, FSDPModule)
+
+
+def _is_frozen(head: Callable[[torch.Tensor], torch.Tensor]) -> TypeGuard[Any]:
+    """Whether a head is a single matrix that is not trained, has no adapter, and can be complete on this process."""
+    if is_deepspeed_zero3_enabled() or not isinstance(head, torch.nn.Linear):
+        return False
+    # FSDP gives what it divides a class that is derived from the original one.
+    classes = type(head).__bases__ if _is_divided(head) else (type(head),)
+    return torch.nn.Linear in classes and head.bias is None and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

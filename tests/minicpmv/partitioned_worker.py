@@ -1,110 +1,178 @@
-"""One of two processes that share the weights; only the first has an image. Writes the losses of two steps and an
-evaluation, in which only the second has one.
+"""One of two processes that train and evaluate together; only one of them has an image in each batch.
 
-python -m torch.distributed.run --nproc_per_node 2 partitioned_worker.py STRATEGY CHECKPOINT OUT
+The model is prepared by the training's own functions, and divided by the libraries' functions that a training uses.
+Writes the losses of two steps with an image in the first process, and of an evaluation with one in the second.
+
+python -m torch.distributed.run --nproc_per_node 2 partitioned_worker.py STRATEGY OUT VERSION:KIND:TYPE:CHECKPOINT …
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from minicpmv_finetune.components.train.trainable import keep_present_classes
+from minicpmv_finetune.components.train import arguments, finetune
+from minicpmv_finetune.minicpmv import loss
 from minicpmv_finetune.minicpmv.batch import collate
-from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.minicpmv.model_input import ModelInput
 
 MAX_GRAD_NORM = 1.0
-SETTINGS = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "zero_allow_untested_optimizer": True,
-    "gradient_clipping": MAX_GRAD_NORM,
+STRATEGIES = Path(arguments.__file__).parent / "strategies"
+FLAGS = {
+    "full": "",
+    "lora": "--use_lora true --tune_llm false --tune_vision false --lora_r 4 --lora_dropout 0",
 }
 
 Step = Callable[[torch.Tensor], None]
 
 
 def batch(encoder: Encoder, shows_image: bool) -> dict[str, torch.Tensor]:
-    """Return a batch of one sample with the same text, with or without an image of 8 × 8 patches."""
+    """Return a batch of one sample, with an image of 8 × 8 patches, or without one and with a longer answer."""
     image = encoder.generation.image_token * (encoder.tokens_per_slice or 4)
     question = f"<image>{image}</image>\nWhat?" if shows_image else "What?"
-    answer = "<|im_start|>assistant\nThe digit is 3.<|im_end|>\n"
+    answer = f"<|im_start|>assistant\nThe digit is {'3' if shows_image else '3, 4, 5, 6, 7, 8 and 9'}.<|im_end|>\n"
     encoded = encoder.encode_text(f"<|im_start|>user\n{question}<|im_end|>\n{answer}")
     slices = [np.full((112, 112, 3), 90, dtype=np.uint8)] if shows_image else []
-    return collate([ModelInput("", encoded.input_ids, encoded.labels, slices)], 0, 14, "right")
+    return collate([ModelInput("", encoded.input_ids, encoded.labels, slices)], 0, 14, "right", normalized=False)
 
 
-def _under_zero3(checkpoint: Path) -> tuple[Any, Step]:
+def prepare(checkpoint: Path, kind: str, dtype: str, strategy: str) -> Any:
+    """Load a model and make it trainable, as a training does that has this strategy."""
+    flags = ["--output_dir", "out", "--data_path", "data", "--use_cpu", "true", *FLAGS[kind].split()]
+    given = arguments.parse([*flags, "--bf16", str(dtype == "bf16")])
+    # On a CPU neither is accepted from a user.
+    given.training.fsdp = "full_shard" if strategy == "fsdp2" else None
+    given.training.deepspeed = strategy if strategy.startswith("zero") else None
+    manifest = SimpleNamespace(rows=lambda split: 1)
+    inputs: Any = SimpleNamespace(base=checkpoint, generation=detect_generation(checkpoint), manifest=manifest)
+    return finetune._prepare_model(inputs, given).trained
+
+
+def train_and_evaluate(
+    model: Any, step: Step, encoder: Encoder, images: tuple[bool, bool], autocast: bool = False
+) -> list[float]:
+    """The losses of two steps and an evaluation; `images` says whether steps and evaluation have an image."""
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    losses = []
+    model.train()
+    for _ in range(2):
+        with context:
+            output = model(**batch(encoder, images[0]), use_cache=False, loss_only=True)
+        step(output.loss)
+        losses.append(output.loss.item())
+    model.eval()
+    with torch.no_grad(), context:
+        losses.append(model(**batch(encoder, images[1]), use_cache=False, loss_only=True).loss.item())
+    return losses
+
+
+def optimizer_of(model: Any) -> tuple[torch.optim.Optimizer, Step]:
+    """Plain gradient descent, and a function that takes a step of it from a loss."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def _under_ddp(checkpoint: Path, kind: str, dtype: str) -> tuple[Any, Step, Any]:
+    model = torch.nn.parallel.DistributedDataParallel(prepare(checkpoint, kind, dtype, "ddp"))
+    return model, optimizer_of(model)[1], None
+
+
+def _under_deepspeed(strategy: str, checkpoint: Path, kind: str, dtype: str) -> tuple[Any, Step, Any]:
     import deepspeed
 
-    deepspeed.init_distributed("gloo")
-    settings = HfDeepSpeedConfig(SETTINGS)  # for transformers ZeRO-3 is on as long as this object exists
-    model, _ = load_model(checkpoint, torch.float32)
-    assert settings.is_zero3()
-    parameters: list[Any] = list(model.parameters())
-    assert all(parameter.ds_numel for parameter in parameters)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    settings = json.loads((STRATEGIES / f"{strategy}.json").read_text()) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": MAX_GRAD_NORM,
+        "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    if strategy == "zero3":
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    # For transformers ZeRO-3 is on as long as this object exists.
+    kept = HfDeepSpeedConfig(settings) if strategy == "zero3" else None
+    model = prepare(checkpoint, kind, dtype, strategy)
+    assert not kept or all(weight.ds_numel for weight in model.parameters())
     engine: Any
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
-    engine.transformers_settings = settings
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model)[0], config=settings)
 
     def step(loss: torch.Tensor) -> None:
         engine.backward(loss)
         engine.step()
 
-    return engine, step
+    return engine, step, kept
 
 
-def _under_fsdp2(checkpoint: Path) -> tuple[Any, Step]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def _under_fsdp2(checkpoint: Path, kind: str, dtype: str) -> tuple[Any, Step, Any]:
+    """Divide as accelerate does; its own Accelerator would not do it on a CPU."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    torch.distributed.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    model: Any
-    model, _ = load_model(checkpoint, torch.float32)
-    keep_present_classes(model)
-    for module in list(model.modules()):
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-
-    def step(loss: torch.Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return model, step
+    settings = json.loads((STRATEGIES / "fsdp2.json").read_text())
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=settings["version"],
+        reshard_after_forward=settings["reshard_after_forward"],
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=settings["cpu_ram_efficient_loading"],
+    )
+    if dtype == "bf16":
+        plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="bf16" if dtype == "bf16" else "no",
+        is_main_process=False,
+        device=torch.device("cpu"),
+    )
+    model = fsdp2_prepare_model(accelerator, prepare(checkpoint, kind, dtype, "fsdp2"))
+    return model, optimizer_of(model)[1], None
 
 
-def main(strategy: str, checkpoint: Path, out: Path) -> None:
-    """Load the model sharded, train two steps, and evaluate with the image in the other process."""
+def main(strategy: str, out: Path, cases: list[str]) -> None:
+    """Train and evaluate each case, one after the other."""
     rank = int(os.environ["RANK"])
-    encoder = Encoder.from_checkpoint(checkpoint)
-    model, step = (_under_zero3 if strategy == "zero3" else _under_fsdp2)(checkpoint)
-    losses = []
-    for _ in range(2):
-        loss = model(**batch(encoder, shows_image=rank == 0), use_cache=False).loss
-        step(loss)
-        losses.append(loss.item())
-    model.eval()
-    with torch.no_grad():
-        losses.append(model(**batch(encoder, shows_image=rank == 1), use_cache=False).loss.item())
+    loss.MAX_LOGITS = 5 * 512  # so that the processes need different numbers of parts of their logits
+    torch.distributed.init_process_group("gloo")
+    if strategy.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    losses = {}
+    for case in cases:
+        _, kind, dtype, folder = case.split(":")
+        checkpoint = Path(folder)
+        if strategy == "ddp":
+            model, step, kept = _under_ddp(checkpoint, kind, dtype)
+        elif strategy == "fsdp2":
+            model, step, kept = _under_fsdp2(checkpoint, kind, dtype)
+        else:
+            model, step, kept = _under_deepspeed(strategy, checkpoint, kind, dtype)
+        encoder = Encoder.from_checkpoint(checkpoint)
+        autocast = strategy == "ddp" and dtype == "bf16"
+        losses[case] = train_and_evaluate(model, step, encoder, (rank == 0, rank == 1), autocast)
+        del model, step, kept
     (out / f"{rank}.json").write_text(json.dumps(losses))
-    if strategy == "fsdp2":
+    if not strategy.startswith("zero"):
         torch.distributed.destroy_process_group()  # DeepSpeed's own threads would never let it end
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

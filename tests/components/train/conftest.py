@@ -31,16 +31,17 @@ def shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uneven_shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty samples of different lengths, every other one without an image."""
+    """Forty samples of different lengths, and sixteen to evaluate, every other one without an image."""
     folder = tmp_path_factory.mktemp("uneven")
     train, evaluation = write_digits(folder / "digits", seed=0, held_out=16)
-    samples = json.loads(train.read_text())[:40]
-    for number, sample in enumerate(samples):
-        if number % 2:
-            del sample["image"]
-            sample["conversations"][0]["content"] = "Count. " * (1 + number % 5)
-        sample["conversations"][1]["content"] += " Surely." * (number % 7)
-    train.write_text(json.dumps(samples))
+    for file, count, question in ((train, 40, "Count. "), (evaluation, 16, "Tell. ")):
+        samples = json.loads(file.read_text())[:count]
+        for number, sample in enumerate(samples):
+            if number % 2:
+                del sample["image"]
+                sample["conversations"][0]["content"] = question * (1 + number % 5)
+            sample["conversations"][1]["content"] += " Surely." * (number % 7)
+        file.write_text(json.dumps(samples))
     return _prepared(folder, train, evaluation, tiny_46)
 
 
@@ -56,10 +57,12 @@ class Training(NamedTuple):
     Attributes:
         folder: Its output folder.
         losses: The loss of each step.
+        eval_losses: The loss of each evaluation.
     """
 
     folder: Path
     losses: list[float]
+    eval_losses: list[float]
 
 
 Train = Callable[..., Training]
@@ -74,7 +77,9 @@ def train(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         folder = tmp_path_factory.mktemp("training") / "out"
         paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(folder)]
         launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
-        return Training(folder, [entry["loss"] for entry in read_record(folder).history if "loss" in entry])
+        history = read_record(folder).history
+        losses, eval_losses = ([entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss"))
+        return Training(folder, losses, eval_losses)
 
     return train
 

@@ -7,6 +7,7 @@ from tests.components.train.conftest import Train
 
 LORA = "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0 --learning_rate 3e-3 --save_strategy no"
 FULL = "--learning_rate 1e-3 --save_strategy no"
+EVALUATION = "--eval_strategy steps --eval_steps 3 --per_device_eval_batch_size 1"
 STEPS = "--max_steps 10 --warmup_steps 2"
 
 
@@ -38,10 +39,26 @@ def test_accumulated_losses_are_means_over_the_tokens_of_the_whole_batch(uneven_
 
 
 def test_one_rank_may_have_no_image(uneven_shards: Path, train: Train) -> None:
-    # Batches of one sample: often only one of the two ranks has an image.
-    flags = f"{LORA} --max_steps 6 --per_device_train_batch_size 1"
+    # Batches of one sample: often only one of the two ranks has an image, in training and evaluation.
+    flags = f"{LORA} --max_steps 6 --per_device_train_batch_size 1 {EVALUATION}"
     partitioned = train(uneven_shards, f"{flags} --strategy zero3", 2)
-    assert partitioned.losses == pytest.approx(train(uneven_shards, f"{flags} --strategy ddp", 2).losses, rel=1e-4)
+    whole = train(uneven_shards, f"{flags} --strategy ddp", 2)
+    assert partitioned.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert len(whole.eval_losses) == 2
+    assert partitioned.eval_losses == pytest.approx(whole.eval_losses, rel=1e-4)
+
+
+@pytest.mark.faults_only
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_processes_in_bf16_train_and_evaluate_as_one_does_in_float32(
+    uneven_shards: Path, train: Train, strategy: str, kind: str
+) -> None:
+    flags = f"{LORA if kind == 'lora' else FULL} {STEPS} {EVALUATION}"
+    one = train(uneven_shards, f"{flags} --per_device_train_batch_size 4")
+    two = train(uneven_shards, f"{flags} --per_device_train_batch_size 2 --bf16 true --strategy {strategy}", 2)
+    assert two.losses == pytest.approx(one.losses, rel=0.03)
+    assert two.eval_losses == pytest.approx(one.eval_losses, rel=0.03)
 
 
 def _largest_difference(first: Path, second: Path, file: str) -> float:

@@ -8,7 +8,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from minicpmv_finetune.components.train.arguments import parse
-from minicpmv_finetune.components.train.trainable import count_parameters, keep_present_classes, make_trainable
+from minicpmv_finetune.components.train.fsdp import keep_present_classes
+from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
 from minicpmv_finetune.minicpmv.checkpoint import load_model
