@@ -213,13 +213,14 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     # ZeRO-3 gathers one layer at a time; the embeddings are usually the largest.
     gathered = _BF16 * max(model.parameters["embeddings"], model.parameters["language"] // max(model.layers, 1))
     quantized = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
+    spared = model.parameters["embeddings"] if "embeddings" in recipe.whole else 0  # QLoRA leaves them frozen
     return {
         "single GPU": weights + _TRAINED * trained + rest,
         # DDP averages gradients in separate buckets.
         "DDP": weights + (_TRAINED + _FLOAT32) * trained + rest,
         "ZeRO-2": weights + _BF16 * trained + _SHARDED * trained / devices + rest,
         "ZeRO-3": (weights + _TRAINED * trained) / devices + gathered + rest,
-        **({"QLoRA": quantized + _TRAINED * trained + rest} if recipe.use_lora else {}),
+        **({"QLoRA": quantized + _TRAINED * (trained - spared) + rest} if recipe.use_lora else {}),
     }
 
 

@@ -237,7 +237,14 @@ class LoraArguments:
     lora_bias: str = field(
         default="none", metadata={"help": "Biases that are trained: none, all or lora_only.", IN_DIGEST: True}
     )
-    q_lora: bool = field(default=False, metadata={"help": "Load the language model in 4 bits.", IN_DIGEST: True})
+    q_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Load the language model in 4 bits; its embeddings are then trained whole only where "
+            "lora_modules_to_save names embed_tokens.",
+            IN_DIGEST: True,
+        },
+    )
     lora_modules_to_save: str = field(
         default="",
         metadata={

@@ -1,10 +1,12 @@
 """A linear layer and its adapter as one autograd operation: y = W·x + b + s·B·A·dropout(x).
 
 PEFT computes the same in six operations, and stores the dropped-out input of every layer for the backward pass. Here
-scaling and sums are part of the matrix products. On a CPU dropout draws sixteen bits per element instead of a float,
-which took a tenth of a training step there. (A rate of 0.05 is then 3,277 / 65,536, and the scale is that of the actual
-rate.) `make bench` measures the gain. What PEFT offers beyond plain LoRA (DoRA, several adapters at once, adapters that
-are merged or turned off), and weights that are quantized or partitioned between devices, use PEFT's own computation.
+scaling and sums are part of the matrix products, and of dropout one byte per element is stored: whether it was kept.
+On a CPU dropout draws sixteen bits per element instead of a float, which took a tenth of a training step there, and
+stores floats, because a product with bytes takes six times as long there. (A rate of 0.05 is then 3,277 / 65,536, and
+the scale is that of the actual rate.) `make bench` measures the gain. What PEFT offers beyond plain LoRA (DoRA, several
+adapters at once, adapters that are merged or turned off), and weights that are quantized or partitioned between
+devices, use PEFT's own computation.
 """
 
 from typing import Any
@@ -50,24 +52,25 @@ class FusedLoraLinear(LoraLinear):
             # Adapters in float32 on a model in bfloat16 compute in float32, which is a separate product.
             return super().forward(x)
         rate = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-        dropout_mask = _dropout_mask(x, dtype, rate) if rate else None
+        kept, factor = _draw_dropout(x, dtype, rate) if rate else (None, 1.0)
         cast = [None if matrix is None else matrix.to(dtype) for matrix in matrices]
-        output: torch.Tensor = _FusedLora.apply(x.to(dtype), *cast, self.scaling[name], dropout_mask)
+        output: torch.Tensor = _FusedLora.apply(x.to(dtype), *cast, self.scaling[name] * factor, kept)
         return output
 
 
-def _dropout_mask(x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
-    """The factor of each element of x: 0 if it is dropped, otherwise 1 / (1 - rate)."""
+def _draw_dropout(x: torch.Tensor, dtype: torch.dtype, rate: float) -> tuple[torch.Tensor, float]:
+    """Which elements of x dropout keeps, as 0 and 1 of type bool or, on a CPU, dtype; and the factor of those."""
     if x.device.type != "cpu":
-        return F.dropout(torch.ones_like(x, dtype=dtype), rate)
-    dropped = round(rate * _LEVELS)
-    if dropped == _LEVELS:
-        return torch.zeros_like(x, dtype=dtype)
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate)
+        return kept, 1 / (1 - rate) if rate < 1 else 0.0
+    level = round(rate * _LEVELS)
+    if level == _LEVELS:
+        return torch.zeros_like(x, dtype=dtype), 0.0
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     drawn = bits.view(torch.int16)[: x.numel()].view(x.shape)
     # The comparison writes directly in the type of the multiplication, which saves a pass over the data.
-    mask = torch.ge(drawn, dropped - _LEVELS // 2, out=torch.empty_like(x, dtype=dtype))
-    return mask.mul_(_LEVELS / (_LEVELS - dropped))
+    kept = torch.ge(drawn, level - _LEVELS // 2, out=torch.empty_like(x, dtype=dtype))
+    return kept, _LEVELS / (_LEVELS - level)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -82,7 +85,7 @@ class _FusedLora(torch.autograd.Function):
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scale: float,
-        dropout_mask: torch.Tensor | None,
+        kept: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute the output.
 
@@ -93,23 +96,23 @@ class _FusedLora(torch.autograd.Function):
             bias: b, [outputs].
             lora_a: A, [rank, inputs].
             lora_b: B, [outputs, rank].
-            scale: s.
-            dropout_mask: Factors of x's elements, [..., inputs]; None without dropout.
+            scale: s, with the factor of the elements that dropout kept.
+            kept: Which of x's elements dropout keeps, as 0 and 1, [..., inputs]; None without dropout.
         """
         output = F.linear(x, weight, bias)
-        hidden = F.linear(x if dropout_mask is None else x * dropout_mask, lora_a)
+        hidden = F.linear(x if kept is None else x * kept, lora_a)
         output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, dropout_mask, hidden)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, kept, hidden)
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_a, lora_b, dropout_mask, hidden = ctx.saved_tensors
+        x, weight, lora_a, lora_b, kept, hidden = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         grad_output = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         flat_x, hidden = x.reshape(-1, x.shape[-1]), hidden.view(-1, hidden.shape[-1])
-        mask = None if dropout_mask is None else dropout_mask.view(flat_x.shape)
+        mask = None if kept is None else kept.view(flat_x.shape)
         grad_hidden = (grad_output @ lora_b).mul_(ctx.scale)
         grad_x = None
         if needs_x:
@@ -117,7 +120,7 @@ class _FusedLora(torch.autograd.Function):
             if mask is None:
                 grad_x.addmm_(grad_hidden, lora_a)
             else:
-                grad_x.addcmul_(grad_hidden @ lora_a, mask)
+                grad_x.add_((grad_hidden @ lora_a).mul_(mask))
             grad_x = grad_x.view(x.shape)
         grad_a = grad_hidden.t() @ (flat_x if mask is None else flat_x * mask) if needs_a else None
         grad_b = (grad_output.t() @ hidden).mul_(ctx.scale) if needs_b else None

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from minicpmv_finetune.components.train import fused_lora
@@ -97,18 +98,19 @@ def test_whole_models_have_the_same_gradients(generation: Any, tiny: Callable[[s
 
 
 def test_gradients_are_those_of_the_elements_that_dropout_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The expected values are PEFT's own, with its dropout replaced by the same mask."""
+    """The expected values are PEFT's own, with its dropout replaced by the same elements."""
     model, x = _adapted(dropout=0.4).train(), torch.randn(3, 5, 12)
-    masks: dict[torch.Size, torch.Tensor] = {}
+    draws: dict[torch.Size, torch.Tensor] = {}
 
-    def mask(x: torch.Tensor, *_: object) -> torch.Tensor:
-        return masks.setdefault(x.shape, torch.nn.functional.dropout(torch.ones(x.shape), 0.4))
+    def kept(x: torch.Tensor) -> torch.Tensor:
+        return draws.setdefault(x.shape, torch.rand(x.shape) > 0.4)
 
-    monkeypatch.setattr(fused_lora, "_dropout_mask", mask)
+    monkeypatch.setattr(fused_lora, "_draw_dropout", lambda x, _, rate: (kept(x), 1 / (1 - rate)))
     names = model.state_dict().keys()
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     hooks = [
-        dropout.register_forward_hook(lambda _, inputs, output: inputs[0] * mask(inputs[0])) for dropout in dropouts
+        dropout.register_forward_hook(lambda _, inputs, output: inputs[0] * kept(inputs[0]) / 0.6)
+        for dropout in dropouts
     ]
     plain = _output_and_gradients(model, x)
     for hook in hooks:
@@ -124,17 +126,22 @@ def test_gradients_are_those_of_the_elements_that_dropout_kept(monkeypatch: pyte
 def test_dropout_drops_the_given_share_and_preserves_the_mean(rate: float) -> None:
     torch.manual_seed(0)
     x = torch.empty(1001, 999)
-    mask = fused_lora._dropout_mask(x, torch.float32, rate)
-    assert mask.shape == x.shape
-    assert float((mask == 0).float().mean()) == pytest.approx(rate, abs=0.002)
-    assert bool((mask[mask != 0] == mask.max()).all())
-    if rate == 1:
-        assert not mask.any()
-    else:
-        assert float(mask.mean()) == pytest.approx(1, abs=0.003)
+    kept, factor = fused_lora._draw_dropout(x, torch.float32, rate)
+    assert kept.shape == x.shape
+    assert set(kept.unique().tolist()) <= {0, 1}
+    assert float(kept.mean()) == pytest.approx(1 - rate, abs=0.002)
+    assert float(kept.mean()) * factor == pytest.approx(0 if rate == 1 else 1, abs=0.003)
     # Neighbors come from one random number, but are not correlated.
-    deviation = (mask == 0).float() - rate
+    deviation = 1 - kept - rate
     assert float((deviation[:, 1:] * deviation[:, :-1]).mean()) == pytest.approx(0, abs=0.003)
+
+
+def test_on_a_gpu_a_byte_per_element_is_stored() -> None:
+    with FakeTensorMode():
+        x = torch.empty(64, 12, dtype=torch.bfloat16, device="cuda")
+        kept, factor = fused_lora._draw_dropout(x, torch.bfloat16, 0.2)
+    assert (kept.device, kept.shape, kept.nbytes) == (x.device, x.shape, x.numel())
+    assert factor == 1.25
 
 
 def test_nothing_is_dropped_in_evaluation_and_a_seed_gives_the_same_mask() -> None:

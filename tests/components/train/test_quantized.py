@@ -10,8 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from minicpmv_finetune.components.merge.merge import MergeSettings, merge
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.launch import launch
-from minicpmv_finetune.components.train.quantized import four_bit_options
-from minicpmv_finetune.components.train.trainable import count_parameters
+from minicpmv_finetune.components.train.quantized import four_bit_options, prepare_four_bit
+from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import detect_generation
@@ -33,6 +33,21 @@ def test_the_language_model_is_in_four_bits_and_the_vision_side_is_not(tiny_46: 
     assert weight.quant_state.nested
     plain, _ = load_model(tiny_46, torch.float32)
     assert count_parameters(model)[1] == count_parameters(plain)[1]
+
+
+@pytest.mark.parametrize(("named", "is_trained"), [("", False), ("embed_tokens", True)])
+def test_nothing_is_widened_and_embeddings_are_trained_on_request(tiny_46: Path, named: str, is_trained: bool) -> None:
+    generation = detect_generation(tiny_46)
+    flags = [*QLORA.split(), "--bf16", "true", "--use_cpu", "true", "--lora_modules_to_save", named]
+    arguments = parse(["--output_dir", "out", "--data_path", "data", *flags])
+    model, _ = load_model(tiny_46, torch.bfloat16, **four_bit_options(generation, arguments.training))
+    prepare_four_bit(model, arguments.training)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.uint8}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    trained = make_trainable(model, generation, arguments)
+    whole = {name.split(".modules_to_save")[0] for name, _ in trained.named_parameters() if "modules_to_save" in name}
+    assert any(generation.merger in name for name in whole)
+    assert any(generation.embed_tokens in name for name in whole) == is_trained
 
 
 def test_an_adapter_trains_on_four_bits_and_merges_into_the_full_precision_base(
