@@ -74,6 +74,11 @@ TRAINING_RUNTIME = Variable(
 TRAIN_ON_NODES = Variable(
     f"{PREFIX}TRAIN_ON_NODES", "set by a profile whose train pod has no GPU: one node trains on that runtime too"
 )
+SCRATCH_LIMIT = Variable(
+    f"{PREFIX}SCRATCH_LIMIT",
+    "limit of the volume for temporary files (TMPDIR), such as 500Gi, where its free space does not show it; profiles "
+    "set it for a volume on the node's disk",
+)
 GIT_COMMIT = Variable(f"{PREFIX}GIT_COMMIT", "commit that the code was built from; container images set it", "unknown")
 WORKER_EXIT_FOLDER = Variable(
     f"{PREFIX}WORKER_EXIT_FOLDER", "set by the launcher: folder into which its training processes write why they ended"
@@ -120,6 +125,12 @@ NODES = Variable("PET_NNODES", "number of nodes, set by Kubeflow Trainer")
 NODE_RANK = Variable("PET_NODE_RANK", "number of this node, set by Kubeflow Trainer", "0")
 PROCESSES_A_NODE = Variable("PET_NPROC_PER_NODE", "training processes a node; a number, or cpu, gpu or auto")
 MAX_RESTARTS = Variable("PET_MAX_RESTARTS", "how often torchrun starts its processes again")
+ALLOCATOR = Variable(
+    "PYTORCH_ALLOC_CONF",
+    "settings of torch's allocator of GPU memory; batches of different sizes leave gaps without this default",
+    "expandable_segments:True",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 # The machine's.
 C_COMPILER = Variable("CC", "C compiler that Triton and DeepSpeed use", "cc")

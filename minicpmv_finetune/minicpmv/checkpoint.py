@@ -21,13 +21,15 @@ _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65_536  # for each weight fi
 
 
 def load_model(
-    checkpoint: Path, dtype: torch.dtype | None = None, **options: Any
+    checkpoint: Path, dtype: torch.dtype | None = None, checked_part: tuple[int, int] = (0, 1), **options: Any
 ) -> tuple[PreTrainedModel, Generation]:
     """Load a base, merged or fully fine-tuned model.
 
     Args:
         checkpoint: Local folder of the checkpoint.
         dtype: Type of the weights in memory; by default the type in the file.
+        checked_part: Which part of the weights is searched for NaN and infinity, and of how many: processes that load
+            the same weights may share the work.
         **options: Further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Returns:
@@ -57,7 +59,7 @@ def load_model(
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint}: the weights cannot be loaded ({error}); fetch the checkpoint again.") from error
     _require_all_tensors(checkpoint, generation, report)
-    _require_finite_weights(checkpoint, model)
+    _require_finite_weights(checkpoint, model, *checked_part)
     return model, generation
 
 
@@ -72,15 +74,19 @@ def _require_all_tensors(checkpoint: Path, generation: Generation, report: dict[
             )
 
 
-def _require_finite_weights(checkpoint: Path, model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        # Quantized weights are integers, and weights on the meta device have no values.
-        checked = parameter.is_floating_point() and not parameter.is_meta
-        if checked and not bool(torch.isfinite(parameter).all()):
+def _require_finite_weights(checkpoint: Path, model: PreTrainedModel, part: int, parts: int) -> None:
+    for name, parameter in list(model.named_parameters())[part::parts]:
+        # Quantized weights are integers, and weights on the meta device, or divided by ZeRO-3, have no values here.
+        if parameter.is_floating_point() and not parameter.is_meta and not _is_finite(parameter.detach()):
             raise UserError(
                 f"{checkpoint}: {name} contains NaN or infinity; the checkpoint is damaged, fetch it again or use an "
                 "earlier one."
             )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity; most need one pass without a temporary tensor, their sum."""
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
 def fingerprint(checkpoint: Path) -> str:

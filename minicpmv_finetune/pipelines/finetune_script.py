@@ -6,6 +6,7 @@ The flags are the published ones. The data may be raw JSON: the first process of
 it, and the others wait. `minicpmv-finetune train` does the same and starts torchrun itself.
 """
 
+import os
 import sys
 from datetime import timedelta
 from typing import cast
@@ -22,6 +23,7 @@ from .raw_data import prepare_data, with_prepared_data
 
 def run(flags: list[str]) -> None:
     """Prepare raw data once per machine, then train."""
+    os.environ.setdefault(environment.ALLOCATOR.name, environment.ALLOCATOR.read())
     try:
         # Every process parses the flags, because under torchrun this initializes the process group together.
         flags = with_prepared_data(flags, prepare=_prepare_once_per_machine)

@@ -146,7 +146,7 @@ class CheckpointSealer(TrainerCallback):
         """Seal the checkpoint that was just written."""
         uploaded = self._gather_parts_of_other_nodes(args, state.global_step) if _is_distributed() else {}
         if state.is_world_process_zero:
-            self.checkpoints.seal(state.global_step, uploaded, state.best_model_checkpoint)
+            self.checkpoints.begin_sealing(state.global_step, uploaded, state.best_model_checkpoint)
 
     def _gather_parts_of_other_nodes(self, args: TransformersArguments, step: int) -> dict[str, str]:
         """Wait until every process has written its part, and the other nodes have uploaded theirs.

@@ -1,23 +1,24 @@
-"""Checkpoints that survive the pod: sealed when complete, uploaded in the background, found again by a retry.
+"""Checkpoints that survive the pod: sealed and uploaded in the background, found again by a retry.
 
 The Trainer writes `checkpoint-N/` file after file, so a killed process leaves an incomplete checkpoint. A checkpoint
 counts only if its seal `checkpoint-N.json`, written last, is beside it and every file has the sha256 in the seal;
 otherwise the checkpoint before it is used. The layout is the same in a folder and in an object store.
 """
 
+import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_workspace, claim_workspace, release_workspace, work_folder
 
 from .checkpoint_place import Lease
@@ -28,6 +29,7 @@ _OWN_NAMES = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\..*")
 """Folders of checkpoints, and the staging folders and files that a killed process left."""
 _STEP = "train, for its checkpoints,"
 _KNOWN_BY = ("checkpoint-[0-9]*.json",)
+_MAX_READERS = 8  # files whose sha256 is computed at the same time
 
 
 class Seal(BaseModel):
@@ -73,6 +75,8 @@ class Checkpoints:
         self.keep_local = keep_local
         self.training = training
         self.world_size = world_size
+        self._seals = ThreadPoolExecutor(max_workers=1)
+        self._sealing: Future[None] | None = None
         self._uploads = ThreadPoolExecutor(max_workers=1)
         self._upload: Future[None] | None = None
 
@@ -83,6 +87,11 @@ class Checkpoints:
         try:
             yield
             is_finished = True
+        except Exception:
+            # The last checkpoint shall count. Why the training failed matters more than an upload that failed too.
+            with suppress(RetryableError, UserError, OSError):
+                self._finish_sealing()
+            raise
         finally:
             if self.lease:
                 self.lease.release(is_finished)
@@ -105,6 +114,20 @@ class Checkpoints:
         shutil.rmtree(checkpoint, ignore_errors=True)
         return files
 
+    def begin_sealing(self, step: int, uploaded: Mapping[str, str], best: str | None) -> None:
+        """Let `seal` run while training goes on: the sha256 of a large checkpoint takes minutes.
+
+        Raises:
+            RetryableError: The upload before this one failed.
+        """
+        self.finish_upload()
+        self._sealing = self._seals.submit(self.seal, step, uploaded, best)
+
+    def _finish_sealing(self) -> None:
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
     def seal(self, step: int, uploaded: Mapping[str, str] = MappingProxyType({}), best: str | None = None) -> None:
         """Declare a finished checkpoint complete, begin to upload it, and delete this training's older ones.
 
@@ -123,7 +146,7 @@ class Checkpoints:
         for other in self._steps(str(self.folder)):
             if not (self.folder / f"checkpoint-{other}").is_dir():
                 _seal_path(self.folder / f"checkpoint-{other}").unlink()
-        self.finish_upload()
+        self._finish_upload()
         others = [old for old in self._own_steps(str(self.folder)) if old != step]
         for old in others[self.keep_local - 1 :] if self.keep_local else ():
             if f"checkpoint-{old}" != Path(best or "").name:
@@ -133,11 +156,15 @@ class Checkpoints:
             self._upload = self._uploads.submit(self._upload_checkpoint, seal, set(files) - set(uploaded))
 
     def finish_upload(self) -> None:
-        """Wait until every sealed checkpoint is in the store.
+        """Wait until every checkpoint is sealed and in the store.
 
         Raises:
             RetryableError: The store does not answer.
         """
+        self._finish_sealing()
+        self._finish_upload()
+
+    def _finish_upload(self) -> None:
         if self._upload is not None:
             self._upload.result()
             self._upload = None
@@ -360,12 +387,16 @@ def _read_seal_at(uri: str, step: int) -> Seal | None:
 
 def _has_files(checkpoint: Path, seal: Seal) -> bool:
     """Whether a checkpoint has every file of its seal, unchanged."""
-    return all(
-        (checkpoint / name).is_file() and storage.file_sha256(checkpoint / name) == digest
-        for name, digest in seal.files.items()
-    )
+    paths = [checkpoint / name for name in seal.files]
+    return all(path.is_file() for path in paths) and _sha256_of_all(paths) == list(seal.files.values())
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): storage.file_sha256(path) for path in paths}
+    return dict(zip((path.relative_to(folder).as_posix() for path in paths), _sha256_of_all(paths), strict=True))
+
+
+def _sha256_of_all(paths: Sequence[Path]) -> list[str]:
+    """The sha256 of files, several at a time: one core computes it more slowly than a disk reads."""
+    with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
+        return list(readers.map(storage.file_sha256, paths))

@@ -47,6 +47,7 @@ from .checkpoint_place import PLACEHOLDER, Lease, choose_place
 from .checkpoints import Checkpoints, claim_local_folder, local_folder
 from .datasets import Collator, ExampleDataset, PackDataset
 from .feature_store import is_reusable, prepare_stores
+from .fsdp import prepare_for_fsdp
 from .fused_lora import fuse_adapters
 from .intervals import ChosenIntervals
 from .liger import use_liger
@@ -55,7 +56,7 @@ from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
 from .result import save_result
 from .token_accuracy import predicted_tokens, token_accuracy
-from .trainable import check_continued_adapter, count_parameters, keep_present_classes, make_trainable
+from .trainable import check_continued_adapter, count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
 from .watchdog import Watchdog
@@ -280,6 +281,8 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     if not training.deepspeed:  # which keeps a float32 copy of what it trains
         require_memory(trained, training)
         train_in_float32(trained, inputs.generation)
+    if training.fsdp:
+        prepare_for_fsdp(base, trained)
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()
@@ -292,18 +295,32 @@ def _load_base_model(inputs: _Inputs, arguments: Arguments) -> PreTrainedModel:
     training, generation = arguments.training, inputs.generation
     # As in the published script, the flags bf16 and fp16 choose the type of the frozen weights.
     dtype = torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else torch.float32
+    # What each process has on the CPU, all of one machine have, and may check together.
+    checked_part = (int(environment.LOCAL_RANK.read()), int(environment.LOCAL_WORLD_SIZE.read() or 1))
     if arguments.lora.q_lora:
-        model, _ = load_model(inputs.base, dtype, **four_bit_options(generation, training))
+        model, _ = load_model(inputs.base, dtype, checked_part, **four_bit_options(generation, training))
         prepare_four_bit(model, training)
     else:
-        model, _ = load_model(inputs.base, dtype)
+        model, _ = load_model(inputs.base, dtype, checked_part, **_placement(inputs.base, training))
     if training.use_liger_kernel:
         use_liger(model.get_submodule(generation.language_model))
         training.use_liger_kernel = False  # transformers would try again, with the type of the whole model
-    if training.fsdp:
-        keep_present_classes(model)
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
     return model
+
+
+def _placement(base: Path, training: TrainingArguments) -> dict[str, Any]:
+    """Arguments that load the weights directly onto this process's GPU, so that no process needs main memory for them.
+
+    Where weights are divided among processes, each loads them on the CPU first; so does a model that a single GPU
+    cannot hold, to be refused with a sentence by `require_memory`.
+    """
+    if training.device.type != "cuda" or training.fsdp or is_deepspeed_zero3_enabled():
+        return {}
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    if size > torch.cuda.get_device_properties(training.device).total_memory:
+        return {}
+    return {"device_map": {"": training.device.index or 0}}
 
 
 def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Checkpoints:
@@ -347,8 +364,14 @@ def _find_place(training: TrainingArguments, digest: str) -> Lease | None:
 def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> Path | None:
     """The checkpoint to resume from: the one that a flag names, or this training's newest complete one."""
     named = str(training.resume_from_checkpoint or "true")
-    with training.main_process_first(desc="looking for checkpoints"):
+    newest = None
+    # One process of each machine looks, because every file of a checkpoint is read for its sha256.
+    if training.local_process_index == 0:
         newest = checkpoints.newest() if named.lower() in {"true", "false"} else checkpoints.named(named)
+    if torch.distributed.is_initialized():
+        found: list[Path | None] = [None] * training.world_size
+        torch.distributed.all_gather_object(found, newest)
+        newest = found[training.process_index - training.local_process_index]
     if newest and named.lower() == "false":
         raise UserError(
             f"--resume_from_checkpoint false: {newest} is a checkpoint of this training; delete it or give another "
@@ -413,7 +436,20 @@ def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArgument
     if training.eval_strategy != "no" and manifest.rows("eval"):
         splits.append("eval")
     cache = storage.cache_folder(_path(training.cache_dir))
-    return prepare_stores(model.base, generation, inputs.shards, splits, cache, training, _log)
+    reserve = _bytes_to_write(training, model.trainable) if _share_a_disk(cache, Path(str(training.output_dir))) else 0
+    return prepare_stores(model.base, generation, inputs.shards, splits, cache, training, _log, epochs, reserve)
+
+
+def _bytes_to_write(training: TrainingArguments, trainable: int) -> int:
+    """About what checkpoints and result need on the local disk: weights and two averages in float32, and weights."""
+    checkpoints = 1 + (training.save_total_limit or 2)  # one more while it is written
+    return 0 if training.save_strategy == "no" else trainable * (12 * checkpoints + 4)
+
+
+def _share_a_disk(*folders: Path) -> bool:
+    """Whether folders, which may not exist yet, are on one disk."""
+    existing = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in folders]
+    return len({path.stat().st_dev for path in existing}) == 1
 
 
 @contextmanager

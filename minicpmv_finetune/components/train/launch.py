@@ -102,6 +102,8 @@ def _prepare_environment(processes: int) -> None:
     # by default, 16.9 and 23 without spinning (OMP_WAIT_POLICY=PASSIVE), 11.7 and 24 with this value.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+    os.environ.setdefault(environment.ALLOCATOR.name, environment.ALLOCATOR.read())
+
     # Otherwise restarted processes find the addresses of their predecessors in the store of torchrun's agent.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from minicpmv_finetune.components.train import masters
+from minicpmv_finetune.components.train import finetune, masters
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.masters import require_memory, train_in_float32
 from minicpmv_finetune.components.train.trainable import make_trainable
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv import checkpoint
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import Generation
@@ -100,6 +102,34 @@ def test_a_full_fine_tune_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyP
         require_memory(large, training)
     large.requires_grad_(False)
     require_memory(large, training)
+
+
+def test_weights_are_loaded_onto_the_gpu_that_needs_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    card = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    def placement(device: str, fsdp: str = "") -> dict[str, Any]:
+        training: Any = SimpleNamespace(device=torch.device(device), fsdp=fsdp)
+        return finetune._placement(tmp_path, training)
+
+    assert placement("cuda:1") == {"device_map": {"": 1}}
+    assert placement("cpu") == placement("cuda:1", "full_shard") == {}
+    card.total_memory = 999
+    assert placement("cuda:1") == {}, "the check of the memory refuses it later, with a sentence"
+
+
+def test_processes_share_the_search_for_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    model: Any = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(4))).half()
+    model[0].weight.data.fill_(6e4)  # finite, though its sum is not
+    for part in range(2):
+        checkpoint._require_finite_weights(tmp_path, model, part, 2)
+    model[2].weight.data[1, 1] = float("-inf")
+    checkpoint._require_finite_weights(tmp_path, model, 1, 2)
+    with pytest.raises(UserError, match=r"2.weight contains NaN or infinity"):
+        checkpoint._require_finite_weights(tmp_path, model, 0, 2)
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])

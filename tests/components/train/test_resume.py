@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,33 @@ def test_checkpoints_of_another_training_in_a_store_are_noticed(tmp_path: Path, 
         _write_checkpoint(tmp_path / training, 1)
         checkpoints.seal(1)
         checkpoints.finish_upload()
+
+
+def test_training_goes_on_while_a_checkpoint_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_read, file_sha256 = threading.Event(), storage.file_sha256
+
+    def slow_sha256(path: Path) -> str:
+        assert may_read.wait(30)
+        return file_sha256(path)
+
+    monkeypatch.setattr(storage, "file_sha256", slow_sha256)
+    checkpoints, seal = _checkpoints(tmp_path), tmp_path / "checkpoint-4.json"
+    _write_checkpoint(tmp_path, 4)
+
+    def train_to_an_error() -> None:
+        with checkpoints.written_by_this_run():
+            checkpoints.begin_sealing(4, {}, None)
+            assert not seal.exists()
+            may_read.set()
+            raise UserError("The loss is not finite.")
+
+    with pytest.raises(UserError, match="not finite"):
+        train_to_an_error()
+    assert seal.exists(), "the last checkpoint counts also after an error"
+    _write_checkpoint(tmp_path, 8)
+    checkpoints.begin_sealing(8, {}, None)
+    checkpoints.finish_upload()
+    assert checkpoints.newest() == tmp_path / "checkpoint-8"
 
 
 def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
