@@ -489,6 +489,7 @@ def _mount_volumes(profile: Profile, settings: StepSettings, task: dsl.PipelineT
     scratch = settings.scratch
     if scratch.storage_class is None:
         kubernetes.empty_dir_mount(task, "scratch", "/scratch", size_limit=scratch.size)
+        task.set_env_variable(environment.SCRATCH_LIMIT.name, scratch.size)
     else:
         kubernetes.add_ephemeral_volume(
             task, "scratch", "/scratch", ["ReadWriteOnce"], scratch.size, scratch.storage_class

@@ -359,6 +359,10 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             patches: torch.Tensor = self.vpm(pixel_values, target_sizes)
         return patches
 
+    def encode_images(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+        """Run tower and resampler on all slices; returns the language model's input, [tokens of all slices, width]."""
+        return self.get_image_features(pixel_values, target_sizes).flatten(0, 1)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -385,7 +389,8 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: Packed pixels of all slices of the batch, in the order of their tokens; see
                 `get_image_features`.
             target_sizes: int [slices, 2], (rows, columns) of each slice in patches.
-            vision_features: [groups, query_num, width], the result of `get_image_features`, in place of pixels.
+            vision_features: [groups, query_num, width], the result of `get_image_features`, or [tokens, width], that of
+                `encode_images`, in place of pixels.
             temporal_ids: Frame numbers of each group; see `Resampler`.
             inputs_embeds: [batch, length, width], in place of `input_ids`, with image features already inserted.
             labels: [batch, length], not shifted, -100 at positions that are not supervised.

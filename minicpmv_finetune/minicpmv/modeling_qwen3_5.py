@@ -239,6 +239,8 @@ def _add_loss_only(plain_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _use_vision_modules(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return inputs with which the model uses its vision modules, with or without an image in the batch."""
+    if inputs.get("vision_features") is not None:
+        return _with_tokens(inputs)
     if inputs.get("patch_features") is not None:
         return _merge_patch_features(model, inputs)
     has_image = any(
@@ -247,6 +249,16 @@ def _use_vision_modules(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if has_image or inputs.get("past_key_values") is not None or not (model.training or gathers_weights(model)):
         return inputs
     return _add_blank_image(model, inputs)
+
+
+def _with_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with `vision_features`, the result of `encode_images`, as what the vision modules would return."""
+    features = inputs.pop("vision_features")
+    if not len(features):
+        return inputs | {"target_sizes": None}
+    merged: Any = [features]
+    tokens = BaseModelOutputWithPooling(pooler_output=merged)
+    return inputs | {"mm_encoder_outputs": {"image": tokens}}
 
 
 def _merge_patch_features(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -364,6 +376,11 @@ class MiniCPMV4_6ForConditionalGeneration(Transformers46):  # noqa: N801 - the n
         """Run the vision tower on all slices; returns the merger's input, [patches after merging, width]."""
         return _encode_patches(self.model, pixel_values, target_sizes)
 
+    def encode_images(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+        """Run tower and merger on all slices; returns the language model's input, [tokens of all slices, width]."""
+        tokens: torch.Tensor = torch.cat(self.model.get_image_features(pixel_values, target_sizes).pooler_output)
+        return tokens
+
 
 class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801 - the name in transformers and in config.json
     """MiniCPM-V 4.7 with the additions that the module describes."""
@@ -378,6 +395,11 @@ class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801 - the n
     def encode_patches(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
         """Run the vision tower on all slices; returns the merger's input, [patches after merging, width]."""
         return _encode_patches(self.model, pixel_values, target_sizes)
+
+    def encode_images(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+        """Run tower and merger on all slices; returns the language model's input, [tokens of all slices, width]."""
+        tokens: torch.Tensor = torch.cat(self.model.get_image_features(pixel_values, target_sizes).pooler_output)
+        return tokens
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

@@ -188,6 +188,21 @@ def test_patch_features_give_the_loss_and_gradients_of_pixels(
     assert not runs
 
 
+def test_the_mergers_output_gives_the_loss_and_gradients_of_pixels(
+    model: Any, encoder: Encoder, inputs: list[ModelInput]
+) -> None:
+    for name in (encoder.generation.vision_tower, encoder.generation.merger):
+        model.get_submodule(name).requires_grad_(False)
+    batch = _padded(inputs, encoder)
+    plain = _loss_and_gradients(model, batch)
+    with torch.no_grad():
+        features = model.encode_images(batch.pop("pixel_values"), batch["target_sizes"])
+    merger, runs = model.get_submodule(encoder.generation.merger), []
+    merger.register_forward_hook(lambda *_: runs.append(1))
+    _assert_same(plain, _loss_and_gradients(model, {**batch, "vision_features": features}))
+    assert not runs
+
+
 def test_packed_rows_give_the_loss_and_gradients_of_padded_rows(
     model: Any, encoder: Encoder, inputs: list[ModelInput]
 ) -> None:

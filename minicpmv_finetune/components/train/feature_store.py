@@ -1,14 +1,16 @@
-"""The outputs of a frozen vision tower, computed once and stored.
+"""The outputs of frozen vision modules, computed once and stored.
 
-If nothing before the merger (or resampler) is trained, the tower's output for an image is the same in every epoch.
-Therefore this output, which is the merger's input, is computed once before training, by all processes together and in
-batches of many images, and is stored in one memory-mapped file on each machine. Training then neither decodes an image
-nor runs the tower. The price is disk space: about as much as the slices' uncompressed pixels for 4.6 in bfloat16, four
-times as much for 2.6. The size is known, and reported, before anything is computed.
+If nothing before the merger (or resampler) is trained, the tower's output for an image is the same in every epoch; if
+the merger is frozen too, so is its output, which is a fifth to a tenth as large. Therefore the last output that does
+not change is computed once before training, by all processes together and in batches of many images, and is stored in
+one memory-mapped file on each machine, in the type that the training computes in. Training then neither decodes an
+image nor runs these modules. The price is disk space: for the tower's output in bfloat16 about as much as the slices'
+uncompressed pixels for 4.6, and four times as much for 2.6. The size is known, and reported, before anything is
+computed. Where a timed batch shows that computing is faster than reading, nothing is stored.
 
-The name of a store is a digest of everything that determines its content: the tower's weights, type and version of its
-code (`FEATURES_VERSION`), the rows' images, and the libraries that slice them. So outdated features cannot be read:
-another tower has another name. If the disk has no room for a new store, stores that no process has open are deleted,
+The name of a store is a digest of everything that determines its content: the modules' weights, type and version of
+their code (`FEATURES_VERSION`), the rows' images, and the libraries that slice them. So outdated features cannot be
+read: another tower has another name. If there is no room for a new store, stores that no process has open are deleted,
 the one that was not used for the longest time first.
 """
 
@@ -17,7 +19,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,17 +45,16 @@ from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.format import ShardReader
 
+from .feature_room import INDEX_FILE, PATCHES_FILE, delete_unused_stores, find_room
+from .feature_timing import Timing, seconds, time_disk, time_reading
 from .loading import SECONDS_FOR_A_BATCH, Explained, HandOver, start_worker, unless_error
 
 FEATURES_VERSION = 2
 """Raise it when a change of `minicpmv/` changes the features; `test_features_match_the_golden_values` detects that."""
 
 MIN_BATCH_PATCHES = 2**14
-"""Patches of one pass through the tower, at least: 16 slices of 448 × 448."""
+"""Patches of one pass through the tower, at least, unless no more are left: 16 slices of 448 × 448."""
 
-_PATCHES_FILE, _INDEX_FILE = "patches.bin", "index.safetensors"
-_SPARE_BYTES = 2**30  # of the disk, which a store leaves free
-_RECENT_USE = 3600  # seconds; the process that has just found a store has opened it after this time
 _BLANK_SIDE = 4  # patches on each side of the blank image that shows how many vectors a slice has
 _LIBRARIES = ("pillow", "torch", "torchvision", "transformers")
 
@@ -64,12 +64,30 @@ class PatchFeatures:
     """The features of one row.
 
     Attributes:
-        patches: Outputs of the vision tower, [patches of all slices, vision width].
+        patches: Outputs of the vision tower, [patches of all slices, vision width], or of the merger, [tokens of all
+            slices, width of the language model].
         sizes: int32 [slices, 2], (rows, columns) of each slice in patches, before any merging.
+        merged: Whether they are the merger's.
     """
 
     patches: torch.Tensor
     sizes: torch.Tensor
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How features are computed.
+
+    Attributes:
+        device: Device of the modules.
+        merged: Whether by tower and merger, or by the tower alone.
+        dtype: Type of the result; by default that of the modules' output.
+    """
+
+    device: torch.device
+    merged: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ class StoreLayout:
         first_patch: int [rows + 1], number of each row's first vector.
         width: Width of a vector.
         dtype: Type of the numbers.
+        merged: Whether they are outputs of the merger.
     """
 
     folder: Path
@@ -91,6 +110,7 @@ class StoreLayout:
     first_patch: torch.Tensor
     width: int
     dtype: torch.dtype
+    merged: bool
 
     @property
     def bytes(self) -> int:
@@ -100,7 +120,7 @@ class StoreLayout:
     @property
     def is_finished(self) -> bool:
         """Whether the store exists completely."""
-        return (self.folder / _INDEX_FILE).is_file()
+        return (self.folder / INDEX_FILE).is_file()
 
 
 class FeatureStore:
@@ -108,17 +128,18 @@ class FeatureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = (folder / _INDEX_FILE).open("rb")
+        self._open = (folder / INDEX_FILE).open("rb")
         fcntl.flock(self._open, fcntl.LOCK_SH)
-        index = load_file(folder / _INDEX_FILE)
-        with safe_open(folder / _INDEX_FILE, framework="pt") as file:
+        index = load_file(folder / INDEX_FILE)
+        with safe_open(folder / INDEX_FILE, framework="pt") as file:
             metadata = file.metadata()
         self._sizes, self._first_slice, self._first_patch = (
             index[name] for name in ("sizes", "first_slice", "first_patch")
         )
         width, dtype = int(metadata["width"]), getattr(torch, metadata["dtype"])
+        self._merged = metadata.get("merged") == "true"
         count = int(self._first_patch[-1])
-        path = str(folder / _PATCHES_FILE)
+        path = str(folder / PATCHES_FILE)
         stored = torch.from_file(path, False, count * width, dtype=dtype) if count else torch.empty(0)
         self._patches = stored.to(dtype).view(count, width)
 
@@ -128,7 +149,7 @@ class FeatureStore:
     def __getitem__(self, row: int) -> PatchFeatures:
         slices = slice(int(self._first_slice[row]), int(self._first_slice[row + 1]))
         patches = slice(int(self._first_patch[row]), int(self._first_patch[row + 1]))
-        return PatchFeatures(self._patches[patches], self._sizes[slices])
+        return PatchFeatures(self._patches[patches], self._sizes[slices], self._merged)
 
 
 def is_reusable(model: nn.Module, tower: nn.Module) -> bool:
@@ -147,6 +168,8 @@ def prepare_stores(
     cache: Path,
     training: TransformersArguments,
     report: Callable[[str], None],
+    epochs: float = 2,
+    reserve: int = 0,
 ) -> dict[Split, Path]:
     """Find or compute the features of all rows; each process computes a share of its machine's rows.
 
@@ -160,62 +183,79 @@ def prepare_stores(
         cache: Folder whose subfolder `features/` contains the stores.
         training: Determines the device, the type of the computation, and the number of workers that decode images.
         report: Receives a sentence about what is done.
+        epochs: How often the training uses the data.
+        reserve: Bytes that the training is going to write to the same disk.
 
     Returns:
-        The folder of each split's store; nothing if the disk has no room for them, which is reported.
+        The folder of each split's store; nothing if there is no room for them, or computing them again is faster, which
+        is reported.
     """
-    tower = model.get_submodule(generation.vision_tower)
-    with _gathered(tower), torch.no_grad(), _autocast(training):
-        tower.to(training.device)
-        was_training = tower.training
-        tower.eval()
-        key = _tower_digest(model, tower, training)
+    tower, merger = model.get_submodule(generation.vision_tower), model.get_submodule(generation.merger)
+    merged = not any(parameter.requires_grad for parameter in merger.parameters())
+    modules = nn.ModuleList([tower, merger] if merged else [tower])
+    encoding = Encoding(training.device, merged, _computing_type(training))
+    with _gathered(modules), torch.no_grad(), _autocast(training), _in_evaluation(modules):
+        modules.to(training.device)
+        key = _digest(model, tower, modules, training, encoding)
         readers = {split: ShardReader(shards, split) for split in splits}
-        layouts = {split: _layout(model, training.device, readers[split], cache, key) for split in splits}
+        fixed = merged and generation.fixed_tokens
+        layouts = {split: _layout(model, encoding, readers[split], cache, key, fixed) for split in splits}
         missing = {split for split, layout in layouts.items() if not layout.is_finished}
         for split in layouts.keys() - missing:
-            os.utime(layouts[split].folder / _INDEX_FILE)  # the time of the last use
-        if not _reserve_space(layouts, missing, cache, training, report):
+            os.utime(layouts[split].folder / INDEX_FILE)  # the time of the last use
+        room = _reserve_space(layouts, missing, cache, training, report, reserve)
+        if not room or not _is_faster(model, encoding, layouts["train"], readers["train"], training, epochs, report):
             return {}
+        report(room)
         for split, layout in layouts.items():
-            _write_store(model, layout, readers[split], training, split not in missing)
-        tower.train(was_training)
+            _write_store(model, encoding, layout, readers[split], training, split not in missing)
     return {split: layout.folder for split, layout in layouts.items()}
 
 
 def feature_arguments(rows: list[PatchFeatures]) -> dict[str, torch.Tensor]:
     """The model's arguments for the features of a batch."""
     return {
-        "patch_features": torch.cat([row.patches for row in rows]),
+        "vision_features" if rows[0].merged else "patch_features": torch.cat([row.patches for row in rows]),
         "target_sizes": torch.cat([row.sizes for row in rows]),
     }
 
 
 def compute_features(
-    model: PreTrainedModel, device: torch.device, pixels: torch.Tensor, sizes: torch.Tensor
+    model: PreTrainedModel, encoding: Encoding, pixels: torch.Tensor, sizes: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the tower's outputs for slices.
+    """Compute the features of slices.
 
     Args:
         model: The base model.
-        device: Device of the model.
+        encoding: By which modules, where, and in which type.
         pixels: `pixel_values` of `batch.collate`.
         sizes: `target_sizes` of `batch.collate`.
 
     Returns:
-        [vectors of all slices, vision width].
+        [vectors of all slices, width].
     """
-    encode: Any = model.encode_patches
-    features: torch.Tensor = encode(pixels.to(device), sizes.to(device))
-    return features
+    encode: Any = model.encode_images if encoding.merged else model.encode_patches
+    features: torch.Tensor = encode(pixels.to(encoding.device), sizes.to(encoding.device))
+    return features.to(encoding.dtype or features.dtype)
 
 
-def _layout(model: PreTrainedModel, device: torch.device, reader: ShardReader, cache: Path, key: str) -> StoreLayout:
+def _layout(
+    model: PreTrainedModel, encoding: Encoding, reader: ShardReader, cache: Path, key: str, has_fixed_number: bool
+) -> StoreLayout:
+    """Find where the features of each row are going to be.
+
+    Args:
+        model: The base model.
+        encoding: How features are computed.
+        reader: The rows.
+        cache: Folder whose subfolder `features/` contains the stores.
+        key: Digest of everything but the rows.
+        has_fixed_number: Whether every slice has the same number of vectors, as after a resampler.
+    """
     rows = reader.slice_sizes()
     patch_size = reader.manifest.patch_size
     pixels = torch.zeros(1, 3, patch_size, patch_size * _BLANK_SIDE**2)
-    blank_features = compute_features(model, device, pixels, torch.full((1, 2), _BLANK_SIDE, dtype=torch.int32))
-    patches_per_vector = _BLANK_SIDE**2 // len(blank_features)
+    blank_features = compute_features(model, encoding, pixels, torch.full((1, 2), _BLANK_SIDE, dtype=torch.int32))
     images = {
         "shards": [shard.sha256 for shard in reader.manifest.shards.get(reader.split, [])],
         "codec": reader.manifest.codec,
@@ -224,10 +264,14 @@ def _layout(model: PreTrainedModel, device: torch.device, reader: ShardReader, c
     name = hashlib.sha256(json.dumps([key, images], sort_keys=True).encode()).hexdigest()[:32]
     sizes = torch.tensor([size for row in rows for size in row], dtype=torch.int32).view(-1, 2)
     first_slice = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    vectors = sizes.long().prod(1) // patches_per_vector
+    if has_fixed_number:
+        vectors = torch.full((len(sizes),), len(blank_features))
+    else:
+        vectors = sizes.long().prod(1) // (_BLANK_SIDE**2 // len(blank_features))
     first_patch = torch.cat([torch.zeros(1, dtype=torch.long), vectors.cumsum(0)])[first_slice]
     folder = cache / "features" / name
-    return StoreLayout(folder, sizes, first_slice, first_patch, blank_features.shape[-1], blank_features.dtype)
+    width, dtype = blank_features.shape[-1], blank_features.dtype
+    return StoreLayout(folder, sizes, first_slice, first_patch, width, dtype, encoding.merged)
 
 
 def _reserve_space(
@@ -236,48 +280,88 @@ def _reserve_space(
     cache: Path,
     training: TransformersArguments,
     report: Callable[[str], None],
-) -> bool:
-    """Make room for the missing stores; False if the disk of any machine is too small for them."""
+    reserve: int,
+) -> str:
+    """Make room for the missing stores.
+
+    Returns:
+        A sentence about the stores; empty if any machine has too little room for them, which is reported.
+    """
     needed = sum(layouts[split].bytes for split in missing)
     cache.mkdir(parents=True, exist_ok=True)
     if needed and training.local_process_index == 0:
-        _delete_unused_stores(cache / "features", needed, {layout.folder for layout in layouts.values()})
+        delete_unused_stores(cache / "features", needed, reserve, {layout.folder for layout in layouts.values()})
     _wait_for_all(training)
-    free = shutil.disk_usage(cache).free - _SPARE_BYTES
     subject = f"vision features of {sum(len(layout.sizes) for layout in layouts.values()):,} slices"
-    if not _all_agree(needed <= free, training):
-        report(
-            f"{subject} need {needed / 1e9:.2f} GB, but {cache} has room for {max(free, 0) / 1e9:.2f} GB, so they are "
-            "computed again in each epoch; give --cache_dir a folder on a larger disk to store them."
-        )
-        return False
     stores = cache / "features"
-    where = f"computed once and stored in {stores} ({needed / 1e9:.2f} GB)" if missing else f"found in {stores}"
-    report(f"{subject} are {where}")
-    return True
+    room = find_room(cache, reserve)
+    # Another machine may have no store yet, so each of them asks.
+    if not _all_agree(not needed or needed <= room.bytes, training):
+        report(
+            f"{subject} need {needed / 1e9:.2f} GB, but {cache} has room for {room}, so they are computed again in "
+            "each epoch; give --cache_dir a folder on a larger disk to store them."
+        )
+        return ""
+    where = f"computed once and stored in {stores} ({needed / 1e9:.2f} GB of {room})"
+    return f"{subject} are {where if missing else f'found in {stores}'}"
 
 
-def _delete_unused_stores(stores: Path, needed: int, keep: set[Path]) -> None:
-    """Delete the stores that were not used for the longest time, if that makes enough room; open ones stay."""
-    lacking = needed - (shutil.disk_usage(stores.parent).free - _SPARE_BYTES)
-    deleted: list[Path] = []
-    for index in sorted(stores.glob(f"[!.]*/{_INDEX_FILE}"), key=lambda index: index.stat().st_mtime):
-        if lacking <= 0 or index.parent in keep or time.time() - index.stat().st_mtime < _RECENT_USE:
-            continue
-        with index.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-        deleted.append(index.parent)
-        lacking -= (index.parent / _PATCHES_FILE).stat().st_size
-    if lacking <= 0:
-        for store in deleted:
-            shutil.rmtree(store, ignore_errors=True)
+def _is_faster(
+    model: PreTrainedModel,
+    encoding: Encoding,
+    layout: StoreLayout,
+    reader: ShardReader,
+    training: TransformersArguments,
+    epochs: float,
+    report: Callable[[str], None],
+) -> bool:
+    """Time a batch of each way; a store that would be slower than computing its features again is reported."""
+    if not layout.bytes:
+        return True
+    share = _share(layout, training)
+    # Of the rows with images as many as one pass through the tower takes.
+    with_images = [row for row in share if layout.first_slice[row] < layout.first_slice[row + 1]]
+    timing = Timing()
+    if with_images:
+        rows = _batches(with_images, _patches_before(layout))[0]
+        timing = _time_batch(model, encoding, layout, reader, rows)
+    timing = timing.summed(training.device)
+    if timing.favors_store(epochs, layout.is_finished, training.dataloader_num_workers):
+        return True
+    report(
+        f"vision features are computed again in each epoch: to read a batch of them from {layout.folder.parent} takes "
+        f"{timing.read:.2f} s, to compute it {timing.compute:.2f} s."
+    )
+    return False
+
+
+def _time_batch(
+    model: PreTrainedModel, encoding: Encoding, layout: StoreLayout, reader: ShardReader, rows: list[int]
+) -> Timing:
+    collate_rows = _collator(reader)
+    images: dict[str, torch.Tensor] = {}
+    preparation = seconds(encoding.device, lambda: images.update(collate_rows([reader[row] for row in rows])))
+
+    def compute() -> torch.Tensor:
+        return compute_features(model, encoding, images["pixel_values"], images["target_sizes"])
+
+    features = compute().cpu()  # libraries prepare themselves in the first call
+    computation = seconds(encoding.device, compute)
+    if layout.is_finished:
+        store = FeatureStore(layout.folder)
+
+        def read() -> None:
+            for row in rows:
+                store[row].patches.clone().to(encoding.device)
+
+        return Timing(preparation, computation, time_reading(read, layout.bytes, encoding.device))
+    layout.folder.parent.mkdir(parents=True, exist_ok=True)
+    return Timing(preparation, computation, time_disk(features, layout.folder.parent, layout.bytes, encoding.device))
 
 
 def _write_store(
     model: PreTrainedModel,
+    encoding: Encoding,
     layout: StoreLayout,
     reader: ShardReader,
     training: TransformersArguments,
@@ -290,17 +374,21 @@ def _write_store(
     try:
         if is_first and not is_finished:
             staging.mkdir(parents=True)
-            with (staging / _PATCHES_FILE).open("wb") as file:
+            with (staging / PATCHES_FILE).open("wb") as file:
                 file.truncate(layout.bytes)
         _wait_for_all(training)
         if not is_finished and layout.bytes:
-            _write_features(staging / _PATCHES_FILE, model, layout, reader, training)
+            _write_features(staging / PATCHES_FILE, model, encoding, layout, reader, training)
         _wait_for_all(training)
         if is_first and not is_finished:
             save_file(
                 {name: getattr(layout, name) for name in ("sizes", "first_slice", "first_patch")},
-                staging / _INDEX_FILE,
-                {"width": str(layout.width), "dtype": str(layout.dtype).removeprefix("torch.")},
+                staging / INDEX_FILE,
+                {
+                    "width": str(layout.width),
+                    "dtype": str(layout.dtype).removeprefix("torch."),
+                    "merged": str(layout.merged).lower(),
+                },
             )
             if not layout.is_finished:
                 staging.rename(layout.folder)
@@ -311,25 +399,20 @@ def _write_store(
 
 
 def _write_features(
-    path: Path, model: PreTrainedModel, layout: StoreLayout, reader: ShardReader, training: TransformersArguments
+    path: Path,
+    model: PreTrainedModel,
+    encoding: Encoding,
+    layout: StoreLayout,
+    reader: ShardReader,
+    training: TransformersArguments,
 ) -> None:
     """Compute the features of this process's share of the rows, and write them into the file."""
     processes = int(environment.LOCAL_WORLD_SIZE.read() or 1)
-    share = np.array_split(np.arange(len(reader)), processes)[training.local_process_index]
-    manifest = reader.manifest
+    share = _share(layout, training)
     loader = DataLoader(
         Explained(_RowDataset(reader)),
-        batch_sampler=_batches(share.tolist(), layout.first_patch),
-        collate_fn=HandOver(
-            partial(
-                collate,
-                pad_token_id=manifest.pad_token_id,
-                patch_size=manifest.patch_size,
-                padding_side="right",
-                resampler=manifest.slicing["resampler"],
-                normalized=False,
-            )
-        ),
+        batch_sampler=_batches(share, _patches_before(layout)),
+        collate_fn=HandOver(_collator(reader)),
         num_workers=training.dataloader_num_workers,
         worker_init_fn=start_worker,
         timeout=SECONDS_FOR_A_BATCH if training.dataloader_num_workers else 0,
@@ -341,10 +424,37 @@ def _write_features(
         for images in map(unless_error, loader):
             if "pixel_values" not in images:
                 continue
-            features = compute_features(model, training.device, images["pixel_values"], images["target_sizes"])
+            features = compute_features(model, encoding, images["pixel_values"], images["target_sizes"])
             file[position : position + len(features)] = features.cpu()
             position += len(features)
             bar.update(len(images["target_sizes"]) * processes)
+
+
+def _share(layout: StoreLayout, training: TransformersArguments) -> list[int]:
+    """The rows whose features this process computes: neighbors that have about as many patches as any other share."""
+    processes, number = int(environment.LOCAL_WORLD_SIZE.read() or 1), training.local_process_index
+    patches = _patches_before(layout)
+    middles = (patches[:-1] + patches[1:]).numpy() / 2
+    first, end = np.searchsorted(middles, [int(patches[-1]) * share / processes for share in (number, number + 1)])
+    return list(range(int(first), len(middles) if number + 1 == processes else int(end)))
+
+
+def _patches_before(layout: StoreLayout) -> torch.Tensor:
+    """Number of patches before each row, int [rows + 1]; their number decides how long a row takes."""
+    patches = layout.sizes.long().prod(1).cumsum(0)
+    return torch.cat([torch.zeros(1, dtype=torch.long), patches])[layout.first_slice]
+
+
+def _collator(reader: ShardReader) -> partial[dict[str, torch.Tensor]]:
+    manifest = reader.manifest
+    return partial(
+        collate,
+        pad_token_id=manifest.pad_token_id,
+        patch_size=manifest.patch_size,
+        padding_side="right",
+        resampler=manifest.slicing["resampler"],
+        normalized=False,
+    )
 
 
 class _RowDataset(Dataset[ModelInput]):
@@ -361,21 +471,23 @@ class _RowDataset(Dataset[ModelInput]):
         return row
 
 
-def _batches(rows: list[int], first_patch: torch.Tensor) -> list[list[int]]:
-    """Divide rows into batches of neighbors with at least `MIN_BATCH_PATCHES` vectors each, except the last one."""
+def _batches(rows: list[int], patches_before: torch.Tensor) -> list[list[int]]:
+    """Divide rows into batches of neighbors with at least `MIN_BATCH_PATCHES` patches each, except the last one."""
     batches: list[list[int]] = [[]]
     patches = 0
     for row in rows:
         batches[-1].append(row)
-        patches += int(first_patch[row + 1] - first_patch[row])
+        patches += int(patches_before[row + 1] - patches_before[row])
         if patches >= MIN_BATCH_PATCHES:
             batches.append([])
             patches = 0
     return [numbers for numbers in batches if numbers]
 
 
-def _tower_digest(model: PreTrainedModel, tower: nn.Module, training: TransformersArguments) -> str:
-    """Digest of everything that determines the tower's output for given pixels."""
+def _digest(
+    model: PreTrainedModel, tower: nn.Module, modules: nn.Module, training: TransformersArguments, encoding: Encoding
+) -> str:
+    """Digest of everything that determines the features of given pixels."""
     digest = hashlib.sha256()
     settings = {
         "model": type(model).__name__,
@@ -385,10 +497,12 @@ def _tower_digest(model: PreTrainedModel, tower: nn.Module, training: Transforme
         "mixed": [training.bf16, training.fp16],
         "device": training.device.type,
         "features": FEATURES_VERSION,
+        "merged": encoding.merged,
+        "type": str(encoding.dtype),
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in tower.named_parameters():
+    for name, parameter in modules.named_parameters():
         digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -404,6 +518,22 @@ def _gathered(module: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         yield
+
+
+@contextmanager
+def _in_evaluation(modules: nn.Module) -> Iterator[None]:
+    was_training = {module: module.training for module in modules.modules()}
+    modules.eval()
+    try:
+        yield
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+
+
+def _computing_type(training: TransformersArguments) -> torch.dtype | None:
+    """The type of a mixed-precision training, in which the next module computes: its norms return wider numbers."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
 
 
 def _autocast(training: TransformersArguments) -> Any:

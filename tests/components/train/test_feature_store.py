@@ -1,7 +1,9 @@
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,21 +12,26 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.components.train import feature_store
+from minicpmv_finetune.components.train import feature_room, feature_store
 from minicpmv_finetune.components.train.arguments import TrainingArguments
+from minicpmv_finetune.components.train.feature_room import find_room
 from minicpmv_finetune.components.train.feature_store import (
+    Encoding,
     FeatureStore,
+    StoreLayout,
     compute_features,
     feature_arguments,
     is_reusable,
     prepare_stores,
 )
+from minicpmv_finetune.components.train.feature_timing import Timing
+from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.shards.format import ShardReader
 
-Make = Callable[[PreTrainedModel], tuple[Path, list[str]]]
+Make = Callable[..., tuple[Path, list[str]]]
 
 
 @pytest.fixture
@@ -37,9 +44,9 @@ def model(tiny_46: Path) -> PreTrainedModel:
 @pytest.fixture
 def make(tiny_46: Path, uneven_shards: Path, tmp_path: Path) -> Make:
     """A function that makes the store of the training split; returns its folder and what was reported."""
-    training = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
 
-    def make(model: PreTrainedModel) -> tuple[Path, list[str]]:
+    def make(model: PreTrainedModel, **settings: Any) -> tuple[Path, list[str]]:
+        training = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **settings)
         reports: list[str] = []
         stores = prepare_stores(
             model, detect_generation(tiny_46), uneven_shards, ["train"], tmp_path / "cache", training, reports.append
@@ -58,14 +65,19 @@ def test_the_store_contains_the_towers_outputs(model: PreTrainedModel, make: Mak
         if not row.slices:
             continue
         pixels = collate([row], 0, 14, "right")
-        expected = compute_features(model, torch.device("cpu"), pixels["pixel_values"], pixels["target_sizes"])
+        expected = compute_features(
+            model, Encoding(torch.device("cpu")), pixels["pixel_values"], pixels["target_sizes"]
+        )
         torch.testing.assert_close(store[number].patches, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(store[number].sizes, pixels["target_sizes"])
         slices += len(row.slices)
     gigabytes = (folder / "patches.bin").stat().st_size / 1e9
-    assert reports == [
-        f"vision features of {slices} slices are computed once and stored in {folder.parent} ({gigabytes:.2f} GB)"
-    ]
+    (report,) = reports
+    stored = (
+        f"vision features of {slices} slices are computed once and stored in {folder.parent} ({gigabytes:.2f} GB of"
+    )
+    assert report.startswith(stored)
+    assert "GB are free, of which 1 GB are kept for checkpoints and the result" in report
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -80,6 +92,89 @@ def test_a_store_is_found_again_and_another_tower_has_its_own(model: PreTrainedM
     assert make(model)[0] != first
 
 
+def test_in_bf16_features_are_stored_in_bf16(model: PreTrainedModel, make: Make) -> None:
+    wide, narrow = make(model)[0], make(model, bf16=True)[0]
+    assert 2 * (narrow / "patches.bin").stat().st_size == (wide / "patches.bin").stat().st_size
+    assert FeatureStore(narrow)[0].patches.dtype == torch.bfloat16
+
+
+def test_with_a_frozen_merger_its_output_is_stored(model: Any, make: Make, uneven_shards: Path) -> None:
+    larger = make(model)[0]
+    model.model.merger.requires_grad_(False)
+    folder = make(model)[0]
+    assert folder != larger
+    assert (folder / "patches.bin").stat().st_size < (larger / "patches.bin").stat().st_size
+    store, rows = FeatureStore(folder), list(ShardReader(uneven_shards, "train"))[:4]
+    plain = model.train()(**collate(rows, 0, 14, "right")).loss
+    batch = collate([replace(row, slices=[]) for row in rows], 0, 14, "right")
+    model.model.vision_tower.forward = model.model.merger.forward = None  # neither runs
+    features = feature_arguments([store[number] for number in range(len(rows))])
+    torch.testing.assert_close(model(**batch, **features).loss, plain)
+    alone = next(number for number in range(len(rows)) if not len(store[number].sizes))
+    batch = collate([rows[alone]], 0, 14, "right")
+    model(**batch, **feature_arguments([store[alone]])).loss.backward()
+
+
+def test_processes_share_the_patches_and_not_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = torch.tensor([[8, 8], [1, 1], [1, 1], [1, 1], [1, 1], [8, 8]])
+    first_slice = torch.tensor([0, 1, 2, 2, 3, 4, 5, 6, 6])  # of eight rows, two of them without a slice
+    layout = StoreLayout(Path(), sizes, first_slice, first_slice, 1, torch.float32, False)
+    for processes in (1, 2, 3):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        ranks: list[Any] = [SimpleNamespace(local_process_index=number) for number in range(processes)]
+        shares = [feature_store._share(layout, rank) for rank in ranks]
+        assert [row for share in shares for row in share] == list(range(8))
+        patches = [sum(int(sizes[first_slice[n] : first_slice[n + 1]].prod(1).sum()) for n in rows) for rows in shares]
+        assert max(patches) == {1: 132, 2: 66, 3: 64}[processes]
+
+
+def test_the_limit_of_a_pods_volume_is_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "download").write_bytes(bytes(2**20))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=900 * 10**9, total=10**12))
+    assert find_room(cache, 10**9).bytes == 899 * 10**9 - 2**30
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert find_room(cache, 0).bytes == 750 * 10**9 - 2**30
+    monkeypatch.setenv("MINICPMV_FINETUNE_SCRATCH_LIMIT", "500Gi")
+    room = find_room(cache, 10**9)
+    assert 498 * 2**30 - 10**9 < room.bytes <= 499 * 2**30 - 10**9 - 2**20
+    assert "the volume's limit is 537 GB" in room.reason
+    monkeypatch.setenv("MINICPMV_FINETUNE_SCRATCH_LIMIT", "much")
+    with pytest.raises(UserError, match="give one such as 500Gi"):
+        find_room(cache, 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    assert find_room(cache, 0).bytes == 750 * 10**9 - 2**30, "the cache is on another volume"
+
+
+@pytest.mark.parametrize(
+    ("timing", "exists", "workers", "expected"),
+    [
+        (Timing(images=1, compute=1, read=0.1), False, 0, True),
+        (Timing(images=0, compute=1, read=0.6), False, 0, True),
+        (Timing(images=0, compute=1, read=0.7), False, 0, False),  # three passes do not make up for the first one
+        (Timing(images=0, compute=1, read=0.9), True, 0, True),
+        (Timing(images=8, compute=1, read=3), True, 0, True),
+        (Timing(images=8, compute=1, read=30), True, 4, False),
+        (Timing(), False, 0, True),
+    ],
+)
+def test_the_faster_way_is_taken(timing: Timing, exists: bool, workers: int, expected: bool) -> None:
+    assert timing.favors_store(3, exists, workers) is expected
+
+
+def test_a_slow_disk_is_reported_and_nothing_is_stored(
+    model: PreTrainedModel, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(feature_store, "time_disk", lambda *_: 100.0)
+    folder, reports = make(model)
+    assert folder == Path()
+    assert "to read a batch of them" in reports[0]
+    assert "takes 100.00 s" in reports[0]
+    assert not list((tmp_path / "cache" / "features").iterdir())
+
+
 def _change_tower(model: Any) -> None:
     with torch.no_grad():
         model.model.vision_tower.post_layernorm.bias[0] += 1e-3
@@ -88,7 +183,7 @@ def _change_tower(model: Any) -> None:
 def test_a_full_disk_is_reported_and_nothing_is_written(
     model: PreTrainedModel, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(feature_store, "_SPARE_BYTES", 2**62)
+    monkeypatch.setattr(feature_room, "_SPARE_BYTES", 2**62)
     folder, reports = make(model)
     assert folder == Path()
     assert "give --cache_dir a folder on a larger disk" in reports[0]
@@ -117,7 +212,7 @@ def test_old_stores_are_deleted_for_a_new_one_unless_they_are_open(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
     # Deleting a store does not change this number, so no new store is computed; only the deletions are tested.
-    monkeypatch.setattr(feature_store, "_SPARE_BYTES", spare)
+    monkeypatch.setattr(feature_room, "_SPARE_BYTES", spare)
     set_free_space(spare + size - 3 * size)
     make_another()
     assert all(path.exists() for path in (opened, older, newer, just_found)), "not enough space would become free"

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from minicpmv_finetune.components.train.feature_store import FEATURES_VERSION, compute_features
+from minicpmv_finetune.components.train.feature_store import FEATURES_VERSION, Encoding, compute_features
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.model_input import ModelInput
@@ -49,23 +49,31 @@ def _set_weights(model: nn.Module) -> None:
 
 
 def _features(checkpoint: Path) -> dict[str, Any]:
-    """The features of a few slices, each vector projected on three directions."""
+    """The features of a few slices, each vector projected on three directions: of the tower, and of the merger."""
     model, generation = load_model(checkpoint, torch.float32)
-    _set_weights(model.get_submodule(generation.vision_tower))
+    for module in (generation.vision_tower, generation.merger):
+        _set_weights(model.get_submodule(module))
     shapes = [(PATCH_SIZE * rows, PATCH_SIZE * columns, 3) for rows, columns in SLICES]
     pixels = [(_noise(int(np.prod(shape)), 1) // 8).astype(np.uint8).reshape(shape) for shape in shapes]
     row = ModelInput(id="", input_ids=[0], labels=[0], slices=pixels)
     batch = collate([row], 0, PATCH_SIZE, "right", generation.resampler)
+    encodings = {"tower": Encoding(torch.device("cpu")), "merger": Encoding(torch.device("cpu"), merged=True)}
+    return {name: _project(model, encoding, batch) for name, encoding in encodings.items()}
+
+
+def _project(model: Any, encoding: Encoding, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     with torch.no_grad():
-        features = compute_features(model.eval(), torch.device("cpu"), batch["pixel_values"], batch["target_sizes"])
+        features = compute_features(model.eval(), encoding, batch["pixel_values"], batch["target_sizes"])
     directions = torch.from_numpy(_noise(3 * features.shape[1], 2) / 1024 - 1).float().view(features.shape[1], 3)
     projections = features @ directions / features.shape[1] ** 0.5
     return {"shape": list(features.shape), "projections": [[round(x, 5) for x in row] for row in projections.tolist()]}
 
 
 def _are_equal(features: dict[str, Any], expected: dict[str, Any]) -> bool:
-    return features["shape"] == expected["shape"] and np.allclose(
-        features["projections"], expected["projections"], rtol=1e-4, atol=1e-4
+    return features.keys() == expected.keys() and all(
+        one["shape"] == expected[name]["shape"]
+        and np.allclose(one["projections"], expected[name]["projections"], rtol=1e-4, atol=1e-4)
+        for name, one in features.items()
     )
 
 
