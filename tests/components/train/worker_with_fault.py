@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Any
 
+from minicpmv_finetune.components.train.worker import leave_out_unused
 from minicpmv_finetune.components.train.worker_exit import repeat_exit
 
 FAULT = "FAULT_OF_TRAINING"
@@ -42,6 +43,7 @@ def _raise_in_sample() -> None:
 
 if __name__ == "__main__":
     repeat_exit()
+    leave_out_unused(sys.argv[1:])
     from minicpmv_finetune.components.train.finetune import main
 
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
