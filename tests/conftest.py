@@ -25,12 +25,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MINICPMV_FINETUNE_RETRY_WAITS", "0")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def fast_inspect_stack() -> Iterator[None]:
+def pytest_configure() -> None:
     """Replace `inspect.stack`, which kfp calls 150 times to compile a pipeline, by a fast version.
 
     kfp needs only the caller's name, but `inspect.stack` also looks for the module and source of each frame. With
-    pytest's deep stack and torch's many modules that takes half a minute.
+    pytest's deep stack and torch's many modules that takes half a minute. Some modules compile one when they are
+    imported, before there are fixtures.
     """
 
     def stack(context: int = 1) -> list[inspect.FrameInfo]:
@@ -40,9 +40,7 @@ def fast_inspect_stack() -> Iterator[None]:
             frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
         return frames
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("inspect.stack", stack)
-        yield
+    pytest.MonkeyPatch().setattr("inspect.stack", stack)
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,9 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Run]]:
+def runs(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Run]]:
     """The MLflow runs of one pipeline run, by their names."""
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     monkeypatch.setenv(environment.TRACKING_URI.name, f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
 

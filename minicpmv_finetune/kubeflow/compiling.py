@@ -21,8 +21,13 @@ def pipeline_for(pipeline: Pipeline, profile: Profile) -> GraphComponent:
 
 def write_pipeline(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
     """Write the pipeline with a cluster's settings as the YAML file that Kubeflow Pipelines reads."""
+    return write_component(pipeline_for(pipeline, profile), path)
+
+
+def write_component(component: GraphComponent, path: Path) -> Path:
+    """Write a pipeline that has a cluster's settings as the YAML file that Kubeflow Pipelines reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(pipeline_for(pipeline, profile), str(path))
+    compiler.Compiler().compile(component, str(path))
     return path
 
 

@@ -304,7 +304,7 @@ def _pipeline_reference(
                 "use latest or current."
             )
     elif not dry_run and (pipeline_id is None or schedule.version == "current"):
-        pipeline_id, current = ensure_version(cluster, pipeline)
+        pipeline_id, current = ensure_version(cluster, pipeline, pipeline_for(pipeline, cluster.profile))
         version_id = current if schedule.version == "current" else None
     elif schedule.version == "current":
         version_id = cluster.version_id(pipeline_id, content_digest(pipeline_for(pipeline, cluster.profile)))

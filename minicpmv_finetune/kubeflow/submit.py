@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import kfp_server_api
+from kfp.dsl.graph_component import GraphComponent
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 
 from .client import Cluster
-from .compiling import content_digest, pipeline_for, write_pipeline
+from .compiling import content_digest, pipeline_for, write_component
 from .profile import Profile
 
 DEFAULT_EXPERIMENT = "minicpmv-finetune"
@@ -73,7 +74,8 @@ def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submiss
         RetryableError: The server does not answer; repeat the command with the same name.
     """
     pipeline = request.pipeline
-    version = content_digest(pipeline_for(pipeline, cluster.profile))
+    component = pipeline_for(pipeline, cluster.profile)
+    version = content_digest(component)
     version_id = cluster.version_id(cluster.pipeline_id(pipeline.name), version)
     uploaded = version_id is None
     name = request.name or f"{pipeline.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -82,7 +84,7 @@ def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submiss
         run_id = str(existing.run_id) if existing else ""
         link = cluster.run_link(run_id) if existing else ""
         return Submission(version, uploaded, name, existing is None, run_id, link, request.parameters)
-    pipeline_id, version_id = ensure_version(cluster, pipeline)
+    pipeline_id, version_id = ensure_version(cluster, pipeline, component)
     run = cluster.call(
         cluster.client.runs.run_service_create_run,
         kfp_server_api.V2beta1Run(
@@ -97,14 +99,20 @@ def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submiss
     return Submission(version, uploaded, name, True, run.run_id, cluster.run_link(run.run_id), request.parameters)
 
 
-def ensure_version(cluster: Cluster, pipeline: Pipeline) -> tuple[str, str]:
-    """Ids of the pipeline and of the version with its current content; both are created if the server lacks them."""
-    version = content_digest(pipeline_for(pipeline, cluster.profile))
+def ensure_version(cluster: Cluster, pipeline: Pipeline, component: GraphComponent) -> tuple[str, str]:
+    """Ids of the pipeline and of the version with its current content; both are created if the server lacks them.
+
+    Args:
+        cluster: The server and its profile.
+        pipeline: The pipeline.
+        component: The same with the profile's settings, by `pipeline_for`.
+    """
+    version = content_digest(component)
     pipeline_id = _ensure_pipeline(cluster, pipeline)
     if found := cluster.version_id(pipeline_id, version):
         return pipeline_id, found
     with tempfile.TemporaryDirectory() as folder:
-        path = write_pipeline(pipeline, cluster.profile, Path(folder) / "pipeline.yaml")
+        path = write_component(component, Path(folder) / "pipeline.yaml")
         try:
             uploaded = cluster.call(
                 cluster.client.pipeline_uploads.upload_pipeline_version,

@@ -17,8 +17,9 @@ DELETED_RUN = str(uuid.UUID(int=1))
 
 
 @pytest.fixture
-def root(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(s3_uri: str, tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A pipeline root in an empty bucket, and an MLflow registry without models."""
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return f"{s3_uri}/pipelines"
 

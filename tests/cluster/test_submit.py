@@ -480,7 +480,7 @@ def test_the_sdk_starts_the_pipeline_without_changes(kubeflow: FakeKubeflow) -> 
     result = client.create_run_from_pipeline_func(finetune, arguments={"data_uri": "s3://b/x"})
     spec = kubeflow.runs[result.run_id]["pipeline_spec"]["pipeline_spec"]
     assert spec["pipelineInfo"]["name"] == "minicpmv-finetune"
-    assert result.wait_for_run_completion(timeout=60).state == "SUCCEEDED"
+    assert client.wait_for_run_completion(result.run_id, timeout=60, sleep_duration=0).state == "SUCCEEDED"
 
 
 def test_all_mistakes_are_named_before_anything_is_sent(kubeflow: FakeKubeflow, command: Command) -> None:

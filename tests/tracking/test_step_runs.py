@@ -235,7 +235,10 @@ def test_a_server_that_goes_down_later_does_not_delay_a_step(
     assert "Max retries exceeded" in capsys.readouterr().err
 
 
-def test_metrics_of_an_outage_are_sent_when_the_server_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_an_outage_are_sent_when_the_server_is_back(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     run = open_step_run("train")
     run.log_metrics({"loss": 3.0}, step=1)

@@ -65,8 +65,9 @@ def test_answers_are_compared_as_the_tokenizer_writes_them_and_without_reasoning
 
 
 def test_both_models_answer_every_sample(
-    tiny_46: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_46: Path, dataset: Path, tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
     predictions, report = tmp_path / "out" / "predictions", tmp_path / "out" / "report"
