@@ -1,16 +1,13 @@
-"""The whole pipeline with kfp.local: on digits, on other kinds of data, and with mistakes."""
+"""The whole pipeline with kfp.local: on digits, and with mistakes."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import UserError
@@ -144,51 +141,6 @@ def test_the_merge_command_writes_to_a_store(
     assert {path.name for path in uploaded.iterdir()} == {path.name for path in model.iterdir()} - {MARK}
     assert (uploaded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert json.loads(storage.read_bytes(f"{s3_uri}/models/digits.merge-report.json"))["changed"]
-
-
-def test_photographs_several_images_several_turns_and_text_only_samples_work(
-    tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
-    for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
-        Image.fromarray(pixels).save(tmp_path / f"{name}.jpg")
-    samples = [
-        {
-            "id": "both",
-            "image": {"<image_00>": "china.jpg", "<image_01>": "flower.jpg"},
-            "conversations": [
-                {"role": "user", "content": "<image_01> and <image_00>: what do they show?"},
-                {"role": "assistant", "content": "A flower and a temple."},
-                {"role": "user", "content": "Which was first?"},
-                {"role": "assistant", "content": "The flower."},
-            ],
-        },
-        {
-            "id": "one",
-            "image": "china.jpg",
-            "conversations": [
-                {"role": "system", "content": "Be short."},
-                {"role": "user", "content": "Where is this?"},
-                {"role": "assistant", "content": "In China."},
-            ],
-        },
-        {
-            "id": "none",
-            "conversations": [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}],
-        },
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    inputs = {"data_uri": str(tmp_path / "data.jsonl"), "eval_data_uri": str(tmp_path / "data.jsonl")}
-    flags = {"max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3}
-    run = run_pipeline(
-        tmp_path / "out",
-        {
-            **inputs,
-            "base_model_uri": str(tiny("2.6")),
-            "training_flags": flags,
-            "evaluation_options": {"max_new_tokens": 4},
-        },
-    )
-    assert run.scores()["samples"] == 3
 
 
 def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,7 @@ def leave_out_unused(flags: Sequence[str]) -> None:
     """Let libraries believe that bitsandbytes and DeepSpeed are not installed, if a training does not need them."""
     _, values, _ = read_flags(flags)
     modules: dict[str, Any] = sys.modules
-    needs_bitsandbytes = values.get("q_lora") or any(
-        name in str(values.get("optim")) for name in ("8bit", "bnb", "paged")
-    )
-    if not needs_bitsandbytes and _is_plain_checkpoint(values.get("model_name_or_path")):
+    if not needs_bitsandbytes(values):
         modules["bitsandbytes"] = None
     is_partitioned = values.get("strategy") in ("zero2", "zero3") and not values.get("fsdp")
     if not (is_partitioned or values.get("deepspeed") or values.get("parallelism_config") or _accelerate_wants_it()):
@@ -42,6 +39,12 @@ def import_deepspeed() -> None:
         importlib.import_module("deepspeed")
     finally:
         del modules["mlflow"]
+
+
+def needs_bitsandbytes(values: Mapping[str, Any]) -> bool:
+    """Whether a training with these values of flags uses bitsandbytes, or a base model that is not here yet may."""
+    is_used = values.get("q_lora") or any(name in str(values.get("optim")) for name in ("8bit", "bnb", "paged"))
+    return bool(is_used) or not _is_plain_checkpoint(values.get("model_name_or_path"))
 
 
 def _accelerate_wants_it() -> bool:

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,14 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.pipelines.demo import write_digits
 from minicpmv_finetune.reports.training_record import read_record
 from minicpmv_finetune.tracking.step_runs import StepRun
+from tests.warm_processes import warm_processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def start_warm() -> Iterator[None]:
+    """Let the trainings that a test starts by `launch` begin with the libraries imported."""
+    with warm_processes():
+        yield
 
 
 @pytest.fixture(scope="session")

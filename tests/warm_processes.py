@@ -1,0 +1,120 @@
+"""Training processes and parity checks that start with the libraries imported.
+
+Torch, transformers and PEFT take six seconds of a core to import, and most of these processes then compute for less
+than two. Here a server imports them once and forks for each process (the fork server of `multiprocessing`). What a
+process does is the same; how it starts and ends is tested by the tests that start the commands themselves, such as
+those of resumption and of the endings of a training.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minicpmv_finetune.components.merge.merge import PARITY_CHECK
+from minicpmv_finetune.components.train.flags import read_flags
+from minicpmv_finetune.components.train.launch import WORKER
+
+ROOT = Path(__file__).parents[1]
+_IMPORTS = "tests.warm_imports"
+_STDOUT, _STDERR = 1, 2
+
+
+class WarmProcess:
+    """Stands for the `subprocess.Popen` of `python -m MODULE …`.
+
+    Attributes:
+        pid: Id of the process.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], variables: Mapping[str, str]) -> None:
+        """Start the process; it has this one's output and working directory."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([_IMPORTS])
+        streams = [Connection(os.dup(number), readable=False) for number in (_STDOUT, _STDERR)]
+        settings = (module, list(arguments), dict(variables), str(Path.cwd()), *streams)
+        self._process = context.Process(target=_run, args=settings)
+        with chdir(ROOT):  # where the server finds what it is to import
+            self._process.start()
+        for stream in streams:
+            stream.close()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the number of the signal that ended the process; None as long as it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Return the exit code, if the process has ended."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until the process has ended, and return its exit code."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired([], timeout or 0)
+        return self.returncode
+
+
+def _run(
+    module: str, arguments: list[str], variables: dict[str, str], folder: str, stdout: Connection, stderr: Connection
+) -> None:
+    assert _IMPORTS in sys.modules, "the server could not import the libraries"
+    multiprocessing.set_start_method(None, force=True)  # what this process starts itself is forked as usual
+    os.setsid()
+    for stream, number in ((stdout, _STDOUT), (stderr, _STDERR)):
+        os.dup2(stream.fileno(), number)
+        stream.close()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which processes of `multiprocessing` leave out
+
+
+def _start_worker(args: Sequence[str], env: Mapping[str, str], **options: Any) -> Any:
+    """Do what torchrun wants of `subprocess.Popen`."""
+    # Not above: a warm process imports this module, and then runs that one as its program.
+    from minicpmv_finetune.components.train.worker import needs_bitsandbytes
+
+    _, unbuffered, module, name, *arguments = args
+    assert (unbuffered, module) == ("-u", "-m")
+    assert not options["stdout"]
+    assert not options["stderr"]
+    # The server has imported PEFT without bitsandbytes.
+    if name == WORKER and needs_bitsandbytes(read_flags(arguments)[1]):
+        return subprocess.Popen(args, env=env, **options)
+    return WarmProcess(name, arguments, env)
+
+
+@contextmanager
+def warm_processes() -> Iterator[None]:
+    """Start the processes of torchrun in this process, and parity checks, warm for a block."""
+    run = subprocess.run
+
+    def run_check(command: Sequence[str], **options: Any) -> Any:
+        if command[1:3] != ["-m", PARITY_CHECK]:
+            return run(command, **options)
+        return subprocess.CompletedProcess(command, WarmProcess(PARITY_CHECK, command[3:], os.environ).wait())
+
+    with pytest.MonkeyPatch.context() as patch:
+        handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+        patch.setattr(f"{handler}.Popen", _start_worker)
+        patch.setattr("subprocess.run", run_check)
+        yield
