@@ -2,6 +2,8 @@
 
     python images/requirements.py data > build/images/data.txt
 
+To the trainer's, those of images/gpu.lock are added: kernels that only a GPU can run, which no developer needs.
+
 The lock file also contains the developers' tools. Which packages a package requires is read from the packages in this
 environment, which was installed from the same lock file.
 """
@@ -54,5 +56,11 @@ def select_entries(lock: str, names: set[str]) -> str:
     return "".join(entries[name] for name in sorted(names))
 
 
+def list_packages(image: str) -> str:
+    """The entries of all packages of a container image, with their hashes."""
+    entries = select_entries((ROOT / "requirements.lock").read_text(), required_packages(image))
+    return entries + ((ROOT / "images" / "gpu.lock").read_text() if image == "trainer" else "")
+
+
 if __name__ == "__main__":
-    print(select_entries((ROOT / "requirements.lock").read_text(), required_packages(sys.argv[1])), end="")
+    print(list_packages(sys.argv[1]), end="")

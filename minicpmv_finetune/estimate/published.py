@@ -25,9 +25,15 @@ def published_model(version: str, targets: str = "") -> Model:
         targets: Regular expression of the layers that get adapters; empty means the published default.
     """
     generation = next(one for one in GENERATIONS if one.version == version)
-    sizes = _table()[_EQUAL_SIZES.get(version, version)]
+    sizes = published_sizes(version)
     config = {"text_config": sizes["text"], "vision_config": sizes["vision"]}
     return measure_model(generation, config, [tuple(tensor) for tensor in sizes["tensors"]], targets)
+
+
+def published_sizes(version: str) -> dict[str, Any]:
+    """The configurations `text` and `vision` of a published model, as far as they name sizes, and its `tensors`."""
+    sizes: dict[str, Any] = _table()[_EQUAL_SIZES.get(version, version)]
+    return sizes
 
 
 @cache

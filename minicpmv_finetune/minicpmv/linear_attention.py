@@ -17,19 +17,59 @@ of 20.8, width 32 22 ms instead of 34; width 128 (two sequences of 700 tokens, e
 fla's kernels installed for a GPU, those are used instead.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, apply_mask_to_padding_states, l2norm
-from transformers.utils.import_utils import is_flash_linear_attention_available
+from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
-from .packed import packed_samples
+from .packed import PACKING_ARGUMENTS, packed_samples
 
 _MIN_CHUNK, _MAX_CHUNK = 16, 64
 """Bounds of the number of tokens in a chunk; between them a chunk has as many tokens as a head is wide."""
+
+
+def without_gpu_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of transformers that calls a kernel of fla or causal-conv1d use torch for tensors of a CPU.
+
+    transformers calls an installed kernel for every tensor, and these kernels run on a GPU alone.
+    """
+    plain: Callable[..., Any] = getattr(function, "__wrapped__", function)
+
+    @wraps(function)
+    def chosen(states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        return (function if states.is_cuda else plain)(states, *arguments, **options)
+
+    return chosen
+
+
+for _name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
+    setattr(qwen3_5, f"torch_{_name}", without_gpu_by_torch(getattr(qwen3_5, f"torch_{_name}")))
+for _name in ("causal_conv1d_fn", "causal_conv1d_update"):
+    setattr(qwen3_5, _name, without_gpu_by_torch(getattr(qwen3_5, _name)))
+
+
+def missing_kernels(model: nn.Module) -> str:
+    """A sentence if a model on a GPU computes linear attention without fla's kernels; otherwise empty."""
+    needed = torch.cuda.is_available() and any(isinstance(module, LinearAttention) for module in model.modules())
+    packages = {
+        "flash-linear-attention": is_flash_linear_attention_available(),
+        "causal-conv1d": is_causal_conv1d_available(),
+    }
+    missing = [name for name, is_there in packages.items() if not is_there]
+    if not needed or not missing:
+        return ""
+    return (
+        f"{' and '.join(missing)}: not installed, so linear attention is computed without these kernels, which takes "
+        f"more memory and time; pip install {' '.join(missing)}"
+    )
 
 
 class LinearAttention(Qwen3_5GatedDeltaNet):
@@ -55,7 +95,7 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         """
         samples = packed_samples(options)
         if cache_params is not None or is_flash_linear_attention_available():
-            for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            for name in PACKING_ARGUMENTS:
                 options.pop(name, None)
             rows = hidden_states if samples is None else samples.unpack(hidden_states)
             output: torch.Tensor = super().forward(rows, cache_params, attention_mask, **options)

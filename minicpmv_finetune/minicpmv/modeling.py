@@ -147,7 +147,9 @@ class VisionTower(PreTrainedModel):
             )
         groups = Groups.from_lengths(grid.lengths, grid.slice_ids, pixel_values.device)
         padded = groups.pad(self.embeddings(pixel_values, grid))
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=groups.mask)
+        mask: Any = groups.mask
+        if mask is not None:
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=padded, attention_mask=mask)
         encoded = self.encoder(inputs_embeds=padded, attention_mask=mask).last_hidden_state
         return self.post_layernorm(groups.unpad(encoded))
 
@@ -168,7 +170,7 @@ class ResamplerAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Compute the attention of each group.
 
@@ -176,7 +178,7 @@ class ResamplerAttention(nn.Module):
             query: [queries, width], the same for every group.
             key: [groups, length, width].
             value: [groups, length, width].
-            attention_mask: bool [groups, length], false on padding.
+            attention_mask: bool [groups, length], false on padding; None without padding.
 
         Returns:
             [groups, queries, width].
@@ -192,7 +194,8 @@ class ResamplerAttention(nn.Module):
             F.linear(states, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for states, weight, bias in projections
         )
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask[:, None, None, :])
+        mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -605,13 +608,18 @@ def gradients_if_trained(module: nn.Module) -> torch.set_grad_enabled:
 class Groups:
     """How packed vectors are unpacked into one row for each group, padded to the longest group.
 
+    Groups of one length need no padding, so no mask either: attention then uses its fastest kernels, and nothing is
+    copied. The slices of an image have one size, and its overview often has another.
+
     Attributes:
-        mask: bool [groups, longest], false on padding.
+        count: Number of groups.
+        mask: bool [groups, longest], false on padding; None if all groups have one length.
         group: [total], number of each vector's group.
         offset: [total], the vector's place within its group.
     """
 
-    mask: torch.Tensor
+    count: int
+    mask: torch.Tensor | None
     group: torch.Tensor
     offset: torch.Tensor
 
@@ -625,16 +633,22 @@ class Groups:
             device: Device of the vectors.
         """
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        if bool(mask.all()):
+            return cls(len(lengths), None, group, group)
         offset = torch.arange(len(group)) - (lengths.cumsum(0) - lengths)[group]
-        return cls(*(part.to(device, non_blocking=True) for part in (mask, group, offset)))
+        return cls(len(lengths), *(part.to(device, non_blocking=True) for part in (mask, group, offset)))
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """From [total, width] to [groups, longest, width], with zeros as padding."""
+        if self.mask is None:
+            return packed.unflatten(0, (self.count, -1))
         padded = packed.new_zeros(*self.mask.shape, packed.shape[-1])
         return padded.index_put((self.group, self.offset), packed)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """From [groups, longest, width] to [total, width]."""
+        if self.mask is None:
+            return padded.flatten(0, 1)
         return padded[self.group, self.offset]
 
 

@@ -286,6 +286,10 @@ def _add_blank_image(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"input_ids": None, "inputs_embeds": embeds + zero.to(embeds.dtype)}
 
 
+def _to_cpu(argument: Any) -> Any:
+    return argument.cpu() if isinstance(argument, torch.Tensor) else argument
+
+
 def _embed_tokens(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     embeds = inputs.get("inputs_embeds")
     return embeds if embeds is not None else model.get_input_embeddings()(inputs["input_ids"])
@@ -347,6 +351,13 @@ class _Model47(_ImageFeatures, MiniCPMV4_7Model):
             # Otherwise the position offset of an earlier batch with images would be applied to this one.
             self.rope_deltas = None
         return super().forward(**prepared)
+
+    def get_rope_index(self, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """Compute the canvas positions on the CPU: transformers loops over the slices and reads numbers at each."""
+        compute: Any = super().get_rope_index
+        on_cpu = [_to_cpu(part) for part in (input_ids, *arguments)]
+        named = {name: _to_cpu(part) for name, part in options.items()}
+        return tuple(part.to(input_ids.device, non_blocking=True) for part in compute(*on_cpu, **named))
 
     def _packed_positions(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
         """Compute the canvas positions of a packed row, int [3, 1, tokens], for each sample by itself."""

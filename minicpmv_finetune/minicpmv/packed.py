@@ -4,15 +4,18 @@ Operations on single tokens (embeddings, projections, feed-forward layers, norms
 is and compute real tokens alone. Operations between tokens (attention, linear attention) get the samples unpacked: one
 sample in each row, padded at the end. Causal attention never looks at what follows, so the padding changes no result.
 Therefore no mask has to separate the samples, and no mask can be wrong. The cost of attention is the square of each
-sample's length; a block-diagonal mask over the packed row would cost the square of the row's length. Flash attention
-takes the packed row itself, by the same arguments.
+sample's length; a block-diagonal mask over the packed row would cost the square of the row's length. On a GPU, in half
+precision, torch's own kernels for samples of various lengths take the packed row itself, and so does flash attention.
 
 A model receives the boundaries of the samples by the arguments that transformers uses for this: `cu_seq_lens_q` and
-`max_length_q` (and the same for `k`).
+`max_length_q` (and the same for `k`). Where each token is follows from them; `packing_arguments` computes it once for a
+batch, on the CPU, and passes it to the layers beside them.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +26,16 @@ from transformers.utils.generic import is_flash_attention_requested
 
 PACKED_ATTENTION = "sdpa_packed"
 """Name under which the attention below is registered in transformers."""
+
+PACKING_ARGUMENTS = (
+    *(f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"),
+    "packed_sample_ids",
+    "packed_offsets",
+)
+"""Names of the arguments that describe a packed row, without the positions."""
+
+_WIDEST_HEAD = 256  # of torch's kernels for samples of various lengths
+_OLDEST_CARD = (8, 0)  # with these kernels, by its compute capability: Ampere
 
 
 @dataclass(frozen=True)
@@ -73,20 +86,29 @@ def packing_arguments(lengths: Sequence[int]) -> dict[str, Any]:
 
     Returns:
         `position_ids` int [1, tokens], which begin at 0 in each sample; `cu_seq_lens_q` and `cu_seq_lens_k` int32
-        [samples + 1]; `max_length_q` and `max_length_k`.
+        [samples + 1]; `max_length_q` and `max_length_k`; and for each token `packed_sample_ids` and `packed_offsets`,
+        int [tokens], the attributes of `PackedSamples`.
     """
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    samples = PackedSamples.from_cu_seqlens(cu_seqlens, max(lengths))
     return {
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        "position_ids": samples.offsets.unsqueeze(0),
         **{f"cu_seq_lens_{side}": cu_seqlens for side in "qk"},
         **{f"max_length_{side}": max(lengths) for side in "qk"},
+        "packed_sample_ids": samples.sample_ids,
+        "packed_offsets": samples.offsets,
     }
 
 
 def packed_samples(arguments: dict[str, Any]) -> PackedSamples | None:
     """Read the samples of a packed row from a model's arguments; None if the rows are not packed."""
     cu_seqlens = arguments.get("cu_seq_lens_q")
-    return None if cu_seqlens is None else PackedSamples.from_cu_seqlens(cu_seqlens, int(arguments["max_length_q"]))
+    if cu_seqlens is None:
+        return None
+    longest, sample_ids = int(arguments["max_length_q"]), arguments.get("packed_sample_ids")
+    if sample_ids is None:
+        return PackedSamples.from_cu_seqlens(cu_seqlens, longest)
+    return PackedSamples(sample_ids, arguments["packed_offsets"], len(cu_seqlens) - 1, longest)
 
 
 def enable_packing(model: PreTrainedModel, language_model: str) -> None:
@@ -116,10 +138,48 @@ def _packed_sdpa_forward(
     samples = packed_samples(options)
     if samples is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if query.is_cuda and not options.get("dropout") and _has_kernel(query.device, dtype, query.shape[-1]):
+        query, key, value = (part.to(dtype) for part in (query, key, value))
+        return _attend_by_kernel(query, key, value, samples, options), None
     query, key, value = (samples.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
     # The padding follows the sample's tokens, so causal attention hides it without a mask.
     output, _ = sdpa_attention_forward(module, query, key, value, None, **options)
     return samples.pack(output), None
+
+
+@cache
+def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch has a kernel for samples of various lengths on a GPU; its first versions had another signature."""
+    fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= _WIDEST_HEAD
+    return fits and _varlen_attention() is not None and torch.cuda.get_device_capability(device) >= _OLDEST_CARD
+
+
+@cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    """Return torch's attention for samples of various lengths, or None where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    needed = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if needed <= inspect.signature(varlen_attn).parameters.keys() else None
+
+
+def _attend_by_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, samples: PackedSamples, options: dict[str, Any]
+) -> torch.Tensor:
+    """Compute causal attention of [1, heads, tokens, width] by torch's kernel; returns [1, tokens, heads, width]."""
+    attend: Any = _varlen_attention()
+    # The same tensor on both sides, as one of the kernels requires for causal attention.
+    borders = (options["cu_seq_lens_q"],) * 2
+    states = (part[0].transpose(0, 1) for part in (query, key, value))
+    longest = (samples.longest,) * 2
+    is_grouped = key.shape[1] != query.shape[1]
+    output: torch.Tensor = attend(
+        *states, *borders, *longest, scale=options.get("scaling"), window_size=(-1, 0), enable_gqa=is_grouped
+    )
+    return output.unsqueeze(0)
 
 
 def _packed_sdpa_mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:

@@ -85,6 +85,51 @@ def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_kernels_for_samples_of_various_lengths_have_the_loss_of_padded_ones(
+    version: str, tiny: Callable[[str], Path], device: torch.device, measured: Callable[..., None]
+) -> None:
+    """In bf16 a packed row goes to torch's own kernel as it is."""
+    model, generation = load_model(tiny(version), torch.bfloat16)
+    model.to(device)  # type: ignore[arg-type]
+    samples = make_samples(model, generation)
+    padded = step(model, to_device(make_batch(samples, generation), device), in_bf16=True)
+    enable_packing(model, generation.language_model)
+    packed = step(model, to_device(collate_packed(samples, PATCH, generation.resampler), device), in_bf16=True)
+    _require_near(version, packed, padded, measured)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+def test_flash_attention_has_the_loss_of_torchs_own(
+    is_packed: bool,
+    version: str,
+    tiny: Callable[[str], Path],
+    device: torch.device,
+    measured: Callable[..., None],
+    cuda_only: None,
+) -> None:
+    pytest.importorskip("flash_attn")
+    results = []
+    for attention in ("sdpa", "flash_attention_2"):
+        model, generation = load_model(tiny(version), torch.bfloat16, attn_implementation=attention)
+        model.to(device)  # type: ignore[arg-type]
+        samples = make_samples(model, generation)
+        if is_packed:
+            enable_packing(model, generation.language_model)
+        batch = collate_packed(samples, PATCH, generation.resampler) if is_packed else make_batch(samples, generation)
+        results.append(step(model, to_device(batch, device), in_bf16=True))
+    _require_near(version, results[1], results[0], measured)
+
+
+def _require_near(version: str, found: Any, expected: Any, measured: Callable[..., None]) -> None:
+    """Losses within 1 %, gradients in the same direction: as near as two computations in bf16 are."""
+    cosine = float(torch.cosine_similarity(flat(found[1]), flat(expected[1]), dim=0))
+    measured(version=version, loss_difference=abs(found[0] / expected[0] - 1), gradient_cosine=cosine)
+    assert found[0] == pytest.approx(expected[0], rel=0.01)
+    assert cosine > 0.98
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_checkpointing_and_fused_adapters_change_no_gradient(
     version: str, tiny: Callable[[str], Path], device: torch.device, measured: Callable[..., None]
 ) -> None:

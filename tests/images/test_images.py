@@ -60,7 +60,7 @@ def test_the_base_image_is_built_once_for_each_release_of_debian(tmp_path: Path)
 
 
 def test_a_package_with_an_entry_for_each_python_version_keeps_them_all(packages: tuple[str, str]) -> None:
-    lock = (ROOT / "requirements.lock").read_text()
+    lock = "".join((ROOT / path).read_text() for path in ("requirements.lock", "images/gpu.lock"))
     _, listed = packages
     for name in _names(listed):
         assert len(re.findall(rf"(?m)^{re.escape(name)}==", listed)) == len(
@@ -77,6 +77,7 @@ def test_only_the_trainer_has_torch_and_cuda(packages: tuple[str, str]) -> None:
     image, listed = packages
     heavy = {name for name in _names(listed) if re.match(r"torch|nvidia|cuda|triton|deepspeed", name)}
     assert bool(heavy) == (image == "trainer")
+    assert ("flash-linear-attention" in _names(listed)) == (image == "trainer")
     assert {"mlflow", "psycopg2-binary", "kfp", "pyarrow", "scipy"} <= _names(listed)
 
 

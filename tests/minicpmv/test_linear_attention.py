@@ -1,5 +1,6 @@
 """The gated delta rule compared with its definition, and the layer compared with transformers' layer."""
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -8,7 +9,13 @@ from torch import nn
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
-from minicpmv_finetune.minicpmv.linear_attention import LinearAttention, gated_delta_rule
+from minicpmv_finetune.minicpmv import linear_attention
+from minicpmv_finetune.minicpmv.linear_attention import (
+    LinearAttention,
+    gated_delta_rule,
+    missing_kernels,
+    without_gpu_by_torch,
+)
 from minicpmv_finetune.minicpmv.packed import packing_arguments
 
 
@@ -108,3 +115,26 @@ def test_packed_samples_equal_single_samples(
     del arguments["position_ids"]
     single = torch.cat([layers[1](sample) for sample in packed.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(layers[0](packed, **arguments), single, rtol=1e-4, atol=1e-6)
+
+
+def test_a_kernel_is_not_called_for_tensors_of_a_cpu() -> None:
+    def plain(states: torch.Tensor, **options: Any) -> str:
+        return "torch"
+
+    @wraps(plain)
+    def kernel(states: torch.Tensor, **options: Any) -> str:
+        return "kernel"
+
+    assert without_gpu_by_torch(kernel)(torch.zeros(1), activation="silu") == "torch"
+
+
+def test_kernels_that_are_missing_on_a_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert missing_kernels(model) == ""
+    model[0].__class__ = LinearAttention
+    assert "flash-linear-attention and causal-conv1d: not installed" in missing_kernels(model)
+    monkeypatch.setattr(linear_attention, "is_flash_linear_attention_available", lambda: True)
+    assert missing_kernels(model).startswith("causal-conv1d: not installed")
+    monkeypatch.setattr(linear_attention, "is_causal_conv1d_available", lambda: True)
+    assert missing_kernels(model) == ""

@@ -268,8 +268,18 @@ def test_groups_are_padded_with_zeros_at_the_end() -> None:
     groups = Groups.from_lengths(torch.tensor([1, 2]), torch.tensor([0, 1, 1]), packed.device)
     padded = groups.pad(packed)
     assert padded[..., 0].tolist() == [[1.0, 0.0], [2.0, 3.0]]
+    assert groups.mask is not None
     assert groups.mask.tolist() == [[True, False], [True, True]]
     assert torch.equal(groups.unpad(padded), packed)
+
+
+def test_groups_of_one_length_are_neither_padded_nor_masked() -> None:
+    packed = torch.arange(8.0).view(4, 2)
+    groups = Groups.from_lengths(torch.tensor([2, 2]), torch.tensor([0, 0, 1, 1]), packed.device)
+    assert groups.mask is None
+    assert groups.pad(packed).tolist() == packed.view(2, 2, 2).tolist()
+    assert groups.pad(packed).data_ptr() == packed.data_ptr()
+    assert torch.equal(groups.unpad(groups.pad(packed)), packed)
 
 
 def test_sines_come_before_cosines() -> None:

@@ -27,7 +27,14 @@ from minicpmv_finetune.errors import UserError, first_line
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
 from minicpmv_finetune.workers import SHARED_MEMORY
 
-from .flags import FP16_WITHOUT_GPU, FSDP_WITHOUT_GPU, PARTITIONED_4_BIT, check_flags
+from .flags import (
+    ATTENTIONS,
+    FLASH_WITHOUT_GPU,
+    FP16_WITHOUT_GPU,
+    FSDP_WITHOUT_GPU,
+    PARTITIONED_4_BIT,
+    check_flags,
+)
 from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
 from .flags import pop_num_nodes as pop_num_nodes
 from .intervals import choose_intervals
@@ -158,6 +165,16 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "Compute the outputs of a frozen vision tower once and store them in --cache_dir, if the training "
             "uses the data more than once; needs --tune_vision false.",
             IN_DIGEST: True,
+        },
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={
+            "choices": list(ATTENTIONS),
+            "help": "Attention: torch's own (sdpa), which chooses among its kernels and on a GPU takes packed rows as "
+            "they are; flash_attention_2 or _3 with its package; or the slow reference (eager).",
+            # Another card may need another one at a retry; results differ by rounding alone.
+            IN_DIGEST: False,
         },
     )
     packing: bool = field(
@@ -357,6 +374,14 @@ def _check(arguments: Arguments) -> None:
         raise UserError(FSDP_WITHOUT_GPU)
     if training.fp16 and training.use_cpu:
         raise UserError(FP16_WITHOUT_GPU)
+    if training.attn_implementation.startswith("flash"):
+        if training.use_cpu:
+            raise UserError(FLASH_WITHOUT_GPU)
+        if not training.bf16 and not training.fp16:
+            raise UserError(
+                f"--attn_implementation {training.attn_implementation}: computes in half precision alone; give "
+                "--bf16 true, or leave the flag out."
+            )
     if training.dataloader_multiprocessing_context and not training.dataloader_num_workers:
         raise UserError("--dataloader_multiprocessing_context: there are no workers; give --dataloader_num_workers.")
     if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):

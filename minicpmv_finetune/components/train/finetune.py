@@ -32,6 +32,7 @@ from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, expl
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
+from minicpmv_finetune.minicpmv.linear_attention import missing_kernels
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.outputs import OutputFolder, check_cache, claimed_folder
 from minicpmv_finetune.progress import report_outcome
@@ -297,11 +298,14 @@ def _load_base_model(inputs: _Inputs, arguments: Arguments) -> PreTrainedModel:
     dtype = torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else torch.float32
     # What each process has on the CPU, all of one machine have, and may check together.
     checked_part = (int(environment.LOCAL_RANK.read()), int(environment.LOCAL_WORLD_SIZE.read() or 1))
+    attention: dict[str, Any] = {"attn_implementation": training.attn_implementation}
     if arguments.lora.q_lora:
-        model, _ = load_model(inputs.base, dtype, checked_part, **four_bit_options(generation, training))
+        model, _ = load_model(inputs.base, dtype, checked_part, **attention, **four_bit_options(generation, training))
         prepare_four_bit(model, training)
     else:
-        model, _ = load_model(inputs.base, dtype, checked_part, **_placement(inputs.base, training))
+        model, _ = load_model(inputs.base, dtype, checked_part, **attention, **_placement(inputs.base, training))
+    if sentence := missing_kernels(model):
+        _log(sentence)
     if training.use_liger_kernel:
         use_liger(model.get_submodule(generation.language_model))
         training.use_liger_kernel = False  # transformers would try again, with the type of the whole model

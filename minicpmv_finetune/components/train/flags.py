@@ -20,6 +20,7 @@ from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes, re
 from minicpmv_finetune.yaml_files import read_mapping
 
 _NEVER_EMPTY = ("model_name_or_path", "data_path", "output_dir")  # "" would be the working directory
+ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "eager")
 TABLE_PATH = Path(__file__).with_name("flags.json")
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _COUNT = Accepted(at_least=1, at_most=2**31 - 1)
@@ -228,6 +229,10 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         sentences.append(
             "--packing leaves no padding that batches of similar lengths could save; leave --group_by_length out."
         )
+    if values.get("packing") and values.get("attn_implementation") == "eager":
+        sentences.append(
+            "--packing: eager attention cannot keep the samples of a row apart; leave --attn_implementation out."
+        )
     if values.get("early_stopping_patience") and values.get("eval_strategy", "no") == "no":
         sentences.append(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
@@ -353,6 +358,7 @@ def find_flags_without_gpu(values: Mapping[str, Any]) -> list[str]:
     needed = {
         FP16_WITHOUT_GPU: values.get("fp16"),
         FSDP_WITHOUT_GPU: uses_fsdp,
+        FLASH_WITHOUT_GPU: str(values.get("attn_implementation") or "").startswith("flash"),
         LIGER_WITHOUT_GPU: values.get("use_liger_kernel"),
         NCCL_WITHOUT_GPU: values.get("ddp_backend") == "nccl",
     }
@@ -372,6 +378,7 @@ PARTITIONED_4_BIT = (
     "or train LoRA without q_lora."
 )
 FP16_WITHOUT_GPU = "--fp16: needs a GPU, and there is none; leave it out, or give --bf16 true."
+FLASH_WITHOUT_GPU = "--attn_implementation: flash attention runs on a GPU, and there is none; leave the flag out."
 FSDP_WITHOUT_GPU = "--strategy fsdp2: FSDP needs GPUs, and there are none; use ddp, zero2 or zero3."
 LIGER_WITHOUT_GPU = "--use_liger_kernel: its kernels run on a GPU, and this machine has none; leave the flag out."
 NCCL_WITHOUT_GPU = "--ddp_backend nccl: connects GPUs, and there are none; leave the flag out."
@@ -389,10 +396,12 @@ _GPU_DEVICES = (
 
 
 def _missing_packages(values: Mapping[str, Any]) -> list[str]:
-    """A sentence for each optimizer or tracker whose package is not installed."""
+    """A sentence for each optimizer, attention or tracker whose package is not installed."""
     optimizer = str(values.get("optim") or "")
     trackers = str(values.get("report_to") or "").replace("[", " ").replace("]", " ").replace(",", " ").split()
     wanted = {f"--optim {optimizer}": package for start, package in _OPTIMIZERS.items() if optimizer.startswith(start)}
+    attention = str(values.get("attn_implementation") or "")
+    wanted |= {f"--attn_implementation {attention}": _FLASH[attention]} if attention in _FLASH else {}
     wanted |= {f"--report_to {name}": _TRACKERS[name] for name in trackers if name in _TRACKERS}
     unknown = [name for name in trackers if name not in (*_TRACKERS, *_ALWAYS_ACCEPTED_TRACKERS)]
     return [
@@ -414,6 +423,7 @@ def _keys(document: Any) -> list[str]:
     return list(parsed) if isinstance(parsed, dict) else []
 
 
+_FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _OPTIMIZERS = {
     "galore": "galore_torch",
     "apollo": "apollo_torch",

@@ -124,6 +124,8 @@ def test_mistakes_in_words_are_named(words: str, sentence: str) -> None:
         ({"use_lora": True}, "set tune_llm to false to train adapters, or use_lora to false"),
         ({"q_lora": True}, "needs --use_lora true"),
         ({"packing": True, "train_sampling_strategy": "group_by_length"}, "leave --group_by_length out"),
+        ({"packing": True, "attn_implementation": "eager"}, "leave --attn_implementation out"),
+        ({"attn_implementation": "flash_attention_3"}, "the package flash_attn_interface is not installed"),
         ({"early_stopping_patience": 2}, "nothing is evaluated"),
         ({"eval_strategy": "steps", "data_path": "train.json"}, "--eval_strategy steps: nothing is held out of raw"),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16: choose one"),
@@ -168,6 +170,7 @@ def test_what_fits_together_is_accepted(values: dict[str, object]) -> None:
         {"fsdp": "full_shard"},
         {"use_liger_kernel": True},
         {"ddp_backend": "nccl"},
+        {"attn_implementation": "flash_attention_2"},
     ],
 )
 def test_what_needs_a_gpu_is_found_where_there_is_none(
