@@ -4,7 +4,7 @@ SEED ?= 42
 BIN := .venv/bin
 
 .PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
-	test-gpu test-cluster bench-gpu \
+	test-gpu test-cluster bench-gpu gpu-dry-run \
 	mutation coverage browser lock readmes docs compiled dist base-image images push image-index registry-is-named \
 	demo-containers clean
 
@@ -29,6 +29,9 @@ test-gpu: install  ## on a machine with a GPU: the claims of docs/gpu.md that a 
 
 bench-gpu: install  ## on a machine with a GPU: tokens per second, MFU and memory at the published sizes
 	$(BIN)/python benchmarks/gpu.py
+
+gpu-dry-run: install  ## each published model and recipe on a GPU that computes nothing: devices, waits and memory
+	$(BIN)/python benchmarks/gpu_dry_run.py
 
 test-cluster: install  ## against a real Kubeflow Pipelines: docs/testing-on-a-cluster.md (SMOKE=1 for the short part)
 	CLUSTER_TESTS=1 $(BIN)/python -m pytest --timeout 3600 tests/cluster_real$(if $(SMOKE),/test_smoke.py)

@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Config
+from transformers.models.minicpmv4_7 import MiniCPMV4_7Config
 
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.callbacks import TrainingMonitor
@@ -38,13 +39,17 @@ from minicpmv_finetune.components.train.trainable import count_parameters, make_
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.estimate import cost
+from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
 from minicpmv_finetune.minicpmv.generations import GENERATIONS, Generation
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
-from minicpmv_finetune.minicpmv.modeling_qwen3_5 import MiniCPMV4_6ForConditionalGeneration
+from minicpmv_finetune.minicpmv.modeling_qwen3_5 import (
+    MiniCPMV4_6ForConditionalGeneration,
+    MiniCPMV4_7ForConditionalGeneration,
+)
 from minicpmv_finetune.tracking.step_runs import StepRun
 
 SUPERVISED = 100
@@ -53,39 +58,16 @@ PEAK = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 """Datasheet rates of dense bf16 products in FLOP/s, by part of the card's name."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "triton")
 
-_SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "2.6": {  # Qwen2 7B
-        "vocab_size": 151_666,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-    "4.5": {  # Qwen3 8B
-        "vocab_size": 151_748,
-        "hidden_size": 4096,
-        "intermediate_size": 12_288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "4.6": {  # Qwen3.5 0.8B
-        "vocab_size": 248_320,
-        "hidden_size": 1024,
-        "intermediate_size": 3584,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-    },
+_CANVAS = {
+    "rope_type": "default",
+    "rope_theta": 10_000_000.0,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [11, 11, 10],
+    "mrope_interleaved": True,
 }
+"""Positions of 4.7: each of their three channels rotates its section of a head's frequencies."""
+_MARKERS = {"image_start_id": 5, "image_end_id": 6, "slice_start_id": 7, "slice_end_id": 8, "newline_id": 9}
+"""Token ids of 4.7, which finds each slice by the tokens around it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +118,7 @@ class Size:
 def main() -> None:
     """Measure, print, and append the rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(_PUBLISHED), help="generations")
+    parser.add_argument("--only", nargs="+", default=["2.6", "4.5", "4.6"], help="generations")
     parser.add_argument("--scale", choices=["published", "tiny"], default="published")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which no further case begins")
     parser.add_argument("--out", type=Path, default=Path("build/bench/gpu_published.jsonl"))
@@ -211,7 +193,7 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
         training = arguments.training
         started = time.perf_counter()
         model = make_model(case.version, tiny, torch.device("cuda" if cuda else "cpu"))
-        plan_model = _plan_model(model, generation, Path(folder))
+        sizes = plan_model(model, generation, Path(folder))
         trained: Any = make_trainable(model, generation, arguments)
         fuse_adapters(trained)
         train_in_float32(trained, generation)
@@ -219,7 +201,7 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
             training.activation_checkpointing_kwargs = {"use_reentrant": False}
             trained.enable_input_require_grads()
         creation = time.perf_counter() - started
-        samples = _Samples(model, generation, size, case.batch * (WARM_UP + case.steps))
+        samples = Samples(model, generation, size, case.batch * (WARM_UP + case.steps))
         timer = _Timer()
         trainer = _make_trainer(trained, arguments, samples, generation, timer)
         try:
@@ -238,11 +220,11 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
     tokens = case.batch * size.tokens
     patches = case.batch * size.slices * size.side**2
     recipe = cost.Recipe(1, case.batch, 1, True, False, False, arguments.lora.lora_r, 1)
-    plan = cost.estimate_memory(plan_model, recipe, tokens, patches, case.checkpointing)["single GPU"]
-    needed = needed_flops(plan_model, recipe, size, case)
+    plan = cost.estimate_memory(sizes, recipe, tokens, patches, case.checkpointing)["single GPU"]
+    needed = needed_flops(sizes, recipe, size, case)
     row: dict[str, Any] = {
         "case": vars(case),
-        "model": asdict(plan_model),
+        "model": asdict(sizes),
         "tokens": tokens,
         "patches": patches,
         "parameters": {"trainable": trainable, "total": total},
@@ -264,38 +246,53 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
     return row
 
 
-def make_model(generation: str, tiny: bool, device: torch.device) -> PreTrainedModel:
-    """A model of a published size in bf16, with random weights made on the device."""
-    text = {**_PUBLISHED[generation], "max_position_embeddings": 32_768, "tie_word_embeddings": False}
-    vision: dict[str, Any] = {**_SIGLIP, "patch_size": 14, "image_size": 980}
+def make_model(generation: str, tiny: bool, device: torch.device, layers: int | None = None) -> PreTrainedModel:
+    """A model of a published size in bf16, with random weights made on the device.
+
+    Args:
+        generation: Generation.
+        tiny: Whether it is a small one instead.
+        device: Device of the weights.
+        layers: Number of the language model's layers; by default all.
+    """
+    sizes = published_sizes(generation)
+    text: dict[str, Any] = {**sizes["text"], "max_position_embeddings": 32_768, "tie_word_embeddings": False}
+    vision: dict[str, Any] = {**sizes["vision"], "patch_size": 14, "image_size": 980}
+    if generation == "4.7":
+        text["rope_parameters"] = _CANVAS
     if tiny:
         text |= {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
         text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 8}
         text |= {name: 16 for name in text if name.startswith("linear") and name.endswith("dim")}
+        text |= {"layer_types": text["layer_types"][:4]} if "layer_types" in text else {}
+    if layers is not None:
+        text["num_hidden_layers"] = layers
+        text |= {"layer_types": text["layer_types"][:layers]} if "layer_types" in text else {}
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            if generation != "4.6":
+            if generation not in ("4.6", "4.7"):
                 config = MiniCPMVConfig(
                     version=float(generation), query_num=64, image_token_id=3, vision_config=vision, **text
                 )
                 return MiniCPMVForConditionalGeneration(config)
-            kinds = (["linear_attention"] * 3 + ["full_attention"]) * (text["num_hidden_layers"] // 4)
-            config_4_6 = MiniCPMV4_6Config(
-                image_size=980,
-                image_token_id=3,
-                video_token_id=4,
-                text_config={**text, "model_type": "qwen3_5_text", "layer_types": kinds},
-                vision_config=vision,
-            )
-            return MiniCPMV4_6ForConditionalGeneration(config_4_6)
+            options: dict[str, Any] = {
+                "image_size": 980,
+                "image_token_id": 3,
+                "video_token_id": 4,
+                "text_config": {**text, "model_type": "qwen3_5_text"},
+                "vision_config": vision,
+            }
+            if generation == "4.6":
+                return MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(**options))
+            return MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**options, **_MARKERS))
     finally:
         torch.set_default_dtype(usual)
 
 
-class _Samples(Dataset[ModelInput]):
+class Samples(Dataset[ModelInput]):
     """Samples with random tokens and pixels; each has the same lengths."""
 
     def __init__(self, model: PreTrainedModel, generation: Generation, size: Size, count: int) -> None:
@@ -314,6 +311,9 @@ class _Samples(Dataset[ModelInput]):
         for place in range(size.slices):
             start = 5 + place * (self.tokens_of_slice + 2)
             ids[start : start + self.tokens_of_slice] = self.image_token
+            kind = "slice" if place else "image"
+            ids[start - 1] = _MARKERS[f"{kind}_start_id"]
+            ids[start + self.tokens_of_slice] = _MARKERS[f"{kind}_end_id"]
         labels = np.full(size.tokens, IGNORED_LABEL)
         count = min(SUPERVISED, size.tokens // 20)
         labels[-count:] = ids[-count:]
@@ -344,7 +344,7 @@ class _Timer(TrainerCallback):
         self.last = now
 
 
-def _make_trainer(model: Any, arguments: Any, samples: _Samples, generation: Generation, timer: _Timer) -> Any:
+def _make_trainer(model: Any, arguments: Any, samples: Samples, generation: Generation, timer: _Timer) -> Any:
     training = arguments.training
     lengths = [samples.size.tokens] * len(samples)
     monitor = TrainingMonitor(StepRun(), lengths)
@@ -363,7 +363,7 @@ def _make_trainer(model: Any, arguments: Any, samples: _Samples, generation: Gen
     )
 
 
-def _slowest_kernels(trainer: Any, samples: _Samples, batch_size: int) -> dict[str, float]:
+def _slowest_kernels(trainer: Any, samples: Samples, batch_size: int) -> dict[str, float]:
     """Milliseconds of the fifteen kinds of kernels that take the most time of a step, and of all together."""
     batch = trainer.data_collator([samples[number] for number in range(batch_size)])
     batch = {name: value.to("cuda") for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -378,7 +378,7 @@ def _slowest_kernels(trainer: Any, samples: _Samples, batch_size: int) -> dict[s
     return {"all": round(sum(times.values()), 1)} | {name: round(time, 1) for name, time in slowest}
 
 
-def _plan_model(model: PreTrainedModel, generation: Generation, folder: Path) -> cost.Model:
+def plan_model(model: PreTrainedModel, generation: Generation, folder: Path, targets: str = "") -> cost.Model:
     """The numbers that `plan` reads from a checkpoint; its weights are a file of holes here."""
     header: dict[str, Any] = {}
     place = 0
@@ -393,7 +393,7 @@ def _plan_model(model: PreTrainedModel, generation: Generation, folder: Path) ->
     config = model.config.to_dict()
     fields = {"model_type": generation.model_type, "version": generation.published_version}
     (folder / "config.json").write_text(json.dumps({**config, **fields}, default=str))
-    return cost.read_model(folder)
+    return cost.read_model(folder, targets)
 
 
 def needed_flops(model: cost.Model, recipe: cost.Recipe, size: Size, case: Case) -> float:
@@ -408,12 +408,12 @@ def needed_flops(model: cost.Model, recipe: cost.Recipe, size: Size, case: Case)
     text = 4.0 * parts["language"] * tokens + 6.0 * recipe.lora_r * model.lora_features * tokens
     head = 4.0 * (parts["head"] or parts["embeddings"]) * supervised
     # Softmax attention, of which causal attention needs half; linear attention is left out.
-    layers = model.layers // 4 if case.version == "4.6" else model.layers
+    layers = model.layers // 4 if case.version in ("4.6", "4.7") else model.layers
     scores = 6.0 * layers * model.hidden_size * case.batch * size.tokens**2
     vision = (
         2.0 * parts["vision"] * patches + 4.0 * model.vision_layers * model.vision_hidden_size * patches * size.side**2
     )
-    if case.version == "4.6":
+    if case.version in ("4.6", "4.7"):
         # After the seventh layer a quarter of the patches is left.
         kept = (7 + (model.vision_layers - 7) / 4) / model.vision_layers
         vision *= kept
