@@ -53,6 +53,7 @@ class Recipe:
         lora_r: Rank of the adapters.
         accumulation_steps: Number of batches per optimizer step.
         whole: The parts that are trained whole beside the adapters.
+        quantized: Whether this is QLoRA, which trains the embeddings only where that is asked for.
     """
 
     devices: int
@@ -64,6 +65,7 @@ class Recipe:
     lora_r: int
     accumulation_steps: int
     whole: tuple[str, ...] = ("embeddings", "merger")
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     # ZeRO-3 gathers one layer at a time; the embeddings are usually the largest.
     gathered = _BF16 * max(model.parameters["embeddings"], model.parameters["language"] // max(model.layers, 1))
     quantized = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
-    spared = model.parameters["embeddings"] if "embeddings" in recipe.whole else 0  # QLoRA leaves them frozen
+    would_freeze = "embeddings" in recipe.whole and not recipe.quantized
+    spared = model.parameters["embeddings"] if would_freeze else 0
     return {
         "single GPU": weights + _TRAINED * trained + rest,
         # DDP averages gradients in separate buckets.

@@ -59,7 +59,8 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
         tune_llm=run["tune_llm"],
         lora_r=run["lora_r"],
         accumulation_steps=flags.get("gradient_accumulation_steps", 1),
-        whole=_whole_parts(str(flags.get("lora_modules_to_save") or "")),
+        whole=_whole_parts(str(flags.get("lora_modules_to_save") or ""), bool(flags.get("q_lora"))),
+        quantized=bool(flags.get("q_lora")),
     )
     plain = "DDP" if devices > 1 else "single GPU"
     strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)
@@ -67,10 +68,11 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
     return Planned(recipe, str(flags.get("lora_target_modules") or ""), checkpointing, strategy)
 
 
-def _whole_parts(modules_to_save: str) -> tuple[str, ...]:
+def _whole_parts(modules_to_save: str, quantized: bool) -> tuple[str, ...]:
     """The parts that are trained whole beside the adapters, by the value of `--lora_modules_to_save`."""
     names = [name.strip() for name in modules_to_save.split(",") if name.strip()]
-    parts = [] if "none" in names else ["embeddings", "merger"]
+    usual = ["merger"] if quantized else ["embeddings", "merger"]
+    parts = [] if "none" in names else usual
     for name in (name for name in names if name != "none"):
         part = _PARTS.get(name.rpartition(".")[2])
         if part is None:

@@ -78,6 +78,22 @@ def test_a_recipe_trains_as_many_parameters_as_planned(name: str, tiny: Any, tmp
     assert count_parameters(trained)[0] == read_model(base, settings.targets).trained(settings.recipe)
 
 
+@pytest.mark.parametrize(
+    ("flags", "whole"),
+    [
+        ({}, ("embeddings", "merger")),
+        ({"q_lora": True}, ("merger",)),
+        ({"q_lora": True, "lora_modules_to_save": "embed_tokens"}, ("merger", "embeddings")),
+        ({"lora_modules_to_save": "none,resampler"}, ("merger",)),
+        ({"lora_modules_to_save": "lm_head"}, ("embeddings", "merger", "head")),
+    ],
+)
+def test_what_is_trained_whole_is_planned(flags: dict[str, Any], whole: tuple[str, ...]) -> None:
+    assert planned({"training_flags": flags}).recipe.whole == whole
+    with pytest.raises(UserError, match="plan does not count"):
+        planned({"training_flags": {"lora_modules_to_save": "norm"}})
+
+
 def test_other_inputs_replace_those_of_a_recipe_key_by_key() -> None:
     recipe = {"seed": 1, "training_flags": {"save_steps": 1, "q_lora": True}}
     assert over_recipe(recipe, {"seed": "2", "training_flags": '{"save_steps": 5}'}) == {
