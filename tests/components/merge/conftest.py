@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.minicpmv.checkpoint import load_model
+from tests.warm_processes import warm_processes
 
 RECORD = {
     "base_model": "the base",
@@ -28,6 +29,13 @@ RECORD = {
     "history": [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 0.25}],
 }
 QUERIES = r"model\.language_model\..*self_attn\.(q_proj|v_proj)"
+
+
+@pytest.fixture
+def warm() -> Iterator[None]:
+    """Start parity checks with the libraries imported."""
+    with warm_processes():
+        yield
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ Train = Callable[..., Any]
 CopyBase = Callable[..., Path]
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_merged_folder_is_a_checked_drop_in_for_its_base(
     tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_an_adapter_folder_without_a_training_record_is_refused(tiny_46: Path, s
         merge(str(tiny_46), tiny_46, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_full_fine_tune_passes_the_same_parity_check(
     tiny_46: Path,
     copy_base: CopyBase,
@@ -179,6 +181,7 @@ def _parity_check_of(merging: psutil.Process) -> psutil.Process:
                     return child
 
 
+@pytest.mark.usefixtures("warm")
 def test_an_error_of_the_parity_check_is_the_error_of_the_merge(
     tiny_46: Path, copy_base: CopyBase, train: Train, shards: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +194,7 @@ def test_an_error_of_the_parity_check_is_the_error_of_the_merge(
     assert not list(tmp_path.glob(".*model*"))
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(
     "settings",
     [
