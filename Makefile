@@ -3,8 +3,8 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test test-faults test-faults-long check install bench bench-data bench-merge bench-scaling bench-peers \
-	test-gpu test-cluster bench-gpu gpu-dry-run \
+.PHONY: help demo test tests test-docs test-faults test-faults-long check lint types install bench bench-data \
+	bench-merge bench-scaling bench-peers test-gpu test-cluster bench-gpu gpu-dry-run \
 	mutation coverage browser lock readmes docs compiled dist base-image images push image-index registry-is-named \
 	demo-containers clean
 
@@ -14,8 +14,15 @@ help:  ## list all targets
 demo: install  ## train a tiny MiniCPM-V to read digits: the whole pipeline on this machine (SEED=n for another start)
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
-test: install browser check  ## lint, type check and all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not faults_only"
+# Types are checked while the tests run: mypy alone would leave the other core idle for more than a minute.
+test: install browser lint  ## lint, type check and all tests
+	@$(MAKE) --no-print-directory -j 2 types tests
+
+tests:
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not faults_only and not docs_only"
+
+test-docs: install browser  ## what the pages show, the examples, and what the benchmarks name
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/docs tests/examples tests/benchmarks
 
 test-faults: install browser  ## kill each step at three moments, and fuzz each reader with 2,000 inputs
 	FAULT_MOMENTS=3 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults_only
@@ -36,9 +43,13 @@ gpu-dry-run: install  ## each published model and recipe on a GPU that computes 
 test-cluster: install  ## against a real Kubeflow Pipelines: docs/testing-on-a-cluster.md (SMOKE=1 for the short part)
 	CLUSTER_TESTS=1 $(BIN)/python -m pytest --timeout 3600 tests/cluster_real$(if $(SMOKE),/test_smoke.py)
 
-check: install  ## lint and type check
+check: install lint types  ## lint and type check
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
 	$(BIN)/mypy minicpmv_finetune tests benchmarks images docs examples
 
 install: .venv/installed  ## install the locked packages and this project into .venv

@@ -12,6 +12,8 @@ from minicpmv_finetune.cli import main
 from tests.cluster.fake_kubeflow import FakeKubeflow, serving
 from tests.docs.pages import ROOT, blocks, name_of
 
+pytestmark = pytest.mark.docs_only
+
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```console" in page.read_text()]
 # What differs from run to run, and what stands for it.
 VARIABLE = (

@@ -83,7 +83,7 @@ def test_training_flags_are_accepted_without_a_remark(data: str) -> None:
     assert arguments.training.train_sampling_strategy == "group_by_length"
 
 
-@pytest.mark.parametrize("version", ["2.6", "4.6"])
+@pytest.mark.parametrize("version", [pytest.param("2.6", marks=pytest.mark.docs_only), "4.6"])
 def test_a_model_is_asked_about_each_image(run: Run, tiny: Callable[[str], Path], digits: Path, version: str) -> None:
     images = sorted((digits / "images").glob("*.png"))[:2]
     done = run("ask_a_model.py", tiny(version), "Which digit is this?", *images)
