@@ -15,7 +15,7 @@ demo: install  ## train a tiny MiniCPM-V to read digits: the whole pipeline on t
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
 # Types are checked while the tests run: mypy alone would leave the other core idle for more than a minute.
-test: install browser lint  ## lint, type check and all tests
+test: install browser lint  ## lint, type check and the tests
 	@$(MAKE) --no-print-directory -j 2 types tests
 
 tests:
