@@ -20,6 +20,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from minicpmv_finetune.components.train import arguments, finetune
+from minicpmv_finetune.components.train.worker import import_deepspeed
 from minicpmv_finetune.minicpmv import loss
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.conversation import Encoder
@@ -152,9 +153,11 @@ def main(strategy: str, out: Path, cases: list[str]) -> None:
     loss.MAX_LOGITS = 5 * 512  # so that the processes need different numbers of parts of their logits
     torch.distributed.init_process_group("gloo")
     if strategy.startswith("zero"):
+        import_deepspeed()
         import deepspeed
 
         deepspeed.init_distributed("gloo")
+        assert deepspeed.comm.comm.cdb.shm_comm_op is None  # which it would have compiled for minutes
     losses = {}
     for case in cases:
         _, kind, dtype, folder = case.split(":")

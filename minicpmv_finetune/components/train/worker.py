@@ -32,13 +32,18 @@ def leave_out_unused(flags: Sequence[str]) -> None:
 
 
 def import_deepspeed() -> None:
-    """Import DeepSpeed without MLflow, which only its autotuner uses; a training's own MLflow is imported later."""
+    """Import DeepSpeed without what a training does not use.
+
+    MLflow serves only its autotuner; a training's own MLflow is imported later. On a CPU it would compile a collective
+    for shared memory, which takes minutes of two cores in each new container; torch's own collectives do as well.
+    """
     modules: dict[str, Any] = sys.modules
     modules["mlflow"] = None
     try:
-        importlib.import_module("deepspeed")
+        operations = importlib.import_module("deepspeed.ops")
     finally:
         del modules["mlflow"]
+    operations.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def needs_bitsandbytes(values: Mapping[str, Any]) -> bool:

@@ -5,10 +5,11 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from minicpmv_finetune.components.train.worker import leave_out_unused
+from minicpmv_finetune.components.train.worker import import_deepspeed, leave_out_unused
 from minicpmv_finetune.components.train.worker_exit import CAUSE_FILE, EXIT_CODE_FILE
 
 
@@ -34,6 +35,15 @@ def test_bitsandbytes_is_imported_only_where_it_is_needed(
     sys.modules.pop("bitsandbytes", None)
     leave_out_unused(["--model_name_or_path", str(tmp_path), "--data_path", "d", *flags.split()])
     assert ("bitsandbytes" in sys.modules) == is_left_out
+
+
+def test_deepspeed_compiles_no_collective_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = SimpleNamespace(__compatible_ops__={"deepspeed_shm_comm": True})
+    monkeypatch.setitem(sys.modules, "deepspeed.ops", operations)
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    import_deepspeed()
+    assert operations.__compatible_ops__ == {"deepspeed_shm_comm": False}
+    assert "mlflow" not in sys.modules
 
 
 @pytest.mark.parametrize(
