@@ -39,6 +39,7 @@ from minicpmv_finetune.components.train.trainable import count_parameters, make_
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.estimate import cost
+from minicpmv_finetune.estimate.efficiency import peak_flops
 from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.batch import collate
@@ -54,8 +55,6 @@ from minicpmv_finetune.tracking.step_runs import StepRun
 
 SUPERVISED = 100
 WARM_UP = 3
-PEAK = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
-"""Datasheet rates of dense bf16 products in FLOP/s, by part of the card's name."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "triton")
 
 _CANVAS = {
@@ -241,7 +240,7 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
         "milliseconds_of_kernels": slowest,
     }
     if cuda:
-        rate = next((rate for card, rate in PEAK.items() if card in torch.cuda.get_device_name()), float("nan"))
+        rate = peak_flops(torch.cuda.get_device_name()) or float("nan")
         row["mfu"] = round(needed / seconds / rate, 4)
     return row
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
+from minicpmv_finetune.minicpmv.generations import Generation, count_experts, detect_generation
 from minicpmv_finetune.shards.packing import pack_samples
 
 # Bytes per unit.
@@ -84,6 +84,9 @@ class Model:
         linear_layers: Number of its layers with linear attention.
         linear_channels: Number of channels of queries, keys and values in such a layer.
         adapts_feed_forward: Whether the feed-forward layers get adapters, which keep their inputs.
+        experts: Number of parameters of all experts of a mixture of experts, which are part of `language`.
+        used_experts: Share of the experts that computes a token.
+        vision_passes: Share of the vision tower's operations on all patches: some towers merge patches on the way.
     """
 
     parameters: Mapping[str, int]
@@ -97,11 +100,24 @@ class Model:
     linear_layers: int
     linear_channels: int
     adapts_feed_forward: bool = False
+    experts: int = 0
+    used_experts: float = 1.0
+    vision_passes: float = 1.0
 
     @property
     def total(self) -> int:
         """Number of all parameters."""
         return sum(self.parameters.values())
+
+    @property
+    def idle(self) -> int:
+        """Number of parameters that do not compute a token: the experts that were not chosen for it."""
+        return round(self.experts * (1.0 - self.used_experts))
+
+    @property
+    def active(self) -> int:
+        """Number of parameters that compute a token."""
+        return self.total - self.idle
 
     def trained(self, recipe: Recipe) -> int:
         """Number of trained parameters: the adapters, and the modules that are trained completely."""
@@ -161,11 +177,14 @@ def measure_model(
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
     adapted: dict[str, int] = {}
+    experts = 0
     patterns = generation.target_patterns(targets or generation.lora_target_modules)
     for name, shape, count in tensors:
-        parameters[_part(name, generation)] += count * math.prod(shape)
+        parameters[part_of(name, generation)] += count * math.prod(shape)
+        is_expert = ".experts." in name  # in memory one tensor with all experts, which gets no adapter
+        experts += count * math.prod(shape) if is_expert else 0
         module = name.removesuffix(".weight")
-        if len(shape) == 2 and any(re.fullmatch(pattern, module) for pattern in patterns):
+        if len(shape) == 2 and not is_expert and any(re.fullmatch(pattern, module) for pattern in patterns):
             adapted[module] = count * sum(shape)
     linear_channels = sum(
         count * int(text.get(f"linear_num_{kind}_heads", heads)) * int(text.get(f"linear_{kind}_head_dim", 128))
@@ -179,11 +198,31 @@ def measure_model(
         int(text["vocab_size"]),
         int(vision["hidden_size"]),
         int(vision["num_hidden_layers"]),
-        int(text.get("intermediate_size") or 4 * int(text["hidden_size"])),
+        _feed_forward_width(text),
         list(text.get("layer_types") or []).count("linear_attention"),
         linear_channels,
         any(".mlp." in module for module in adapted),
+        experts,
+        int(text.get("num_experts_per_tok", 1)) / max(count_experts(config), 1) if experts else 1.0,
+        1.0 if generation.fixed_tokens else _vision_passes(vision),
     )
+
+
+def _vision_passes(vision: Mapping[str, Any]) -> float:
+    """The share of the tower's operations that is left where a layer's output is merged, four patches into one."""
+    layers, before = (
+        int(vision["num_hidden_layers"]),
+        int(vision.get("insert_layer_id", 6)) + 1,
+    )  # transformers' default
+    return (before + (layers - before) / 4) / layers
+
+
+def _feed_forward_width(text: Mapping[str, Any]) -> int:
+    """Width of a feed-forward layer as a token sees it; of a mixture, that of the experts that compute the token."""
+    if "moe_intermediate_size" in text:
+        shared = int(text.get("shared_expert_intermediate_size") or 0)
+        return int(text["moe_intermediate_size"]) * int(text.get("num_experts_per_tok", 1)) + shared
+    return int(text.get("intermediate_size") or 4 * int(text["hidden_size"]))
 
 
 def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, checkpointing: bool) -> dict[str, float]:
@@ -217,22 +256,25 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     quantized = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
     would_freeze = "embeddings" in recipe.whole and not recipe.quantized
     spared = model.parameters["embeddings"] if would_freeze else 0
+    # Experts, many matrices in one tensor, cannot be quantized yet, and training refuses it.
+    may_quantize = recipe.use_lora and not model.experts
     return {
         "single GPU": weights + _TRAINED * trained + rest,
         # DDP averages gradients in separate buckets.
         "DDP": weights + (_TRAINED + _FLOAT32) * trained + rest,
         "ZeRO-2": weights + _BF16 * trained + _SHARDED * trained / devices + rest,
         "ZeRO-3": (weights + _TRAINED * trained) / devices + gathered + rest,
-        **({"QLoRA": quantized + _TRAINED * (trained - spared) + rest} if recipe.use_lora else {}),
+        **({"QLoRA": quantized + _TRAINED * (trained - spared) + rest} if may_quantize else {}),
     }
 
 
 def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches: int, checkpointing: bool) -> float:
     """Floating point operations of one epoch.
 
-    The forward pass takes two operations per parameter and token (Kaplan et al. 2020, 2.1). The backward pass takes
-    two for the gradients of the activations, and two for the gradient of each trained parameter. Attention scores are
-    added. Checkpointing adds a forward pass. A frozen vision tower runs forward only.
+    The forward pass takes two operations per parameter and token (Kaplan et al. 2020, 2.1), in a mixture of experts
+    only of the experts that compute the token. The backward pass takes two for the gradients of the activations, and
+    two for the gradient of each trained parameter. Attention scores are added. Checkpointing adds a forward pass. A
+    frozen vision tower runs forward only.
 
     Args:
         model: The model.
@@ -241,13 +283,22 @@ def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches
         patches: Number of patches in all slices.
         checkpointing: Whether the backward pass computes activations again instead of storing them.
     """
-    parts = model.parameters
     tokens = np.asarray(lengths, dtype=np.float64)
-    text = 2.0 * (parts["language"] + (parts["head"] or parts["embeddings"])) * float(tokens.sum())
+    sums = float(tokens.sum()), float(np.square(tokens).sum())
+    return count_flops(model, recipe, *sums, patches, checkpointing)
+
+
+def count_flops(
+    model: Model, recipe: Recipe, tokens: float, squared_tokens: float, patches: float, checkpointing: bool
+) -> float:
+    """The operations of `estimate_flops` for sums: of the lengths in tokens, of their squares, and of the patches."""
+    parts = model.parameters
+    language = parts["language"] - model.idle
+    text = 2.0 * (language + (parts["head"] or parts["embeddings"])) * tokens
     # Half of 4 · layers · width · n², because attention is causal.
-    scores = 2.0 * model.layers * model.hidden_size * float(np.square(tokens).sum())
+    scores = 2.0 * model.layers * model.hidden_size * squared_tokens
     vision = 2.0 * (parts["vision"] + parts["merger"]) * patches
-    share = min(1.0, model.trained(recipe) / model.total)
+    share = min(1.0, model.trained(recipe) / model.active)
     again = 1.0 if checkpointing else 0.0
     return (text + scores) * (2.0 + share + again) + vision * (3.0 + again if recipe.tune_vision else 1.0)
 
@@ -268,7 +319,7 @@ def packing_share(lengths: Sequence[int], capacity: int) -> float:
     return 1.0 - sum(lengths) / (capacity * len(pack_samples(lengths, capacity)))
 
 
-def _part(name: str, generation: Generation) -> str:
+def part_of(name: str, generation: Generation) -> str:
     """The part of the model that a tensor belongs to."""
     prefixes = {
         "embeddings": generation.embed_tokens,

@@ -19,6 +19,7 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 
 from .cost import Model, Recipe, estimate_flops, estimate_memory, packing_share, padding_share, read_model
+from .efficiency import PEAK_FLOPS, REFERENCE_GPU, expected_hours
 from .sample_sizes import SampleSize, measure_samples
 
 _EXAMPLES = 5  # samples that are too long and listed
@@ -61,6 +62,7 @@ class Estimate(BaseModel):
     padding_waste: float = Field(description="Share of padding among the tokens of batches in random order.")
     packing_waste: float = Field(description="The same for samples packed into rows of model_max_length.")
     parameters: int
+    active_parameters: int = Field(description="Parameters that compute a token; in a mixture of experts not all do.")
     trained_parameters: int
     devices: int
     steps: int
@@ -69,6 +71,7 @@ class Estimate(BaseModel):
     estimated_flops: float = Field(description="FLOPs of the whole training, with checkpointing.")
     strategy: str = Field(description="Strategy of the run, a name in estimated_gpu_bytes.")
     checkpointing: bool = Field(description="Whether the run uses checkpointing.")
+    estimated_gpu_hours: float = Field(description="GPU hours of the whole training on an H100, all GPUs together.")
 
 
 def estimate_run(
@@ -131,7 +134,7 @@ def estimate_run(
         **_count_samples(fitting, eval_samples),
         strategy=strategy,
         checkpointing=checkpointing,
-        **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples),
+        **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples, checkpointing),
     )
 
 
@@ -165,26 +168,31 @@ class _TrainingCosts(TypedDict):
 
     padding_waste: float
     parameters: int
+    active_parameters: int
     trained_parameters: int
     devices: int
     steps: int
     estimated_gpu_bytes: dict[str, int]
     estimated_gpu_bytes_with_checkpointing: dict[str, int]
     estimated_flops: float
+    estimated_gpu_hours: float
 
 
 def _estimate_training(
-    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int
+    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int, checkpointing: bool
 ) -> _TrainingCosts:
+    flops = _estimate_training_flops(model, recipe, samples, train_samples, checkpointing)
     return {
         "padding_waste": padding_share([sample.tokens for sample in samples], recipe.batch_size),
         "parameters": model.total,
+        "active_parameters": model.active,
         "trained_parameters": model.trained(recipe),
         "devices": recipe.devices,
         "steps": _count_steps(train_samples, recipe),
         "estimated_gpu_bytes": _estimate_gpu_bytes(model, recipe, samples, checkpointing=False),
         "estimated_gpu_bytes_with_checkpointing": _estimate_gpu_bytes(model, recipe, samples, checkpointing=True),
-        "estimated_flops": _estimate_training_flops(model, recipe, samples, train_samples),
+        "estimated_flops": _estimate_training_flops(model, recipe, samples, train_samples, checkpointing=True),
+        "estimated_gpu_hours": expected_hours(model, flops, PEAK_FLOPS[REFERENCE_GPU]),
     }
 
 
@@ -232,8 +240,10 @@ def _data_table(estimate: Estimate) -> Table:
         + "".join(f"; than {length:,}: {count:,}" for length, count in estimate.too_long_at.items()),
         "shards": ", ".join(f"{codec} {_size(size)}" for codec, size in estimate.estimated_shard_bytes.items()),
         "padding": f"{estimate.padding_waste:.1%} of a batch, {estimate.packing_waste:.1%} when packed",
-        "parameters": f"{estimate.parameters:,}, of them trained {estimate.trained_parameters:,}",
-        "training": f"{estimate.steps:,} steps, about {estimate.estimated_flops:.2g} FLOPs",
+        "parameters": f"{estimate.parameters:,}, of them trained {estimate.trained_parameters:,}"
+        + (f", active {estimate.active_parameters:,}" if estimate.active_parameters < estimate.parameters else ""),
+        "training": f"{estimate.steps:,} steps, about {estimate.estimated_flops:.2g} FLOPs, "
+        f"{estimate.estimated_gpu_hours:,.2g} GPU hours on {REFERENCE_GPU}s",
         "this run": f"{estimate.strategy}{', with checkpointing' * estimate.checkpointing}: {_size(memory)} a GPU",
     }
     for name, value in rows.items():
@@ -272,10 +282,12 @@ def _estimate_gpu_bytes(
     return {strategy: int(size) for strategy, size in sizes.items()}
 
 
-def _estimate_training_flops(model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int) -> float:
+def _estimate_training_flops(
+    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int, checkpointing: bool
+) -> float:
     lengths, patches = [sample.tokens for sample in samples], sum(sample.patches for sample in samples)
     share = train_samples / len(samples)
-    return recipe.epochs * share * estimate_flops(model, recipe, lengths, patches, checkpointing=True)
+    return recipe.epochs * share * estimate_flops(model, recipe, lengths, patches, checkpointing)
 
 
 def _size(size: float) -> str:

@@ -43,7 +43,7 @@ from minicpmv_finetune.data.checking import InspectedImage, check_record
 from minicpmv_finetune.data.reading import Record, local_copy, read_records, require_source
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
-from minicpmv_finetune.minicpmv.generations import detect_generation, generation_of, parse_json
+from minicpmv_finetune.minicpmv.generations import count_experts, generation_of, parse_json, read_json
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.outputs import check_cache, check_folder
 from minicpmv_finetune.shards.format import read_manifest
@@ -304,11 +304,12 @@ def _check_kind(uri: str, flags: Mapping[str, Any] = MappingProxyType({})) -> No
     if not uri:
         raise UserError("empty; give a checkpoint's folder, an s3:// URI or a hub id.")
     if "://" not in uri and (path := storage.local_path(uri)).is_dir():
-        generation = detect_generation(path)
+        place = str(path / "config.json")
+        config = read_json(path / "config.json")
     else:
         place = f"{uri}/config.json"
-        generation = generation_of(parse_json(storage.read_model_file(uri, "config.json"), place), place)
-    raise_mistakes(find_unfit_flags(flags, generation))
+        config = parse_json(storage.read_model_file(uri, "config.json"), place)
+    raise_mistakes(find_unfit_flags(flags, generation_of(config, place), count_experts(config)))
 
 
 def _check_configuration(path: str) -> None:

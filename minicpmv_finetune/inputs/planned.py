@@ -10,6 +10,7 @@ from minicpmv_finetune.components.train.flags import (
     pop_num_nodes,
     replace_removed_flags,
     take_processes,
+    target_parts,
 )
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.estimate.cost import Recipe
@@ -50,16 +51,18 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
     flags, _ = find_mistakes(replace_removed_flags(words, lambda sentence: None))
     run |= {name: value for name, value in flags.items() if name in run}  # as in the train step
     devices = nodes * (processes or 1)
+    adapted = target_parts(str(flags.get("lora_targets") or ""))
+    whole = _whole_parts(str(flags.get("lora_modules_to_save") or ""), bool(flags.get("q_lora")))
     recipe = Recipe(
         devices=devices,
         batch_size=run["per_device_train_batch_size"],
         epochs=run["num_train_epochs"],
         use_lora=run["use_lora"],
-        tune_vision=run["tune_vision"],
+        tune_vision=run["tune_vision"] and "vision" not in adapted,
         tune_llm=run["tune_llm"],
         lora_r=run["lora_r"],
         accumulation_steps=flags.get("gradient_accumulation_steps", 1),
-        whole=_whole_parts(str(flags.get("lora_modules_to_save") or ""), bool(flags.get("q_lora"))),
+        whole=tuple(part for part in whole if part != "merger" or "resampler" not in adapted),
         quantized=bool(flags.get("q_lora")),
     )
     plain = "DDP" if devices > 1 else "single GPU"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minicpmv_finetune.estimate.cost import Model, Recipe, estimate_flops, estimate_memory
+from minicpmv_finetune.estimate.efficiency import PEAK_FLOPS, expected_hours
 from minicpmv_finetune.estimate.published import published_model
 
 from .planned import planned
@@ -16,10 +17,8 @@ TOKENS = 2048
 SLICES = 10
 """Slices of a sample, of 448 x 448 pixels."""
 _PATCHES = 1024  # of a slice
-CARDS: Mapping[str, float] = {"L4": 121e12, "A100": 312e12, "H100": 989.5e12}
+CARDS: Mapping[str, float] = {card: PEAK_FLOPS[card] for card in ("L4", "A100", "H100")}
 """Datasheet rates of dense bf16 products in FLOP/s."""
-# Share of this rate that a step reaches, by the measurements of docs/gpu.md; without fla, linear attention is slower.
-_REACHED, _REACHED_LINEAR = 0.4, 0.17
 _SMALL_CARDS = {"L4": 24}  # GB; the other cards of the estimate have 80
 
 
@@ -94,8 +93,7 @@ def estimate_hours(model: Model, devices: int, flops: float) -> dict[str, float]
         devices: Number of GPUs.
         flops: Floating point operations of the training.
     """
-    reached = _REACHED_LINEAR if model.linear_layers else _REACHED
-    return {card: flops / (3600 * devices * reached * rate) for card, rate in CARDS.items()}
+    return {card: expected_hours(model, flops, rate) / devices for card, rate in CARDS.items()}
 
 
 def _what(recipe: Recipe, strategy: str) -> str:

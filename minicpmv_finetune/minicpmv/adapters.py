@@ -6,6 +6,7 @@ wrongly.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from minicpmv_finetune import storage
@@ -179,6 +181,39 @@ def save_adapter(model: "PeftModel", weights: Mapping[str, torch.Tensor], folder
     path = folder / ADAPTER_CONFIG
     document = {**json.loads(path.read_text()), "base_model_name_or_path": base}
     path.write_text(json.dumps(document, indent=2, sort_keys=True))
+
+
+def subtract_first_values(model: "PeftModel", first: Mapping[str, torch.Tensor], weights: Path) -> None:
+    """Make a file of weights that of a plain adapter, where training began with a part of the base's weights.
+
+    The base lacks s·B₀·A₀ in training, so the change to the base as it is on disk is s·(B·A - B₀·A₀), an adapter of
+    twice the rank. PEFT joins the factors.
+
+    Args:
+        model: Model with the adapter.
+        first: A₀ and B₀ of each layer, by their names in the file.
+        weights: The file, which is replaced.
+    """
+    trained = load_file(weights)
+    adapted = {
+        name.removeprefix("base_model.").removesuffix(".weight") + f".{model.active_adapter}.weight": value
+        for name, value in first.items()
+    }
+    tuner: Any = model.base_model
+    state = {**tuner.state_dict(), **adapted}
+    with _without_base_address(model):
+        joined = tuner.subtract_mutated_init(trained, model.active_adapter, {"state_dict": state})
+    save_file({**trained, **joined}, weights, metadata={"format": "pt"})
+
+
+def double_rank(folder: Path) -> None:
+    """Write into an adapter's configuration what `subtract_first_values` has made of its weights."""
+    path = folder / ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    config["r"] *= 2
+    # The factor of the update stays alpha / r, or alpha / sqrt(r) in rsLoRA.
+    config["lora_alpha"] *= math.sqrt(2) if config.get("use_rslora") else 2
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager

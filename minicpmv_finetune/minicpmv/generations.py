@@ -208,6 +208,16 @@ def generation_of(config: Mapping[str, Any], place: str) -> Generation:
     )
 
 
+def count_experts(config: Mapping[str, Any]) -> int:
+    """Number of experts in each layer of a mixture of experts; 0 if the language model is no such mixture.
+
+    Args:
+        config: Content of config.json.
+    """
+    text = config.get("text_config") or config
+    return int(text.get("num_experts") or 0)
+
+
 def _one_decimal(version: Any) -> str:
     """Format a version, because published files contain 4 for 4.0, and some contain text."""
     try:

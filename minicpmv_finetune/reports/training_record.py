@@ -10,6 +10,7 @@ from minicpmv_finetune.data.samples import read_versioned
 from minicpmv_finetune.errors import UserError
 
 RECORD_FILE = "training.json"
+_EFFICIENCY = ("tokens/s", "peak_memory_mb", "mfu", "gpu_hours")
 SCHEMA_VERSION = 1
 _HEADLINE = ("final_loss", "mean_loss", "samples/s", "seconds", "peak_memory_mb")
 
@@ -30,6 +31,9 @@ class TrainingRecord(BaseModel):
     use_lora: bool = Field(description="Whether LoRA adapters were trained.")
     parameters: dict[str, int] = Field(description='Numbers of parameters: "trainable" and "total".')
     metrics: dict[str, float] = Field(description="Final metrics, by name.")
+    planned: dict[str, float] = Field(
+        default={}, description="What the formulas of `plan` say of this training on its GPUs, by the metrics' names."
+    )
     arguments: dict[str, Any] = Field(description="Arguments by name, without the defaults of transformers.")
     history: list[dict[str, float]] = Field(description="Logged metrics, one entry for each logged step.")
     continued_from: int = Field(
@@ -65,6 +69,18 @@ class TrainingRecord(BaseModel):
         return {"final_loss": self.final_loss, "mean_loss": self.metrics["loss"], **rest}
 
     @property
+    def efficiency(self) -> dict[str, float]:
+        """Speed, memory and use of the GPUs, and beside each what `plan` says, by the names of MLflow's metrics."""
+        measured = {name: self.metrics[name] for name in _EFFICIENCY if name in self.metrics}
+        rows = {f"efficiency/{name}": value for name, value in measured.items()}
+        return rows | {f"plan/{name}": value for name, value in self.planned.items()}
+
+    def show(self, name: str, value: float) -> str:
+        """A metric as text, with what `plan` says of it."""
+        planned = f" (plan: {format_figure(self.planned[name])})" if name in self.planned else ""
+        return f"{format_figure(value)}{planned}"
+
+    @property
     def headline(self) -> dict[str, float]:
         """The metrics of Kubeflow's table, by name there, and in its comparison of runs above those of evaluate."""
         return {name: value for name, value in self.figures.items() if name in _HEADLINE}
@@ -75,7 +91,7 @@ class TrainingRecord(BaseModel):
         rows = {
             "Base model": f"`{self.base_model}` (MiniCPM-V {self.generation})",
             "Trained": f"{self.parameters['trainable']:,} of {self.parameters['total']:,} parameters ({share:.1%})",
-            **{f"`{name}`": format_figure(value) for name, value in self.figures.items()},
+            **{f"`{name}`": self.show(name, value) for name, value in self.figures.items()},
         }
         if self.continued_from:
             rows["Continued"] = f"from step {self.continued_from:,}; speed and time are those of the steps after it"

@@ -4,7 +4,8 @@ Flags that transformers 5 removed are mapped to their successors, or refused wit
 was written for the published Python file keeps working.
 
 Each flag of ours states in its metadata (`IN_DIGEST`) whether it takes part in the digest by which an interrupted
-training finds its checkpoints; `training_identity` has the same for the flags of transformers.
+training finds its checkpoints: always, never, or `UNLESS_DEFAULT`; `training_identity` has the same for the flags of
+transformers.
 """
 
 import os
@@ -33,6 +34,7 @@ from .flags import (
     FP16_WITHOUT_GPU,
     FSDP_WITHOUT_GPU,
     PARTITIONED_4_BIT,
+    PARTITIONED_WEIGHTS,
     check_flags,
 )
 from .flags import as_flags as as_flags  # pipelines that 0.1.0 compiled import it from here
@@ -40,6 +42,8 @@ from .flags import pop_num_nodes as pop_num_nodes
 from .intervals import choose_intervals
 
 IN_DIGEST = "in_digest"
+UNLESS_DEFAULT = "unless default"
+"""Of a flag that came after 0.1.0: it takes part only with another value than its default."""
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 _CONTROLLER_SECONDS = 3  # in which Kubeflow Trainer's controller must accept a connection
 _LOADER_MEMORY = 2**30  # bytes of shared memory; the prefetched batches of four workers are some hundred megabytes
@@ -192,6 +196,27 @@ class TrainingArguments(transformers.TrainingArguments):
             IN_DIGEST: True,
         },
     )
+    vision_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the vision tower, whole or with adapters; by default --learning_rate.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
+    resampler_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the resampler or merger; by default --learning_rate.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
+    embedding_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of embeddings and head; by default --learning_rate.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
 
     def __post_init__(self) -> None:
         """Complete the arguments as transformers does."""
@@ -250,6 +275,14 @@ class LoraArguments:
             IN_DIGEST: True,
         },
     )
+    lora_targets: str = field(
+        default="",
+        metadata={
+            "help": "Parts that get adapters instead of being trained whole, separated by commas: llm (the layers of "
+            "--lora_target_modules), resampler (or merger) and vision (all their linear layers).",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
     lora_weight_path: str = field(default="", metadata={"help": "Continue from this adapter.", IN_DIGEST: True})
     lora_bias: str = field(
         default="none", metadata={"help": "Biases that are trained: none, all or lora_only.", IN_DIGEST: True}
@@ -283,6 +316,35 @@ class LoraArguments:
         metadata={
             "help": "Name of the list of layers that the numbers of lora_layers_to_transform refer to.",
             IN_DIGEST: True,
+        },
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={
+            "help": "DoRA: train the length of each row of a weight apart from its direction.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={
+            "help": "rsLoRA: multiply the update by alpha / sqrt(r) instead of alpha / r.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
+    init_lora_weights: str = field(
+        default="true",
+        metadata={
+            "help": "How adapters begin: at zero (true); with the weights' largest singular values (pissa, or the much "
+            "faster pissa_niter_16 with that many iterations); with the gradient's on 64 samples (lora_ga).",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA+: how many times the learning rate of B is that of A; the paper advises 16.",
+            IN_DIGEST: UNLESS_DEFAULT,
         },
     )
 
@@ -360,7 +422,7 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
     arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
-    _check_optimizer(training)
+    _check_optimizer(training, _given_rates(arguments))
     training.report_to = _without_silent_controller(_installed_integrations(training.report_to, announce), announce)
     choose_intervals(arguments.training, given)
     return arguments
@@ -386,14 +448,36 @@ def _check(arguments: Arguments) -> None:
         raise UserError("--dataloader_multiprocessing_context: there are no workers; give --dataloader_num_workers.")
     if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):
         raise UserError(PARTITIONED_4_BIT)
+    if arguments.lora.init_lora_weights != "true" and (training.fsdp or _shards_parameters(training)):
+        raise UserError(f"--init_lora_weights {arguments.lora.init_lora_weights}: {PARTITIONED_WEIGHTS}.")
+    config = getattr(training, "hf_deepspeed_config", None)
+    given = _given_rates(arguments)
+    if given and config is not None and config.get_value("optimizer"):
+        raise UserError(
+            f"{given[0]}: DeepSpeed's configuration has an optimizer of its own, which knows one learning rate; leave "
+            "`optimizer` out of it, or leave the flag out."
+        )
 
 
-def _check_optimizer(training: TrainingArguments) -> None:
+def _given_rates(arguments: Arguments) -> list[str]:
+    """The flags that give some weights a learning rate of their own."""
+    training, lora = arguments.training, arguments.lora
+    rates = {name: getattr(training, name) for name in ("vision_lr", "resampler_lr", "embedding_lr")}
+    rates["loraplus_lr_ratio"] = lora.loraplus_lr_ratio
+    return [f"--{name}" for name, rate in rates.items() if rate is not None]
+
+
+def _check_optimizer(training: TrainingArguments, rates: Sequence[str]) -> None:
     """Look up the optimizer and build a schedule, which transformers does only when training starts."""
     try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(training)
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(training)
     except _ERRORS_OF_VALUES as error:
         raise UserError(f"--optim {training.optim}: {first_line(error)}") from error
+    divides_itself = not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
+    if rates and (divides_itself or {"params", "model", "optimizer_dict"} & set(options)):
+        raise UserError(
+            f"{rates[0]}: --optim {training.optim} divides the weights itself; leave one of the two flags out."
+        )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     kwargs: Any = training.lr_scheduler_kwargs or {}
     try:

@@ -41,6 +41,8 @@ class TrainingMonitor(TrainerCallback):
         self.positions = 0
         self.seconds_waiting = 0.0
         self.started = 0.0
+        self.first_step = 0
+        self.seconds_before = 0.0
 
     def count_batch(self, rows: Sequence[int], positions: int) -> None:
         """Count a batch's samples, tokens and padding.
@@ -77,6 +79,8 @@ class TrainingMonitor(TrainerCallback):
     ) -> None:
         """Open the bar."""
         self.started = time.perf_counter()
+        self.first_step = state.global_step
+        self.seconds_before = next((log[_SECONDS] for log in reversed(state.log_history) if _SECONDS in log), 0.0)
         if state.is_world_process_zero:
             samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             effective = {
@@ -106,6 +110,8 @@ class TrainingMonitor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Send metrics; a resumed run does not send again what it sent before it was stopped."""
+        if state.log_history:
+            state.log_history[-1][_SECONDS] = self.seconds_before + self.seconds  # a checkpoint has it too
         if not state.is_world_process_zero or not logs:
             return
         metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
@@ -215,6 +221,7 @@ class SignalStopper(TrainerCallback):
         self.signal_name = signal_name(number)
 
 
+_SECONDS = "seconds"  # since the training began, in all its parts
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -11,6 +11,7 @@ its newest complete checkpoint.
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,9 +32,10 @@ from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors, first_line
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
-from minicpmv_finetune.minicpmv.generations import Generation, detect_generation
+from minicpmv_finetune.minicpmv.generations import Generation, count_experts, detect_generation, read_json
 from minicpmv_finetune.minicpmv.linear_attention import missing_kernels
 from minicpmv_finetune.minicpmv.packed import enable_packing
+from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.outputs import OutputFolder, check_cache, claimed_folder
 from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import TrainingRecord, mean_loss
@@ -47,10 +49,22 @@ from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_me
 from .checkpoint_place import PLACEHOLDER, Lease, choose_place
 from .checkpoints import Checkpoints, claim_local_folder, local_folder
 from .datasets import Collator, ExampleDataset, PackDataset
+from .efficiency import Duration, measure_efficiency
 from .feature_store import is_reusable, prepare_stores
+from .flags import find_unfit_flags
 from .fsdp import prepare_for_fsdp
 from .fused_lora import fuse_adapters
+from .initial_adapter import (
+    GRADIENT_SAMPLES,
+    InitialAdapter,
+    InitialAdapterSaver,
+    begin_adapters,
+    begin_again,
+    changes_base,
+    read_initial,
+)
 from .intervals import ChosenIntervals
+from .learning_rates import LearningRates, learning_rates, warn_of_tower
 from .liger import use_liger
 from .loading import LoaderPlan, check_shared_memory, describe_worker_failure, end_workers
 from .masters import require_memory, train_in_float32
@@ -131,6 +145,10 @@ def _train(
         monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
         trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
         _check_shared_memory(training, _plan_loaders(inputs, training, train_dataset, eval_dataset))
+        initial = _begin_adapters(arguments, inputs, trainer, resume_from)
+        _fuse_adapters(training, model)
+        if initial:
+            trainer.add_callback(InitialAdapterSaver(initial))
         trainer.add_callback(CheckpointSealer(checkpoints))
         trainer.add_callback(ChosenIntervals(arguments.given))
         trainer.add_callback(stopper)
@@ -144,8 +162,9 @@ def _train(
             )
         record = _make_record(arguments, inputs, model, monitor, trainer, outcome.metrics, resume_from)
         run.log_headline({"loss": record.final_loss})
+        run.log_metrics(record.efficiency)
         kept = checkpoints.addresses() if "save_total_limit" in arguments.given and training.use_lora else []
-        save_result(trainer, inputs.base, output, record, argv, run, kept)
+        save_result(trainer, inputs.base, output, record, argv, run, kept, initial)
         # No process ends, and so closes the process group, while another one still works.
         trainer.accelerator.wait_for_everyone()
         if training.process_index == 0 and not training.checkpoint_uri:
@@ -243,6 +262,8 @@ def _fetch_inputs(arguments: Arguments) -> _Inputs:
             f"{shards}: prepared for MiniCPM-V {manifest.generation}, but {arguments.model.model_name_or_path} is "
             f"{generation.version}; run preprocess with this base model."
         )
+    flags = {**vars(arguments.training), **vars(arguments.lora)}
+    raise_mistakes(find_unfit_flags(flags, generation, count_experts(read_json(base / "config.json"))))
     inputs = _Inputs(shards, manifest, base, fingerprint(base), generation)
     check_continued_adapter(arguments, inputs.base_fingerprint)
     return inputs
@@ -257,12 +278,14 @@ class _Model:
         trained: The base model, or PEFT's wrapper around it.
         trainable: Number of parameters that are trained.
         total: Number of all parameters.
+        rates: Learning rates by part.
     """
 
     base: PreTrainedModel
     trained: PreTrainedModel | PeftModel
     trainable: int
     total: int
+    rates: LearningRates
 
     @property
     def share(self) -> str:
@@ -277,8 +300,9 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     # The adapters' random initialization comes before the Trainer's own seeding.
     set_seed(training.seed)
     trained = make_trainable(base, inputs.generation, arguments)
-    if training.use_lora and training.fused_lora and not (is_deepspeed_zero3_enabled() or training.fsdp):
-        fuse_adapters(trained)
+    rates = learning_rates(trained, inputs.generation, arguments)
+    if warning := warn_of_tower(trained, inputs.generation, arguments):
+        _log(warning)
     if not training.deepspeed:  # which keeps a float32 copy of what it trains
         require_memory(trained, training)
         train_in_float32(trained, inputs.generation)
@@ -287,7 +311,7 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()
-    model = _Model(base, trained, *count_parameters(trained))
+    model = _Model(base, trained, *count_parameters(trained), rates)
     _log(f"{model.share} are trained on {inputs.manifest.rows('train'):,} samples")
     return model
 
@@ -522,6 +546,7 @@ def _make_trainer(
         watchdog=watchdog,
         sample_ids=lambda rows: [ShardReader(inputs.shards, "train", images=False)[row].id for row in rows],
         lengths=inputs.manifest.lengths["train"],
+        rates=model.rates,
     )
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
@@ -529,6 +554,46 @@ def _make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _begin_adapters(
+    arguments: Arguments, inputs: _Inputs, trainer: MiniCPMVTrainer, resume_from: Path | None
+) -> InitialAdapter | None:
+    """The first values of adapters that begin with a part of the base's weights, which are then without it."""
+    training, lora = arguments.training, arguments.lora
+    model: Any = trainer.model
+    if not training.use_lora or not changes_base(lora):
+        return None
+    if resume_from:
+        initial = read_initial(resume_from)
+        begin_again(model, initial)
+        return initial
+    dataset: Any = trainer.train_dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(training.seed))
+    chosen = order[:GRADIENT_SAMPLES].tolist()
+    collate = Collator(inputs.manifest)
+
+    def compute_gradients() -> None:
+        for start in range(0, len(chosen), training.train_batch_size):
+            batch = collate([dataset[number] for number in chosen[start : start + training.train_batch_size]])
+            del batch["rows"]
+            with trainer.compute_loss_context_manager():
+                loss = model(**trainer._prepare_inputs(batch), use_cache=False, loss_only=True).loss
+            loss.backward()
+
+    started = time.monotonic()
+    model.to(training.device)
+    initial = begin_adapters(model, lora, training.seed, compute_gradients)
+    _log(f"{len(initial) // 2} adapters begin as {lora.init_lora_weights} ({time.monotonic() - started:.0f} s)")
+    return initial
+
+
+def _fuse_adapters(training: TrainingArguments, model: _Model) -> None:
+    """Compute each layer and its adapter in one operation, where that is known and the weights are whole."""
+    if not (training.use_lora and training.fused_lora) or is_deepspeed_zero3_enabled() or training.fsdp:
+        return
+    if reasons := fuse_adapters(model.trained):
+        _log(f"--fused_lora: PEFT computes the adapters itself, because of {' and '.join(reasons)}")
 
 
 def _build(**options: Any) -> MiniCPMVTrainer:
@@ -581,6 +646,14 @@ def _make_record(
         "padding": monitor.padding,
         "waiting": monitor.waiting,
     }
+    steps = trainer.state.global_step
+    duration = Duration(
+        monitor.seconds, monitor.seconds_before + monitor.seconds, (steps - monitor.first_step) / max(steps, 1)
+    )
+    gpu = torch.cuda.get_device_name() if arguments.training.device.type == "cuda" else ""
+    efficiency = measure_efficiency(
+        arguments, inputs.base, inputs.generation, model.trained, trainer.counter, duration, gpu
+    )
     return TrainingRecord(
         base_model=arguments.model.model_name_or_path,
         base_fingerprint=inputs.base_fingerprint,
@@ -594,7 +667,9 @@ def _make_record(
             "epochs": metrics["epoch"],
             **(measured if monitor.samples else {}),
             "peak_memory_mb": peak_memory() / 1e6,
+            **efficiency.metrics,
         },
+        planned=efficiency.planned,
         arguments=json.loads(json.dumps(chosen_settings(arguments), default=str)),
         history=history,
         continued_from=int(resume_from.name.rpartition("-")[2]) if resume_from else 0,

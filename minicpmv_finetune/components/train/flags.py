@@ -7,7 +7,7 @@ from the script's own parser, which imports torch and transformers and takes sec
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.generations import Generation
+from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
 from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes, read_json
 from minicpmv_finetune.yaml_files import read_mapping
 
@@ -27,6 +27,7 @@ _COUNT = Accepted(at_least=1, at_most=2**31 - 1)
 _MAYBE_COUNT = Accepted(at_least=0, at_most=2**31 - 1)
 _SHARE = Accepted(at_least=0, below=1)
 _NOT_NEGATIVE = Accepted(at_least=0)
+_RATE = Accepted(above=0, at_most=1)
 _SEED = Accepted(at_least=0, at_most=2**32 - 1)
 RANGES: Mapping[str, Accepted] = {
     "adam_beta1": _SHARE,
@@ -38,14 +39,16 @@ RANGES: Mapping[str, Accepted] = {
     "ddp_bucket_cap_mb": _COUNT,
     "ddp_timeout": _COUNT,
     "early_stopping_patience": _MAYBE_COUNT,
+    "embedding_lr": _RATE,
     "eval_accumulation_steps": _COUNT,
     "eval_delay": _NOT_NEGATIVE,
     "eval_steps": Accepted(above=0),
     "gradient_accumulation_steps": _COUNT,
     "label_smoothing_factor": _SHARE,
-    "learning_rate": Accepted(above=0, at_most=1),
+    "learning_rate": _RATE,
     "local_rank": Accepted(at_least=-1, at_most=2**31 - 1),
     "logging_steps": Accepted(above=0),
+    "loraplus_lr_ratio": Accepted(at_least=1, at_most=1000),
     "lora_alpha": Accepted(at_least=1, at_most=1_000_000),
     "lora_dropout": _SHARE,
     "lora_r": Accepted(at_least=1, at_most=8192),
@@ -57,10 +60,12 @@ RANGES: Mapping[str, Accepted] = {
     "num_train_epochs": Accepted(above=0, at_most=100_000),
     "per_device_eval_batch_size": Accepted(at_least=1, at_most=65_536),
     "per_device_train_batch_size": Accepted(at_least=1, at_most=65_536),
+    "resampler_lr": _RATE,
     "save_steps": Accepted(above=0),
     "save_total_limit": _COUNT,
     "seed": _SEED,
     "torch_empty_cache_steps": _COUNT,
+    "vision_lr": _RATE,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
 }
@@ -245,6 +250,7 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         )
     if values.get("lora_weight_path") and not use_lora:
         sentences.append("--lora_weight_path: an adapter is given, but no adapter is trained; give --use_lora true.")
+    sentences += _find_contradicting_adapters(values)
     metric = values.get("metric_for_best_model")
     if metric and str(metric).removeprefix("eval_") not in _METRICS:
         sentences.append(f"--metric_for_best_model {metric}: is not measured; give {' or '.join(_METRICS)}.")
@@ -321,14 +327,74 @@ def _find_unsaved_best(value: Callable[[str], Any]) -> list[str]:
     return []
 
 
-def find_unfit_flags(values: Mapping[str, Any], generation: Generation) -> list[str]:
+def _find_contradicting_adapters(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each flag of the adapters' kind or place that another one contradicts."""
+    given = [name for name in _OF_ADAPTERS if str(values.get(name)).lower() not in ("none", "false", "", "true")]
+    given += [name for name in ("use_dora", "use_rslora") if values.get(name)]
+    if not values.get("use_lora"):
+        return [f"--{name}: no adapter is trained; give --use_lora true, or leave the flag out." for name in given]
+    sentences = []
+    targets = target_parts(str(values.get("lora_targets") or ""))
+    if unknown := sorted(targets - {"llm", "resampler", "vision"}):
+        sentences.append(f"--lora_targets {','.join(unknown)}: no such part; give some of llm, resampler and vision.")
+    if "vision" in targets and values.get("tune_vision"):
+        sentences.append(
+            "--lora_targets vision: --tune_vision true trains the vision tower whole; give --tune_vision false to "
+            "train its adapters, or leave vision out."
+        )
+    for name in _OF_LANGUAGE_MODEL if targets and "llm" not in targets else ():
+        if values.get(name) not in (None, "", PUBLISHED_LORA_TARGETS):
+            sentences.append(
+                f"--{name}: chooses layers of the language model, but --lora_targets does not name llm; add llm, or "
+                "leave one of the two out."
+            )
+    init, quantized = str(values.get("init_lora_weights") or "true").lower(), values.get("q_lora")
+    if not re.fullmatch(r"true|pissa|pissa_niter_[1-9]\d?|lora_ga", init):
+        sentences.append(f"--init_lora_weights {init}: unknown; give true, pissa, pissa_niter_16 or lora_ga.")
+    elif init != "true":
+        sentences += [f"--init_lora_weights {init}: {reason}." for reason in _unfit_for_new_weights(values)]
+    if values.get("use_dora") and quantized and (values.get("deepspeed") or values.get("strategy", "ddp") != "ddp"):
+        sentences.append("--use_dora with --q_lora: DeepSpeed cannot train it; use --strategy ddp.")
+    return sentences
+
+
+def _unfit_for_new_weights(values: Mapping[str, Any]) -> Iterator[str]:
+    """Why an initialization that changes the base's weights is impossible."""
+    if values.get("q_lora"):
+        yield "changes the base's weights, which 4-bit weights cannot follow; leave one of this flag and --q_lora out"
+    if values.get("strategy") in ("zero3", "fsdp2") or (values.get("fsdp") and not values.get("deepspeed")):
+        yield PARTITIONED_WEIGHTS
+    if values.get("lora_layer_replication"):
+        yield "changes the base's weights, which replicated layers share; leave one of the two flags out"
+    if values.get("lora_weight_path"):
+        yield "the adapter of --lora_weight_path has begun already; leave one of the two flags out"
+
+
+PARTITIONED_WEIGHTS = "needs whole weights, but zero3 and FSDP partition them; use --strategy ddp or zero2"
+_OF_LANGUAGE_MODEL = ("lora_target_modules", "lora_layers_to_transform")
+_OF_ADAPTERS = ("lora_targets", "init_lora_weights", "loraplus_lr_ratio")
+
+
+def target_parts(text: str) -> set[str]:
+    """The parts that `--lora_targets` names; `merger` is the resampler of 4.6 and 4.7."""
+    parts = {part.strip() for part in text.split(",") if part.strip()}
+    return {"resampler" if part == "merger" else part for part in parts}
+
+
+def find_unfit_flags(values: Mapping[str, Any], generation: Generation, experts: int = 0) -> list[str]:
     """A sentence for each flag that a base model of this generation cannot honor.
 
     Args:
         values: Values of flags by name.
         generation: Generation of the base model.
+        experts: Number of experts in each layer, if the base model is a mixture of experts.
     """
     sentences = []
+    if values.get("q_lora") and experts:
+        sentences.append(
+            f"--q_lora: the base model's {experts} experts a layer are one tensor, which cannot be loaded in 4 bits; "
+            "train LoRA without --q_lora, on several GPUs by --strategy zero3 or fsdp2."
+        )
     llm_type = values.get("llm_type")
     if llm_type not in {None, "", generation.llm_type, *generation.older_llm_types}:
         sentences.append(

@@ -14,25 +14,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 _LEVELS = 2**16
 
 
-def fuse_adapters(model: nn.Module) -> None:
+def fuse_adapters(model: nn.Module) -> list[str]:
     """Make a model's plain adapters compute in one operation, if their layers are whole on this device.
 
     Args:
         model: Model wrapped by PEFT; weights and names stay.
+
+    Returns:
+        Why some adapters are left to PEFT; nothing if there is none.
     """
+    reasons = set()
     for module in model.modules():
-        if type(module) is LoraLinear and _is_plain(module):
+        if not isinstance(module, LoraLayer):
+            continue
+        if reason := _unknown_kind(module):
+            reasons.add(reason)
+        elif type(module) is LoraLinear:
             module.__class__ = FusedLoraLinear
+    return sorted(reasons)
 
 
-def _is_plain(layer: LoraLinear) -> bool:
-    simple = type(layer.base_layer) is nn.Linear and not layer.lora_variant and not layer.merged
-    return simple and not any(part.bias is not None for part in (*layer.lora_A.values(), *layer.lora_B.values()))
+def _unknown_kind(layer: LoraLayer) -> str:
+    """What this computation does not know about an adapter; empty if it knows it."""
+    base = type(layer.get_base_layer())
+    if base is not nn.Linear:
+        return f"weights of the type {base.__name__}"
+    if variants := {type(variant).__name__ for variant in layer.lora_variant.values()}:
+        return ", ".join("DoRA" if name.startswith("Dora") else name for name in sorted(variants))
+    if layer.merged or any(part.bias is not None for part in (*layer.lora_A.values(), *layer.lora_B.values())):
+        return "biases of the adapters, or adapters that are merged"
+    return ""
 
 
 class FusedLoraLinear(LoraLinear):

@@ -16,6 +16,8 @@ from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import Generation
 
 from .arguments import Arguments, parse
+from .initial_adapter import changes_base
+from .learning_rates import LearningRates, learning_rates
 from .trainable import count_parameters, make_trainable
 
 
@@ -27,12 +29,14 @@ class Part:
         name: Common name of the part.
         parameters: Number of the base model's parameters in this part.
         trained: Number of parameters that get gradients, adapters included.
+        rates: Learning rates of what is trained; with LoRA+ that of A and that of B.
         how: "frozen", "trained", "adapters" or "trained whole beside the adapters".
     """
 
     name: str
     parameters: int
     trained: int
+    rates: str
     how: str
 
 
@@ -51,7 +55,10 @@ def print_plan(flags: Sequence[str]) -> None:
         table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", part.how)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"\nSaved: {saved}")
+    rates = {part.name: part.rates for part in parts if part.rates}
+    shown = set(rates.values()) if len(set(rates.values())) == 1 else [" ".join(pair) for pair in rates.items()]
+    console.print(f"\nLearning rate: {'; '.join(shown)}")
+    console.print(f"Saved: {saved}")
 
 
 def describe_training(arguments: Arguments) -> tuple[list[Part], str]:
@@ -68,11 +75,29 @@ def describe_training(arguments: Arguments) -> tuple[list[Part], str]:
     model, generation = load_model(base, device_map="meta")
     with torch.device("meta"):
         trained = make_trainable(model, generation, arguments)
-    parts = [_describe_part(trained, name, prefix) for name, prefix in _module_prefixes(generation).items()]
+    rates = learning_rates(trained, generation, arguments)
+    parts = [_describe_part(trained, name, prefix, rates) for name, prefix in _module_prefixes(generation).items()]
     if arguments.training.use_lora:
-        return parts, f"a PEFT adapter of {sum(part.trained for part in parts):,} parameters"
+        return parts, f"a PEFT adapter of {_saved_parameters(trained, arguments):,} parameters{_kind(arguments)}"
     _, total = count_parameters(trained)
     return parts, f"a whole checkpoint of MiniCPM-V {generation.version}, {total:,} parameters"
+
+
+def _saved_parameters(model: nn.Module, arguments: Arguments) -> int:
+    """Number of parameters in the adapter's file."""
+    trained = [(name, weight.numel()) for name, weight in model.named_parameters() if weight.requires_grad]
+    times = 2 if changes_base(arguments.lora) else 1
+    return sum(size * (times if ".lora_A." in name or ".lora_B." in name else 1) for name, size in trained)
+
+
+def _kind(arguments: Arguments) -> str:
+    """What is special about the adapters, for a person."""
+    lora = arguments.lora
+    kinds = ["DoRA"] if lora.use_dora else []
+    kinds += ["rsLoRA"] if lora.use_rslora else []
+    if changes_base(lora):
+        kinds.append(f"begun as {lora.init_lora_weights}, of rank {2 * lora.lora_r} for the unchanged base model")
+    return f" ({', '.join(kinds)})" if kinds else ""
 
 
 def _module_prefixes(generation: Generation) -> dict[str, str]:
@@ -85,9 +110,10 @@ def _module_prefixes(generation: Generation) -> dict[str, str]:
     }
 
 
-def _describe_part(model: nn.Module, name: str, prefix: str) -> Part:
+def _describe_part(model: nn.Module, name: str, prefix: str, rates: LearningRates) -> Part:
     total = trained = 0
     ways: set[str] = set()
+    found: set[float] = set()
     for full_name, parameter in model.named_parameters():
         path = full_name.removeprefix("base_model.model.")
         inside = path.startswith(f"{prefix}.") or (name == "head" and f".{prefix}." in f".{path}")
@@ -98,5 +124,7 @@ def _describe_part(model: nn.Module, name: str, prefix: str) -> Part:
         total += 0 if is_adapter or is_copy else parameter.numel()
         if parameter.requires_grad:
             trained += parameter.numel()
+            found.add(rates.of(full_name))
             ways.add("adapters" if is_adapter else "trained whole beside the adapters" if is_copy else "trained")
-    return Part(name, total, trained, " and ".join(sorted(ways)) or "frozen")
+    shown = ", ".join(f"{rate:g}" for rate in sorted(found))
+    return Part(name, total, trained, shown, " and ".join(sorted(ways)) or "frozen")

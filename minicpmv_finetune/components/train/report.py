@@ -11,7 +11,7 @@ import torch
 from minicpmv_finetune import environment
 from minicpmv_finetune.reports.curves import curves_of
 from minicpmv_finetune.reports.pages import write_page
-from minicpmv_finetune.reports.training_record import TrainingRecord, format_figure
+from minicpmv_finetune.reports.training_record import TrainingRecord
 
 
 def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ def _facts(record: TrainingRecord) -> dict[str, str]:
         "Trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
         "Maximum slices of an image": str(record.max_slice_nums),
         "Data fingerprint": record.data_fingerprint,
-        **{name: format_figure(value) for name, value in record.figures.items()},
+        **{name: record.show(name, value) for name, value in record.figures.items()},
         "Device": f"{device} ({platform.machine()})",
         "Processes": environment.WORLD_SIZE.read(),
         "torch": torch.__version__,

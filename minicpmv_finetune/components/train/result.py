@@ -1,5 +1,6 @@
 """Writes the result of a training: an adapter or a whole checkpoint, with the training's record and report."""
 
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    double_rank,
     make_readable_by_older_versions,
     save_adapter,
+    subtract_first_values,
 )
 from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files
 from minicpmv_finetune.minicpmv.generations import write_max_slices
@@ -22,6 +25,7 @@ from minicpmv_finetune.outputs import OutputFolder
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
 from minicpmv_finetune.tracking.step_runs import StepRun
 
+from .initial_adapter import InitialAdapter
 from .report import write_report
 from .trainer import MiniCPMVTrainer
 
@@ -36,6 +40,7 @@ def save_result(
     command: Sequence[str],
     run: StepRun,
     checkpoints: Sequence[str] = (),
+    initial: InitialAdapter | None = None,
 ) -> None:
     """Write the result completely or not at all; every process takes part, and the first one writes.
 
@@ -47,6 +52,7 @@ def save_result(
         command: Flags of the training script, for the report.
         run: MLflow run that receives the record and the report.
         checkpoints: Addresses of the checkpoints whose adapters are kept in the result, to merge one of them instead.
+        initial: First values of adapters that began with a part of the base's weights.
 
     Raises:
         UserError: The training changed no adapter.
@@ -56,13 +62,13 @@ def save_result(
         return
     with output.assembled() as folder:
         if record.use_lora:
-            _save_adapter(trainer, weights, folder, record)
+            _save_adapter(trainer, weights, folder, record, initial)
         else:
             _save_checkpoint(trainer, weights, folder, record, base)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
         for address in checkpoints:
-            _keep_adapter(address, folder)
+            _keep_adapter(address, folder, trainer, initial)
         write_report(folder / REPORT_FILE, record, command)
         run.log_file(str(folder / REPORT_FILE))
         run.log_file(str(folder / RECORD_FILE))
@@ -79,18 +85,25 @@ def _rounded(weights: dict[str, torch.Tensor], is_bf16: bool, use_lora: bool) ->
 
 
 def _save_adapter(
-    trainer: MiniCPMVTrainer, weights: dict[str, torch.Tensor], folder: Path, record: TrainingRecord
+    trainer: MiniCPMVTrainer,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    record: TrainingRecord,
+    initial: InitialAdapter | None,
 ) -> None:
-    _require_changed_adapter(weights)
+    _require_changed_adapter(weights, initial or {})
     model = trainer.accelerator.unwrap_model(trainer.model)
     address, revision = _base_address(record.base_model)
     for config in model.peft_config.values():
         config.revision = revision
     save_adapter(model, weights, folder, address)
     make_readable_by_older_versions(folder)
+    if initial:
+        subtract_first_values(model, initial, folder / ADAPTER_WEIGHTS)
+        double_rank(folder)
 
 
-def _keep_adapter(checkpoint: str, result: Path) -> None:
+def _keep_adapter(checkpoint: str, result: Path, trainer: MiniCPMVTrainer, initial: InitialAdapter | None) -> None:
     """Keep a checkpoint's adapter as an adapter folder of its own inside the result."""
     folder = result / checkpoint.rpartition("/")[2]
     try:
@@ -100,6 +113,8 @@ def _keep_adapter(checkpoint: str, result: Path) -> None:
         return
     folder.mkdir()
     shutil.copyfile(weights, folder / ADAPTER_WEIGHTS)
+    if initial:
+        subtract_first_values(trainer.accelerator.unwrap_model(trainer.model), initial, folder / ADAPTER_WEIGHTS)
     for name in (ADAPTER_CONFIG, RECORD_FILE):  # the same for all checkpoints of a training
         shutil.copyfile(result / name, folder / name)
 
@@ -125,15 +140,26 @@ def _save_checkpoint(
     write_max_slices(folder, record.max_slice_nums)
 
 
-def _require_changed_adapter(weights: Mapping[str, torch.Tensor]) -> None:
-    """Fail if every B is zero: a LoRA update is B·A, and B is zero at the start of a training."""
-    updates = [value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
-    if updates and not any(bool(value.any()) for value in updates):
-        raise UserError("Training left every adapter at zero; raise --learning_rate or the number of steps.")
-    unchanged = [name for name, value in weights.items() if "lora_B" in name and not bool(value.any())]
+def _require_changed_adapter(weights: Mapping[str, torch.Tensor], initial: InitialAdapter) -> None:
+    """Fail if no B has changed: a LoRA update is B·A, and B is zero at the start of a training, or has first values."""
+    updates = [name for name in weights if "lora_B" in name or "lora_embedding_B" in name]
+    unchanged = [name for name in updates if not _has_changed(weights[name], initial.get(_name_in_file(name)))]
+    if updates and len(unchanged) == len(updates):
+        state = "as it began" if initial else "at zero"
+        raise UserError(f"Training left every adapter {state}; raise --learning_rate or the number of steps.")
     if unchanged:
+        state = "as they began" if initial else "still zero"
         print(
-            f"{len(unchanged)} of {len(updates)} adapters are still zero, such as {unchanged[0]}: no sample of this "
+            f"{len(unchanged)} of {len(updates)} adapters are {state}, such as {unchanged[0]}: no sample of this "
             "training has used their layers.",
             file=sys.stderr,
         )
+
+
+def _has_changed(value: torch.Tensor, first: torch.Tensor | None) -> bool:
+    return bool(value.any()) if first is None else not torch.equal(value.cpu(), first)
+
+
+def _name_in_file(name: str) -> str:
+    """The name that an adapter's file gives to a tensor of the model."""
+    return re.sub(r"\.default(?=\.weight$|$)", "", name)

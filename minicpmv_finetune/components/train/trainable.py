@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import put_adapter, read_adapter_config, update_layer_types
-from minicpmv_finetune.minicpmv.generations import Generation
+from minicpmv_finetune.minicpmv.generations import Generation, count_experts
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 
 from .arguments import Arguments, LoraArguments
-from .flags import find_unfit_flags
+from .flags import find_unfit_flags, target_parts
+from .initial_adapter import changes_base, require_rank
 
 
 def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Arguments) -> PreTrainedModel | PeftModel:
@@ -36,7 +37,8 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         UserError: The arguments contradict the model.
     """
     training, lora = arguments.training, arguments.lora
-    raise_mistakes(find_unfit_flags({**vars(training), **vars(lora)}, generation))
+    experts = count_experts(model.config.to_dict())
+    raise_mistakes(find_unfit_flags({**vars(training), **vars(lora)}, generation, experts))
     if not training.tune_vision:
         model.get_submodule(generation.vision_tower).requires_grad_(False)
     if not training.tune_llm:
@@ -53,7 +55,9 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         in_float32 = not training.deepspeed
         adapted = get_peft_model(model, lora_config(model, generation, arguments), autocast_adapter_dtype=in_float32)
     update_layer_types(model)
-    if not training.tune_vision:
+    if changes_base(lora):
+        require_rank(adapted, lora)
+    if not _trains_tower_whole(arguments):
         # lora_bias "all" would train the biases of the vision tower too; adapters on the tower are trained.
         for name, parameter in model.get_submodule(generation.vision_tower).named_parameters():
             if "lora_" not in name:
@@ -84,7 +88,7 @@ def _continue_adapter(model: PreTrainedModel, generation: Generation, arguments:
     folder = _adapter_folder(arguments)
     config, wanted = read_adapter_config(folder), lora_config(model, generation, arguments)
     names = [name for name, _ in model.named_modules()]
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = _linear_layers(model)
     whole = _outermost(name for name in names for end in config["modules_to_save"] or () if name.endswith(end))
     flagged_whole = sorted(wanted.modules_to_save or ())
     pairs: dict[str, tuple[object, object]] = {
@@ -92,6 +96,8 @@ def _continue_adapter(model: PreTrainedModel, generation: Generation, arguments:
         "lora_alpha": (wanted.lora_alpha, config["lora_alpha"]),
         "lora_dropout": (wanted.lora_dropout, config["lora_dropout"]),
         "lora_bias": (wanted.bias, config["bias"]),
+        "use_dora": (wanted.use_dora, config["use_dora"]),
+        "use_rslora": (wanted.use_rslora, config["use_rslora"]),
         "lora_layer_replication": (_pairs(wanted.layer_replication), _pairs(config["layer_replication"])),
         "lora_target_modules": (
             _select(layers, wanted.target_modules, wanted.modules_to_save),
@@ -100,7 +106,7 @@ def _continue_adapter(model: PreTrainedModel, generation: Generation, arguments:
         "lora_modules_to_save": (flagged_whole, whole),
         "tune_vision": (generation.vision_tower in flagged_whole, generation.vision_tower in whole),
     }
-    pairs["lora_layers_to_transform"] = pairs["lora_target_modules"]
+    pairs["lora_layers_to_transform"] = pairs["lora_targets"] = pairs["lora_target_modules"]
     others = [flag for flag, (flagged, trained) in pairs.items() if flag in arguments.given and flagged != trained]
     if others:
         raise UserError(
@@ -143,6 +149,8 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
         target_modules=_target_modules(model, generation, lora, whole),
         modules_to_save=whole,
         layer_replication=_layer_replication(model, generation, lora.lora_layer_replication),
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
 
@@ -153,14 +161,32 @@ def _modules_to_save(model: nn.Module, generation: Generation, arguments: Argume
     PEFT would wrap a module inside a wrapped one too, and could then neither save nor load the adapter.
     """
     named = [part.strip() for part in arguments.lora.lora_modules_to_save.split(",") if part.strip()]
+    adapted = adapted_parts(generation, arguments.lora)
     # In float32 with Adam's averages the embeddings of a model of 8 billion parameters would need 9 GB beside 4 bits.
     usual = [generation.merger] if arguments.lora.q_lora else [generation.embed_tokens, generation.merger]
     whole = [] if "none" in named else usual
-    if arguments.training.tune_vision:
+    if _trains_tower_whole(arguments):
         whole.append(generation.vision_tower)
+    whole = [name for name in whole if name not in adapted.values()]
     whole += [found for name in named if name != "none" for found in _find_modules(model, generation, arguments, name)]
     whole = list(dict.fromkeys(whole))
+    for part, module in adapted.items():
+        if any(name == module or _is_inside(module, name) for name in whole):
+            raise UserError(
+                f"--lora_targets {part}: --lora_modules_to_save trains {module} whole; leave it out of one of the two."
+            )
     return [name for name in whole if not any(_is_inside(name, other) for other in whole)]
+
+
+def _trains_tower_whole(arguments: Arguments) -> bool:
+    return arguments.training.tune_vision and "vision" not in target_parts(arguments.lora.lora_targets)
+
+
+def adapted_parts(generation: Generation, lora: LoraArguments) -> dict[str, str]:
+    """The modules whose linear layers `--lora_targets` names, without the language model, by the names of the parts."""
+    modules = {"resampler": generation.merger, "vision": generation.vision_tower}
+    named = target_parts(lora.lora_targets)
+    return {part: module for part, module in modules.items() if part in named}
 
 
 def _find_modules(model: nn.Module, generation: Generation, arguments: Arguments, wanted: str) -> list[str]:
@@ -170,10 +196,9 @@ def _find_modules(model: nn.Module, generation: Generation, arguments: Arguments
     if not found:
         raise UserError(f"{flag}: the model has no such module; correct the name.")
     in_tower = [name for name in found if _is_inside(f"{name}.", generation.vision_tower)]
-    if not arguments.training.tune_vision and len(in_tower) == len(found):
-        raise UserError(
-            f"{flag}: lies in the vision tower, which --tune_vision false freezes; leave one of the two out."
-        )
+    if not _trains_tower_whole(arguments) and len(in_tower) == len(found) and wanted != generation.vision_tower:
+        reason = "which --tune_vision false freezes" if not arguments.training.tune_vision else "which has adapters"
+        raise UserError(f"{flag}: lies in the vision tower, {reason}; leave one of the two out.")
     usable = []
     for name in (name for name in found if name not in in_tower):
         # A list is not called itself, so PEFT cannot wrap it.
@@ -198,23 +223,31 @@ def _target_modules(
     PEFT refuses an expression that also matches modules that are not linear, and one together with a choice of layers.
     """
     pattern, matched = _match_targets(model, generation, lora)
-    adapted = [name for name in matched if not any(_is_inside(f"{name}.", other) for other in whole)]
-    if not adapted:
+    targets, parts = target_parts(lora.lora_targets), adapted_parts(generation, lora).values()
+    of_parts = [name for name in _linear_layers(model) if any(_is_inside(name, part) for part in parts)]
+    chosen = matched if not targets or "llm" in targets else []
+    adapted = [name for name in chosen if not any(_is_inside(f"{name}.", other) for other in whole)]
+    if not adapted and not of_parts:
         raise UserError(
             f"--lora_target_modules {pattern!r}: matches only layers that are trained whole, such as {matched[0]}; "
             f"choose layers of {generation.language_model}.layers.N., or leave out the flag (of "
             "--lora_modules_to_save, --tune_vision) that trains these whole."
         )
     if lora.lora_layers_to_transform is not None:
-        return _select_layers(adapted, lora)
+        adapted = _select_layers(adapted, lora)
+    adapted = list(dict.fromkeys([*adapted, *of_parts]))
     everything = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
     return pattern if everything == adapted else adapted
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
     """The expression with this generation's module names, and the linear layers that it matches."""
     pattern = lora.lora_target_modules
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = _linear_layers(model)
     matched: list[str] = []
     for candidate in generation.target_patterns(pattern):
         if not matched:
@@ -271,9 +304,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     trainable = total = 0
     for parameter in model.parameters():
-        size = int(getattr(parameter, "ds_numel", parameter.numel()))
-        if type(parameter).__name__ == "Params4bit":
-            size *= 2  # bitsandbytes stores two weights in a byte
+        size = parameter_size(parameter)
         total += size
         trainable += size if parameter.requires_grad else 0
     return trainable, total
+
+
+def parameter_size(parameter: nn.Parameter) -> int:
+    """Number of a parameter's values, also if this process has only a part of them."""
+    size = int(getattr(parameter, "ds_numel", parameter.numel()))
+    # bitsandbytes stores two weights in a byte.
+    return size * 2 if type(parameter).__name__ == "Params4bit" else size

@@ -13,6 +13,8 @@ from minicpmv_finetune.errors import UserError
 
 from .arguments import TrainingArguments
 from .callbacks import TrainingMonitor
+from .efficiency import WorkCounter
+from .learning_rates import LearningRates
 from .loading import Explained, HandOver, start_worker, unless_error, use_short_socket_paths
 from .sampler import LengthGroupedSampler
 from .watchdog import BACKWARD, FORWARD, Watchdog
@@ -32,6 +34,7 @@ class MiniCPMVTrainer(Trainer):
         watchdog: Watchdog,
         sample_ids: Callable[[Sequence[int]], list[str]],
         lengths: Sequence[int],
+        rates: LearningRates | None = None,
         **arguments: Any,
     ) -> None:
         """Create the trainer.
@@ -41,6 +44,7 @@ class MiniCPMVTrainer(Trainer):
             watchdog: Is informed of each stage of a step.
             sample_ids: Returns the ids of samples by their row numbers.
             lengths: Number of tokens of each training sample, so that no sample is read to find its length.
+            rates: Learning rates by part; by default all have the same.
             **arguments: Arguments of transformers' Trainer.
         """
         super().__init__(**arguments)
@@ -48,7 +52,22 @@ class MiniCPMVTrainer(Trainer):
         self._watchdog = watchdog
         self._lengths = lengths
         self._sample_ids = sample_ids
+        self._rates = rates
+        self.counter = WorkCounter()
         self._rows: list[int] = []  # row numbers of the batches since the last optimizer step
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer, with the learning rates of the parts and of LoRA+."""
+        rates = self._rates
+        if rates is None or rates.are_equal or self.optimizer is not None:
+            return super().create_optimizer(model)
+        trained: Any = self.model if model is None else model
+        if rates.ratio is not None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = rates.create_plus_optimizer(trained, kind, options, self.args.weight_decay)
+        optimizer = super().create_optimizer(model)
+        rates.divide(optimizer, trained)
+        return optimizer
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Run an epoch, unless the checkpoint that is continued has every step: transformers would add another one."""
@@ -65,6 +84,7 @@ class MiniCPMVTrainer(Trainer):
         """
         rows = inputs.pop("rows")
         self._monitor.count_batch(rows, inputs["input_ids"].numel())
+        self.counter.add(inputs, [self._monitor.lengths[row] for row in rows])
         self._rows += rows
         self._watchdog.enter_stage(FORWARD)
         try:

@@ -3,7 +3,8 @@
 The digest covers the chosen settings, the data and the base model. A flag that changes neither weights nor their order
 of updates does not take part, so that a retry may, for example, write more often to its log. Flags of ours are
 classified by their metadata (`arguments.IN_DIGEST`), flags of transformers by the two tables below; a test fails for a
-flag that is in neither. Checkpoints that are already written keep their digest, so a flag may not change its class.
+flag that is in neither. Checkpoints that are already written keep their digest, so a flag may not change its class, and
+a flag that is added later takes part only with another value than its default (`UNLESS_DEFAULT`).
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import hashlib
 import json
 from typing import Any
 
-from .arguments import IN_DIGEST, Arguments
+from .arguments import IN_DIGEST, UNLESS_DEFAULT, Arguments
 
 TRANSFORMERS_NOT_IN_DIGEST = frozenset(
     {
@@ -88,19 +89,22 @@ def training_digest(arguments: Arguments, data_fingerprint: str, base_fingerprin
         data_fingerprint: Fingerprint of the data; its address may differ between a pod and its successor.
         base_fingerprint: Fingerprint of the base model's weights, likewise instead of the address.
     """
-    settings = {name: value for name, value in chosen_settings(arguments).items() if _is_in_digest(name)}
+    settings = {name: value for name, value in chosen_settings(arguments).items() if _is_in_digest(name, value)}
     settings["data_path"], settings["model_name_or_path"] = data_fingerprint, base_fingerprint
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _is_in_digest(name: str) -> bool:
+def _is_in_digest(name: str, value: Any) -> bool:
     """Whether a flag takes part; a flag of transformers that is not classified yet does."""
     own = _OWN_FLAGS.get(name)
-    return name not in TRANSFORMERS_NOT_IN_DIGEST if own is None else own
+    if own is None:
+        return name not in TRANSFORMERS_NOT_IN_DIGEST
+    kind = own.metadata[IN_DIGEST]
+    return value != own.default if kind == UNLESS_DEFAULT else bool(kind)
 
 
-_OWN_FLAGS: dict[str, bool] = {
-    item.name: item.metadata[IN_DIGEST]
+_OWN_FLAGS = {
+    item.name: item
     for group in dataclasses.fields(Arguments)
     if dataclasses.is_dataclass(group.type)
     for item in dataclasses.fields(group.type)

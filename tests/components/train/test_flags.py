@@ -53,6 +53,7 @@ def test_a_bad_value_is_one_sentence_that_names_the_flag(name: str, word: str) -
 def test_a_good_value_is_accepted(name: str) -> None:
     flag = table()[name]
     word = flag.choices[0] if flag.choices else "1" if flag.type == "int" else GOOD[flag.type]
+    word = "16" if name == "loraplus_lr_ratio" else word  # which is at least 1
     _, mistakes = find_mistakes([f"--{name}", *([] if flag.values == "none" else [word])])
     assert not mistakes
 

@@ -24,7 +24,7 @@ def test_no_speed_is_sent_where_no_step_was_left(samples: int) -> None:
     run: Any = _Run()
     monitor = TrainingMonitor(run, [5])
     monitor.count_batch([0] * samples, 5)
-    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=2)
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=2, log_history=[])
     sent_by_transformers = {"train_runtime": 1.0, "train_samples_per_second": 9.0, "train_steps_per_second": 9.0}
     arguments: Any = SimpleNamespace(world_size=1)
     monitor.on_log(arguments, state, arguments, sent_by_transformers)

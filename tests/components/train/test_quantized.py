@@ -1,5 +1,6 @@
 """QLoRA on a CPU; its speed and memory need a GPU and are not tested here."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.components.train.quantized import four_bit_options, prepare_four_bit
 from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.inputs.checks import _check_kind
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import detect_generation
 from minicpmv_finetune.reports.training_record import read_record
@@ -68,6 +70,15 @@ def test_an_adapter_trains_on_four_bits_and_merges_into_the_full_precision_base(
 def test_strategies_that_partition_weights_are_refused(strategy: str) -> None:
     with pytest.raises(UserError, match="use --strategy ddp or zero2"):
         parse(["--output_dir", "out", "--data_path", "data", *QLORA.split(), "--strategy", strategy])
+
+
+def test_a_mixture_of_experts_is_refused_before_it_is_loaded(tiny_46: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_46 / "config.json").read_text())
+    config["text_config"] |= {"num_experts": 256, "num_experts_per_tok": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _check_kind(str(tmp_path), {"use_lora": True})
+    with pytest.raises(UserError, match="256 experts a layer are one tensor, which cannot be loaded in 4 bits"):
+        _check_kind(str(tmp_path), {"q_lora": True})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: each rank loads onto its own")
