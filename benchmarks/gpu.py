@@ -286,7 +286,7 @@ def make_model(generation: str, tiny: bool, device: torch.device, layers: int | 
             }
             if generation == "4.6":
                 return MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(**options))
-            return MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**options, **_MARKERS))
+            return MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**(options | _MARKERS)))
     finally:
         torch.set_default_dtype(usual)
 

@@ -69,9 +69,14 @@ def test_torchs_kernel_for_samples_of_various_lengths_has_the_same_result(monkey
         parts = [part.split(borders.diff().tolist()) for part in (query, key, value)]
         outputs = [
             F.scaled_dot_product_attention(
-                *(states.transpose(0, 1) for states in sample), is_causal=True, scale=scale, enable_gqa=enable_gqa
+                q.transpose(0, 1),
+                k.transpose(0, 1),
+                v.transpose(0, 1),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=enable_gqa,
             ).transpose(0, 1)
-            for sample in zip(*parts, strict=True)
+            for q, k, v in zip(*parts, strict=True)
         ]
         return torch.cat(outputs)
 
@@ -82,6 +87,6 @@ def test_torchs_kernel_for_samples_of_various_lengths_has_the_same_result(monkey
     module.num_key_value_groups = 2
     expected, _ = packed._packed_sdpa_forward(module, query, key, value, None, **arguments)
     monkeypatch.setattr(packed, "_has_kernel", lambda device, dtype, width: True)
-    states = (part.as_subclass(_GpuTensor) for part in (query, key, value))
-    found, _ = packed._packed_sdpa_forward(module, *states, None, **arguments)
+    query, key, value = (part.as_subclass(_GpuTensor) for part in (query, key, value))
+    found, _ = packed._packed_sdpa_forward(module, query, key, value, None, **arguments)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
