@@ -130,7 +130,7 @@ def test_the_graph_has_few_boxes_with_names_of_their_own() -> None:
     spec = MessageToDict(FINETUNE.build().pipeline_spec)
     outputs = [step.get("outputDefinitions", {}) for step in spec["components"].values()]
     names = [name for found in outputs for name in found.get("artifacts", {})]
-    assert len(names) == len(set(names)) == 23
+    assert len(names) == len(set(names)) == 21
     assert not {"metrics", "report", "summary", "rejects"} & set(names)
     assert [name for found in outputs for name in found.get("parameters", {})] == ["decision"]
     assert "register-if-better" in str(spec)
