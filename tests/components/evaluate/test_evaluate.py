@@ -209,7 +209,8 @@ def test_the_component_writes_matrix_table_and_promotion_record(
     matrix = confusion.metadata["confusionMatrix"]
     assert [label["displayName"] for label in matrix["annotationSpecs"]] == ["n", "y", "(other)"]
     assert sum(sum(row["row"]) for row in matrix["rows"]) == 4
-    assert "| as good as the base model | passed |" in Path(outputs["summary"]).read_text()
+    summary = Path(outputs["summary"]).read_text().replace("\u00a0", "")
+    assert "| as good as the base model | passed |" in summary
     record = read_promotion_record(Path(outputs["promotion_record"]))
     assert (record.promote, record.champion, record.adapter_uri) == (True, "", "s3://adapters/1")
     assert record.data_fingerprint == read_info(data).fingerprint
