@@ -481,7 +481,7 @@ def test_a_name_that_exists_is_no_pattern(s3_uri: str, tmp_path: Path) -> None:
         assert storage.expand(f"{place}/br?/train.json") == [f"{place}/br1/train.json"]
 
 
-def test_folders_and_files_are_told_apart(s3_uri: str, tmp_path: Path) -> None:
+def test_folders_and_files_are_distinguished(s3_uri: str, tmp_path: Path) -> None:
     for place in (s3_uri, str(tmp_path)):
         storage.write_bytes(f"{place}/set/train.json", b"[]")
         storage.write_bytes(f"{place}/set.json", b"[]")

@@ -205,7 +205,7 @@ def test_wait_ends_at_its_timeout_and_the_run_continues(kubeflow: FakeKubeflow, 
     assert run["state"] == "RUNNING"
 
 
-def test_who_stops_waiting_is_told_that_the_run_continues(
+def test_wait_says_at_an_interrupt_that_the_run_continues(
     kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(seconds: float) -> None:

@@ -93,7 +93,7 @@ def test_a_container_that_is_being_created_waits_only_if_kubernetes_warns(profil
     assert "a volume cannot be mounted" in why_waiting(pod, "train", profile, ["FailedMount: claim not bound"])
 
 
-def test_a_step_without_settings_of_its_own_is_told_to_change_the_default(profile: Profile) -> None:
+def test_a_step_without_settings_of_its_own_names_the_default_as_the_remedy(profile: Profile) -> None:
     assert "default.memory" in why_waiting(_unscheduled("1 Insufficient memory"), "notify", profile)
 
 

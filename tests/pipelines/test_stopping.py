@@ -89,7 +89,7 @@ def test_the_same_command_goes_on_with_the_finished_steps(
     assert (tmp_path / "out" / "run.log").read_text().count("==== small-") == 3
 
 
-def test_fresh_begins_anew_and_removes_the_unfinished_run(
+def test_fresh_begins_again_and_removes_the_unfinished_run(
     tmp_path: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert attempt(tmp_path, pipeline, "1 / 0") == 1

@@ -1,7 +1,7 @@
 """How many bytes a new feature store may have, and which old stores make room for it.
 
 A pod is evicted, with everything on its disk, where it exceeds the limit of its volume, which the disk's free space
-does not show, or where its node runs short of disk. Therefore a limit is told to the pod by a variable, and what the
+does not show, or where its node runs short of disk. Therefore a variable gives the pod this limit, and what the
 training itself is going to write is left free.
 """
 

@@ -198,7 +198,7 @@ def test_too_little_shared_memory_is_noticed_before_the_first_batch(
         ("mat1 and mat2 shapes cannot be multiplied", ""),
     ],
 )
-def test_the_end_of_a_worker_is_told_from_other_errors(text: str, sentence: str) -> None:
+def test_the_end_of_a_worker_is_distinguished_from_other_errors(text: str, sentence: str) -> None:
     try:
         try:
             raise RuntimeError(text)
