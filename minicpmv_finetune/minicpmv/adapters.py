@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+PEFT_PREFIX = "base_model.model."
+"""How PEFT begins the names of modules and parameters of a model that it wraps."""
 
 # Other programs read these without a default of their own.
 _ALWAYS_WRITTEN = {

@@ -21,11 +21,10 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, read_adapter_config
+from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG, PEFT_PREFIX, read_adapter_config
 
 from .weights import StoredTensor, cast, read_headers, read_rows, row_blocks
 
-_PREFIX = "base_model.model."
 # PEFT may also save the original tensors that the trained ones replace, and with bias="all" some tensors twice.
 _NOT_IN_USE = re.compile(r"\.(original_module|modules_to_save)\.")
 _PART = re.compile(
@@ -181,9 +180,9 @@ def read_adapter(folder: Path) -> Updates:
     parts: dict[str, _LoraParts] = {}
     tensors = {tensor.name: tensor for file in read_headers(folder) for tensor in file.tensors}
     for key, tensor in tensors.items():
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PEFT_PREFIX):
             raise UserError(f"{tensor.path}: {key} is not the name of a PEFT adapter tensor; give a PEFT adapter.")
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PEFT_PREFIX)
         if _NOT_IN_USE.search(name):
             continue
         if found := _PART.fullmatch(name):

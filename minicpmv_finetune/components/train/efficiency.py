@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minicpmv_finetune.estimate.cost import Model, Recipe, count_flops, estimate_memory, part_of, read_model
 from minicpmv_finetune.estimate.efficiency import Work, expected_hours, needed_flops, peak_flops
+from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 
@@ -143,7 +144,7 @@ def trained_by_part(model: nn.Module, generation: Generation) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = part_of(name.removeprefix("base_model.model."), generation)
+            part = part_of(name.removeprefix(PEFT_PREFIX), generation)
             counts[part] = counts.get(part, 0) + parameter_size(parameter)
     return counts
 

@@ -9,11 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.generations import Generation
 
 from .arguments import Arguments
-
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class LearningRates:
 
     def of(self, name: str) -> float:
         """The rate of a parameter by its name."""
-        path = name.removeprefix(_PEFT_PREFIX)
+        path = name.removeprefix(PEFT_PREFIX)
         own = (flag for flag in self.by_part if any(path.startswith(f"{module}.") for module in self.modules[flag]))
         rate = next((self.by_part[flag] for flag in own), self.usual)
         return rate * self.ratio if self.ratio is not None and ".lora_B." in name else rate
@@ -85,11 +84,11 @@ def learning_rates(model: nn.Module, generation: Generation, arguments: Argument
     modules = {
         "vision_lr": (generation.vision_tower,),
         "resampler_lr": (generation.merger,),
-        "embedding_lr": (generation.embed_tokens, head.removeprefix(_PEFT_PREFIX)),
+        "embedding_lr": (generation.embed_tokens, head.removeprefix(PEFT_PREFIX)),
     }
     given = {flag: getattr(training, flag) for flag in modules}
     by_part = {flag: rate for flag, rate in given.items() if rate is not None}
-    paths = [name.removeprefix(_PEFT_PREFIX) for name, _ in _trained(model)]
+    paths = [name.removeprefix(PEFT_PREFIX) for name, _ in _trained(model)]
     for flag in by_part:
         if not any(path.startswith(f"{module}.") for path in paths for module in modules[flag]):
             raise UserError(
@@ -101,7 +100,7 @@ def learning_rates(model: nn.Module, generation: Generation, arguments: Argument
 def warn_of_tower(model: nn.Module, generation: Generation, arguments: Arguments) -> str:
     """A sentence if adapters' usual rate, which is too high for whole weights, trains the whole vision tower."""
     training = arguments.training
-    tower = f"{_PEFT_PREFIX}{generation.vision_tower}."
+    tower = f"{PEFT_PREFIX}{generation.vision_tower}."
     is_whole = any(name.startswith(tower) and ".lora_" not in name for name, _ in _trained(model))
     if not training.use_lora or training.vision_lr is not None or not is_whole:
         return ""

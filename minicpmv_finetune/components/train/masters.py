@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import TrainingArguments as TransformersArguments
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.generations import Generation
 
 from .trainable import count_parameters
@@ -38,7 +39,7 @@ def train_in_float32(model: nn.Module, generation: Generation) -> None:
     # PEFT keeps a module that is trained whole beside the original one, so each name may occur several times.
     tower, tokens = f"{generation.vision_tower}.", generation.embed_tokens
     for name, module in model.named_modules():
-        path = name.removeprefix("base_model.model.")
+        path = name.removeprefix(PEFT_PREFIX)
         if path == tokens or (path.startswith(tower) and path.endswith(".embeddings")):
             module.register_forward_hook(_cast_to_bf16)
 

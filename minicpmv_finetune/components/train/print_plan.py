@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import Generation
 
@@ -115,7 +116,7 @@ def _describe_part(model: nn.Module, name: str, prefix: str, rates: LearningRate
     ways: set[str] = set()
     found: set[float] = set()
     for full_name, parameter in model.named_parameters():
-        path = full_name.removeprefix("base_model.model.")
+        path = full_name.removeprefix(PEFT_PREFIX)
         inside = path.startswith(f"{prefix}.") or (name == "head" and f".{prefix}." in f".{path}")
         if not inside or (name == "language model" and (".embed_tokens." in path or ".lm_head." in path)):
             continue
