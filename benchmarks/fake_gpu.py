@@ -6,6 +6,7 @@ the device would take; the places where the program would wait for the device; a
 engine does not run without a driver.
 """
 
+import math
 import sys
 import uuid
 import weakref
@@ -21,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 DEVICE = torch.device("cuda:0")
@@ -95,7 +96,7 @@ class FakeGpu(TorchDispatchMode):
     def _scalar(self, tensor: torch.Tensor) -> Any:
         value = self.value_of(tensor)
         if value is not None:
-            with _no_modes():
+            with _disable_current_modes():
                 return value.item()
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
 
@@ -110,7 +111,7 @@ class FakeGpu(TorchDispatchMode):
         leaves, spec = tree_flatten((args, kwargs))
         leaves = [by_id.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else _on_cpu(leaf) for leaf in leaves]
         cpu_args, cpu_kwargs = tree_unflatten(leaves, spec)
-        with torch.no_grad(), _no_modes():
+        with torch.no_grad(), _disable_current_modes():
             return func(*cpu_args, **cpu_kwargs)
 
     def _with_values(self, values: Any, device: torch.device) -> Any:
@@ -132,7 +133,7 @@ class FakeGpu(TorchDispatchMode):
         value = self.value_of(index)
         if value is None:
             raise RuntimeError(f"{_place()}: a mask whose values are not known is an index.")
-        with _no_modes():
+        with _disable_current_modes():
             parts = value.nonzero(as_tuple=True)
         return [self._with_values(part, index.device) for part in parts]
 
@@ -194,22 +195,11 @@ def _numbers(args: Any) -> int:
     size = next((argument for argument in args if isinstance(argument, list | tuple)), None)
     if size is None:
         return 0
-    count = 1
-    for side in size:
-        count *= side if isinstance(side, int) else 1
-    return count
+    return math.prod(side for side in size if isinstance(side, int))
 
 
 def _on_cpu(leaf: Any) -> Any:
     return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-
-
-@contextmanager
-def _no_modes() -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield
 
 
 def _place() -> str:

@@ -39,7 +39,7 @@ from minicpmv_finetune.components.train.trainable import count_parameters, make_
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.estimate import cost
-from minicpmv_finetune.estimate.efficiency import peak_flops
+from minicpmv_finetune.estimate.efficiency import Work, needed_flops, peak_flops
 from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.batch import collate
@@ -113,6 +113,11 @@ class Size:
     slices: int
     side: int
 
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens."""
+        return min(SUPERVISED, self.tokens // 20)
+
 
 def main() -> None:
     """Measure, print, and append the rows to a file."""
@@ -181,14 +186,7 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
     generation = next(one for one in GENERATIONS if one.version == case.version)
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            *("--data_path", "none", "--output_dir", folder, "--use_lora", "true", "--tune_llm", "false"),
-            *("--tune_vision", "false", "--per_device_train_batch_size", str(case.batch), "--save_strategy", "no"),
-            *("--max_steps", str(WARM_UP + case.steps), "--logging_steps", "1000", "--report_to", "none"),
-            *("--gradient_checkpointing", str(case.checkpointing).lower(), "--dataloader_num_workers", "4"),
-            *case.flags.split(),
-        ]
-        arguments = parse(flags)
+        arguments = parse(_flags(case, folder))
         training = arguments.training
         started = time.perf_counter()
         model = make_model(case.version, tiny, torch.device("cuda" if cuda else "cpu"))
@@ -220,7 +218,8 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
     patches = case.batch * size.slices * size.side**2
     recipe = cost.Recipe(1, case.batch, 1, True, False, False, arguments.lora.lora_r, 1)
     plan = cost.estimate_memory(sizes, recipe, tokens, patches, case.checkpointing)["single GPU"]
-    needed = needed_flops(sizes, recipe, size, case)
+    by_part = {"language": recipe.lora_r * sizes.lora_features, "merger": sizes.parameters["merger"]}
+    needed = needed_flops(sizes, by_part, _work(size, case.batch))
     row: dict[str, Any] = {
         "case": vars(case),
         "model": asdict(sizes),
@@ -243,6 +242,29 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
         rate = peak_flops(torch.cuda.get_device_name()) or float("nan")
         row["mfu"] = round(needed / seconds / rate, 4)
     return row
+
+
+def _flags(case: Case, folder: str) -> list[str]:
+    return [
+        *("--data_path", "none", "--output_dir", folder, "--use_lora", "true", "--tune_llm", "false"),
+        *("--tune_vision", "false", "--per_device_train_batch_size", str(case.batch), "--save_strategy", "no"),
+        *("--max_steps", str(WARM_UP + case.steps), "--logging_steps", "1000", "--report_to", "none"),
+        *("--gradient_checkpointing", str(case.checkpointing).lower(), "--dataloader_num_workers", "4"),
+        *case.flags.split(),
+    ]
+
+
+def _work(size: Size, samples: int) -> Work:
+    """What a step processes."""
+    slices, patches = samples * size.slices, size.side**2
+    return Work(
+        tokens=samples * size.tokens,
+        squared_tokens=samples * size.tokens**2,
+        supervised=samples * size.supervised,
+        patches=slices * patches,
+        squared_patches=slices * patches**2,
+        runs_tower=True,
+    )
 
 
 def make_model(generation: str, tiny: bool, device: torch.device, layers: int | None = None) -> PreTrainedModel:
@@ -314,8 +336,7 @@ class Samples(Dataset[ModelInput]):
             ids[start - 1] = _MARKERS[f"{kind}_start_id"]
             ids[start + self.tokens_of_slice] = _MARKERS[f"{kind}_end_id"]
         labels = np.full(size.tokens, IGNORED_LABEL)
-        count = min(SUPERVISED, size.tokens // 20)
-        labels[-count:] = ids[-count:]
+        labels[-size.supervised :] = ids[-size.supervised :]
         side = size.side * 14
         slices = [random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(size.slices)]
         return ModelInput(str(number), ids.tolist(), labels.tolist(), slices)
@@ -393,31 +414,6 @@ def plan_model(model: PreTrainedModel, generation: Generation, folder: Path, tar
     fields = {"model_type": generation.model_type, "version": generation.published_version}
     (folder / "config.json").write_text(json.dumps({**config, **fields}, default=str))
     return cost.read_model(folder, targets)
-
-
-def needed_flops(model: cost.Model, recipe: cost.Recipe, size: Size, case: Case) -> float:
-    """Operations that a step needs, without those of recomputation (Chowdhery et al. 2022, appendix B).
-
-    Forward and the gradient of the inputs take two operations per weight and token each, and the gradient of a trained
-    weight two more. The frozen tower runs forward only, and logits are computed for supervised tokens only.
-    """
-    parts, tokens = model.parameters, case.batch * size.tokens
-    patches = case.batch * size.slices * size.side**2
-    supervised = case.batch * min(SUPERVISED, size.tokens // 20)
-    text = 4.0 * parts["language"] * tokens + 6.0 * recipe.lora_r * model.lora_features * tokens
-    head = 4.0 * (parts["head"] or parts["embeddings"]) * supervised
-    # Softmax attention, of which causal attention needs half; linear attention is left out.
-    layers = model.layers // 4 if case.version in ("4.6", "4.7") else model.layers
-    scores = 6.0 * layers * model.hidden_size * case.batch * size.tokens**2
-    vision = (
-        2.0 * parts["vision"] * patches + 4.0 * model.vision_layers * model.vision_hidden_size * patches * size.side**2
-    )
-    if case.version in ("4.6", "4.7"):
-        # After the seventh layer a quarter of the patches is left.
-        kept = (7 + (model.vision_layers - 7) / 4) / model.vision_layers
-        vision *= kept
-    merger = 6.0 * parts["merger"] * case.batch * size.slices * 64
-    return text + head + scores + vision + merger
 
 
 if __name__ == "__main__":
