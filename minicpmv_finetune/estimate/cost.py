@@ -4,7 +4,6 @@ docs/performance.md states every formula; none needs a GPU. Memory is that of on
 allocator.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.generations import Generation, count_experts, detect_generation
+from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
 from minicpmv_finetune.shards.packing import pack_samples
 
 # Bytes per unit.
@@ -145,19 +144,20 @@ def read_model(checkpoint: Path, targets: str = "") -> Model:
     Raises:
         UserError: There are no such files, or the configuration lacks a size.
     """
-    generation = detect_generation(checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text())
+    path = checkpoint / "config.json"
+    config = read_json(path)
+    generation = generation_of(config, str(path))
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise UserError(f"{checkpoint}: contains no *.safetensors file; give a complete checkpoint as base model.")
     tensors: list[Tensor] = []
-    for path in files:
-        with safe_open(path, framework="numpy") as file:
+    for weights in files:
+        with safe_open(weights, framework="numpy") as file:
             tensors += [(name, file.get_slice(name).get_shape(), 1) for name in file.keys()]  # noqa: SIM118 - no mapping
     try:
         return measure_model(generation, config, tensors, targets)
     except KeyError as error:
-        raise UserError(f"{checkpoint / 'config.json'}: lacks {error.args[0]}; give a complete checkpoint.") from error
+        raise UserError(f"{path}: lacks {error.args[0]}; give a complete checkpoint.") from error
 
 
 def measure_model(
@@ -191,29 +191,27 @@ def measure_model(
         for kind, count, heads in (("key", 2, 16), ("value", 1, 32))  # the defaults of Qwen 3.5
     )
     return Model(
-        parameters,
-        sum(adapted.values()),
-        int(text["hidden_size"]),
-        int(text["num_hidden_layers"]),
-        int(text["vocab_size"]),
-        int(vision["hidden_size"]),
-        int(vision["num_hidden_layers"]),
-        _feed_forward_width(text),
-        list(text.get("layer_types") or []).count("linear_attention"),
-        linear_channels,
-        any(".mlp." in module for module in adapted),
-        experts,
-        int(text.get("num_experts_per_tok", 1)) / max(count_experts(config), 1) if experts else 1.0,
-        1.0 if generation.fixed_tokens else _vision_passes(vision),
+        parameters=parameters,
+        lora_features=sum(adapted.values()),
+        hidden_size=int(text["hidden_size"]),
+        layers=int(text["num_hidden_layers"]),
+        vocab_size=int(text["vocab_size"]),
+        vision_hidden_size=int(vision["hidden_size"]),
+        vision_layers=int(vision["num_hidden_layers"]),
+        intermediate_size=_feed_forward_width(text),
+        linear_layers=list(text.get("layer_types") or []).count("linear_attention"),
+        linear_channels=linear_channels,
+        adapts_feed_forward=any(".mlp." in module for module in adapted),
+        experts=experts,
+        used_experts=int(text.get("num_experts_per_tok", 1)) / max(count_experts(config), 1) if experts else 1.0,
+        vision_passes=1.0 if generation.fixed_tokens else _vision_passes(vision),
     )
 
 
 def _vision_passes(vision: Mapping[str, Any]) -> float:
     """The share of the tower's operations that is left where a layer's output is merged, four patches into one."""
-    layers, before = (
-        int(vision["num_hidden_layers"]),
-        int(vision.get("insert_layer_id", 6)) + 1,
-    )  # transformers' default
+    layers = int(vision["num_hidden_layers"])
+    before = int(vision.get("insert_layer_id", 6)) + 1  # transformers' default
     return (before + (layers - before) / 4) / layers
 
 
