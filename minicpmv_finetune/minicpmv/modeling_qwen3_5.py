@@ -214,6 +214,12 @@ def _encode_patches(model: Any, pixel_values: torch.Tensor, target_sizes: torch.
     return features
 
 
+def _encode_images(model: Any, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+    """Run tower and merger on all slices; returns the language model's input, [tokens of all slices, width]."""
+    tokens: torch.Tensor = torch.cat(model.get_image_features(pixel_values, target_sizes).pooler_output)
+    return tokens
+
+
 def _merge_patches(model: Any, features: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
     """Merge the result of `_encode_patches` to the language model's tokens of all slices."""
     merged_before = _WINDOW if model.config.downsample_mode != "4x" else 1
@@ -389,8 +395,7 @@ class MiniCPMV4_6ForConditionalGeneration(Transformers46):  # noqa: N801 - the n
 
     def encode_images(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
         """Run tower and merger on all slices; returns the language model's input, [tokens of all slices, width]."""
-        tokens: torch.Tensor = torch.cat(self.model.get_image_features(pixel_values, target_sizes).pooler_output)
-        return tokens
+        return _encode_images(self.model, pixel_values, target_sizes)
 
 
 class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801 - the name in transformers and in config.json
@@ -409,8 +414,7 @@ class MiniCPMV4_7ForConditionalGeneration(Transformers47):  # noqa: N801 - the n
 
     def encode_images(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
         """Run tower and merger on all slices; returns the language model's input, [tokens of all slices, width]."""
-        tokens: torch.Tensor = torch.cat(self.model.get_image_features(pixel_values, target_sizes).pooler_output)
-        return tokens
+        return _encode_images(self.model, pixel_values, target_sizes)
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
