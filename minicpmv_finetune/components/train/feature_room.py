@@ -52,18 +52,17 @@ def find_room(cache: Path, reserve: int) -> Room:
     disk = shutil.disk_usage(cache)
     spare = reserve + _SPARE_BYTES
     kept = f"{spare / 1e9:.0f} GB are kept for checkpoints and the result"
-    if environment.KUBERNETES_HOST.read():
-        spare += int(_EVICTION_SHARE * disk.total)
-        kept += f", and {_EVICTION_SHARE:.0%} of the disk, below which pods are evicted"
     room = Room(disk.free - spare, f"{disk.free / 1e9:.0f} GB are free, of which {kept}")
+    if environment.KUBERNETES_HOST.read():
+        reason = f"{room.reason}, and {_EVICTION_SHARE:.0%} of the disk, below which pods are evicted"
+        room = Room(room.bytes - int(_EVICTION_SHARE * disk.total), reason)
     limit = _limit_of(cache)
     if limit is None:
         return room
     used = _used_bytes(Path(tempfile.gettempdir()))
-    left = limit - used - reserve - _SPARE_BYTES
+    left = limit - used - spare
     if left >= room.bytes:
         return room
-    kept = f"{(reserve + _SPARE_BYTES) / 1e9:.0f} GB are kept for checkpoints and the result"
     return Room(left, f"the volume's limit is {limit / 1e9:.0f} GB, of which {used / 1e9:.0f} GB are used and {kept}")
 
 

@@ -288,12 +288,12 @@ def _reserve_space(
         A sentence about the stores; empty if any machine has too little room for them, which is reported.
     """
     needed = sum(layouts[split].bytes for split in missing)
+    stores = cache / "features"
     cache.mkdir(parents=True, exist_ok=True)
     if needed and training.local_process_index == 0:
-        delete_unused_stores(cache / "features", needed, reserve, {layout.folder for layout in layouts.values()})
+        delete_unused_stores(stores, needed, reserve, {layout.folder for layout in layouts.values()})
     _wait_for_all(training)
     subject = f"vision features of {sum(len(layout.sizes) for layout in layouts.values()):,} slices"
-    stores = cache / "features"
     room = find_room(cache, reserve)
     # Another machine may have no store yet, so each of them asks.
     if not _all_agree(not needed or needed <= room.bytes, training):
@@ -538,9 +538,8 @@ def _computing_type(training: TransformersArguments) -> torch.dtype | None:
 
 def _autocast(training: TransformersArguments) -> Any:
     """The Trainer's mixed precision, so that stored features equal those that a training would compute."""
-    if not (training.bf16 or training.fp16):
-        return nullcontext()
-    return torch.autocast(training.device.type, torch.bfloat16 if training.bf16 else torch.float16)
+    dtype = _computing_type(training)
+    return nullcontext() if dtype is None else torch.autocast(training.device.type, dtype)
 
 
 def _all_agree(answer: bool, training: TransformersArguments) -> bool:

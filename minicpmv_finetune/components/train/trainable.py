@@ -148,7 +148,7 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
         bias=lora.lora_bias,  # type: ignore[arg-type]
         target_modules=_target_modules(model, generation, lora, whole),
         modules_to_save=whole,
-        layer_replication=_layer_replication(model, generation, lora.lora_layer_replication),
+        layer_replication=_layer_replication(model, lora.lora_layer_replication),
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
@@ -279,9 +279,7 @@ def _select_layers(names: list[str], lora: LoraArguments) -> list[str]:
     return [name for name, number in numbered.items() if number in wanted]
 
 
-def _layer_replication(
-    model: PreTrainedModel, generation: Generation, ranges: str | None
-) -> list[tuple[int, int]] | None:
+def _layer_replication(model: PreTrainedModel, ranges: str | None) -> list[tuple[int, int]] | None:
     """The ranges of the language model's layers to stack, parsed from text such as `0:4,2:6`."""
     if not ranges:
         return None
