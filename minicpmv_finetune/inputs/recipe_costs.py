@@ -17,9 +17,8 @@ TOKENS = 2048
 SLICES = 10
 """Slices of a sample, of 448 x 448 pixels."""
 _PATCHES = 1024  # of a slice
-CARDS: Mapping[str, float] = {card: PEAK_FLOPS[card] for card in ("L4", "A100", "H100")}
-"""Datasheet rates of dense bf16 products in FLOP/s."""
-_SMALL_CARDS = {"L4": 24}  # GB; the other cards of the estimate have 80
+CARDS: Mapping[str, int] = {"L4": 24, "A100": 80, "H100": 80}
+"""Memory in GB of the cards for which hours are estimated."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ def recipe_costs() -> list[RecipeCost]:
 
 def recipe_cost(name: str) -> RecipeCost:
     """The cost of a recipe of the package."""
-    given = read_recipe(name)
-    data = {"data_uri": "any"}
-    inputs = check_inputs(FINETUNE_INPUTS, {**given, **data})
+    inputs = check_inputs(FINETUNE_INPUTS, {**read_recipe(name), "data_uri": "any"})
     settings, hardware = planned(inputs), hardware_of(name)
     recipe = settings.recipe
     model = published_model(name.partition("-")[0], settings.targets)
@@ -80,7 +77,7 @@ def recipe_cost(name: str) -> RecipeCost:
         hours={
             card: round(hours, 1)
             for card, hours in estimate_hours(model, recipe.devices, flops).items()
-            if _SMALL_CARDS.get(card, 80) >= hardware.gigabytes
+            if CARDS[card] >= hardware.gigabytes
         },
     )
 
@@ -93,7 +90,7 @@ def estimate_hours(model: Model, devices: int, flops: float) -> dict[str, float]
         devices: Number of GPUs.
         flops: Floating point operations of the training.
     """
-    return {card: expected_hours(model, flops, rate) / devices for card, rate in CARDS.items()}
+    return {card: expected_hours(model, flops, PEAK_FLOPS[card]) / devices for card in CARDS}
 
 
 def _what(recipe: Recipe, strategy: str) -> str:
