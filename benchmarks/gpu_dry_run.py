@@ -144,7 +144,7 @@ def run(case: Case, layers: int | None = None) -> dict[str, Any]:
         batch_size = arguments.training.per_device_train_batch_size
         with no_init_weights():  # nothing has a value
             model = make_model(case.version, False, DEVICE, layers)
-            sizes = plan_model(model, generation, Path(folder), _targets(arguments))
+            sizes = plan_model(model, generation, Path(folder), arguments.lora.lora_target_modules)
             trained = _prepare(case, model, generation, arguments)
         parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         optimizer = None if case.strategy == "zero2" else _warm_optimizer(parameters)
@@ -273,10 +273,6 @@ def _added(case: Case, trained: int) -> int:
         return _FLOAT32 * trained  # buckets
     # ZeRO-2: a part of the gradients and of Adam's state with its float32 weights; two buckets.
     return (_BF16 + 3 * _FLOAT32) * trained // case.processes + 2 * _BF16 * min(_BUCKET, trained)
-
-
-def _targets(arguments: Arguments) -> str:
-    return arguments.lora.lora_target_modules if "lora_target_modules" in arguments.given else ""
 
 
 def _plan(case: Case, model: cost.Model, arguments: Arguments, batch_size: int) -> float:

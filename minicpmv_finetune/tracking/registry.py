@@ -164,7 +164,7 @@ def link_to_champion(name: str) -> str:
     return _link(name, lambda: champion_of(name))
 
 
-def _link(name: str, find: "Callable[[], Version | None]") -> str:
+def _link(name: str, find: Callable[[], Version | None]) -> str:
     address = browser_address()
     if not name or not address.startswith("http"):
         return ""

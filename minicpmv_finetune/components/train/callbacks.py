@@ -19,6 +19,8 @@ from minicpmv_finetune.tracking.step_runs import StepRun
 from .checkpoints import Checkpoints
 from .worker_exit import signal_name
 
+_SECONDS = "seconds"  # since the training began, in all its parts
+
 
 class TrainingMonitor(TrainerCallback):
     """Draws one progress bar and sends metrics to MLflow, those of each step once, also after a resumption."""
@@ -221,7 +223,6 @@ class SignalStopper(TrainerCallback):
         self.signal_name = signal_name(number)
 
 
-_SECONDS = "seconds"  # since the training began, in all its parts
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

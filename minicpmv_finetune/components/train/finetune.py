@@ -32,7 +32,7 @@ from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors, first_line
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
-from minicpmv_finetune.minicpmv.generations import Generation, count_experts, detect_generation, read_json
+from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
 from minicpmv_finetune.minicpmv.linear_attention import missing_kernels
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.options import raise_mistakes
@@ -251,7 +251,9 @@ def _fetch_inputs(arguments: Arguments) -> _Inputs:
     shards = open_shards(arguments.data.data_path, cache)
     manifest = read_manifest(shards)
     base = storage.fetch(arguments.model.model_name_or_path, cache)
-    generation = detect_generation(base)
+    config_file = base / "config.json"
+    config = read_json(config_file)
+    generation = generation_of(config, str(config_file))
     if arguments.training.llm_type in generation.older_llm_types:
         _log(
             f"--llm_type {arguments.training.llm_type} is another name for the chat format of MiniCPM-V "
@@ -263,7 +265,7 @@ def _fetch_inputs(arguments: Arguments) -> _Inputs:
             f"{generation.version}; run preprocess with this base model."
         )
     flags = {**vars(arguments.training), **vars(arguments.lora)}
-    raise_mistakes(find_unfit_flags(flags, generation, count_experts(read_json(base / "config.json"))))
+    raise_mistakes(find_unfit_flags(flags, generation, count_experts(config)))
     inputs = _Inputs(shards, manifest, base, fingerprint(base), generation)
     check_continued_adapter(arguments, inputs.base_fingerprint)
     return inputs
