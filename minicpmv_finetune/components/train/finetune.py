@@ -472,8 +472,9 @@ def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArgument
 
 def _bytes_to_write(training: TrainingArguments, trainable: int) -> int:
     """About what checkpoints and result need on the local disk: weights and two averages in float32, and weights."""
-    checkpoints = 1 + (training.save_total_limit or 2)  # one more while it is written
-    return 0 if training.save_strategy == "no" else trainable * (12 * checkpoints + 4)
+    # One more than are kept, while it is written. There is always a result.
+    checkpoints = 0 if training.save_strategy == "no" else 1 + (training.save_total_limit or 2)
+    return trainable * (12 * checkpoints + 4)
 
 
 def _share_a_disk(*folders: Path) -> bool:

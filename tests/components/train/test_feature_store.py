@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.components.train import feature_room, feature_store
+from minicpmv_finetune.components.train import feature_room, feature_store, finetune
 from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.feature_room import find_room
 from minicpmv_finetune.components.train.feature_store import (
@@ -126,6 +126,14 @@ def test_processes_share_the_patches_and_not_the_rows(monkeypatch: pytest.Monkey
         assert [row for share in shares for row in share] == list(range(8))
         patches = [sum(int(sizes[first_slice[n] : first_slice[n + 1]].prod(1).sum()) for n in rows) for rows in shares]
         assert max(patches) == {1: 132, 2: 66, 3: 64}[processes]
+
+
+@pytest.mark.parametrize(("strategy", "limit", "size"), [("no", None, 4), ("steps", None, 40), ("steps", 1, 28)])
+def test_room_is_kept_for_the_result_and_for_checkpoints_if_there_are_any(
+    strategy: str, limit: int | None, size: int
+) -> None:
+    training: Any = SimpleNamespace(save_strategy=strategy, save_total_limit=limit)
+    assert finetune._bytes_to_write(training, 1000) == 1000 * size
 
 
 def test_the_limit_of_a_pods_volume_is_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
