@@ -44,7 +44,7 @@ from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
-from minicpmv_finetune.minicpmv.generations import GENERATIONS, Generation
+from minicpmv_finetune.minicpmv.generations import Generation, generation_named
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
 from minicpmv_finetune.minicpmv.modeling_qwen3_5 import (
@@ -183,7 +183,7 @@ def _matmul_rate(side: int = 8192, rounds: int = 10) -> float:
 def measure(case: Case, tiny: bool) -> dict[str, Any]:
     """Train a few steps and return what they took."""
     size = Size(tokens=200, slices=3, side=8) if tiny else Size(tokens=2048, slices=10, side=32)
-    generation = next(one for one in GENERATIONS if one.version == case.version)
+    generation = generation_named(case.version)
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         arguments = parse(_flags(case, folder))

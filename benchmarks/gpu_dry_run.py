@@ -36,7 +36,7 @@ from minicpmv_finetune.components.train.trainable import count_parameters, make_
 from minicpmv_finetune.estimate import cost
 from minicpmv_finetune.inputs.recipe import RECIPES, read_recipe
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
-from minicpmv_finetune.minicpmv.generations import GENERATIONS, Generation
+from minicpmv_finetune.minicpmv.generations import Generation, generation_named
 from minicpmv_finetune.minicpmv.packed import enable_packing
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def run(case: Case, layers: int | None = None) -> dict[str, Any]:
     Returns:
         The row of the table: peak and plan in bytes, and the places where the program waits, with their numbers.
     """
-    generation = next(one for one in GENERATIONS if one.version == case.version)
+    generation = generation_named(case.version)
     with tempfile.TemporaryDirectory() as folder, fake_gpu() as gpu:
         arguments = _parse(case, folder)
         batch_size = arguments.training.per_device_train_batch_size

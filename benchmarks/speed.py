@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
-from minicpmv_finetune.minicpmv.generations import GENERATIONS
+from minicpmv_finetune.minicpmv.generations import generation_named
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.minicpmv.slicing import SlicingConfig, cut_slices, plan_slices
@@ -205,7 +205,7 @@ EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = 
 def _train_steps(version: str, shape: Shape, case: Switches, images: Sequence[Path], slices: int = 9) -> Measured:
     """Train one epoch on the images, after a warm-up step."""
     trained, base = _make_trainable(version, shape)
-    language_model = next(g.language_model for g in GENERATIONS if g.version == version)
+    language_model = generation_named(version).language_model
     if case.packing:
         enable_packing(base, language_model)
     if case.fused:
@@ -365,7 +365,7 @@ def _train_digits(processes: int) -> Measured:
 def _make_trainable(version: str, shape: Shape) -> tuple[Any, PreTrainedModel]:
     """A model with LoRA adapters, and the model inside it."""
     base = make_model(version, shape)
-    generation = next(generation for generation in GENERATIONS if generation.version == version)
+    generation = generation_named(version)
     inside = generation.language_model.replace(".", r"\.")
     config = LoraConfig(
         r=16, lora_alpha=32, target_modules=rf"{inside}\.layers\..*proj.*", modules_to_save=[generation.merger]

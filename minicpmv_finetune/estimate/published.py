@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minicpmv_finetune.minicpmv.generations import GENERATIONS
+from minicpmv_finetune.minicpmv.generations import generation_named
 
 from .cost import Model, measure_model
 
@@ -24,7 +24,7 @@ def published_model(version: str, targets: str = "") -> Model:
         version: Generation, such as "4.6".
         targets: Regular expression of the layers that get adapters; empty means the published default.
     """
-    generation = next(one for one in GENERATIONS if one.version == version)
+    generation = generation_named(version)
     sizes = published_sizes(version)
     config = {"text_config": sizes["text"], "vision_config": sizes["vision"]}
     return measure_model(generation, config, [tuple(tensor) for tensor in sizes["tensors"]], targets)

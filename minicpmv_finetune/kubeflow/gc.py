@@ -93,8 +93,10 @@ def find_unused(cluster: Cluster, root: str, min_age_days: int) -> list[UnusedFo
         for name, file in storage.walk(base).items():
             folder, why = _candidate_of(name, states)
             if why:
-                candidates.setdefault(storage.join(base, folder), _Candidate(why)).files.append(file)
-                registering |= {storage.join(base, folder)} if "register" in name.split("/")[1:-1] else set()
+                place = storage.join(base, folder)
+                candidates.setdefault(place, _Candidate(why)).files.append(file)
+                if "register" in name.split("/")[1:-1]:
+                    registering.add(place)
             elif name.endswith(f"/{MANIFEST_FILE}") and RUN_ID.fullmatch(name.split("/")[0]):
                 referenced.append(_read_shards_location(storage.join(base, name)))
     shared = storage.join(root, SHARED_CACHE_NAME)

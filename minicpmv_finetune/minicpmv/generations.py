@@ -170,6 +170,11 @@ class _ImageSettings(BaseModel):
     image_feature_size: PositiveInt | None = None
 
 
+def generation_named(version: str) -> Generation:
+    """The generation of a version, such as "4.6"."""
+    return next(generation for generation in GENERATIONS if generation.version == version)
+
+
 def detect_generation(checkpoint: Path) -> Generation:
     """Detect the generation of a checkpoint from its config.json.
 
