@@ -47,12 +47,13 @@ class Recipe:
         batch_size: Number of samples that a device processes at once.
         epochs: How often every sample is used.
         use_lora: Whether to train adapters on the language model.
-        tune_vision: Whether to train the vision tower.
+        tune_vision: Whether to train the vision tower whole.
         tune_llm: Whether to train the language model's own weights.
         lora_r: Rank of the adapters.
         accumulation_steps: Number of batches per optimizer step.
         whole: The parts that are trained whole beside the adapters.
         quantized: Whether this is QLoRA, which trains the embeddings only where that is asked for.
+        adapts_vision: Whether to train adapters on the vision tower; their own parameters are not counted.
     """
 
     devices: int
@@ -65,6 +66,12 @@ class Recipe:
     accumulation_steps: int
     whole: tuple[str, ...] = ("embeddings", "merger")
     quantized: bool = False
+    adapts_vision: bool = False
+
+    @property
+    def trains_in_tower(self) -> bool:
+        """Whether the backward pass runs through the vision tower."""
+        return self.tune_vision or self.adapts_vision
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,7 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     text, gated = (_TEXT_TRAINED, _GATED_TRAINED) if keeps_inputs else (_TEXT, _GATED)
     layer = tokens * (text * model.hidden_size + gated * model.intermediate_size)
     linear = tokens * _LINEAR * model.linear_channels if model.linear_layers else 0
-    vision_layers = model.vision_layers if recipe.tune_vision else 0  # a frozen tower keeps nothing
+    vision_layers = model.vision_layers if recipe.trains_in_tower else 0  # a frozen tower keeps nothing
     if checkpointing:
         layer_inputs = _BF16 * (text_width * model.layers + vision_width * vision_layers)
         activations = layer_inputs + max(layer + linear, _VISION * vision_width)
@@ -298,7 +305,10 @@ def count_flops(
     vision = 2.0 * (parts["vision"] + parts["merger"]) * patches
     share = min(1.0, model.trained(recipe) / model.active)
     again = 1.0 if checkpointing else 0.0
-    return (text + scores) * (2.0 + share + again) + vision * (3.0 + again if recipe.tune_vision else 1.0)
+    of_vision = 1.0
+    if recipe.trains_in_tower:
+        of_vision = (3.0 if recipe.tune_vision else 2.0) + again
+    return (text + scores) * (2.0 + share + again) + vision * of_vision
 
 
 def padding_share(lengths: Sequence[int], batch_size: int) -> float:

@@ -64,6 +64,7 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
         accumulation_steps=flags.get("gradient_accumulation_steps", 1),
         whole=tuple(part for part in whole if part != "merger" or "resampler" not in adapted),
         quantized=bool(flags.get("q_lora")),
+        adapts_vision="vision" in adapted,
     )
     plain = "DDP" if devices > 1 else "single GPU"
     strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)

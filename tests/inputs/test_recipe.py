@@ -1,5 +1,6 @@
 """The recipes of the package, and how a recipe and other inputs are joined."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from minicpmv_finetune.components.train.flags import (
     take_processes,
 )
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.estimate.cost import estimate_memory
+from minicpmv_finetune.estimate.published import published_model
 from minicpmv_finetune.inputs.planned import planned
 from minicpmv_finetune.inputs.recipe import RECIPES, hardware_of, over_recipe, read_recipe
 from minicpmv_finetune.inputs.recipe_costs import recipe_cost
@@ -90,8 +93,19 @@ def test_a_recipe_trains_as_many_parameters_as_planned(name: str, tiny: Any, tmp
 )
 def test_what_is_trained_whole_is_planned(flags: dict[str, Any], whole: tuple[str, ...]) -> None:
     assert planned({"training_flags": flags}).recipe.whole == whole
+    assert not planned({"training_flags": flags}).recipe.adapts_vision
     with pytest.raises(UserError, match="plan does not count"):
         planned({"training_flags": {"lora_modules_to_save": "norm"}})
+
+
+def test_adapters_on_the_tower_are_planned_with_the_tower_in_the_backward_pass() -> None:
+    inputs = {"tune_vision": False, "training_flags": {"lora_targets": "llm,vision"}}
+    recipe = planned(inputs).recipe
+    assert (recipe.tune_vision, recipe.adapts_vision, recipe.trains_in_tower) == (False, True, True)
+    model = published_model("4.5")
+    frozen = replace(recipe, adapts_vision=False)
+    memories = [estimate_memory(model, each, 2048, 10_240, False)["single GPU"] for each in (frozen, recipe)]
+    assert memories[1] > memories[0] + 5e9
 
 
 def test_other_inputs_replace_those_of_a_recipe_key_by_key() -> None:

@@ -152,17 +152,20 @@ def trained_by_part(model: nn.Module, generation: Generation) -> dict[str, int]:
 def _recipe(arguments: Arguments, sizes: Model, trained: Mapping[str, int]) -> Recipe:
     """The settings of the training that its cost depends on."""
     training = arguments.training
+    of_tower = trained.get("vision", 0)
+    is_whole = of_tower >= sizes.parameters["vision"]
     return Recipe(
         devices=training.world_size,
         batch_size=training.train_batch_size,
         epochs=training.num_train_epochs,
         use_lora=training.use_lora,
-        tune_vision=bool(trained.get("vision")),
+        tune_vision=is_whole,
         tune_llm=training.tune_llm,
         lora_r=arguments.lora.lora_r,
         accumulation_steps=training.gradient_accumulation_steps,
         whole=tuple(part for part in ("embeddings", "merger") if trained.get(part, 0) >= sizes.parameters[part]),
         quantized=arguments.lora.q_lora,
+        adapts_vision=bool(of_tower) and not is_whole,
     )
 
 
