@@ -56,6 +56,11 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{checkpoint}: the GPU has too little free memory for the weights; end what else uses it, or take a GPU "
+            "with more."
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint}: the weights cannot be loaded ({error}); fetch the checkpoint again.") from error
     _require_all_tensors(checkpoint, generation, report)

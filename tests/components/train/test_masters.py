@@ -121,6 +121,15 @@ def test_weights_are_loaded_onto_the_gpu_that_needs_all_of_them(
     assert placement("cuda:1") == {}, "the check of the memory refuses it later, with a sentence"
 
 
+def test_weights_without_room_on_the_gpu_are_one_sentence(tiny_46: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
+    with pytest.raises(UserError, match="the GPU has too little free memory for the weights; end what else uses it"):
+        load_model(tiny_46)
+
+
 def test_processes_share_the_search_for_numbers_that_are_not_finite(tmp_path: Path) -> None:
     model: Any = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(4))).half()
     model[0].weight.data.fill_(6e4)  # finite, though its sum is not
