@@ -348,6 +348,10 @@ class LoraArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        """Write names in one way: a YAML file's `true` arrives as True, and an empty value means the default."""
+        self.init_lora_weights = self.init_lora_weights.lower() or "true"
+
 
 @dataclass(frozen=True)
 class Arguments:

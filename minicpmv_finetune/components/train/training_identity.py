@@ -10,6 +10,7 @@ a flag that is added later takes part only with another value than its default (
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any
 
 from .arguments import IN_DIGEST, UNLESS_DEFAULT, Arguments
@@ -55,6 +56,9 @@ TRANSFORMERS_IN_DIGEST = frozenset(
     }
 )
 
+_EMBEDDINGS_OR_NONE = re.compile(r"(^|[\s,.])(embed_tokens|none)\s*(,|$)")
+_FROZEN_EMBEDDINGS = "frozen embeddings"
+"""0.1.0 trained the embeddings whole in QLoRA too, unless none was asked for; its checkpoints do not fit otherwise."""
 _CHANGES_AT_A_RETRY = ("local_rank", "resume_from_checkpoint")
 
 
@@ -91,6 +95,8 @@ def training_digest(arguments: Arguments, data_fingerprint: str, base_fingerprin
     """
     settings = {name: value for name, value in chosen_settings(arguments).items() if _is_in_digest(name, value)}
     settings["data_path"], settings["model_name_or_path"] = data_fingerprint, base_fingerprint
+    if arguments.lora.q_lora and not _EMBEDDINGS_OR_NONE.search(arguments.lora.lora_modules_to_save):
+        settings["q_lora"] = _FROZEN_EMBEDDINGS
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

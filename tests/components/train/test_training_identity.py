@@ -99,6 +99,41 @@ def test_other_flags_change_the_digest(more: str) -> None:
     assert _digest(f"{LORA} {more}") != _digest(LORA)
 
 
+@pytest.mark.parametrize(
+    ("more", "digest", "has_same_weights"),
+    [
+        ("", "6d26e7feea6c795decf35dddc7065ed0088ffa4c4cf194cfd2f25dc1b80fa5ff", False),
+        (
+            "--lora_modules_to_save resampler",
+            "b929f720ab2df384fa948383d1aa09f70f11d0801ac7378af5315bc82ee521dd",
+            False,
+        ),
+        (
+            "--lora_modules_to_save embed_tokens",
+            "d7fed173101eabea2013f18d16617fe444778f5ac46b7d58edf5b0bd5ebe5fa7",
+            True,
+        ),
+        (
+            "--lora_modules_to_save none,resampler",
+            "cc31aa982e000fa494e02261663a4a98f8664b5d8a73052159c9ab6337ade0ac",
+            True,
+        ),
+    ],
+)
+def test_qlora_continues_only_from_checkpoints_of_0_1_0_with_the_same_weights(
+    more: str, digest: str, has_same_weights: bool
+) -> None:
+    """0.1.0 trained the embeddings whole in QLoRA too, unless none was asked for."""
+    assert (_digest(f"{LORA} --q_lora true {more}") == digest) == has_same_weights
+
+
+@pytest.mark.parametrize("value", ["true", "True", ""])
+def test_the_default_is_the_same_however_it_is_written(value: str) -> None:
+    flags = f"{LORA} --init_lora_weights={value}"
+    assert _parse(flags).lora.init_lora_weights == "true", "else strategies that divide weights would refuse it"
+    assert _digest(flags) == _digest(LORA)
+
+
 def test_other_data_and_other_base_models_change_the_digest() -> None:
     arguments = _parse(LORA)
     digests = {training_digest(arguments, *fingerprints) for fingerprints in (("d", "b"), ("e", "b"), ("d", "c"))}
