@@ -452,7 +452,7 @@ def _check(arguments: Arguments) -> None:
         raise UserError("--dataloader_multiprocessing_context: there are no workers; give --dataloader_num_workers.")
     if arguments.lora.q_lora and (training.fsdp or _shards_parameters(training)):
         raise UserError(PARTITIONED_4_BIT)
-    if arguments.lora.init_lora_weights.lower() != "true" and (training.fsdp or _shards_parameters(training)):
+    if arguments.lora.init_lora_weights != "true" and (training.fsdp or _shards_parameters(training)):
         raise UserError(f"--init_lora_weights {arguments.lora.init_lora_weights}: {PARTITIONED_WEIGHTS}.")
     config = getattr(training, "hf_deepspeed_config", None)
     given = _given_rates(arguments)

@@ -90,7 +90,7 @@ class Checkpoints:
         except Exception:
             # The last checkpoint shall count. Why the training failed matters more than an upload that failed too.
             with suppress(RetryableError, UserError, OSError):
-                self._finish_sealing()
+                self.finish_upload()
             raise
         finally:
             if self.lease:

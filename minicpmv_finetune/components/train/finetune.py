@@ -63,7 +63,7 @@ from .initial_adapter import (
     changes_base,
     read_initial,
 )
-from .intervals import ChosenIntervals
+from .intervals import ChosenIntervals, saves_by_time
 from .learning_rates import LearningRates, learning_rates, warn_of_tower
 from .liger import use_liger
 from .loading import LoaderPlan, check_shared_memory, describe_worker_failure, end_workers
@@ -136,7 +136,7 @@ def _train(
     model = _prepare_model(inputs, arguments)
     checkpoints = _open_checkpoints(arguments, inputs, out)
     resume_from = _find_checkpoint(training, checkpoints)
-    train_dataset, eval_dataset = _open_datasets(inputs, model, arguments)
+    train_dataset, eval_dataset = _open_datasets(inputs, model, arguments, checkpoints)
     with checkpoints.written_by_this_run(), _open_run(training, output) as run:
         run.log_parameters(_run_parameters(arguments, inputs))
         run.log_parameters(effective_settings(arguments))
@@ -362,7 +362,7 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     is_remote = storage.is_object_uri(uri)
     keep = training.save_total_limit or 2
     folder = local_folder(uri, out)
-    keep_local = min(keep, 2) if is_remote or not uri else training.save_total_limit
+    keep_local = min(keep, 2) if is_remote else training.save_total_limit if uri else keep
     training.save_total_limit = None  # the Trainer would also delete the checkpoints of other trainings
     training.output_dir = str(folder)
     if training.process_index == 0:
@@ -418,11 +418,11 @@ def _find_checkpoint(training: TrainingArguments, checkpoints: Checkpoints) -> P
 
 
 def _open_datasets(
-    inputs: _Inputs, model: _Model, arguments: Arguments
+    inputs: _Inputs, model: _Model, arguments: Arguments, checkpoints: Checkpoints
 ) -> tuple[ExampleDataset | PackDataset, ExampleDataset | None]:
     """Open the samples for training and, if there are any, for evaluation."""
     training, manifest = arguments.training, inputs.manifest
-    stores = _prepare_features(inputs, model, training)
+    stores = _prepare_features(inputs, model, arguments, checkpoints)
     examples = ExampleDataset(inputs.shards, "train", stores.get("train"))
     train_dataset: ExampleDataset | PackDataset = examples
     if training.packing:
@@ -454,9 +454,11 @@ def _check_sizes(training: TrainingArguments, rows: int, manifest: Manifest) -> 
         )
 
 
-def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArguments) -> dict[Split, Path]:
+def _prepare_features(
+    inputs: _Inputs, model: _Model, arguments: Arguments, checkpoints: Checkpoints
+) -> dict[Split, Path]:
     """The feature stores by split; none if the vision tower has to run in each step."""
-    manifest, generation = inputs.manifest, inputs.generation
+    training, manifest, generation = arguments.training, inputs.manifest, inputs.generation
     tower = model.base.get_submodule(generation.vision_tower)
     samples = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     epochs = samples * training.world_size / manifest.rows("train") if samples > 0 else training.num_train_epochs
@@ -466,14 +468,17 @@ def _prepare_features(inputs: _Inputs, model: _Model, training: TrainingArgument
     if training.eval_strategy != "no" and manifest.rows("eval"):
         splits.append("eval")
     cache = storage.cache_folder(_path(training.cache_dir))
-    reserve = _bytes_to_write(training, model.trainable) if _share_a_disk(cache, Path(str(training.output_dir))) else 0
+    kept = checkpoints.keep_local or checkpoints.keep
+    shares_disk = _share_a_disk(cache, Path(str(training.output_dir)))
+    reserve = _bytes_to_write(arguments, model.trainable, kept) if shares_disk else 0
     return prepare_stores(model.base, generation, inputs.shards, splits, cache, training, _log, epochs, reserve)
 
 
-def _bytes_to_write(training: TrainingArguments, trainable: int) -> int:
+def _bytes_to_write(arguments: Arguments, trainable: int, kept: int) -> int:
     """About what checkpoints and result need on the local disk: weights and two averages in float32, and weights."""
+    saves = arguments.training.save_strategy != "no" or saves_by_time(arguments.given)
     # One more than are kept, while it is written. There is always a result.
-    checkpoints = 0 if training.save_strategy == "no" else 1 + (training.save_total_limit or 2)
+    checkpoints = kept + 1 if saves else 0
     return trainable * (12 * checkpoints + 4)
 
 

@@ -89,7 +89,7 @@ def test_flags_that_contradict_each_other_are_one_sentence(flags: str, sentence:
 
 def test_true_in_capitals_is_the_usual_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minicpmv_finetune.components.train.arguments._shards_parameters", lambda training: True)
-    assert _parse(f"{LORA} --init_lora_weights True").lora.init_lora_weights == "True"
+    assert _parse(f"{LORA} --init_lora_weights True").lora.init_lora_weights == "true"
 
 
 @pytest.mark.parametrize(

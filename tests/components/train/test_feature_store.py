@@ -128,12 +128,20 @@ def test_processes_share_the_patches_and_not_the_rows(monkeypatch: pytest.Monkey
         assert max(patches) == {1: 132, 2: 66, 3: 64}[processes]
 
 
-@pytest.mark.parametrize(("strategy", "limit", "size"), [("no", None, 4), ("steps", None, 40), ("steps", 1, 28)])
+@pytest.mark.parametrize(
+    ("strategy", "given", "kept", "size"),
+    [
+        ("no", {"save_strategy"}, 2, 4),
+        ("no", set(), 2, 40),  # the time decides when they are saved
+        ("steps", {"save_steps"}, 2, 40),
+        ("steps", {"save_steps"}, 1, 28),
+    ],
+)
 def test_room_is_kept_for_the_result_and_for_checkpoints_if_there_are_any(
-    strategy: str, limit: int | None, size: int
+    strategy: str, given: set[str], kept: int, size: int
 ) -> None:
-    training: Any = SimpleNamespace(save_strategy=strategy, save_total_limit=limit)
-    assert finetune._bytes_to_write(training, 1000) == 1000 * size
+    arguments: Any = SimpleNamespace(training=SimpleNamespace(save_strategy=strategy), given=given)
+    assert finetune._bytes_to_write(arguments, 1000, kept) == 1000 * size
 
 
 def test_the_limit_of_a_pods_volume_is_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

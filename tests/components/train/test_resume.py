@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from minicpmv_finetune import environment, storage
+from minicpmv_finetune.components.train import finetune
 from minicpmv_finetune.components.train.checkpoints import Checkpoints
 from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.errors import UserError
@@ -284,6 +288,49 @@ def test_training_goes_on_while_a_checkpoint_is_sealed(tmp_path: Path, monkeypat
     checkpoints.begin_sealing(8, {}, None)
     checkpoints.finish_upload()
     assert checkpoints.newest() == tmp_path / "checkpoint-8"
+
+
+def test_others_may_write_only_when_the_last_upload_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    lease: Any = SimpleNamespace(release=lambda is_finished: done.append("lease"))
+    checkpoints = Checkpoints(tmp_path, "s3://bucket/kept", 2, "this", 1, lease=lease)
+
+    def upload(seal: object, files: object) -> None:
+        time.sleep(0.05)
+        done.append("upload")
+
+    def train_to_an_error() -> None:
+        with checkpoints.written_by_this_run():
+            checkpoints.begin_sealing(4, {}, None)
+            raise UserError("The loss is not finite.")
+
+    monkeypatch.setattr(checkpoints, "_upload_checkpoint", upload)
+    _write_checkpoint(tmp_path, 4)
+    with pytest.raises(UserError, match="not finite"):
+        train_to_an_error()
+    assert done == ["upload", "lease"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, (2, 2)),
+        ({"save_total_limit": 10}, (10, 10)),
+        ({"save_total_limit": 1}, (1, 1)),
+        ({"save_total_limit": 10, "checkpoint_uri": "s3://bucket/kept"}, (10, 2)),
+        ({"checkpoint_uri": "kept"}, (2, None)),
+    ],
+)
+def test_as_many_checkpoints_stay_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], expected: tuple[int, int | None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "training_digest", lambda *arguments: "this")
+    settings = {"save_total_limit": None, "checkpoint_uri": "", "process_index": 1, "world_size": 2, **flags}
+    arguments: Any = SimpleNamespace(training=SimpleNamespace(**settings))
+    inputs: Any = SimpleNamespace(manifest=SimpleNamespace(data_fingerprint="data"), base_fingerprint="base")
+    checkpoints = finetune._open_checkpoints(arguments, inputs, tmp_path / "out")
+    assert (checkpoints.keep, checkpoints.keep_local) == expected
 
 
 def test_unsealed_and_damaged_checkpoints_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
