@@ -43,7 +43,7 @@ def why_waiting(pod: Record, step: str, profile: Profile, warnings: Sequence[str
         reason, message = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
         if why_container_waits(reason):
             return _why_container_waits(reason, message, profile)
-    return _why_warned(warnings[-1], step, profile) if warnings else ""
+    return _why_warned(warnings[-1]) if warnings else ""
 
 
 def why_died(pod: Record, step: str, profile: Profile) -> str:
@@ -141,7 +141,7 @@ def _why_container_waits(reason: str, message: str, profile: Profile) -> str:
     return f"its container cannot be started ({reason}: {message})."
 
 
-def _why_warned(warning: str, step: str, profile: Profile) -> str:
+def _why_warned(warning: str) -> str:
     if "FailedMount" in warning or "FailedAttachVolume" in warning:
         return f"a volume cannot be mounted ({warning}); check the claims and Secrets that its profile mounts."
     return f"{warning}."

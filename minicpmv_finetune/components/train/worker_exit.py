@@ -3,8 +3,8 @@
 They share a folder that the launcher names in the environment. `error` contains a sentence for a person. `exit_code`
 contains the exit code of a process that ended for a known reason: torchrun starts such a process again, and the new
 process, which would fail in the same way, ends at once with that code. `cause` contains the last line of a traceback
-that was printed. `progress-N` contains the step and stage of
-process N. A process that was killed leaves no `exit_code`, and its successor continues from a checkpoint.
+that was printed. `progress-N` contains the step and stage of process N. A process that was killed leaves no
+`exit_code`, and its successor continues from a checkpoint.
 """
 
 import signal
