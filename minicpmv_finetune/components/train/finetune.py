@@ -305,8 +305,8 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     rates = learning_rates(trained, inputs.generation, arguments)
     if warning := warn_of_tower(trained, inputs.generation, arguments):
         _log(warning)
+    require_memory(trained, training)
     if not training.deepspeed:  # which keeps a float32 copy of what it trains
-        require_memory(trained, training)
         train_in_float32(trained, inputs.generation)
     if training.fsdp:
         prepare_for_fsdp(base, trained)

@@ -20,6 +20,7 @@ from minicpmv_finetune.minicpmv.generations import Generation
 from .trainable import count_parameters
 
 _WEIGHT_AND_GRADIENT, _MOMENTS = 8, 8  # bytes of a trained parameter, all in float32
+_WHOLE, _DIVIDED = 2, 6  # the same in ZeRO-2: weight in 16 bits; its gradient, and the copy in float32
 _WITH_TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -57,12 +58,15 @@ def require_memory(model: PreTrainedModel | nn.Module, training: TransformersArg
     Raises:
         UserError: Weights, gradients and the optimizer's averages alone are larger than the GPU's memory.
     """
-    if training.device.type != "cuda" or training.fsdp:
+    config: Any = getattr(training, "hf_deepspeed_config", None)
+    is_zero2 = config is not None and config.is_zero2() and not config.is_offload()
+    if training.device.type != "cuda" or training.fsdp or (config is not None and not is_zero2):
         return
     trained, _ = count_parameters(model)
     frozen = sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
     moments = _MOMENTS if str(training.optim).split(".")[-1].lower() in _WITH_TWO_MOMENTS else 0
-    needed = frozen + trained * (_WEIGHT_AND_GRADIENT + moments)
+    each = _WHOLE + (_DIVIDED + moments) / training.world_size if is_zero2 else _WEIGHT_AND_GRADIENT + moments
+    needed = frozen + trained * each
     available = torch.cuda.get_device_properties(training.device).total_memory
     if needed > available:
         raise UserError(

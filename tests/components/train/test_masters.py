@@ -100,6 +100,16 @@ def test_a_full_fine_tune_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyP
     require_memory(small, training)
     with pytest.raises(UserError, match=r"128 GB on each GPU, which has 80 GB; train adapters .* zero3 or fsdp2"):
         require_memory(large, training)
+    # ZeRO-2 divides all but the weights in 16 bits.
+    training.hf_deepspeed_config = SimpleNamespace(is_zero2=lambda: True, is_offload=lambda: False)
+    training.world_size = 2
+    require_memory(large, training)
+    training.world_size = 1
+    with pytest.raises(UserError, match=r"128 GB on each GPU, which has 80 GB"):
+        require_memory(large, training)
+    training.hf_deepspeed_config.is_offload = lambda: True
+    require_memory(large, training)
+    del training.hf_deepspeed_config
     large.requires_grad_(False)
     require_memory(large, training)
 
