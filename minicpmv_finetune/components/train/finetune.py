@@ -362,7 +362,9 @@ def _open_checkpoints(arguments: Arguments, inputs: _Inputs, out: Path) -> Check
     is_remote = storage.is_object_uri(uri)
     keep = training.save_total_limit or 2
     folder = local_folder(uri, out)
-    keep_local = min(keep, 2) if is_remote else training.save_total_limit if uri else keep
+    keep_local = training.save_total_limit if uri else keep
+    if is_remote or (not uri and not training.use_lora):  # of a whole model none stays in the result
+        keep_local = min(keep, 2)
     training.save_total_limit = None  # the Trainer would also delete the checkpoints of other trainings
     training.output_dir = str(folder)
     if training.process_index == 0:

@@ -316,6 +316,7 @@ def test_others_may_write_only_when_the_last_upload_has_ended(tmp_path: Path, mo
     [
         ({}, (2, 2)),
         ({"save_total_limit": 10}, (10, 10)),
+        ({"save_total_limit": 10, "use_lora": False}, (10, 2)),
         ({"save_total_limit": 1}, (1, 1)),
         ({"save_total_limit": 10, "checkpoint_uri": "s3://bucket/kept"}, (10, 2)),
         ({"checkpoint_uri": "kept"}, (2, None)),
@@ -326,7 +327,8 @@ def test_as_many_checkpoints_stay_as_are_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "training_digest", lambda *arguments: "this")
-    settings = {"save_total_limit": None, "checkpoint_uri": "", "process_index": 1, "world_size": 2, **flags}
+    plain = {"save_total_limit": None, "checkpoint_uri": "", "process_index": 1, "world_size": 2, "use_lora": True}
+    settings = {**plain, **flags}
     arguments: Any = SimpleNamespace(training=SimpleNamespace(**settings))
     inputs: Any = SimpleNamespace(manifest=SimpleNamespace(data_fingerprint="data"), base_fingerprint="base")
     checkpoints = finetune._open_checkpoints(arguments, inputs, tmp_path / "out")
