@@ -9,12 +9,13 @@ trainings use them.
 """
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from minicpmv_finetune import environment
 
 from .flags import read_flags
 from .worker_exit import record_crash, repeat_exit
@@ -54,7 +55,7 @@ def needs_bitsandbytes(values: Mapping[str, Any]) -> bool:
 
 def _accelerate_wants_it() -> bool:
     """Whether Accelerate's own variable, which no flag replaces, asks for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return environment.ACCELERATE_USE_DEEPSPEED.read().lower() == "true"
 
 
 def _is_plain_checkpoint(base: str | None) -> bool:
