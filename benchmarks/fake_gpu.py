@@ -336,8 +336,8 @@ def _apply(node: Any, given: list[Any]) -> list[Any]:
         return list(results) if isinstance(results, tuple) else [results]
     results = node.apply(*given)
     results = results if isinstance(results, tuple) else (results,)
-    # A function in Python returns something for each argument, but only tensors have edges.
-    needed = iter([result for result, is_needed in zip(results, node.needs_input_grad, strict=True) if is_needed])
+    # A function in Python returns something for each argument, and may return more, but only tensors have edges.
+    needed = iter([result for result, is_needed in zip(results, node.needs_input_grad, strict=False) if is_needed])
     return [None if following is None else next(needed) for following, _ in node.next_functions]
 
 

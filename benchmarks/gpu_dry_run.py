@@ -43,12 +43,12 @@ ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).parent / "results" / "dry-run.jsonl"
 CARD_ROWS = Path(__file__).parent / "results" / "gpu-h200.jsonl"
 PAGE = ROOT / "docs" / "gpu.md"
+STRATEGIES = ROOT / "minicpmv_finetune" / "components" / "train" / "strategies"
 BEGIN, END = "<!-- written by benchmarks/gpu_dry_run.py -->", "<!-- end -->"
 SLICES, SIDE = 10, 32  # of each sample: an image in nine slices and its overview, 448 × 448 pixels each
 LIMIT = 0.2
 """By how much the peak may differ from `plan`."""
 
-_BUCKET = 500_000_000  # elements; DeepSpeed's default, of which it fills one while it sends another
 _FLOAT32, _BF16 = 4, 2
 _PLACES = {"benchmarks/gpu_dry_run.py:_step": "the backward pass of embeddings with images in their places"}
 _LORA = {"use_lora": True, "tune_llm": False, "tune_vision": False}
@@ -272,7 +272,9 @@ def _added(case: Case, trained: int) -> int:
     if case.strategy == "ddp":
         return _FLOAT32 * trained  # buckets
     # ZeRO-2: a part of the gradients and of Adam's state with its float32 weights; two buckets.
-    return (_BF16 + 3 * _FLOAT32) * trained // case.processes + 2 * _BF16 * min(_BUCKET, trained)
+    settings = json.loads((STRATEGIES / "zero2.json").read_text())["zero_optimization"]
+    bucket = settings["reduce_bucket_size"]  # elements; DeepSpeed fills one while it sends another
+    return (_BF16 + 3 * _FLOAT32) * trained // case.processes + 2 * _BF16 * min(bucket, trained)
 
 
 def _plan(case: Case, model: cost.Model, arguments: Arguments, batch_size: int) -> float:
