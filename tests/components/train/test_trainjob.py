@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -521,6 +522,7 @@ def test_two_nodes_train_and_resume_from_the_store(
     storage.remove_file(f"{s3_uri}/checkpoints/checkpoint-4.json")
     storage.remove_file(f"{s3_uri}/adapter/{RECORD_FILE}")
     cluster.jobs.clear()
+    cluster.pods = {"step": cluster.pods["step"]}
     train_on_nodes(flags, 2, f"{s3_uri}/adapter", tmp_path / "again", interval=0.5)
     assert "continuing from checkpoint-2" in capfd.readouterr().out
     assert _losses(read_record(tmp_path / "again")) == _losses(record)
@@ -544,8 +546,7 @@ def _run_pods(cluster: FakeKubernetes, job: Record, folder: Path) -> None:
     port = _free_port()
     running = []
     for rank in range(trainer["numNodes"]):
-        disk = folder / f"disk-{len(cluster.pods)}"
-        disk.mkdir()
+        disk = Path(tempfile.mkdtemp(prefix="disk-", dir=folder))
         rendezvous = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": str(rank)}
         rendezvous |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
         process = subprocess.Popen(
