@@ -20,8 +20,6 @@ from .pods import Namespace, NoAccessError, Pod, Record
 from .run_steps import StepRow, list_steps, step_of_path
 from .step_logs import last_error, read_log, stored_sentence
 
-_NO_POD = "has no pod of this run"
-
 
 @dataclass(frozen=True)
 class _Observed:
@@ -53,7 +51,7 @@ def why_waiting(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> list[str]:
     """A sentence for each pod of a run that waits for its start, or how to see it if Kubernetes cannot be asked."""
     observed = _observe(cluster, run)
     if observed.obstacle:
-        return [f"a pod has not started yet: {_how_to_see(cluster, run, observed.obstacle)}"]
+        return [f"a pod has not started yet: {_how_to_see(cluster, run, observed)}"]
     if not _nodes(observed) and not observed.pods:
         return [_why_not_begun(observed)]
     found = [(pod.step, _why_pod_waits(cluster, observed, pod)) for pod in observed.pods]
@@ -74,7 +72,7 @@ def why_without_step(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> str:
     observed = _observe(cluster, run)
     messages = [str(node.get("message") or "") for node in _nodes(observed) if node.get("phase") in ("Failed", "Error")]
     found = (why_node_ended(message, "", cluster.profile) for message in messages)
-    return next(filter(None, found), observed.obstacle and _how_to_see(cluster, run, observed.obstacle))
+    return next(filter(None, found), observed.obstacle and _how_to_see(cluster, run, observed))
 
 
 def stopped_workflows(cluster: Cluster, run_ids: Sequence[str]) -> set[str]:
@@ -98,7 +96,7 @@ def _observe(cluster: Cluster, run: kfp_server_api.V2beta1Run) -> _Observed:
     except NoAccessError:
         workflow = {}
     # A server with a single user has its runs in its own namespace, whatever the profile says.
-    obstacle = "" if pods or workflow else f"namespace {namespace.name} {_NO_POD}"
+    obstacle = "" if pods or workflow else f"namespace {namespace.name} has no pod of this run"
     return _Observed(namespace, pods, workflow, obstacle)
 
 
@@ -110,7 +108,7 @@ def _message(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow, ob
     pod = next((pod for pod in observed.pods if pod.node == step.pod), None)
     if step.state == "PENDING":
         if observed.obstacle:
-            return _how_to_see(cluster, run, observed.obstacle)
+            return _how_to_see(cluster, run, observed)
         return _why_pod_waits(cluster, observed, pod) if pod else ""
     if step.state == "RUNNING" and step.name == "train" and observed.namespace:
         return _progress(observed.namespace, run)
@@ -132,7 +130,7 @@ def _why_failed(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow,
         sentence = next(filter(None, sentences), "")
     if sentence or not observed.obstacle:
         return sentence or "see its log"
-    return _how_to_see(cluster, run, observed.obstacle)
+    return _how_to_see(cluster, run, observed)
 
 
 def _belongs_to(node: Mapping[str, Any], step: StepRow) -> bool:
@@ -201,14 +199,13 @@ def _rounded(value: str) -> str:
         return value
 
 
-def _how_to_see(cluster: Cluster, run: kfp_server_api.V2beta1Run, obstacle: str) -> str:
-    if obstacle.endswith(_NO_POD) and run.state in ("SUCCEEDED", "FAILED"):
+def _how_to_see(cluster: Cluster, run: kfp_server_api.V2beta1Run, observed: _Observed) -> str:
+    why = f"Kubeflow does not say why, and {observed.obstacle}"
+    # Kubernetes was asked, and has nothing of the run.
+    if observed.namespace and run.state in ("SUCCEEDED", "FAILED"):
         # Its log was looked for too, and that command says where.
         return (
-            f"Kubeflow does not say why, and {obstacle} any more, which a stock Kubeflow deletes an hour after its "
-            f"end; see `minicpmv-finetune logs {run.run_id}`."
+            f"{why} any more, which a stock Kubeflow deletes an hour after its end; see `minicpmv-finetune logs "
+            f"{run.run_id}`."
         )
-    return (
-        f"Kubeflow does not say why, and {obstacle}; see `kubectl -n {cluster.profile.namespace} describe pods "
-        f"-l {RUN_LABEL}={run.run_id}`."
-    )
+    return f"{why}; see `kubectl -n {cluster.profile.namespace} describe pods -l {RUN_LABEL}={run.run_id}`."

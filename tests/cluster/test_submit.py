@@ -352,29 +352,31 @@ def test_an_unreachable_server_is_a_temporary_fault(
     assert unreachable in done.err
 
 
-def test_from_outside_the_server_is_reached_through_a_port_forward(
-    kubeflow: FakeKubeflow, kubernetes_server: FakeKubernetes, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def forwarded_server(
+    kubeflow: FakeKubeflow, kubernetes_server: FakeKubernetes, monkeypatch: pytest.MonkeyPatch
+) -> FakeKubernetes:
+    """Kubernetes, by which alone the server of Kubeflow Pipelines can be reached."""
     address = urlsplit(kubeflow.url)
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
     kubernetes_server.add_service("kubeflow", "ml-pipeline", 8888, (str(address.hostname), int(address.port or 0)))
+    return kubernetes_server
+
+
+@pytest.mark.usefixtures("forwarded_server")
+def test_from_outside_the_server_is_reached_through_a_port_forward(kubeflow: FakeKubeflow, command: Command) -> None:
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     assert done.code == 0, done.err
     assert len(kubeflow.runs) == 1
 
 
-def test_a_port_forward_finds_the_pod_that_replaced_its_own(
-    kubeflow: FakeKubeflow, kubernetes_server: FakeKubernetes, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address = urlsplit(kubeflow.url)
-    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
-    kubernetes_server.add_service("kubeflow", "ml-pipeline", 8888, (str(address.hostname), int(address.port or 0)))
+def test_a_port_forward_finds_the_pod_that_replaced_its_own(command: Command, forwarded_server: FakeKubernetes) -> None:
     assert command("runs").code == 0
-    (pod,) = kubernetes_server.objects["/api/v1/namespaces/kubeflow/pods"]["items"]
+    (pod,) = forwarded_server.objects["/api/v1/namespaces/kubeflow/pods"]["items"]
     pod["metadata"]["name"] = "ml-pipeline-1"
-    kubernetes_server.ports = {("ml-pipeline-1", 8333): kubernetes_server.ports["ml-pipeline-0", 8333]}
+    forwarded_server.ports = {("ml-pipeline-1", 8333): forwarded_server.ports["ml-pipeline-0", 8333]}
     assert command("runs").code == 0
-    kubernetes_server.ports.clear()
+    forwarded_server.ports.clear()
     assert command("runs").code == 75
 
 

@@ -174,32 +174,22 @@ def test_no_tile_of_a_frozen_head_is_larger_than_allowed(
     assert recorded.largest == largest
 
 
-def test_patch_features_give_the_loss_and_gradients_of_pixels(
-    model: Any, encoder: Encoder, inputs: list[ModelInput]
+@pytest.mark.parametrize("encodes_by_merger", [False, True], ids=["the tower's output", "the merger's output"])
+def test_stored_features_give_the_loss_and_gradients_of_pixels(
+    model: Any, encoder: Encoder, inputs: list[ModelInput], encodes_by_merger: bool
 ) -> None:
-    model.get_submodule(encoder.generation.vision_tower).requires_grad_(False)
-    batch = _padded(inputs, encoder)
-    plain = _loss_and_gradients(model, batch)
-    with torch.no_grad():
-        features = model.encode_patches(batch.pop("pixel_values"), batch["target_sizes"])
-    tower, runs = model.get_submodule(encoder.generation.vision_tower), []
-    tower.register_forward_hook(lambda *_: runs.append(1))
-    _assert_same(plain, _loss_and_gradients(model, {**batch, "patch_features": features}))
-    assert not runs
-
-
-def test_the_mergers_output_gives_the_loss_and_gradients_of_pixels(
-    model: Any, encoder: Encoder, inputs: list[ModelInput]
-) -> None:
-    for name in (encoder.generation.vision_tower, encoder.generation.merger):
+    frozen = [encoder.generation.vision_tower, *([encoder.generation.merger] if encodes_by_merger else [])]
+    for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     batch = _padded(inputs, encoder)
     plain = _loss_and_gradients(model, batch)
+    encode = model.encode_images if encodes_by_merger else model.encode_patches
     with torch.no_grad():
-        features = model.encode_images(batch.pop("pixel_values"), batch["target_sizes"])
-    merger, runs = model.get_submodule(encoder.generation.merger), []
-    merger.register_forward_hook(lambda *_: runs.append(1))
-    _assert_same(plain, _loss_and_gradients(model, {**batch, "vision_features": features}))
+        features = encode(batch.pop("pixel_values"), batch["target_sizes"])
+    last, runs = model.get_submodule(frozen[-1]), []
+    last.register_forward_hook(lambda *_: runs.append(1))
+    given = {"vision_features" if encodes_by_merger else "patch_features": features}
+    _assert_same(plain, _loss_and_gradients(model, {**batch, **given}))
     assert not runs
 
 

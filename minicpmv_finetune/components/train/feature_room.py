@@ -7,7 +7,6 @@ training itself is going to write is left free.
 
 import fcntl
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -22,8 +21,6 @@ INDEX_FILE, PATCHES_FILE = "index.safetensors", "patches.bin"
 _SPARE_BYTES = 2**30  # which a store leaves free beside everything else
 _EVICTION_SHARE = 0.15  # of a disk: below it Kubernetes' node agent evicts pods, by its defaults
 _RECENT_USE = 3600  # seconds; the process that has just found a store has opened it after this time
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{unit.upper()}i": 2 ** (10 * power) for power, unit in enumerate(("k", "M", "G", "T"), 1)}
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,12 @@ def _limit_of(cache: Path) -> int | None:
     text = environment.SCRATCH_LIMIT.read()
     if not text or not cache.resolve().is_relative_to(Path(tempfile.gettempdir()).resolve()):
         return None
-    quantity = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]|[KMGT]i|)", text.strip())
-    if not quantity:
-        raise UserError(f"{environment.SCRATCH_LIMIT}={text}: not a size; give one such as 500Gi.")
-    return int(float(quantity[1]) * _UNITS[quantity[2]])
+    from kubernetes.utils.quantity import parse_quantity  # takes a second, and only a pod has a limit
+
+    try:
+        return int(parse_quantity(text.strip()))
+    except ValueError as error:
+        raise UserError(f"{environment.SCRATCH_LIMIT}={text}: not a size; give one such as 500Gi.") from error
 
 
 def _used_bytes(folder: Path) -> int:

@@ -157,6 +157,8 @@ def test_the_limit_of_a_pods_volume_is_the_room(tmp_path: Path, monkeypatch: pyt
     room = find_room(cache, 10**9)
     assert 498 * 2**30 - 10**9 < room.bytes <= 499 * 2**30 - 10**9 - 2**20
     assert "the volume's limit is 537 GB" in room.reason
+    monkeypatch.setenv("MINICPMV_FINETUNE_SCRATCH_LIMIT", "1Pi")  # any size that a profile may have
+    assert find_room(cache, 0).bytes == 750 * 10**9 - 2**30
     monkeypatch.setenv("MINICPMV_FINETUNE_SCRATCH_LIMIT", "much")
     with pytest.raises(UserError, match="give one such as 500Gi"):
         find_room(cache, 0)
