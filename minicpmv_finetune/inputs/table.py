@@ -195,6 +195,7 @@ _TABLE = (
             "rouge_l",
             "multiple_choice",
             "json_fields",
+            "teds",
         ),
     ),
     Input(

@@ -23,6 +23,8 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 from minicpmv_finetune.data.samples import Sample
 from minicpmv_finetune.errors import UserError
 
+from .teds import find_table, table_similarity
+
 METRICS_VERSION = "2"
 
 
@@ -249,6 +251,18 @@ def json_fields(answer: str, expected: Sequence[str]) -> float:
     return max(0.0, 1 - differing / len(right))
 
 
+def teds(answer: str, expected: Sequence[str]) -> float:
+    """TEDS (Zhong et al., ECCV 2020): the similarity of two tables in HTML, by structure and content; see `teds.py`.
+
+    The first table of the answer counts, with or without a document around it. As published, nothing is normalized:
+    white space, `<b>` and the letters' case differ, and the score of an extremely different table can be below 0.
+    """
+    try:
+        return table_similarity(answer, expected[0])
+    except RecursionError:
+        return 0.0
+
+
 _WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿]|[^\W_぀-ヿ㐀-䶿一-鿿]+")
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 
@@ -394,6 +408,12 @@ def _require_json(expected: Sequence[str]) -> str | None:
     return _require_one(expected)
 
 
+def _require_table(expected: Sequence[str]) -> str | None:
+    if not all(map(find_table, expected)):
+        return "finds no <table> in the expected answer; write the table in HTML, or use another metric."
+    return _require_one(expected)
+
+
 METRICS = {
     metric.name: metric
     for metric in (
@@ -422,5 +442,6 @@ METRICS = {
         Metric("rouge_l", rouge_l, right_at=0.5),
         Metric("multiple_choice", multiple_choice, find_problem=_require_option),
         Metric("json_fields", json_fields, find_problem=_require_json),
+        Metric("teds", teds, find_problem=_require_table),
     )
 }

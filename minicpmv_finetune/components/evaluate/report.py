@@ -50,6 +50,7 @@ _METRIC_TITLES = {
     "rouge_l": "ROUGE-L",
     "multiple_choice": "multiple choice accuracy",
     "json_fields": "JSON field accuracy",
+    "teds": "TEDS",
     MIXED: "mean score",
 }
 _OUTCOMES: dict[Outcome, str] = {

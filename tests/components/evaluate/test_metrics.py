@@ -97,7 +97,7 @@ def test_samples_of_other_metrics_have_equal_weights(name: str) -> None:
         *((name, 0.5, 0.49) for name in ("anls", "vqa_accuracy", "token_f1", "rouge_l")),
         *(
             (name, 1, 0.99)
-            for name in ("exact_match", "relaxed_accuracy", "contains", "multiple_choice", "json_fields")
+            for name in ("exact_match", "relaxed_accuracy", "contains", "multiple_choice", "json_fields", "teds")
         ),
         *((name, 0, 0.01) for name in ("cer", "wer")),
     ],
@@ -363,6 +363,7 @@ def test_the_expected_answer_itself_is_right(name: str) -> None:
     expected = {
         "json_fields": ['{"digit": 3}'],
         "multiple_choice": ["C"],
+        "teds": ["<table><tr><td>3</td></tr></table>"],
         "vqa_accuracy": ["cat"] * 10,
     }.get(name, ["The digit is 3."])
     metric = metric_named(name)
@@ -397,6 +398,7 @@ def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
         ({"answers": ("[1]", "[2]")}, "json_fields", "there are 2"),
         ({"answers": ("[" * 100_000,)}, "json_fields", "as JSON"),
         ({"answers": (" ",)}, "cer", "there are 1"),
+        ({}, "teds", "no <table>"),
         ({"answers": ("A. cat", "dog")}, "multiple_choice", "'dog'"),
     ],
 )

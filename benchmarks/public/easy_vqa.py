@@ -1,0 +1,45 @@
+"""easy-VQA (Zhou 2019): pictures of one shape in one color, 64 × 64 pixels, and questions with 13 answers."""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+
+from .registries import Package
+from .task import Asked, Picture, Split, Task
+
+_SHAPES = ("circle", "rectangle", "triangle")
+
+
+def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
+    """The pictures in the order of their numbers, each with all its questions."""
+    folder = packages["data"] / "easy_vqa" / "data" / split
+    rows = sorted(json.loads((folder / "questions.json").read_text()), key=lambda row: row[2])
+    for number, questions in groupby(rows, key=lambda row: row[2]):
+        asked = tuple(Asked(question, answer, kind_of(answer)) for question, answer, _ in questions)
+        yield Picture((folder / "images" / f"{number}.png").read_bytes(), asked)
+
+
+def kind_of(answer: str) -> str:
+    """The kind of the question that has this answer."""
+    if answer in ("yes", "no"):
+        return "yes or no"
+    return "shape" if answer in _SHAPES else "color"
+
+
+TASK = Task(
+    name="easy-vqa",
+    title="easy-VQA, shapes and colors",
+    packages={
+        "data": Package(
+            "PyPI",
+            "easy-vqa",
+            "MIT",
+            "1.0",
+            ("fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",),
+        )
+    },
+    pictures=pictures,
+    inputs={"num_train_epochs": 3.0, "per_device_train_batch_size": 64, "max_slice_nums": 1},
+    beside="its author's network: 0.995, trained on twice as many pictures",
+)

@@ -1,0 +1,98 @@
+"""The benchmarks on public data, without a registry: conversion, splits, and the table of results."""
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicpmv_finetune.components.evaluate.metrics import METRICS
+from minicpmv_finetune.data.texts import read_texts
+from minicpmv_finetune.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _benchmarks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield
+
+
+def test_a_task_becomes_data_in_this_projects_format(tmp_path: Path) -> None:
+    from public.task import Asked, Picture, Task, encode_png, prepare
+
+    def pictures(split: str, packages: Mapping[str, Path]) -> Iterator[Picture]:
+        for gray in range(5):
+            content = encode_png(Image.fromarray(np.full((4, 4), gray, np.uint8)))
+            yield Picture(content, (Asked("How gray?", str(gray), "gray"), Asked("Read.", "none", "text", "cer")))
+
+    task = Task("gray", "gray pictures", {}, pictures, {})
+    data = prepare(task, tmp_path / "data", limit=3)
+    assert dict(data.counts) == {
+        "train pictures": 3,
+        "train questions": 6,
+        "test pictures": 3,
+        "test questions": 6,
+    }
+    assert set(data.tests) == {"scores", "errors"}, "error rates cannot be averaged with scores"
+    assert {"0", "1", "2", "none"} <= set(read_texts(str(data.train)))
+    lines = [json.loads(line) for line in data.tests["errors"].read_text().splitlines()]
+    assert {METRICS[line["metric"]].lower_is_better for line in lines} == {True}
+    archive, _, member = lines[2]["image"].partition("!")
+    with tarfile.open(data.train.parent / archive) as tar, Image.open(tar.extractfile(member)) as image:
+        assert image.getpixel((0, 0)) == 2
+    before = data.train.stat().st_mtime_ns
+    assert prepare(task, tmp_path / "data", limit=3).train.stat().st_mtime_ns == before, "it is not converted again"
+    assert prepare(task, tmp_path / "data", limit=2).counts["train pictures"] == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("time", "one o’clock"), ("time", "twelve-thirty"), True),
+        (("person-role", "man firefighter"), ("person-role", "woman firefighter"), True),
+        (("person-sport", "person running: facing right"), ("person-sport", "man running"), True),
+        (("food-fruit", "red apple"), ("food-fruit", "green apple"), False),
+    ],
+)
+def test_emoji_of_one_design_are_one_family(one: tuple[str, str], other: tuple[str, str], same: bool) -> None:
+    from public.emoji import family_of
+
+    families = [family_of({"subgroups": group, "annotation": name}) for group, name in (one, other)]
+    assert (families[0] == families[1]) == same
+
+
+def test_a_package_with_another_hash_is_refused(tmp_path: Path) -> None:
+    from public.registries import Package, _check
+
+    file = tmp_path / "data.whl"
+    file.write_bytes(b"other")
+    with pytest.raises(UserError, match=r"PyPI data 1\.0: data\.whl has the sha256 d9298a10"):
+        _check(Package("PyPI", "data", "MIT", "1.0", ("0" * 64,)), file)
+    assert not file.exists()
+
+
+def test_the_page_has_the_rows_of_the_results() -> None:
+    from on_public_data import BEGIN, END, RESULTS, table
+
+    rows: list[dict[str, Any]] = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert page.partition(BEGIN)[2].partition(END)[0].strip() == table(rows).strip()
+
+
+def test_scores_are_per_metric_with_an_interval() -> None:
+    from on_public_data import score_answers
+
+    def line(metric: str, score: float, tag: str) -> dict[str, Any]:
+        scores = {"base": {metric: 0.0}, "tuned": {metric: score}}
+        return {"metric": metric, "scores": scores, "tags": [tag], "expected": ["ab"]}
+
+    found = score_answers([line("anls", 1, "a"), line("anls", 0, "b"), line("cer", 0.5, "a"), line("cer", 0.5, "a")])
+    assert found["anls"] == {"samples": 2, "base": 0, "tuned": 0.5, "low": 0, "high": 1, "by_tag": {"a": 1, "b": 0}}
+    assert found["cer"]["tuned"] == 0.5
