@@ -36,7 +36,7 @@ COMMON: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32,
     "learning_rate": 3e-3,
-    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "save_strategy": "no"},
+    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.1},
     "evaluation_options": {"max_new_tokens": 16, "batch_size": 128},
     "registered_model": "",
 }

@@ -3,6 +3,7 @@
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,21 @@ def test_scores_are_per_metric_with_an_interval() -> None:
     found = score_answers([line("anls", 1, "a"), line("anls", 0, "b"), line("cer", 0.5, "a"), line("cer", 0.5, "a")])
     assert found["anls"] == {"samples": 2, "base": 0, "tuned": 0.5, "low": 0, "high": 1, "by_tag": {"a": 1, "b": 0}}
     assert found["cer"]["tuned"] == 0.5
+
+
+@pytest.mark.docs_only
+def test_a_benchmark_runs_from_the_registry_to_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import on_public_data
+    from public import easy_vqa
+    from public.task import prepare
+
+    monkeypatch.chdir(tmp_path)
+    task = replace(easy_vqa.TASK, inputs={"num_train_epochs": 1.0, "per_device_train_batch_size": 32})
+    data = prepare(task, tmp_path / "data", limit=10)
+    packages = json.loads((tmp_path / "data" / "provenance.json").read_text())["origin"]["packages"]
+    assert [(package["name"], package["license"]) for package in packages] == [("easy-vqa", "MIT")]
+    row = on_public_data.run_task(task, data, tmp_path / "run", seed=1)
+    assert row["scores"]["exact_match"]["samples"] == data.counts["test questions"]
+    assert set(row["scores"]["exact_match"]["by_tag"]) == {"color", "shape", "yes or no"}
+    assert row["peak_bytes"] > 1e8
+    assert "easy-VQA" in on_public_data.table([row])
