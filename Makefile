@@ -10,7 +10,7 @@ BIN := .venv/bin
 	demo-containers clean
 
 help:  ## list all targets
-	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 28
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 34
 
 demo: install  ## train a tiny MiniCPM-V to read digits: the whole pipeline on this machine (SEED=n for another start)
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
