@@ -46,8 +46,10 @@ def test_a_task_becomes_data_in_this_projects_format(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in data.tests["errors"].read_text().splitlines()]
     assert {METRICS[line["metric"]].lower_is_better for line in lines} == {True}
     archive, _, member = lines[2]["image"].partition("!")
-    with tarfile.open(data.train.parent / archive) as tar, Image.open(tar.extractfile(member)) as image:
-        assert image.getpixel((0, 0)) == 2
+    with tarfile.open(data.train.parent / archive) as tar:
+        content = tar.extractfile(member)
+        assert content
+        assert Image.open(content).getpixel((0, 0)) == 2
     before = data.train.stat().st_mtime_ns
     assert prepare(task, tmp_path / "data", limit=3).train.stat().st_mtime_ns == before, "it is not converted again"
     assert prepare(task, tmp_path / "data", limit=2).counts["train pictures"] == 2
