@@ -12,39 +12,32 @@ import os
 import platform
 import resource
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from public import charts, documents, easy_vqa, emoji, fashion_mnist
+from public.rows import current_commit, save_row, score_answers
 from public.task import Data, Task, prepare
+from public.tasks import TASKS
 
-from minicpmv_finetune.components.evaluate.comparison import Estimate, estimate
 from minicpmv_finetune.components.evaluate.evaluate import evaluate
-from minicpmv_finetune.components.evaluate.metrics import METRICS
 from minicpmv_finetune.components.evaluate.settings import settings_from
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.texts import read_texts
-from minicpmv_finetune.git_commit import commit_of_checkout
 from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 
-TASKS = {module.TASK.name: module.TASK for module in (fashion_mnist, easy_vqa, charts, emoji, documents)}
 GENERATION = "4.6"
 COMMON: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32,
     "learning_rate": 3e-3,
-    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.1},
-    "evaluation_options": {"max_new_tokens": 16, "batch_size": 128},
+    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "nproc_per_node": 2},
+    "evaluation_options": {"max_new_tokens": 8, "batch_size": 128},
     "registered_model": "",
 }
-"""Inputs of every task; a tiny model of random weights trains stably with this rate, as in the demonstration."""
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "public.jsonl"
-PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- written by benchmarks/on_public_data.py -->", "<!-- end -->"
+"""Inputs of every task: two training processes, one for each core, and a rate with which a tiny model of random weights
+trains stably, as in the demonstration."""
 
 
 def main() -> None:
@@ -78,7 +71,7 @@ def run_task(task: Task, data: Data, out: Path, seed: int) -> dict[str, Any]:
     """
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    base = write_tiny_checkpoint(out / "base", GENERATION, seed, read_texts(str(data.train)))
+    base = write_base(out / "base", task, seed, data)
     first, *others = data.tests.values()
     inputs = {
         "data_uri": str(data.train.absolute()),
@@ -92,86 +85,35 @@ def run_task(task: Task, data: Data, out: Path, seed: int) -> dict[str, Any]:
     answered = list(_read(run.output("evaluate", "predictions")))
     for test in others:
         answered += _evaluate(run, base, test, out / test.stem, inputs["evaluation_options"])
-    # Of the processes that were waited for, the largest; on Linux in KiB.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    steps = {"convert": data.seconds, **run.seconds}
+    # The largest process; on Linux in KiB.
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
     return {
         "task": task.name,
         "seed": seed,
         "generation": GENERATION,
-        "commit": commit_of_checkout(ROOT / "minicpmv_finetune"),
+        "commit": current_commit(),
         "budget": dict(task.inputs),
         **data.counts,
         "scores": score_answers(answered),
-        "seconds": {"all": round(time.monotonic() - started), **{step: round(s) for step, s in run.seconds.items()}},
+        "seconds": {
+            "all": round(data.seconds + time.monotonic() - started),
+            **{step: round(seconds) for step, seconds in steps.items()},
+        },
         "peak_bytes": peak,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }
 
 
-def score_answers(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each metric: samples, scores of base and tuned model with its interval, and the tuned scores by tag.
-
-    Args:
-        lines: Lines of predictions files.
-    """
-    by_metric: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for line in lines:
-        by_metric[line["metric"]].append(line)
-    scores = {}
-    for metric, found in by_metric.items():
-        tuned = _estimate(found, "tuned")
-        tags = sorted({tag for line in found for tag in line["tags"]})
-        scores[metric] = {
-            "samples": len(found),
-            "base": round(_estimate(found, "base").value, 4),
-            "tuned": round(tuned.value, 4),
-            "low": round(tuned.low, 4),
-            "high": round(tuned.high, 4),
-            "by_tag": {tag: round(_estimate([x for x in found if tag in x["tags"]], "tuned").value, 4) for tag in tags},
-        }
-    return scores
-
-
-def save_row(row: Mapping[str, Any]) -> None:
-    """Write a row into the results, in the place of an older one of its task and seed, and the table into the page."""
-    kept = list(_read(RESULTS)) if RESULTS.exists() else []
-    kept = [other for other in kept if (other["task"], other["seed"]) != (row["task"], row["seed"])]
-    order = list(TASKS)
-    rows = sorted([*kept, row], key=lambda one: (order.index(one["task"]), one["seed"]))
-    RESULTS.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n{END}{rest.partition(END)[2]}")
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of the page."""
-    lines = [
-        "| Data | Questions | Measure | Untrained | Tuned (95 % interval) | Published | Minutes | GB | Seed | Commit |",
-        "|---|---:|---|---:|---:|---|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        minutes, gigabytes = row["seconds"]["all"] / 60, row["peak_bytes"] / 1e9
-        for metric, score in row["scores"].items():
-            cells = (
-                TASKS[row["task"]].title,
-                f"{score['samples']:,}",
-                f"`{metric}`",
-                f"{score['base']:.3f}",
-                f"**{score['tuned']:.3f}** ({score['low']:.3f}–{score['high']:.3f})",
-                TASKS[row["task"]].beside,
-                f"{minutes:.0f}",
-                f"{gigabytes:.1f}",
-                str(row["seed"]),
-                row["commit"][:7],
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _estimate(lines: Sequence[Mapping[str, Any]], model: str) -> Estimate:
-    scores = [line["scores"][model][line["metric"]] for line in lines]
-    return estimate(scores, [METRICS[line["metric"]].weight(line["expected"]) for line in lines])
+def write_base(folder: Path, task: Task, seed: int, data: Data) -> Path:
+    """Write the task's tiny base, whose tokenizer knows the texts of the training data."""
+    write_tiny_checkpoint(folder, GENERATION, seed, read_texts(str(data.train)))
+    if task.fine:
+        for name, key in (("config.json", None), ("processor_config.json", "image_processor")):
+            content = json.loads((folder / name).read_text())
+            (content[key] if key else content)["downsample_mode"] = "4x"
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    return folder
 
 
 def _evaluate(run: LocalRun, base: Path, test: Path, out: Path, options: Mapping[str, Any]) -> Iterator[Any]:

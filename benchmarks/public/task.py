@@ -7,8 +7,9 @@ import itertools
 import json
 import shutil
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,7 @@ class Task:
         pictures: Function that yields the pictures of a split from the folders of the packages, in the same order on
             every machine.
         inputs: The stated budget: inputs of the pipeline that differ from the runner's `COMMON`.
+        fine: Whether 4 patches of an image become a token of the language model, and not 16 as usual.
         beside: Published results that the row stands beside.
     """
 
@@ -71,6 +73,7 @@ class Task:
     packages: Mapping[str, Package]
     pictures: Callable[[Split, Mapping[str, Path]], Iterator[Picture]]
     inputs: Mapping[str, Any]
+    fine: bool = False
     beside: str = "–"
 
 
@@ -83,11 +86,13 @@ class Data:
         tests: Test data: `scores`, or `errors` for questions whose metric counts errors, which cannot be averaged with
             scores; or both.
         counts: Pictures and questions of each split.
+        seconds: Time of the conversion.
     """
 
     train: Path
     tests: Mapping[str, Path]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int]
+    seconds: float
 
 
 def prepare(task: Task, folder: Path, limit: int | None = None) -> Data:
@@ -104,14 +109,15 @@ def prepare(task: Task, folder: Path, limit: int | None = None) -> Data:
     if not record.exists() or (content := json.loads(record.read_text()))["origin"] != origin:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        started = time.monotonic()
         places = {name: package.folder for name, package in fetched.items()}
         counts: dict[str, int] = {}
         for split in ("train", "test"):
             counts |= _write_split(folder, split, itertools.islice(task.pictures(split, places), limit))
-        content = {"origin": origin, "counts": counts}
+        content = {"origin": origin, "counts": counts, "seconds": round(time.monotonic() - started, 1)}
         record.write_text(json.dumps(content, indent=1) + "\n")
     tests = {kind: path for kind in ("scores", "errors") if (path := folder / f"test-{kind}.jsonl").exists()}
-    return Data(folder / "train.jsonl", tests, content["counts"])
+    return Data(folder / "train.jsonl", tests, content["counts"], content["seconds"])
 
 
 def encode_png(image: Image.Image) -> bytes:
