@@ -11,6 +11,8 @@ from .registries import Package
 from .task import Asked, Picture, Split, Task, encode_png
 
 QUESTION = "What is this?"
+USED: Mapping[Split, int] = {"train": 24_000, "test": 10_000}
+"""Pictures of each split: the whole test split, and so much of the 60,000 for training as the time allows."""
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -19,12 +21,12 @@ _FOLDER = Path("usr/share/datasets/fashion-mnist")
 
 
 def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
-    """The pictures in the order of the published files, with the class as the answer."""
+    """The first pictures of the published files, with the class as the answer."""
     name = {"train": "train", "test": "t10k"}[split]
     folder = packages["data"] / _FOLDER
     pixels = _read(folder / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = _read(folder / f"{name}-labels-idx1-ubyte.gz", 8)
-    for image, label in zip(pixels, labels.tolist(), strict=True):
+    for image, label in zip(pixels[: USED[split]], labels[: USED[split]].tolist(), strict=True):
         answer = CLASSES[label]
         yield Picture(encode_png(Image.fromarray(image)), (Asked(QUESTION, answer, answer),))
 
@@ -47,6 +49,6 @@ TASK = Task(
         )
     },
     pictures=pictures,
-    inputs={"num_train_epochs": 1.0, "per_device_train_batch_size": 32, "max_slice_nums": 1},
+    inputs={"num_train_epochs": 2.0, "per_device_train_batch_size": 32, "max_slice_nums": 1},
     beside="linear 0.84, MLP 0.88, CNN 0.92–0.94, people 0.835",
 )

@@ -75,14 +75,16 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| Data | Questions | Measure | Untrained | Tuned (95 % interval) | Published | Minutes | GB | Seed | Commit |",
-        "|---|---:|---|---:|---:|---|---:|---:|---:|---|",
+        "| Data | Trained on | Tested on | Measure | Untrained | Tuned (95 % interval) | Published | Minutes | GB | Seed "
+        "| Commit |",
+        "|---|---:|---:|---|---:|---:|---|---:|---:|---:|---|",
     ]
     for row in rows:
         minutes, gigabytes = row["seconds"]["all"] / 60, row["peak_bytes"] / 1e9
         for metric, score in row["scores"].items():
             cells = (
                 TASKS[row["task"]].title,
+                f"{row['train questions']:,} × {row['budget']['num_train_epochs']:g}",
                 f"{score['samples']:,}",
                 f"`{metric}`",
                 f"{score['base']:.3f}",

@@ -146,5 +146,5 @@ def test_a_benchmark_runs_from_its_package_to_its_row(tmp_path: Path, monkeypatc
         f"{what}, {code}" for what in ("receipt", "table") for code in documents.LANGUAGES
     }
     assert row["peak_bytes"] > 1e8
-    assert f"| {documents.TASK.title} | 8 | `cer` |" in tables([row])
+    assert f"| {documents.TASK.title} | 16 × 1 | 8 | `cer` |" in tables([row])
     assert "Right" in (tmp_path / "run" / "report.html").read_text()
