@@ -74,11 +74,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| Data | Trained on | Tested on | Measure | Untrained | Tuned (95 % interval) | Published | Minutes | GB | Seed "
-        "| Commit |",
-        "|---|---:|---:|---|---:|---:|---|---:|---:|---:|---|",
-    ]
+    columns = "Data|Trained on|Tested on|Measure|Untrained|Tuned (95 % interval)|Published|Minutes|GB|Seed|Commit"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|---|---:|---:|---|---:|---:|---|---:|---:|---:|---|"]
     for row in rows:
         minutes, gigabytes = row["seconds"]["all"] / 60, row["peak_bytes"] / 1e9
         for metric, score in row["scores"].items():
