@@ -21,7 +21,14 @@ from .task import Asked, Picture, Split, Task
 
 CHARTS: Mapping[Split, int] = {"train": 1600, "test": 400}
 _SEEDS: Mapping[Split, int] = {"train": 1, "test": 2}
-_SIZE = {"width": 150, "height": 110}
+_LOOK: Mapping[str, Any] = {
+    "width": 224,
+    "height": 112,
+    "padding": 2,
+    "autosize": {"type": "fit", "contains": "padding"},
+    "config": {"axis": {"labelFontSize": 8, "titleFontSize": 8, "labelLimit": 80, "tickCount": 4}},
+}
+"""A small picture with letters that are just legible: a tiny model sees 112 × 112 pixels at once."""
 _VEGA_LITE = "5.20"
 _POINTS = (
     ("cars", "Horsepower", "Miles_per_Gallon"),
@@ -67,7 +74,7 @@ def _series(columns: Sequence[Column], kind: str, chance: random.Random) -> tupl
     spec = {
         "data": {"values": rows},
         "mark": mark,
-        **_SIZE,
+        **_LOOK,
         "encoding": {
             "x": {"field": "label", "type": "ordinal", "sort": None, "title": None},
             "y": {"field": "value", "type": "quantitative", "title": column.title},
@@ -95,7 +102,7 @@ def _points(folder: Path, split: Split, chance: random.Random) -> tuple[dict[str
     spec = {
         "data": {"values": rows},
         "mark": "point",
-        **_SIZE,
+        **_LOOK,
         "encoding": {"x": {"field": across, **axis}, "y": {"field": up, **axis}},
     }
     highest = max(row[up] for row in rows)
@@ -157,7 +164,11 @@ TASK = Task(
     pictures=pictures,
     inputs={
         "num_train_epochs": 4.0,
-        "per_device_train_batch_size": 16,
-        "evaluation_options": {"max_new_tokens": 96, "batch_size": 32},
+        "per_device_train_batch_size": 8,
+        "use_lora": False,
+        "tune_llm": True,
+        "learning_rate": 1e-3,
+        "evaluation_options": {"max_new_tokens": 96, "batch_size": 64},
     },
+    fine=True,
 )

@@ -77,5 +77,10 @@ TASK = Task(
         "drawing": VL_CONVERT,
     },
     pictures=pictures,
-    inputs={"num_train_epochs": 20.0, "per_device_train_batch_size": 32, "max_slice_nums": 1},
+    inputs={
+        "num_train_epochs": 10.0,
+        "per_device_train_batch_size": 16,
+        "max_slice_nums": 1,
+        "evaluation_options": {"max_new_tokens": 24, "batch_size": 128},
+    },
 )
