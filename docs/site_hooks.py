@@ -1,6 +1,6 @@
 """Hooks of mkdocs: pages that are stored outside docs/, and the API reference from the package's docstrings.
 
-README.md, CONTRIBUTING.md, CHANGELOG.md, k8s/README.md and the README of each step stay where readers of the
+The READMEs, CONTRIBUTING.md, CHANGELOG.md, k8s/README.md and the README of each step stay where readers of the
 repository expect them, and are pages of the site too. Links are written for the repository; here each link is turned
 into one that works on the site: to a page, to a module's reference, or, for a file that is no page, into plain text.
 The reference is generated from the source by griffe, which imports nothing, so that the site builds without torch.
@@ -20,6 +20,7 @@ PACKAGE = "minicpmv_finetune"
 
 _OUTSIDE = {
     "README.md": "index.md",
+    "README.zh-CN.md": "index.zh-CN.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "k8s/README.md": "kubernetes.md",

@@ -1,8 +1,10 @@
+import base64
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -13,6 +15,8 @@ from tests.cluster.commands import ROOT, Answer, Command
 from tests.cluster.fake_kubeflow import FakeKubeflow, serving
 from tests.cluster.fake_kubernetes import FakeKubernetes
 from tests.cluster.fake_kubernetes import serving as serve_kubernetes
+
+KEYS = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +81,45 @@ def kubernetes_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         yield state
+
+
+def make_namespace(state: FakeKubernetes, namespace: str, account: str, root: str, keys: dict[str, str]) -> None:
+    """What a stock Kubeflow has in a namespace of runs, as recorded."""
+    space = f"/api/v1/namespaces/{namespace}"
+    labels = {"pipelines.kubeflow.org/enabled": "true", "app.kubernetes.io/part-of": "kubeflow-profile"}
+    data = {key: base64.b64encode(keys[variable].encode()).decode() for key, variable in KEYS.items()}
+    policy = "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"
+    state.objects.update(
+        {
+            space: {"metadata": {"name": namespace, "labels": labels if namespace != "kubeflow" else {}}},
+            f"{space}/serviceaccounts/{account}": {"metadata": {"name": account}},
+            f"{space}/secrets/mlpipeline-minio-artifact": {"data": data},
+            f"{space}/configmaps/kfp-launcher": {"data": {"defaultPipelineRoot": root}},
+            "/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": {
+                "data": {"workflowDefaults": policy}
+            },
+        }
+    )
+
+
+@pytest.fixture
+def stock(
+    kubeflow: FakeKubeflow,
+    kubernetes_server: FakeKubernetes,
+    s3_server: dict[str, str],
+    s3_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> FakeKubernetes:
+    """A stock Kubeflow with one user, seen from outside with nothing but a kubeconfig."""
+    make_namespace(kubernetes_server, "kubeflow", "pipeline-runner", "", s3_server)
+    for service, port, url in (
+        ("seaweedfs", 9000, s3_server["AWS_ENDPOINT_URL"]),
+        ("ml-pipeline", 8888, kubeflow.url),
+    ):
+        server = urlsplit(url)
+        kubernetes_server.add_service("kubeflow", service, port, (str(server.hostname), int(server.port or 0)))
+    for name in ("AWS_ENDPOINT_URL", *KEYS.values(), "KF_PIPELINES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MINICPMV_FINETUNE_REGISTRY", "MINICPMV_FINETUNE_NAMESPACE", "MINICPMV_FINETUNE_MLFLOW"):
+        monkeypatch.delenv(name, raising=False)
+    return kubernetes_server

@@ -1,11 +1,9 @@
 """From "I have Kubeflow" to the last lines of a run: `setup`, the notebook, and the result of `submit --wait`."""
 
-import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import kubernetes
 import pytest
@@ -14,52 +12,9 @@ import yaml
 from minicpmv_finetune import storage
 from minicpmv_finetune.kubeflow import kubernetes_access
 from tests.cluster.commands import BASE_MODEL, INPUTS, Command
+from tests.cluster.conftest import KEYS, make_namespace
 from tests.cluster.fake_kubeflow import FakeKubeflow
 from tests.cluster.fake_kubernetes import FakeKubernetes
-
-KEYS = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
-
-
-def _make_namespace(state: FakeKubernetes, namespace: str, account: str, root: str, keys: dict[str, str]) -> None:
-    """What a stock Kubeflow has in a namespace of runs, as recorded."""
-    space = f"/api/v1/namespaces/{namespace}"
-    labels = {"pipelines.kubeflow.org/enabled": "true", "app.kubernetes.io/part-of": "kubeflow-profile"}
-    data = {key: base64.b64encode(keys[variable].encode()).decode() for key, variable in KEYS.items()}
-    policy = "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"
-    state.objects.update(
-        {
-            space: {"metadata": {"name": namespace, "labels": labels if namespace != "kubeflow" else {}}},
-            f"{space}/serviceaccounts/{account}": {"metadata": {"name": account}},
-            f"{space}/secrets/mlpipeline-minio-artifact": {"data": data},
-            f"{space}/configmaps/kfp-launcher": {"data": {"defaultPipelineRoot": root}},
-            "/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap": {
-                "data": {"workflowDefaults": policy}
-            },
-        }
-    )
-
-
-@pytest.fixture
-def stock(
-    kubeflow: FakeKubeflow,
-    kubernetes_server: FakeKubernetes,
-    s3_server: dict[str, str],
-    s3_uri: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> FakeKubernetes:
-    """A stock Kubeflow with one user, seen from outside with nothing but a kubeconfig."""
-    _make_namespace(kubernetes_server, "kubeflow", "pipeline-runner", "", s3_server)
-    for service, port, url in (
-        ("seaweedfs", 9000, s3_server["AWS_ENDPOINT_URL"]),
-        ("ml-pipeline", 8888, kubeflow.url),
-    ):
-        server = urlsplit(url)
-        kubernetes_server.add_service("kubeflow", service, port, (str(server.hostname), int(server.port or 0)))
-    for name in ("AWS_ENDPOINT_URL", *KEYS.values(), "KF_PIPELINES_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("MINICPMV_FINETUNE_REGISTRY", "MINICPMV_FINETUNE_NAMESPACE", "MINICPMV_FINETUNE_MLFLOW"):
-        monkeypatch.delenv(name, raising=False)
-    return kubernetes_server
 
 
 def test_setup_prints_what_is_missing_and_applies_it(stock: FakeKubernetes, command: Command) -> None:
@@ -92,7 +47,7 @@ def test_setup_for_several_users_prints_the_command_for_a_token(
     stock: FakeKubernetes, kubeflow: FakeKubeflow, s3_server: dict[str, str], command: Command
 ) -> None:
     kubeflow.tokens["mine"] = {"team-a"}
-    _make_namespace(stock, "team-a", "default-editor", "minio://mlpipeline/private-artifacts/team-a", s3_server)
+    make_namespace(stock, "team-a", "default-editor", "minio://mlpipeline/private-artifacts/team-a", s3_server)
     done = command("setup", "--profile", "kubeflow-profile", "--namespace", "team-a", "--apply")
     assert 'export KF_PIPELINES_TOKEN="$(kubectl -n team-a create token default-editor ' in done.out
     assert "--audience pipelines.kubeflow.org" in done.out
@@ -121,7 +76,7 @@ def notebook(
     Returns the profile of the package with the addresses of the servers on this machine.
     """
     root = f"minio://{s3_uri.removeprefix('s3://')}/private-artifacts/team-a/v2/artifacts"
-    _make_namespace(kubernetes_server, "team-a", "default-editor", root, s3_server)
+    make_namespace(kubernetes_server, "team-a", "default-editor", root, s3_server)
     kubeconfig = str(tmp_path / "kubeconfig")
 
     def load_mounted(client_configuration: kubernetes.client.Configuration) -> None:

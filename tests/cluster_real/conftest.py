@@ -85,7 +85,7 @@ class RealCluster:
 
     def submit(self, name: str, inputs: Mapping[str, Any], *more: str, wait: bool = True) -> Answer:
         """Start a run without GPUs; its id is remembered for the end."""
-        given = [word for key, value in inputs.items() for word in ("-p", f"{key}={_text(value)}")]
+        given = [word for key, value in inputs.items() for word in ("-p", f"{key}={as_text(value)}")]
         words = ["submit", "--gpus", "0", "--name", f"{name}-{self.word}", "--experiment", self.experiment, *given]
         started = self.command(*words, "--output", "json", *more)
         assert started.out, started.err
@@ -131,7 +131,7 @@ class RealCluster:
         return list(json.loads(self.kubectl("get", "pods", "-l", labels, "-o", "json"))["items"])
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 

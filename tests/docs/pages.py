@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "k8s/README.md")),
+        *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "k8s/README.md")),
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / ".github").rglob("*.md"),
         *(ROOT / "examples").glob("*.md"),

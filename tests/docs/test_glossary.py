@@ -11,7 +11,8 @@ GLOSSARY = ROOT / "docs" / "glossary.md"
 ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n)+)\n((?:.+\n)+)", re.MULTILINE)
 ENTRIES = ENTRY.findall(GLOSSARY.read_text())
 GENERATED = {"environment.md", "inputs.md", "recipes.md"}
-PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in {GLOSSARY.name, *GENERATED}]
+ENGLISH = [path for path in sorted((ROOT / "docs").glob("*.md")) if ".zh-" not in path.name]
+PAGES = [path for path in ENGLISH if path.name not in {GLOSSARY.name, *GENERATED}]
 # How a term is written in a sentence, where that is not the term with an optional plural.
 WRITTEN = {
     "archive": r"tar archives?",
