@@ -54,6 +54,7 @@ class Recipe:
         whole: The parts that are trained whole beside the adapters.
         quantized: Whether this is QLoRA, which trains the embeddings only where that is asked for.
         adapts_vision: Whether to train adapters on the vision tower; their own parameters are not counted.
+        tokens_per_batch: Largest number of tokens that a device processes at once; 0 if it counts samples.
     """
 
     devices: int
@@ -67,6 +68,7 @@ class Recipe:
     whole: tuple[str, ...] = ("embeddings", "merger")
     quantized: bool = False
     adapts_vision: bool = False
+    tokens_per_batch: int = 0
 
     @property
     def trains_in_tower(self) -> bool:

@@ -17,6 +17,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.shards.codecs import CODECS, Codec
+from minicpmv_finetune.shards.packing import group_by_tokens
 
 from .cost import Model, Recipe, estimate_flops, estimate_memory, packing_share, padding_share, read_model
 from .efficiency import PEAK_FLOPS, REFERENCE_GPU, expected_hours
@@ -59,8 +60,13 @@ class Estimate(BaseModel):
     longest: list[LongSample] = Field(description="The longest of these samples.")
     too_long_at: dict[int, int] = Field(description="Number of samples that other values would reject.")
     estimated_shard_bytes: dict[str, int] = Field(description="Size of the shards by image codec.")
-    padding_waste: float = Field(description="Share of padding among the tokens of batches in random order.")
+    padding_waste: float = Field(
+        description="Share of padding in batches in random order; those filled by tokens have none."
+    )
     packing_waste: float = Field(description="The same for samples packed into rows of model_max_length.")
+    tokens_per_batch: int = Field(default=0, description="Largest number of tokens of a batch; 0 if it counts samples.")
+    batches: int = Field(default=0, description="Number of such batches in an epoch.")
+    tokens_in_a_batch: float = Field(default=0.0, description="Mean number of tokens of such a batch.")
     parameters: int
     active_parameters: int = Field(description="Parameters that compute a token; in a mixture of experts not all do.")
     trained_parameters: int
@@ -167,6 +173,9 @@ class _TrainingCosts(TypedDict):
     """The fields of an estimate that depend on the settings of the training."""
 
     padding_waste: float
+    tokens_per_batch: int
+    batches: int
+    tokens_in_a_batch: float
     parameters: int
     active_parameters: int
     trained_parameters: int
@@ -182,15 +191,22 @@ def _estimate_training(
     model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int, checkpointing: bool
 ) -> _TrainingCosts:
     flops = _estimate_training_flops(model, recipe, samples, train_samples, checkpointing)
+    lengths = [sample.tokens for sample in samples]
+    groups = group_by_tokens(lengths, recipe.tokens_per_batch, recipe.devices) if recipe.tokens_per_batch else []
+    batches = math.ceil(len(groups) * train_samples / len(samples))
+    largest = _largest_batch(samples, groups, recipe.batch_size)
     return {
-        "padding_waste": padding_share([sample.tokens for sample in samples], recipe.batch_size),
+        "padding_waste": 0.0 if groups else padding_share(lengths, recipe.batch_size),
+        "tokens_per_batch": recipe.tokens_per_batch,
+        "batches": batches,
+        "tokens_in_a_batch": sum(lengths) / len(groups) if groups else 0.0,
         "parameters": model.total,
         "active_parameters": model.active,
         "trained_parameters": model.trained(recipe),
         "devices": recipe.devices,
-        "steps": _count_steps(train_samples, recipe),
-        "estimated_gpu_bytes": _estimate_gpu_bytes(model, recipe, samples, checkpointing=False),
-        "estimated_gpu_bytes_with_checkpointing": _estimate_gpu_bytes(model, recipe, samples, checkpointing=True),
+        "steps": _count_steps(batches or math.ceil(train_samples / recipe.batch_size), recipe),
+        "estimated_gpu_bytes": _estimate_gpu_bytes(model, recipe, *largest, checkpointing=False),
+        "estimated_gpu_bytes_with_checkpointing": _estimate_gpu_bytes(model, recipe, *largest, checkpointing=True),
         "estimated_flops": _estimate_training_flops(model, recipe, samples, train_samples, checkpointing=True),
         "estimated_gpu_hours": expected_hours(model, flops, PEAK_FLOPS[REFERENCE_GPU]),
     }
@@ -240,6 +256,7 @@ def _data_table(estimate: Estimate) -> Table:
         + "".join(f"; than {length:,}: {count:,}" for length, count in estimate.too_long_at.items()),
         "shards": ", ".join(f"{codec} {_size(size)}" for codec, size in estimate.estimated_shard_bytes.items()),
         "padding": f"{estimate.padding_waste:.1%} of a batch, {estimate.packing_waste:.1%} when packed",
+        **({"batches": _batches(estimate)} if estimate.tokens_per_batch else {}),
         "parameters": f"{estimate.parameters:,}, of them trained {estimate.trained_parameters:,}"
         + (f", active {estimate.active_parameters:,}" if estimate.active_parameters < estimate.parameters else ""),
         "training": f"{estimate.steps:,} steps, about {estimate.estimated_flops:.2g} FLOPs, "
@@ -249,6 +266,14 @@ def _data_table(estimate: Estimate) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _batches(estimate: Estimate) -> str:
+    return (
+        f"{estimate.batches:,} in an epoch, of at most {estimate.tokens_per_batch:,} tokens, on average "
+        f"{estimate.tokens_in_a_batch:,.0f} ({estimate.tokens_in_a_batch / estimate.tokens_per_batch:.0%}), "
+        "without padding"
+    )
 
 
 def _percentiles(values: Sequence[int]) -> dict[int, int]:
@@ -268,16 +293,22 @@ def _estimate_shard_bytes(samples: Sequence[SampleSize], patch_size: int) -> dic
     return {codec: text + (sources if codec == "source" else int(raw * _SHARE_OF_RAW[codec])) for codec in CODECS}
 
 
-def _count_steps(train_samples: int, recipe: Recipe) -> int:
-    batches = math.ceil(train_samples / (recipe.devices * recipe.batch_size))
-    return math.ceil(batches / recipe.accumulation_steps * recipe.epochs)
+def _count_steps(batches: int, recipe: Recipe) -> int:
+    """Number of optimizer steps of a training, by the number of one epoch's batches of all devices."""
+    return math.ceil(math.ceil(batches / recipe.devices) / recipe.accumulation_steps * recipe.epochs)
 
 
-def _estimate_gpu_bytes(
-    model: Model, recipe: Recipe, samples: Sequence[SampleSize], checkpointing: bool
-) -> dict[str, int]:
-    tokens = recipe.batch_size * max(sample.tokens for sample in samples)
-    patches = recipe.batch_size * max(sample.patches for sample in samples)
+def _largest_batch(samples: Sequence[SampleSize], groups: Sequence[Sequence[int]], batch_size: int) -> tuple[int, int]:
+    """The most tokens and the most patches of a batch; `groups` are the batches that are filled by tokens, if any."""
+    if groups:
+        sizes = [[samples[number] for number in group] for group in groups]
+        tokens = max(sum(sample.tokens for sample in batch) for batch in sizes)
+        return tokens, max(sum(sample.patches for sample in batch) for batch in sizes)
+    tokens = max(sample.tokens for sample in samples)
+    return batch_size * tokens, batch_size * max(sample.patches for sample in samples)
+
+
+def _estimate_gpu_bytes(model: Model, recipe: Recipe, tokens: int, patches: int, checkpointing: bool) -> dict[str, int]:
     sizes = estimate_memory(model, recipe, tokens, patches, checkpointing)
     return {strategy: int(size) for strategy, size in sizes.items()}
 

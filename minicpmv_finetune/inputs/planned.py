@@ -65,6 +65,7 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
         whole=tuple(part for part in whole if part != "merger" or "resampler" not in adapted),
         quantized=bool(flags.get("q_lora")),
         adapts_vision="vision" in adapted,
+        tokens_per_batch=flags.get("tokens_per_batch", 0),
     )
     plain = "DDP" if devices > 1 else "single GPU"
     strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minicpmv_finetune.errors import UserError
+
 
 def pack_samples(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
     """Distribute samples over packs by first-fit decreasing.
@@ -43,3 +45,46 @@ def pack_samples(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[l
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])
     return packs
+
+
+def group_by_tokens(lengths: Sequence[int], tokens: int, multiple: int = 1, seed: int = 0) -> list[list[int]]:
+    """Distribute samples over batches of a limited number of tokens; the samples of a batch have similar lengths.
+
+    The limit holds for the number of samples times the length of the longest one. So it also bounds what operations
+    between tokens need, which process each sample of a packed row in a row of its own, padded to the longest one.
+
+    Args:
+        lengths: Number of tokens of each sample.
+        tokens: Largest number of tokens of a batch.
+        multiple: Number of processes; it divides the number of batches, unless there are fewer samples. So no process
+            repeats a batch while the others compute their last one.
+        seed: Determines which of several equally long samples come together. The number of batches does not depend on
+            it.
+
+    Returns:
+        The batches, each as the numbers of its samples.
+
+    Raises:
+        UserError: A sample is longer than a batch.
+    """
+    longest = max(lengths, default=0)
+    if longest > tokens:
+        raise UserError(
+            f"--tokens_per_batch {tokens}: the longest sample has {longest:,} tokens; give at least that number, or "
+            "preprocess with a smaller model_max_length."
+        )
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    batches: list[list[int]] = []
+    room = 0  # number of samples that the last batch still takes
+    for number in sorted(order.tolist(), key=lambda number: -lengths[number]):
+        if not room:
+            batches.append([])
+            room = tokens // lengths[number]
+        batches[-1].append(number)
+        room -= 1
+    while len(batches) % multiple and any(len(batch) > 1 for batch in batches):
+        largest = max(batches, key=len)
+        half = len(largest) // 2
+        batches.append(largest[half:])
+        del largest[half:]
+    return batches

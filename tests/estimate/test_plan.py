@@ -246,6 +246,16 @@ def test_flops_grow_with_the_trained_parameters_and_with_checkpointing() -> None
     assert few < many < cost.estimate_flops(large_model(), full, [1000], 1000, checkpointing=True)
 
 
+def test_batches_by_tokens_are_counted(data: Path, tiny_46: Path) -> None:
+    plain = estimate(data, tiny_46)
+    found = estimate(data, tiny_46, recipe=recipe_with(tokens_per_batch=2048, epochs=2.0))
+    assert (found.tokens_per_batch, found.padding_waste) == (2048, 0.0)
+    assert found.tokens_in_a_batch == pytest.approx(found.tokens / found.batches)
+    assert found.tokens_in_a_batch <= 2048
+    assert found.steps == 2 * found.batches
+    assert plain.batches == 0 < plain.padding_waste
+
+
 def test_padding_of_packed_rows_is_counted() -> None:
     assert cost.packing_share([50, 50, 100], 100) == 0.0
     assert cost.packing_share([50, 100], 100) == pytest.approx(0.25)

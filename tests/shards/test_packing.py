@@ -1,12 +1,16 @@
-"""Samples are packed by first-fit decreasing: no sample is lost, and no pack holds more than its capacity."""
+"""No sample is lost, and no row holds more than its capacity: packs by first-fit decreasing, and batches by tokens."""
 
 import random
 
+import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
-from minicpmv_finetune.shards.packing import pack_samples
+from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.shards.packing import group_by_tokens, pack_samples
 
 
 def _lengths(count: int, longest: int = 100) -> list[int]:
@@ -62,3 +66,38 @@ def test_only_the_seed_decides_which_equally_long_samples_come_together() -> Non
 @pytest.mark.parametrize(("lengths", "packs"), [([], []), ([500], [[0]]), ([500, 3], [[0], [1]])])
 def test_no_samples_and_samples_that_are_too_long(lengths: list[int], packs: list[list[int]]) -> None:
     assert pack_samples(lengths, 100, seed=0) == packs
+
+
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(300, 900), st.integers(1, 5), st.integers(0, 9))
+def test_batches_by_tokens_lose_no_sample_and_suit_all_processes(
+    lengths: list[int], tokens: int, processes: int, seed: int
+) -> None:
+    batches = group_by_tokens(lengths, tokens, processes, seed)
+    assert batches == group_by_tokens(lengths, tokens, processes, seed)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[number] for number in batch) <= tokens for batch in batches)
+    if len(lengths) >= processes:
+        shares = [list(share) for share in _shares(batches, processes)]
+        assert [batch for turn in zip(*shares, strict=True) for (batch,) in turn] == batches  # none twice
+
+
+def _shares(batches: list[list[int]], processes: int) -> list[BatchSamplerShard]:
+    """The batches of each process, as accelerate divides them."""
+    sampler = BatchSampler(batches, batch_size=1, drop_last=False)  # type: ignore[arg-type]
+    return [BatchSamplerShard(sampler, processes, process) for process in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_batches_by_tokens_are_full_and_of_similar_lengths(processes: int) -> None:
+    lengths = [int(length) for length in np.random.default_rng(0).lognormal(6, 0.6, 10_000).clip(64, 2048)]
+    batches = group_by_tokens(lengths, 8192, processes)
+    sizes = np.array([sum(lengths[number] for number in batch) for batch in batches])
+    padded = sum(len(batch) * max(lengths[number] for number in batch) for batch in batches)
+    assert 1 - sizes.sum() / padded < 0.01  # of what attention sees, sample by sample
+    assert np.median(sizes) > 0.95 * 8192
+    assert sizes.mean() > 0.93 * 8192
+
+
+def test_a_sample_that_is_longer_than_a_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="--tokens_per_batch 100: the longest sample has 101 tokens"):
+        group_by_tokens([100, 101], 100)

@@ -189,6 +189,14 @@ class TrainingArguments(transformers.TrainingArguments):
             IN_DIGEST: True,
         },
     )
+    tokens_per_batch: int = field(
+        default=0,
+        metadata={
+            "help": "Fill each batch of a device with samples of similar lengths up to this number of tokens, in one "
+            "row without padding as with --packing; replaces per_device_train_batch_size. 0 counts samples.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
     early_stopping_patience: int = field(
         default=0,
         metadata={
@@ -240,11 +248,18 @@ class TrainingArguments(transformers.TrainingArguments):
             elif self.strategy == "fsdp2":
                 self.fsdp = "full_shard auto_wrap"
                 self.fsdp_config = str(_STRATEGY_FOLDER / "fsdp2.json")
+        if self.tokens_per_batch:
+            self.per_device_train_batch_size = 1  # an item of the data is a whole batch
         if self.early_stopping_patience:
             self.load_best_model_at_end = True
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_loss"
         super().__post_init__()
+
+    @property
+    def has_packed_rows(self) -> bool:
+        """Whether an item of the training data is a row of several samples."""
+        return self.packing or bool(self.tokens_per_batch)
 
 
 def _default_workers() -> int:
@@ -424,6 +439,8 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
             raise UserError("--ddp_backend: torch has no such backend on this machine; leave the flag out.") from error
         raise UserError(f"Training arguments: {first_line(error)}") from error
     given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
+    if training.tokens_per_batch and "per_device_train_batch_size" in given:
+        announce("--per_device_train_batch_size has no effect: --tokens_per_batch says how large a batch is.")
     arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
     _check_optimizer(training, _given_rates(arguments))

@@ -39,6 +39,7 @@ class TrainingMonitor(TrainerCallback):
         self.last_logged_step = run.last_step("train/loss")
         self.bar: Any = None
         self.samples = 0
+        self.batches = 0
         self.tokens = 0
         self.positions = 0
         self.seconds_waiting = 0.0
@@ -54,6 +55,7 @@ class TrainingMonitor(TrainerCallback):
             positions: Number of positions in the batch, padding included.
         """
         self.samples += len(rows)
+        self.batches += 1
         self.tokens += sum(self.lengths[row] for row in rows)
         self.positions += positions
 
@@ -65,6 +67,11 @@ class TrainingMonitor(TrainerCallback):
     def samples_per_second(self, processes: int) -> float:
         """Samples per second of all processes together; each process is assumed to have as many as this one."""
         return self.samples * processes / self.seconds
+
+    @property
+    def tokens_per_batch(self) -> float:
+        """Mean number of tokens of a batch, without padding."""
+        return self.tokens / max(self.batches, 1)
 
     @property
     def waiting(self) -> float:

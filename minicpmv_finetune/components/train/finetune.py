@@ -41,7 +41,7 @@ from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import TrainingRecord, mean_loss
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
-from minicpmv_finetune.shards.packing import pack_samples
+from minicpmv_finetune.shards.packing import group_by_tokens, pack_samples
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
 from .arguments import Arguments, TrainingArguments, input_places, parse
@@ -142,7 +142,8 @@ def _train(
         run.log_parameters(effective_settings(arguments))
         run.log_headline({}, _headline_settings(arguments, inputs))
         run.log_metrics({"parameters/trainable": model.trainable, "parameters/total": model.total})
-        monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], " packs" if training.packing else " samples")
+        unit = " batches" if training.tokens_per_batch else " packs" if training.packing else " samples"
+        monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], unit)
         trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
         _check_shared_memory(training, _plan_loaders(inputs, training, train_dataset, eval_dataset))
         initial = _begin_adapters(arguments, inputs, trainer, resume_from)
@@ -424,30 +425,48 @@ def _open_datasets(
 ) -> tuple[ExampleDataset | PackDataset, ExampleDataset | None]:
     """Open the samples for training and, if there are any, for evaluation."""
     training, manifest = arguments.training, inputs.manifest
-    stores = _prepare_features(inputs, model, arguments, checkpoints)
+    packs = _pack(training, manifest.lengths["train"])
+    items = len(packs) if training.has_packed_rows else manifest.rows("train")
+    _check_sizes(training, items, manifest)
+    stores = _prepare_features(inputs, model, arguments, checkpoints, items)
     examples = ExampleDataset(inputs.shards, "train", stores.get("train"))
     train_dataset: ExampleDataset | PackDataset = examples
-    if training.packing:
+    if training.has_packed_rows:
         enable_packing(model.base, inputs.generation.language_model)
-        packs = pack_samples(manifest.lengths["train"], training.model_max_length, training.seed)
-        _log(f"{manifest.rows('train'):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
         train_dataset = PackDataset(examples, packs)
-    _check_sizes(training, len(train_dataset), manifest)
     has_eval = bool(manifest.rows("eval"))
     return train_dataset, ExampleDataset(inputs.shards, "eval", stores.get("eval")) if has_eval else None
 
 
+def _pack(training: TrainingArguments, lengths: Sequence[int]) -> list[list[int]]:
+    """The samples that share a row; nothing if every sample has its own."""
+    if training.tokens_per_batch:
+        packs = group_by_tokens(lengths, training.tokens_per_batch, training.world_size, training.seed)
+        mean = sum(lengths) / max(len(packs), 1)
+        _log(
+            f"{len(lengths):,} samples in {len(packs):,} batches of at most {training.tokens_per_batch:,} tokens, on "
+            f"average {mean:,.0f} ({mean / training.tokens_per_batch:.0%}), without padding"
+        )
+        return packs
+    if training.packing:
+        packs = pack_samples(lengths, training.model_max_length, training.seed)
+        _log(f"{len(lengths):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
+        return packs
+    return []
+
+
 def _check_sizes(training: TrainingArguments, rows: int, manifest: Manifest) -> None:
-    """Check the flags that depend on the number of samples.
+    """Check the flags that depend on the number of samples, or of the rows that they share.
 
     Raises:
         UserError: Nothing would be trained, or nothing evaluated.
     """
     at_once = training.per_device_train_batch_size * training.world_size
     if training.dataloader_drop_last and rows < at_once:
+        size = "tokens_per_batch" if training.tokens_per_batch else "per_device_train_batch_size"
         raise UserError(
             f"--dataloader_drop_last: a batch of {at_once} rows over all processes is larger than the data ({rows}), "
-            "so that nothing would be trained; lower --per_device_train_batch_size, or leave the flag out."
+            f"so that nothing would be trained; lower --{size}, or leave the flag out."
         )
     if training.eval_strategy != "no" and not manifest.rows("eval"):
         raise UserError(
@@ -457,13 +476,21 @@ def _check_sizes(training: TrainingArguments, rows: int, manifest: Manifest) -> 
 
 
 def _prepare_features(
-    inputs: _Inputs, model: _Model, arguments: Arguments, checkpoints: Checkpoints
+    inputs: _Inputs, model: _Model, arguments: Arguments, checkpoints: Checkpoints, items: int
 ) -> dict[Split, Path]:
-    """The feature stores by split; none if the vision tower has to run in each step."""
+    """The feature stores by split; none if the vision tower has to run in each step.
+
+    Args:
+        inputs: What the training starts from.
+        model: The model.
+        arguments: All flags.
+        checkpoints: The training's checkpoints.
+        items: Number of samples, or of the rows that they share, in an epoch.
+    """
     training, manifest, generation = arguments.training, inputs.manifest, inputs.generation
     tower = model.base.get_submodule(generation.vision_tower)
-    samples = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
-    epochs = samples * training.world_size / manifest.rows("train") if samples > 0 else training.num_train_epochs
+    used = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+    epochs = used * training.world_size / items if used > 0 else training.num_train_epochs
     if not training.reuse_vision_features or epochs <= 1 or not is_reusable(model.base, tower):
         return {}
     splits: list[Split] = ["train"]
@@ -526,11 +553,18 @@ def _headline_settings(arguments: Arguments, inputs: _Inputs) -> dict[str, Any]:
         "generation": inputs.generation.version,
         "data_fingerprint": inputs.manifest.data_fingerprint,
         "lora_r": arguments.lora.lora_r if training.use_lora else "none",
-        "batch_size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "batch_size": _batch_size(training),
         "num_train_epochs": training.num_train_epochs,
         "learning_rate": training.learning_rate,
         "git_commit": git_commit(),
     }
+
+
+def _batch_size(training: TrainingArguments) -> int | str:
+    """Samples (or packed rows) of an optimizer step, or the most tokens."""
+    batches = training.gradient_accumulation_steps * training.world_size
+    tokens = training.tokens_per_batch
+    return f"{batches * tokens} tokens" if tokens else batches * training.train_batch_size
 
 
 def _make_trainer(
@@ -655,6 +689,7 @@ def _make_record(
         "seconds": monitor.seconds,
         "padding": monitor.padding,
         "waiting": monitor.waiting,
+        **({"tokens/batch": monitor.tokens_per_batch} if arguments.training.tokens_per_batch else {}),
     }
     steps = trainer.state.global_step
     duration = Duration(

@@ -64,6 +64,7 @@ RANGES: Mapping[str, Accepted] = {
     "save_steps": Accepted(above=0),
     "save_total_limit": _COUNT,
     "seed": _SEED,
+    "tokens_per_batch": _MAYBE_COUNT,
     "torch_empty_cache_steps": _COUNT,
     "vision_lr": _RATE,
     "warmup_steps": _NOT_NEGATIVE,
@@ -230,14 +231,15 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         )
     if values.get("q_lora") and not use_lora:
         sentences.append("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
-    if values.get("packing") and values.get("train_sampling_strategy", "random") != "random":
-        sentences.append(
-            "--packing leaves no padding that batches of similar lengths could save; leave --group_by_length out."
-        )
-    if values.get("packing") and values.get("attn_implementation") == "eager":
-        sentences.append(
-            "--packing: eager attention cannot keep the samples of a row apart; leave --attn_implementation out."
-        )
+    for name in (name for name in ("packing", "tokens_per_batch") if values.get(name)):
+        if values.get("train_sampling_strategy", "random") != "random":
+            sentences.append(
+                f"--{name} leaves no padding that batches of similar lengths could save; leave --group_by_length out."
+            )
+        if values.get("attn_implementation") == "eager":
+            sentences.append(
+                f"--{name}: eager attention cannot keep the samples of a row apart; leave --attn_implementation out."
+            )
     if values.get("early_stopping_patience") and values.get("eval_strategy", "no") == "no":
         sentences.append(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."

@@ -180,7 +180,9 @@ class MiniCPMVTrainer(Trainer):
     def _out_of_memory(self, inputs: dict[str, Any]) -> UserError:
         rows, length = inputs["input_ids"].shape
         slices = len(inputs.get("target_sizes", ()))
-        remedies = [f"lower --per_device_train_batch_size (now {self.args.train_batch_size})"] if rows > 1 else []
+        tokens, samples = self.args.tokens_per_batch, self.args.train_batch_size
+        remedies = [f"lower --tokens_per_batch (now {tokens})"] if tokens else []
+        remedies += [f"lower --per_device_train_batch_size (now {samples})"] if rows > 1 else []
         remedies += ["preprocess with a smaller --max-slice-nums"] if slices > 1 else []
         remedies += [] if self.args.activation_checkpointing else ["turn on --gradient_checkpointing"]
         remedies += [] if self.args.deepspeed else ["partition the weights over several devices by --strategy zero3"]

@@ -35,6 +35,19 @@ def test_with_packing_two_processes_have_the_losses_of_one(uneven_shards: Path, 
     assert read_record(one.folder).metrics["padding"] == 0
 
 
+def test_batches_by_tokens_give_the_step_of_one_large_batch(uneven_shards: Path, train: Train) -> None:
+    large = train(uneven_shards, f"{COMMON} --max_steps 1 --per_device_train_batch_size 40")
+    flags = f"{COMMON} --max_steps 1 --tokens_per_batch 256 --gradient_accumulation_steps 40"  # a whole epoch
+    small = train(uneven_shards, flags, 2)
+    records = [read_record(training.folder) for training in (small, large)]
+    for name in ("loss", "grad_norm"):
+        found, expected = (record.history[0][name] for record in records)
+        assert found == pytest.approx(expected, rel=1e-4)
+    metrics = records[0].metrics
+    assert metrics["padding"] == 0
+    assert 0.5 * 256 < metrics["tokens/batch"] <= 256
+
+
 @pytest.mark.faults_only
 def test_stored_features_work_with_two_processes_and_zero3(uneven_shards: Path, train: Train, tmp_path: Path) -> None:
     flags = f"{COMMON} --tune_vision false --max_steps 22"
