@@ -1,10 +1,11 @@
-"""Free generation: the answers of a model to the questions of samples, greedily and in batches.
+"""Free generation: the answers of a model to the questions of samples, as a user would get them.
 
 Evaluation, prediction and the parity check of the merge step all use this one function, so a figure in a report is
-what a user would see. A batch contains prompts of similar length, and the longest prompts come first: there is little
+what a user would see. Prompts of similar length are answered together, and the longest come first: there is little
 padding, and a batch that exceeds the device's memory fails at the start and not after an hour.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minicpmv_finetune.data.samples import Sample, open_image
 
-from .batch import collate
 from .conversation import Encoder
-from .model_input import ModelInput
+from .decoding import Prompt, decode_greedily
 from .slicing import cut_slices
 
 
@@ -56,8 +56,8 @@ def answer(
         samples: Samples to answer. If the last turn is the assistant's, it is the expected answer and is not part of
             the prompt.
         max_new_tokens: Largest number of tokens of one answer.
-        batch_size: Number of samples in a batch. The answers do not depend on it.
-        on_done: Function called after each batch with the number of its samples, for a progress bar.
+        batch_size: Largest number of samples that are answered at the same time. The answers do not depend on it.
+        on_done: Function called with the number of samples whose answers have ended, for a progress bar.
         thinking: Whether to request reasoning, in generations that have it; None where the expected answer has some.
 
     Returns:
@@ -68,19 +68,16 @@ def answer(
         UserError: An image changed since it was validated.
     """
     thinks = [encoder.asks_for_reasoning(sample) if thinking is None else thinking for sample in samples]
-    prompts = [encoder.encode_prompt(sample, think) for sample, think in zip(samples, thinks, strict=True)]
-    # The sort is stable, so that the batches, and with them the rounding of every sum, are the same in every run.
-    longest_first = sorted(range(len(samples)), key=lambda number: -len(prompts[number]))
-    config = _greedy_config(model, encoder, max_new_tokens)
+    prompts = [_prompt(sample, encoder, think) for sample, think in zip(samples, thinks, strict=True)]
+    stop = _stop_tokens(model, encoder)
     answers: dict[int, Answer] = {}
-    with _inference_mode(model, config):
-        for start in range(0, len(samples), batch_size):
-            numbers = longest_first[start : start + batch_size]
-            inputs = [ModelInput(samples[n].id, prompts[n], [], _cut_images(samples[n], encoder)) for n in numbers]
-            for number, generated in zip(numbers, _generate(model, encoder, inputs), strict=True):
-                answers[number] = _decode_answer(generated, encoder, config, thinks[number])
+    with _inference_mode(model) as unwrapped:
+        numbers = _order(prompts)
+        ordered = [prompts[number] for number in numbers]
+        for place, tokens in decode_greedily(unwrapped, encoder, ordered, stop, max_new_tokens, batch_size):
+            answers[numbers[place]] = _decode_answer(tokens, encoder, stop, thinks[numbers[place]])
             if on_done is not None:
-                on_done(len(numbers))
+                on_done(1)
     return [answers[number] for number in range(len(samples))]
 
 
@@ -89,39 +86,40 @@ def inference_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _greedy_config(model: PreTrainedModel, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
-    """Settings of greedy decoding that stops at the checkpoint's own stop tokens and at the end of the turn."""
-    stop = {encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)}
-    published = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if published is not None:
-        stop |= set(published) if isinstance(published, list) else {published}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=sorted(stop),
-        pad_token_id=encoder.pad_token_id,
+def _prompt(sample: Sample, encoder: Encoder, thinking: bool) -> Prompt:
+    """The prompt of a sample's last question; its images are read and cut when it is answered."""
+    images = [sample.images[part] for turn in sample.turns for part in turn.parts if isinstance(part, int)]
+    names = tuple(f"{image.sha256} {image.rotated}" for image in images)
+    return Prompt(encoder.encode_prompt(sample, thinking), names, lambda: _cut_images(sample, encoder))
+
+
+def _order(prompts: Sequence[Prompt]) -> list[int]:
+    """The order in which prompts are answered: longest first, those with the same images one after the other."""
+    longest: dict[tuple[str, ...], int] = defaultdict(int)
+    for prompt in prompts:
+        longest[prompt.images] = max(longest[prompt.images], len(prompt.ids))
+    # The sort is stable, so that the batches, and with them the rounding of every sum, are the same in every run.
+    return sorted(
+        range(len(prompts)),
+        key=lambda number: (-longest[prompts[number].images], prompts[number].images, -len(prompts[number].ids)),
     )
 
 
-@contextmanager
-def _inference_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Switch the model to evaluation with these generation settings alone, and restore its state at the end.
+def _stop_tokens(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
+    """The checkpoint's own stop tokens and the end of the turn."""
+    published = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = published if isinstance(published, list) else [] if published is None else [published]
+    return frozenset([encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn), *own])
 
-    `generate` fills the unset fields of a given configuration from the checkpoint's generation_config.json: the
-    checkpoint's penalties would change the answer, and its sampling flags would cause warnings. Therefore the
-    checkpoint's settings are replaced while the model generates.
-    """
-    # An adapter's wrapper reads the settings of the model that it wraps.
-    wrapped = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    was_training, own_config = model.training, wrapped.generation_config
+
+@contextmanager
+def _inference_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Switch the model to evaluation, and restore its mode at the end; yields it without an adapter's wrapper."""
+    was_training = model.training
     model.eval()
-    wrapped.generation_config = config
     try:
-        with torch.inference_mode():
-            yield
+        yield next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     finally:
-        wrapped.generation_config = own_config
         model.train(was_training)
 
 
@@ -136,25 +134,16 @@ def _cut_images(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
     ]
 
 
-def _generate(model: PreTrainedModel, encoder: Encoder, inputs: Sequence[ModelInput]) -> list[list[int]]:
-    """Return the new tokens of each prompt, including the padding after a finished answer."""
-    batch = collate(inputs, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    generated = model.generate(**batch)  # type: ignore[operator]  # comes with GenerationMixin
-    new: list[list[int]] = generated[:, batch["input_ids"].shape[1] :].tolist()
-    return new
-
-
-def _decode_answer(generated: Sequence[int], encoder: Encoder, config: GenerationConfig, thinking: bool) -> Answer:
+def _decode_answer(generated: Sequence[int], encoder: Encoder, stop: frozenset[int], thinking: bool) -> Answer:
     """Decode the tokens before the first stop token; what follows it is padding.
 
     Args:
         generated: New tokens of one prompt.
         encoder: Encoder of the model's checkpoint.
-        config: Settings with the stop tokens.
+        stop: Tokens that end an answer.
         thinking: Whether the prompt requested reasoning.
     """
-    end = next((place for place, token in enumerate(generated) if token in config.eos_token_id), None)
+    end = next((place for place, token in enumerate(generated) if token in stop), None)
     new_tokens = len(generated) if end is None else end + 1
     reasoning, text = encoder.split_reasoning(encoder.decode(generated[:end]), is_open=thinking)
     return Answer(text, new_tokens, hit_limit=end is None, reasoning=reasoning)

@@ -63,7 +63,8 @@ def greedy_tokens(model: Any, encoder: Encoder, sample: Sample, count: int) -> l
     ids = encoder.encode_prompt(sample)
     start = len(ids)
     for _ in range(count):
-        batch = collate([ModelInput("", ids, [], slices)], encoder.pad_token_id, encoder.slicing.patch_size, "right")
+        inputs = [ModelInput("", ids, [], slices)]
+        batch = collate(inputs, encoder.pad_token_id, encoder.slicing.patch_size, "right", encoder.slicing.resampler)
         ids = [*ids, int(model(**batch).logits[0, -1].argmax())]
     return ids[start:]
 
@@ -78,7 +79,7 @@ def test_batched_answers_equal_single_answers_and_plain_greedy_decoding(
     done: list[int] = []
     batched = answer(model, encoder, samples, max_new_tokens=12, batch_size=3, on_done=done.append)
     assert batched == answer(model, encoder, samples, max_new_tokens=12, batch_size=1)
-    assert done == [3, 2]
+    assert sum(done) == 5
     for sample, answered in zip(samples, batched, strict=True):
         tokens = greedy_tokens(model, encoder, sample, 12)
         end = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.end_of_turn)
@@ -87,12 +88,50 @@ def test_batched_answers_equal_single_answers_and_plain_greedy_decoding(
         assert answered == Answer(expected, len(kept) + (end in tokens), hit_limit=end not in tokens)
 
 
+@pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
+def test_rows_that_leave_and_enter_and_share_an_image_change_no_answer(
+    version: str, tiny: Callable[[str], Path], samples: list[Sample]
+) -> None:
+    model: Any = load_model(tiny(version), torch.float32)[0]
+    encoder = Encoder.from_checkpoint(tiny(version))
+    several = [
+        sample.model_copy(update={"turns": (Turn(role="user", parts=(*range(len(sample.images)), question)),)})
+        for sample in samples[:4]
+        for question in ("Which digit is this?", "Is it dark?", "Which digit is this, and how many lines has it?")
+    ]
+    free = [greedy_tokens(model, encoder, sample, 6) for sample in several]
+    model.generation_config.eos_token_id = sorted({tokens[number % 6] for number, tokens in enumerate(free)})
+    alone = answer(model, encoder, several, max_new_tokens=6, batch_size=1)
+    assert len({answered.new_tokens for answered in alone}) > 1
+    assert answer(model, encoder, several, max_new_tokens=6, batch_size=4) == alone
+    for tokens, answered in zip(free, alone, strict=True):
+        kept = tokens if answered.hit_limit else tokens[: answered.new_tokens - 1]
+        assert encoder.split_reasoning(encoder.decode(kept))[1] == answered.text
+
+
+def test_questions_about_one_image_encode_it_once(
+    model: Any, encoder: Encoder, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [(Turn(role="user", parts=(0, f"Which digit is this, in {number} words?")),) for number in range(4)]
+    several = [samples[0].model_copy(update={"turns": questions}) for questions in turns]
+    slices: list[int] = []
+    encode = model.model.get_image_features
+    monkeypatch.setattr(
+        model.model,
+        "get_image_features",
+        lambda pixels, sizes, **options: slices.append(len(sizes)) or encode(pixels, sizes, **options),
+    )
+    answer(model, encoder, several, max_new_tokens=2)
+    answer(model, encoder, several, max_new_tokens=2, batch_size=1)
+    assert slices == [1, 1, 1, 1, 1]
+
+
 def test_marks_that_users_train_on_are_part_of_an_answer_and_stop_tokens_are_not(
     model: Any, encoder: Encoder, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder.tokenizer.add_special_tokens({"additional_special_tokens": ["<box>", "</box>"]})
     ids = encoder.tokenizer("<box>1 2 3 4</box><|im_end|>")["input_ids"]
-    monkeypatch.setattr("minicpmv_finetune.minicpmv.answer._generate", lambda *_: [[*ids, encoder.pad_token_id]])
+    monkeypatch.setattr("minicpmv_finetune.minicpmv.answer.decode_greedily", lambda *_: [(0, ids)])
     (answered,) = answer(model, encoder, samples[:1])
     assert answered.text.removeprefix("<s>") == "<box>1 2 3 4</box>"
     assert (answered.new_tokens, answered.hit_limit) == (len(ids), False)
@@ -117,7 +156,7 @@ def test_reasoning_is_no_part_of_the_answer(
 ) -> None:
     encoder = Encoder.from_checkpoint(tiny("4.5"))
     ids = encoder.tokenizer(generated)["input_ids"]
-    monkeypatch.setattr("minicpmv_finetune.minicpmv.answer._generate", lambda *_: [ids])
+    monkeypatch.setattr("minicpmv_finetune.minicpmv.answer.decode_greedily", lambda *_: [(0, ids)])
     turns = (Turn(role="user", parts=("Which?",)), Turn(role="assistant", parts=(expected,)))
     (found,) = answer(model, encoder, [Sample(id="s", images=(), turns=turns, source="test")])
     assert (found.text, found.reasoning) == answered
