@@ -116,11 +116,12 @@ def test_questions_about_one_image_encode_it_once(
     several = [samples[0].model_copy(update={"turns": questions}) for questions in turns]
     slices: list[int] = []
     encode = model.model.get_image_features
-    monkeypatch.setattr(
-        model.model,
-        "get_image_features",
-        lambda pixels, sizes, **options: slices.append(len(sizes)) or encode(pixels, sizes, **options),
-    )
+
+    def count(pixels: torch.Tensor, sizes: torch.Tensor, **options: Any) -> Any:
+        slices.append(len(sizes))
+        return encode(pixels, sizes, **options)
+
+    monkeypatch.setattr(model.model, "get_image_features", count)
     answer(model, encoder, several, max_new_tokens=2)
     answer(model, encoder, several, max_new_tokens=2, batch_size=1)
     assert slices == [1, 1, 1, 1, 1]
