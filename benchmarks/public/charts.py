@@ -163,7 +163,7 @@ TASK = Task(
     },
     pictures=pictures,
     inputs={
-        "num_train_epochs": 4.0,
+        "num_train_epochs": 3.0,
         "per_device_train_batch_size": 8,
         "use_lora": False,
         "tune_llm": True,

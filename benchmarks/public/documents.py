@@ -171,7 +171,7 @@ TASK = Task(
     },
     pictures=pictures,
     inputs={
-        "num_train_epochs": 2.0,
+        "num_train_epochs": 1.5,
         "per_device_train_batch_size": 8,
         "max_slice_nums": 1,
         "use_lora": False,

@@ -78,7 +78,7 @@ TASK = Task(
     },
     pictures=pictures,
     inputs={
-        "num_train_epochs": 10.0,
+        "num_train_epochs": 8.0,
         "per_device_train_batch_size": 16,
         "max_slice_nums": 1,
         "evaluation_options": {"max_new_tokens": 24, "batch_size": 128},
