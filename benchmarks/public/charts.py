@@ -167,7 +167,7 @@ TASK = Task(
         "per_device_train_batch_size": 8,
         "use_lora": False,
         "tune_llm": True,
-        "learning_rate": 1e-3,
+        "learning_rate": 1.5e-3,
         "evaluation_options": {"max_new_tokens": 96, "batch_size": 64},
     },
     fine=True,

@@ -176,7 +176,7 @@ TASK = Task(
         "max_slice_nums": 1,
         "use_lora": False,
         "tune_llm": True,
-        "learning_rate": 1e-3,
+        "learning_rate": 1.5e-3,
         "evaluation_options": {"max_new_tokens": 128, "batch_size": 64},
     },
     fine=True,
