@@ -70,6 +70,12 @@ def working_for(output_uri: str) -> Iterator[None]:
         _root.reset(token)
 
 
+def folder_beside_runs(name: str) -> str:
+    """A folder beside that of the run that this process works for, for what its runs share; empty outside a run."""
+    root = _root.get()
+    return storage.join(storage.parent(root), name) if root else ""
+
+
 def write_failed_step(output_uri: str, sentence: str, exit_code: int, step: str = "") -> None:
     """Write why the step failed to which an output belongs; a store that cannot be written to changes nothing.
 

@@ -68,7 +68,7 @@ def answer(
         UserError: An image changed since it was validated.
     """
     thinks = [encoder.asks_for_reasoning(sample) if thinking is None else thinking for sample in samples]
-    prompts = [_prompt(sample, encoder, think) for sample, think in zip(samples, thinks, strict=True)]
+    prompts = [make_prompt(sample, encoder, think) for sample, think in zip(samples, thinks, strict=True)]
     stop = _stop_tokens(model, encoder)
     answers: dict[int, Answer] = {}
     with _inference_mode(model) as unwrapped:
@@ -86,7 +86,7 @@ def inference_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _prompt(sample: Sample, encoder: Encoder, thinking: bool) -> Prompt:
+def make_prompt(sample: Sample, encoder: Encoder, thinking: bool) -> Prompt:
     """The prompt of a sample's last question; its images are read and cut when it is answered."""
     images = [sample.images[part] for turn in sample.turns for part in turn.parts if isinstance(part, int)]
     names = tuple(f"{image.sha256} {image.rotated}" for image in images)

@@ -3,7 +3,8 @@
 Answers are generated as for a user, from the merged folder alone, so a mistake in an earlier step (template, slicing,
 merge, saving) changes the scores. The base model gets the same samples with the same slicing, so only the weights
 differ. The champion, if there is one, answers the same samples again, with the slicing that it would be served with,
-whatever its score was when it was evaluated itself: only then are all scores from the same data.
+whatever its score was when it was evaluated itself: only then are all scores from the same data. Answers of base and
+champion that an earlier run has generated are used again.
 """
 
 import gc
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.progress import progress, report_outcome
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
+from minicpmv_finetune.run_records import folder_beside_runs
 from minicpmv_finetune.tracking.step_runs import step_run
 
 from .assessment import Evaluation, Prediction, assess
+from .known_answers import ANSWERS_FOLDER, answer_what_is_new
 from .metrics import METRICS_VERSION, check_metrics, expected_answers
 from .report import format_percent, metric_title, write_report
 from .settings import EvaluationSettings
@@ -67,7 +71,7 @@ def evaluate(
     facts = _facts(own, base_model_uri, info.fingerprint, settings)
     with step_run("evaluate") as run:
         run.log_parameters({**facts, **{f"gate/{name}": value for name, value in asdict(settings.gate).items()}})
-        answers = _answers(models, own, samples, settings)
+        answers, known = _answers(models, own, samples, settings)
         evaluation = assess(
             samples,
             answers.get("base"),
@@ -79,6 +83,8 @@ def evaluate(
         )
         # Not a parameter of the run: a retry could not change it if the champion has moved.
         facts |= {"champion": champion_uri or "none", "scored_turn": _scored_turn(samples)}
+        if known:
+            facts["answers_of_earlier_runs"] = ", ".join(f"{name} {count:,}" for name, count in known.items())
         facts["seconds"] = round(time.monotonic() - started)
         # The merge step copies the record to the folder; a model from another source has none.
         record = read_record(model) if (model / RECORD_FILE).is_file() else None
@@ -171,19 +177,26 @@ def _samples_to_evaluate(dataset: Path, encoders: Sequence[Encoder]) -> tuple[li
 
 def _answers(
     models: Mapping[str, tuple[Path, Encoder]], own: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
-) -> dict[str, list[Answer]]:
-    """The answers of each model by name, as the tuned model, to which `own` belongs, writes text."""
-    return {
-        name: [
-            replace(given, text=own.normalize_answer(given.text))  # models of other generations write differently
-            for given in _generate_answers(f"{name} model", checkpoint, encoder, samples, settings)
-        ]
-        for name, (checkpoint, encoder) in models.items()
-    }
+) -> tuple[dict[str, list[Answer]], dict[str, int]]:
+    """The answers of each model by name, and how many of them earlier runs had generated."""
+    answers, known = {}, {}
+    for name, (checkpoint, encoder) in models.items():
+        generate = partial(_generate_answers, f"{name} model", checkpoint, encoder, settings)
+        folder = folder_beside_runs(ANSWERS_FOLDER)
+        if folder and name != "tuned":
+            given, count = answer_what_is_new(folder, checkpoint, encoder, samples, settings.max_new_tokens, generate)
+            if count:
+                known[name] = count
+                print(f"{name} model: {count:,} of {len(samples):,} answers are known from an earlier run", flush=True)
+        else:
+            given = generate(samples)
+        # As the tuned model writes text; models of other generations write differently.
+        answers[name] = [replace(one, text=own.normalize_answer(one.text)) for one in given]
+    return answers, known
 
 
 def _generate_answers(
-    name: str, checkpoint: Path, encoder: Encoder, samples: Sequence[Sample], settings: EvaluationSettings
+    name: str, checkpoint: Path, encoder: Encoder, settings: EvaluationSettings, samples: Sequence[Sample]
 ) -> list[Answer]:
     """The answers of one model, which is removed from memory afterwards, so that two models need not fit at once."""
     model, _ = load_model(checkpoint, device_map=inference_device())

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from minicpmv_finetune.components.evaluate.metrics import METRICS_VERSION
 from minicpmv_finetune.data.samples import ImageRef, Sample, Turn, read_info, read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer
+from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import write_max_slices
 from minicpmv_finetune.reports.training_record import RECORD_FILE
+from minicpmv_finetune.run_records import working_for
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from tests.example_record import example_record
 
@@ -62,6 +65,47 @@ def test_answers_are_compared_as_the_tokenizer_writes_them_and_without_reasoning
     assert [line["expected"] for line in lines] == [["caf\u00e9"], ["3"], ["b"]]
     assert [line["scored_turn"] for line in lines] == [1, 3, 1]
     assert "in conversations of several questions (1 here), the models see" in (tmp_path / "report").read_text()
+
+
+def test_a_later_run_generates_only_what_is_new(
+    tiny_46: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generated: list[tuple[str, int]] = []
+
+    def generate(name: str, _: Path, __: Encoder, ___: EvaluationSettings, samples: Sequence[Sample]) -> list[Answer]:
+        generated.append((name, len(samples)))
+        return [Answer(sample.turns[0].text, 5, hit_limit=False) for sample in samples]
+
+    monkeypatch.setattr("minicpmv_finetune.components.evaluate.evaluate._generate_answers", generate)
+    samples = [sample_of("Which?"), sample_of("Why?", "t")]
+
+    def run(number: int, samples: list[Sample], settings: EvaluationSettings = SETTINGS) -> list[str]:
+        generated.clear()
+        folder = tmp_path / "pipeline" / f"run-{number}"
+        monkeypatch.setenv("KFP_RUN_ID", folder.name)
+        data = write_eval(dataset, tmp_path / str(number), samples)
+        with working_for(f"{folder}/evaluate/predictions"):
+            found = evaluate(tiny_46, str(tiny_46), data, tmp_path / "predictions", tmp_path / "report", settings)
+        return [one.base.answer.text for one in found.predictions if one.base]
+
+    assert run(1, samples) == ["Which?", "Why?"]
+    assert generated == [("base model", 2), ("tuned model", 2)]
+    # A model that is compared with itself is another model to this table: only base and champion stay the same.
+    assert run(2, [*samples, sample_of("Where?", "u"), samples[0]]) == ["Which?", "Why?", "Where?", "Which?"]
+    assert generated == [("base model", 1), ("tuned model", 4)]
+    assert "base model: 3 of 4 answers are known from an earlier run" in capsys.readouterr().out
+    assert "base 3" in (tmp_path / "report").read_text()
+    run(3, samples, replace(SETTINGS, max_new_tokens=7))
+    assert generated == [("base model", 2), ("tuned model", 2)]
+    (answers, _) = sorted((tmp_path / "pipeline" / "minicpmv-answers").iterdir())
+    answers.write_text("damaged")
+    run(4, samples)
+    run(5, samples, replace(SETTINGS, max_new_tokens=7))
+    assert answers.read_text() != "damaged"
 
 
 def test_both_models_answer_every_sample(
