@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from public.rows import current_commit, save_row, score_answers
+from public.rows import blind_answers, current_commit, save_row, score_answers
 from public.task import Data, Task, prepare
 from public.tasks import TASKS
 
@@ -95,7 +95,7 @@ def run_task(task: Task, data: Data, out: Path, seed: int) -> dict[str, Any]:
         "commit": current_commit(),
         "budget": dict(task.inputs),
         **data.counts,
-        "scores": score_answers(answered),
+        "scores": score_answers(answered, blind_answers(data.train)),
         "seconds": {
             "all": round(data.seconds + time.monotonic() - started),
             **{step: round(seconds) for step, seconds in steps.items()},

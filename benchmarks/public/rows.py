@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,40 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- written by benchmarks/on_public_data.py -->", "<!-- end -->"
 
 
-def score_answers(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each metric: samples, scores of base and tuned model with its interval, and the tuned scores by tag.
+def blind_answers(train: Path) -> dict[str, str]:
+    """The most frequent answer to each question in the training data: what can be said without the picture."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    with train.open(encoding="utf-8") as lines:
+        for asked, given in (json.loads(line)["conversations"] for line in lines):
+            counts[asked["content"].removeprefix("<image>\n")][given["content"]] += 1
+    return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
+
+
+def score_answers(lines: Iterable[Mapping[str, Any]], blind: Mapping[str, str]) -> dict[str, Any]:
+    """For each metric: samples, scores of base, blind answers and tuned model with its interval, and those by tag.
 
     Args:
         lines: Lines of predictions files.
+        blind: An answer without the picture to each question, as far as there is one.
     """
     by_metric: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for line in lines:
         by_metric[line["metric"]].append(line)
     scores = {}
     for metric, found in by_metric.items():
+        score = METRICS[metric].score
+        for line in found:
+            line["scores"]["blind"] = {metric: score(blind.get(line["question"], ""), line["expected"])}
         tuned = _estimate(found, "tuned")
         tags = sorted({tag for line in found for tag in line["tags"]})
         scores[metric] = {
             "samples": len(found),
-            "base": round(_estimate(found, "base").value, 4),
+            "base": round(_mean(found, "base"), 4),
+            "blind": round(_mean(found, "blind"), 4),
             "tuned": round(tuned.value, 4),
             "low": round(tuned.low, 4),
             "high": round(tuned.high, 4),
-            "by_tag": {tag: round(_mean([line for line in found if tag in line["tags"]]), 4) for tag in tags},
+            **{f"{model}_by_tag": _by_tag(found, tags, model) for model in ("blind", "tuned")},
         }
     return scores
 
@@ -74,8 +88,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = "Data|Trained on|Tested on|Measure|Untrained|Tuned (95 % interval)|Published|Minutes|GB|Seed|Commit"
-    lines = [f"| {columns.replace('|', ' | ')} |", "|---|---:|---:|---|---:|---:|---|---:|---:|---:|---|"]
+    columns = "Data|Trained on|Tested on|Measure|Untrained|Blind|Tuned (95 % interval)|Published|Minutes|GB|Seed|Commit"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|---|---:|---:|---|---:|---:|---:|---|---:|---:|---:|---|"]
     for row in rows:
         minutes, gigabytes = row["seconds"]["all"] / 60, row["peak_bytes"] / 1e9
         for metric, score in row["scores"].items():
@@ -85,6 +99,7 @@ def _results(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{score['samples']:,}",
                 f"`{metric}`",
                 f"{score['base']:.3f}",
+                f"{score['blind']:.3f}",
                 f"**{score['tuned']:.3f}** ({score['low']:.3f}–{score['high']:.3f})",
                 TASKS[row["task"]].beside,
                 f"{minutes:.0f}",
@@ -97,10 +112,11 @@ def _results(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kinds(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| Data | Measure | Tuned, by kind of question |", "|---|---|---|"]
+    lines = ["| Data | Measure | Tuned (blind), by kind of question |", "|---|---|---|"]
     for row in rows:
         for metric, score in row["scores"].items():
-            kinds = ", ".join(f"{tag} {value:.3f}" for tag, value in score["by_tag"].items())
+            blind = score["blind_by_tag"]
+            kinds = ", ".join(f"{tag} {value:.3f} ({blind[tag]:.3f})" for tag, value in score["tuned_by_tag"].items())
             lines.append(f"| {row['task']} | `{metric}` | {kinds} |")
     return "\n".join(lines) + "\n"
 
@@ -109,8 +125,12 @@ def _estimate(lines: Sequence[Mapping[str, Any]], model: str) -> Estimate:
     return estimate(*_scores(lines, model))
 
 
-def _mean(lines: Sequence[Mapping[str, Any]]) -> float:
-    scores, weights = _scores(lines, "tuned")
+def _by_tag(lines: Sequence[Mapping[str, Any]], tags: Sequence[str], model: str) -> dict[str, float]:
+    return {tag: round(_mean([line for line in lines if tag in line["tags"]], model), 4) for tag in tags}
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], model: str) -> float:
+    scores, weights = _scores(lines, model)
     return float(np.average(scores, weights=weights))
 
 

@@ -101,15 +101,23 @@ def test_every_task_has_a_target_and_a_line_on_the_page() -> None:
             assert package.license in PAGE.read_text()
 
 
-def test_scores_are_per_metric_with_an_interval() -> None:
-    from public.rows import score_answers
+def test_scores_are_per_metric_with_an_interval(tmp_path: Path) -> None:
+    from public.rows import blind_answers, score_answers
+
+    train = tmp_path / "train.jsonl"
+    turns = [[{"content": "<image>\nWhat?"}, {"content": answer}] for answer in ("ab", "x", "ab")]
+    train.write_text("".join(json.dumps({"conversations": one}) + "\n" for one in turns))
 
     def line(metric: str, score: float, tag: str) -> dict[str, Any]:
         scores = {"base": {metric: 0.0}, "tuned": {metric: score}}
-        return {"metric": metric, "scores": scores, "tags": [tag], "expected": ["ab"]}
+        question = "What?" if tag == "a" else "Who?"
+        return {"metric": metric, "scores": scores, "tags": [tag], "expected": ["ab"], "question": question}
 
-    found = score_answers([line("anls", 1, "a"), line("anls", 0, "b"), line("cer", 0.5, "a"), line("cer", 0.5, "a")])
-    assert found["anls"] == {"samples": 2, "base": 0, "tuned": 0.5, "low": 0, "high": 1, "by_tag": {"a": 1, "b": 0}}
+    lines = [line("anls", 0.9, "a"), line("anls", 0, "b"), line("cer", 0.5, "a"), line("cer", 0.5, "a")]
+    found = score_answers(lines, blind_answers(train))
+    figures = {"samples": 2, "base": 0, "blind": 0.5, "tuned": 0.45, "low": 0, "high": 0.9}
+    by_tag = {"blind_by_tag": {"a": 1, "b": 0}, "tuned_by_tag": {"a": 0.9, "b": 0}}
+    assert found["anls"] == figures | by_tag, "a question that training does not have has no blind answer"
     assert found["cer"]["tuned"] == 0.5
 
 
@@ -142,7 +150,7 @@ def test_a_benchmark_runs_from_its_package_to_its_row(tmp_path: Path, monkeypatc
         "teds": 4,
         "cer": 8,
     }
-    assert set(row["scores"]["cer"]["by_tag"]) == {
+    assert set(row["scores"]["cer"]["tuned_by_tag"]) == {
         f"{what}, {code}" for what in ("receipt", "table") for code in documents.LANGUAGES
     }
     assert row["peak_bytes"] > 1e8
