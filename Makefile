@@ -15,9 +15,11 @@ help:  ## list all targets
 demo: install  ## train a tiny MiniCPM-V to read digits: the whole pipeline on this machine (SEED=n for another start)
 	@$(BIN)/minicpmv-finetune demo --seed $(SEED)
 
-# Types are checked while the tests run: mypy alone would leave the other core idle for more than a minute.
-test: install browser lint  ## lint, type check and the tests
-	@$(MAKE) --no-print-directory -j 2 types tests
+# Chromium is installed beside the packages, and types are checked while the tests run: mypy alone would leave the other
+# core idle for more than a minute.
+test:  ## lint, type check and the tests
+	@$(MAKE) --no-print-directory -j 2 install browser
+	@$(MAKE) --no-print-directory -j 2 lint types tests
 
 tests:
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not faults_only and not docs_only"
@@ -55,13 +57,20 @@ types: install
 
 install: .venv/installed  ## install the locked packages and this project into .venv
 
-# -qq hides pip's warnings about mirrors; errors are still shown. Python compiles what it imports, a small part of the
-# 23,000 files that pip would compile in 80 seconds.
+# -qq hides pip's warnings about mirrors; errors are still shown. uv checks and unpacks on all cores with a third of
+# pip's work. It does not read pip's settings: where they name an index of their own, or uv fails, pip installs instead.
+# Both compile all files, 80 seconds of a core: where PYTHONDONTWRITEBYTECODE is set, as in many container images, each
+# of the hundreds of processes of demo and tests would otherwise compile torch and transformers for itself, which takes
+# longer than to import them.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .venv/installed: requirements.lock pyproject.toml
 	@echo "Installing the locked packages into .venv (about 7 GB; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --require-hashes -r requirements.lock
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@mkdir -p build && sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > build/uv.txt
+	@{ ! $(BIN)/python -m pip config list | grep index && $(PIP_INSTALL) --require-hashes -r build/uv.txt && \
+		$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock; } || \
+		$(PIP_INSTALL) --require-hashes -r requirements.lock
+	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 bench: install  ## time training steps with and without each speed-up
