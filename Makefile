@@ -57,20 +57,16 @@ types: install
 
 install: .venv/installed  ## install the locked packages and this project into .venv
 
-# -qq hides pip's warnings about mirrors; errors are still shown. uv checks and unpacks on all cores with a third of
-# pip's work. It does not read pip's settings: where they name an index of their own, or uv fails, pip installs instead.
-# Both compile all files, 80 seconds of a core: where PYTHONDONTWRITEBYTECODE is set, as in many container images, each
-# of the hundreds of processes of demo and tests would otherwise compile torch and transformers for itself, which takes
-# longer than to import them.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# -qq hides pip's warnings about mirrors; errors are still shown. All files are compiled, by all cores instead of pip's
+# one: where PYTHONDONTWRITEBYTECODE is set, as in many container images, each of the hundreds of processes of demo and
+# tests would otherwise compile torch and transformers for itself, which takes longer than to import them. The last
+# command ignores the few files that are templates and no Python.
 .venv/installed: requirements.lock pyproject.toml
 	@echo "Installing the locked packages into .venv (about 7 GB; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@mkdir -p build && sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > build/uv.txt
-	@{ ! $(BIN)/python -m pip config list | grep index && $(PIP_INSTALL) --require-hashes -r build/uv.txt && \
-		$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock; } || \
-		$(PIP_INSTALL) --require-hashes -r requirements.lock
-	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 bench: install  ## time training steps with and without each speed-up
