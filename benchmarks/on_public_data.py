@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from public.rows import blind_answers, current_commit, save_row, score_answers
-from public.task import Data, Task, prepare
+from public.task import FLAGS, Data, Task, prepare
 from public.tasks import TASKS
 
 from minicpmv_finetune.components.evaluate.evaluate import evaluate
@@ -32,12 +32,11 @@ COMMON: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32,
     "learning_rate": 3e-3,
-    "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "nproc_per_node": 2},
+    "training_flags": dict(FLAGS),
     "evaluation_options": {"max_new_tokens": 8, "batch_size": 128},
     "registered_model": "",
 }
-"""Inputs of every task: two training processes, one for each core, and a rate with which a tiny model of random weights
-trains stably, as in the demonstration."""
+"""Inputs of every task; a tiny model of random weights trains stably with this rate, as in the demonstration."""
 
 
 def main() -> None:

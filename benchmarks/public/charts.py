@@ -17,7 +17,7 @@ from typing import Any
 
 from .drawing import VL_CONVERT
 from .registries import Package
-from .task import Asked, Picture, Split, Task
+from .task import FLAGS, Asked, Picture, Split, Task
 
 CHARTS: Mapping[Split, int] = {"train": 1600, "test": 400}
 _SEEDS: Mapping[Split, int] = {"train": 1, "test": 2}
@@ -163,11 +163,12 @@ TASK = Task(
     },
     pictures=pictures,
     inputs={
-        "num_train_epochs": 3.0,
+        "num_train_epochs": 2.0,
         "per_device_train_batch_size": 8,
         "use_lora": False,
         "tune_llm": True,
         "learning_rate": 1.5e-3,
+        "training_flags": {**FLAGS, "ddp_find_unused_parameters": True},  # the tower then does not merge patches
         "evaluation_options": {"max_new_tokens": 96, "batch_size": 64},
     },
     fine=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .registries import Package
-from .task import Asked, Picture, Split, Task, encode_png
+from .task import FLAGS, Asked, Picture, Split, Task, encode_png
 
 DOCUMENTS: Mapping[Split, int] = {"train": 8000, "test": 400}
 _SEEDS: Mapping[Split, int] = {"train": 1, "test": 2}
@@ -177,6 +177,7 @@ TASK = Task(
         "use_lora": False,
         "tune_llm": True,
         "learning_rate": 1.5e-3,
+        "training_flags": {**FLAGS, "ddp_find_unused_parameters": True},  # the tower then does not merge patches
         "evaluation_options": {"max_new_tokens": 128, "batch_size": 64},
     },
     fine=True,

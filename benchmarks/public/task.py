@@ -21,6 +21,8 @@ from .registries import Fetched, Package, fetch
 
 Split = Literal["train", "test"]
 PROVENANCE = "provenance.json"
+FLAGS: Mapping[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "nproc_per_node": 2}
+"""Flags of every training: two processes, one for each core."""
 
 
 @dataclass(frozen=True)
