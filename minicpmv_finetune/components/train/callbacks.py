@@ -188,6 +188,10 @@ class CheckpointSealer(TrainerCallback):
 class SignalStopper(TrainerCallback):
     """On SIGTERM, Ctrl-C or a closed terminal the step is finished, a checkpoint is saved, and the training stops.
 
+    It is saved once: a second one of the same step would replace a checkpoint that is being sealed, perhaps the only
+    one. transformers does at a stop what it does at an epoch's end, so this is left out within an epoch, and the
+    checkpoint of an epoch's last step comes after it, with its evaluation.
+
     Before the first step there is nothing to save, and the process ends at once.
 
     If the parent process dies without passing the signal on (Kubeflow's launcher does that), the kernel sends SIGTERM
@@ -198,7 +202,7 @@ class SignalStopper(TrainerCallback):
         """Install the signal handlers."""
         self.stop_requested = False
         self.signal_name = "SIGTERM"
-        self._training_began = False
+        self._training_began = self._stops = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._request_stop)
         if sys.platform == "linux":
@@ -221,7 +225,16 @@ class SignalStopper(TrainerCallback):
             torch.distributed.all_reduce(votes)
             stop = bool(votes.item())
         if stop:
-            self.stop_requested = control.should_save = control.should_training_stop = True
+            self.stop_requested = self._stops = control.should_training_stop = True
+            control.should_save = not _ends_epoch(state)
+
+    def on_epoch_end(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the checkpoint of an epoch's last step; within an epoch do nothing that belongs to its end."""
+        if self._stops:  # in every process, unlike a request
+            control.should_save = _ends_epoch(state)
+            control.should_evaluate = control.should_evaluate and _ends_epoch(state)
 
     def _request_stop(self, number: int, frame: object) -> None:
         if not self._training_began:
@@ -231,6 +244,11 @@ class SignalStopper(TrainerCallback):
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether the step was the last one of an epoch."""
+    return float(state.epoch or 0).is_integer()
 
 
 def _is_distributed() -> bool:
