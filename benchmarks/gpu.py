@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +40,7 @@ from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.estimate import cost
 from minicpmv_finetune.estimate.efficiency import Work, needed_flops, peak_flops
+from minicpmv_finetune.estimate.layers import Targets
 from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.batch import collate
@@ -54,6 +55,7 @@ from minicpmv_finetune.minicpmv.modeling_qwen3_5 import (
 from minicpmv_finetune.tracking.step_runs import StepRun
 
 SUPERVISED = 100
+_PUBLISHED_TARGETS = Targets()
 WARM_UP = 3
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "triton")
 
@@ -96,6 +98,7 @@ CASES = (
     Case("2.6", 4, True),
     Case("4.5", 2, False),
     Case("4.5", 4, True),
+    *(Case(version, batch, batch == 4) for version in ("4.0", "4.7") for batch in (2, 4)),
 )
 
 
@@ -123,6 +126,7 @@ def main() -> None:
     """Measure, print, and append the rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["2.6", "4.5", "4.6"], help="generations")
+    parser.add_argument("--flags", default="", help="further flags of the training script, such as '--use_dora true'")
     parser.add_argument("--scale", choices=["published", "tiny"], default="published")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which no further case begins")
     parser.add_argument("--out", type=Path, default=Path("build/bench/gpu_published.jsonl"))
@@ -137,7 +141,8 @@ def main() -> None:
             print(json.dumps(row), flush=True)
 
         save({"facts": facts()})
-        for case in (case for case in CASES if case.version in options.only):
+        chosen = (case for case in CASES if case.version in options.only)
+        for case in (replace(case, flags=options.flags) for case in chosen):
             if time.perf_counter() - started > options.limit:
                 save({"case": vars(case), "error": "no time was left"})
                 continue
@@ -398,7 +403,9 @@ def _slowest_kernels(trainer: Any, samples: Samples, batch_size: int) -> dict[st
     return {"all": round(sum(times.values()), 1)} | {name: round(time, 1) for name, time in slowest}
 
 
-def plan_model(model: PreTrainedModel, generation: Generation, folder: Path, targets: str = "") -> cost.Model:
+def plan_model(
+    model: PreTrainedModel, generation: Generation, folder: Path, targets: Targets = _PUBLISHED_TARGETS
+) -> cost.Model:
     """The numbers that `plan` reads from a checkpoint; its weights are a file of holes here."""
     header: dict[str, Any] = {}
     place = 0

@@ -28,7 +28,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from minicpmv_finetune.components.train.arguments import Arguments, parse
-from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes, table, take_processes
+from minicpmv_finetune.components.train.flags import adapter_targets, as_flags, pop_num_nodes, table, take_processes
 from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 from minicpmv_finetune.components.train.masters import train_in_float32
 from minicpmv_finetune.components.train.quantized import prepare_four_bit
@@ -91,7 +91,6 @@ def cases() -> Iterator[Case]:
         if "peak_memory" in row
     }
     wanted = [(case.version, case.batch, case.checkpointing) for case in CASES]
-    wanted += [(version, batch, batch == 4) for version in ("4.0", "4.7") for batch in (2, 4)]
     for version, batch, checkpointing in sorted(wanted):
         flags = {**_LORA, "per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing}
         name = f"{version}, batch of {batch}{', checkpointing' if checkpointing else ''}"
@@ -144,7 +143,7 @@ def run(case: Case, layers: int | None = None) -> dict[str, Any]:
         batch_size = arguments.training.per_device_train_batch_size
         with no_init_weights():  # nothing has a value
             model = make_model(case.version, False, DEVICE, layers)
-            sizes = plan_model(model, generation, Path(folder), arguments.lora.lora_target_modules)
+            sizes = plan_model(model, generation, Path(folder), adapter_targets(vars(arguments.lora)))
             trained = _prepare(case, model, generation, arguments)
         parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         optimizer = None if case.strategy == "zero2" else _warm_optimizer(parameters)
