@@ -5,9 +5,8 @@ allocator.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from safetensors import safe_open
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
 from minicpmv_finetune.shards.packing import pack_samples
+
+from .layers import Targets, linear_layer, part_of
 
 # Bytes per unit.
 _BF16 = 2  # a number in bf16
@@ -51,9 +52,8 @@ class Recipe:
         tune_llm: Whether to train the language model's own weights.
         lora_r: Rank of the adapters.
         accumulation_steps: Number of batches per optimizer step.
-        whole: The parts that are trained whole beside the adapters.
-        quantized: Whether this is QLoRA, which trains the embeddings only where that is asked for.
-        adapts_vision: Whether to train adapters on the vision tower; their own parameters are not counted.
+        whole: The parts that are trained whole beside the adapters, as far as they get no adapters themselves.
+        whole_in_4_bits: The same of QLoRA, which trains the embeddings only where that is asked for.
         tokens_per_batch: Largest number of tokens that a device processes at once; 0 if it counts samples.
     """
 
@@ -66,14 +66,8 @@ class Recipe:
     lora_r: int
     accumulation_steps: int
     whole: tuple[str, ...] = ("embeddings", "merger")
-    quantized: bool = False
-    adapts_vision: bool = False
+    whole_in_4_bits: tuple[str, ...] = ("merger",)
     tokens_per_batch: int = 0
-
-    @property
-    def trains_in_tower(self) -> bool:
-        """Whether the backward pass runs through the vision tower."""
-        return self.tune_vision or self.adapts_vision
 
 
 @dataclass(frozen=True)
@@ -95,6 +89,7 @@ class Model:
         experts: Number of parameters of all experts of a mixture of experts, which are part of `language`.
         used_experts: Share of the experts that computes a token.
         vision_passes: Share of the vision tower's operations on all patches: some towers merge patches on the way.
+        adapted: The parts with layers that get adapters.
     """
 
     parameters: Mapping[str, int]
@@ -111,6 +106,7 @@ class Model:
     experts: int = 0
     used_experts: float = 1.0
     vision_passes: float = 1.0
+    adapted: tuple[str, ...] = ("language",)
 
     @property
     def total(self) -> int:
@@ -132,23 +128,31 @@ class Model:
         parts = self.parameters
         vision = parts["vision"] if recipe.tune_vision else 0
         if recipe.use_lora:
-            return vision + sum(parts[part] for part in recipe.whole) + recipe.lora_r * self.lora_features
+            whole = [part for part in recipe.whole if part not in self.adapted]
+            return vision + sum(parts[part] for part in whole) + recipe.lora_r * self.lora_features
         count = vision + parts["merger"]
         if recipe.tune_llm:
             return count + parts["language"] + parts["embeddings"] + parts["head"]
         return count
+
+    def trains_in_tower(self, recipe: Recipe) -> bool:
+        """Whether the backward pass runs through the vision tower."""
+        return recipe.tune_vision or (recipe.use_lora and "vision" in self.adapted)
 
 
 Tensor = tuple[str, Sequence[int], int]
 """Name and shape of a tensor, and how many such tensors there are in layers of other numbers."""
 
 
-def read_model(checkpoint: Path, targets: str = "") -> Model:
+_DEFAULT = Targets()
+
+
+def read_model(checkpoint: Path, targets: Targets = _DEFAULT) -> Model:
     """Count a checkpoint's parameters from the headers of its safetensors files.
 
     Args:
         checkpoint: Folder of the checkpoint.
-        targets: Regular expression of the layers that get adapters; empty means the published default.
+        targets: Which layers get adapters.
 
     Raises:
         UserError: There are no such files, or the configuration lacks a size.
@@ -170,7 +174,7 @@ def read_model(checkpoint: Path, targets: str = "") -> Model:
 
 
 def measure_model(
-    generation: Generation, config: Mapping[str, Any], tensors: Iterable[Tensor], targets: str = ""
+    generation: Generation, config: Mapping[str, Any], tensors: Iterable[Tensor], targets: Targets = _DEFAULT
 ) -> Model:
     """Count a model's parameters from its tensors' shapes.
 
@@ -178,7 +182,7 @@ def measure_model(
         generation: Generation of the model.
         config: Content of its config.json.
         tensors: All tensors.
-        targets: Regular expression of the layers that get adapters; empty means the published default.
+        targets: Which layers get adapters.
 
     Raises:
         KeyError: The configuration lacks a size.
@@ -187,14 +191,13 @@ def measure_model(
     parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
     adapted: dict[str, int] = {}
     experts = 0
-    patterns = generation.target_patterns(targets or generation.lora_target_modules)
     for name, shape, count in tensors:
         parameters[part_of(name, generation)] += count * math.prod(shape)
         is_expert = ".experts." in name  # in memory one tensor with all experts, which gets no adapter
         experts += count * math.prod(shape) if is_expert else 0
-        module = name.removesuffix(".weight")
-        if len(shape) == 2 and not is_expert and any(re.fullmatch(pattern, module) for pattern in patterns):
-            adapted[module] = count * sum(shape)
+        layer = linear_layer(name, shape)
+        if layer and not is_expert and targets.chooses(layer, generation):
+            adapted[layer] = count * sum(shape)
     linear_channels = sum(
         count * int(text.get(f"linear_num_{kind}_heads", heads)) * int(text.get(f"linear_{kind}_head_dim", 128))
         for kind, count, heads in (("key", 2, 16), ("value", 1, 32))  # the defaults of Qwen 3.5
@@ -210,10 +213,11 @@ def measure_model(
         intermediate_size=_feed_forward_width(text),
         linear_layers=list(text.get("layer_types") or []).count("linear_attention"),
         linear_channels=linear_channels,
-        adapts_feed_forward=any(".mlp." in module for module in adapted),
+        adapts_feed_forward=any(".mlp." in layer and part_of(layer, generation) == "language" for layer in adapted),
         experts=experts,
         used_experts=int(text.get("num_experts_per_tok", 1)) / max(count_experts(config), 1) if experts else 1.0,
         vision_passes=1.0 if generation.fixed_tokens else _vision_passes(vision),
+        adapted=tuple(sorted({part_of(layer, generation) for layer in adapted})),
     )
 
 
@@ -250,7 +254,7 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     text, gated = (_TEXT_TRAINED, _GATED_TRAINED) if keeps_inputs else (_TEXT, _GATED)
     layer = tokens * (text * model.hidden_size + gated * model.intermediate_size)
     linear = tokens * _LINEAR * model.linear_channels if model.linear_layers else 0
-    vision_layers = model.vision_layers if recipe.trains_in_tower else 0  # a frozen tower keeps nothing
+    vision_layers = model.vision_layers if model.trains_in_tower(recipe) else 0  # a frozen tower keeps nothing
     if checkpointing:
         layer_inputs = _BF16 * (text_width * model.layers + vision_width * vision_layers)
         activations = layer_inputs + max(layer + linear, _VISION * vision_width)
@@ -261,8 +265,7 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     # ZeRO-3 gathers one layer at a time; the embeddings are usually the largest.
     gathered = _BF16 * max(model.parameters["embeddings"], model.parameters["language"] // max(model.layers, 1))
     quantized = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
-    would_freeze = "embeddings" in recipe.whole and not recipe.quantized
-    spared = model.parameters["embeddings"] if would_freeze else 0
+    trained_in_4_bits = model.trained(replace(recipe, whole=recipe.whole_in_4_bits))
     # Experts, many matrices in one tensor, cannot be quantized yet, and training refuses it.
     may_quantize = recipe.use_lora and not model.experts
     return {
@@ -271,8 +274,22 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
         "DDP": weights + (_TRAINED + _FLOAT32) * trained + rest,
         "ZeRO-2": weights + _BF16 * trained + _SHARDED * trained / devices + rest,
         "ZeRO-3": (weights + _TRAINED * trained) / devices + gathered + rest,
-        **({"QLoRA": quantized + _TRAINED * (trained - spared) + rest} if may_quantize else {}),
+        **({"QLoRA": quantized + _TRAINED * trained_in_4_bits + rest} if may_quantize else {}),
     }
+
+
+def estimate_main_memory(model: Model, recipe: Recipe, processes: int) -> float:
+    """Bytes of main memory on a machine in which FSDP2 starts.
+
+    Each process has what it trains in float32 before it is divided. The frozen weights are the pages of their file, of
+    which all processes of a machine use the same.
+
+    Args:
+        model: The model.
+        recipe: Settings of the training.
+        processes: Number of processes on the machine.
+    """
+    return _FLOAT32 * model.trained(recipe) * processes + _BF16 * model.total
 
 
 def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches: int, checkpointing: bool) -> float:
@@ -308,7 +325,7 @@ def count_flops(
     share = min(1.0, model.trained(recipe) / model.active)
     again = 1.0 if checkpointing else 0.0
     of_vision = 1.0
-    if recipe.trains_in_tower:
+    if model.trains_in_tower(recipe):
         of_vision = (3.0 if recipe.tune_vision else 2.0) + again
     return (text + scores) * (2.0 + share + again) + vision * of_vision
 
@@ -327,14 +344,3 @@ def packing_share(lengths: Sequence[int], capacity: int) -> float:
     if not lengths:
         return 0.0
     return 1.0 - sum(lengths) / (capacity * len(pack_samples(lengths, capacity)))
-
-
-def part_of(name: str, generation: Generation) -> str:
-    """The part of the model that a tensor belongs to."""
-    prefixes = {
-        "embeddings": generation.embed_tokens,
-        "vision": generation.vision_tower,
-        "merger": generation.merger,
-        "language": generation.language_model,
-    }
-    return next((part for part, prefix in prefixes.items() if name.startswith(f"{prefix}.")), "head")

@@ -19,10 +19,21 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 from minicpmv_finetune.shards.packing import group_by_tokens
 
-from .cost import Model, Recipe, estimate_flops, estimate_memory, packing_share, padding_share, read_model
+from .cost import (
+    Model,
+    Recipe,
+    estimate_flops,
+    estimate_main_memory,
+    estimate_memory,
+    packing_share,
+    padding_share,
+    read_model,
+)
 from .efficiency import PEAK_FLOPS, REFERENCE_GPU, expected_hours
+from .layers import Targets
 from .sample_sizes import SampleSize, measure_samples
 
+_DEFAULT = Targets()
 _EXAMPLES = 5  # samples that are too long and listed
 _LENGTHS = (1024, 2048, 4096, 8192, 16384)  # values of model_max_length to compare
 _PERCENTILES = (50, 90, 99, 100)
@@ -77,6 +88,9 @@ class Estimate(BaseModel):
     estimated_flops: float = Field(description="FLOPs of the whole training, with checkpointing.")
     strategy: str = Field(description="Strategy of the run, a name in estimated_gpu_bytes.")
     checkpointing: bool = Field(description="Whether the run uses checkpointing.")
+    estimated_main_memory_bytes: int = Field(
+        default=0, description="Main memory of each machine at the start with FSDP2; 0 for other strategies."
+    )
     estimated_gpu_hours: float = Field(description="GPU hours of the whole training on an H100, all GPUs together.")
 
 
@@ -89,9 +103,10 @@ def estimate_run(
     eval_fraction: float,
     exif_transpose: bool,
     recipe: Recipe,
-    targets: str = "",
+    targets: Targets = _DEFAULT,
     checkpointing: bool = False,
     strategy: str = "single GPU",
+    loading_processes: int = 0,
 ) -> Estimate:
     """Estimate the cost of a run.
 
@@ -104,9 +119,10 @@ def estimate_run(
         eval_fraction: Share of the images that is held out if there is no evaluation data.
         exif_transpose: Whether images are rotated by their EXIF orientation.
         recipe: Settings of the training.
-        targets: Regular expression of the layers that get adapters; empty means the published default.
+        targets: Which layers get adapters.
         checkpointing: Whether activations are computed again in the backward pass.
         strategy: Name of the run's strategy in the estimate of memory.
+        loading_processes: Number of processes of a machine that load the weights into main memory.
 
     Raises:
         UserError: Data or base model cannot be read, or no sample can be used.
@@ -140,6 +156,9 @@ def estimate_run(
         **_count_samples(fitting, eval_samples),
         strategy=strategy,
         checkpointing=checkpointing,
+        estimated_main_memory_bytes=int(estimate_main_memory(model, recipe, loading_processes))
+        if loading_processes
+        else 0,
         **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples, checkpointing),
     )
 
@@ -263,6 +282,8 @@ def _data_table(estimate: Estimate) -> Table:
         f"{estimate.estimated_gpu_hours:,.2g} GPU hours on {REFERENCE_GPU}s",
         "this run": f"{estimate.strategy}{', with checkpointing' * estimate.checkpointing}: {_size(memory)} a GPU",
     }
+    if estimate.estimated_main_memory_bytes:
+        rows["main memory"] = f"{_size(estimate.estimated_main_memory_bytes)} on each machine while FSDP2 starts"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -9,25 +9,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minicpmv_finetune.minicpmv.generations import generation_named
+from minicpmv_finetune.minicpmv.generations import Generation, generation_named
 
 from .cost import Model, measure_model
+from .layers import Targets, linear_layer, part_of
 
 _TABLE = Path(__file__).with_name("published.json")
+_DEFAULT = Targets()
 _EQUAL_SIZES = {"4.7": "4.6"}
 
 
-def published_model(version: str, targets: str = "") -> Model:
+def published_model(version: str, targets: Targets = _DEFAULT) -> Model:
     """The numbers of a published model that its cost depends on.
 
     Args:
         version: Generation, such as "4.6".
-        targets: Regular expression of the layers that get adapters; empty means the published default.
+        targets: Which layers get adapters.
     """
     generation = generation_named(version)
     sizes = published_sizes(version)
     config = {"text_config": sizes["text"], "vision_config": sizes["vision"]}
     return measure_model(generation, config, [tuple(tensor) for tensor in sizes["tensors"]], targets)
+
+
+def published_vision_layers(generation: Generation) -> list[str]:
+    """The names of the linear layers in a published model's vision tower and merger, of every number."""
+    layers = []
+    for name, shape, count in published_sizes(generation.version)["tensors"]:
+        layer = linear_layer(name, shape)
+        if layer and part_of(name, generation) in ("vision", "merger"):
+            layers += [layer.replace(".layers.0.", f".layers.{number}.") for number in range(count)]
+    return layers
 
 
 def published_sizes(version: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from minicpmv_finetune.components.evaluate.settings import settings_from as eval
 from minicpmv_finetune.components.train.checkpoint_place import PLACEHOLDER
 from minicpmv_finetune.components.train.checkpoints import check_local_folder, local_folder, seal_of
 from minicpmv_finetune.components.train.flags import (
+    adapter_targets,
     as_flags,
     find_contradictions,
     find_flags_without_gpu,
@@ -36,6 +37,7 @@ from minicpmv_finetune.components.train.flags import (
     read_flags,
     replace_removed_flags,
     take_processes,
+    trained_twice,
 )
 from minicpmv_finetune.components.validate_data.validate import settings_from as validation_settings
 from minicpmv_finetune.data import image_files
@@ -43,7 +45,8 @@ from minicpmv_finetune.data.checking import InspectedImage, check_record
 from minicpmv_finetune.data.reading import Record, local_copy, read_records, require_source
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import AccessError, MistakesError, RetryableError, UserError
-from minicpmv_finetune.minicpmv.generations import count_experts, generation_of, parse_json, read_json
+from minicpmv_finetune.estimate.published import published_vision_layers
+from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, parse_json, read_json
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.outputs import check_cache, check_folder
 from minicpmv_finetune.shards.format import read_manifest
@@ -69,7 +72,9 @@ _SET_BY_THE_PIPELINE = {
 }
 
 
-def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool = True) -> dict[str, Any]:
+def check_run(
+    inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool = True, trains_here: bool = True
+) -> dict[str, Any]:
     """The given inputs of a run in their types, after every check that is possible before its first step.
 
     Args:
@@ -77,13 +82,14 @@ def check_run(inputs: Sequence[Input], given: Mapping[str, Any], runs_here: bool
         given: Values by name.
         runs_here: Whether the steps run on this machine. For a cluster only stores and the hub are looked up, and a
             place that this machine may not read is no mistake.
+        trains_here: Whether training needs the GPUs and packages of this machine; an estimate needs neither.
 
     Raises:
         UserError: Inputs, flags, options, the base model or the data cannot be used; all mistakes at once.
     """
     checked, mistakes = read_inputs(inputs, given)
     run = {**defaults(FINETUNE_INPUTS), **defaults(inputs), **checked}
-    flags, flag_mistakes = _read_training_flags(run, runs_here)
+    flags, flag_mistakes = _read_training_flags(run, runs_here and trains_here)
     mistakes += flag_mistakes
     mistakes += _option_mistakes(run)
     if "start_from" in run and not run["registered_model"]:
@@ -167,7 +173,7 @@ def check_base_model(option: str, uri: str) -> None:
     raise_mistakes(_place_mistakes([_Place(option, uri, lambda: _check_kind(uri), True)], runs_here=True))
 
 
-def _read_training_flags(run: Mapping[str, Any], runs_here: bool) -> tuple[dict[str, Any], list[str]]:
+def _read_training_flags(run: Mapping[str, Any], trains_here: bool) -> tuple[dict[str, Any], list[str]]:
     """The training flags of a run by name as far as they are accepted, and what is wrong with them.
 
     They are checked alone and together with the inputs of the run.
@@ -185,15 +191,15 @@ def _read_training_flags(run: Mapping[str, Any], runs_here: bool) -> tuple[dict[
     mistakes += _noted("training_flags", read)
     processes: list[int | None] = []
     mistakes += _noted("training_flags", lambda: processes.append(take_processes(as_flags(given))[1]))
-    if runs_here and processes:
+    if trains_here and processes:
         mistakes += [f"training_flags: {sentence}" for sentence in find_missing_gpus(processes[0])]
     for name in values:
         if name in _SET_BY_THE_PIPELINE:
             own = _SET_BY_THE_PIPELINE[name]
             instead = f"give the input {own} instead" if own else "leave it out"
             mistakes.append(f"training_flags: {name}: the pipeline sets this flag itself; {instead}.")
-    mistakes += find_flags_without_gpu(values) if runs_here else []
-    return values, mistakes + find_contradictions({**run, **values}, runs_here)
+    mistakes += find_flags_without_gpu(values) if trains_here else []
+    return values, mistakes + find_contradictions({**run, **values}, trains_here)
 
 
 def _option_mistakes(run: Mapping[str, Any]) -> list[str]:
@@ -309,7 +315,27 @@ def _check_kind(uri: str, flags: Mapping[str, Any] = MappingProxyType({})) -> No
     else:
         place = f"{uri}/config.json"
         config = parse_json(storage.read_model_file(uri, "config.json"), place)
-    raise_mistakes(find_unfit_flags(flags, generation_of(config, place), count_experts(config)))
+    generation = generation_of(config, place)
+    unfit = find_unfit_flags(flags, generation, count_experts(config))
+    raise_mistakes(unfit + _find_trained_twice(flags, generation))
+
+
+def _find_trained_twice(flags: Mapping[str, Any], generation: Generation) -> list[str]:
+    """A sentence if adapters are asked for on the vision tower or the merger, and one of them whole too.
+
+    The published models have the names of the layers; training itself looks at the model, also inside of other modules.
+    """
+    expression = str(flags.get("lora_target_modules") or "")
+    if not flags.get("use_lora") or not expression or find_contradictions(flags, trains_here=False):
+        return []  # or flags that cannot be read, each with a sentence of its own
+    named = [name.strip() for name in str(flags.get("lora_modules_to_save") or "").split(",")]
+    names_merger = any(name and f".{generation.merger}".endswith(f".{name}") for name in named)
+    whole = {"--tune_vision true": generation.vision_tower} if flags.get("tune_vision") else {}
+    whole |= {"--lora_modules_to_save": generation.merger} if names_merger else {}
+    targets = adapter_targets(flags)
+    layers = [layer for layer in published_vision_layers(generation) if targets.chooses(layer, generation)]
+    pairs = {flag: next((one for one in layers if one.startswith(f"{place}.")), "") for flag, place in whole.items()}
+    return [trained_twice(expression, layer, whole[flag], flag) for flag, layer in pairs.items() if layer]
 
 
 def _check_configuration(path: str) -> None:

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from minicpmv_finetune.components.train.flags import (
+    adapter_targets,
     as_flags,
     find_mistakes,
     pop_num_nodes,
     replace_removed_flags,
     take_processes,
-    target_parts,
 )
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.estimate.cost import Recipe
+from minicpmv_finetune.estimate.layers import Targets
 
 from .table import FINETUNE_INPUTS, defaults
 
@@ -27,15 +28,17 @@ class Planned:
 
     Attributes:
         recipe: Settings of the training.
-        targets: Regular expression of the layers that get adapters; empty means the published default.
+        targets: Which layers get adapters.
         checkpointing: Whether activations are computed again in the backward pass.
         strategy: Name of the strategy in an estimate of memory.
+        loading_processes: Number of processes of a machine that load the weights into main memory, as FSDP2 does.
     """
 
     recipe: Recipe
-    targets: str
+    targets: Targets
     checkpointing: bool
     strategy: str
+    loading_processes: int
 
 
 def planned(inputs: Mapping[str, Any]) -> Planned:
@@ -51,26 +54,26 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
     flags, _ = find_mistakes(replace_removed_flags(words, lambda sentence: None))
     run |= {name: value for name, value in flags.items() if name in run}  # as in the train step
     devices = nodes * (processes or 1)
-    adapted = target_parts(str(flags.get("lora_targets") or ""))
-    whole = _whole_parts(str(flags.get("lora_modules_to_save") or ""), bool(flags.get("q_lora")))
+    targets = adapter_targets(flags)
+    modules = str(flags.get("lora_modules_to_save") or "")
     recipe = Recipe(
         devices=devices,
         batch_size=run["per_device_train_batch_size"],
         epochs=run["num_train_epochs"],
         use_lora=run["use_lora"],
-        tune_vision=run["tune_vision"] and "vision" not in adapted,
+        tune_vision=run["tune_vision"] and "vision" not in targets.parts,
         tune_llm=run["tune_llm"],
         lora_r=run["lora_r"],
         accumulation_steps=flags.get("gradient_accumulation_steps", 1),
-        whole=tuple(part for part in whole if part != "merger" or "resampler" not in adapted),
-        quantized=bool(flags.get("q_lora")),
-        adapts_vision="vision" in adapted,
+        whole=_whole_parts(modules, bool(flags.get("q_lora"))),
+        whole_in_4_bits=_whole_parts(modules, True),
         tokens_per_batch=flags.get("tokens_per_batch", 0),
     )
     plain = "DDP" if devices > 1 else "single GPU"
     strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)
     checkpointing = bool(flags.get("activation_checkpointing"))
-    return Planned(recipe, str(flags.get("lora_target_modules") or ""), checkpointing, strategy)
+    loading = (processes or 1) if flags.get("strategy") == "fsdp2" else 0
+    return Planned(recipe, targets, checkpointing, strategy, loading)
 
 
 def _whole_parts(modules_to_save: str, quantized: bool) -> tuple[str, ...]:

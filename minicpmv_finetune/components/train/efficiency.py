@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from minicpmv_finetune.estimate.cost import Model, Recipe, count_flops, estimate_memory, part_of, read_model
+from minicpmv_finetune.estimate.cost import Model, Recipe, count_flops, estimate_memory, read_model
 from minicpmv_finetune.estimate.efficiency import Work, expected_hours, needed_flops, peak_flops
+from minicpmv_finetune.estimate.layers import part_of
 from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 
 from .arguments import Arguments
+from .flags import adapter_targets
 from .trainable import parameter_size
 
 _SECONDS_PER_HOUR = 3600
@@ -120,7 +122,7 @@ def measure_efficiency(
         metrics["gpu_hours"] = processes * duration.all_seconds / _SECONDS_PER_HOUR
     if not gpu or not counter.tokens:
         return Efficiency(metrics, {})
-    sizes = read_model(base, arguments.lora.lora_target_modules)
+    sizes = read_model(base, adapter_targets(vars(arguments.lora)))
     trained = trained_by_part(model, generation)
     recipe = _recipe(arguments, sizes, trained)
     checkpointing = bool(arguments.training.activation_checkpointing)
@@ -152,20 +154,18 @@ def trained_by_part(model: nn.Module, generation: Generation) -> dict[str, int]:
 def _recipe(arguments: Arguments, sizes: Model, trained: Mapping[str, int]) -> Recipe:
     """The settings of the training that its cost depends on."""
     training = arguments.training
-    of_tower = trained.get("vision", 0)
-    is_whole = of_tower >= sizes.parameters["vision"]
+    whole = tuple(part for part in ("embeddings", "merger") if trained.get(part, 0) >= sizes.parameters[part])
     return Recipe(
         devices=training.world_size,
         batch_size=training.train_batch_size,
         epochs=training.num_train_epochs,
         use_lora=training.use_lora,
-        tune_vision=is_whole,
+        tune_vision=trained.get("vision", 0) >= sizes.parameters["vision"],
         tune_llm=training.tune_llm,
         lora_r=arguments.lora.lora_r,
         accumulation_steps=training.gradient_accumulation_steps,
-        whole=tuple(part for part in ("embeddings", "merger") if trained.get(part, 0) >= sizes.parameters[part]),
-        quantized=arguments.lora.q_lora,
-        adapts_vision=bool(of_tower) and not is_whole,
+        whole=whole,
+        whole_in_4_bits=whole,
     )
 
 

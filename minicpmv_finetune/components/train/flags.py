@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.estimate.layers import Targets
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
 from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes, read_json
 from minicpmv_finetune.yaml_files import read_mapping
@@ -381,6 +382,30 @@ def target_parts(text: str) -> set[str]:
     """The parts that `--lora_targets` names; `merger` is the resampler of 4.6 and 4.7."""
     parts = {part.strip() for part in text.split(",") if part.strip()}
     return {"resampler" if part == "merger" else part for part in parts}
+
+
+def adapter_targets(values: Mapping[str, Any]) -> Targets:
+    """The layers that get adapters.
+
+    Args:
+        values: Values of flags by name, which have been checked.
+    """
+    numbers = values.get("lora_layers_to_transform")
+    return Targets(
+        str(values.get("lora_target_modules") or ""),
+        frozenset(target_parts(str(values.get("lora_targets") or ""))),
+        None if numbers in (None, "") else frozenset(map(int, str(numbers).split(","))),
+        str(values.get("lora_layers_pattern") or "layers"),
+    )
+
+
+def trained_twice(expression: str, layer: str, module: str, flag: str) -> str:
+    """A sentence for a layer that has an adapter by one flag, and is part of a module trained whole by another."""
+    remedy = "give --tune_vision false to train its adapters" if "tune_vision" in flag else f"leave it out of {flag}"
+    return (
+        f"--lora_target_modules {expression!r}: matches {layer}, but {flag} trains {module} whole; {remedy}, or narrow "
+        "the expression."
+    )
 
 
 def find_unfit_flags(values: Mapping[str, Any], generation: Generation, experts: int = 0) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from transformers import PreTrainedModel
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import put_adapter, read_adapter_config, update_layer_types
-from minicpmv_finetune.minicpmv.generations import Generation, count_experts
+from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation, count_experts
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
 
-from .arguments import Arguments, LoraArguments
-from .flags import find_unfit_flags, target_parts
+from .arguments import Arguments, LoraArguments, TrainingArguments
+from .flags import find_unfit_flags, target_parts, trained_twice
 from .initial_adapter import changes_base, require_rank
 
 
@@ -53,11 +54,12 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         # PEFT would make adapters float32; DeepSpeed keeps such copies itself, and gathers only weights of one type.
         in_float32 = not training.deepspeed
-        adapted = get_peft_model(model, lora_config(model, generation, arguments), autocast_adapter_dtype=in_float32)
+        config = lora_config(model, generation, arguments)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     update_layer_types(model)
     if changes_base(lora):
         require_rank(adapted, lora)
-    if not _trains_tower_whole(arguments):
+    if generation.vision_tower not in (config.modules_to_save or ()):
         # lora_bias "all" would train the biases of the vision tower too; adapters on the tower are trained.
         for name, parameter in model.get_submodule(generation.vision_tower).named_parameters():
             if "lora_" not in name:
@@ -140,13 +142,14 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
         UserError: The arguments contradict the model.
     """
     lora = arguments.lora
-    whole = _modules_to_save(model, generation, arguments)
+    pattern, adapted = _adapted_layers(model, generation, lora)
+    whole = _modules_to_save(model, generation, arguments, adapted)
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.lora_bias,  # type: ignore[arg-type]
-        target_modules=_target_modules(model, generation, lora, whole),
+        target_modules=_target_modules(model, pattern, adapted, whole),
         modules_to_save=whole,
         layer_replication=_layer_replication(model, lora.lora_layer_replication),
         use_dora=lora.use_dora,
@@ -155,31 +158,62 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
     )
 
 
-def _modules_to_save(model: nn.Module, generation: Generation, arguments: Arguments) -> list[str]:
+def _modules_to_save(
+    model: nn.Module, generation: Generation, arguments: Arguments, adapted: Sequence[str]
+) -> list[str]:
     """The full names of the modules that are trained whole beside the adapters; none is inside another.
 
     PEFT would wrap a module inside a wrapped one too, and could then neither save nor load the adapter.
+
+    Args:
+        model: The base model.
+        generation: Its generation.
+        arguments: The flags.
+        adapted: The layers for which adapters are asked.
+
+    Raises:
+        UserError: Flags ask for both in the same place, or name a module that cannot be trained.
     """
     named = [part.strip() for part in arguments.lora.lora_modules_to_save.split(",") if part.strip()]
-    adapted = adapted_parts(generation, arguments.lora)
     # In float32 with Adam's averages the embeddings of a model of 8 billion parameters would need 9 GB beside 4 bits.
     usual = [generation.merger] if arguments.lora.q_lora else [generation.embed_tokens, generation.merger]
-    whole = [] if "none" in named else usual
-    if _trains_tower_whole(arguments):
-        whole.append(generation.vision_tower)
-    whole = [name for name in whole if name not in adapted.values()]
-    whole += [found for name in named if name != "none" for found in _find_modules(model, generation, arguments, name)]
-    whole = list(dict.fromkeys(whole))
-    for part, module in adapted.items():
-        if any(name == module or _is_inside(module, name) for name in whole):
-            raise UserError(
-                f"--lora_targets {part}: --lora_modules_to_save trains {module} whole; leave it out of one of the two."
-            )
+    unasked = [] if "none" in named else usual
+    trains_tower = _trains_tower_whole(generation, arguments, adapted)
+    find = partial(_find_modules, model, generation, arguments.training, trains_tower)
+    asked = {
+        "--tune_vision true": [generation.vision_tower] if trains_tower else [],
+        "--lora_modules_to_save": [module for name in named if name != "none" for module in find(name)],
+    }
+    for flag, modules in asked.items():
+        _refuse_both(generation, arguments.lora, adapted, flag, modules)
+    # Who asks for adapters on a part that no flag names wants them instead.
+    whole = [module for module in unasked if not any(_is_inside(layer, module) for layer in adapted)]
+    whole = list(dict.fromkeys([*whole, *(module for modules in asked.values() for module in modules)]))
     return [name for name in whole if not any(_is_inside(name, other) for other in whole)]
 
 
-def _trains_tower_whole(arguments: Arguments) -> bool:
-    return arguments.training.tune_vision and "vision" not in target_parts(arguments.lora.lora_targets)
+def _trains_tower_whole(generation: Generation, arguments: Arguments, adapted: Sequence[str]) -> bool:
+    """Whether the vision tower is trained whole: adapters on it replace the published default, but not a given flag."""
+    has_adapters = any(_is_inside(layer, generation.vision_tower) for layer in adapted)
+    return arguments.training.tune_vision and ("tune_vision" in arguments.given or not has_adapters)
+
+
+def _refuse_both(
+    generation: Generation, lora: LoraArguments, adapted: Sequence[str], flag: str, modules: Sequence[str]
+) -> None:
+    """Refuse adapters inside modules that a flag trains whole; the default expression leaves such layers out instead.
+
+    Raises:
+        UserError: Both are asked for.
+    """
+    for layer, module in (
+        (layer, module) for module in modules for layer in adapted if _is_inside(f"{layer}.", module)
+    ):
+        for part, place in adapted_parts(generation, lora).items():
+            if _is_inside(layer, place):
+                raise UserError(f"--lora_targets {part}: {flag} trains {module} whole; leave it out of one of the two.")
+        if lora.lora_target_modules != PUBLISHED_LORA_TARGETS:
+            raise UserError(trained_twice(lora.lora_target_modules, layer, module, flag))
 
 
 def adapted_parts(generation: Generation, lora: LoraArguments) -> dict[str, str]:
@@ -189,15 +223,17 @@ def adapted_parts(generation: Generation, lora: LoraArguments) -> dict[str, str]
     return {part: module for part, module in modules.items() if part in named}
 
 
-def _find_modules(model: nn.Module, generation: Generation, arguments: Arguments, wanted: str) -> list[str]:
+def _find_modules(
+    model: nn.Module, generation: Generation, training: TrainingArguments, trains_tower: bool, wanted: str
+) -> list[str]:
     """The full names of the modules that `--lora_modules_to_save` calls by a full name or by its end."""
     flag = f"--lora_modules_to_save {wanted}"
     found = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")}
     if not found:
         raise UserError(f"{flag}: the model has no such module; correct the name.")
     in_tower = [name for name in found if _is_inside(f"{name}.", generation.vision_tower)]
-    if not _trains_tower_whole(arguments) and len(in_tower) == len(found) and wanted != generation.vision_tower:
-        reason = "which --tune_vision false freezes" if not arguments.training.tune_vision else "which has adapters"
+    if not trains_tower and len(in_tower) == len(found):
+        reason = "which --tune_vision false freezes" if not training.tune_vision else "which has adapters"
         raise UserError(f"{flag}: lies in the vision tower, {reason}; leave one of the two out.")
     usable = []
     for name in (name for name in found if name not in in_tower):
@@ -215,29 +251,30 @@ def _is_inside(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
 
 
-def _target_modules(
-    model: nn.Module, generation: Generation, lora: LoraArguments, whole: Sequence[str]
-) -> str | list[str]:
+def _adapted_layers(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
+    """The expression with this generation's module names, and the layers for which the flags ask for adapters."""
+    pattern, matched = _match_targets(model, generation, lora)
+    targets, parts = target_parts(lora.lora_targets), adapted_parts(generation, lora).values()
+    chosen = matched if not targets or "llm" in targets else []
+    if chosen and lora.lora_layers_to_transform is not None:
+        chosen = _select_layers(chosen, lora)
+    of_parts = [name for name in _linear_layers(model) if any(_is_inside(name, part) for part in parts)]
+    return pattern, list(dict.fromkeys([*chosen, *of_parts]))
+
+
+def _target_modules(model: nn.Module, pattern: str, adapted: Sequence[str], whole: Sequence[str]) -> str | list[str]:
     """A regular expression of module names; the names themselves if it matches more than the layers that are adapted.
 
     PEFT refuses an expression that also matches modules that are not linear, and one together with a choice of layers.
     """
-    pattern, matched = _match_targets(model, generation, lora)
-    targets, parts = target_parts(lora.lora_targets), adapted_parts(generation, lora).values()
-    of_parts = [name for name in _linear_layers(model) if any(_is_inside(name, part) for part in parts)]
-    chosen = matched if not targets or "llm" in targets else []
-    adapted = [name for name in chosen if not any(_is_inside(f"{name}.", other) for other in whole)]
-    if not adapted and not of_parts:
+    left = [name for name in adapted if not any(_is_inside(f"{name}.", other) for other in whole)]
+    if not left:
         raise UserError(
-            f"--lora_target_modules {pattern!r}: matches only layers that are trained whole, such as {matched[0]}; "
-            f"choose layers of {generation.language_model}.layers.N., or leave out the flag (of "
-            "--lora_modules_to_save, --tune_vision) that trains these whole."
+            f"--lora_target_modules {pattern!r}: matches only layers that are trained whole, such as {adapted[0]}; "
+            "choose other layers, or leave these out of --lora_modules_to_save."
         )
-    if lora.lora_layers_to_transform is not None:
-        adapted = _select_layers(adapted, lora)
-    adapted = list(dict.fromkeys([*adapted, *of_parts]))
     everything = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-    return pattern if everything == adapted else adapted
+    return pattern if everything == left else left
 
 
 def _linear_layers(model: nn.Module) -> list[str]:

@@ -119,14 +119,17 @@ def test_a_module_inside_one_that_is_trained_whole_is_trained_with_it(
 
 
 @pytest.mark.parametrize("flags", [[], ["--tune_vision", "false"], ["--lora_modules_to_save", "none"]])
-def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46: Path, flags: list[str]) -> None:
-    model = _trained(tiny_46, *LORA, "--lora_target_modules", ".*", *flags)
-    adapted = {name.split(".lora_A")[0] for name in _trainable_names(model) if ".lora_A" in name}
-    assert {name.rsplit(".", 1)[1] for name in adapted} >= {"q_proj", "o_proj", "gate_proj", "in_proj_z"}
-    whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    assert not [name for name in adapted if any(name.startswith(f"{module}.") for module in whole)]
-    # The tower is trained whole, or has adapters.
-    assert any("vision" in name for name in adapted) == ("--tune_vision" in flags)
+@pytest.mark.parametrize("version", ["2.6", "4.6"])
+def test_an_expression_that_matches_everything_adapts_all_linear_layers(
+    version: str, tiny: Callable[[str], Path], flags: list[str]
+) -> None:
+    plain, generation = load_model(tiny(version), torch.float32)
+    linear = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    model = _trained(tiny(version), *LORA, "--lora_target_modules", ".*", *flags)
+    trained = {name.removeprefix("base_model.model.") for name in _trainable_names(model)}
+    assert {name.split(".lora_A")[0] for name in trained if ".lora_A" in name} == linear
+    embeddings = {f"{generation.embed_tokens}.modules_to_save.default.weight"}
+    assert {name for name in trained if ".lora_" not in name} == (set() if "none" in flags else embeddings)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +151,12 @@ def test_an_expression_that_matches_everything_adapts_the_linear_layers(tiny_46:
         ([*LORA, "--lora_modules_to_save", "rotary_emb"], "has no parameters that could be trained"),
         ([*LORA, "--lora_modules_to_save", "language_model"], "trained whole.*lora_modules_to_save"),
         ([*LORA, "--lora_modules_to_save", "post_layernorm", "--tune_vision", "false"], "--tune_vision false freezes"),
-        ([*LORA, "--lora_target_modules", ".*merger.*"], "matches only layers that are trained whole"),
-        ([*LORA, "--lora_target_modules", ".*vision.*"], "matches only layers that are trained whole"),
+        ([*LORA, "--lora_target_modules", ".*", "--tune_vision", "true"], "give --tune_vision false to train its adap"),
+        ([*LORA, "--lora_target_modules", ".*", "--lora_modules_to_save", "merger"], "leave it out of --lora_modules"),
+        ([*LORA, "--lora_target_modules", ".*", "--lora_modules_to_save", "0.mlp"], "trains .*0.mlp whole"),
+        ([*LORA, "--lora_targets", "merger", "--lora_modules_to_save", "linear_1"], "trains .*linear_1 whole"),
+        ([*LORA, "--lora_modules_to_save", "model.vision_tower", "--tune_vision", "false"], "vision false freezes"),
+        ([*LORA, "--lora_modules_to_save", "model.vision_tower", "--lora_targets", "vision"], "which has adapters"),
         ([*LORA, "--lora_weight_path", "nowhere"], "an adapter folder"),
     ],
 )

@@ -1,0 +1,53 @@
+"""Which part of a model a tensor belongs to, and which layers get adapters, by the tensors' names alone."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which layers get adapters.
+
+    Attributes:
+        pattern: Regular expression of their names; empty means the published default.
+        parts: Names of the parts in `--lora_targets`, where the expression chooses among the layers of `llm`; without
+            names it chooses alone.
+        numbers: The layers' numbers, if not all that the expression matches.
+        numbered: Name of the list of layers that the numbers refer to.
+    """
+
+    pattern: str = ""
+    parts: frozenset[str] = frozenset()
+    numbers: frozenset[int] | None = None
+    numbered: str = "layers"
+
+    def chooses(self, layer: str, generation: Generation) -> bool:
+        """Whether a linear layer gets an adapter."""
+        part = {"vision": "vision", "merger": "resampler"}.get(part_of(layer, generation))
+        if part in self.parts:
+            return True
+        patterns = generation.target_patterns(self.pattern or PUBLISHED_LORA_TARGETS)
+        if (self.parts and "llm" not in self.parts) or not any(re.fullmatch(pattern, layer) for pattern in patterns):
+            return False
+        number = re.search(rf"\.{re.escape(self.numbered)}\.(\d+)\.", layer)
+        return self.numbers is None or (number is not None and int(number[1]) in self.numbers)
+
+
+def linear_layer(name: str, shape: Sequence[int]) -> str:
+    """The linear layer whose weight a tensor is; empty if it is another tensor."""
+    is_embedding = name.endswith(("embed_tokens.weight", "embedding.weight"))
+    return name.removesuffix(".weight") if name.endswith(".weight") and len(shape) == 2 and not is_embedding else ""
+
+
+def part_of(name: str, generation: Generation) -> str:
+    """The part of the model that a tensor belongs to."""
+    prefixes = {
+        "embeddings": generation.embed_tokens,
+        "vision": generation.vision_tower,
+        "merger": generation.merger,
+        "language": generation.language_model,
+    }
+    return next((part for part, prefix in prefixes.items() if name.startswith(f"{prefix}.")), "head")
