@@ -225,7 +225,7 @@ def submit(
     # The defaults too: the UI's comparison of runs shows only what a run was given.
     inputs = {
         **defaults(chosen.inputs),
-        **resolve_parameters(chosen, read_parameters(parameter or [], recipe), settings),
+        **resolve_parameters(chosen, read_parameters(chosen, parameter or [], recipe), settings),
     }
     cluster = _connect(settings)
     submission = start(cluster, Request(chosen, inputs, name, experiment, mlflow_experiment), dry_run)

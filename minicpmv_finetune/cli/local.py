@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,7 +128,7 @@ def _check_fraction(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> No
 
 
 @app.command(rich_help_panel=PANEL)
-@with_inputs(FINETUNE_INPUTS, check=check_whole_run, first=_check_fraction, recipe=True)
+@with_inputs(FINETUNE_INPUTS, check=partial(check_whole_run, trains_here=False), first=_check_fraction, recipe=True)
 def plan(
     inputs: Inputs,
     eval_fraction: Annotated[
@@ -168,6 +169,7 @@ def plan(
         settings.targets,
         settings.checkpointing,
         settings.strategy,
+        settings.loading_processes,
     )
     if output == "json":
         print(estimate.model_dump_json(indent=1))

@@ -11,7 +11,7 @@ import typer
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe
+from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe, recipe_for
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 from minicpmv_finetune.options import read_json
 
@@ -89,11 +89,11 @@ Check = Callable[[Sequence[Input], Mapping[str, Any]], dict[str, Any]]
 First = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 
 
-def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str, Any]:
+def check_whole_run(inputs: Sequence[Input], given: Mapping[str, Any], trains_here: bool = True) -> dict[str, Any]:
     """`check_run`, whose modules are imported when it is called."""
     from minicpmv_finetune.inputs.checks import check_run
 
-    return check_run(inputs, given)
+    return check_run(inputs, given, trains_here=trains_here)
 
 
 def with_inputs(
@@ -123,7 +123,7 @@ def with_inputs(
             given = _from_json(rows, {row.name: options.pop(row.name) for row in rows})
             context, name = options.pop("context", None), options.pop("recipe", None)
             if name:
-                given = _over_recipe(read_recipe(name), given, context)
+                given = _over_recipe(recipe_for(name, rows), given, context)
             if first:
                 first(given, options)
             command(inputs={**given, **check(rows, given)}, **options)

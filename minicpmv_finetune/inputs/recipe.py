@@ -5,7 +5,7 @@ file of the user's own, which may contain any input.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.options import did_you_mean, read_json
 from minicpmv_finetune.yaml_files import read_mapping
 
-from .table import INPUTS
+from .table import INPUTS, Input
 
 FOLDER = Path(__file__).with_name("recipes")
 RECIPES = tuple(sorted((path.stem for path in FOLDER.glob("*.yaml")), key=lambda name: (name[:3], len(name), name)))
@@ -69,6 +69,25 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
     remedy = "give a YAML file with lines like data_uri: s3://…"
     content = read_mapping(recipe_path(name_or_file), "inputs by name", remedy)
     return {str(name): value for name, value in content.items()}
+
+
+def recipe_for(name_or_file: str, inputs: Sequence[Input]) -> dict[str, Any]:
+    """A recipe's inputs for a pipeline; a setting of the training that is no input of it becomes a training flag.
+
+    Args:
+        name_or_file: Name of a recipe of the package, or path of a YAML file of inputs.
+        inputs: The pipeline's inputs: retraining has the settings of the training as flags alone.
+
+    Raises:
+        UserError: There is no such recipe, or its file is not a YAML mapping.
+    """
+    recipe = read_recipe(name_or_file)
+    names, flags = {row.name for row in inputs}, recipe.get("training_flags") or {}
+    moved = [name for name in recipe if name not in names and name in INPUTS and INPUTS[name].group == "training"]
+    if not moved or not isinstance(flags, dict):
+        return recipe
+    kept = {name: value for name, value in recipe.items() if name not in moved}
+    return {**kept, "training_flags": {**{name: recipe[name] for name in moved}, **flags}}
 
 
 def over_recipe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

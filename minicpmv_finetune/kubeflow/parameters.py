@@ -12,7 +12,7 @@ from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes, take_processes
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
 from minicpmv_finetune.inputs.checks import check_run
-from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe
+from minicpmv_finetune.inputs.recipe import over_recipe, recipe_for
 from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
@@ -24,10 +24,11 @@ from .store import use_store
 BaseModelPlace = Literal["object storage", "volume", "hub", "this machine"]
 
 
-def read_parameters(assignments: Sequence[str], recipe: str | None = None) -> dict[str, Any]:
+def read_parameters(pipeline: Pipeline, assignments: Sequence[str], recipe: str | None = None) -> dict[str, Any]:
     """Inputs from a recipe and from `name=value` words, which have priority.
 
     Args:
+        pipeline: The pipeline that gets them.
         assignments: The words.
         recipe: Name of a recipe of the package, or path of a YAML file of inputs.
 
@@ -40,7 +41,7 @@ def read_parameters(assignments: Sequence[str], recipe: str | None = None) -> di
         if not mark:
             raise UserError(f"{assignment}: no value; write it as name=value.")
         given[name] = value
-    return over_recipe(read_recipe(recipe), given) if recipe else given
+    return over_recipe(recipe_for(recipe, pipeline.inputs), given) if recipe else given
 
 
 def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Profile) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cron_descriptor import ExpressionDescriptor, Options
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError, describe_validation_error
+from minicpmv_finetune.inputs.recipe import RECIPES, over_recipe, recipe_for
 from minicpmv_finetune.inputs.table import defaults
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines import PipelineChoice, pipeline_of
@@ -87,6 +88,7 @@ class Schedule(BaseModel):
     name: str = Field(min_length=1, max_length=128)
     cron: Annotated[str, AfterValidator(to_six_fields)]
     pipeline: PipelineChoice = Field(default="retrain", description="Pipeline that runs.")
+    recipe: str = Field(default="", description="Recipe that `parameters` lie over.", exclude=True)
     parameters: dict[str, Any]
     description: str = ""
     version: str = Field(
@@ -150,7 +152,8 @@ def load_schedules(path: Path) -> list[Schedule]:
     """Read the list `schedules` of a YAML file.
 
     Raises:
-        UserError: The file cannot be read, a field is unknown or has a wrong value, or two schedules have one name.
+        UserError: The file cannot be read, a field is unknown or has a wrong value, there is no such recipe, or two
+            schedules have one name.
     """
     remedy = "see docs/kubeflow-schedule.md"
     listed = read_mapping(path, "schedules", remedy).get("schedules")
@@ -164,7 +167,17 @@ def load_schedules(path: Path) -> list[Schedule]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{path}: two schedules have the name {name}; give each its own name.")
-    return schedules
+    return [_with_recipe(schedule, path) for schedule in schedules]
+
+
+def _with_recipe(schedule: Schedule, path: Path) -> Schedule:
+    """A schedule whose parameters contain those of its recipe; the path of a recipe is relative to the schedules'."""
+    if not schedule.recipe:
+        return schedule
+    beside = path.parent / schedule.recipe
+    name = str(beside) if schedule.recipe not in RECIPES and beside.exists() else schedule.recipe
+    recipe = recipe_for(name, pipeline_of(schedule.pipeline).inputs)
+    return schedule.model_copy(update={"parameters": over_recipe(recipe, schedule.parameters)})
 
 
 def apply(cluster: Cluster, schedules: Sequence[Schedule], dry_run: bool) -> list[Change]:

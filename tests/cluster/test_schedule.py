@@ -57,6 +57,24 @@ def test_apply_creates_a_schedule_once(kubeflow: FakeKubeflow, command: Command,
     assert all(line.startswith("GET") for line in kubeflow.requests)
 
 
+def test_a_schedule_takes_its_parameters_from_a_recipe_too(
+    kubeflow: FakeKubeflow, command: Command, schedules: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("lora_r: 7\nseed: 7\ntraining_flags: {save_steps: 7, weight_decay: 0.5}\n")
+    parameters = {"data_uri": "s3://bucket/train.json", "base_model_uri": BASE_MODEL, "seed": 8}
+    mine = schedules(recipe="mine.yaml", parameters={**parameters, "training_flags": {"save_steps": 9}})
+    assert _apply(command, mine) == ["create"]
+    (created,) = kubeflow.recurring_runs.values()
+    sent = created["runtime_config"]["parameters"]
+    assert sent["seed"] == 8
+    # Retraining has no input for the rank.
+    assert sent["training_flags"] == {"lora_r": 7, "save_steps": 9, "weight_decay": 0.5}
+    assert _apply(command, mine) == ["keep"]
+    shipped = schedules(recipe="2.6-80gb", parameters=parameters)
+    assert _apply(command, shipped) == ["replace"]
+    assert "no_such: neither a recipe nor a file" in command("schedule", "apply", "-f", schedules(recipe="no_such")).err
+
+
 def test_a_schedule_sends_every_default_that_its_version_knows(
     kubeflow: FakeKubeflow, command: Command, schedules: Write
 ) -> None:

@@ -207,6 +207,10 @@ def test_strategies_save_the_memory_that_they_shard() -> None:
     lora = cost.estimate_memory(large_model(), recipe_with(), 4096, 10_000, checkpointing=True)
     # QLoRA also leaves the embeddings frozen.
     assert lora["single GPU"] - lora["QLoRA"] == pytest.approx(7e9 * (2 - 4.127 / 8) + 16e9)
+    # Unless they are named.
+    named = recipe_with(whole_in_4_bits=("merger", "embeddings"))
+    found = cost.estimate_memory(large_model(), named, 4096, 10_000, checkpointing=True)
+    assert found["QLoRA"] - lora["QLoRA"] == pytest.approx(16e9)
     plain = cost.estimate_memory(large_model(), recipe_with(), 4096, 10_000, checkpointing=False)
     assert all(plain[name] > lora[name] for name in lora)
 
@@ -264,6 +268,26 @@ def test_padding_of_packed_rows_is_counted() -> None:
 def test_padding_is_counted_in_batches() -> None:
     assert cost.padding_share([10, 10, 10, 10], 2) == 0.0
     assert cost.padding_share([10, 5], 2) == pytest.approx(0.25)
+
+
+def test_a_run_is_planned_where_it_cannot_train(data: Path, tiny_46: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = '{"attn_implementation": "flash_attention_2", "nproc_per_node": 8, "optim": "galore_adamw"}'
+    monkeypatch.setattr("minicpmv_finetune.inputs.checks.find_missing_gpus", lambda processes: ["has 1 GPU"])
+    words = ["--data", str(data), "--base-model", str(tiny_46), "--training-flags", flags]
+    planned = CliRunner().invoke(app, ["plan", *words])
+    assert planned.exit_code == 0, planned.output
+    assert CliRunner().invoke(app, ["run", *words]).exit_code != 0
+
+
+def test_fsdp2_needs_main_memory_for_what_each_process_trains(data: Path, tiny_46: Path) -> None:
+    full = ["plan", "--data", str(data), "--base-model", str(tiny_46), "--no-use-lora", "--tune-llm"]
+    flags = '{"strategy": "fsdp2", "nproc_per_node": 8, "num_nodes": 2}'
+    words = [*full, "--training-flags", flags]
+    found = Estimate.model_validate_json(CliRunner().invoke(app, [*words, "--output", "json"]).stdout)
+    trained, total = found.trained_parameters, found.parameters
+    assert found.estimated_main_memory_bytes == 8 * 4 * trained + 2 * total
+    assert "on each machine while FSDP2 starts" in CliRunner().invoke(app, words).stdout
+    assert "main memory" not in CliRunner().invoke(app, full).stdout
 
 
 def test_the_command_prints_tables_or_json(data: Path, tiny_46: Path) -> None:

@@ -1,10 +1,11 @@
 """The recipes of the package, and how a recipe and other inputs are joined."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -21,10 +22,11 @@ from minicpmv_finetune.components.train.flags import (
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.estimate.cost import estimate_memory
 from minicpmv_finetune.estimate.published import published_model
+from minicpmv_finetune.inputs.checks import _check_kind
 from minicpmv_finetune.inputs.planned import planned
-from minicpmv_finetune.inputs.recipe import RECIPES, hardware_of, over_recipe, read_recipe
+from minicpmv_finetune.inputs.recipe import RECIPES, hardware_of, over_recipe, read_recipe, recipe_for
 from minicpmv_finetune.inputs.recipe_costs import recipe_cost
-from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, check_inputs
+from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, INPUTS, RETRAIN_INPUTS, check_inputs
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 
 
@@ -92,20 +94,69 @@ def test_a_recipe_trains_as_many_parameters_as_planned(name: str, tiny: Any, tmp
     ],
 )
 def test_what_is_trained_whole_is_planned(flags: dict[str, Any], whole: tuple[str, ...]) -> None:
-    assert planned({"training_flags": flags}).recipe.whole == whole
-    assert not planned({"training_flags": flags}).recipe.adapts_vision
+    recipe = planned({"training_flags": flags}).recipe
+    assert recipe.whole == whole
+    assert set(recipe.whole_in_4_bits) == set(planned({"training_flags": {**flags, "q_lora": True}}).recipe.whole)
     with pytest.raises(UserError, match="plan does not count"):
         planned({"training_flags": {"lora_modules_to_save": "norm"}})
 
 
 def test_adapters_on_the_tower_are_planned_with_the_tower_in_the_backward_pass() -> None:
-    inputs = {"tune_vision": False, "training_flags": {"lora_targets": "llm,vision"}}
-    recipe = planned(inputs).recipe
-    assert (recipe.tune_vision, recipe.adapts_vision, recipe.trains_in_tower) == (False, True, True)
-    model = published_model("4.5")
-    frozen = replace(recipe, adapts_vision=False)
-    memories = [estimate_memory(model, each, 2048, 10_240, False)["single GPU"] for each in (frozen, recipe)]
-    assert memories[1] > memories[0] + 5e9
+    all_flags: list[dict[str, Any]] = [{}, {"lora_targets": "llm,vision"}, {"lora_target_modules": ".*q_proj"}]
+    settings = [planned({"tune_vision": False, "training_flags": flags}) for flags in all_flags]
+    models = [published_model("4.5", one.targets) for one in settings]
+    pairs = [(model, one.recipe) for model, one in zip(models, settings, strict=True)]
+    assert [model.trains_in_tower(recipe) for model, recipe in pairs] == [False, True, True]
+    memories = [estimate_memory(*pair, 2048, 10_240, False)["single GPU"] for pair in pairs]
+    assert min(memories[1:]) > memories[0] + 5e9
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lora_targets": "llm,resampler,vision"},
+        {"lora_targets": "merger"},
+        {"lora_targets": "llm,vision", "lora_modules_to_save": "none", "lora_layers_to_transform": "1"},
+        {"lora_target_modules": ".*"},
+        {"lora_target_modules": r".*(kv_proj|linear_1|out_proj|mlp\.\w*)", "lora_modules_to_save": "lm_head"},
+    ],
+)
+def test_adapters_anywhere_are_counted_as_they_are_trained(version: str, flags: dict[str, Any], tiny: Any) -> None:
+    from minicpmv_finetune.components.train.arguments import parse
+    from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
+    from minicpmv_finetune.estimate.cost import read_model
+    from minicpmv_finetune.minicpmv.checkpoint import load_model
+
+    base = tiny(version)
+    settings = planned({"tune_vision": False, "lora_r": 8, "training_flags": flags})
+    common = ["--output_dir", "out", "--data_path", "nowhere", "--use_lora", "true", "--tune_llm", "false"]
+    arguments = parse(
+        [*common, "--tune_vision", "false", "--lora_r", "8", *as_flags(flags)], announce=lambda text: None
+    )
+    model, generation = load_model(base, device_map="meta")
+    with torch.device("meta"):
+        trained = make_trainable(model, generation, arguments)
+    assert count_parameters(trained)[0] == read_model(base, settings.targets).trained(settings.recipe)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"lora_target_modules": ".*q_proj"}, "give --tune_vision false to train its adapters"),
+        ({"tune_vision": False, "lora_target_modules": ".*", "lora_modules_to_save": "resampler"}, "leave it out of"),
+        ({"tune_vision": False, "lora_target_modules": ".*q_proj", "lora_modules_to_save": "resampler"}, ""),
+        ({"lora_target_modules": r"llm\..*q_proj"}, ""),
+        ({"lora_modules_to_save": "resampler"}, ""),
+    ],
+)
+def test_adapters_on_a_part_that_is_trained_whole_are_refused_before_a_run(
+    flags: dict[str, Any], sentence: str, tiny: Any
+) -> None:
+    run = {"use_lora": True, "tune_llm": False, "tune_vision": True, **flags}
+    expected: Any = pytest.raises(UserError, match=sentence) if sentence else nullcontext()
+    with expected:
+        _check_kind(str(tiny("2.6")), run)
 
 
 def test_other_inputs_replace_those_of_a_recipe_key_by_key() -> None:
@@ -115,6 +166,16 @@ def test_other_inputs_replace_those_of_a_recipe_key_by_key() -> None:
         "training_flags": {"save_steps": 5, "q_lora": True},
     }
     assert over_recipe(recipe, {"training_flags": "{"})["training_flags"] == "{"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_retraining_with_its_settings_as_training_flags(name: str) -> None:
+    found = check_inputs(RETRAIN_INPUTS, {**recipe_for(name, RETRAIN_INPUTS), "data_uri": "d.json"})
+    recipe = read_recipe(name)
+    for key, value in recipe.items():
+        assert found.get(key, found["training_flags"].get(key)) == value or key == "training_flags"
+    assert found["training_flags"].items() >= recipe["training_flags"].items()
+    assert recipe_for(name, FINETUNE_INPUTS) == recipe
 
 
 def test_a_command_takes_a_recipe_below_its_options(tmp_path: Path) -> None:
