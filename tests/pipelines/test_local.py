@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,26 @@ def test_a_step_without_its_store_ends_the_run_with_exit_code_75(
     assert done.returncode == 75, done.stderr
     assert "s3://bucket/train.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_page_of_outputs_lists_what_a_run_leaves(finished: tuple[LocalRun, Path]) -> None:
+    run, out = finished
+    page = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text()
+    listed = {
+        heading: set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
+        for heading, text in re.findall(r"^##+ (.+?)\n(.*?)(?=^##|\Z)", page, re.DOTALL | re.MULTILINE)
+    }
+
+    def visible(folder: Path) -> set[str]:
+        return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+    assert visible(out) == listed["At the top"]
+    steps = [path for path in run.folder.iterdir() if path.is_dir()]
+    assert {"validate-data", "preprocess", "train", "merge", "evaluate"} <= {step.name for step in steps} <= set(listed)
+    for step in steps:
+        # A report is there a second time with an ending, and checkpoints only while they are needed.
+        others = {"executor_output.json", "checkpoints", *(f"{name}.html" for name in listed[step.name])}
+        assert visible(step) - others == listed[step.name] - {"checkpoints"}, step.name
+    fields = json.loads((run.folder / "evaluate" / "predictions").read_text().splitlines()[0])
+    (named,) = re.findall(r"^A line of `predictions`: (.*?), and more", page, re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", named)) - {"fixed", "broken", "both_right", "both_wrong"} <= set(fields)
