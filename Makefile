@@ -143,7 +143,7 @@ readmes: install  ## write the README of each step from its component, and the t
 
 # The site needs no torch: the API reference is read from the source, not imported.
 docs: build/docs-venv/installed  ## build the documentation site into build/site; a warning ends the build
-	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict
 
 build/docs-venv/installed: Makefile
 	$(PYTHON) -m venv build/docs-venv

@@ -3,17 +3,23 @@
 The READMEs, CONTRIBUTING.md, CHANGELOG.md, k8s/README.md and the README of each step stay where readers of the
 repository expect them, and are pages of the site too. Links are written for the repository; here each link is turned
 into one that works on the site: to a page, to a module's reference, or, for a file that is no page, into plain text.
+A page with a command that does not exist ends the build.
 The reference is generated from the source by griffe, which imports nothing, so that the site builds without torch.
 """
 
+import ast
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+sys.path.append(str(Path(__file__).parent))
+from site_commands import unknown_commands
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "minicpmv_finetune"
@@ -42,8 +48,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     modules = _modules()
     for module, path in modules.items():
         files.append(File.generated(config, _reference(path), content=f"# {module}\n\n::: {module}\n"))
-    lines = [f"- [`{module}`]({_reference(path).removeprefix('reference/')})" for module, path in modules.items()]
-    index = "# API reference\n\nOne page for each module, from its docstrings.\n\n" + "\n".join(lines) + "\n"
+    rows = [
+        f"| [`{module}`]({_reference(path).removeprefix('reference/')}) | {_summary(path)} |"
+        for module, path in modules.items()
+    ]
+    head = "# API reference\n\nOne page for each module, from its docstrings.\n\n| Module | Content |\n|---|---|\n"
+    index = head + "\n".join(rows) + "\n"
     files.append(File.generated(config, "reference/index.md", content=index))
     return files
 
@@ -55,6 +65,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = sources.get(here, f"docs/{here}")
     if here.startswith("reference/"):
         return markdown
+    if unknown := list(unknown_commands(markdown)) if here != "changelog.md" else []:
+        raise PluginError(f"{source}: there is no command `{'`, `'.join(unknown)}`; correct the page.")
     # Fenced code, at odd places, is left as it is.
     pieces = _FENCE.split(markdown)
     return "".join(piece if at % 2 else _with_site_links(piece, source, here) for at, piece in enumerate(pieces))
@@ -100,6 +112,12 @@ def _modules() -> dict[str, str]:
         parts = relative.parts[:-1] if relative.name == "__init__.py" else relative.with_suffix("").parts
         found[".".join(parts)] = relative.as_posix()
     return found
+
+
+def _summary(path: str) -> str:
+    """Return the first sentence of a module's docstring, as far as it is on the first line."""
+    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
+    return docstring.partition("\n")[0].replace("|", "\\|")
 
 
 def _reference(path: str) -> str:

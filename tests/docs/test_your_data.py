@@ -90,8 +90,8 @@ def test_data_is_checked_and_planned(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     samples = []
-    for number in range(20):
-        Image.new("RGB", (64, 48), (number * 12, 0, 0)).save(f"{number}.png")
+    for number in range(100):
+        Image.new("RGB", (64, 48), (number * 2, 0, 0)).save(f"{number}.png")
         turns = [{"role": "user", "content": "How red?"}, {"role": "assistant", "content": str(number)}]
         samples.append({"image": f"{number}.png", "conversations": turns})
     Path("train.json").write_text(json.dumps(samples))
