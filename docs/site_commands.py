@@ -38,34 +38,34 @@ def commands() -> dict[str, frozenset[str]]:
     """Return the names of all commands, each with those of its subcommands."""
     own: dict[str, frozenset[str]] = {}
     for path in (ROOT / "minicpmv_finetune" / "cli").glob("*.py"):
-        tree = ast.parse(path.read_text())
-        groups = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and _attribute(node) == "add_typer" and node.keywords:
-                names = [word.value.value for word in node.keywords if word.arg == "name"]  # type: ignore[attr-defined]
-                groups[ast.unparse(node.args[0])] = str(names[0])
+        groups: dict[str, str] = {}
         found: dict[str, set[str]] = {}
-        for node in ast.walk(tree):
-            for call in getattr(node, "decorator_list", []):
-                if _attribute(call) == "command":
-                    found.setdefault(ast.unparse(call.func.value), set()).add(
-                        _name(call) or node.name.replace("_", "-")
-                    )
-            if isinstance(node, ast.Call) and _attribute(node) == "command" and (name := _name(node)):
-                found.setdefault(ast.unparse(node.func.value), set()).add(name)  # type: ignore[attr-defined]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                for call in node.decorator_list:
+                    if app := _owner(call, "command"):
+                        found.setdefault(app, set()).add(_given_name(call) or node.name.replace("_", "-"))
+            elif (app := _owner(node, "command")) and (name := _given_name(node)):
+                found.setdefault(app, set()).add(name)
+            elif isinstance(node, ast.Call) and _owner(node, "add_typer"):
+                for word in node.keywords:
+                    if word.arg == "name" and isinstance(word.value, ast.Constant):
+                        groups[ast.unparse(node.args[0])] = str(word.value.value)
         own |= dict.fromkeys(found.pop("app", set()), frozenset())
-        own |= {groups[group]: frozenset(names) for group, names in found.items()}
+        own |= {groups[app]: frozenset(names) for app, names in found.items()}
     return own
 
 
-def _attribute(node: ast.AST) -> str:
-    """Return the name of the method that a call calls; empty for another node."""
-    return node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+def _owner(node: ast.AST, method: str) -> str:
+    """Return the object whose method of this name a node calls; empty for another node."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
+        return ast.unparse(node.func.value)
+    return ""
 
 
-def _name(call: ast.Call) -> str:
-    """Return the name that a command is given; empty if it is that of its function."""
-    given = call.args[0] if call.args else None
+def _given_name(node: ast.AST) -> str:
+    """Return the name that a call gives a command; empty if the command has the name of its function."""
+    given = node.args[0] if isinstance(node, ast.Call) and node.args else None
     return str(given.value) if isinstance(given, ast.Constant) else ""
 
 

@@ -18,10 +18,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.append(str(Path(__file__).parent))
-from site_commands import unknown_commands
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from docs.site_commands import unknown_commands  # noqa: E402
+
 PACKAGE = "minicpmv_finetune"
 
 _OUTSIDE = {
