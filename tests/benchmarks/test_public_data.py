@@ -140,7 +140,7 @@ def test_a_benchmark_runs_from_its_package_to_its_row(tmp_path: Path, monkeypatc
     monkeypatch.setattr("public.task.fetch", lambda package: Fetched(tmp_path, f"{package.name}.deb", "0" * 64))
     monkeypatch.chdir(tmp_path)
     budget = {"num_train_epochs": 1.0, "per_device_train_batch_size": 2, "evaluation_options": {"max_new_tokens": 4}}
-    task = replace(documents.TASK, inputs=budget)
+    task = replace(documents.TASK, inputs={**documents.TASK.inputs, **budget})
     data = prepare(task, tmp_path / "data", limit=8)
     packages = json.loads((tmp_path / "data" / "provenance.json").read_text())["origin"]["packages"]
     assert [package["license"] for package in packages] == ["Bitstream-Vera", "Apache-2.0"]
