@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .registries import Package
 from .task import FLAGS, Asked, Picture, Split, Task, encode_png
 
-DOCUMENTS: Mapping[Split, int] = {"train": 8000, "test": 400}
+DOCUMENTS: Mapping[Split, int] = {"train": 6000, "test": 400}
 _SEEDS: Mapping[Split, int] = {"train": 1, "test": 2}
 _WIDTH, _MARGIN, _LINE, _TEXT_SIZE = 112, 3, 15, 10
 _TEXT, _JSON, _HTML = "Read the text.", "Read it as JSON.", "Read the table as HTML."
@@ -171,7 +171,7 @@ TASK = Task(
     },
     pictures=pictures,
     inputs={
-        "num_train_epochs": 1.5,
+        "num_train_epochs": 2.0,
         "per_device_train_batch_size": 8,
         "max_slice_nums": 1,
         "use_lora": False,
