@@ -14,8 +14,8 @@ _FOLDER = "../minicpmv_finetune/inputs/recipes"
 _HEAD = """# Recipes
 
 For everybody who asks which settings to begin with on which GPU, and what that takes. A recipe is a YAML file of
-[inputs](inputs.md) for a [generation](generations.md) and a size of GPU. It has everything
-about the training and nothing about your data:
+[inputs](inputs.md) for a [generation](generations.md) and a size of GPU. It has everything about the training and
+nothing about your data:
 
 ```sh
 minicpmv-finetune recipes                                   # list them with memory and hours
@@ -29,6 +29,9 @@ Inputs that you give as options, or by `-p`, have priority. JSON objects are joi
 copy one (`minicpmv-finetune recipes 4.5-24gb > mine.yaml`), change it, and give the file: `--recipe mine.yaml`. It may
 contain any input, also `data_uri`; a mistake in it is refused like one in an option. For the form in Kubeflow's UI,
 `minicpmv-finetune recipes 4.5-24gb --output json` prints the values.
+
+`retrain` and schedules take recipes too; retraining has the settings of the training as
+[training flags](training.md), and a recipe's become such flags.
 
 The recipes for eight GPUs have `nproc_per_node: 8` in `training_flags`. On Kubeflow request as many by `--gpus 8`, or
 in the [profile](glossary.md#profile); with another number of GPUs give `-p 'training_flags={"nproc_per_node": 4}'`.
