@@ -56,7 +56,7 @@ def group_by_tokens(lengths: Sequence[int], tokens: int, multiple: int = 1, seed
     Args:
         lengths: Number of tokens of each sample.
         tokens: Largest number of tokens of a batch.
-        multiple: Number of processes; it divides the number of batches, unless there are fewer samples. So no process
+        multiple: Number of processes; it divides the number of batches, unless each has one sample only. So no process
             repeats a batch while the others compute their last one.
         seed: Determines which of several equally long samples come together. The number of batches does not depend on
             it.
