@@ -30,7 +30,7 @@ def samples(content: dict[str, Any], folder: Path, out: Path) -> list[dict[str, 
         out: Folder of the written file, at which its relative image paths start.
     """
     names = {category["id"]: category["name"] for category in content.get("categories", [])}
-    by_image = defaultdict(list)
+    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
     found = []
