@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 42
 BIN := .venv/bin
 
-.PHONY: help demo test tests test-docs test-faults test-faults-long check lint types install bench bench-data \
+.PHONY: help demo test tests test-docs test-serving test-faults test-faults-long check lint types install bench bench-data \
 	bench-merge bench-scaling bench-peers test-gpu test-cluster bench-gpu gpu-dry-run \
 	benchmark-fashion-mnist benchmark-easy-vqa benchmark-charts benchmark-emoji benchmark-documents \
 	mutation coverage browser lock readmes docs compiled dist base-image images push image-index registry-is-named \
@@ -26,6 +26,18 @@ tests:
 
 test-docs: install browser  ## what the pages show, the examples, and what the benchmarks name
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/docs tests/examples tests/benchmarks
+
+test-serving: install browser build/serving-venv/installed  ## `serve` and `chat` with the libraries of their extras
+	build/serving-venv/bin/python -m pytest tests/serving tests/cli/test_serving.py
+
+# With the locked packages. Gradio is not one of them: it needs an older Pillow, and `make test` would install 130 MB for
+# one page.
+build/serving-venv/installed: .venv/installed
+	$(PYTHON) -m venv build/serving-venv
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$(build/serving-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/locked.pth
+	build/serving-venv/bin/python -m pip install -q --disable-pip-version-check --no-compile gradio==6.31.0 openai==3.57.0
+	touch $@
 
 test-faults: install browser  ## kill each step at three moments, and fuzz each reader with 2,000 inputs
 	FAULT_MOMENTS=3 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults_only

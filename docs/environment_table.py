@@ -18,6 +18,7 @@ listed here.
 _OWNERS = (
     ("Of this project", (PREFIX,)),
     ("Of MLflow", ("MLFLOW_",)),
+    ("Of vLLM", ("VLLM_",)),
     ("Of Kubeflow Pipelines and Kubernetes", ("KFP_", "KF_", "KUBE")),
     ("Of torchrun, Kubeflow Trainer and the compiler", ("",)),
 )

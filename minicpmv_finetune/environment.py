@@ -133,6 +133,9 @@ ALLOCATOR = Variable(
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 
+# vLLM's.
+VLLM_KEY = Variable("VLLM_API_KEY", "key that clients must send, where `serve` starts vLLM; vLLM reads it too")
+
 # The machine's.
 C_COMPILER = Variable("CC", "C compiler that Triton and DeepSpeed use", "cc")
 

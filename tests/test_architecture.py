@@ -31,6 +31,7 @@ LAYERS = (
     ("minicpmv",),
     ("shards", "tracking"),
     ("reports", "attempts", "estimate"),
+    ("serving",),
     tuple(f"components/{step}" for step in STEPS),
     ("inputs",),
     ("component.py",),

@@ -13,7 +13,7 @@ import typer
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
 from minicpmv_finetune.progress import quieten_libraries
 
-from . import kubeflow, local, models, steps
+from . import kubeflow, local, models, serving, steps
 
 app = typer.Typer(
     name="minicpmv-finetune",
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for group in (local, kubeflow, models, steps):
+for group in (local, serving, kubeflow, models, steps):
     app.add_typer(group.app)
 
 

@@ -69,7 +69,7 @@ def answer(
     """
     thinks = [encoder.asks_for_reasoning(sample) if thinking is None else thinking for sample in samples]
     prompts = [make_prompt(sample, encoder, think) for sample, think in zip(samples, thinks, strict=True)]
-    stop = _stop_tokens(model, encoder)
+    stop = stop_tokens(model, encoder)
     answers: dict[int, Answer] = {}
     with _inference_mode(model) as unwrapped:
         numbers = _order(prompts)
@@ -90,7 +90,7 @@ def make_prompt(sample: Sample, encoder: Encoder, thinking: bool) -> Prompt:
     """The prompt of a sample's last question; its images are read and cut when it is answered."""
     images = [sample.images[part] for turn in sample.turns for part in turn.parts if isinstance(part, int)]
     names = tuple(f"{image.sha256} {image.rotated}" for image in images)
-    return Prompt(encoder.encode_prompt(sample, thinking), names, lambda: _cut_images(sample, encoder))
+    return Prompt(encoder.encode_prompt(sample, thinking), names, lambda: cut_images(sample, encoder))
 
 
 def _order(prompts: Sequence[Prompt]) -> list[int]:
@@ -105,7 +105,7 @@ def _order(prompts: Sequence[Prompt]) -> list[int]:
     )
 
 
-def _stop_tokens(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
+def stop_tokens(model: PreTrainedModel, encoder: Encoder) -> frozenset[int]:
     """The checkpoint's own stop tokens and the end of the turn."""
     published = model.generation_config.eos_token_id if model.generation_config is not None else None
     own = published if isinstance(published, list) else [] if published is None else [published]
@@ -123,7 +123,7 @@ def _inference_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         model.train(was_training)
 
 
-def _cut_images(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
+def cut_images(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
     """Return the slices of a sample's images, in the order in which the images appear in the turns."""
     plans = encoder.plan(sample)
     order = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]

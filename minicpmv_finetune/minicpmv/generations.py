@@ -341,9 +341,18 @@ def read_json(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{path.parent}: there is no {path.name}, so this is not a checkpoint; give its folder."
+            f"{path.parent}: there is no {path.name}, so this is not a checkpoint; {_likely_meant(path.parent)}."
         ) from None
     return parse_json(content, str(path))
+
+
+def _likely_meant(folder: Path) -> str:
+    """What to give instead of a folder that is not a checkpoint."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: give the merged model, or where an adapter is asked for too, its base model"
+    if (folder / "model" / "config.json").is_file():
+        return f"give {folder / 'model'}"
+    return "give its folder"
 
 
 def parse_json(content: bytes, place: str) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from minicpmv_finetune.components.evaluate.evaluate import EvaluationSettings, evaluate
-from minicpmv_finetune.components.evaluate.predict import _make_sample, predict
+from minicpmv_finetune.components.evaluate.predict import predict
 from minicpmv_finetune.data.samples import read_samples
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.serving.asking import question_sample
 
 
 def test_predict_gives_the_same_answer_as_evaluate(tiny_46: Path, dataset: Path, tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_images_are_where_the_prompt_marks_them(
     prompt: str, count: int, parts: tuple[str | int, ...], tmp_path: Path
 ) -> None:
     images = [write_image(tmp_path / f"{number}.png", color) for number, color in enumerate(["red", "blue"][:count])]
-    sample = _make_sample(images, prompt)
+    sample = question_sample(images, prompt)
     assert sample.turns[0].parts == parts
     assert [image.uri for image in sample.images] == images
 
@@ -70,7 +71,7 @@ def test_images_are_addressed_as_in_data(tmp_path: Path, monkeypatch: pytest.Mon
     with tarfile.open("a.tar", "w") as archive:
         archive.add("a.png")
     uri = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    samples = [_make_sample([address], "Which?") for address in ("a.png", str(path), "a.tar!a.png", uri)]
+    samples = [question_sample([address], "Which?") for address in ("a.png", str(path), "a.tar!a.png", uri)]
     assert len({sample.images[0].sha256 for sample in samples}) == 1
 
 
@@ -90,7 +91,7 @@ def test_an_image_that_validation_refuses_is_refused(name: str, words: str, tmp_
     image.save(tmp_path / name, kind, **frames)
     renamed = (tmp_path / name).rename(tmp_path / "photo.jpg")
     with pytest.raises(UserError, match=rf"photo\.jpg: .*{words}"):
-        _make_sample([str(renamed)], "Which?")
+        question_sample([str(renamed)], "Which?")
 
 
 @pytest.mark.parametrize(

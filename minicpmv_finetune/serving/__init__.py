@@ -1,0 +1,1 @@
+"""Trying a model: from Python, over HTTP, and on a page."""
