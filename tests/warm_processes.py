@@ -1,9 +1,9 @@
-"""Training processes and parity checks that start with the libraries imported.
+"""Training processes, parity checks and steps of pipelines that start with the libraries imported.
 
-Torch, transformers and PEFT take six seconds of a core to import, and most of these processes then compute for less
-than two. Here a server imports them once and forks for each process (the fork server of `multiprocessing`). What a
-process does is the same; how it starts and ends is tested by the tests that start the commands themselves, such as
-those of resumption and of the endings of a training.
+Torch, transformers and PEFT take six seconds of a core to import, MLflow and KFP three more, and most of these
+processes then compute for less than two. Here a server imports them once and forks for each process (the fork server of
+`multiprocessing`). What a process does is the same; how it starts and ends is tested by the tests that start the
+commands themselves, such as those of resumption, of the endings of a training and of a whole run on this machine.
 """
 
 import atexit
@@ -13,11 +13,15 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
@@ -27,7 +31,9 @@ from minicpmv_finetune.components.train.launch import WORKER
 
 ROOT = Path(__file__).parents[1]
 _IMPORTS = "tests.warm_imports"
+_STEP = "kfp.dsl.executor_main"
 _STDOUT, _STDERR = 1, 2
+_starting = Lock()  # the working directory belongs to all threads
 
 
 class WarmProcess:
@@ -37,15 +43,22 @@ class WarmProcess:
         pid: Id of the process.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], variables: Mapping[str, str]) -> None:
-        """Start the process; it has this one's output and working directory."""
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        variables: Mapping[str, str],
+        outputs: tuple[int, int] = (_STDOUT, _STDERR),
+    ) -> None:
+        """Start the process; it has this one's working directory, and its output too unless others are given."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([_IMPORTS])
-        streams = [Connection(os.dup(number), readable=False) for number in (_STDOUT, _STDERR)]
-        settings = (module, list(arguments), dict(variables), str(Path.cwd()), *streams)
-        self._process = context.Process(target=_run, args=settings)
-        with chdir(ROOT):  # where the server finds what it is to import
-            self._process.start()
+        context.set_forkserver_preload([_IMPORTS, __name__])
+        streams = [Connection(os.dup(number), readable=False) for number in outputs]
+        with _starting:
+            settings = (module, list(arguments), dict(variables), str(Path.cwd()), *streams)
+            self._process = context.Process(target=_run, args=settings)
+            with chdir(ROOT):  # where the server finds what it is to import
+                self._process.start()
         for stream in streams:
             stream.close()
         assert self._process.pid is not None
@@ -82,8 +95,11 @@ def _run(
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *arguments]
+    # This process's server is the one that forked it.
+    vars(forkserver._forkserver)["ensure_running"] = resource_tracker.ensure_running
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        with warm_processes() if module == _STEP else nullcontext():
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which processes of `multiprocessing` leave out
 
@@ -117,4 +133,50 @@ def warm_processes() -> Iterator[None]:
         handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
         patch.setattr(f"{handler}.Popen", _start_worker)
         patch.setattr("subprocess.run", run_check)
+        yield
+
+
+class _WarmStep(WarmProcess):
+    """Stands for the `subprocess.Popen` of a step, a component's source that KFP has a shell write and run.
+
+    Attributes:
+        stdout: What the step prints, errors too.
+    """
+
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        _, source, *arguments = command[command.index("-ec") + 1 :]
+        self._folder = tempfile.TemporaryDirectory()
+        program = Path(self._folder.name) / "ephemeral_component.py"
+        program.write_text(source)
+        reader, writer = os.pipe()
+        super().__init__(_STEP, ["--component_module_path", str(program), *arguments], variables, (writer, writer))
+        os.close(writer)
+        self.stdout: IO[str] = os.fdopen(reader, errors="replace")
+
+    def __enter__(self) -> "_WarmStep":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self.wait()
+        self._folder.cleanup()
+
+
+@contextmanager
+def warm_steps() -> Iterator[None]:
+    """Start the steps of pipelines that run on this machine warm for a block, and the processes that they start."""
+
+    def start(command: Sequence[str], env: Mapping[str, str], **options: Any) -> _WarmStep:
+        return _WarmStep(command, env)
+
+    def run(full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
+        with _WarmStep(full_command, {**os.environ, **(env_vars or {})}) as step:
+            for line in step.stdout:
+                print(line, end="")
+            return step.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        popen = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+        patch.setattr("minicpmv_finetune.pipelines.local_steps.subprocess", popen)
+        patch.setattr("kfp.local.subprocess_task_handler.run_local_subprocess", run)
         yield

@@ -17,6 +17,7 @@ from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 from minicpmv_finetune.pipelines.summary import print_summary
+from tests.warm_processes import warm_steps
 
 QUICK = {**DEMO_INPUTS, "num_train_epochs": 1.0}
 SECRETS = (
@@ -146,7 +147,7 @@ def test_the_merge_command_writes_to_a_store(
 
 def test_a_steps_error_message_is_passed_on(tiny_46: Path, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[]")
-    with pytest.raises(UserError, match=r"no usable sample|the array is empty"):
+    with warm_steps(), pytest.raises(UserError, match=r"no usable sample|the array is empty"):
         run_pipeline(tmp_path / "out", {"data_uri": str(tmp_path / "data.json"), "base_model_uri": str(tiny_46)})
 
 

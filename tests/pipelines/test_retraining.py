@@ -12,6 +12,7 @@ from minicpmv_finetune.pipelines.local import run_pipeline
 from minicpmv_finetune.pipelines.retraining import RETRAIN
 from minicpmv_finetune.tracking.registry import open_registry
 from tests.servers import Webhook
+from tests.warm_processes import warm_steps
 
 Documents = tuple[dict[str, Any], dict[str, Any]]
 
@@ -66,7 +67,8 @@ def inputs(tiny_46: Path, digits: Path, tmp_path: Path, database: Path) -> dict[
 def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
     inputs: dict[str, object], tmp_path: Path, webhook: Webhook
 ) -> None:
-    first = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
+    with warm_steps():
+        first = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     assert list(first.seconds) == list(RETRAIN.steps)
     champion = open_registry("digits").champion()
     assert champion is not None
@@ -75,7 +77,8 @@ def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
     assert champion.base_model == inputs["base_model_uri"]
     assert "Training loss over the steps" in first.output("evaluate", "evaluation_report").read_text()
 
-    again = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
+    with warm_steps():
+        again = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     assert list(again.seconds) == ["validate-data", "plan-retraining", "notify"]
     promoted, nothing_new = webhook.received
     assert promoted["state"] == nothing_new["state"] == "SUCCEEDED"
@@ -85,7 +88,7 @@ def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
 
 def test_a_failed_run_is_reported_to_the_webhook(inputs: dict[str, object], tmp_path: Path, webhook: Webhook) -> None:
     Path(str(inputs["data_uri"])).write_text("[")
-    with pytest.raises(UserError):
+    with warm_steps(), pytest.raises(UserError):
         run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     (message,) = webhook.received
     assert message["state"] == "FAILED"

@@ -9,6 +9,7 @@ from minicpmv_finetune.components.preprocess.preprocess import PreprocessSetting
 from minicpmv_finetune.components.preprocess.preprocess import preprocess as prepare
 from minicpmv_finetune.components.validate_data.component import validate_data
 from minicpmv_finetune.shards.format import read_manifest, verify_shards
+from tests.warm_processes import warm_steps
 
 PARTS = 2
 
@@ -57,7 +58,8 @@ def test_parts_in_a_pipeline_give_the_shards_of_one_task(
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "artifacts"))
     # kfp.local replaces `print` in each task's thread, and the threads restore it in any order.
     monkeypatch.setattr("builtins.print", print)
-    pipeline(data_uri=str(tmp_path / "train.json"), base_model_uri=str(tiny_46))
+    with warm_steps():
+        pipeline(data_uri=str(tmp_path / "train.json"), base_model_uri=str(tiny_46))
 
     (run,) = (tmp_path / "artifacts").iterdir()
     shards = run / "preprocess" / "shards"
