@@ -3,7 +3,7 @@
 The model is prepared by the training's own functions, and divided by the libraries' functions that a training uses.
 Writes the losses of two steps with an image in the first process, and of an evaluation with one in the second.
 
-python -m torch.distributed.run --nproc_per_node 2 partitioned_worker.py STRATEGY OUT VERSION:KIND:TYPE:CHECKPOINT …
+The processes meet by torch's variables, and their arguments are STRATEGY OUT VERSION:KIND:TYPE:CHECKPOINT …
 """
 
 import json

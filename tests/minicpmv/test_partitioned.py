@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from tests.minicpmv import partitioned_worker
+from tests.warm_processes import WarmProcess
+
+WORKER = "tests.minicpmv.partitioned_worker"
 
 # 2.6, 4.0 and 4.5 share a model class, as 4.6 and 4.7 do. "4.6-tied" has a head that is the embeddings' matrix.
 EVERYTHING = tuple(
@@ -41,15 +43,17 @@ def test_a_process_without_an_image_trains_together_with_one_that_has_an_image(
     strategy: str, cases: Sequence[str], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folders = {case: _checkpoint(case.partition(":")[0], tiny, tmp_path) for case in cases}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     named = [f"{case}:{folder}" for case, folder in folders.items()]
-    variables = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, partitioned_worker.__file__, strategy, str(tmp_path), *named],
-        check=True,
-        timeout=500,
-        env=variables,
-    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {**os.environ, **together, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    processes = [
+        WarmProcess(WORKER, [strategy, str(tmp_path), *named], {**variables, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(500) for process in processes] == [0, 0]
     losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for case, name in zip(cases, named, strict=True):
         found = [rank[name] for rank in losses]
