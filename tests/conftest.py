@@ -125,12 +125,12 @@ def s3_uri(s3_server: dict[str, str], s3_client: "S3Client", monkeypatch: pytest
 
 @pytest.fixture(scope="session")
 def mlflow_server(
-    tmp_path_factory: pytest.TempPathFactory, s3_server: dict[str, str], s3_client: "S3Client"
+    tmp_path_factory: pytest.TempPathFactory, s3_server: dict[str, str], s3_client: "S3Client", empty_database: Path
 ) -> Iterator[MlflowServer]:
     """An MLflow server that stores the artifacts of runs in a real S3 server."""
     bucket = f"mlflow-{uuid.uuid4().hex}"
     s3_client.create_bucket(Bucket=bucket)
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow_server"), f"s3://{bucket}", s3_server)
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow_server"), f"s3://{bucket}", s3_server, empty_database)
     server.start()
     yield server
     server.stop()

@@ -19,12 +19,13 @@ def listens(host: str, port: int) -> bool:
 class MlflowServer:
     """A real MLflow server with its own database; it can be stopped and started again at the same address."""
 
-    def __init__(self, folder: Path, artifacts: str, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, artifacts: str, environment: dict[str, str], empty_database: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         # Processes that write at the same time wait for each other.
+        (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
         database = f"sqlite:///{folder / 'mlflow.db'}?timeout=60"
         options = ["--backend-store-uri", database, "--artifacts-destination", artifacts, "--workers", "1"]
         self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *options]

@@ -14,9 +14,9 @@ from tests.servers import MlflowServer
 
 
 @pytest.fixture
-def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+def own_server(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
     """A server for one test, which the test may stop."""
-    server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), {})
+    server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), {}, empty_database)
     server.start()
     monkeypatch.setenv(environment.TRACKING_URI.name, server.uri)
     yield server

@@ -241,9 +241,9 @@ def test_a_champion_whose_folder_is_gone_is_a_user_error(registry: Registry, tmp
 
 
 def test_a_registration_can_be_retried_after_the_server_was_down(
-    tmp_path: Path, s3_server: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, s3_server: dict[str, str], empty_database: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), s3_server)
+    server = MlflowServer(tmp_path, str(tmp_path / "artifacts"), s3_server, empty_database)
     monkeypatch.setenv(environment.TRACKING_URI.name, server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(RetryableError, match="does not answer") as raised:
