@@ -10,16 +10,19 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, TextIO
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 OUTCOME_MARK = "→ "
 _WIDTH = 110
-_FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
+_LOG_FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
+# A terminal may be narrow: the bar gives way first, and what stands last is cut off.
+_TERMINAL_FORMAT = "{desc}  {percentage:3.0f}% |{bar}| {remaining} left  {n_fmt}/{total_fmt}  {rate_fmt}{postfix}"
 
 
 class _LineStream(io.TextIOBase):
@@ -38,10 +41,6 @@ class _LineStream(io.TextIOBase):
         self.stream.flush()
 
 
-class _Bar(tqdm):
-    monitor_interval = 0  # starts no thread that watches for stalled bars; each update reads the clock instead
-
-
 def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[Any]":
     """A progress bar with rate and remaining time.
 
@@ -54,29 +53,40 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
     Raises:
         UserError: The variable for the interval contains no number.
     """
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # starts no thread that watches for stalled bars; each update reads the clock instead
+
     terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
-    return _Bar(
+    return Bar(
         total=total,
         desc=description,
         unit=unit,
         file=sys.stderr if terminal else _LineStream(sys.stderr),
-        mininterval=0.1 if terminal else _seconds_between_lines(),
+        mininterval=0.1 if terminal else seconds_between_lines(),
         miniters=1,
         # tqdm itself draws nothing on a terminal that reports no size, which is common in containers.
         ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,
         nrows=size.lines,
-        bar_format=_FORMAT,
-        ascii=False,
+        bar_format=_TERMINAL_FORMAT if terminal else _LOG_FORMAT,
+        ascii=not shows_unicode(sys.stderr),
         **options,
     )
 
 
-def _seconds_between_lines() -> float:
+def seconds_between_lines() -> float:
+    """The time between two lines of progress where there is no terminal."""
     text = environment.PROGRESS_SECONDS.read()
     try:
         return float(text)
     except ValueError:
         raise UserError(f"{environment.PROGRESS_SECONDS}: {text!r} is not a number of seconds; correct it.") from None
+
+
+def shows_unicode(stream: TextIO) -> bool:
+    """Whether a stream has an encoding for blocks, check marks and all other characters."""
+    return (stream.encoding or "").lower().replace("-", "").startswith("utf")
 
 
 def report_outcome(sentence: str) -> None:

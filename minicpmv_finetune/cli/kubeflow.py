@@ -15,9 +15,9 @@ import typer
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.outputs import check_file
 from minicpmv_finetune.pipelines import PipelineChoice, all_pipelines
 
+from .help import Group
 from .options import Output, not_empty, path_option, recipe_option, text_table
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PANEL = "Kubeflow"
 
 app = typer.Typer()
-schedule_app = typer.Typer(help="Recurring runs as code: apply, list, pause, resume, delete.", no_args_is_help=True)
+schedule_app = typer.Typer(cls=Group, help="Recurring runs as code: apply, list, pause, resume, delete.")
 app.add_typer(schedule_app, name="schedule", rich_help_panel=PANEL)
 
 
@@ -506,6 +506,8 @@ def _refuse_other_file(output: Path) -> None:
     Raises:
         UserError: As the text says.
     """
+    from minicpmv_finetune.outputs import check_file
+
     check_file(output, "compile")
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"{output}: compile writes YAML; give a name that ends with .yaml.")

@@ -13,10 +13,19 @@ import typer
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS
 from minicpmv_finetune.minicpmv.tiny_checkpoint import Version
-from minicpmv_finetune.outputs import check_workspace, claim_workspace, claimed_folder
-from minicpmv_finetune.pipelines.run_folder import LINKS
 
-from .options import First, Inputs, NewTokens, Out, Output, absolute, check_whole_run, text_table, with_inputs
+from .options import (
+    First,
+    Inputs,
+    NewTokens,
+    Out,
+    Output,
+    absolute,
+    check_whole_run,
+    recipe_names,
+    text_table,
+    with_inputs,
+)
 
 PANEL = "Run here"
 TINY_BASE_OPTIONS = "--learning-rate 3e-3 --num-train-epochs 30"
@@ -43,6 +52,9 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
+    from minicpmv_finetune.outputs import claim_workspace
+    from minicpmv_finetune.pipelines.run_folder import LINKS
+
     claim_workspace(out, "demo", {}, tuple(LINKS), known_by=("artifacts/minicpmv-*-*", "run.log", "digits"))
     from minicpmv_finetune.pipelines.demo import run_demo
 
@@ -66,6 +78,8 @@ def tiny_base(
 
     It has the files of the published generation, and knows nothing until it is trained.
     """
+    from minicpmv_finetune.outputs import claimed_folder
+
     with claimed_folder(out, "tiny-base", {"--corpus": corpus}) as output, output.assembled() as folder:
         from minicpmv_finetune.data.texts import read_texts
 
@@ -83,6 +97,9 @@ def _check_place(step: str) -> First:
     """A function that refuses OUT before the checks of the inputs, which take longer."""
 
     def check(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        from minicpmv_finetune.outputs import check_workspace
+        from minicpmv_finetune.pipelines.run_folder import LINKS
+
         check_workspace(options["out"], step, _places(inputs), tuple(LINKS))
 
     return check
@@ -96,7 +113,7 @@ def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subp
     The defaults train LoRA adapters, as in a pipeline on Kubeflow; `train` alone has those of the published script.
     """
     given = _with_absolute_paths(inputs)
-    claim_workspace(out, "run", _places(given), tuple(LINKS))
+    _claim(out, "run", given)
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.summary import print_summary
 
@@ -110,7 +127,7 @@ def retrain(
 ) -> None:
     """Run the pipeline for schedules on this machine: train if there is new data, and promote a better model."""
     given = _with_absolute_paths(inputs)
-    claim_workspace(out, "retrain", _places(given), tuple(LINKS))
+    _claim(out, "retrain", given)
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.retraining import RETRAIN
     from minicpmv_finetune.pipelines.summary import print_reports
@@ -180,7 +197,10 @@ def plan(
 @app.command(rich_help_panel=PANEL)
 def recipes(
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", help="Recipe to print, as a start for one of your own.")
+        str,
+        typer.Argument(
+            metavar="[NAME]", help="Recipe to print, as a start for one of your own.", autocompletion=recipe_names
+        ),
     ] = "",
     output: Annotated[Output, typer.Option(help="Text, or one JSON document for a program.")] = "text",
 ) -> None:
@@ -243,6 +263,13 @@ def predict(
 
 def _with_absolute_paths(inputs: Inputs) -> dict[str, Any]:
     return {name: absolute(value) if name.endswith("_uri") else value for name, value in inputs.items()}
+
+
+def _claim(out: Path, command: str, inputs: Inputs) -> None:
+    from minicpmv_finetune.outputs import claim_workspace
+    from minicpmv_finetune.pipelines.run_folder import LINKS
+
+    claim_workspace(out, command, _places(inputs), tuple(LINKS))
 
 
 def _places(inputs: Inputs) -> dict[str, str]:

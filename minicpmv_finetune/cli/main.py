@@ -6,7 +6,7 @@ imported only when a command needs them, so that help and mistakes in arguments 
 
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,65 +14,73 @@ from minicpmv_finetune.errors import RetryableError, UserError, end_process, exp
 from minicpmv_finetune.progress import quieten_libraries
 
 from . import kubeflow, local, models, serving, steps
+from .help import WIDEST, Command, Group
+from .usage import usage_sentence
+
+GREETING = """\
+Fine-tune MiniCPM-V with LoRA: as a Kubeflow pipeline, or
+completely on this machine.
+
+  minicpmv-finetune demo
+      the whole pipeline on handwritten digits, in minutes,
+      without a download or a GPU
+
+  minicpmv-finetune run --data train.json --out build/mine
+      the same on your data, up to an evaluated model
+
+`minicpmv-finetune --help` lists all commands."""
 
 app = typer.Typer(
     name="minicpmv-finetune",
     help="Fine-tune MiniCPM-V with LoRA: as a Kubeflow pipeline, or completely on this machine.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Group,
+    context_settings={"max_content_width": WIDEST},
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
 )
 for group in (local, serving, kubeflow, models, steps):
     app.add_typer(group.app)
+for commands in (local.app, serving.app, kubeflow.app, kubeflow.schedule_app, models.app, steps.app):
+    for command in commands.registered_commands:
+        if not issubclass(command.cls, Command):
+            command.cls = Command
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"minicpmv-finetune {version('minicpmv-finetune')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def greet(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Greet with the two commands that matter, if no command is given."""
+    if context.invoked_subcommand is None:
+        print(GREETING)
 
 
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     quieten_libraries()
-    if "--help" in sys.argv:
-        show_option_names_whole()
     # After SIGTERM a step removes its incomplete output, as after an error; by default the process would end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with explain_disk_errors():
-            app()
+            code: Any = app(standalone_mode=False)
     except (UserError, RetryableError) as error:
         end_process(error)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def show_option_names_whole() -> None:
-    """Let the help break descriptions, not the names of options, where a terminal is narrow.
-
-    Rich makes the two widest columns of a table narrower until the table fits, and typer lets it. It would end a long
-    word of a description, such as the name of an environment variable, with an ellipsis; here the word is broken.
-    """
-    import typer.rich_utils
-    from rich.columns import Columns
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    class Folded:
-        def __init__(self, part: Any) -> None:
-            self.part = part
-
-        def __rich_console__(self, console: Any, options: Any) -> Any:
-            yield from console.render(self.part, options.update(overflow="fold"))
-
-        def __rich_measure__(self, console: Any, options: Any) -> Measurement:
-            return Measurement.get(console, options, self.part)
-
-    class NamesWhole(Table):
-        def add_row(self, *cells: Any, **options: Any) -> None:
-            if not self.columns:
-                # The last two columns are the type and the description.
-                for number in range(len(cells)):
-                    self.add_column(no_wrap=number < len(cells) - 2, overflow="fold")
-            # A description's parts, such as the name of an environment variable, are a table of their own.
-            if isinstance(cells[-1], Columns):
-                cells[-1].renderables = [Folded(part) for part in cells[-1].renderables]
-            super().add_row(*cells, **options)
-
-    typer.rich_utils.Table = NamesWhole  # type: ignore[misc]
+    except Exception as error:
+        if sentence := usage_sentence(error):
+            end_process(UserError(sentence))
+        raise
+    # The code of an exit that the library asks for, such as after --help.
+    sys.exit(code if isinstance(code, int) else 0)

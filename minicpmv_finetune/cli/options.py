@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.inputs.recipe import over_recipe, read_recipe, recipe_for
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 from minicpmv_finetune.options import read_json
 
@@ -26,7 +24,11 @@ def _path(text: str) -> Path:
     Raises:
         UserError: No file can have this path. (That a place must not be in a store is the command's own sentence.)
     """
-    return Path(text) if "://" in text else storage.local_path(text)
+    if "://" in text:
+        return Path(text)
+    from minicpmv_finetune import storage
+
+    return storage.local_path(text)
 
 
 def not_empty(name: str, kind: Callable[[str], Any] = _path) -> Any:
@@ -64,6 +66,13 @@ Model = Annotated[str, typer.Option("--model", help="Name in MLflow's registry (
 DEFAULT_MODEL: str = INPUTS["registered_model"].default
 
 
+def recipe_names() -> list[str]:
+    """The shipped recipes, for a shell that completes one."""
+    from minicpmv_finetune.inputs.recipe import RECIPES
+
+    return list(RECIPES)
+
+
 def recipe_option(**settings: Any) -> Any:
     """The option for a recipe.
 
@@ -78,6 +87,7 @@ def recipe_option(**settings: Any) -> Any:
         "--recipe",
         "--parameters",
         help=text,
+        autocompletion=recipe_names,
         parser=not_empty("--recipe", str),
         metavar="NAME_OR_PATH",
         show_default=False,
@@ -123,6 +133,8 @@ def with_inputs(
             given = _from_json(rows, {row.name: options.pop(row.name) for row in rows})
             context, name = options.pop("context", None), options.pop("recipe", None)
             if name:
+                from minicpmv_finetune.inputs.recipe import recipe_for
+
                 given = _over_recipe(recipe_for(name, rows), given, context)
             if first:
                 first(given, options)
@@ -145,6 +157,8 @@ def with_inputs(
 def _require_less(context: typer.Context, name: str | None) -> str | None:
     """Let a recipe contain an input that is required: typer asks for options before the command is called."""
     if name:
+        from minicpmv_finetune.inputs.recipe import read_recipe
+
         required = [row.name for row in INPUTS.values() if row.default is REQUIRED]
         found = {key: value for key, value in read_recipe(name).items() if key in required}
         context.default_map = {**(context.default_map or {}), **found}
@@ -164,6 +178,8 @@ _RECIPE_PARAMETERS = (
 
 def _over_recipe(recipe: Mapping[str, Any], options: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
     """The inputs of the recipe, those given as options over them, and defaults for the others."""
+    from minicpmv_finetune.inputs.recipe import over_recipe
+
     given = {}
     for name, value in options.items():
         source = context.get_parameter_source(name)

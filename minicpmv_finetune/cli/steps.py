@@ -1,20 +1,13 @@
 """Every step as a separate command, so that it can be run and debugged without Kubeflow."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
-from minicpmv_finetune.outputs import (
-    MARK,
-    check_cache,
-    check_folder,
-    check_object_folder,
-    claimed_folder,
-    folder_beside,
-)
 
+from .help import Command
 from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, not_empty, path_option, read_json_object, with_inputs
 
 PANEL = "One step"
@@ -65,6 +58,8 @@ def validate_data(
     ] = False,
 ) -> None:
     """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT contain the findings."""
+    from minicpmv_finetune.outputs import check_folder, folder_beside
+
     check_folder(out, "validate-data", {"--data": inputs["data_uri"], "--eval-data": inputs["eval_data_uri"]})
     from minicpmv_finetune.components.validate_data.validate import ValidationSettings
     from minicpmv_finetune.components.validate_data.validate import validate_data as step
@@ -90,6 +85,8 @@ def preprocess(
     num_workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0 means one per core.")] = 0,
 ) -> None:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
+    from minicpmv_finetune.outputs import check_cache, check_folder, folder_beside
+
     read = {"--dataset": str(dataset), "--base-model": inputs["base_model_uri"]}
     check_folder(out, "preprocess", read)
     check_cache(cache, read)
@@ -110,7 +107,23 @@ def preprocess(
     step(dataset, inputs["base_model_uri"], out, rejects, settings, cache, num_workers, report)
 
 
+class _Train(Command):
+    """The command whose options are the flags of the training script."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The flags that begin with the incomplete word."""
+        from typer.core import CompletionItem  # type: ignore[attr-defined]
+
+        from minicpmv_finetune.components.train.flags import table
+
+        flags = {**{f"--{flag.name}": flag.help for flag in table().values()}, "--print-plan": "", "--help": ""}
+        dashed = incomplete[:2] + incomplete[2:].replace("-", "_")
+        names = [name for name in flags if incomplete and name.startswith((incomplete, dashed))]
+        return [CompletionItem(name, help=flags[name]) for name in names]
+
+
 @app.command(
+    cls=_Train,
     rich_help_panel=PANEL,
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
@@ -162,6 +175,7 @@ def merge(
     import tempfile
 
     from minicpmv_finetune import storage
+    from minicpmv_finetune.outputs import MARK, check_folder, check_object_folder, folder_beside
 
     base = inputs["base_model_uri"]
     is_remote = storage.is_object_uri(out)
@@ -214,6 +228,8 @@ def evaluate(
     ] = "{}",
 ) -> None:
     """Step 5: answer the held-out samples with base, champion and merged model; OUT receives answers and report."""
+    from minicpmv_finetune.outputs import check_folder, claimed_folder
+
     compared = {"--model": str(model), "--dataset": str(dataset), "--base-model": base_model, "--champion": champion}
     check_folder(out, "evaluate", compared)
     from minicpmv_finetune.components.evaluate.settings import settings_from

@@ -18,7 +18,7 @@ from typing import Any
 
 from minicpmv_finetune.progress import OUTCOME_MARK
 
-from .run_display import RunDisplay
+from .run_display import FINISHED_BEFORE, RunDisplay
 from .run_folder import RunFolder, Step
 
 CONTAINER_LABEL = "minicpmv-finetune.run"
@@ -86,7 +86,7 @@ class RunSteps:
         step = Step(command)
         key = step.key()
         if before := step.finished(key):
-            print(f"{OUTCOME_MARK}finished before: {before.outcome}")
+            print(f"{OUTCOME_MARK}{FINISHED_BEFORE}{before.outcome}")
             self.reused[step.folder.name] = before.seconds
             return 0
         step.clear()
@@ -105,9 +105,11 @@ class RunSteps:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # The marks of an outcome and of progress are read here, whatever encoding the terminal has.
+            encoding="utf-8",
             errors="replace",
             bufsize=1,
-            env={**os.environ, **(variables or {})},
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(variables or {})},
             start_new_session=True,
             pass_fds=(self.lock,),
         ) as process:

@@ -1,4 +1,4 @@
-"""The help texts, as a terminal of 80 columns shows them."""
+"""The help texts, as terminals show them."""
 
 import re
 import subprocess
@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from minicpmv_finetune.cli.main import app, show_option_names_whole
+from minicpmv_finetune.cli.main import app
 from minicpmv_finetune.components.train.flags import table
 from minicpmv_finetune.components.train.flags_help import help_text
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults
@@ -28,23 +27,36 @@ def commands() -> Iterator[tuple[str, ...]]:
             yield (name,)
 
 
-@pytest.mark.parametrize("words", [words for words in commands() if words != ("train",)], ids=" ".join)
-def test_help_shows_the_names_of_all_options_whole(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
-    monkeypatch.setattr("typer.rich_utils.Table", Table)
-    show_option_names_whole()
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize(
+    "words", [(), ("schedule",), *(words for words in commands() if words != ("train",))], ids=" ".join
+)
+def test_help_shows_the_names_of_all_options_whole(
+    words: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     command: object = typer.main.get_command(app)
     for word in words:
         assert isinstance(command, TyperGroup)
         command = command.commands[word]
     shown = CliRunner().invoke(app, [*words, "--help"]).stdout
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= min(columns, 110)
+    assert "\x1b" not in shown
     shown_parameters = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]  # type: ignore[attr-defined]
     names = {name for parameter in shown_parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     missing = {name for name in names if name.startswith("--") and not re.search(rf"{name}(?![\w-])", shown)}
     assert missing == set()
-    assert not re.search(r"\w…", shown)
+    variables = {parameter.envvar for parameter in shown_parameters if parameter.envvar}
+    assert all(variable in shown for variable in variables)
+
+
+def test_the_help_shows_commands_and_options_in_their_groups() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).stdout
+    titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Run here:", "Kubeflow:", "Models:", "One step:", "Options:"]
+    shown = CliRunner().invoke(app, ["run", "--help"]).stdout
+    titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Data:", "Model:", "Training:", "Evaluation:", "Registry:", "Options:"]
 
 
 def test_the_help_of_train_begins_with_our_own_flags_and_shows_both_defaults() -> None:

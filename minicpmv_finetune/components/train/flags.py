@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.estimate.layers import Targets
-from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
 from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes, read_json
 from minicpmv_finetune.yaml_files import read_mapping
+
+if TYPE_CHECKING:
+    from minicpmv_finetune.estimate.layers import Targets
+    from minicpmv_finetune.minicpmv.generations import Generation
 
 _NEVER_EMPTY = ("model_name_or_path", "data_path", "output_dir")  # "" would be the working directory
 ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "eager")
@@ -346,7 +348,7 @@ def _find_contradicting_adapters(values: Mapping[str, Any]) -> list[str]:
             "train its adapters, or leave vision out."
         )
     for name in _OF_LANGUAGE_MODEL if targets and "llm" not in targets else ():
-        if values.get(name) not in (None, "", PUBLISHED_LORA_TARGETS):
+        if values.get(name) not in (None, "", table()[name].default):
             sentences.append(
                 f"--{name}: chooses layers of the language model, but --lora_targets does not name llm; add llm, or "
                 "leave one of the two out."
@@ -384,12 +386,14 @@ def target_parts(text: str) -> set[str]:
     return {"resampler" if part == "merger" else part for part in parts}
 
 
-def adapter_targets(values: Mapping[str, Any]) -> Targets:
+def adapter_targets(values: Mapping[str, Any]) -> "Targets":
     """The layers that get adapters.
 
     Args:
         values: Values of flags by name, which have been checked.
     """
+    from minicpmv_finetune.estimate.layers import Targets
+
     numbers = values.get("lora_layers_to_transform")
     return Targets(
         str(values.get("lora_target_modules") or ""),
@@ -408,7 +412,7 @@ def trained_twice(expression: str, layer: str, module: str, flag: str) -> str:
     )
 
 
-def find_unfit_flags(values: Mapping[str, Any], generation: Generation, experts: int = 0) -> list[str]:
+def find_unfit_flags(values: Mapping[str, Any], generation: "Generation", experts: int = 0) -> list[str]:
     """A sentence for each flag that a base model of this generation cannot honor.
 
     Args:
