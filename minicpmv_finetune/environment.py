@@ -62,6 +62,7 @@ RETRY_WAITS = Variable(
 PROGRESS_SECONDS = Variable(
     f"{PREFIX}PROGRESS_SECONDS", "seconds between two lines of progress in a log", "10", "MINICPMV_PROGRESS_SECONDS"
 )
+QUIET = Variable(f"{PREFIX}QUIET", "set by --quiet: a step shows neither its progress nor its outcome")
 WEBHOOK_URL = Variable(
     f"{PREFIX}WEBHOOK_URL", "address that notify posts to; from a Secret on a cluster", former="MINICPMV_WEBHOOK_URL"
 )

@@ -71,6 +71,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         nrows=size.lines,
         bar_format=_TERMINAL_FORMAT if terminal else _LOG_FORMAT,
         ascii=not shows_unicode(sys.stderr),
+        disable=bool(environment.QUIET.read()),
         **options,
     )
 
@@ -91,7 +92,8 @@ def shows_unicode(stream: TextIO) -> bool:
 
 def report_outcome(sentence: str) -> None:
     """Print a step's outcome in one line, which `minicpmv-finetune run` shows beside the step's name."""
-    print(f"{OUTCOME_MARK}{sentence}", file=sys.stderr, flush=True)
+    if not environment.QUIET.read():
+        print(f"{OUTCOME_MARK}{sentence}", file=sys.stderr, flush=True)
 
 
 def quieten_libraries() -> None:

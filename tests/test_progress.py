@@ -1,3 +1,4 @@
+import io
 import os
 import pty
 import re
@@ -7,7 +8,7 @@ import pytest
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.progress import progress
+from minicpmv_finetune.progress import progress, report_outcome
 
 
 def show_progress(total: int) -> None:
@@ -55,6 +56,37 @@ def test_a_terminal_gets_one_line_that_is_redrawn_in_place(monkeypatch: pytest.M
     assert text.count("\r") >= 2
     assert text.count("\n") == 1
     assert "3/3" in text
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_the_time_left_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with progress("vision features", 12032, " samples", initial=1984) as bar:
+        bar.set_postfix_str("loss 1.2345, 319 tok/s")
+    screen.flush()
+    lines = re.split(r"[\r\n]+", screen.buffer.getvalue().decode().strip())
+    assert all(re.match(r"vision features +16% \|.*\| [\d:?]+ left", line) for line in lines)
+    assert max(map(len, lines)) <= columns
+
+
+def test_an_encoding_without_blocks_gets_a_bar_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stderr", screen)
+    show_progress(3)
+    screen.flush()
+    assert b"3/3" in screen.buffer.getvalue()
+
+
+def test_quiet_shows_neither_progress_nor_outcome(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(environment.QUIET.name, "1")
+    show_progress(3)
+    report_outcome("3 images")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bar_of_zero_units_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.pipelines import PipelineChoice, all_pipelines
 
 from .help import Group
-from .options import Output, not_empty, path_option, recipe_option, text_table
+from .options import Output, OutputFormat, not_empty, path_option, recipe_option, text_table
 
 if TYPE_CHECKING:
     import kfp_server_api
@@ -54,7 +54,6 @@ Registry = Annotated[
         "--registry", help=f"Registry of the container images; without it the profile's, or {environment.REGISTRY}."
     ),
 ]
-OutputFormat = Annotated[Output, typer.Option("--output", help="Text, or one JSON document for a program.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="Input of the pipeline as name=value; may be repeated.")

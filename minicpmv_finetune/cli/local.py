@@ -19,10 +19,11 @@ from .options import (
     Inputs,
     NewTokens,
     Out,
-    Output,
+    OutputFormat,
     absolute,
     check_whole_run,
     recipe_names,
+    reported,
     text_table,
     with_inputs,
 )
@@ -44,13 +45,14 @@ Fresh = Annotated[
 
 
 @app.command(rich_help_panel=PANEL)
+@reported
 def demo(
     out: Out = Path("build/demo"),
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed for the split of the digits and for the training.")
     ] = 42,
     fresh: Fresh = False,
-) -> None:
+) -> dict[str, Any]:
     """Train a tiny MiniCPM-V to read handwritten digits: the whole pipeline on real data, in minutes."""
     from minicpmv_finetune.outputs import claim_workspace
     from minicpmv_finetune.pipelines.run_folder import LINKS
@@ -58,10 +60,11 @@ def demo(
     claim_workspace(out, "demo", {}, tuple(LINKS), known_by=("artifacts/minicpmv-*-*", "run.log", "digits"))
     from minicpmv_finetune.pipelines.demo import run_demo
 
-    run_demo(out, seed, fresh)
+    return run_demo(out, seed, fresh)
 
 
 @app.command(rich_help_panel=PANEL)
+@reported
 def tiny_base(
     out: Out,
     generation: Annotated[Version, typer.Option(help="Generation of MiniCPM-V.")] = "4.6",
@@ -73,7 +76,7 @@ def tiny_base(
         ),
     ] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights.")] = 42,
-) -> None:
+) -> dict[str, Any]:
     """Write a base model of about a million random weights, to try your data without a download or a GPU.
 
     It has the files of the published generation, and knows nothing until it is trained.
@@ -91,6 +94,7 @@ def tiny_base(
     print(f"a tiny untrained MiniCPM-V {generation} in {out}{known}")
     command = ["minicpmv-finetune", "run", "--data", corpus or "train.json", "--base-model", str(out)]
     print(f"to train it: {shlex.join(command)} {TINY_BASE_OPTIONS}")
+    return {"model": str(out), "generation": generation, "texts": len(texts)}
 
 
 def _check_place(step: str) -> First:
@@ -107,7 +111,10 @@ def _check_place(step: str) -> First:
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(FINETUNE_INPUTS, check=check_whole_run, first=_check_place("run"), recipe=True)
-def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess", fresh: Fresh = False) -> None:
+@reported
+def run(
+    inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subprocess", fresh: Fresh = False
+) -> dict[str, Any]:
     """Run the whole pipeline on this machine, from data to an evaluated, merged model.
 
     The defaults train LoRA adapters, as in a pipeline on Kubeflow; `train` alone has those of the published script.
@@ -115,25 +122,29 @@ def run(inputs: Inputs, out: Out = Path("build/run"), runner: RunnerName = "subp
     given = _with_absolute_paths(inputs)
     _claim(out, "run", given)
     from minicpmv_finetune.pipelines.local import run_pipeline
-    from minicpmv_finetune.pipelines.summary import print_summary
+    from minicpmv_finetune.pipelines.summary import print_summary, summary_of
 
-    print_summary(run_pipeline(out, given, runner, fresh=fresh), out)
+    done = run_pipeline(out, given, runner, fresh=fresh)
+    print_summary(done, out)
+    return summary_of(done, out)
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(RETRAIN_INPUTS, check=check_whole_run, first=_check_place("retrain"), recipe=True)
+@reported
 def retrain(
     inputs: Inputs, out: Out = Path("build/retrain"), runner: RunnerName = "subprocess", fresh: Fresh = False
-) -> None:
+) -> dict[str, Any]:
     """Run the pipeline for schedules on this machine: train if there is new data, and promote a better model."""
     given = _with_absolute_paths(inputs)
     _claim(out, "retrain", given)
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.retraining import RETRAIN
-    from minicpmv_finetune.pipelines.summary import print_reports
+    from minicpmv_finetune.pipelines.summary import print_reports, summary_of
 
-    run_pipeline(out, given, runner, RETRAIN, fresh)
+    done = run_pipeline(out, given, runner, RETRAIN, fresh)
     print_reports(out)
+    return summary_of(done, out)
 
 
 def _check_fraction(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -158,7 +169,10 @@ def plan(
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(min=1, max=_MANY, help="Batches per optimizer step; by default those of the inputs.")
     ] = None,
-    output: Annotated[Literal["table", "json"], typer.Option(help="Tables, or JSON for a program.")] = "table",
+    output: Annotated[
+        Literal["text", "table", "json"],
+        typer.Option(help="Text, or one JSON document for a program; table is the same as text."),
+    ] = "text",
 ) -> None:
     """Estimate the cost of a run before a GPU is requested: samples, tokens, shards, memory, steps.
 
@@ -202,7 +216,7 @@ def recipes(
             metavar="[NAME]", help="Recipe to print, as a start for one of your own.", autocompletion=recipe_names
         ),
     ] = "",
-    output: Annotated[Output, typer.Option(help="Text, or one JSON document for a program.")] = "text",
+    output: OutputFormat = "text",
 ) -> None:
     """List the recipes of `--recipe` with the memory and hours that `plan` estimates, or print one."""
     from minicpmv_finetune.inputs.recipe import read_recipe, recipe_path
@@ -249,6 +263,7 @@ def predict(
     adapter: Annotated[str, typer.Option(help="Adapter folder that train wrote, to apply to --model.")] = "",
     max_new_tokens: NewTokens = 128,
     thinking: Annotated[bool, typer.Option("--thinking", help="Request reasoning first (MiniCPM-V 4.5).")] = False,
+    output: OutputFormat = "text",
 ) -> None:
     """Ask a tuned model a question about an image."""
     if not prompt.strip():
@@ -258,7 +273,8 @@ def predict(
     check_base_model("--model", model)
     from minicpmv_finetune.components.evaluate.predict import predict as answer
 
-    print(answer(model, image or [], prompt, adapter, max_new_tokens, thinking))
+    text = answer(model, image or [], prompt, adapter, max_new_tokens, thinking)
+    print(json.dumps({"answer": text}, indent=1, ensure_ascii=False) if output == "json" else text)
 
 
 def _with_absolute_paths(inputs: Inputs) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A user's mistake ends with one sentence and exit code 2, a temporary fault with 
 imported only when a command needs them, so that help and mistakes in arguments appear at once.
 """
 
+import io
 import signal
 import sys
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
-from minicpmv_finetune.progress import quieten_libraries
+from minicpmv_finetune.progress import quieten_libraries, shows_unicode
 
 from . import kubeflow, local, models, serving, steps
 from .help import WIDEST, Command, Group
@@ -30,6 +31,8 @@ completely on this machine.
 
 `minicpmv-finetune --help` lists all commands."""
 
+_STOPPED = 128 + signal.SIGINT
+
 app = typer.Typer(
     name="minicpmv-finetune",
     help="Fine-tune MiniCPM-V with LoRA: as a Kubeflow pipeline, or completely on this machine.",
@@ -42,7 +45,7 @@ for group in (local, serving, kubeflow, models, steps):
     app.add_typer(group.app)
 for commands in (local.app, serving.app, kubeflow.app, kubeflow.schedule_app, models.app, steps.app):
     for command in commands.registered_commands:
-        if not issubclass(command.cls, Command):
+        if command.cls is None or not issubclass(command.cls, Command):
             command.cls = Command
 
 
@@ -69,6 +72,10 @@ def greet(
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     quieten_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        # In an encoding without these characters, an answer or a check mark must not end the program.
+        if isinstance(stream, io.TextIOWrapper) and not shows_unicode(stream):
+            stream.reconfigure(errors="backslashreplace")
     # After SIGTERM a step removes its incomplete output, as after an error; by default the process would end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -77,10 +84,12 @@ def main() -> None:
     except (UserError, RetryableError) as error:
         end_process(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = _STOPPED
     except Exception as error:
         if sentence := usage_sentence(error):
             end_process(UserError(sentence))
         raise
+    if code == _STOPPED:
+        print("\nstopped", file=sys.stderr)
     # The code of an exit that the library asks for, such as after --help.
     sys.exit(code if isinstance(code, int) else 0)

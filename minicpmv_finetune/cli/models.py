@@ -1,10 +1,10 @@
 """The commands with which a person changes the champion."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import DEFAULT_MODEL, Model
+from .options import DEFAULT_MODEL, Model, reported
 
 PANEL = "Models"
 app = typer.Typer()
@@ -12,20 +12,27 @@ Reason = Annotated[str, typer.Option(help="Why the champion changes; stored in t
 
 
 @app.command(rich_help_panel=PANEL)
+@reported
 def promote(
     version: Annotated[str, typer.Argument(help="Number of the version that becomes champion.")],
     reason: Reason,
     model: Model = DEFAULT_MODEL,
-) -> None:
+) -> dict[str, Any]:
     """Make a registered version the champion, whatever the gate decided."""
     from minicpmv_finetune.tracking.champion import promote as move
 
-    print(move(model, version, reason))
+    return _printed(model, move(model, version, reason))
 
 
 @app.command(rich_help_panel=PANEL)
-def rollback(reason: Reason, model: Model = DEFAULT_MODEL) -> None:
+@reported
+def rollback(reason: Reason, model: Model = DEFAULT_MODEL) -> dict[str, Any]:
     """Make the champion's predecessor the champion again; a second call goes back one more version."""
     from minicpmv_finetune.tracking.champion import rollback as move
 
-    print(move(model, reason))
+    return _printed(model, move(model, reason))
+
+
+def _printed(model: str, sentence: str) -> dict[str, Any]:
+    print(sentence)
+    return {"model": model, "outcome": sentence}

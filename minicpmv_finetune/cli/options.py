@@ -2,18 +2,24 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 from minicpmv_finetune.options import read_json
 
 Output = Literal["text", "json"]
+OutputFormat = Annotated[Output, typer.Option("--output", help="Text, or one JSON document for a program.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only warnings and mistakes.")]
 Inputs = Mapping[str, Any]
 """The parameter of a command that `with_inputs` turns into options."""
 
@@ -226,6 +232,52 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option}: must be a JSON object; write it like '{{\"name\": 1}}'.")
     return value
+
+
+def reported(command: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
+    """Give a command --quiet and --output; what it returns is the document of `--output json`.
+
+    With a document, what the command prints goes to stderr, so that stdout contains the document and nothing else.
+    """
+
+    @wraps(command)
+    def shown(*, quiet: bool, output: Output, **options: Any) -> None:
+        with ExitStack() as stack:
+            if quiet:
+                stack.enter_context(_quiet())
+                stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            elif output == "json":
+                stack.enter_context(redirect_stdout(sys.stderr))
+            answer = command(**options)
+        if output == "json":
+            print(json.dumps(answer, indent=1, ensure_ascii=False))
+
+    more = {"quiet": (Quiet, False), "output": (OutputFormat, "text")}
+    parameters = [
+        *inspect.signature(command).parameters.values(),
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in more.items()
+        ),
+    ]
+    shown.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    shown.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return shown
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the steps of this process and of those that it starts show neither progress nor outcomes, for a block."""
+    before = os.environ.get(environment.QUIET.name)
+    os.environ[environment.QUIET.name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(environment.QUIET.name)
+        if before is not None:
+            os.environ[environment.QUIET.name] = before
 
 
 def absolute(uri: str) -> str:

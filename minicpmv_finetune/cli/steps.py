@@ -1,20 +1,34 @@
 """Every step as a separate command, so that it can be run and debugged without Kubeflow."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
 
 from .help import Command
-from .options import DEFAULT_MODEL, Inputs, Model, NewTokens, Out, not_empty, path_option, read_json_object, with_inputs
+from .options import (
+    DEFAULT_MODEL,
+    Inputs,
+    Model,
+    NewTokens,
+    Out,
+    not_empty,
+    path_option,
+    read_json_object,
+    reported,
+    with_inputs,
+)
 
 PANEL = "One step"
 app = typer.Typer()
 
 
 @app.command(rich_help_panel=PANEL)
+@reported
 def import_data(
     source: Annotated[
         str,
@@ -35,15 +49,16 @@ def import_data(
             "--images", "--pictures", help="Folder at which the images' relative paths start; by default the source's."
         ),
     ] = "",
-) -> None:
+) -> dict[str, Any]:
     """Before step 1: convert another program's data into this project's format."""
     from minicpmv_finetune.data.importers import import_data as convert
 
-    convert(source, out, images)
+    return {"data": str(out), **convert(source, out, images)}
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(rows("data_uri eval_data_uri max_reject_ratio seed"))
+@reported
 def validate_data(
     inputs: Inputs,
     out: Out,
@@ -56,7 +71,7 @@ def validate_data(
             help="Rotate images by their EXIF orientation in training and evaluation; serving must do it too."
         ),
     ] = False,
-) -> None:
+) -> dict[str, Any]:
     """Step 1: check every sample; rejects.jsonl and data-report.html beside OUT contain the findings."""
     from minicpmv_finetune.outputs import check_folder, folder_beside
 
@@ -67,11 +82,13 @@ def validate_data(
     settings = ValidationSettings(inputs["max_reject_ratio"], eval_fraction, inputs["seed"], exif_transpose)
     beside = folder_beside(out)
     rejects, report = beside / "rejects.jsonl", beside / "data-report.html"
-    step(inputs["data_uri"], inputs["eval_data_uri"], out, rejects, settings, report)
+    info = step(inputs["data_uri"], inputs["eval_data_uri"], out, rejects, settings, report)
+    return {"dataset": str(out), "rejects": str(rejects), "report": str(report), **info.model_dump()}
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(rows("base_model_uri max_slice_nums model_max_length max_reject_ratio"), required=["base_model_uri"])
+@reported
 def preprocess(
     inputs: Inputs,
     dataset: Annotated[Path, path_option("--dataset", "Folder that validate-data wrote.")],
@@ -83,7 +100,7 @@ def preprocess(
         str, typer.Option(help="Folder or s3:// URI that keeps finished shards for later runs; by default beside OUT.")
     ] = "",
     num_workers: Annotated[int, typer.Option(min=0, help="Number of processes; 0 means one per core.")] = 0,
-) -> None:
+) -> dict[str, Any]:
     """Step 2: slice images and tokenize conversations once, into Parquet shards; a report is written beside OUT."""
     from minicpmv_finetune.outputs import check_cache, check_folder, folder_beside
 
@@ -104,7 +121,11 @@ def preprocess(
         inputs["max_slice_nums"], inputs["model_max_length"], inputs["max_reject_ratio"], codec
     )
     rejects, report = (folder_beside(out) / f"preprocess-{name}" for name in ("rejects.jsonl", "report.html"))
-    step(dataset, inputs["base_model_uri"], out, rejects, settings, cache, num_workers, report)
+    manifest = step(dataset, inputs["base_model_uri"], out, rejects, settings, cache, num_workers, report)
+    places = {"shards": str(out), "rejects": str(rejects), "report": str(report)}
+    tokens = {split: sum(lengths) for split, lengths in manifest.lengths.items()}
+    samples = {split: len(lengths) for split, lengths in manifest.lengths.items()}
+    return {**places, "samples": samples, "slices": manifest.slices, "tokens": tokens, "bytes": manifest.bytes}
 
 
 class _Train(Command):
@@ -112,7 +133,7 @@ class _Train(Command):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """The flags that begin with the incomplete word."""
-        from typer.core import CompletionItem  # type: ignore[attr-defined]
+        from typer.core import CompletionItem
 
         from minicpmv_finetune.components.train.flags import table
 
@@ -131,8 +152,13 @@ class _Train(Command):
 def train(context: typer.Context) -> None:
     """Step 3: train with torchrun; accepts every flag of the published finetune.py (see `train --help`).
 
-    A YAML file of flags may come first. `--print-plan` only prints what would be trained, frozen and saved.
+    A YAML file of flags may come first. `--print-plan` only prints what would be trained, frozen and saved; `--quiet`
+    shows only warnings and mistakes.
     """
+    if "--quiet" in context.args:
+        context.args.remove("--quiet")
+        # The launcher's processes inherit it.
+        os.environ[environment.QUIET.name] = "1"
     if "--help" in context.args:
         from minicpmv_finetune.components.train.flags_help import help_text
 
@@ -157,6 +183,7 @@ def train(context: typer.Context) -> None:
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(rows("base_model_uri"), required=["base_model_uri"])
+@reported
 def merge(
     inputs: Inputs,
     adapter: Annotated[Path, path_option("--adapter", "Folder that train wrote.")],
@@ -169,7 +196,7 @@ def merge(
             "--out", "Folder or s3:// URI that receives the result; a repeated command continues an upload.", kind=str
         ),
     ],
-) -> None:
+) -> dict[str, Any]:
     """Step 4: merge the adapter into the base model, and check on real samples that the logits agree."""
     import sys
     import tempfile
@@ -196,8 +223,9 @@ def merge(
     from minicpmv_finetune.components.merge.merge import merge as step
 
     if not is_remote:
-        step(base, adapter, shards, Path(out), folder_beside(Path(out)) / "merge-report.json", MergeSettings())
-        return
+        place = folder_beside(Path(out)) / "merge-report.json"
+        merged = step(base, adapter, shards, Path(out), place, MergeSettings())
+        return {"model": out, "report": str(place), **merged.model_dump(mode="json")}
     with tempfile.TemporaryDirectory() as folder:
         model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
         merged = step(base, adapter, shards, model, report, MergeSettings())
@@ -208,10 +236,12 @@ def merge(
         # After the folder, whose record shows a repeated command that this report is its own.
         storage.write_bytes(report_uri, report.read_bytes())
         print(f"{sent} files uploaded to {out}")
+        return {"model": out, "report": report_uri, **merged.model_dump(mode="json")}
 
 
 @app.command(rich_help_panel=PANEL)
 @with_inputs(rows("metric"))
+@reported
 def evaluate(
     inputs: Inputs,
     model: Annotated[Path, path_option("--model", "Folder that merge wrote.")],
@@ -226,7 +256,7 @@ def evaluate(
     gate: Annotated[
         str, typer.Option(help="Conditions for the model, as JSON such as '{\"min_improvement\": 0.01}'.")
     ] = "{}",
-) -> None:
+) -> dict[str, Any]:
     """Step 5: answer the held-out samples with base, champion and merged model; OUT receives answers and report."""
     from minicpmv_finetune.outputs import check_folder, claimed_folder
 
@@ -246,21 +276,30 @@ def evaluate(
     from minicpmv_finetune.components.evaluate.evaluate import evaluate as step
 
     with claimed_folder(out, "evaluate", compared) as output, output.assembled() as folder:
-        decision = step(
+        evaluation = step(
             model, base_model, dataset, folder / "predictions.jsonl", folder / "report.html", settings, champion
-        ).decision
+        )
+    decision = evaluation.decision
     print(f"{'passed' if decision.promote else 'failed'} the gate: {decision.reason}")
+    gate = {"promote": decision.promote, "reason": decision.reason}
+    return {
+        "answers": str(out / "predictions.jsonl"),
+        "report": str(out / "report.html"),
+        "gate": gate,
+        "metrics": evaluation.metrics,
+    }
 
 
 @app.command(rich_help_panel=PANEL)
+@reported
 def register(
     promotion_record: Annotated[
         Path,
         path_option("--promotion-record", "Promotion record that evaluate wrote in a pipeline.", "--verdict"),
     ],
     model: Model = DEFAULT_MODEL,
-) -> None:
+) -> dict[str, Any]:
     """Step 6: register a model that passed the gate in MLflow, and make it the champion if it beat the champion."""
     from minicpmv_finetune.components.register.register import register as step
 
-    step(promotion_record, model)
+    return {"model": model, "outcome": step(promotion_record, model)}

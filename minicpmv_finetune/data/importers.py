@@ -64,7 +64,7 @@ class _ImageArchive:
                 staging.unlink()
 
 
-def import_data(source: str, out: Path, image_folder: str = "") -> None:
+def import_data(source: str, out: Path, image_folder: str = "") -> dict[str, int]:
     """Write data of another format as JSON Lines for validate-data.
 
     Args:
@@ -72,6 +72,9 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
             contains Parquet files, or a pattern of files; local or `s3://`.
         out: File that receives the samples; rejects and images are written beside it.
         image_folder: Folder that relative image paths start at; empty for the folder of the source.
+
+    Returns:
+        Number of `samples`, and of `rejected` items.
 
     Raises:
         UserError: There is no file at the source, its format is unknown, or no item of it can be used.
@@ -83,10 +86,10 @@ def import_data(source: str, out: Path, image_folder: str = "") -> None:
     rejects_file = out.with_name(f"{out.stem}.rejects.jsonl")
     files = [out, rejects_file, out.with_name(f"{out.stem}.pictures.tar")]
     with claimed_files(files, "import-data", {"SOURCE": source}):
-        _import(source, out, rejects_file, image_folder)
+        return _import(source, out, rejects_file, image_folder)
 
 
-def _import(source: str, out: Path, rejects_file: Path, image_folder: str) -> None:
+def _import(source: str, out: Path, rejects_file: Path, image_folder: str) -> dict[str, int]:
     imported = 0
     ignored: Counter[str] = Counter()
     archive = _ImageArchive(out.with_name(f"{out.stem}.pictures.tar"))
@@ -127,6 +130,7 @@ def _import(source: str, out: Path, rejects_file: Path, image_folder: str) -> No
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejects.counts.most_common())
     listed = f", {rejects.counts.total():,} rejected ({reasons}), listed in {rejects.path}" if reasons else ""
     report_outcome(f"{imported:,} samples in {out}{listed}")
+    return {"samples": imported, "rejected": rejects.counts.total()}
 
 
 def _read_items(source: str) -> Iterator[tuple[str, int | None, Any, SampleError | None]]:

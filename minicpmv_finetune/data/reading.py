@@ -137,7 +137,10 @@ def read_records(uri: str, path: Path, report_bytes: Callable[[int], object] = l
         file.seek(0)
         other = None if start.lstrip()[:1] in (b"[", b"{") else image_files.explain_content(start)
         if other:
-            raise UserError(f"{uri}: not JSON, it is {other}.")
+            raise UserError(
+                f"{uri}: not JSON, it is {other}; give JSON or JSON Lines, which `minicpmv-finetune import-data` makes "
+                "of other programs' data."
+            )
         window = _Window(uri, file, report_bytes)
         first = window.peek()
         if not first:

@@ -156,7 +156,10 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
     """
     storage.require_no_file(str(path.parent))
     if not path.is_file():
-        raise UserError(f"{path.parent}: no {path.name} here, so {made_by} has not finished; run it first.")
+        raise UserError(
+            f"{path.parent}: no {path.name} here, so {made_by} has not finished; run `minicpmv-finetune {made_by}` "
+            "first."
+        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         version = document.get("schema_version", 1)

@@ -179,7 +179,7 @@ def connect(profile: Profile) -> Cluster:
     if not endpoint:
         raise UserError(
             f"Kubeflow Pipelines: no address is given; set {environment.KFP_ENDPOINT} or the profile's "
-            "kubeflow_pipelines.endpoint."
+            "kubeflow_pipelines.endpoint; `minicpmv-finetune setup` prints it."
         )
     token = environment.KFP_TOKEN.read()
     credentials = None

@@ -44,7 +44,8 @@ def read_log(cluster: Cluster, run: kfp_server_api.V2beta1Run, step: StepRow) ->
         UserError: The step has not started, or no place has its log.
     """
     if not step.pod:
-        raise UserError(f"{step.step}: has not started, so there is no log; try again once it runs.")
+        shown = f"minicpmv-finetune runs {run.run_id}"
+        raise UserError(f"{step.step}: has not started, so there is no log; `{shown}` shows why.")
     places: dict[str, Callable[[Cluster, kfp_server_api.V2beta1Run, StepRow], str]] = {
         "Kubernetes": _read_pod,
         "Kubeflow Pipelines": _read_server,

@@ -32,19 +32,22 @@ DEMO_INPUTS: dict[str, Any] = {
 }
 
 
-def run_demo(out: Path, seed: int, fresh: bool = False) -> None:
+def run_demo(out: Path, seed: int, fresh: bool = False) -> dict[str, Any]:
     """Create data and base checkpoint, compile and run the pipeline, and print the results.
 
     Args:
         out: Folder that receives all files, and `summary.json`.
         seed: Seed for the split of the digits and for the training.
         fresh: Start over, even if an earlier run with this seed is unfinished.
+
+    Returns:
+        What a program wants to know of the run.
     """
     from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
     from .finetuning import FINETUNE
     from .local import run_pipeline
-    from .summary import print_summary, short_path
+    from .summary import print_summary, short_path, summary_of
 
     train_data, eval_data = write_digits(out / "digits", seed)
     base = write_tiny_checkpoint(out / "base", corpus=DEMO_CORPUS)
@@ -81,6 +84,7 @@ def run_demo(out: Path, seed: int, fresh: bool = False) -> None:
         compiled=compiled,
         question={"image": short_path(eval_data.parent / image), "prompt": QUESTION},
     )
+    return {**summary_of(run, out), "tuned_with_lora_b_zero": without_lora, "pipeline": str(compiled)}
 
 
 def exact_match_without_lora(base: Path, adapter: Path, dataset: Path) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -88,9 +89,11 @@ def run_pipeline(
         variables = {
             environment.TRACKING_URI.name: tracking,
             environment.PIPELINE_RUN_ID.name: folder.path.name,
+            # The steps say everything; the display decides what of it is shown.
             environment.PROGRESS_SECONDS.name: "0.5",
+            environment.QUIET.name: "",
         }
-        with _environment(variables), (out / "run.log").open("a") as log, RunDisplay(log) as display:
+        with (out / "run.log").open("a", encoding="utf-8") as log, RunDisplay(log) as display, _environment(variables):
             _announce(display, folder)
             steps = RunSteps(folder, display, lock, in_containers=runner == "docker")
             local.init(_kfp_runner(runner, variables, out.absolute(), folder.path.name), pipeline_root=str(artifacts))
@@ -164,7 +167,8 @@ def _explain_failure(
         return UserError(display.error or str(error))
     if display.error and not display.crashed:
         return RetryableError(display.error)
-    print(f"error: {display.step} failed; its traceback is in {log}", file=sys.stderr)
+    command = f"tail -n 40 {shlex.quote(str(log))}"
+    print(f"error: {display.step} failed; its traceback is in {log}: type `{command}`", file=sys.stderr)
     return SystemExit(1)
 
 

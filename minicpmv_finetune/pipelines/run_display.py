@@ -19,6 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.progress import OUTCOME_MARK, seconds_between_lines, shows_unicode
 
 FINISHED_BEFORE = "finished before: "
@@ -57,7 +58,7 @@ class RunDisplay:
 
     log: TextIO
     to: TextIO = field(default_factory=lambda: sys.stdout)
-    quiet: bool = False
+    quiet: bool = field(default_factory=lambda: bool(environment.QUIET.read()))
     seconds_between_lines: float = field(default_factory=seconds_between_lines)
     step: str = ""
     outcome: str = ""
@@ -93,8 +94,10 @@ class RunDisplay:
         """Print a sentence about the run itself, and log it."""
         if self.quiet and sentence.startswith("warning: "):
             print(sentence, file=sys.stderr)
-        is_terminal = self._console.is_terminal
-        self._console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False), soft_wrap=not is_terminal)
+        if self._console.is_terminal:
+            self._console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
+        else:
+            self._console.print(Text(f"  {sentence}"), soft_wrap=True)
         self.log.write(f"{sentence}\n")
         self.log.flush()
 

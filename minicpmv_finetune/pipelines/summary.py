@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +64,29 @@ def print_summary(
     for name, text in lines.items():
         if text:
             console.print(f"  {name:<19}{text}")
+
+
+def summary_of(run: LocalRun, out: Path) -> dict[str, Any]:
+    """What a program wants to know of a finished run.
+
+    Args:
+        run: The finished run.
+        out: Folder of the run.
+    """
+    record_file = run.output("evaluate", "promotion_record")
+    registration = run.output("register", "registration")
+    record = read_promotion_record(record_file) if record_file.exists() else None
+    return {
+        "run": run.folder.name,
+        "out": str(out),
+        "seconds": dict(run.seconds),
+        "gate": {"promote": record.promote, "reason": record.reason} if record else None,
+        "metrics": dict(record.metrics) if record else None,
+        "registered": registration.read_text().strip() if registration.exists() else None,
+        "model": str(out / "model") if record else None,
+        "reports": _reports(out),
+        "log": str(out / "run.log"),
+    }
 
 
 def print_reports(out: Path) -> None:

@@ -123,7 +123,8 @@ def open_registry(name: str) -> "Registry":
     """
     if not is_configured():
         raise UserError(
-            f"{environment.TRACKING_URI} is not set, so there is no model registry; set it to MLflow's address."
+            f"{environment.TRACKING_URI} is not set, so there is no model registry; set it to MLflow's address, or "
+            "to sqlite:///OUT/mlflow.db for the models of `minicpmv-finetune run --out OUT`."
         )
     check_name(name)
     address = without_password(environment.TRACKING_URI.read())

@@ -1,14 +1,20 @@
 """What a user sees of the command line itself: the greeting, mistakes, and completion in a shell."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
-from minicpmv_finetune.cli.main import main
+from minicpmv_finetune import environment
+from minicpmv_finetune.cli.main import app, main
 
 PROGRAM = "import sys; sys.argv[0] = 'minicpmv-finetune'; from minicpmv_finetune.cli.main import main; main()"
 
@@ -144,3 +150,69 @@ echo "${COMPREPLY[@]}"
     variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([bash, "-c", line], capture_output=True, text=True, env=variables)
     assert done.stdout.split() == ["preflight"], done.stderr
+
+
+TEXT_ONLY = [
+    {
+        "conversations": [
+            {"role": "user", "content": f"{number} + 1?"},
+            {"role": "assistant", "content": f"{number + 1}"},
+        ]
+    }
+    for number in range(40)
+]
+
+
+@pytest.mark.parametrize("quiet", ["", "--quiet"])
+def test_a_document_is_alone_on_stdout(
+    quiet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(TEXT_ONLY))
+    out = tmp_path / "dataset"
+    assert run(f"validate-data --data {tmp_path}/train.json --out {out} --output json {quiet}", monkeypatch) == 0
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert document["dataset"] == str(out)
+    assert sum(document["rows"].values()) == 40
+    assert "warning: none of the" in shown.err
+    assert ("100%" in shown.err) == (not quiet)
+    assert ("→" in shown.err) == (not quiet)
+    assert environment.QUIET.name not in os.environ
+
+
+def test_a_mistake_leaves_stdout_empty_for_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"validate-data --data {tmp_path}/none.json --out {tmp_path}/out --output json", monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+
+
+def commands() -> Iterator[str]:
+    program = typer.main.get_command(app)
+    assert isinstance(program, TyperGroup)
+    for name, command in program.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from (f"{name} {inner}" for inner in command.commands)
+        else:
+            yield name
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_has_a_document_for_programs(name: str) -> None:
+    command: Any = typer.main.get_command(app)
+    for word in name.split():
+        command = command.commands[word]
+    options = {option for parameter in command.params for option in parameter.opts}
+    # train writes training.json, logs prints a log, compile writes the file that it is told, and servers do not end.
+    assert "--output" in options or name in {"train", "logs", "compile", "serve", "chat"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_an_encoding_without_some_characters_ends_nothing(encoding: str) -> None:
+    code = "import sys; sys.argv[1:] = ['zzz…']; from minicpmv_finetune.cli.main import main; main()"
+    variables = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+    assert done.returncode == 2
+    assert done.stderr == "error: no command zzz\\u2026; `-c --help` lists all.\n"

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from minicpmv_finetune.cli.main import app
+from minicpmv_finetune.cli.main import app, main
 from minicpmv_finetune.components.train.flags import table
 from minicpmv_finetune.components.train.flags_help import help_text
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults
@@ -32,14 +32,17 @@ def commands() -> Iterator[tuple[str, ...]]:
     "words", [(), ("schedule",), *(words for words in commands() if words != ("train",))], ids=" ".join
 )
 def test_help_shows_the_names_of_all_options_whole(
-    words: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "argv", ["minicpmv-finetune", *words, "--help"])
     command: object = typer.main.get_command(app)
     for word in words:
         assert isinstance(command, TyperGroup)
         command = command.commands[word]
-    shown = CliRunner().invoke(app, [*words, "--help"]).stdout
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= min(columns, 110)
     assert "\x1b" not in shown
     shown_parameters = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]  # type: ignore[attr-defined]

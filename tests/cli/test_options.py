@@ -33,7 +33,7 @@ COMMANDS = _commands(typer.main.get_command(app))
 @pytest.mark.parametrize(("command", "inputs"), [("run", FINETUNE_INPUTS), ("retrain", RETRAIN_INPUTS)])
 def test_local_pipelines_have_an_option_for_every_input(command: str, inputs: tuple[Input, ...]) -> None:
     offered = {option.name: option for option in COMMANDS[command].params}
-    assert set(offered) == {item.name for item in inputs} | {"recipe", "out", "runner", "fresh"}
+    assert set(offered) == {item.name for item in inputs} | {"recipe", "out", "runner", "fresh", "quiet", "output"}
     for item in inputs:
         option = offered[item.name]
         assert (item.option or f"--{item.name.replace('_', '-')}") in option.opts

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.options import Accepted, did_you_mean, raise_mistakes, read_json
-from minicpmv_finetune.yaml_files import read_mapping
 
 if TYPE_CHECKING:
     from minicpmv_finetune.estimate.layers import Targets
@@ -594,6 +593,8 @@ def expand_file(argv: list[str]) -> list[str]:
     """Put a configuration file's flags before those of the command line, which take precedence."""
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return argv
+    from minicpmv_finetune.yaml_files import read_mapping
+
     document = read_mapping(Path(argv[0]), "flags by name", "write one flag per line, such as `lora_r: 16`")
     return [*as_flags(document), *argv[1:]]
 

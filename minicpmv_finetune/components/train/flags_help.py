@@ -17,7 +17,7 @@ _GROUPS = {
 _USAGE = "minicpmv-finetune train [FLAGS.yaml] --data_path SHARDS --output_dir OUT [--flag value ...]"
 _DESCRIPTION = (
     "Train with torchrun, one process per GPU. A YAML file of flags may come first. --print-plan only prints what "
-    "would be trained, frozen and saved."
+    "would be trained, frozen and saved; --quiet shows only warnings and mistakes."
 )
 _CHOSEN = {
     "logging_steps": "10, fewer in a short training",
