@@ -281,11 +281,10 @@ def evaluate(
         )
     decision = evaluation.decision
     print(f"{'passed' if decision.promote else 'failed'} the gate: {decision.reason}")
-    gate = {"promote": decision.promote, "reason": decision.reason}
     return {
         "answers": str(out / "predictions.jsonl"),
         "report": str(out / "report.html"),
-        "gate": gate,
+        "gate": {"promote": decision.promote, "reason": decision.reason},
         "metrics": evaluation.metrics,
     }
 

@@ -161,8 +161,8 @@ def _read_image(address: str) -> ImageRef:
 
 def _streaming_tokenizer(encoder: Encoder) -> Tokenizer:
     """The tokenizer in which only the format's own tokens are special, since a stream leaves special tokens out."""
-    backend: Tokenizer = encoder.tokenizer.backend_tokenizer  # type: ignore[attr-defined]  # of fast tokenizers
-    content = json.loads(backend.to_str())
+    fast_tokenizer: Any = encoder.tokenizer
+    content = json.loads(fast_tokenizer.backend_tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] in encoder.structural_tokens
     return Tokenizer.from_str(json.dumps(content))

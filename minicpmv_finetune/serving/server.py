@@ -107,7 +107,7 @@ def build_app(model: LoadedModel) -> Any:
             return Modality.VLM
 
         @staticmethod
-        def get_gen_models(*folder: Any) -> Any:
+        def get_gen_models(*folder: Any) -> Any:  # type: ignore[override]  # the base class caches its result
             return [{"id": SERVED_NAME, "object": "model", "owned_by": "minicpmv-finetune", "created": 0}]
 
     class Chat(ChatCompletionHandler):

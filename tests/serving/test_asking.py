@@ -96,7 +96,7 @@ def test_a_question_without_an_image_shows_no_slices(model: LoadedModel) -> None
 
 def test_the_package_has_no_other_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'ask'"):
-        _ = minicpmv_finetune.ask  # type: ignore[attr-defined]
+        _ = minicpmv_finetune.ask
 
 
 def test_the_notebook_runs(
