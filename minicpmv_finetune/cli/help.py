@@ -4,8 +4,6 @@ Typer's own help draws boxes with rich, whose import takes longer than everythin
 boxes leave little room for words where a terminal is narrow.
 """
 
-import os
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -66,6 +64,11 @@ class Group(TyperGroup):
             raise UserError(unknown_command(ctx.command_path, name, self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, and then the options."""
+        self.format_commands(ctx, formatter)
+        _write_sections(formatter, _parameters(self, ctx))
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each command with the first paragraph of its help."""
         rows = []
@@ -102,7 +105,7 @@ def _write_sections(formatter: Any, rows: Iterable[tuple[str, _Row]]) -> None:
     for title, row in rows:
         sections.setdefault(title, []).append(row)
     for title, section_rows in sections.items():
-        with formatter.section(_bold(title)):
+        with formatter.section(title):
             for line in _lines(section_rows, formatter.width):
                 formatter.write(f"{line}\n")
 
@@ -125,9 +128,3 @@ def _lines(rows: Sequence[_Row], width: int) -> Iterator[str]:
 
 def _first_paragraph(text: str) -> str:
     return " ".join(text.strip().partition("\n\n")[0].split())
-
-
-def _bold(text: str) -> str:
-    """The text in bold type, if this is a terminal that shows it."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown", None)
-    return text if plain else typer.style(text, bold=True)

@@ -270,14 +270,12 @@ def reported(command: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Let the steps of this process and of those that it starts show neither progress nor outcomes, for a block."""
-    before = os.environ.get(environment.QUIET.name)
+    before = environment.QUIET.read()
     os.environ[environment.QUIET.name] = "1"
     try:
         yield
     finally:
-        os.environ.pop(environment.QUIET.name)
-        if before is not None:
-            os.environ[environment.QUIET.name] = before
+        os.environ[environment.QUIET.name] = before
 
 
 def absolute(uri: str) -> str:
