@@ -131,4 +131,4 @@ def test_a_run_is_submitted_with_the_profile(
 def test_every_example_is_listed() -> None:
     text = (EXAMPLES / "README.md").read_text()
     listed = {path.name for path in EXAMPLES.iterdir() if f"({path.name})" in text}
-    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in {".py", ".yaml"}}
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in {".py", ".yaml", ".ipynb"}}
