@@ -80,7 +80,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with explain_disk_errors():
-            code: Any = app(standalone_mode=False)
+            code: Any = app(prog_name=app.info.name, standalone_mode=False)
     except (UserError, RetryableError) as error:
         end_process(error)
     except KeyboardInterrupt:

@@ -215,4 +215,4 @@ def test_an_encoding_without_some_characters_ends_nothing(encoding: str) -> None
     variables = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
     assert done.returncode == 2
-    assert done.stderr == "error: no command zzz\\u2026; `-c --help` lists all.\n"
+    assert done.stderr == "error: no command zzz\\u2026; `minicpmv-finetune --help` lists all.\n"
