@@ -37,6 +37,7 @@ _WIDTH_IN_A_FILE = 97
 _NAME = 14  # columns of a step's name, at least
 _TIME = 6
 _BAR = 24
+_FREE = 3  # columns at the end of the running step's line, where a terminal writes the ^C of Ctrl-C
 
 
 @dataclass
@@ -149,8 +150,7 @@ class RunDisplay:
         if not self.step:
             return Text("")
         duration = _duration(time.monotonic() - self._started)
-        # The last column stays free: a terminal that becomes narrower would break a full line in two.
-        room = self._width() - 1 - 4 - self._name_width(self.step) - _TIME - 1
+        room = self._width() - _FREE - 4 - self._name_width(self.step) - _TIME - 1
         text = progress_text(self._progress, self.step, room, self._marks[1] == "✓") if self._progress else "starting"
         return self._line(self._marks[0], "cyan", self.step, text, duration, one_line=True)
 
@@ -162,7 +162,7 @@ class RunDisplay:
             plain = f"  {mark} {step:<{self._name_width(step)}}{text}"
             return Text(f"{plain:<{_WIDTH_IN_A_FILE - _TIME}} {duration:>{_TIME}}")
         line = Table.grid()
-        line.width = self._width() - (1 if one_line else 0)
+        line.width = self._width() - (_FREE if one_line else 0)
         line.add_column(width=4)
         line.add_column(width=self._name_width(step))
         line.add_column(ratio=1, no_wrap=one_line, overflow="crop" if one_line else "fold")
