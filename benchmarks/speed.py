@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py [--only switches evaluation roof] [--rounds 2]
     python benchmarks/speed.py --only scaling
+    python benchmarks/speed.py --only sharing --rounds 5
 
 Compared variants alternate in one run, each in a separate process, so that other load on the machine affects all of
 them and the memory of one is not counted for another. Work is single-threaded and measured in processor time, which
@@ -83,6 +84,9 @@ ALONE = {
     "fused adapters": replace(PLAIN, fused=True),
 }
 ALL = Switches(sliced_before=True, logits=True, features=True, packing=True, fused=True)
+SAMPLES_ABOUT_IMAGES = 40
+BEFORE_IMAGE, QUESTION, ANSWER = 5, 20, 3
+"""Tokens of a sample of easy-VQA before its image of 64 tokens, after it with the chat template, and supervised."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Measured:
 def main() -> None:
     """Run the experiments, print tables, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-1])
+    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-2])
     parser.add_argument("--rounds", type=int, default=2, help="number of measurements of each")
     parser.add_argument("--photographs", type=int, default=8, help="photographs per round")
     options = parser.parse_args()
@@ -207,10 +211,35 @@ def scaling(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     return []
 
 
+def sharing(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """Rows that have an image once against rows that have it with each question; all other switches are on in both."""
+    lines: list[list[str]] = []
+    gains: dict[str, float] = {}
+    for version in ("2.6", "4.6"):
+        for kind, shape in SHAPES.items():
+            for stored, tower in ((False, "runs"), (True, "stored")):
+                for questions in (1, 4, 10):
+                    cases = (version, shape, stored, questions)
+                    runs: list[list[Measured]] = [[], []]
+                    for _ in range(rounds):
+                        for shared in (False, True):
+                            runs[shared].append(_run_in_fork(_train_on_questions, *cases, shared))
+                    ratios = [one.seconds / two.seconds for one, two in zip(*runs, strict=True)]
+                    gain, less = statistics.median(ratios), _ratio(*runs, "memory")
+                    spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
+                    lines.append([version, kind, tower, str(questions), f"{gain:.2f}", spread, f"{less:.2f}"])
+                    gains[f"{version} {kind}, tower {tower}, {questions} questions"] = gain
+    _show(["model", "shape", "tower", "questions an image", "× as fast", "rounds", "× less memory"], lines)
+    at_four = {name: gain for name, gain in gains.items() if " 4 questions" in name}
+    detail = "; ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
+    return [make_result("shared_images_vs_separate", min(at_four.values()), 2.0, f"smallest at 4 of {detail}")]
+
+
 EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = {
     "switches": switches,
     "evaluation": evaluation,
     "roof": roof,
+    "sharing": sharing,
     "scaling": scaling,
 }
 
@@ -250,6 +279,48 @@ def _train_steps(version: str, shape: Shape, case: Switches, images: Sequence[Pa
     started = time.process_time()
     for start in range(0, len(images), BATCH):
         step(range(start, min(start + BATCH, len(images))))
+    return Measured(time.process_time() - started, _peak() - before)
+
+
+def _train_on_questions(version: str, shape: Shape, stored: bool, questions: int, shared: bool) -> Measured:
+    """Train one step on questions about small pictures, after a warm-up step."""
+    trained, base = _make_trainable(version, shape)
+    enable_packing(base, generation_named(version).language_model)
+    fuse_adapters(trained)
+    random = np.random.default_rng(0)
+    slicing = _slicing(version)
+    plan = plan_slices(64, 64, slicing)
+    tokens = 64 if version == "2.6" else plan.target_sizes[0][0] * plan.target_sizes[0][1] // 16
+    rows: list[ModelInput] = []
+    beginning = BEFORE_IMAGE + tokens
+    for _ in range(SAMPLES_ABOUT_IMAGES // questions):
+        picture = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        slices = cut_slices(picture, plan, slicing)
+        for _ in range(questions):
+            rest = random.integers(10, shape.vocabulary, QUESTION + ANSWER).tolist()
+            ids = [*range(10, 10 + BEFORE_IMAGE), *[IMAGE_TOKEN] * tokens, *rest]
+            rows.append(ModelInput("", ids, [IGNORED_LABEL] * (len(ids) - ANSWER) + rest[-ANSWER:], slices))
+    counts = [beginning if shared and number % questions else 0 for number in range(len(rows))]
+    with_image = [row for row, count in zip(rows, counts, strict=True) if not count]
+    features = [_compute_features(base, row) for row in with_image] if stored else []
+    if stored:
+        rows = [replace(row, slices=[]) for row in rows]
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        batch = collate_packed(rows, 14, shared=counts)
+        if stored:
+            batch["patch_features"] = torch.cat([patches for patches, _ in features])
+            batch["target_sizes"] = torch.cat([sizes for _, sizes in features])
+        trained(**batch, loss_only=True, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    before = _reset_peak()
+    started = time.process_time()
+    step()
+    step()
     return Measured(time.process_time() - started, _peak() - before)
 
 

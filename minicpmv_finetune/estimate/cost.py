@@ -55,6 +55,7 @@ class Recipe:
         whole: The parts that are trained whole beside the adapters, as far as they get no adapters themselves.
         whole_in_4_bits: The same of QLoRA, which trains the embeddings only where that is asked for.
         tokens_per_batch: Largest number of tokens that a device processes at once; 0 if it counts samples.
+        share_images: Whether samples with the same image share a row; `batch_size` then counts rows.
     """
 
     devices: int
@@ -68,6 +69,7 @@ class Recipe:
     whole: tuple[str, ...] = ("embeddings", "merger")
     whole_in_4_bits: tuple[str, ...] = ("merger",)
     tokens_per_batch: int = 0
+    share_images: bool = False
 
 
 @dataclass(frozen=True)

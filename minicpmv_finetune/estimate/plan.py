@@ -6,6 +6,7 @@ The estimate needs only the data's JSON, the headers of its images, and the base
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 import numpy as np
@@ -18,6 +19,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 from minicpmv_finetune.shards.packing import group_by_tokens
+from minicpmv_finetune.shards.sharing import share_images
 
 from .cost import (
     Model,
@@ -78,6 +80,8 @@ class Estimate(BaseModel):
     tokens_per_batch: int = Field(default=0, description="Largest number of tokens of a batch; 0 if it counts samples.")
     batches: int = Field(default=0, description="Number of such batches in an epoch.")
     tokens_in_a_batch: float = Field(default=0.0, description="Mean number of tokens of such a batch.")
+    rows: int = Field(default=0, description="Number of rows, if samples with the same image share one; otherwise 0.")
+    shared_tokens: int = Field(default=0, description="Number of tokens of the samples that these rows do not repeat.")
     parameters: int
     active_parameters: int = Field(description="Parameters that compute a token; in a mixture of experts not all do.")
     trained_parameters: int
@@ -159,7 +163,7 @@ def estimate_run(
         estimated_main_memory_bytes=int(estimate_main_memory(model, recipe, loading_processes))
         if loading_processes
         else 0,
-        **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples, checkpointing),
+        **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples, checkpointing, model_max_length),
     )
 
 
@@ -195,6 +199,8 @@ class _TrainingCosts(TypedDict):
     tokens_per_batch: int
     batches: int
     tokens_in_a_batch: float
+    rows: int
+    shared_tokens: int
     parameters: int
     active_parameters: int
     trained_parameters: int
@@ -207,8 +213,18 @@ class _TrainingCosts(TypedDict):
 
 
 def _estimate_training(
-    model: Model, recipe: Recipe, samples: Sequence[SampleSize], train_samples: int, checkpointing: bool
+    model: Model,
+    recipe: Recipe,
+    samples: Sequence[SampleSize],
+    train_samples: int,
+    checkpointing: bool,
+    model_max_length: int,
 ) -> _TrainingCosts:
+    all_tokens = sum(sample.tokens for sample in samples)
+    if recipe.share_images:
+        share = train_samples / len(samples)
+        samples = _share_rows(samples, recipe.tokens_per_batch or model_max_length)
+        train_samples = math.ceil(share * len(samples))
     flops = _estimate_training_flops(model, recipe, samples, train_samples, checkpointing)
     lengths = [sample.tokens for sample in samples]
     groups = group_by_tokens(lengths, recipe.tokens_per_batch, recipe.devices) if recipe.tokens_per_batch else []
@@ -219,6 +235,8 @@ def _estimate_training(
         "tokens_per_batch": recipe.tokens_per_batch,
         "batches": batches,
         "tokens_in_a_batch": sum(lengths) / len(groups) if groups else 0.0,
+        "rows": len(samples) if recipe.share_images else 0,
+        "shared_tokens": all_tokens - sum(lengths),
         "parameters": model.total,
         "active_parameters": model.active,
         "trained_parameters": model.trained(recipe),
@@ -229,6 +247,14 @@ def _estimate_training(
         "estimated_flops": _estimate_training_flops(model, recipe, samples, train_samples, checkpointing=True),
         "estimated_gpu_hours": expected_hours(model, flops, PEAK_FLOPS[REFERENCE_GPU]),
     }
+
+
+def _share_rows(samples: Sequence[SampleSize], capacity: int) -> list[SampleSize]:
+    """The rows of samples that share their images, each as the size of its first sample with the tokens of all."""
+    lengths = [sample.tokens for sample in samples]
+    images = share_images([sample.beginning for sample in samples], lengths, capacity)
+    tokens = images.lengths(lengths)
+    return [replace(samples[group[0]], tokens=size) for group, size in zip(images.groups, tokens, strict=True)]
 
 
 def _count_too_long_at(samples: Sequence[SampleSize], model_max_length: int) -> dict[int, int]:
@@ -275,6 +301,7 @@ def _data_table(estimate: Estimate) -> Table:
         + "".join(f"; than {length:,}: {count:,}" for length, count in estimate.too_long_at.items()),
         "shards": ", ".join(f"{codec} {_size(size)}" for codec, size in estimate.estimated_shard_bytes.items()),
         "padding": f"{estimate.padding_waste:.1%} of a batch, {estimate.packing_waste:.1%} when packed",
+        **({"shared images": _sharing(estimate)} if estimate.rows else {}),
         **({"batches": _batches(estimate)} if estimate.tokens_per_batch else {}),
         "parameters": f"{estimate.parameters:,}, of them trained {estimate.trained_parameters:,}"
         + (f", active {estimate.active_parameters:,}" if estimate.active_parameters < estimate.parameters else ""),
@@ -287,6 +314,11 @@ def _data_table(estimate: Estimate) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _sharing(estimate: Estimate) -> str:
+    share = estimate.shared_tokens / estimate.tokens
+    return f"{estimate.rows:,} rows; {estimate.shared_tokens:,} tokens ({share:.0%}) are not computed again"
 
 
 def _batches(estimate: Estimate) -> str:

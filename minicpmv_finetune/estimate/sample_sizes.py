@@ -5,6 +5,7 @@ tokenizes them; so the token counts are exactly preprocess's. Problems that only
 images) are found by validate_data later.
 """
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
+from typing import Any
 
 from PIL import Image
 
@@ -21,9 +23,10 @@ from minicpmv_finetune.data.checking import InspectedImage, check_record, image_
 from minicpmv_finetune.data.reading import Record, local_copy, read_records
 from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.conversation import EncodedConversation, Encoder
 from minicpmv_finetune.progress import progress
 from minicpmv_finetune.shards.encoding import count_slices, image_order, tokenize
+from minicpmv_finetune.shards.sharing import Beginning, shareable_tokens
 from minicpmv_finetune.workers import map_in_order
 
 _HEADER_BYTES = 2**16  # read of each image; an image with a longer header is read completely
@@ -46,6 +49,7 @@ class SampleSize:
         file: Data file that contains the sample.
         index: Position in the data file, if known.
         id: Id of the sample.
+        beginning: What it may share with other samples; images are equal here if they have one address.
     """
 
     tokens: int
@@ -56,6 +60,7 @@ class SampleSize:
     file: str
     index: int | None
     id: str
+    beginning: Beginning
 
 
 def measure_samples(
@@ -113,12 +118,12 @@ def _measure(record: Record) -> SampleSize | str:
         return result.reason
     sample = Sample.model_validate_json(result.line)
     try:
-        tokens = len(tokenize(sample, _encoder, _NO_LIMIT).input_ids)
+        encoded = tokenize(sample, _encoder, _NO_LIMIT)
     except SampleError as error:
         return error.reason
     slice_plans = _encoder.plan(sample)
     return SampleSize(
-        tokens=tokens,
+        tokens=len(encoded.input_ids),
         slices=count_slices(sample, _encoder),
         patches=sum(
             rows * columns for number in image_order(sample) for rows, columns in slice_plans[number].target_sizes
@@ -128,7 +133,16 @@ def _measure(record: Record) -> SampleSize | str:
         file=sample.source,
         index=sample.index,
         id=sample.id,
+        beginning=_beginning(sample, encoded),
     )
+
+
+def _beginning(sample: Sample, encoded: EncodedConversation) -> Beginning:
+    image_token_id: Any = _encoder.tokenizer.convert_tokens_to_ids(_encoder.generation.image_token)
+    tokens = shareable_tokens(encoded.input_ids, encoded.labels, image_token_id)
+    images = [sample.images[number].uri for number in image_order(sample)]
+    shared = repr((encoded.input_ids[:tokens], images)).encode()
+    return Beginning(hashlib.sha256(shared).digest() if tokens else b"", tokens)
 
 
 def _inspect_header(address: str, image_bytes: dict[str, int]) -> InspectedImage | SampleError:

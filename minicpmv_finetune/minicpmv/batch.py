@@ -62,6 +62,7 @@ def collate_packed(
     patch_size: int,
     resampler: ResizingLibrary = "torchvision",
     normalized: bool = True,
+    shared: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Concatenate samples into one row without padding; see `packed`.
 
@@ -70,20 +71,25 @@ def collate_packed(
         patch_size: Side of a patch in pixels.
         resampler: Library whose arithmetic the generation's image processor uses; see `pack_patches`.
         normalized: Whether the pixels are normalized here; see `collate`.
+        shared: Number of first tokens that each sample shares with the one before it, with all its images; by default
+            none.
 
     Returns:
         `input_ids` and `labels` [1, tokens of all samples], the arguments of `packing_arguments`, and images as from
         `collate`.
     """
-    labels = [torch.as_tensor(sample.labels).clone() for sample in inputs]
+    shared = shared or [0] * len(inputs)
+    labels = [torch.as_tensor(sample.labels)[count:].clone() for sample, count in zip(inputs, shared, strict=True)]
     for sample_labels in labels:
         # The token before a sample's first one belongs to another sample and must not predict it.
         sample_labels[0] = IGNORED_LABEL
+    ids = [torch.as_tensor(sample.input_ids)[count:] for sample, count in zip(inputs, shared, strict=True)]
+    with_own_images = [sample for sample, count in zip(inputs, shared, strict=True) if not count]
     return {
-        "input_ids": torch.cat([torch.as_tensor(sample.input_ids) for sample in inputs]).long().unsqueeze(0),
+        "input_ids": torch.cat(ids).long().unsqueeze(0),
         "labels": torch.cat(labels).long().unsqueeze(0),
-        **packing_arguments([len(sample.input_ids) for sample in inputs]),
-        **_collate_slices(inputs, patch_size, resampler, normalized),
+        **packing_arguments([len(sample.input_ids) for sample in inputs], shared),
+        **_collate_slices(with_own_images, patch_size, resampler, normalized),
     }
 
 

@@ -17,7 +17,7 @@ of 20.8, width 32 22 ms instead of 34; width 128 (two sequences of 700 tokens, e
 fla's kernels installed for a GPU, those are used instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, apply_mask_to_padding_states, l2norm
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
-from .packed import PACKING_ARGUMENTS, packed_samples
+from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples
 
 _MIN_CHUNK, _MAX_CHUNK = 16, 64
 """Bounds of the number of tokens in a chunk; between them a chunk has as many tokens as a head is wide."""
@@ -106,22 +106,55 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         beta = self.in_proj_b(hidden_states).sigmoid()
         # In float32, because exp(A_log) can exceed the range of float16.
         log_decay = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias)
-        if samples is not None:
+        parts = None if samples is None else SharedStates.of(samples)
+        if samples is not None and parts is None:
             mixed, beta, log_decay = (samples.unpack(states) for states in (mixed, beta, log_decay))
         length = mixed.shape[1]
-        mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
+        if samples is not None and parts is not None:
+            mixed = ACT2FN[self.activation](_convolve(self.conv1d, mixed, samples))
+        else:
+            mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
         # The projection's output contains all queries, then all keys, then all values.
         queries_and_keys, values = mixed.split([2 * self.key_dim, self.value_dim], dim=-1)
         queries_and_keys = queries_and_keys.unflatten(-1, (2, self.num_k_heads, self.head_k_dim))
         queries_and_keys = l2norm(queries_and_keys.float())
         queries, keys = queries_and_keys.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=3).unbind(2)
-        attended = gated_delta_rule(queries, keys, values.unflatten(-1, (self.num_v_heads, -1)), log_decay, beta)
+        states = (queries, keys, values.unflatten(-1, (self.num_v_heads, -1)), log_decay, beta)
+        attended = _attend_in_parts(states, parts) if parts else gated_delta_rule(*states)
         attended = attended.to(mixed.dtype)
-        if samples is not None:
+        if samples is not None and parts is None:
             attended = samples.pack(attended)
         gate = self.in_proj_z(hidden_states).view(-1, self.head_v_dim)
         normed = self.norm(attended.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
         return torch.as_tensor(self.out_proj(normed))
+
+
+def _convolve(convolution: nn.Conv1d, row: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
+    """Convolve each channel of a packed row, [1, tokens, channels]; a token sees those before it in its sample."""
+    padded = torch.cat([row[0], row.new_zeros(1, row.shape[-1])])
+    result = torch.zeros_like(row[0])
+    for distance, weight in enumerate(convolution.weight[:, 0].flip(1).unbind(1)):
+        result = result + padded.index_select(0, samples.before(distance)) * weight
+    return result.unsqueeze(0) if convolution.bias is None else (result + convolution.bias).unsqueeze(0)
+
+
+def _attend_in_parts(states: Sequence[torch.Tensor], parts: SharedStates) -> torch.Tensor:
+    """Compute the rule for a packed row whose samples share tokens: each continues from the state behind these.
+
+    Args:
+        states: The arguments of `gated_delta_rule` for the row, [1, tokens, heads, …].
+        parts: The parts of the row.
+
+    Returns:
+        float32 [1, tokens, heads, width of values].
+    """
+    of_beginnings = [parts.beginnings.unpack(part[:, parts.first_tokens]) for part in states]
+    of_continuations = [parts.continuations.unpack(part[:, parts.last_tokens]) for part in states]
+    begun, state = read_states(*of_beginnings)
+    continued, _ = read_states(*of_continuations, initial=state[parts.origin])
+    tokens = torch.cat([parts.first_tokens, parts.last_tokens])
+    read = torch.cat([parts.beginnings.pack(begun), parts.continuations.pack(continued)], 1)
+    return read[:, tokens.argsort()]
 
 
 def gated_delta_rule(
@@ -139,6 +172,31 @@ def gated_delta_rule(
     Returns:
         float32 [rows, length, heads, width of values], multiplied by width ** -0.5 as in softmax attention.
     """
+    return read_states(queries, keys, values, log_decay, beta)[0]
+
+
+def read_states(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    initial: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the result of `gated_delta_rule`, and the states behind the last token.
+
+    Args:
+        queries: As for `gated_delta_rule`, and so are the next four.
+        keys: See there.
+        values: See there.
+        log_decay: See there.
+        beta: See there.
+        initial: float32 [rows, heads, width, width of values], states before the first token; by default zero.
+
+    Returns:
+        The result, and the states as float32 [rows, heads, width, width of values].
+    """
     rows, length, heads, width = keys.shape
     size = min(max(width, _MIN_CHUNK), _MAX_CHUNK)
     chunks = -(-length // size)
@@ -151,13 +209,16 @@ def gated_delta_rule(
 
     arguments = (queries * width**-0.5, keys, values, log_decay.unsqueeze(-1), beta.unsqueeze(-1))
     with torch.autocast(keys.device.type, enabled=False):
-        output: torch.Tensor = _ChunkedDeltaRule.apply(*map(split_chunks, arguments))
+        states = None if initial is None else initial.flatten(0, 1)
+        output, last = _ChunkedDeltaRule.apply(*map(split_chunks, arguments), states)
     joined = output.view(chunks, rows, heads, size, -1).permute(1, 0, 3, 2, 4)
-    return joined.reshape(rows, chunks * size, heads, -1)[:, :length]
+    return joined.reshape(rows, chunks * size, heads, -1)[:, :length], last.unflatten(0, (rows, heads))
 
 
 class _ChunkedDeltaRule(torch.autograd.Function):
     """The rule for q, k, v [chunks, rows, size, width], log decays g and betas b [chunks, rows, size, 1].
+
+    The states before the first token, [rows, width, width of values], may be given; those behind the last are returned.
 
     Let G be the cumulative sum of g within a chunk. The decays in the chunk are
 
@@ -176,8 +237,15 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, b: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        b: torch.Tensor,
+        initial: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
         size, width = k.shape[2], v.shape[3]
         cumulative = g.cumsum(2)
         from_start, to_end, whole = _decays(cumulative)
@@ -193,30 +261,39 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         transition = y[..., width:].neg()
         transition.diagonal(dim1=2, dim2=3).add_(whole.squeeze(3))
         state = torch.zeros_like(y[..., :width])
+        if initial is not None:
+            state[0] = initial
         for chunk in range(len(state) - 1):
             torch.baddbmm(y[chunk, ..., :width], transition[chunk], state[chunk], out=state[chunk + 1])
+        last = torch.baddbmm(y[-1, ..., :width], transition[-1], state[-1])
         readout = (q * from_start).sub_(z[..., width:])
         ctx.save_for_backward(
             q, k, v, b, cumulative, decay_between, scores, overlap, inverse, uw, transition, state, readout
         )
-        return (readout @ state).add_(z[..., :width])
+        return (readout @ state).add_(z[..., :width]), last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, b, cumulative, decay_between, scores, overlap, inverse, uw, transition, state, readout = (
             ctx.saved_tensors
         )
-        size, width, grad_output = k.shape[2], v.shape[3], grad_outputs[0]
+        size, width = k.shape[2], v.shape[3]
+        grad_output = torch.zeros_like(v) if grad_outputs[0] is None else grad_outputs[0]
         from_start, to_end, whole = _decays(cumulative)
         # Output and states. grad_state[i] is the gradient of the state after chunk i; the loop goes from last to first.
         grad_readout = grad_output @ state.transpose(2, 3)
         direct = readout.transpose(2, 3) @ grad_output
         grad_state = torch.zeros_like(direct)
+        if grad_outputs[1] is not None:
+            grad_state[-1] = grad_outputs[1]
         for chunk in range(len(state) - 1, 0, -1):
             torch.baddbmm(
                 direct[chunk], transition[chunk].transpose(1, 2), grad_state[chunk], out=grad_state[chunk - 1]
             )
+        grad_initial = None
+        if ctx.needs_input_grad[5]:
+            grad_initial = torch.baddbmm(direct[0], transition[0].transpose(1, 2), grad_state[0])
         grad_transition = grad_state @ state.transpose(2, 3)
         # Gradients of decays are with respect to their logarithms.
         grad_whole = grad_transition.diagonal(dim1=2, dim2=3).sum(2)[..., None, None] * whole
@@ -245,7 +322,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         grad_left = grad_products @ k
         grad_q.add_(grad_left[:, :, :size])
         grad_k.add_(grad_left[:, :, size:]).add_(grad_products.transpose(2, 3) @ torch.cat([q, k], 2))
-        return grad_q, grad_k, grad_bv * b, grad_cumulative.flip(2).cumsum(2).flip(2), grad_b
+        return grad_q, grad_k, grad_bv * b, grad_cumulative.flip(2).cumsum(2).flip(2), grad_b, grad_initial
 
 
 def _decays(cumulative: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

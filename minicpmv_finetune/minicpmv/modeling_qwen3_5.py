@@ -367,16 +367,31 @@ class _Model47(_ImageFeatures, MiniCPMV4_7Model):
 
     def _packed_positions(self, ids: torch.Tensor, target_sizes: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
         """Compute the canvas positions of a packed row, int [3, 1, tokens], for each sample by itself."""
-        rows = samples.unpack(ids)
+        rows, mask = samples.unpack(ids), samples.attention_mask.long()
+        types = self.token_types(rows)
+        if samples.shared is not None:
+            target_sizes = _repeat_sizes(target_sizes, types, samples.shared)
         get_rope_index: Any = self.get_rope_index
-        positions, _ = get_rope_index(
-            rows, self.token_types(rows), target_sizes, attention_mask=samples.attention_mask.long()
-        )
+        positions, _ = get_rope_index(rows, types, target_sizes, attention_mask=mask)
         return torch.stack([samples.pack(channel) for channel in positions])
 
     def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the argument `mm_token_type_ids`: 1 on image tokens, 0 on text tokens."""
         return torch.as_tensor(input_ids == self.config.image_token_id).int()
+
+
+def _repeat_sizes(target_sizes: torch.Tensor, token_types: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Repeat the sizes of slices for every sample that shares them.
+
+    Args:
+        target_sizes: int [slices, 2], without repetitions.
+        token_types: int [samples, longest], 1 on image tokens; each run of them is a slice.
+        shared: int [samples], 0 for the first of the samples that share their slices.
+    """
+    counts = (F.pad(token_types, (1, 0)).diff(dim=1) == 1).sum(1)
+    firsts = torch.where(shared == 0, counts, 0).cumsum(0) - counts
+    repeated = torch.repeat_interleave(firsts - (counts.cumsum(0) - counts), counts)
+    return target_sizes[(repeated + torch.arange(len(repeated), device=repeated.device)).to(target_sizes.device)]
 
 
 class MiniCPMV4_6ForConditionalGeneration(Transformers46):  # noqa: N801 - the name in transformers and in config.json

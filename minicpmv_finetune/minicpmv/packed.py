@@ -7,6 +7,10 @@ Therefore no mask has to separate the samples, and no mask can be wrong. The cos
 sample's length; a block-diagonal mask over the packed row would cost the square of the row's length. On a GPU, in half
 precision, torch's own kernels for samples of various lengths take the packed row itself, and so does flash attention.
 
+Samples that begin with the same tokens, such as several questions about one image, may share them: the row has these
+tokens once, in the first of the samples, and operations on single tokens compute them once. Unpacking puts them into
+the row of every sample that shares them, so that each sample sees them and itself only, in all layers.
+
 A model receives the boundaries of the samples by the arguments that transformers uses for this: `cu_seq_lens_q` and
 `max_length_q` (and the same for `k`). Where each token is follows from them; `packing_arguments` computes it once for a
 batch, on the CPU, and passes it to the layers beside them.
@@ -31,6 +35,8 @@ PACKING_ARGUMENTS = (
     *(f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"),
     "packed_sample_ids",
     "packed_offsets",
+    "packed_shared",
+    "packed_places",
 )
 """Names of the arguments that describe a packed row, without the positions."""
 
@@ -47,12 +53,18 @@ class PackedSamples:
         offsets: int [tokens], position of the token within its sample.
         count: Number of samples in the row.
         longest: Number of tokens of the longest sample.
+        shared: int [samples], number of first tokens that the sample shares with the one before it, whose row they are
+            in; 0 if it shares none. None if no sample does.
+        places: int [samples, longest], where in the row each token of the unpacked rows is, and the number of tokens of
+            the row on padding; None if no sample shares tokens.
     """
 
     sample_ids: torch.Tensor
     offsets: torch.Tensor
     count: int
     longest: int
+    shared: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, longest: int) -> "PackedSamples":
@@ -65,39 +77,110 @@ class PackedSamples:
     @property
     def attention_mask(self) -> torch.Tensor:
         """Mask of the unpacked rows, bool [samples, longest]: true on tokens, false on padding."""
+        if self.places is not None:
+            return self.places < len(self.sample_ids)
         mask = torch.zeros(self.count, self.longest, dtype=torch.bool, device=self.sample_ids.device)
         return mask.index_put((self.sample_ids, self.offsets), mask.new_ones(()))
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """From [1, tokens, …] to [samples, longest, …], with zeros as padding at the end of each row."""
+        if self.places is not None:
+            padded = torch.cat([packed[0], packed.new_zeros(1, *packed.shape[2:])])
+            return padded.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
         rows = packed.new_zeros(self.count, self.longest, *packed.shape[2:])
         return rows.index_put((self.sample_ids, self.offsets), packed[0])
+
+    def before(self, distance: int) -> torch.Tensor:
+        """Where in the row the token so many places before each token in its sample is; the row's length if nowhere."""
+        if self.places is None:
+            place = torch.arange(len(self.offsets), device=self.offsets.device) - distance
+        else:
+            place = self.places[self.sample_ids, (self.offsets - distance).clamp(min=0)]
+        return place.where(self.offsets >= distance, len(self.offsets))
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """From [samples, longest, …] to [1, tokens, …], without the padding."""
         return rows[self.sample_ids, self.offsets].unsqueeze(0)
 
 
-def packing_arguments(lengths: Sequence[int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SharedStates:
+    """A packed row in two parts: what begins by itself, and what continues from tokens that samples share.
+
+    Attributes:
+        beginnings: What samples share, and the samples that share nothing.
+        continuations: The rest of each sample that shares something.
+        first_tokens: int, the row's tokens that belong to the beginnings.
+        last_tokens: int, the row's tokens that belong to the continuations.
+        origin: int [continuations], number of the beginning from which each continues.
+    """
+
+    beginnings: PackedSamples
+    continuations: PackedSamples
+    first_tokens: torch.Tensor
+    last_tokens: torch.Tensor
+    origin: torch.Tensor
+
+    @classmethod
+    def of(cls, samples: PackedSamples) -> "SharedStates | None":
+        """The two parts; None if no sample shares tokens."""
+        if samples.shared is None:
+            return None
+        numbers = torch.arange(samples.count, device=samples.shared.device)
+        first = torch.where(samples.shared == 0, numbers, 0).cummax(0).values
+        # The first of the samples that share tokens has them in its own row, and continues from them like the others.
+        shared = torch.zeros_like(samples.shared).scatter_reduce(0, first, samples.shared, "amax")[first]
+        shares = shared > 0
+        is_continued = shares[samples.sample_ids] & (samples.offsets >= shared[samples.sample_ids])
+        beginning, continuation = (samples.shared == 0).cumsum(0) - 1, shares.cumsum(0) - 1
+        tokens = (~is_continued).nonzero().squeeze(1), is_continued.nonzero().squeeze(1)
+        ids = tuple(samples.sample_ids[part] for part in tokens)
+        offsets = samples.offsets[tokens[0]], samples.offsets[tokens[1]] - shared[ids[1]]
+        beginnings, continuations = (
+            PackedSamples(part, places, int(part.max()) + 1, int(places.max()) + 1)
+            for part, places in zip((beginning[ids[0]], continuation[ids[1]]), offsets, strict=True)
+        )
+        return cls(beginnings, continuations, *tokens, beginning[first][shares])
+
+
+def packing_arguments(lengths: Sequence[int], shared: Sequence[int] = ()) -> dict[str, Any]:
     """Return the arguments by which a model receives the boundaries of a row's samples.
 
     Args:
         lengths: Number of tokens of each sample.
+        shared: Number of first tokens that each sample shares with the one before it, so that the row does not have
+            them again; by default none.
 
     Returns:
-        `position_ids` int [1, tokens], which begin at 0 in each sample; `cu_seq_lens_q` and `cu_seq_lens_k` int32
-        [samples + 1]; `max_length_q` and `max_length_k`; and for each token `packed_sample_ids` and `packed_offsets`,
-        int [tokens], the attributes of `PackedSamples`.
+        `position_ids` int [1, tokens], which begin at 0 in each sample, and behind shared tokens continue after them;
+        `cu_seq_lens_q` and `cu_seq_lens_k` int32 [samples + 1]; `max_length_q` and `max_length_k`; and for each token
+        `packed_sample_ids` and `packed_offsets`, int [tokens], the attributes of `PackedSamples`. If samples share
+        tokens, the boundaries are those of the samples with all their tokens, and `packed_shared` and `packed_places`
+        are two more of those attributes.
     """
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     samples = PackedSamples.from_cu_seqlens(cu_seqlens, max(lengths))
+    if any(shared):
+        samples = _without_repetitions(samples, torch.tensor(shared))
     return {
+        **({"packed_shared": samples.shared, "packed_places": samples.places} if any(shared) else {}),
         "position_ids": samples.offsets.unsqueeze(0),
         **{f"cu_seq_lens_{side}": cu_seqlens for side in "qk"},
         **{f"max_length_{side}": max(lengths) for side in "qk"},
         "packed_sample_ids": samples.sample_ids,
         "packed_offsets": samples.offsets,
     }
+
+
+def _without_repetitions(samples: PackedSamples, shared: torch.Tensor) -> PackedSamples:
+    """The samples of a row that has the tokens that a sample shares with the one before it only once."""
+    is_own = samples.offsets >= shared[samples.sample_ids]
+    sample_ids, offsets = samples.sample_ids[is_own], samples.offsets[is_own]
+    places = torch.full((samples.count, samples.longest), len(sample_ids))
+    places[sample_ids, offsets] = torch.arange(len(sample_ids))
+    for number, count in enumerate(shared.tolist()):
+        places[number, :count] = places[number - 1, :count]
+    return PackedSamples(sample_ids, offsets, samples.count, samples.longest, shared, places)
 
 
 def packed_samples(arguments: dict[str, Any]) -> PackedSamples | None:
@@ -108,7 +191,8 @@ def packed_samples(arguments: dict[str, Any]) -> PackedSamples | None:
     longest, sample_ids = int(arguments["max_length_q"]), arguments.get("packed_sample_ids")
     if sample_ids is None:
         return PackedSamples.from_cu_seqlens(cu_seqlens, longest)
-    return PackedSamples(sample_ids, arguments["packed_offsets"], len(cu_seqlens) - 1, longest)
+    shared, places = (arguments.get(f"packed_{name}") for name in ("shared", "places"))
+    return PackedSamples(sample_ids, arguments["packed_offsets"], len(cu_seqlens) - 1, longest, shared, places)
 
 
 def enable_packing(model: PreTrainedModel, language_model: str) -> None:
@@ -139,7 +223,8 @@ def _packed_sdpa_forward(
     if samples is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    if query.is_cuda and not options.get("dropout") and _has_kernel(query.device, dtype, query.shape[-1]):
+    takes_row = samples.places is None and query.is_cuda and not options.get("dropout")
+    if takes_row and _has_kernel(query.device, dtype, query.shape[-1]):
         query, key, value = (part.to(dtype) for part in (query, key, value))
         return _attend_by_kernel(query, key, value, samples, options), None
     query, key, value = (samples.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))

@@ -44,7 +44,7 @@ class StoredImages:
             slice.
     """
 
-    parts: Sequence[bytes]
+    parts: Sequence[bytes | memoryview]
     layout: Sequence[int]
 
 

@@ -9,7 +9,7 @@ by ranged requests, and `cache.open_shards` makes a verified local copy.
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -212,6 +212,15 @@ class ShardReader(Sequence[ModelInput]):
         group = bisect_right(self._first_rows, number) - 1
         return self._row(self._read_group(group), number - self._first_rows[group])
 
+    def stored_rows(self) -> Iterator[StoredRow]:
+        """The rows as they are stored, in order, without decoding an image; the images are buffers."""
+        for group in range(len(self._groups)):
+            table = self._decode_group(group)
+            for number in range(len(table)):
+                parts = [memoryview(image.as_buffer()) for image in table["pictures"][number]]
+                ids, labels, layout = (_numbers(table[name][number]) for name in ("input_ids", "labels", "layout"))
+                yield StoredRow(table["id"][number].as_py(), ids, labels, StoredImages(parts, layout))
+
     def slice_sizes(self) -> list[list[tuple[int, int]]]:
         """The (rows, columns) in patches of each slice of each row, without decoding an image."""
         return [
@@ -254,10 +263,15 @@ class ShardReader(Sequence[ModelInput]):
             slices = restore_slices(parts, table["layout"][number].as_py(), self.manifest.codec, self._slicing)
         return ModelInput(
             id=table["id"][number].as_py(),
-            input_ids=table["input_ids"][number].values.to_numpy(zero_copy_only=False).copy(),
-            labels=table["labels"][number].values.to_numpy(zero_copy_only=False).copy(),
+            input_ids=_numbers(table["input_ids"][number]).copy(),
+            labels=_numbers(table["labels"][number]).copy(),
             slices=slices,
         )
+
+
+def _numbers(cell: Any) -> Any:
+    """The numbers of a list in a table, as an array."""
+    return cell.values.to_numpy(zero_copy_only=False)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -260,6 +260,18 @@ def test_batches_by_tokens_are_counted(data: Path, tiny_46: Path) -> None:
     assert plain.batches == 0 < plain.padding_waste
 
 
+def test_shared_images_are_counted(data: Path, tiny_46: Path) -> None:
+    samples = json.loads(data.read_text())
+    data.write_text(json.dumps([*samples, sample(1, "Is it a seven?"), sample(1, "What is it?")]))
+    plain = estimate(data, tiny_46)
+    found = estimate(data, tiny_46, recipe=recipe_with(share_images=True, batch_size=1))
+    assert (plain.rows, plain.shared_tokens) == (0, 0)
+    assert (found.samples, found.rows) == (plain.samples, plain.samples - 2)
+    assert found.steps == 3 * found.rows
+    assert found.shared_tokens > 0
+    assert found.estimated_flops < plain.estimated_flops
+
+
 def test_padding_of_packed_rows_is_counted() -> None:
     assert cost.packing_share([50, 50, 100], 100) == 0.0
     assert cost.packing_share([50, 100], 100) == pytest.approx(0.25)

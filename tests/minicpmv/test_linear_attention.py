@@ -14,6 +14,7 @@ from minicpmv_finetune.minicpmv.linear_attention import (
     LinearAttention,
     gated_delta_rule,
     missing_kernels,
+    read_states,
     without_gpu_by_torch,
 )
 from minicpmv_finetune.minicpmv.packed import packing_arguments
@@ -104,6 +105,22 @@ def test_the_rule_is_computed_in_float32_under_autocast() -> None:
         results.append([output, *torch.autograd.grad(output.sum(), arguments)])
     for plain, autocast in zip(*results, strict=True):
         assert torch.equal(plain, autocast)
+
+
+def test_states_continue_where_they_ended() -> None:
+    arguments = [torch.randn(2, 70, 2, 16) for _ in range(3)] + [-torch.rand(2, 70, 2), torch.rand(2, 70, 2)]
+    arguments[1] = torch.nn.functional.normalize(arguments[1], dim=-1)
+    for argument in arguments:
+        argument.requires_grad_()
+    whole = gated_delta_rule(*arguments)
+    first, state = read_states(*(argument[:, :37] for argument in arguments))
+    second, _ = read_states(*(argument[:, 37:] for argument in arguments), initial=state)
+    parts = torch.cat([first, second], 1)
+    torch.testing.assert_close(parts, whole)
+    weights = torch.randn_like(whole)
+    expected, found = (torch.autograd.grad((output * weights).sum(), arguments) for output in (whole, parts))
+    for one, two in zip(expected, found, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_samples_equal_single_samples(

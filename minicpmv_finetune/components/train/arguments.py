@@ -189,6 +189,14 @@ class TrainingArguments(transformers.TrainingArguments):
             IN_DIGEST: True,
         },
     )
+    share_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Put samples that begin with the same image into one row of at most model_max_length tokens, which "
+            "has the image once; each conversation sees the image and itself only. The batch size then counts rows.",
+            IN_DIGEST: UNLESS_DEFAULT,
+        },
+    )
     tokens_per_batch: int = field(
         default=0,
         metadata={
@@ -259,7 +267,7 @@ class TrainingArguments(transformers.TrainingArguments):
     @property
     def has_packed_rows(self) -> bool:
         """Whether an item of the training data is a row of several samples."""
-        return self.packing or bool(self.tokens_per_batch)
+        return self.packing or self.share_images or bool(self.tokens_per_batch)
 
 
 def _default_workers() -> int:

@@ -40,6 +40,7 @@ class TrainingMonitor(TrainerCallback):
         self.bar: Any = None
         self.samples = 0
         self.batches = 0
+        self.shared = 0
         self.tokens = 0
         self.positions = 0
         self.seconds_waiting = 0.0
@@ -47,16 +48,18 @@ class TrainingMonitor(TrainerCallback):
         self.first_step = 0
         self.seconds_before = 0.0
 
-    def count_batch(self, rows: Sequence[int], positions: int) -> None:
+    def count_batch(self, rows: Sequence[int], positions: int, shared: int = 0) -> None:
         """Count a batch's samples, tokens and padding.
 
         Args:
             rows: Numbers of the samples in the batch.
             positions: Number of positions in the batch, padding included.
+            shared: Number of the samples' tokens that the batch does not have again, because they share them.
         """
         self.samples += len(rows)
         self.batches += 1
-        self.tokens += sum(self.lengths[row] for row in rows)
+        self.tokens += sum(self.lengths[row] for row in rows) - shared
+        self.shared += shared
         self.positions += positions
 
     @property
@@ -72,6 +75,11 @@ class TrainingMonitor(TrainerCallback):
     def tokens_per_batch(self) -> float:
         """Mean number of tokens of a batch, without padding."""
         return self.tokens / max(self.batches, 1)
+
+    @property
+    def shared_share(self) -> float:
+        """Share of the samples' tokens that were not computed again."""
+        return self.shared / max(self.tokens + self.shared, 1)
 
     @property
     def waiting(self) -> float:

@@ -3,7 +3,7 @@
 Every item carries its row number in the shards, so that a failure can name the samples of its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ class Example:
         number: Number of its row in the shards.
         row: Tokens, labels and, if no features are stored, images.
         features: Stored outputs of the vision tower, if there are any.
+        shared: Number of first tokens, with all images, that it shares with the sample before it in its row.
     """
 
     number: int
     row: ModelInput
     features: PatchFeatures | None
+    shared: int = 0
 
 
 class ExampleDataset(Dataset[Example]):
@@ -46,6 +48,7 @@ class ExampleDataset(Dataset[Example]):
         """
         self.features = FeatureStore(features) if features else None
         self.reader = ShardReader(shards, split, images=self.features is None)
+        self.texts = ShardReader(shards, split, images=False)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -58,6 +61,10 @@ class ExampleDataset(Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         return Example(position, self.reader[position], self.features[position] if self.features else None)
 
+    def without_images(self, position: int, shared: int) -> Example:
+        """A sample that shares its images, and so many of its first tokens, with the sample before it in its row."""
+        return Example(position, self.texts[position], None, shared)
+
 
 @dataclass(frozen=True)
 class PackDataset(Dataset[list[Example]]):
@@ -69,27 +76,38 @@ class PackDataset(Dataset[list[Example]]):
     Attributes:
         examples: The samples.
         packs: The packs, each as the positions of its samples.
+        shared: Number of first tokens that a sample shares with the one before it in its pack, by its position; 0 for
+            samples that are missing.
     """
 
     examples: ExampleDataset
     packs: list[list[int]]
+    shared: Mapping[int, int]
 
     @property
     def lengths(self) -> Sequence[int]:
         """Number of tokens of each pack."""
         lengths = self.examples.lengths
-        return [sum(lengths[position] for position in pack) for pack in self.packs]
+        shared = self.shared
+        return [sum(lengths[position] - shared.get(position, 0) for position in pack) for pack in self.packs]
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, number: int) -> list[Example]:
-        return [self.examples[position] for position in self.packs[number]]
+        return [
+            self.examples.without_images(position, self.shared[position])
+            if position in self.shared
+            else self.examples[position]
+            for position in self.packs[number]
+        ]
 
 
 @dataclass(frozen=True)
 class Collator:
     """Makes the model's arguments from samples or packs, and adds the samples' row numbers as `rows`.
+
+    A batch of packs also has `shared_tokens`, the number of tokens that it does not have again.
 
     Attributes:
         manifest: Manifest of the shards.
@@ -103,7 +121,9 @@ class Collator:
         rows = [example.row for example in examples]
         patch_size, resampler = self.manifest.patch_size, self.manifest.slicing["resampler"]
         if isinstance(items[0], list):
-            batch = collate_packed(rows, patch_size, resampler, normalized=False)
+            shared = [example.shared for example in examples]
+            batch = collate_packed(rows, patch_size, resampler, normalized=False, shared=shared)
+            batch["shared_tokens"] = sum(shared)
         else:
             batch = collate(rows, self.manifest.pad_token_id, patch_size, "right", resampler, normalized=False)
         features = [example.features for example in examples if example.features is not None]

@@ -34,14 +34,15 @@ class WorkCounter:
         self._sums: torch.Tensor | None = None
         self._most_patches: torch.Tensor | None = None
 
-    def add(self, inputs: Mapping[str, Any], lengths: list[int]) -> None:
+    def add(self, inputs: Mapping[str, Any], lengths: list[int], shared: int = 0) -> None:
         """Count a batch.
 
         Args:
             inputs: The model's arguments.
             lengths: Number of tokens of each sample in it.
+            shared: Number of these tokens that the batch does not have again.
         """
-        self.tokens += sum(lengths)
+        self.tokens += sum(lengths) - shared
         self.squared_tokens += sum(length**2 for length in lengths)
         self.largest_batch = max(self.largest_batch, inputs["input_ids"].numel())
         self.runs_tower |= "pixel_values" in inputs

@@ -42,6 +42,7 @@ from minicpmv_finetune.reports.training_record import TrainingRecord, mean_loss
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 from minicpmv_finetune.shards.packing import group_by_tokens, pack_samples
+from minicpmv_finetune.shards.sharing import Beginning, SharedImages, read_beginnings, share_images
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
 from .arguments import Arguments, TrainingArguments, input_places, parse
@@ -142,7 +143,7 @@ def _train(
         run.log_parameters(effective_settings(arguments))
         run.log_headline({}, _headline_settings(arguments, inputs))
         run.log_metrics({"parameters/trainable": model.trainable, "parameters/total": model.total})
-        unit = " batches" if training.tokens_per_batch else " packs" if training.packing else " samples"
+        unit = " batches" if training.tokens_per_batch else " packs" if training.has_packed_rows else " samples"
         monitor = TrainingMonitor(run, inputs.manifest.lengths["train"], unit)
         trainer = _make_trainer(arguments, inputs, model, train_dataset, eval_dataset, monitor)
         _check_shared_memory(training, _plan_loaders(inputs, training, train_dataset, eval_dataset))
@@ -425,7 +426,7 @@ def _open_datasets(
 ) -> tuple[ExampleDataset | PackDataset, ExampleDataset | None]:
     """Open the samples for training and, if there are any, for evaluation."""
     training, manifest = arguments.training, inputs.manifest
-    packs = _pack(training, manifest.lengths["train"])
+    packs, shared = _pack(training, inputs, model)
     items = len(packs) if training.has_packed_rows else manifest.rows("train")
     _check_sizes(training, items, manifest)
     stores = _prepare_features(inputs, model, arguments, checkpoints, items)
@@ -433,26 +434,58 @@ def _open_datasets(
     train_dataset: ExampleDataset | PackDataset = examples
     if training.has_packed_rows:
         enable_packing(model.base, inputs.generation.language_model)
-        train_dataset = PackDataset(examples, packs)
+        train_dataset = PackDataset(examples, packs, shared)
     has_eval = bool(manifest.rows("eval"))
     return train_dataset, ExampleDataset(inputs.shards, "eval", stores.get("eval")) if has_eval else None
 
 
-def _pack(training: TrainingArguments, lengths: Sequence[int]) -> list[list[int]]:
-    """The samples that share a row; nothing if every sample has its own."""
+def _pack(training: TrainingArguments, inputs: _Inputs, model: _Model) -> tuple[list[list[int]], Mapping[int, int]]:
+    """The samples that share a row, nothing if every sample has its own; and the tokens that they share, by sample."""
+    lengths = inputs.manifest.lengths["train"]
+    samples, of_rows = f"{len(lengths):,} samples", lengths
+    shared: Mapping[int, int] = {}
+    groups = [[number] for number in range(len(lengths))]
+    if training.share_images:
+        capacity = training.tokens_per_batch or training.model_max_length
+        images = share_images(_read_beginnings(inputs, model), lengths, capacity, training.seed)
+        groups, shared, of_rows = images.groups, images.shared, images.lengths(lengths)
+        _log(_describe_sharing(images, lengths))
+        samples = f"{len(groups):,} groups"
     if training.tokens_per_batch:
-        packs = group_by_tokens(lengths, training.tokens_per_batch, training.world_size, training.seed)
-        mean = sum(lengths) / max(len(packs), 1)
+        packs = group_by_tokens(of_rows, training.tokens_per_batch, training.world_size, training.seed)
+        mean = sum(of_rows) / max(len(packs), 1)
         _log(
-            f"{len(lengths):,} samples in {len(packs):,} batches of at most {training.tokens_per_batch:,} tokens, on "
-            f"average {mean:,.0f} ({mean / training.tokens_per_batch:.0%}), without padding"
+            f"{samples} in {len(packs):,} batches of at most {training.tokens_per_batch:,} tokens, on average "
+            f"{mean:,.0f} ({mean / training.tokens_per_batch:.0%}), without padding"
         )
-        return packs
-    if training.packing:
-        packs = pack_samples(lengths, training.model_max_length, training.seed)
-        _log(f"{len(lengths):,} samples in {len(packs):,} rows of at most {training.model_max_length} tokens")
-        return packs
-    return []
+    elif training.packing:
+        packs = pack_samples(of_rows, training.model_max_length, training.seed)
+        _log(f"{samples} in {len(packs):,} rows of at most {training.model_max_length} tokens")
+    else:
+        return groups if training.share_images else [], shared
+    return [[number for group in pack for number in groups[group]] for pack in packs], shared
+
+
+def _read_beginnings(inputs: _Inputs, model: _Model) -> list[Beginning]:
+    """The beginnings of all samples, which the first process reads for all."""
+    found: list[Any] = [None]
+    if environment.RANK.read() == "0":
+        config: Any = model.base.config
+        found[0] = list(read_beginnings(ShardReader(inputs.shards, "train"), config.image_token_id))
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    beginnings: list[Beginning] = found[0]
+    return beginnings
+
+
+def _describe_sharing(images: SharedImages, lengths: Sequence[int]) -> str:
+    sharing = [group for group in images.groups if len(group) > 1]
+    samples, tokens, saved = sum(map(len, sharing)), sum(lengths), sum(images.shared.values())
+    return (
+        f"{samples:,} of {len(lengths):,} samples share their images in {len(sharing):,} groups, so that {saved:,} of "
+        f"{tokens:,} tokens ({saved / max(tokens, 1):.0%}) are not computed again; the others have images or texts in "
+        "front of them of their own"
+    )
 
 
 def _check_sizes(training: TrainingArguments, rows: int, manifest: Manifest) -> None:
@@ -621,6 +654,7 @@ def _begin_adapters(
         for start in range(0, len(chosen), training.train_batch_size):
             batch = collate([dataset[number] for number in chosen[start : start + training.train_batch_size]])
             del batch["rows"]
+            batch.pop("shared_tokens", None)
             with trainer.compute_loss_context_manager():
                 loss = model(**trainer._prepare_inputs(batch), use_cache=False, loss_only=True).loss
             loss.backward()
@@ -690,6 +724,7 @@ def _make_record(
         "padding": monitor.padding,
         "waiting": monitor.waiting,
         **({"tokens/batch": monitor.tokens_per_batch} if arguments.training.tokens_per_batch else {}),
+        **({"shared_tokens": monitor.shared_share} if arguments.training.share_images else {}),
     }
     steps = trainer.state.global_step
     duration = Duration(

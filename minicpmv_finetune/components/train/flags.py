@@ -233,7 +233,7 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         )
     if values.get("q_lora") and not use_lora:
         sentences.append("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
-    for name in (name for name in ("packing", "tokens_per_batch") if values.get(name)):
+    for name in (name for name in ("packing", "tokens_per_batch", "share_images") if values.get(name)):
         if values.get("train_sampling_strategy", "random") != "random":
             sentences.append(
                 f"--{name} leaves no padding that batches of similar lengths could save; leave --group_by_length out."
@@ -242,6 +242,10 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
             sentences.append(
                 f"--{name}: eager attention cannot keep the samples of a row apart; leave --attn_implementation out."
             )
+    if values.get("share_images") and str(values.get("attn_implementation")).startswith("flash"):
+        sentences.append(
+            "--share_images: flash attention cannot let several samples see one image; leave --attn_implementation out."
+        )
     if values.get("early_stopping_patience") and values.get("eval_strategy", "no") == "no":
         sentences.append(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."

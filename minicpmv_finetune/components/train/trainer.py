@@ -82,9 +82,9 @@ class MiniCPMVTrainer(Trainer):
         Raises:
             UserError: The loss is not finite, and the message names the samples; or the batch does not fit in memory.
         """
-        rows = inputs.pop("rows")
-        self._monitor.count_batch(rows, inputs["input_ids"].numel())
-        self.counter.add(inputs, [self._monitor.lengths[row] for row in rows])
+        rows, shared = inputs.pop("rows"), inputs.pop("shared_tokens", 0)
+        self._monitor.count_batch(rows, inputs["input_ids"].numel(), shared)
+        self.counter.add(inputs, [self._monitor.lengths[row] for row in rows], shared)
         self._rows += rows
         self._watchdog.enter_stage(FORWARD)
         try:

@@ -128,6 +128,7 @@ def test_mistakes_in_words_are_named(words: str, sentence: str) -> None:
         ({"packing": True, "attn_implementation": "eager"}, "leave --attn_implementation out"),
         ({"tokens_per_batch": 4096, "train_sampling_strategy": "group_by_length"}, "leave --group_by_length out"),
         ({"tokens_per_batch": 4096, "attn_implementation": "eager"}, "--tokens_per_batch: eager attention"),
+        ({"share_images": True, "attn_implementation": "flash_attention_2"}, "--share_images: flash attention"),
         ({"attn_implementation": "flash_attention_3"}, "the package flash_attn_interface is not installed"),
         ({"early_stopping_patience": 2}, "nothing is evaluated"),
         ({"eval_strategy": "steps", "data_path": "train.json"}, "--eval_strategy steps: nothing is held out of raw"),
