@@ -225,7 +225,7 @@ def sharing(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
                         for shared in (False, True):
                             runs[shared].append(_run_in_fork(_train_on_questions, *cases, shared))
                     ratios = [one.seconds / two.seconds for one, two in zip(*runs, strict=True)]
-                    gain, less = statistics.median(ratios), _ratio(*runs, "memory")
+                    gain, less = statistics.median(ratios), _ratio(runs[0], runs[1], "memory")
                     spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
                     lines.append([version, kind, tower, str(questions), f"{gain:.2f}", spread, f"{less:.2f}"])
                     gains[f"{version} {kind}, tower {tower}, {questions} questions"] = gain
