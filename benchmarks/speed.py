@@ -84,7 +84,7 @@ ALONE = {
     "fused adapters": replace(PLAIN, fused=True),
 }
 ALL = Switches(sliced_before=True, logits=True, features=True, packing=True, fused=True)
-SAMPLES_ABOUT_IMAGES = 40
+SAMPLES_ABOUT_IMAGES = 20
 BEFORE_IMAGE, QUESTION, ANSWER = 5, 20, 3
 """Tokens of a sample of easy-VQA before its image of 64 tokens, after it with the chat template, and supervised."""
 
@@ -218,7 +218,7 @@ def sharing(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
     for version in ("2.6", "4.6"):
         for kind, shape in SHAPES.items():
             for stored, tower in ((False, "runs"), (True, "stored")):
-                for questions in (1, 4, 10):
+                for questions in (4, 10):
                     cases = (version, shape, stored, questions)
                     runs: list[list[Measured]] = [[], []]
                     for _ in range(rounds):
