@@ -75,6 +75,11 @@ class Sample(BaseModel):
     tags: tuple[str, ...] = Field(default=(), description="Groups that evaluation reports separately.")
     answers: tuple[str, ...] = Field(default=(), description="Accepted answers; empty for the scored turn alone.")
 
+    @property
+    def image_order(self) -> list[int]:
+        """Numbers of the images, in the order of their placeholders in the text."""
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, int)]
+
     def up_to_scored_turn(self) -> "Sample":
         """The sample as evaluation sees it: its last turn is the last answer that is trained on, which is scored."""
         answers = [number for number, turn in enumerate(self.turns) if turn.role == "assistant" and turn.loss]

@@ -25,7 +25,7 @@ from minicpmv_finetune.data.samples import ImageRef, Reject, Sample, SampleError
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import EncodedConversation, Encoder
 from minicpmv_finetune.progress import progress
-from minicpmv_finetune.shards.encoding import count_slices, image_order, tokenize
+from minicpmv_finetune.shards.encoding import count_slices, tokenize
 from minicpmv_finetune.shards.sharing import Beginning, shareable_tokens
 from minicpmv_finetune.workers import map_in_order
 
@@ -126,7 +126,7 @@ def _measure(record: Record) -> SampleSize | str:
         tokens=len(encoded.input_ids),
         slices=count_slices(sample, _encoder),
         patches=sum(
-            rows * columns for number in image_order(sample) for rows, columns in slice_plans[number].target_sizes
+            rows * columns for number in sample.image_order for rows, columns in slice_plans[number].target_sizes
         ),
         image_bytes=sum(image_bytes.values()),
         images=len(sample.images),
@@ -140,7 +140,7 @@ def _measure(record: Record) -> SampleSize | str:
 def _beginning(sample: Sample, encoded: EncodedConversation) -> Beginning:
     image_token_id: Any = _encoder.tokenizer.convert_tokens_to_ids(_encoder.generation.image_token)
     tokens = shareable_tokens(encoded.input_ids, encoded.labels, image_token_id)
-    images = [sample.images[number].uri for number in image_order(sample)]
+    images = [sample.images[number].uri for number in sample.image_order]
     shared = repr((encoded.input_ids[:tokens], images)).encode()
     return Beginning(hashlib.sha256(shared).digest() if tokens else b"", tokens)
 

@@ -88,7 +88,7 @@ def inference_device() -> torch.device:
 
 def make_prompt(sample: Sample, encoder: Encoder, thinking: bool) -> Prompt:
     """The prompt of a sample's last question; its images are read and cut when it is answered."""
-    images = [sample.images[part] for turn in sample.turns for part in turn.parts if isinstance(part, int)]
+    images = [sample.images[number] for number in sample.image_order]
     names = tuple(f"{image.sha256} {image.rotated}" for image in images)
     return Prompt(encoder.encode_prompt(sample, thinking), names, lambda: cut_images(sample, encoder))
 
@@ -126,24 +126,23 @@ def _inference_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def cut_images(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
     """Return the slices of a sample's images, in the order in which the images appear in the turns."""
     plans = encoder.plan(sample)
-    order = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
     return [
         pixels
-        for number in order
+        for number in sample.image_order
         for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
 
 
 def _decode_answer(generated: Sequence[int], encoder: Encoder, stop: frozenset[int], thinking: bool) -> Answer:
-    """Decode the tokens before the first stop token; what follows it is padding.
+    """Decode an answer without the stop token that ends it.
 
     Args:
-        generated: New tokens of one prompt.
+        generated: New tokens of one prompt, at least one.
         encoder: Encoder of the model's checkpoint.
         stop: Tokens that end an answer.
         thinking: Whether the prompt requested reasoning.
     """
-    end = next((place for place, token in enumerate(generated) if token in stop), None)
-    new_tokens = len(generated) if end is None else end + 1
-    reasoning, text = encoder.split_reasoning(encoder.decode(generated[:end]), is_open=thinking)
-    return Answer(text, new_tokens, hit_limit=end is None, reasoning=reasoning)
+    has_ended = generated[-1] in stop
+    written = generated[:-1] if has_ended else generated
+    reasoning, text = encoder.split_reasoning(encoder.decode(written), is_open=thinking)
+    return Answer(text, len(generated), hit_limit=not has_ended, reasoning=reasoning)

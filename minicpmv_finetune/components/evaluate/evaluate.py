@@ -180,9 +180,9 @@ def _answers(
 ) -> tuple[dict[str, list[Answer]], dict[str, int]]:
     """The answers of each model by name, and how many of them earlier runs had generated."""
     answers, known = {}, {}
+    folder = folder_beside_runs(ANSWERS_FOLDER)
     for name, (checkpoint, encoder) in models.items():
         generate = partial(_generate_answers, f"{name} model", checkpoint, encoder, settings)
-        folder = folder_beside_runs(ANSWERS_FOLDER)
         if folder and name != "tuned":
             given, count = answer_what_is_new(folder, checkpoint, encoder, samples, settings.max_new_tokens, generate)
             if count:
