@@ -283,7 +283,7 @@ def _train_steps(version: str, shape: Shape, case: Switches, images: Sequence[Pa
 
 
 def _train_on_questions(version: str, shape: Shape, stored: bool, questions: int, shared: bool) -> Measured:
-    """Train one step on questions about small pictures, after a warm-up step."""
+    """Train one step on questions about small images, after a warm-up step."""
     trained, base = _make_trainable(version, shape)
     enable_packing(base, generation_named(version).language_model)
     fuse_adapters(trained)
@@ -294,8 +294,8 @@ def _train_on_questions(version: str, shape: Shape, stored: bool, questions: int
     rows: list[ModelInput] = []
     beginning = BEFORE_IMAGE + tokens
     for _ in range(SAMPLES_ABOUT_IMAGES // questions):
-        picture = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-        slices = cut_slices(picture, plan, slicing)
+        image = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        slices = cut_slices(image, plan, slicing)
         for _ in range(questions):
             rest = random.integers(10, shape.vocabulary, QUESTION + ANSWER).tolist()
             ids = [*range(10, 10 + BEFORE_IMAGE), *[IMAGE_TOKEN] * tokens, *rest]
@@ -367,18 +367,13 @@ def _generate_answers(questions: int, path: str) -> Measured:
 
 def _answer_in_fixed_batches(model: Any, encoder: Any, samples: Sequence[Any]) -> None:
     """Answer 16 prompts at a time with transformers' `generate`, each batch until its longest answer ends."""
-    from minicpmv_finetune.data.samples import open_image
+    from minicpmv_finetune.minicpmv.answer import cut_images
 
     prompts = {number: encoder.encode_prompt(sample) for number, sample in enumerate(samples)}
     longest_first = sorted(prompts, key=lambda number: -len(prompts[number]))
     for start in range(0, len(samples), 16):
         inputs = [
-            ModelInput(
-                "",
-                prompts[number],
-                [],
-                cut_slices(open_image(samples[number].images[0]), encoder.plan(samples[number])[0], encoder.slicing),
-            )
+            ModelInput("", prompts[number], [], cut_images(samples[number], encoder))
             for number in longest_first[start : start + 16]
         ]
         batch = collate(inputs, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)

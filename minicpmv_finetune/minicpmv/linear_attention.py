@@ -30,7 +30,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, apply_mask_to_padding_states, l2norm
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
-from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples
+from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples, shared_states
 
 _MIN_CHUNK, _MAX_CHUNK = 16, 64
 """Bounds of the number of tokens in a chunk; between them a chunk has as many tokens as a head is wide."""
@@ -106,7 +106,7 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         beta = self.in_proj_b(hidden_states).sigmoid()
         # In float32, because exp(A_log) can exceed the range of float16.
         log_decay = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias)
-        parts = None if samples is None else SharedStates.of(samples)
+        parts = shared_states(options)
         if samples is not None and parts is None:
             mixed, beta, log_decay = (samples.unpack(states) for states in (mixed, beta, log_decay))
         length = mixed.shape[1]
@@ -148,13 +148,13 @@ def _attend_in_parts(states: Sequence[torch.Tensor], parts: SharedStates) -> tor
     Returns:
         float32 [1, tokens, heads, width of values].
     """
-    of_beginnings = [parts.beginnings.unpack(part[:, parts.first_tokens]) for part in states]
-    of_continuations = [parts.continuations.unpack(part[:, parts.last_tokens]) for part in states]
+    of_beginnings, of_continuations = (
+        [rows.unpack(part[:, tokens]) for part in states] for rows, tokens in zip(parts.rows, parts.tokens, strict=True)
+    )
     begun, state = read_states(*of_beginnings)
     continued, _ = read_states(*of_continuations, initial=state[parts.origin])
-    tokens = torch.cat([parts.first_tokens, parts.last_tokens])
-    read = torch.cat([parts.beginnings.pack(begun), parts.continuations.pack(continued)], 1)
-    return read[:, tokens.argsort()]
+    read = torch.cat([rows.pack(part) for rows, part in zip(parts.rows, (begun, continued), strict=True)], 1)
+    return read[:, torch.cat(parts.tokens).argsort()]
 
 
 def gated_delta_rule(

@@ -37,6 +37,7 @@ PACKING_ARGUMENTS = (
     "packed_offsets",
     "packed_shared",
     "packed_places",
+    *(f"packed_{name}" for name in ("part_ids", "part_offsets", "part_sizes", "begun", "continued", "origin")),
 )
 """Names of the arguments that describe a packed row, without the positions."""
 
@@ -108,39 +109,15 @@ class SharedStates:
     """A packed row in two parts: what begins by itself, and what continues from tokens that samples share.
 
     Attributes:
-        beginnings: What samples share, and the samples that share nothing.
-        continuations: The rest of each sample that shares something.
-        first_tokens: int, the row's tokens that belong to the beginnings.
-        last_tokens: int, the row's tokens that belong to the continuations.
+        rows: The samples of the two parts: what samples share and the samples that share nothing; and the rest of each
+            sample that shares something.
+        tokens: The row's tokens that belong to each part, int.
         origin: int [continuations], number of the beginning from which each continues.
     """
 
-    beginnings: PackedSamples
-    continuations: PackedSamples
-    first_tokens: torch.Tensor
-    last_tokens: torch.Tensor
+    rows: tuple[PackedSamples, PackedSamples]
+    tokens: tuple[torch.Tensor, torch.Tensor]
     origin: torch.Tensor
-
-    @classmethod
-    def of(cls, samples: PackedSamples) -> "SharedStates | None":
-        """The two parts; None if no sample shares tokens."""
-        if samples.shared is None:
-            return None
-        numbers = torch.arange(samples.count, device=samples.shared.device)
-        first = torch.where(samples.shared == 0, numbers, 0).cummax(0).values
-        # The first of the samples that share tokens has them in its own row, and continues from them like the others.
-        shared = torch.zeros_like(samples.shared).scatter_reduce(0, first, samples.shared, "amax")[first]
-        shares = shared > 0
-        is_continued = shares[samples.sample_ids] & (samples.offsets >= shared[samples.sample_ids])
-        beginning, continuation = (samples.shared == 0).cumsum(0) - 1, shares.cumsum(0) - 1
-        tokens = (~is_continued).nonzero().squeeze(1), is_continued.nonzero().squeeze(1)
-        ids = tuple(samples.sample_ids[part] for part in tokens)
-        offsets = samples.offsets[tokens[0]], samples.offsets[tokens[1]] - shared[ids[1]]
-        beginnings, continuations = (
-            PackedSamples(part, places, int(part.max()) + 1, int(places.max()) + 1)
-            for part, places in zip((beginning[ids[0]], continuation[ids[1]]), offsets, strict=True)
-        )
-        return cls(beginnings, continuations, *tokens, beginning[first][shares])
 
 
 def packing_arguments(lengths: Sequence[int], shared: Sequence[int] = ()) -> dict[str, Any]:
@@ -155,8 +132,8 @@ def packing_arguments(lengths: Sequence[int], shared: Sequence[int] = ()) -> dic
         `position_ids` int [1, tokens], which begin at 0 in each sample, and behind shared tokens continue after them;
         `cu_seq_lens_q` and `cu_seq_lens_k` int32 [samples + 1]; `max_length_q` and `max_length_k`; and for each token
         `packed_sample_ids` and `packed_offsets`, int [tokens], the attributes of `PackedSamples`. If samples share
-        tokens, the boundaries are those of the samples with all their tokens, and `packed_shared` and `packed_places`
-        are two more of those attributes.
+        tokens, the boundaries are those of the samples with all their tokens, `packed_shared` and `packed_places` are
+        two more of those attributes, and further arguments describe the row's `SharedStates`.
     """
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     samples = PackedSamples.from_cu_seqlens(cu_seqlens, max(lengths))
@@ -164,6 +141,7 @@ def packing_arguments(lengths: Sequence[int], shared: Sequence[int] = ()) -> dic
         samples = _without_repetitions(samples, torch.tensor(shared))
     return {
         **({"packed_shared": samples.shared, "packed_places": samples.places} if any(shared) else {}),
+        **(_parts_of(samples, samples.shared) if samples.shared is not None else {}),
         "position_ids": samples.offsets.unsqueeze(0),
         **{f"cu_seq_lens_{side}": cu_seqlens for side in "qk"},
         **{f"max_length_{side}": max(lengths) for side in "qk"},
@@ -193,6 +171,40 @@ def packed_samples(arguments: dict[str, Any]) -> PackedSamples | None:
         return PackedSamples.from_cu_seqlens(cu_seqlens, longest)
     shared, places = (arguments.get(f"packed_{name}") for name in ("shared", "places"))
     return PackedSamples(sample_ids, arguments["packed_offsets"], len(cu_seqlens) - 1, longest, shared, places)
+
+
+def _parts_of(samples: PackedSamples, shared: torch.Tensor) -> dict[str, Any]:
+    """The arguments from which `shared_states` makes the two parts of a row, without a number to wait for on a GPU."""
+    numbers = torch.arange(samples.count)
+    first = torch.where(shared == 0, numbers, 0).cummax(0).values
+    # The first of the samples that share tokens has them in its own row, and continues from them like the others.
+    shared_by_all = torch.zeros_like(shared).scatter_reduce(0, first, shared, "amax")[first]
+    shares, of_token = shared_by_all > 0, shared_by_all[samples.sample_ids]
+    is_continued = (of_token > 0) & (samples.offsets >= of_token)
+    beginning, continuation = (shared == 0).cumsum(0) - 1, shares.cumsum(0) - 1
+    ids = torch.where(is_continued, continuation[samples.sample_ids], beginning[samples.sample_ids])
+    offsets = samples.offsets - torch.where(is_continued, of_token, 0)
+    begun, continued = (~is_continued).nonzero().squeeze(1), is_continued.nonzero().squeeze(1)
+    return {
+        "packed_part_ids": ids,
+        "packed_part_offsets": offsets,
+        "packed_part_sizes": [int(of[part].max()) + 1 for part in (begun, continued) for of in (ids, offsets)],
+        "packed_begun": begun,
+        "packed_continued": continued,
+        "packed_origin": beginning[first][shares],
+    }
+
+
+def shared_states(arguments: dict[str, Any]) -> SharedStates | None:
+    """Read the two parts of a packed row from a model's arguments; None if no sample shares tokens."""
+    if (begun := arguments.get("packed_begun")) is None:
+        return None
+    ids, offsets, sizes, continued, origin = (
+        arguments[f"packed_{name}"] for name in ("part_ids", "part_offsets", "part_sizes", "continued", "origin")
+    )
+    beginnings = PackedSamples(ids[begun], offsets[begun], *sizes[:2])
+    continuations = PackedSamples(ids[continued], offsets[continued], *sizes[2:])
+    return SharedStates((beginnings, continuations), (begun, continued), origin)
 
 
 def enable_packing(model: PreTrainedModel, language_model: str) -> None:

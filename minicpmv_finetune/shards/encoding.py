@@ -50,7 +50,7 @@ def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> ModelInp
     plans = encoder.plan(sample)
     slices = [
         pixels
-        for number in image_order(sample)
+        for number in sample.image_order
         for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
     ]
     return ModelInput(sample.id, encoded.input_ids, encoded.labels, slices)
@@ -68,7 +68,7 @@ def store(
         encoder: The encoder of the base model.
         codec: The codec of the images.
     """
-    plans, order = encoder.plan(sample), image_order(sample)
+    plans, order = encoder.plan(sample), sample.image_order
     if codec == "source":
         rotated = [sample.images[number].rotated for number in order]
         images = store_sources([files[number] for number in order], [plans[number] for number in order], rotated)
@@ -89,9 +89,4 @@ def store(
 def count_slices(sample: Sample, encoder: Encoder) -> int:
     """The number of slices of all images of a sample."""
     plans = encoder.plan(sample)
-    return sum(len(plans[number].target_sizes) for number in image_order(sample))
-
-
-def image_order(sample: Sample) -> list[int]:
-    """The numbers of a sample's images, in the order of their placeholders in the text."""
-    return [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
+    return sum(len(plans[number].target_sizes) for number in sample.image_order)

@@ -5,7 +5,7 @@ computes it. Images are equal if their stored bytes are.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,18 @@ class SharedImages:
         Args:
             lengths: Number of tokens of each sample by itself.
         """
-        return [sum(lengths[number] - self.shared.get(number, 0) for number in group) for group in self.groups]
+        return [row_length(group, lengths, self.shared) for group in self.groups]
+
+
+def row_length(numbers: Sequence[int], lengths: Sequence[int], shared: Mapping[int, int]) -> int:
+    """Number of tokens of a row of samples.
+
+    Args:
+        numbers: The samples of the row.
+        lengths: Number of tokens of each sample by itself.
+        shared: Number of first tokens that a sample shares with the one before it in its row, by its number.
+    """
+    return sum(lengths[number] - shared.get(number, 0) for number in numbers)
 
 
 def share_images(beginnings: Sequence[Beginning], lengths: Sequence[int], capacity: int, seed: int = 0) -> SharedImages:

@@ -5,6 +5,7 @@ Every item carries its row number in the shards, so that a failure can name the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.shards.format import Manifest, ShardReader
+from minicpmv_finetune.shards.sharing import row_length
 
 from .feature_store import FeatureStore, PatchFeatures, feature_arguments
 
@@ -48,7 +50,12 @@ class ExampleDataset(Dataset[Example]):
         """
         self.features = FeatureStore(features) if features else None
         self.reader = ShardReader(shards, split, images=self.features is None)
-        self.texts = ShardReader(shards, split, images=False)
+        self.shards = shards
+
+    @cached_property
+    def texts(self) -> ShardReader:
+        """The same samples without their images, which only samples that share images need."""
+        return ShardReader(self.shards, self.reader.split, images=False) if self.features is None else self.reader
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -88,8 +95,7 @@ class PackDataset(Dataset[list[Example]]):
     def lengths(self) -> Sequence[int]:
         """Number of tokens of each pack."""
         lengths = self.examples.lengths
-        shared = self.shared
-        return [sum(lengths[position] - shared.get(position, 0) for position in pack) for pack in self.packs]
+        return [row_length(pack, lengths, self.shared) for pack in self.packs]
 
     def __len__(self) -> int:
         return len(self.packs)
