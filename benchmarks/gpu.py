@@ -40,7 +40,7 @@ from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.estimate import cost
 from minicpmv_finetune.estimate.efficiency import Work, needed_flops, peak_flops
-from minicpmv_finetune.estimate.layers import Targets
+from minicpmv_finetune.estimate.layers import PUBLISHED_TARGETS, Targets
 from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.batch import collate
@@ -55,7 +55,6 @@ from minicpmv_finetune.minicpmv.modeling_qwen3_5 import (
 from minicpmv_finetune.tracking.step_runs import StepRun
 
 SUPERVISED = 100
-_PUBLISHED_TARGETS = Targets()
 WARM_UP = 3
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "triton")
 
@@ -404,7 +403,7 @@ def _slowest_kernels(trainer: Any, samples: Samples, batch_size: int) -> dict[st
 
 
 def plan_model(
-    model: PreTrainedModel, generation: Generation, folder: Path, targets: Targets = _PUBLISHED_TARGETS
+    model: PreTrainedModel, generation: Generation, folder: Path, targets: Targets = PUBLISHED_TARGETS
 ) -> cost.Model:
     """The numbers that `plan` reads from a checkpoint; its weights are a file of holes here."""
     header: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
 from minicpmv_finetune.shards.packing import pack_samples
 
-from .layers import Targets, linear_layer, part_of
+from .layers import PUBLISHED_TARGETS, Targets, linear_layer, part_of
 
 # Bytes per unit.
 _BF16 = 2  # a number in bf16
@@ -146,10 +146,7 @@ Tensor = tuple[str, Sequence[int], int]
 """Name and shape of a tensor, and how many such tensors there are in layers of other numbers."""
 
 
-_DEFAULT = Targets()
-
-
-def read_model(checkpoint: Path, targets: Targets = _DEFAULT) -> Model:
+def read_model(checkpoint: Path, targets: Targets = PUBLISHED_TARGETS) -> Model:
     """Count a checkpoint's parameters from the headers of its safetensors files.
 
     Args:
@@ -176,7 +173,7 @@ def read_model(checkpoint: Path, targets: Targets = _DEFAULT) -> Model:
 
 
 def measure_model(
-    generation: Generation, config: Mapping[str, Any], tensors: Iterable[Tensor], targets: Targets = _DEFAULT
+    generation: Generation, config: Mapping[str, Any], tensors: Iterable[Tensor], targets: Targets = PUBLISHED_TARGETS
 ) -> Model:
     """Count a model's parameters from its tensors' shapes.
 

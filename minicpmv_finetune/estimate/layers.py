@@ -36,6 +36,9 @@ class Targets:
         return self.numbers is None or (number is not None and int(number[1]) in self.numbers)
 
 
+PUBLISHED_TARGETS = Targets()
+
+
 def linear_layer(name: str, shape: Sequence[int]) -> str:
     """The linear layer whose weight a tensor is; empty if it is another tensor."""
     is_embedding = name.endswith(("embed_tokens.weight", "embedding.weight"))

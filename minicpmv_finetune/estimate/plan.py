@@ -32,10 +32,9 @@ from .cost import (
     read_model,
 )
 from .efficiency import PEAK_FLOPS, REFERENCE_GPU, expected_hours
-from .layers import Targets
+from .layers import PUBLISHED_TARGETS, Targets
 from .sample_sizes import SampleSize, measure_samples
 
-_DEFAULT = Targets()
 _EXAMPLES = 5  # samples that are too long and listed
 _LENGTHS = (1024, 2048, 4096, 8192, 16384)  # values of model_max_length to compare
 _PERCENTILES = (50, 90, 99, 100)
@@ -107,7 +106,7 @@ def estimate_run(
     eval_fraction: float,
     exif_transpose: bool,
     recipe: Recipe,
-    targets: Targets = _DEFAULT,
+    targets: Targets = PUBLISHED_TARGETS,
     checkpointing: bool = False,
     strategy: str = "single GPU",
     loading_processes: int = 0,
@@ -142,12 +141,10 @@ def estimate_run(
         rejected["too_long"] = len(too_long)
     fitting = [sample for sample in measured if sample.tokens <= model_max_length]
     if not fitting:
-        shortest = f"; the shortest has {min(sample.tokens for sample in measured):,} tokens" if measured else ""
-        raise UserError(f"{data_uri}: no usable sample{shortest}; rejected: {dict(rejected) or 'none'}; fix the data.")
-    if eval_data_uri:
-        eval_samples = sum(sample.tokens <= model_max_length for sample in splits[1])
-    else:
-        eval_samples = round(eval_fraction * len(fitting))
+        raise UserError(_nothing_usable(data_uri, measured, rejected))
+    held_out = [sample for sample in splits[1] if sample.tokens <= model_max_length] if eval_data_uri else []
+    eval_samples = len(held_out) if eval_data_uri else round(eval_fraction * len(fitting))
+    main_memory = estimate_main_memory(model, recipe, loading_processes) if loading_processes else 0
     return Estimate(
         generation=encoder.generation.version,
         rejected=dict(sorted(rejected.items())),
@@ -160,11 +157,14 @@ def estimate_run(
         **_count_samples(fitting, eval_samples),
         strategy=strategy,
         checkpointing=checkpointing,
-        estimated_main_memory_bytes=int(estimate_main_memory(model, recipe, loading_processes))
-        if loading_processes
-        else 0,
+        estimated_main_memory_bytes=int(main_memory),
         **_estimate_training(model, recipe, fitting, len(fitting) - eval_samples, checkpointing, model_max_length),
     )
+
+
+def _nothing_usable(data_uri: str, measured: Sequence[SampleSize], rejected: Counter[str]) -> str:
+    shortest = f"; the shortest has {min(sample.tokens for sample in measured):,} tokens" if measured else ""
+    return f"{data_uri}: no usable sample{shortest}; rejected: {dict(rejected) or 'none'}; fix the data."
 
 
 class _SampleCounts(TypedDict):

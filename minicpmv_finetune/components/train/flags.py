@@ -233,19 +233,7 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         )
     if values.get("q_lora") and not use_lora:
         sentences.append("--q_lora trains adapters on a 4-bit model and needs --use_lora true.")
-    for name in (name for name in ("packing", "tokens_per_batch", "share_images") if values.get(name)):
-        if values.get("train_sampling_strategy", "random") != "random":
-            sentences.append(
-                f"--{name} leaves no padding that batches of similar lengths could save; leave --group_by_length out."
-            )
-        if values.get("attn_implementation") == "eager":
-            sentences.append(
-                f"--{name}: eager attention cannot keep the samples of a row apart; leave --attn_implementation out."
-            )
-    if values.get("share_images") and str(values.get("attn_implementation")).startswith("flash"):
-        sentences.append(
-            "--share_images: flash attention cannot let several samples see one image; leave --attn_implementation out."
-        )
+    sentences += _find_unfit_for_rows(values)
     if values.get("early_stopping_patience") and values.get("eval_strategy", "no") == "no":
         sentences.append(
             "--early_stopping_patience: nothing is evaluated; give --eval_strategy epoch, or steps with --eval_steps."
@@ -281,6 +269,25 @@ def find_contradictions(values: Mapping[str, Any], trains_here: bool = True) -> 
         sentences.append(f"--lora_layers_to_transform {layers}: give layer numbers such as 0,1,5.")
     refused = [(name, value) for name, value in _REFUSED if name in values and values[name] is value]
     return sentences + [f"--{name} {str(value).lower()}: {_REFUSED[name, value]}." for name, value in refused]
+
+
+def _find_unfit_for_rows(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each flag that does not go with several samples in a row."""
+    sentences = []
+    for name in (name for name in ("packing", "tokens_per_batch", "share_images") if values.get(name)):
+        if values.get("train_sampling_strategy", "random") != "random":
+            sentences.append(
+                f"--{name} leaves no padding that batches of similar lengths could save; leave --group_by_length out."
+            )
+        if values.get("attn_implementation") == "eager":
+            sentences.append(
+                f"--{name}: eager attention cannot keep the samples of a row apart; leave --attn_implementation out."
+            )
+    if values.get("share_images") and str(values.get("attn_implementation")).startswith("flash"):
+        sentences.append(
+            "--share_images: flash attention cannot let several samples see one image; leave --attn_implementation out."
+        )
+    return sentences
 
 
 def _find_clashes(values: Mapping[str, Any]) -> list[str]:
