@@ -3,7 +3,7 @@
     python benchmarks/on_public_data.py fashion-mnist [--seed 42] [--limit 100]
 
 Fetches the task's data by name, converts it, writes a tiny untrained base, runs the whole pipeline for the stated
-budget, and evaluates on the official test split. With --limit, pictures of each split are few, and no row is written.
+budget, and evaluates on the official test split. With --limit, images of each split are few, and no row is written.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--seed", type=int, default=42, help="seed of the base, the split and the training")
-    parser.add_argument("--limit", type=int, help="pictures of each split")
+    parser.add_argument("--limit", type=int, help="images of each split")
     parser.add_argument("--only-data", action="store_true", help="fetch and convert, and train nothing")
     options = parser.parse_args()
     task = TASKS[options.task]

@@ -5,19 +5,17 @@ for points. Names are scored by exact match, since relaxed accuracy would accept
 """
 
 import csv
-import importlib
 import json
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .drawing import VL_CONVERT
+from .drawing import VL_CONVERT, drawing_library
 from .registries import Package
-from .task import FLAGS, Asked, Picture, Split, Task
+from .task import READING, Asked, AskedImage, Split, Task
 
 CHARTS: Mapping[Split, int] = {"train": 1600, "test": 400}
 _SEEDS: Mapping[Split, int] = {"train": 1, "test": 2}
@@ -28,7 +26,7 @@ _LOOK: Mapping[str, Any] = {
     "autosize": {"type": "fit", "contains": "padding"},
     "config": {"axis": {"labelFontSize": 8, "titleFontSize": 8, "labelLimit": 80, "tickCount": 4}},
 }
-"""A small picture with letters that are just legible: a tiny model sees 112 × 112 pixels at once."""
+"""A small image with letters that are just legible: a tiny model sees 112 × 112 pixels at once."""
 _VEGA_LITE = "5.20"
 _POINTS = (
     ("cars", "Horsepower", "Miles_per_Gallon"),
@@ -46,17 +44,16 @@ class Column:
     values: Sequence[float]
 
 
-def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
+def images(split: Split, packages: Mapping[str, Path]) -> Iterator[AskedImage]:
     """Charts of random parts of the tables; the seed is fixed."""
     folder = packages["data"] / "vega_datasets" / "_data"
-    sys.path.insert(0, str(packages["drawing"]))
-    draw: Any = importlib.import_module("vl_convert").vegalite_to_png
+    draw = drawing_library(packages).vegalite_to_png
     chance = random.Random(_SEEDS[split])  # noqa: S311
     columns = [column for number, column in enumerate(_columns(folder)) if (number % 5 == 4) == (split == "test")]
     for number in range(CHARTS[split]):
         kind = ("bar", "line", "point")[number % 3]
         spec, asked = _points(folder, split, chance) if kind == "point" else _series(columns, kind, chance)
-        yield Picture(draw(spec, vl_version=_VEGA_LITE), asked)
+        yield AskedImage(draw(spec, vl_version=_VEGA_LITE), asked)
 
 
 def _series(columns: Sequence[Column], kind: str, chance: random.Random) -> tuple[dict[str, Any], tuple[Asked, ...]]:
@@ -161,14 +158,9 @@ TASK = Task(
         ),
         "drawing": VL_CONVERT,
     },
-    pictures=pictures,
+    images=images,
     inputs={
-        "num_train_epochs": 2.0,
-        "per_device_train_batch_size": 8,
-        "use_lora": False,
-        "tune_llm": True,
-        "learning_rate": 1.5e-3,
-        "training_flags": {**FLAGS, "ddp_find_unused_parameters": True},  # the tower then does not merge patches
+        **READING,
         "evaluation_options": {"max_new_tokens": 96, "batch_size": 64},
     },
     fine=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .registries import Package
-from .task import FLAGS, Asked, Picture, Split, Task, encode_png
+from .task import READING, Asked, AskedImage, Split, Task, encode_png
 
 DOCUMENTS: Mapping[Split, int] = {"train": 6000, "test": 400}
 _SEEDS: Mapping[Split, int] = {"train": 1, "test": 2}
@@ -92,7 +92,7 @@ LANGUAGES: Mapping[str, Language] = {
 }
 
 
-def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
+def images(split: Split, packages: Mapping[str, Path]) -> Iterator[AskedImage]:
     """Receipts and tables in turn, in each language; the seed is fixed."""
     chance = random.Random(_SEEDS[split])  # noqa: S311
     for number in range(DOCUMENTS[split]):
@@ -103,7 +103,7 @@ def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
         yield draw(code, language, _font(packages[package] / file), chance)
 
 
-def _receipt(code: str, language: Language, font: ImageFont.FreeTypeFont, chance: random.Random) -> Picture:
+def _receipt(code: str, language: Language, font: ImageFont.FreeTypeFont, chance: random.Random) -> AskedImage:
     shop = chance.choice(language.shops)
     prices = {item: chance.randint(20, 1999) for item in chance.sample(language.items, chance.randint(1, 3))}
     total = sum(prices.values())
@@ -116,7 +116,7 @@ def _receipt(code: str, language: Language, font: ImageFont.FreeTypeFont, chance
         "total": language.price(total),
     }
     text = "\n".join(" ".join(filter(None, line)) for line in lines)
-    return Picture(
+    return AskedImage(
         encode_png(image),
         (
             Asked(_TEXT, text, f"receipt, {code}", "cer"),
@@ -125,14 +125,14 @@ def _receipt(code: str, language: Language, font: ImageFont.FreeTypeFont, chance
     )
 
 
-def _table(code: str, language: Language, font: ImageFont.FreeTypeFont, chance: random.Random) -> Picture:
+def _table(code: str, language: Language, font: ImageFont.FreeTypeFont, chance: random.Random) -> AskedImage:
     items = chance.sample(language.items, chance.randint(1, 3))
     lines = [
         language.columns,
         *((item, str(chance.randint(1, 20)), language.price(chance.randint(20, 1999))) for item in items),
     ]
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return Picture(
+    return AskedImage(
         encode_png(_draw(lines, (0.0, 0.47, 0.68), font, ruled=True)),
         (
             Asked(_TEXT, "\n".join(" ".join(line) for line in lines), f"table, {code}", "cer"),
@@ -169,15 +169,10 @@ TASK = Task(
         "latin": Package("Debian", "fonts-dejavu-core", "Bitstream-Vera"),
         "chinese": Package("Debian", "fonts-wqy-microhei", "Apache-2.0"),
     },
-    pictures=pictures,
+    images=images,
     inputs={
-        "num_train_epochs": 2.0,
-        "per_device_train_batch_size": 8,
+        **READING,
         "max_slice_nums": 1,
-        "use_lora": False,
-        "tune_llm": True,
-        "learning_rate": 1.5e-3,
-        "training_flags": {**FLAGS, "ddp_find_unused_parameters": True},  # the tower then does not merge patches
         "evaluation_options": {"max_new_tokens": 128, "batch_size": 64},
     },
     fine=True,

@@ -1,4 +1,4 @@
-"""easy-VQA (Zhou 2019): pictures of one shape in one color, 64 × 64 pixels, and questions with 13 answers."""
+"""easy-VQA (Zhou 2019): images of one shape in one color, 64 × 64 pixels, and questions with 13 answers."""
 
 import json
 import random
@@ -7,15 +7,15 @@ from itertools import groupby
 from pathlib import Path
 
 from .registries import Package
-from .task import Asked, Picture, Split, Task
+from .task import Asked, AskedImage, Split, Task
 
 _SHAPES = ("circle", "rectangle", "triangle")
 _YES_OR_NO, _SEED = 3, 1
-"""Of a training picture's seven or so questions for yes or no, a few; otherwise most of the time would go to them."""
+"""Of a training image's seven or so questions for yes or no, a few; otherwise most of the time would go to them."""
 
 
-def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
-    """The pictures in the order of their numbers; of the test split with all questions."""
+def images(split: Split, packages: Mapping[str, Path]) -> Iterator[AskedImage]:
+    """The images in the order of their numbers; of the test split with all questions."""
     chance = random.Random(_SEED)  # noqa: S311
     folder = packages["data"] / "easy_vqa" / "data" / split
     rows = sorted(json.loads((folder / "questions.json").read_text()), key=lambda row: row[2])
@@ -26,7 +26,7 @@ def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
             others = [place for place, named in enumerate(is_named) if not named]
             kept = {*chance.sample(others, min(_YES_OR_NO, len(others)))}
             asked = tuple(one for place, one in enumerate(asked) if is_named[place] or place in kept)
-        yield Picture((folder / "images" / f"{number}.png").read_bytes(), asked)
+        yield AskedImage((folder / "images" / f"{number}.png").read_bytes(), asked)
 
 
 def kind_of(answer: str) -> str:
@@ -48,7 +48,7 @@ TASK = Task(
             ("fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",),
         )
     },
-    pictures=pictures,
+    images=images,
     inputs={
         "num_train_epochs": 2.5,
         "per_device_train_batch_size": 16,
@@ -57,5 +57,5 @@ TASK = Task(
         "tune_llm": True,
         "learning_rate": 2e-3,
     },
-    beside="its author's network: 0.995, trained on twice as many pictures",
+    beside="its author's network: 0.995, trained on twice as many images",
 )

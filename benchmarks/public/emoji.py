@@ -5,23 +5,21 @@ family is in one split only. Most names of the test split are therefore new to t
 """
 
 import hashlib
-import importlib
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .drawing import VL_CONVERT
+from .drawing import VL_CONVERT, drawing_library
 from .registries import Package
-from .task import Asked, Picture, Split, Task, encode_png
+from .task import Asked, AskedImage, Split, Task, encode_png
 
 SIDE = 112
-"""Width and height of the pictures in pixels."""
+"""Width and height of the images in pixels."""
 _NAME, _GROUP = "What is the name of this emoji?", "To which group does this emoji belong?"
 _DRAWN_AT = 72  # width of the SVG files
 _PEOPLE = re.compile(r"\b(person|people|man|men|woman|women|boys?|girls?|child|older|adult)\b")
@@ -29,25 +27,24 @@ _VARIANT = re.compile(r":.*|\b(o’clock|thirty|left|right|up|down|with|without)
 _HOURS = re.compile(r"\b(one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b")
 
 
-def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
+def images(split: Split, packages: Mapping[str, Path]) -> Iterator[AskedImage]:
     """The emoji of Unicode in the order of OpenMoji's list, without those that differ only in the tone of the skin."""
     folder = packages["data"] / "package"
-    sys.path.insert(0, str(packages["drawing"]))
-    draw: Any = importlib.import_module("vl_convert").svg_to_png
+    draw = drawing_library(packages).svg_to_png
     for emoji in json.loads((folder / "data" / "openmoji.json").read_text()):
         group = emoji["group"]
         if emoji["skintone"] or group.startswith("extras") or group == "component" or split != split_of(emoji):
             continue
         svg = (folder / "color" / "svg" / f"{emoji['hexcode']}.svg").read_text()
         asked = (Asked(_GROUP, group, "group"), Asked(_NAME, emoji["annotation"], "name", "anls"))
-        yield Picture(_on_white(draw(svg, scale=SIDE / _DRAWN_AT)), asked)
+        yield AskedImage(_on_white(draw(svg, scale=SIDE / _DRAWN_AT)), asked)
 
 
 def _on_white(content: bytes) -> bytes:
     """A PNG without transparency: black outlines would disappear on the black that a model sees behind them."""
-    picture = Image.open(io.BytesIO(content)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return encode_png(Image.alpha_composite(white, picture).convert("RGB"))
+    image = Image.open(io.BytesIO(content)).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return encode_png(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def family_of(emoji: Mapping[str, Any]) -> str:
@@ -76,7 +73,7 @@ TASK = Task(
         ),
         "drawing": VL_CONVERT,
     },
-    pictures=pictures,
+    images=images,
     inputs={
         "num_train_epochs": 8.0,
         "per_device_train_batch_size": 16,

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70,000 gray pictures of clothes in ten classes, 28 × 28 pixels."""
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70,000 gray images of clothes in ten classes, 28 × 28 pixels."""
 
 import gzip
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 from .registries import Package
-from .task import Asked, Picture, Split, Task, encode_png
+from .task import Asked, AskedImage, Split, Task, encode_png
 
 QUESTION = "What is this?"
 USED: Mapping[Split, int] = {"train": 24_000, "test": 10_000}
-"""Pictures of each split: the whole test split, and so much of the 60,000 for training as the time allows."""
+"""Images of each split: the whole test split, and so much of the 60,000 for training as the time allows."""
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -20,15 +20,15 @@ CLASSES = (
 _FOLDER = Path("usr/share/datasets/fashion-mnist")
 
 
-def pictures(split: Split, packages: Mapping[str, Path]) -> Iterator[Picture]:
-    """The first pictures of the published files, with the class as the answer."""
+def images(split: Split, packages: Mapping[str, Path]) -> Iterator[AskedImage]:
+    """The first images of the published files, with the class as the answer."""
     name = {"train": "train", "test": "t10k"}[split]
     folder = packages["data"] / _FOLDER
     pixels = _read(folder / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = _read(folder / f"{name}-labels-idx1-ubyte.gz", 8)
     for image, label in zip(pixels[: USED[split]], labels[: USED[split]].tolist(), strict=True):
         answer = CLASSES[label]
-        yield Picture(encode_png(Image.fromarray(image)), (Asked(QUESTION, answer, answer),))
+        yield AskedImage(encode_png(Image.fromarray(image)), (Asked(QUESTION, answer, answer),))
 
 
 def _read(file: Path, header: int) -> np.ndarray:
@@ -48,7 +48,7 @@ TASK = Task(
             ("39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",),
         )
     },
-    pictures=pictures,
+    images=images,
     inputs={"num_train_epochs": 2.0, "per_device_train_batch_size": 32, "max_slice_nums": 1},
     beside="linear 0.84, MLP 0.88, CNN 0.92–0.94, people 0.835",
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minicpmv_finetune.components.evaluate.comparison import Estimate, estimate
+from minicpmv_finetune.components.evaluate.comparison import estimate
 from minicpmv_finetune.components.evaluate.metrics import METRICS
 from minicpmv_finetune.git_commit import commit_of_checkout
 
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- written by benchmarks/on_public_data.py -->", "<!-- end -->"
 
 
 def blind_answers(train: Path) -> dict[str, str]:
-    """The most frequent answer to each question in the training data: what can be said without the picture."""
+    """The most frequent answer to each question in the training data: what can be said without the image."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     with train.open(encoding="utf-8") as lines:
         for asked, given in (json.loads(line)["conversations"] for line in lines):
@@ -35,7 +35,7 @@ def score_answers(lines: Iterable[Mapping[str, Any]], blind: Mapping[str, str]) 
 
     Args:
         lines: Lines of predictions files.
-        blind: An answer without the picture to each question, as far as there is one.
+        blind: An answer without the image to each question, as far as there is one.
     """
     by_metric: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for line in lines:
@@ -45,7 +45,7 @@ def score_answers(lines: Iterable[Mapping[str, Any]], blind: Mapping[str, str]) 
         score = METRICS[metric].score
         for line in found:
             line["scores"]["blind"] = {metric: score(blind.get(line["question"], ""), line["expected"])}
-        tuned = _estimate(found, "tuned")
+        tuned = estimate(*_scores(found, "tuned"))
         tags = sorted({tag for line in found for tag in line["tags"]})
         scores[metric] = {
             "samples": len(found),
@@ -119,10 +119,6 @@ def _kinds(rows: Sequence[Mapping[str, Any]]) -> str:
             kinds = ", ".join(f"{tag} {value:.3f} ({blind[tag]:.3f})" for tag, value in score["tuned_by_tag"].items())
             lines.append(f"| {row['task']} | `{metric}` | {kinds} |")
     return "\n".join(lines) + "\n"
-
-
-def _estimate(lines: Sequence[Mapping[str, Any]], model: str) -> Estimate:
-    return estimate(*_scores(lines, model))
 
 
 def _by_tag(lines: Sequence[Mapping[str, Any]], tags: Sequence[str], model: str) -> dict[str, float]:

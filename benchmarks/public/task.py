@@ -1,4 +1,4 @@
-"""What a task is, and how its pictures and questions become files in MiniCPM-V's JSON format."""
+"""What a task is, and how its images and questions become files in MiniCPM-V's JSON format."""
 
 import hashlib
 import inspect
@@ -23,11 +23,20 @@ Split = Literal["train", "test"]
 PROVENANCE = "provenance.json"
 FLAGS: Mapping[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "nproc_per_node": 2}
 """Flags of every training: two processes, one for each core."""
+READING: Mapping[str, Any] = {
+    "num_train_epochs": 2.0,
+    "per_device_train_batch_size": 8,
+    "use_lora": False,
+    "tune_llm": True,
+    "learning_rate": 1.5e-3,
+    "training_flags": {**FLAGS, "ddp_find_unused_parameters": True},  # a fine tower does not merge patches
+}
+"""Inputs of the tasks whose images have text: the whole model is trained."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a picture.
+    """A question about an image.
 
     Attributes:
         question: The question.
@@ -43,8 +52,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture with its questions.
+class AskedImage:
+    """An image with its questions.
 
     Attributes:
         content: Bytes of the image file, a PNG.
@@ -63,7 +72,7 @@ class Task:
         name: Name of the target: `make benchmark-NAME`.
         title: One line for tables.
         packages: What is fetched, by a short name.
-        pictures: Function that yields the pictures of a split from the folders of the packages, in the same order on
+        images: Function that yields the images of a split from the folders of the packages, in the same order on
             every machine.
         inputs: The stated budget: inputs of the pipeline that differ from the runner's `COMMON`.
         fine: Whether 4 patches of an image become a token of the language model, and not 16 as usual.
@@ -73,7 +82,7 @@ class Task:
     name: str
     title: str
     packages: Mapping[str, Package]
-    pictures: Callable[[Split, Mapping[str, Path]], Iterator[Picture]]
+    images: Callable[[Split, Mapping[str, Path]], Iterator[AskedImage]]
     inputs: Mapping[str, Any]
     fine: bool = False
     beside: str = "–"
@@ -87,7 +96,7 @@ class Data:
         train: Training data.
         tests: Test data: `scores`, or `errors` for questions whose metric counts errors, which cannot be averaged with
             scores; or both.
-        counts: Pictures and questions of each split.
+        counts: Images and questions of each split.
         seconds: Time of the conversion.
     """
 
@@ -103,7 +112,7 @@ def prepare(task: Task, folder: Path, limit: int | None = None) -> Data:
     Args:
         task: The task.
         folder: Folder that receives archives of images, data files and `provenance.json`.
-        limit: Number of pictures of each split; all by default.
+        limit: Number of images of each split; all by default.
     """
     fetched = {name: fetch(package) for name, package in task.packages.items()}
     origin = {"task": task.name, "limit": limit, "code": _code_of(task), "packages": _describe(task, fetched)}
@@ -115,7 +124,7 @@ def prepare(task: Task, folder: Path, limit: int | None = None) -> Data:
         places = {name: package.folder for name, package in fetched.items()}
         counts: dict[str, int] = {}
         for split in ("train", "test"):
-            counts |= _write_split(folder, split, itertools.islice(task.pictures(split, places), limit))
+            counts |= _write_split(folder, split, itertools.islice(task.images(split, places), limit))
         content = {"origin": origin, "counts": counts, "seconds": round(time.monotonic() - started, 1)}
         record.write_text(json.dumps(content, indent=1) + "\n")
     tests = {kind: path for kind in ("scores", "errors") if (path := folder / f"test-{kind}.jsonl").exists()}
@@ -131,7 +140,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 def _code_of(task: Task) -> str:
     """The hash of the code that converts a task's data."""
-    sources = (Path(inspect.getfile(task.pictures)), Path(__file__))
+    sources = (Path(inspect.getfile(task.images)), Path(__file__))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
@@ -148,17 +157,17 @@ def _describe(task: Task, fetched: Mapping[str, Fetched]) -> list[dict[str, str]
     ]
 
 
-def _write_split(folder: Path, split: str, pictures: Iterable[Picture]) -> dict[str, int]:
-    """Write `SPLIT.tar` and its data files; return the numbers of pictures and questions."""
+def _write_split(folder: Path, split: str, images: Iterable[AskedImage]) -> dict[str, int]:
+    """Write `SPLIT.tar` and its data files; return the numbers of images and questions."""
     lines: dict[str, list[str]] = {}
     number = 0
     with tarfile.open(folder / f"{split}.tar", "w") as archive:
-        for number, picture in enumerate(pictures, start=1):
+        for number, image in enumerate(images, start=1):
             name = f"{number:05d}.png"
             member = tarfile.TarInfo(name)
-            member.size = len(picture.content)
-            archive.addfile(member, io.BytesIO(picture.content))
-            for place, asked in enumerate(picture.asked):
+            member.size = len(image.content)
+            archive.addfile(member, io.BytesIO(image.content))
+            for place, asked in enumerate(image.asked):
                 kind = "errors" if METRICS[asked.metric].lower_is_better else "scores"
                 file = "train" if split == "train" else f"{split}-{kind}"
                 lines.setdefault(file, []).append(
@@ -166,7 +175,7 @@ def _write_split(folder: Path, split: str, pictures: Iterable[Picture]) -> dict[
                 )
     for file, found in lines.items():
         (folder / f"{file}.jsonl").write_text("".join(found), encoding="utf-8")
-    return {f"{split} pictures": number, f"{split} questions": sum(map(len, lines.values()))}
+    return {f"{split} images": number, f"{split} questions": sum(map(len, lines.values()))}
 
 
 def _sample(identifier: str, image: str, asked: Asked) -> str:

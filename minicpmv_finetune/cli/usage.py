@@ -9,7 +9,7 @@ from minicpmv_finetune.options import did_you_mean
 def usage_sentence(error: Exception) -> str:
     """The sentence for an exception of the command line's library; empty for any other exception.
 
-    The library has its exceptions under different names in different versions, so they are told by what they have.
+    The library has its exceptions under different names in different versions, so they are known by what they have.
     """
     context: Any = getattr(error, "ctx", None)
     if not hasattr(error, "format_message") or context is None:

@@ -121,7 +121,7 @@ def run_page(page: gradio.Blocks, port: int, wait: bool = True) -> None:
     Args:
         page: The page.
         port: Port to listen on.
-        wait: Whether to return only when the process is told to end.
+        wait: Whether to return only when a signal ends the process.
     """
     page.launch(
         server_name=DEFAULT_HOST,

@@ -143,7 +143,7 @@ def _refuse(request: Any, error: Exception) -> Any:
 
 
 def run_app(app: Any, host: str, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until the process is told to end."""
+    """Serve until a signal ends the process."""
     import uvicorn
 
     announce(f"serving the model {SERVED_NAME} at http://{host}:{port}/v1; Ctrl-C ends it")

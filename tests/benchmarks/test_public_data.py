@@ -26,19 +26,19 @@ def _benchmarks() -> Iterator[None]:
 
 
 def test_a_task_becomes_data_in_this_projects_format(tmp_path: Path) -> None:
-    from public.task import Asked, Picture, Task, encode_png, prepare
+    from public.task import Asked, AskedImage, Task, encode_png, prepare
 
-    def pictures(split: str, packages: Mapping[str, Path]) -> Iterator[Picture]:
+    def images(split: str, packages: Mapping[str, Path]) -> Iterator[AskedImage]:
         for gray in range(5):
             content = encode_png(Image.fromarray(np.full((4, 4), gray, np.uint8)))
-            yield Picture(content, (Asked("How gray?", str(gray), "gray"), Asked("Read.", "none", "text", "cer")))
+            yield AskedImage(content, (Asked("How gray?", str(gray), "gray"), Asked("Read.", "none", "text", "cer")))
 
-    task = Task("gray", "gray pictures", {}, pictures, {})
+    task = Task("gray", "gray images", {}, images, {})
     data = prepare(task, tmp_path / "data", limit=3)
     assert dict(data.counts) == {
-        "train pictures": 3,
+        "train images": 3,
         "train questions": 6,
-        "test pictures": 3,
+        "test images": 3,
         "test questions": 6,
     }
     assert set(data.tests) == {"scores", "errors"}, "error rates cannot be averaged with scores"
@@ -52,7 +52,7 @@ def test_a_task_becomes_data_in_this_projects_format(tmp_path: Path) -> None:
         assert Image.open(content).getpixel((0, 0)) == 2
     before = data.train.stat().st_mtime_ns
     assert prepare(task, tmp_path / "data", limit=3).train.stat().st_mtime_ns == before, "it is not converted again"
-    assert prepare(task, tmp_path / "data", limit=2).counts["train pictures"] == 2
+    assert prepare(task, tmp_path / "data", limit=2).counts["train images"] == 2
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_every_command_has_a_document_for_programs(name: str) -> None:
     for word in name.split():
         command = command.commands[word]
     options = {option for parameter in command.params for option in parameter.opts}
-    # train writes training.json, logs prints a log, compile writes the file that it is told, and servers do not end.
+    # train writes training.json, logs prints a log, compile writes the file that is named, and servers do not end.
     assert "--output" in options or name in {"train", "logs", "compile", "serve", "chat"}
 
 

@@ -1,6 +1,6 @@
 """The first half of the tutorial, typed as it is on the page, in a folder that has a small stand-in for its data.
 
-The package is not fetched: twelve pictures of the same kind are drawn into the cache that the converter reads. What is
+The package is not fetched: twelve images of the same kind are drawn into the cache that the converter reads. What is
 printed must have the lines that the page shows, with other numbers.
 """
 
@@ -28,16 +28,16 @@ SERVERS = ("serve", "chat")
 
 
 def _draw_stand_in(cache: Path) -> None:
-    """Write twelve pictures a split and their questions as the package contains them."""
+    """Write twelve images a split and their questions as the package contains them."""
     for split in ("train", "test"):
         folder = cache / "content" / "easy_vqa" / "data" / split
         (folder / "images").mkdir(parents=True)
         questions = []
         for number in range(12):
             color = COLORS[number % 4]
-            picture = Image.new("RGB", (64, 64), "white")
-            ImageDraw.Draw(picture).rectangle((10, 10, 40 + number, 50), fill=color)
-            picture.save(folder / "images" / f"{number}.png")
+            image = Image.new("RGB", (64, 64), "white")
+            ImageDraw.Draw(image).rectangle((10, 10, 40 + number, 50), fill=color)
+            image.save(folder / "images" / f"{number}.png")
             questions += [
                 ["what color is the shape?", color, number],
                 ["what shape does the image contain?", "rectangle", number],
