@@ -7,7 +7,6 @@ Each fault is in the log and in the step's MLflow run. A mistake that only the u
 so does a signal.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from minicpmv_finetune.run_records import working_for
 from minicpmv_finetune.tracking.step_runs import note_failure, note_fault
 
 from .errors import RetryableError, SentenceExit, StoppedError, UserError, explain_disk_errors
+from .terminal import print_sentence
 
 NO_RETRY = "none"
 """Value of the variable for a step that ends at its first fault; an empty one means the default."""
@@ -59,7 +59,7 @@ def _repeated(step: str, work: Callable[[], T]) -> T:
             raise
         except RetryableError as fault:
             sentence = f"attempt {attempt} of {len(waits) + 1}: {str(fault).rstrip('.')}; again in {wait:g} s"
-            print(f"warning: {sentence}", file=sys.stderr, flush=True)
+            print_sentence(f"warning: {sentence}")
             note_fault(step, attempt, sentence)
         time.sleep(wait)
     return work()

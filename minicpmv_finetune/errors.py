@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from .terminal import print_sentence
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -100,7 +102,7 @@ def end_process(error: UserError | RetryableError) -> NoReturn:
     if isinstance(error, MistakesError) and len(error.sentences) > 1:
         lines = [str(UserError(sentence)) for sentence in error.sentences]
         text = "\n- ".join([f"{len(lines)} inputs are wrong.", *lines])
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print_sentence(f"error: {text}")
     sys.exit(error.exit_code)
 
 

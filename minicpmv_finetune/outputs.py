@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+
+from .terminal import print_sentence
 
 MARK = ".minicpmv-finetune.json"
 FILES_MARK = ".minicpmv-finetune-files.json"
@@ -173,7 +174,7 @@ def claimed_folder(
     is_of_0_1_0 = known is not None and not (path / MARK).exists()
     with claimed_files(beside, step, inputs, trusts_existing=is_of_0_1_0):
         if known and known.inputs and known.inputs != dict(inputs):
-            print(f"{out}: the result of {_difference(known.inputs, inputs)} is replaced.", file=sys.stderr)
+            print_sentence(f"{out}: the result of {_difference(known.inputs, inputs)} is replaced.")
         mark = _Mark(step=step, inputs=dict(inputs), files=known.files if known else {})
         created = _create(out, path)
         try:
@@ -302,7 +303,7 @@ def claimed_files(
                     "choose an output in another folder."
                 )
             if written.inputs and written.inputs != dict(inputs):
-                print(f"{place}: that of {_difference(written.inputs, inputs)} is replaced.", file=sys.stderr)
+                print_sentence(f"{place}: that of {_difference(written.inputs, inputs)} is replaced.")
     for place in places:
         _record_written_file(place, _WrittenFile(step=step, inputs=dict(inputs)))
     try:
@@ -496,7 +497,7 @@ def _make_staging(out: Path, inside: bool) -> tuple[Path, int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - lock.stat().st_mtime > _SECONDS_TO_LOCK:
                 shutil.rmtree(lock.parent)
-                print(f"{lock.parent}: what an interrupted attempt left is removed.", file=sys.stderr)
+                print_sentence(f"{lock.parent}: what an interrupted attempt left is removed.")
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     held = os.open(staging / _LOCK, os.O_CREAT | os.O_WRONLY)
     with suppress(OSError):  # of a file system without locks, where nothing is removed either

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 
+from .terminal import WIDEST, print_sentence
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 OUTCOME_MARK = "→ "
-_WIDTH = 110
 _LOG_FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
 # A terminal may be narrow: the bar gives way first, and what stands last is cut off.
 _TERMINAL_FORMAT = "{desc}  {percentage:3.0f}% |{bar}| {remaining} left  {n_fmt}/{total_fmt}  {rate_fmt}{postfix}"
@@ -67,7 +68,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         mininterval=0.1 if terminal else seconds_between_lines(),
         miniters=1,
         # tqdm itself draws nothing on a terminal that reports no size, which is common in containers.
-        ncols=min(size.columns, _WIDTH) if terminal else _WIDTH,
+        ncols=min(size.columns, WIDEST) if terminal else WIDEST,
         nrows=size.lines,
         bar_format=_TERMINAL_FORMAT if terminal else _LOG_FORMAT,
         ascii=not shows_unicode(sys.stderr),
@@ -93,7 +94,7 @@ def shows_unicode(stream: TextIO) -> bool:
 def report_outcome(sentence: str) -> None:
     """Print a step's outcome in one line, which `minicpmv-finetune run` shows beside the step's name."""
     if not environment.QUIET.read():
-        print(f"{OUTCOME_MARK}{sentence}", file=sys.stderr, flush=True)
+        print_sentence(f"{OUTCOME_MARK}{sentence}")
 
 
 def quieten_libraries() -> None:

@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 STEPS = ("validate_data", "preprocess", "train", "merge", "evaluate", "register", "plan_retraining", "notify")
 # From the lowest to the highest; a room imports only from layers below its own.
 LAYERS = (
-    ("moved_modules",),
+    ("moved_modules", "terminal"),
     ("errors", "environment"),
     (
         "container_images",

@@ -15,7 +15,6 @@ from minicpmv_finetune.errors import UserError
 
 from .usage import unknown_command
 
-WIDEST = 110  # columns; longer lines are tiresome to read
 _NARROW = 70
 _WIDEST_NAME = 30
 _SHORT_NAME = 14

@@ -16,6 +16,7 @@ import typer
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.pipelines import PipelineChoice, all_pipelines
+from minicpmv_finetune.terminal import print_sentence
 
 from .help import Group
 from .options import Output, OutputFormat, not_empty, path_option, recipe_option, text_table
@@ -98,7 +99,7 @@ def compile(
             raise UserError(f"--partitions: {profile} contains this setting; set preprocess_partitions there.")
         settings = settings.model_copy(update={"preprocess_partitions": partitions})
     for sentence in needs_registry(chosen, {}) if settings.mlflow is None else ():
-        print(f"warning: {sentence}", file=sys.stderr)
+        print_sentence(f"warning: {sentence}")
     print((write_objects if objects else write_pipeline)(chosen, settings, output))
     if not objects:
         print(f"\nFor the field Pipeline description, when you upload the file in the UI:\n\n{chosen.guide}")
@@ -185,7 +186,7 @@ def upload(
     settings = _load(profile, namespace)
     use_store(settings)
     done = copy(data, settings, to, outside, dry_run)
-    print(describe_upload(done, dry_run), file=sys.stderr)
+    print_sentence(describe_upload(done, dry_run))
     _print({**asdict(done), "dry_run": dry_run}, output, lambda: "\n".join(done.uris))
 
 
@@ -253,7 +254,7 @@ def _read_result(cluster: "Cluster", run: "kfp_server_api.V2beta1Run") -> "tuple
         result = read_result(cluster, run)
         return result, "" if result else why_without_result(cluster, run)
     except (UserError, RetryableError) as error:
-        print(f"warning: the run's result cannot be read from here: {error}", file=sys.stderr)
+        print_sentence(f"warning: the run's result cannot be read from here: {error}")
         return None, ""
 
 
@@ -294,7 +295,7 @@ def runs(
         rows = [asdict(row) for row in list_runs(cluster, experiment, most)]
         _print(rows, output, lambda: text_table(rows) or "no runs")
         if rows and not rows[0]["link"]:
-            print(f"note: {HOW_TO_LINK}", file=sys.stderr)
+            print_sentence(f"note: {HOW_TO_LINK}")
         return
     found = find_run(cluster, run)
     if retry:

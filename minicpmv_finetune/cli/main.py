@@ -13,9 +13,10 @@ import typer
 
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
 from minicpmv_finetune.progress import quieten_libraries, shows_unicode
+from minicpmv_finetune.terminal import WIDEST
 
 from . import kubeflow, local, models, serving, steps
-from .help import WIDEST, Command, Group
+from .help import Command, Group
 from .usage import usage_sentence
 
 GREETING = """\

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.serving.address import DEFAULT_HOST, Server, require_free_port
+from minicpmv_finetune.terminal import print_sentence
 
 from .options import NewTokens
 
@@ -89,7 +89,7 @@ def chat(
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    print_sentence(sentence)
 
 
 def _require(library: str, extra: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults, rows
+from minicpmv_finetune.terminal import print_sentence
 
 from .help import Command
 from .options import (
@@ -198,7 +199,6 @@ def merge(
     ],
 ) -> dict[str, Any]:
     """Step 4: merge the adapter into the base model, and check on real samples that the logits agree."""
-    import sys
     import tempfile
 
     from minicpmv_finetune import storage
@@ -230,7 +230,7 @@ def merge(
         model, report = Path(folder) / "model", Path(folder) / "merge-report.json"
         merged = step(base, adapter, shards, model, report, MergeSettings())
         if replaced := describe_replaced(report_uri, merged):
-            print(f"{out}: the result of {replaced} is replaced.", file=sys.stderr)
+            print_sentence(f"{out}: the result of {replaced} is replaced.")
         (model / MARK).unlink()  # is for a local folder; with the time of each file it would be sent at each repetition
         sent = storage.upload_folder(model, out, last="config.json")
         # After the folder, whose record shows a repeated command that this report is its own.

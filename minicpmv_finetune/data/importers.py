@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.outputs import check_file, claimed_files
 from minicpmv_finetune.progress import progress, report_outcome
+from minicpmv_finetune.terminal import print_sentence
 
 from . import image_files
 from .other_formats import convert, describe_ignored, kind_of
@@ -126,7 +126,7 @@ def _import(source: str, out: Path, rejects_file: Path, image_folder: str) -> di
         archive.close(keep=True)
         staging.replace(out)
     if ignored:
-        print(f"note: {describe_ignored(ignored)}", file=sys.stderr)
+        print_sentence(f"note: {describe_ignored(ignored)}")
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejects.counts.most_common())
     listed = f", {rejects.counts.total():,} rejected ({reasons}), listed in {rejects.path}" if reasons else ""
     report_outcome(f"{imported:,} samples in {out}{listed}")

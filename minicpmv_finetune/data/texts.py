@@ -1,9 +1,8 @@
 """The texts of a data file, for a tokenizer that shall know them."""
 
-import sys
-
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.terminal import print_sentence
 
 from .checking import InspectedImage, check_record
 from .reading import local_copy, read_records
@@ -38,7 +37,7 @@ def read_texts(pattern: str) -> list[str]:
         first = f"the first is {rejected[0].place}: {rejected[0].message}"
         if not texts:
             raise UserError(f"{pattern}: none of the {len(rejected):,} samples can be used; {first}")
-        print(f"note: {len(rejected):,} samples cannot be used, and their texts are left out; {first}", file=sys.stderr)
+        print_sentence(f"note: {len(rejected):,} samples cannot be used, and their texts are left out; {first}")
     return texts
 
 

@@ -8,7 +8,6 @@ and one error names all mistakes. The steps check again what they get.
 import json
 import os
 import re
-import sys
 import threading
 import time
 from base64 import b64decode
@@ -50,6 +49,7 @@ from minicpmv_finetune.minicpmv.generations import Generation, count_experts, ge
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.outputs import check_cache, check_folder
 from minicpmv_finetune.shards.format import read_manifest
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.registry import check_name
 
 from .table import FINETUNE_INPUTS, INPUTS, Input, defaults, read_inputs
@@ -454,7 +454,7 @@ def _noted(name: str, check: Callable[[], object], must_be_readable: bool = True
     except (RetryableError, AccessError) as error:
         if isinstance(error, UserError) and must_be_readable:
             return [f"{name}: {error}"]
-        print(f"warning: {name}: not checked before the run: {error}", file=sys.stderr)
+        print_sentence(f"warning: {name}: not checked before the run: {error}")
     except UserError as error:
         sentences = error.sentences if isinstance(error, MistakesError) else (str(error),)
         return [one if not name or one.startswith(name) else f"{name}: {one}" for one in sentences]

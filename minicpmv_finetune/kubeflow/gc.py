@@ -15,7 +15,6 @@ server or MLflow does not answer, nothing is unused.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -25,6 +24,7 @@ from minicpmv_finetune.errors import AccessError, UserError
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.run_records import read_outcome
 from minicpmv_finetune.shards.format import CACHE_NAME, MANIFEST_FILE, SHARED_CACHE_NAME
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.registry import list_versions
 from minicpmv_finetune.tracking.step_runs import mlflow_client
 
@@ -188,10 +188,9 @@ def _folders_of_registered(folders: set[str]) -> set[str]:
     outcomes = {folder: read_outcome(folder) for folder in folders}
     kept = {folder for folder, found in outcomes.items() if found is None or found.result in _REGISTERED}
     if kept:
-        print(
+        print_sentence(
             f"note: {len(kept)} folders are kept, because their runs registered a model; name MLflow "
             f"({environment.MLFLOW}) to see which models are registered still.",
-            file=sys.stderr,
         )
     return kept
 

@@ -4,7 +4,6 @@ All checks happen before anything is sent: names, types and ranges by the table 
 read the addresses.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from minicpmv_finetune.inputs.recipe import over_recipe, recipe_for
 from minicpmv_finetune.inputs.table import INPUTS
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
+from minicpmv_finetune.terminal import print_sentence
 
 from .forwarding import reachable
 from .profile import Profile
@@ -112,7 +112,7 @@ def _use_store_if_possible(profile: Profile) -> None:
     try:
         use_store(profile)
     except (UserError, RetryableError) as error:
-        print(f"warning: the object store is not looked into before the run: {error}", file=sys.stderr)
+        print_sentence(f"warning: the object store is not looked into before the run: {error}")
 
 
 def base_model_place(address: str, profile: Profile) -> BaseModelPlace:

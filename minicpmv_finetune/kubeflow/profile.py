@@ -12,7 +12,6 @@ A profile names Secrets and never contains their values: their keys become envir
 
 import difflib
 import re
-import sys
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +36,7 @@ from minicpmv_finetune.errors import UserError, describe_validation_error, witho
 from minicpmv_finetune.kubernetes_terms import QUEUE_LABEL
 from minicpmv_finetune.pipelines import all_pipelines
 from minicpmv_finetune.pipelines.pipeline import copy_choices
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.yaml_files import read_mapping
 
 from .kubernetes_access import own_namespace
@@ -402,10 +402,9 @@ def chosen_profile(profile: str = "", namespace: str = "") -> Profile:
     profile = profile or environment.PROFILE.read()
     namespace = namespace or environment.NAMESPACE.read()
     if not profile:
-        print(
+        print_sentence(
             f"No profile is named, so {DEFAULT_PROFILE} is used (Kubeflow Pipelines with one user); for several users "
             "give --profile kubeflow-profile --namespace NAME, for settings of your own a file.",
-            file=sys.stderr,
         )
     return load_profile(profile or DEFAULT_PROFILE, namespace)
 

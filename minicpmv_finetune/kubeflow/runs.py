@@ -188,7 +188,7 @@ class _Reasons:
         """Print a sentence, unless it is empty or was printed before."""
         if sentence and sentence not in self._said:
             self._said.add(sentence)
-            self._console.print(sentence, markup=False, soft_wrap=True)
+            self._console.print(sentence, markup=False, soft_wrap=not self._console.is_terminal)
 
     def report_waiting(self, run: kfp_server_api.V2beta1Run) -> None:
         """Say why pods wait, if one has waited for long."""

@@ -6,11 +6,11 @@ Secret that the profile names, read through the kubeconfig as for the object sto
 """
 
 import os
-import sys
 from collections.abc import Mapping
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import end_abandoned_runs
 
 from .forwarding import reachable, resolves
@@ -59,8 +59,7 @@ def end_tracked_runs(profile: Profile, states: Mapping[str, str]) -> None:
             raise RetryableError(f"{address} is not known here")
         end_abandoned_runs(statuses)
     except (UserError, RetryableError) as error:
-        print(
+        print_sentence(
             f"warning: MLflow may still list runs as running that are over ({str(error).rstrip('.')}); repeat the "
             f"command where MLflow is reachable, or set {environment.TRACKING_URI}.",
-            file=sys.stderr,
         )

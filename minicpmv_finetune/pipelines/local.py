@@ -4,7 +4,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -18,6 +17,7 @@ from kfp import local
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.permanent_errors import MARKER_NAME
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import champion_of
@@ -168,7 +168,7 @@ def _explain_failure(
     if display.error and not display.crashed:
         return RetryableError(display.error)
     command = f"tail -n 40 {shlex.quote(str(log))}"
-    print(f"error: {display.step} failed; its traceback is in {log}: type `{command}`", file=sys.stderr)
+    print_sentence(f"error: {display.step} failed; its traceback is in {log}: type `{command}`")
     return SystemExit(1)
 
 
@@ -199,7 +199,7 @@ def _with_ending(result: Path, ending: str) -> Path:
 def _link(link: Path, target: Path) -> None:
     """Make a link lead to the newest result; at every moment it leads to the old or the new one."""
     if os.path.lexists(link) and not link.is_symlink():
-        print(f"warning: {link} was put there by something else while the run worked; see {target}", file=sys.stderr)
+        print_sentence(f"warning: {link} was put there by something else while the run worked; see {target}")
         return
     with tempfile.TemporaryDirectory(prefix=f".{link.name}.", dir=link.parent) as folder:
         temporary = Path(folder) / "link"

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.progress import OUTCOME_MARK, seconds_between_lines, shows_unicode
+from minicpmv_finetune.terminal import WIDEST, print_sentence
 
 FINISHED_BEFORE = "finished before: "
 """How the outcome of a step begins that an earlier attempt has finished."""
@@ -32,7 +33,6 @@ _REMARKS = ("warning: ", "note: ")
 _PROGRESS = re.compile(
     r"^(?P<what>\w[\w ]*?)\s+(?P<percent>\d+)% \|.*\| (?P<counts>\S+/\S+)\s+(?P<rate>\S.*?)\s+(?P<left>[\d:?]+) left"
 )
-_WIDEST = 110  # columns of a line on a terminal
 _WIDTH_IN_A_FILE = 97
 _NAME = 14  # columns of a step's name, at least
 _TIME = 6
@@ -94,7 +94,7 @@ class RunDisplay:
     def say(self, sentence: str) -> None:
         """Print a sentence about the run itself, and log it."""
         if self.quiet and sentence.startswith("warning: "):
-            print(sentence, file=sys.stderr)
+            print_sentence(sentence)
         if self._console.is_terminal:
             self._console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
         else:
@@ -171,7 +171,7 @@ class RunDisplay:
         return line
 
     def _width(self) -> int:
-        return min(self._console.width, _WIDEST) if self._console.is_terminal else _WIDTH_IN_A_FILE
+        return min(self._console.width, WIDEST) if self._console.is_terminal else _WIDTH_IN_A_FILE
 
     @staticmethod
     def _name_width(step: str) -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.terminal import print_sentence
 
 from . import s3
 from .failures import explain_failures
@@ -58,7 +58,7 @@ def kept_beside(output_uri: str, output_path: str, name: str) -> Iterator[Path]:
             try:
                 upload_file(path, join(parent(output_uri), name))
             except (UserError, RetryableError) as error:
-                print(f"warning: {name} is not stored: {error}", file=sys.stderr)
+                print_sentence(f"warning: {name} is not stored: {error}")
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> int:

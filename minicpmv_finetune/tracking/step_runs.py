@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from minicpmv_finetune.errors import RetryableError, without_password
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.kubernetes_terms import service_of
 from minicpmv_finetune.run_records import Outcome, Result, write_outcome
+from minicpmv_finetune.terminal import print_sentence
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -154,7 +154,7 @@ class StepRun:
     def report_failure(self) -> None:
         """Print the first failure, if there was one, once."""
         if self.failure:
-            print(f"MLflow tracking is incomplete: {self.failure}", file=sys.stderr, flush=True)
+            print_sentence(f"MLflow tracking is incomplete: {self.failure}")
             self.failure = ""
 
     def _send_metrics(self) -> None:

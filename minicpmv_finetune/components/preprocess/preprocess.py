@@ -9,7 +9,6 @@ between pods, and reuses the shards of an earlier run. The manifest is written l
 import gc
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -47,6 +46,7 @@ from minicpmv_finetune.shards.format import (
     slicing_fields,
     write_shard,
 )
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import step_run
 from minicpmv_finetune.workers import cores, kill_workers, require_living_workers, shared_counter, worker_pool
 
@@ -449,6 +449,6 @@ def default_cache(dataset_uri: str, is_needed: bool = False) -> str:
     except UserError as error:
         if is_needed:
             raise
-        print(f"Shards are not kept for later runs: {error}", file=sys.stderr, flush=True)
+        print_sentence(f"Shards are not kept for later runs: {error}")
         return ""
     return cache

@@ -16,7 +16,6 @@ run that starts again takes over its own.
 """
 
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.run_records import place_of
+from minicpmv_finetune.terminal import print_sentence
 
 CHECKPOINTS = "minicpmv-checkpoints"
 PLACEHOLDER = "{digest}"
@@ -164,10 +164,8 @@ def choose_place(uri: str, digest: str, world_size: int, from_beginning: bool) -
         return own, _own_lease(own, run)
     lease = Lease(shared, run)
     if other := lease.take():
-        print(
+        print_sentence(
             f"run {other} trains the same at this moment, so this run trains apart: its checkpoints are in {own}",
-            file=sys.stderr,
-            flush=True,
         )
         return own, _own_lease(own, run)
     return shared, lease

@@ -8,7 +8,6 @@ otherwise the checkpoint before it is used. The layout is the same in a folder a
 import os
 import re
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_workspace, claim_workspace, release_workspace, work_folder
+from minicpmv_finetune.terminal import print_sentence
 
 from .checkpoint_place import Lease
 
@@ -185,7 +185,7 @@ class Checkpoints:
             self._require_world_size(seal, place)
             if self._is_whole(seal) or self._download(seal):
                 return self.folder / f"checkpoint-{step}"
-            print(f"checkpoint-{step} is damaged; the checkpoint before it is used.", file=sys.stderr)
+            print_sentence(f"checkpoint-{step} is damaged; the checkpoint before it is used.")
         return None
 
     def named(self, address: str) -> Path:
@@ -272,10 +272,8 @@ class Checkpoints:
     def _upload_checkpoint(self, seal: Seal, files: Collection[str]) -> None:
         name = f"checkpoint-{seal.step}"
         if self.lease and not self.lease.is_held():
-            print(
+            print_sentence(
                 f"{name} is not uploaded: this run was out of reach, and another one writes to {self.uri} now.",
-                file=sys.stderr,
-                flush=True,
             )
             return
         for file in files:

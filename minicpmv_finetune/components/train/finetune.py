@@ -43,6 +43,7 @@ from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 from minicpmv_finetune.shards.packing import group_by_tokens, pack_samples
 from minicpmv_finetune.shards.sharing import Beginning, SharedImages, read_beginnings, share_images
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
 from .arguments import Arguments, TrainingArguments, input_places, parse
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
             finetune(parse(argv, announce=_log), argv)
     except (UserError, RetryableError) as error:
         if not record_exit(error.exit_code, str(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_sentence(f"error: {error}")
         _leave(error.exit_code)
     except Exception as error:
         code = _record_failure(error)
@@ -211,12 +212,12 @@ def _record_failure(error: Exception) -> int | None:
     sentence = describe_worker_failure(error)
     if sentence:
         if not record_exit(RETRY_EXIT, sentence, restart=True):
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            print_sentence(f"error: {sentence}")
         return RETRY_EXIT
     has_lost_peer = isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
     if has_lost_peer and exit_folder():
         if not has_failed():
-            print(f"training process {environment.RANK.read()} lost its connection to another one.", file=sys.stderr)
+            print_sentence(f"training process {environment.RANK.read()} lost its connection to another one.")
         return 1
     # Errors of a device or of the network may be gone at the next attempt.
     if not has_lost_peer and not any(sign in str(error) for sign in _DEVICE_SIGNS):
@@ -763,7 +764,7 @@ def _path(text: str | None) -> Path | None:
 def _log(sentence: str) -> None:
     """Print a sentence once, in the first process."""
     if environment.RANK.read() == "0":
-        print(sentence, file=sys.stderr, flush=True)
+        print_sentence(sentence)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from minicpmv_finetune.terminal import WIDEST
+
 from .flags import Flag, table
 
-_WIDEST = 110
 _GROUPS = {
     "data": "Model and data",
     "training": "Training: flags of this project and of the published script",
@@ -34,7 +35,7 @@ def help_text(pipeline_defaults: Mapping[str, Any]) -> str:
     Args:
         pipeline_defaults: Defaults of `run` and the pipelines, shown where they differ.
     """
-    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    width = min(shutil.get_terminal_size().columns, WIDEST)
     parser = argparse.ArgumentParser(
         usage=_USAGE,
         description=_DESCRIPTION,

@@ -5,7 +5,6 @@ saved at the end of each epoch and at least every ten minutes, so that a stop co
 5 % of the training's time; where a checkpoint is large and a disk slow, the interval grows, and the log says so.
 """
 
-import sys
 import time
 from collections.abc import Callable, Set
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from minicpmv_finetune.terminal import print_sentence
 
 LOGGING_STEPS = 10
 _SAVE_SECONDS = 600.0
@@ -118,11 +119,9 @@ class ChosenIntervals(TrainerCallback):
 
     def _report(self, state: TrainerState, consequence: str) -> None:
         if state.is_world_process_zero:
-            print(
+            print_sentence(
                 f"A checkpoint took {self.save_seconds:.1f} s, and saving takes at most {_MAX_SHARE_OF_TIME:.0%} of "
                 f"the time, so {consequence}; --save_steps sets an interval of your own.",
-                file=sys.stderr,
-                flush=True,
             )
 
 

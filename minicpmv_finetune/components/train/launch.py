@@ -8,7 +8,6 @@ command line would replace by 1.
 import logging
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
 from minicpmv_finetune.options import raise_mistakes
+from minicpmv_finetune.terminal import print_sentence
 
 from .flags import check_flags, find_missing_gpus, take_processes
 from .worker_exit import CAUSE_FILE, ERROR_FILE, EXIT_CODE_FILE, StepProgress, read_progress, signal_name
@@ -153,7 +153,7 @@ def _end_stopped(number: signal.Signals, folder: Path) -> NoReturn:
         )
     if error.exists() and number != signal.SIGINT:
         raise StoppedError(sentence) from None
-    print(f"error: {sentence}", file=sys.stderr)
+    print_sentence(f"error: {sentence}")
     raise SystemExit(128 + number) from None
 
 
@@ -173,7 +173,7 @@ def _fail(failed: "ChildFailedError", folder: Path) -> NoReturn:
         raise (UserError if is_mistake else RetryableError)(error.read_text()) from None
     cause = folder / CAUSE_FILE
     sentence = _describe_failure(rank, code, read_progress(folder), cause.read_text() if cause.exists() else "")
-    print(f"error: {sentence}", file=sys.stderr)
+    print_sentence(f"error: {sentence}")
     if code > 0 and recorded.exists():
         raise CrashExit(code, sentence) from None
     raise SentenceExit(code if code > 0 else 128 - code, sentence) from None

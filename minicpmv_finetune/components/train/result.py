@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files
 from minicpmv_finetune.minicpmv.generations import write_max_slices
 from minicpmv_finetune.outputs import OutputFolder
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import StepRun
 
 from .initial_adapter import InitialAdapter
@@ -109,7 +109,7 @@ def _keep_adapter(checkpoint: str, result: Path, trainer: MiniCPMVTrainer, initi
     try:
         weights = storage.fetch(storage.join(checkpoint, ADAPTER_WEIGHTS))
     except UserError:
-        print(f"{folder.name} has no adapter file, so it is not kept in the result.", file=sys.stderr)
+        print_sentence(f"{folder.name} has no adapter file, so it is not kept in the result.")
         return
     folder.mkdir()
     shutil.copyfile(weights, folder / ADAPTER_WEIGHTS)
@@ -149,10 +149,9 @@ def _require_changed_adapter(weights: Mapping[str, torch.Tensor], initial: Initi
         raise UserError(f"Training left every adapter {state}; raise --learning_rate or the number of steps.")
     if unchanged:
         state = "as they began" if initial else "still zero"
-        print(
+        print_sentence(
             f"{len(unchanged)} of {len(updates)} adapters are {state}, such as {unchanged[0]}: no sample of this "
             "training has used their layers.",
-            file=sys.stderr,
         )
 
 

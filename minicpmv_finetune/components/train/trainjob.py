@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -36,6 +35,7 @@ from minicpmv_finetune.errors import (
 from minicpmv_finetune.kubernetes_terms import QUEUE_LABEL, RUN_LABEL
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.reports.training_record import read_record
+from minicpmv_finetune.terminal import print_sentence
 
 from .flags import take_processes
 from .trainjob_cluster import CALL_TIMEOUT, GROUP, SETUP, VERSION, Cluster, UnknownFieldError
@@ -335,7 +335,7 @@ def _end(
         if sentence == ABANDONED:
             raise RetryableError(f"TrainJob {name}: {sentence}")
         if crash := CRASH.match(sentence):
-            print(f"error: TrainJob {name}: {sentence}", file=sys.stderr, flush=True)
+            print_sentence(f"error: TrainJob {name}: {sentence}")
             raise SystemExit(int(crash[1]))
     if final:
         raise UserError(final[0])
@@ -362,7 +362,7 @@ def _fail(name: str, condition: Mapping[str, Any], exits: Sequence[tuple[int, st
         # Codes above 128 are signals: the node was taken away.
         if 0 < code < 128 and code != RETRY_EXIT:
             sentence = f"TrainJob {name}: a node ended with exit code {code} ({reason})."
-            print(f"error: {sentence}", file=sys.stderr)
+            print_sentence(f"error: {sentence}")
             raise SentenceExit(code, sentence)
     raise RetryableError(
         f"TrainJob {name} failed ({reason}); running the step again continues from the newest checkpoint."
@@ -466,4 +466,4 @@ def _first_node(pods: Sequence["V1Pod"]) -> "V1Pod | None":
 
 
 def _log(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    print_sentence(sentence)

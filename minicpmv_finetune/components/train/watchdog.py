@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 
 from minicpmv_finetune.errors import RETRY_EXIT
+from minicpmv_finetune.terminal import print_sentence
 
 from .worker_exit import StepProgress, exit_folder, read_progress, record_exit, write_progress
 
@@ -131,7 +132,7 @@ class Watchdog(TrainerCallback):
             time.sleep(5)
         # A process that did not even finish one step would hang again.
         if not record_exit(RETRY_EXIT, sentence, restart=bool(self.longest_step)):
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            print_sentence(f"error: {sentence}")
         os._exit(RETRY_EXIT)
 
 

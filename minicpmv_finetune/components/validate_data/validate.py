@@ -7,7 +7,6 @@ results are written in the order of the samples. Only a window of samples is in 
 
 import hashlib
 import heapq
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.options import Accepted, check_settings, settings_from_options
 from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
+from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import step_run
 from minicpmv_finetune.workers import map_in_order
 
@@ -154,9 +154,9 @@ def _sources(data_uri: str, eval_data_uri: str) -> list[tuple[Split, str]]:
 
 def _print_findings(info: DatasetInfo) -> None:
     for warning in data_warnings(info):
-        print(f"warning: {warning}", file=sys.stderr)
+        print_sentence(f"warning: {warning}")
     if info.ignored_fields:
-        print(f"note: {describe_ignored(info.ignored_fields)}", file=sys.stderr)
+        print_sentence(f"note: {describe_ignored(info.ignored_fields)}")
     report_outcome(_outcome(info))
 
 
