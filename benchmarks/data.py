@@ -143,7 +143,7 @@ def measure_preprocessing(folder: Path) -> list[Result]:
             make_result(
                 f"preprocess_vs_published_{name}",
                 rate["floats"] / rate["published"],
-                2.0,
+                3.0,
                 f"{rate['floats']:.0f} against {rate['published']:.0f} images/s per core from a JPEG of "
                 f"{size[0]}×{size[1]} to equal float tensors (torch.equal); to uint8 slices {rate['slices']:.0f}, "
                 f"to a raw shard {rate['shard']:.0f}",

@@ -250,8 +250,11 @@ def to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
     Args:
         image: The decoded image.
         transparency: `drop` ignores the alpha channel; `white` lays the image over white.
+
+    Returns:
+        The image itself if it has these channels already.
     """
     if transparency == "white" and ("A" in image.getbands() or "transparency" in image.info):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -5,15 +5,20 @@ samples, one after the other along the last dimension. So no slice is padded to 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .compiled import compile_loop
 from .model_input import IGNORED_LABEL, ModelInput
 from .packed import packing_arguments
 from .slicing import ResizingLibrary
+
+_UNCHANGED = torch.arange(256, dtype=torch.uint8)
+"""The table of `_place_side_by_side` that leaves each pixel as it is."""
 
 
 def collate(
@@ -102,7 +107,7 @@ def _collate_slices(
     if normalized:
         packed = [pack_patches(pixels, patch_size, resampler) for pixels in slices]
     else:
-        packed = [_place_side_by_side(pixels, patch_size, torch.uint8) for pixels in slices]
+        packed = [_place_side_by_side(pixels, patch_size, _UNCHANGED) for pixels in slices]
     return {
         "pixel_values": torch.cat(packed, dim=-1).unsqueeze(0),
         "target_sizes": torch.tensor(
@@ -125,15 +130,44 @@ def pack_patches(
     Returns:
         float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
     """
-    return _normalize(_place_side_by_side(pixels, patch_size, torch.float32), resampler)
+    return _place_side_by_side(pixels, patch_size, normalized_values(resampler))
 
 
-def _place_side_by_side(pixels: NDArray[np.uint8], patch_size: int, dtype: torch.dtype) -> torch.Tensor:
+def _place_side_by_side(pixels: NDArray[np.uint8], patch_size: int, values: torch.Tensor) -> torch.Tensor:
+    """Place a slice's patches side by side, each pixel as the one of 256 values that a table gives it."""
     height, width, channels = pixels.shape
-    patches = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
-    # A pixel row of the slice stays contiguous, so one pass both reorders and converts the pixels.
-    packed = torch.empty(channels, patch_size, height // patch_size, width, dtype=dtype)
-    return packed.copy_(patches.permute(3, 1, 0, 2)).view(channels, patch_size, -1)
+    packed = torch.empty(channels, patch_size, height // patch_size, width, dtype=values.dtype)
+    place = compile_loop(_place_patches, _PLACE_PATCHES)
+    if place is not None:
+        place(pixels, values.numpy(), packed.numpy())
+    else:
+        rows = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
+        packed.copy_(values[rows.permute(3, 1, 0, 2).int()])
+    return packed.view(channels, patch_size, -1)
+
+
+_PLACE_PATCHES = tuple(
+    f"void(Array(uint8, 3, 'A', readonly=True), Array({number}, 1, 'C'), Array({number}, 4, 'C'))"
+    for number in ("uint8", "float32")
+)
+
+
+def _place_patches(pixels: NDArray[np.uint8], values: NDArray[Any], packed: NDArray[Any]) -> None:
+    """Fill `packed`, [3, patch_size, rows of patches, width of the slice], in one pass over the pixels."""
+    for row in range(packed.shape[2]):
+        for y in range(packed.shape[1]):
+            for channel in range(packed.shape[0]):
+                for x in range(packed.shape[3]):
+                    packed[channel, y, row, x] = values[pixels[row * packed.shape[1] + y, x, channel]]
+
+
+@cache
+def normalized_values(resampler: ResizingLibrary) -> torch.Tensor:
+    """The normalized value of each of a pixel's 256 values, float32 [256].
+
+    Computed on the CPU: a GPU divides by multiplying with the reciprocal, which changes the last bit.
+    """
+    return _normalize(torch.arange(256, dtype=torch.float32), resampler)
 
 
 def _normalize(values: torch.Tensor, resampler: ResizingLibrary) -> torch.Tensor:
@@ -148,9 +182,6 @@ def _normalize(values: torch.Tensor, resampler: ResizingLibrary) -> torch.Tensor
 def normalize_pixels(pixels: torch.Tensor, resampler: ResizingLibrary, dtype: torch.dtype) -> torch.Tensor:
     """Convert the pixels of a batch to the type of the vision tower, and normalize them if they are uint8.
 
-    A pixel has 256 values, so a table contains all results. The table is computed on the CPU: a GPU divides by
-    multiplying with the reciprocal, which changes the last bit.
-
     Args:
         pixels: Pixels in any shape; of a floating type if they are normalized already.
         resampler: Library whose arithmetic the generation's image processor uses.
@@ -158,6 +189,5 @@ def normalize_pixels(pixels: torch.Tensor, resampler: ResizingLibrary, dtype: to
     """
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
-    table = _normalize(torch.arange(256, dtype=torch.float32), resampler)
-    table = table.to(pixels.device, dtype, non_blocking=True)
+    table = normalized_values(resampler).to(pixels.device, dtype, non_blocking=True)
     return table.index_select(0, pixels.flatten().int()).view(pixels.shape)

@@ -113,10 +113,10 @@ def cut_slices(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> li
     Returns:
         The overview and then each slice, row by row, each uint8 [height, width, 3].
     """
-    rgb = to_rgb(image, config.transparency)
-    slices = [_resize(rgb, plan.overview, config.resampler)]
+    pixels = np.asarray(to_rgb(image, config.transparency))
+    slices = [_resize(pixels, plan.overview, config.resampler)]
     if plan.refined is not None and plan.grid is not None and plan.slice_size is not None:
-        whole = _resize(rgb, plan.refined, config.resampler)
+        whole = _resize(pixels, plan.refined, config.resampler)
         (rows, columns), (width, height) = plan.grid, plan.slice_size
         slices += [
             whole[row * height : (row + 1) * height, column * width : (column + 1) * width]
@@ -167,14 +167,14 @@ def _round_to_multiple(length: float, multiple: int) -> int:
     return max(round(length / multiple) * multiple, multiple)
 
 
-def _resize(image: Image.Image, size: Size, resampler: ResizingLibrary) -> NDArray[np.uint8]:
+def _resize(pixels: NDArray[np.uint8], size: Size, resampler: ResizingLibrary) -> NDArray[np.uint8]:
     if resampler == "pillow":
-        return resize_bicubic(image, *size)
+        return resize_bicubic(pixels, *size)
     import torch
     from torchvision.transforms.v2 import functional  # type: ignore[import-untyped, unused-ignore]
 
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    planes = torch.tensor(pixels).permute(2, 0, 1).contiguous()
     resized = functional.resize(
-        pixels, [size[1], size[0]], interpolation=functional.InterpolationMode.BICUBIC, antialias=True
+        planes, [size[1], size[0]], interpolation=functional.InterpolationMode.BICUBIC, antialias=True
     )
     return resized.permute(1, 2, 0).contiguous().numpy()

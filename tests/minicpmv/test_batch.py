@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from minicpmv_finetune.minicpmv import batch
 from minicpmv_finetune.minicpmv.batch import collate, normalize_pixels
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.model_input import ModelInput
@@ -34,6 +35,16 @@ def test_the_table_has_the_bits_of_the_processors_arithmetic(resampler: Resizing
         )
     every_value = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert len(normalize_pixels(every_value, resampler, torch.float32).unique()) == 256
+
+
+@pytest.mark.parametrize("resampler", ["pillow", "torchvision"])
+def test_without_a_compiler_torch_places_the_same_patches(
+    resampler: ResizingLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = _batches(resampler)
+    monkeypatch.setattr(batch, "compile_loop", lambda function, signatures: None)
+    for one, other in zip(compiled, _batches(resampler), strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
