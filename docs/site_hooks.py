@@ -38,6 +38,7 @@ _OUTSIDE = {
 }
 """Pages stored outside docs/: path in the repository to path in the site."""
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+_NAME = re.compile(r"`([A-Za-z]\w*)`")
 _FENCE = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
 
 
@@ -52,7 +53,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         f"| [`{module}`]({_reference(path).removeprefix('reference/')}) | {_summary(path)} |"
         for module, path in modules.items()
     ]
-    head = "# API reference\n\nOne page for each module, from its docstrings.\n\n| Module | Content |\n|---|---|\n"
+    head = (
+        "# All modules\n\nOne page for each module, from its docstrings. What programs use is in the "
+        "[Python API](../api.md).\n\n| Module | Content |\n|---|---|\n"
+    )
     index = head + "\n".join(rows) + "\n"
     files.append(File.generated(config, "reference/index.md", content=index))
     return files
@@ -82,6 +86,9 @@ def _with_site_links(text: str, source: str, here: str) -> str:
         site = _site_path(in_repository)
         if site is None:
             return label
+        if site.startswith("reference/") and (name := _NAME.fullmatch(label)):
+            # A name in a link to a module leads to the name's description; an unknown one ends the build.
+            mark, anchor = "#", f"{site.removeprefix('reference/').removesuffix('.md').replace('/', '.')}.{name[1]}"
         return f"{image}[{label}]({posixpath.relpath(site, posixpath.dirname(here) or '.')}{mark}{anchor})"
 
     return _LINK.sub(replaced, text)

@@ -141,6 +141,9 @@ class SampleError(Exception):
 def read_info(dataset: Path) -> DatasetInfo:
     """The description of a finished dataset folder.
 
+    Args:
+        dataset: Folder written by validate_data.
+
     Raises:
         UserError: The folder is no finished dataset, or its schema is newer than this program.
     """
@@ -181,7 +184,12 @@ def read_versioned(path: Path, model: type[Document], newest: int, made_by: str)
 
 
 def read_samples(dataset: Path, split: Split) -> Iterator[Sample]:
-    """The accepted samples of one split, in their order."""
+    """The accepted samples of one split, in their order.
+
+    Args:
+        dataset: Folder written by validate_data.
+        split: `train` or `eval`.
+    """
     with (dataset / f"{split}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             yield Sample.model_validate_json(line)

@@ -127,6 +127,9 @@ def estimate_run(
         strategy: Name of the run's strategy in the estimate of memory.
         loading_processes: Number of processes of a machine that load the weights into main memory.
 
+    Returns:
+        What the data contains, and what its training takes.
+
     Raises:
         UserError: Data or base model cannot be read, or no sample can be used.
     """

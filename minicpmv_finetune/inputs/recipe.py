@@ -63,6 +63,9 @@ def recipe_path(name_or_file: str) -> Path:
 def read_recipe(name_or_file: str) -> dict[str, Any]:
     """The inputs that a recipe contains, as they are written there; the checks of the run look at them.
 
+    Args:
+        name_or_file: Name of a recipe of the package, or path of a YAML file.
+
     Raises:
         UserError: There is no such recipe, or its file is not a YAML mapping.
     """

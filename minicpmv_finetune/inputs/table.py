@@ -244,6 +244,9 @@ def check_inputs(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str,
         inputs: The inputs of the pipeline.
         given: Values by name.
 
+    Returns:
+        The given values in their types.
+
     Raises:
         UserError: A name is unknown, a required input is missing, or a value is not accepted; all mistakes at once.
     """

@@ -171,6 +171,12 @@ def name_filter(name: str) -> str:
 def connect(profile: Profile) -> Cluster:
     """Connect to the server that the environment or the profile names.
 
+    Args:
+        profile: Settings of the cluster.
+
+    Returns:
+        The server, which has answered.
+
     Raises:
         UserError: No address is given, or the server rejects the credentials.
         RetryableError: The server does not answer.

@@ -15,12 +15,26 @@ from .profile import Profile, with_profile
 
 
 def pipeline_for(pipeline: Pipeline, profile: Profile) -> GraphComponent:
-    """The pipeline with a cluster's settings on its tasks."""
+    """The pipeline with a cluster's settings on its tasks.
+
+    Args:
+        pipeline: One of `FINETUNE` and `RETRAIN`.
+        profile: Settings of the cluster.
+    """
     return with_profile(pipeline.build(profile.preprocess_partitions), profile)
 
 
 def write_pipeline(pipeline: Pipeline, profile: Profile, path: Path) -> Path:
-    """Write the pipeline with a cluster's settings as the YAML file that Kubeflow Pipelines reads."""
+    """Write the pipeline with a cluster's settings as the YAML file that Kubeflow Pipelines reads.
+
+    Args:
+        pipeline: One of `FINETUNE` and `RETRAIN`.
+        profile: Settings of the cluster.
+        path: File to write.
+
+    Returns:
+        The file.
+    """
     return write_component(pipeline_for(pipeline, profile), path)
 
 

@@ -371,6 +371,9 @@ def load_profile(profile: str | Path, namespace: str = "") -> Profile:
         namespace: Namespace of the runs, in place of the profile's; `kubeflow-profile` in a notebook has the
             notebook's without it.
 
+    Returns:
+        The settings of the cluster.
+
     Raises:
         UserError: The file cannot be read, a field is unknown or has a wrong value, or no namespace is given.
     """

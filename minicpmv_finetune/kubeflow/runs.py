@@ -69,6 +69,10 @@ def ended_runs(cluster: Cluster) -> dict[str, str]:
 def find_run(cluster: Cluster, id_or_name: str) -> kfp_server_api.V2beta1Run:
     """The run with this id, or the newest run with this name, with its tasks.
 
+    Args:
+        cluster: The server.
+        id_or_name: Id or name of the run.
+
     Raises:
         UserError: There is no such run.
     """
@@ -93,6 +97,9 @@ def follow(
         report: Receives the run after each poll.
         timeout: Seconds until this function stops waiting; the run itself continues.
         poll: Seconds between two polls.
+
+    Returns:
+        The run in its last state.
 
     Raises:
         UserError: The server no longer accepts the credentials.

@@ -69,6 +69,14 @@ class Submission:
 def submit(cluster: Cluster, request: Request, dry_run: bool = False) -> Submission:
     """Start a run of a pipeline with its current content.
 
+    Args:
+        cluster: The server and its profile.
+        request: The run.
+        dry_run: Say what would be done, and do nothing.
+
+    Returns:
+        What was done, with the run's id and link.
+
     Raises:
         UserError: The server refuses, or a different run has this name.
         RetryableError: The server does not answer; repeat the command with the same name.

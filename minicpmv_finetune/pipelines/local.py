@@ -70,6 +70,9 @@ def run_pipeline(
         pipeline: Pipeline to run.
         fresh: Start over, and remove the unfinished runs of the same inputs.
 
+    Returns:
+        The finished run.
+
     Raises:
         RetryableError: The model registry does not answer, and nothing was started; or a step met a temporary fault.
         UserError: A step found a mistake that only the user can fix, or another run works in the folder.

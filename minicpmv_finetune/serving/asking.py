@@ -67,6 +67,9 @@ def load(model_uri: str | Path, adapter_uri: str | Path = "") -> LoadedModel:
         model_uri: Merged folder, or with an adapter its base model; a local path, an `s3://` URI or a hub id.
         adapter_uri: Folder of a PEFT adapter, local or `s3://`; empty for none.
 
+    Returns:
+        The model in memory, which `answer` takes.
+
     Raises:
         UserError: The model or the adapter is unusable, or they do not belong together.
     """
@@ -114,6 +117,9 @@ def answer(
             or where one of them has their placeholders.
         max_new_tokens: Longest answer in tokens.
         thinking: Whether to request reasoning, which is returned in front of the answer as the data format writes it.
+
+    Returns:
+        The answer's text.
 
     Raises:
         UserError: An image or the question is unusable, or the model has no reasoning to request.

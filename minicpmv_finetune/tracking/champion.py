@@ -6,7 +6,15 @@ from .registry import OvertakenError, open_registry
 
 
 def promote(name: str, version: str, reason: str) -> str:
-    """Make a version champion; returns a sentence about the result.
+    """Make a version champion.
+
+    Args:
+        name: Name of the registered model.
+        version: Number of the version.
+        reason: Why, for the log of moves.
+
+    Returns:
+        The result, in one sentence.
 
     Raises:
         UserError: There is no such version or no registry.
@@ -22,7 +30,14 @@ def promote(name: str, version: str, reason: str) -> str:
 
 
 def rollback(name: str, reason: str) -> str:
-    """Make the champion's predecessor champion again; returns a sentence about the result.
+    """Make the champion's predecessor champion again.
+
+    Args:
+        name: Name of the registered model.
+        reason: Why, for the log of moves.
+
+    Returns:
+        The result, in one sentence.
 
     Raises:
         UserError: There is no predecessor or no registry.

@@ -58,6 +58,9 @@ def evaluate(
         settings: Settings of the evaluation.
         champion_uri: Champion that the merged model may replace; empty when there is none.
 
+    Returns:
+        Answers, scores, comparisons and the decision of the gate.
+
     Raises:
         UserError: A checkpoint, the data or the metric is unusable.
     """

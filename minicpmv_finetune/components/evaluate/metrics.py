@@ -56,6 +56,9 @@ class Metric:
 def metric_named(name: str) -> Metric:
     """The metric of this name.
 
+    Args:
+        name: Name, as in the option `--metric`.
+
     Raises:
         UserError: There is no such metric.
     """

@@ -32,6 +32,9 @@ def predict(
         max_new_tokens: Longest answer in tokens.
         thinking: Whether to request reasoning, which is returned in front of the answer as the data format writes it.
 
+    Returns:
+        The answer's text.
+
     Raises:
         UserError: A model, an adapter, an image or the prompt is unusable, or the model has no reasoning to request.
     """

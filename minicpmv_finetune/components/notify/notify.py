@@ -131,6 +131,11 @@ def _read_records(output_uri: str) -> tuple[list[FailedStep], Outcome | None]:
 def notify(pipeline: str, state: str, failure: str = "") -> bool:
     """Post how a run ended; pipelines that 0.1.0 compiled call this function.
 
+    Args:
+        pipeline: Name of the pipeline.
+        state: How Kubeflow says that the run ended, such as `SUCCEEDED`.
+        failure: Kubeflow's message about a failure, which it leaves empty.
+
     Returns:
         Whether a webhook is set.
 

@@ -50,6 +50,9 @@ def plan(
         start_from: "base", or "champion" to continue from the champion's adapter.
         training_flags: Flags of the training script, by name.
 
+    Returns:
+        Whether to train, and the flags to train with.
+
     Raises:
         UserError: Training cannot continue from the champion's adapter, or an argument is unusable.
         RetryableError: MLflow does not answer.
