@@ -2,16 +2,14 @@
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PIPELINE_MODULE = Path("minicpmv_finetune/pipelines/local.py")
 COMPONENTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("minicpmv_finetune/components/*/component.py"))
+CALLED = ("minicpmv_finetune/storage/__init__.py", "minicpmv_finetune/storage/uris.py")
 WRONG_CALL = ["    from minicpmv_finetune import storage as planted", "    planted.join(1, 2, 3)"]
 
 
@@ -23,13 +21,11 @@ def plant_wrong_call(source: str) -> str:
     return "\n".join([*lines[:last], *WRONG_CALL, *lines[last:]]) + "\n"
 
 
-@pytest.mark.timeout(900)  # takes minutes without the cache of `make check`, seconds with it
 def test_wrong_calls_in_a_pipeline_and_in_every_component_are_reported(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"  # a copy, so that the errors do not get into the cache of `make check`
-    if (ROOT / ".mypy_cache").is_dir():
-        shutil.copytree(ROOT / ".mypy_cache", cache)
     modules = [str(path) for path in (PIPELINE_MODULE, *COMPONENTS)]
-    command = [sys.executable, "-m", "mypy", "--cache-dir", str(cache), *modules]
+    # `make types` follows every import; here the package that is called is enough, in seconds instead of minutes.
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "--follow-imports", "skip"]
+    command += [*CALLED, *modules]
     for number, module in enumerate(modules):
         shadow = tmp_path / f"{number}.py"
         shadow.write_text(plant_wrong_call((ROOT / module).read_text()))
