@@ -16,21 +16,34 @@ class Relay:
         choose_fault: Takes the number of a connection, from 0, and names its fault: "reset" closes the connection at
             the first byte, "cut" closes it after the first bytes of the response, "error" responds with status 500 or
             503, "slow" forwards 64 KB/s, "late" delays each part of the response by a second; None forwards everything.
-        connections: Number of connections so far.
-        lock: Protects the number of connections.
+        clients: The connections so far.
+        lock: Protects the connections.
     """
 
     address: str
     choose_fault: Callable[[int], str | None] = lambda number: None
-    connections: int = 0
+    clients: list[socket.socket] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def connections(self) -> int:
+        """The number of connections so far."""
+        return len(self.clients)
+
+    @property
+    def port(self) -> int:
+        """The port of its address."""
+        return int(self.address.rpartition(":")[2])
 
 
 @contextlib.contextmanager
-def start_relay(server_address: str) -> Iterator[Relay]:
-    """A relay in front of the server at `http://host:port`, which forwards everything until a test sets a fault."""
+def start_relay(server_address: str, own_port: int = 0) -> Iterator[Relay]:
+    """A relay in front of the server at `http://host:port`, which forwards everything until a test sets a fault.
+
+    After the block it is as if the server were down; with the same port of its own, another relay has it come back.
+    """
     host, port = server_address.removeprefix("http://").split(":")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", own_port)) as listener:
         listener.settimeout(0.2)
         relay = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}")
         stopping = threading.Event()
@@ -43,7 +56,7 @@ def start_relay(server_address: str) -> Iterator[Relay]:
                     continue
                 with relay.lock:
                     number = relay.connections
-                    relay.connections += 1
+                    relay.clients.append(client)
                 arguments = (client, (host, int(port)), relay.choose_fault(number), number)
                 threading.Thread(target=_relay_connection, args=arguments, daemon=True).start()
 
@@ -54,6 +67,9 @@ def start_relay(server_address: str) -> Iterator[Relay]:
         finally:
             stopping.set()
             thread.join()
+            for client in relay.clients:
+                with contextlib.suppress(OSError):  # most are closed
+                    client.shutdown(socket.SHUT_RDWR)
 
 
 def _relay_connection(client: socket.socket, server_address: tuple[str, int], fault: str | None, number: int) -> None:

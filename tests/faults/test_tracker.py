@@ -42,6 +42,27 @@ def test_a_slow_server_does_not_delay_a_step(mlflow_server: MlflowServer, monkey
     assert _history(mlflow_server.uri, run.run_id) == list(range(200))
 
 
+def test_a_server_that_is_down_for_a_while_receives_every_step_once(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with start_relay(mlflow_server.uri) as relay:
+        monkeypatch.setenv(environment.TRACKING_URI.name, relay.address)
+        run = open_step_run("train")
+        run.log_metrics({"loss": 3.0}, 1)
+        assert run._sending
+        run._sending.result()
+    for step in (2, 3):
+        run.log_metrics({"loss": 2.0}, step)
+    run._sending.result()
+    assert [point.step for point in run.unsent] == [2, 3]
+    with start_relay(mlflow_server.uri, relay.port):
+        run.finish("FINISHED")
+    assert run.unsent == []
+    assert _history(mlflow_server.uri, run.run_id) == [1, 2, 3]
+
+
+@pytest.mark.faults_only
 def test_a_server_that_restarts_receives_every_step_once(
     own_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

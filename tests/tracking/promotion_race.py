@@ -13,7 +13,7 @@ os.environ["MLFLOW_TRACKING_URI"] = server
 
 from minicpmv_finetune.tracking.registry import OvertakenError, open_registry  # noqa: E402
 
-# Forked processes, so that MLflow is imported once and not twenty times.
+# Forked processes, so that MLflow is imported once and not in each.
 processes = multiprocessing.get_context("fork")
 start = processes.Barrier(len(versions), timeout=120)
 
