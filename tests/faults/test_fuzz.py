@@ -137,10 +137,10 @@ def test_damaged_images(data: st.DataObject, images: list[bytes], tmp_path: Path
 
 @FUZZ
 @given(data=st.data())
-def test_damaged_shards(data: st.DataObject, inputs: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(inputs / "shards")
-    intact = {shard.file: (inputs / "shards" / shard.file).read_bytes() for shard in manifest.files}
-    (tmp_path / "manifest.json").write_text((inputs / "shards" / "manifest.json").read_text())
+def test_damaged_shards(data: st.DataObject, prepared: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(prepared / "shards")
+    intact = {shard.file: (prepared / "shards" / shard.file).read_bytes() for shard in manifest.files}
+    (tmp_path / "manifest.json").write_text((prepared / "shards" / "manifest.json").read_text())
     damaged = {name: _damage(content, data) for name, content in intact.items()}
     for name, content in damaged.items():
         (tmp_path / name).unlink(missing_ok=True)
