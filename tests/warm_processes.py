@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import pytest
 
@@ -93,12 +93,13 @@ def _run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    tempfile.tempdir = None  # the server's
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *arguments]
     # This process's server is the one that forked it.
     vars(forkserver._forkserver)["ensure_running"] = resource_tracker.ensure_running
     try:
-        with warm_processes() if module == _STEP else nullcontext():
+        with warm_processes():
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which processes of `multiprocessing` leave out
@@ -136,29 +137,39 @@ def warm_processes() -> Iterator[None]:
         yield
 
 
-class _WarmStep(WarmProcess):
-    """Stands for the `subprocess.Popen` of a step, a component's source that KFP has a shell write and run.
+class WarmCommand(WarmProcess):
+    """Stands for the `subprocess.Popen` of `python -m MODULE …`, with a pipe for what it prints.
 
     Attributes:
-        stdout: What the step prints, errors too.
+        stdout: What the process and those that it starts print, errors too.
     """
+
+    def __init__(self, module: str, arguments: Sequence[str], variables: Mapping[str, str] = os.environ) -> None:
+        reader, writer = os.pipe()
+        super().__init__(module, arguments, variables, (writer, writer))
+        os.close(writer)
+        self.stdout: IO[str] = os.fdopen(reader, errors="replace")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self.wait()
+
+
+class _WarmStep(WarmCommand):
+    """Stands for the `subprocess.Popen` of a step, a component's source that KFP has a shell write and run."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         _, source, *arguments = command[command.index("-ec") + 1 :]
         self._folder = tempfile.TemporaryDirectory()
         program = Path(self._folder.name) / "ephemeral_component.py"
         program.write_text(source)
-        reader, writer = os.pipe()
-        super().__init__(_STEP, ["--component_module_path", str(program), *arguments], variables, (writer, writer))
-        os.close(writer)
-        self.stdout: IO[str] = os.fdopen(reader, errors="replace")
-
-    def __enter__(self) -> "_WarmStep":
-        return self
+        super().__init__(_STEP, ["--component_module_path", str(program), *arguments], variables)
 
     def __exit__(self, *_: object) -> None:
-        self.stdout.close()
-        self.wait()
+        super().__exit__()
         self._folder.cleanup()
 
 

@@ -37,6 +37,7 @@ from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.reports.training_record import RECORD_FILE, TrainingRecord, read_record
 from tests.cluster.fake_kubernetes import FakeKubernetes, Record, serving, unknown_fields
 from tests.example_record import example_record
+from tests.warm_processes import WarmCommand
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -549,12 +550,12 @@ def _run_pods(cluster: FakeKubernetes, job: Record, folder: Path) -> None:
         disk = Path(tempfile.mkdtemp(prefix="disk-", dir=folder))
         rendezvous = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": str(rank)}
         rendezvous |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
-        process = subprocess.Popen(
-            [sys.executable, *trainer["command"][1:], *(word.replace("$$", "$") for word in trainer["args"])],
-            env={**kept, **variables, **rendezvous, "TMPDIR": str(disk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        _, of_module, module = trainer["command"]
+        assert of_module == "-m"
+        process = WarmCommand(
+            module,
+            [word.replace("$$", "$") for word in trainer["args"]],
+            {**kept, **variables, **rendezvous, "TMPDIR": str(disk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
         pod = cluster.add_pod(rank)
         cluster.run(pod)
@@ -565,17 +566,14 @@ def _run_pods(cluster: FakeKubernetes, job: Record, folder: Path) -> None:
     threading.Thread(target=_conclude, args=(cluster, threads, [process for _, process in running])).start()
 
 
-def _copy_log(cluster: FakeKubernetes, pod: Record, process: "subprocess.Popen[str]") -> None:
-    assert process.stdout is not None
+def _copy_log(cluster: FakeKubernetes, pod: Record, process: WarmCommand) -> None:
     with process:
         for line in process.stdout:
             cluster.logs[pod["metadata"]["name"]].write(line.rstrip("\n"))
-    cluster.end(pod, process.returncode)
+    cluster.end(pod, process.wait())
 
 
-def _conclude(
-    cluster: FakeKubernetes, watchers: Sequence[threading.Thread], processes: "Sequence[subprocess.Popen[str]]"
-) -> None:
+def _conclude(cluster: FakeKubernetes, watchers: Sequence[threading.Thread], processes: Sequence[WarmCommand]) -> None:
     for watcher in watchers:
         watcher.start()
     for watcher in watchers:
