@@ -220,7 +220,8 @@ def measure(case: Case, tiny: bool) -> dict[str, Any]:
     seconds = statistics.median(timer.steps[WARM_UP:])
     tokens = case.batch * size.tokens
     patches = case.batch * size.slices * size.side**2
-    recipe = cost.Recipe(1, case.batch, 1, True, False, False, arguments.lora.lora_r, 1)
+    lora = arguments.lora
+    recipe = cost.Recipe(1, case.batch, 1, True, False, False, lora.lora_r, 1, use_dora=lora.use_dora)
     plan = cost.estimate_memory(sizes, recipe, tokens, patches, case.checkpointing)["single GPU"]
     by_part = {"language": recipe.lora_r * sizes.lora_features, "merger": sizes.parameters["merger"]}
     needed = needed_flops(sizes, by_part, _work(size, case.batch))

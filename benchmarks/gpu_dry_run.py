@@ -288,6 +288,7 @@ def _plan(case: Case, model: cost.Model, arguments: Arguments, batch_size: int) 
         lora.lora_r,
         1,
         whole=("merger",) if "none" in lora.lora_modules_to_save else ("embeddings", "merger"),
+        use_dora=lora.use_dora,
     )
     tokens, patches = batch_size * case.tokens, batch_size * SLICES * SIDE**2
     sizes = cost.estimate_memory(model, recipe, tokens, patches, bool(training.activation_checkpointing))

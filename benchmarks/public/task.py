@@ -29,7 +29,6 @@ READING: Mapping[str, Any] = {
     "use_lora": False,
     "tune_llm": True,
     "learning_rate": 1.5e-3,
-    "training_flags": {**FLAGS, "ddp_find_unused_parameters": True},  # a fine tower does not merge patches
 }
 """Inputs of the tasks whose images have text: the whole model is trained."""
 

@@ -17,7 +17,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
 from minicpmv_finetune.shards.packing import pack_samples
 
-from .layers import PUBLISHED_TARGETS, Targets, linear_layer, part_of
+from .layers import PUBLISHED_TARGETS, Targets, layer_ranges, linear_layer, part_of, stacked_names
 
 # Bytes per unit.
 _BF16 = 2  # a number in bf16
@@ -56,6 +56,7 @@ class Recipe:
         whole_in_4_bits: The same of QLoRA, which trains the embeddings only where that is asked for.
         tokens_per_batch: Largest number of tokens that a device processes at once; 0 if it counts samples.
         share_images: Whether samples with the same image share a row; `batch_size` then counts rows.
+        use_dora: Whether adapters also train the length of each row of a weight.
     """
 
     devices: int
@@ -70,6 +71,7 @@ class Recipe:
     whole_in_4_bits: tuple[str, ...] = ("merger",)
     tokens_per_batch: int = 0
     share_images: bool = False
+    use_dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Model:
         parameters: Number of parameters of `language`, `embeddings`, `head`, `vision` and `merger`.
         lora_features: Sum of the input and output features of all layers that get adapters.
         hidden_size: Width of the language model.
-        layers: Number of layers of the language model.
+        layers: Number of layers of the language model, replicas included.
         vocab_size: Number of tokens in the vocabulary.
         vision_hidden_size: Width of the vision tower.
         vision_layers: Number of layers of the vision tower.
@@ -92,6 +94,10 @@ class Model:
         used_experts: Share of the experts that computes a token.
         vision_passes: Share of the vision tower's operations on all patches: some towers merge patches on the way.
         adapted: The parts with layers that get adapters.
+        unused: Number of the vision tower's parameters that never compute anything, so that they stay frozen.
+        lora_outputs: Sum of the output features of all layers that get adapters.
+        language_passes: How often a token is computed by the language model's parameters, on average: more than once
+            where layers are replicated.
     """
 
     parameters: Mapping[str, int]
@@ -109,6 +115,9 @@ class Model:
     used_experts: float = 1.0
     vision_passes: float = 1.0
     adapted: tuple[str, ...] = ("language",)
+    unused: int = 0
+    lora_outputs: int = 0
+    language_passes: float = 1.0
 
     @property
     def total(self) -> int:
@@ -128,10 +137,11 @@ class Model:
     def trained(self, recipe: Recipe) -> int:
         """Number of trained parameters: the adapters, and the modules that are trained completely."""
         parts = self.parameters
-        vision = parts["vision"] if recipe.tune_vision else 0
+        vision = parts["vision"] - self.unused if recipe.tune_vision else 0
         if recipe.use_lora:
             whole = [part for part in recipe.whole if part not in self.adapted]
-            return vision + sum(parts[part] for part in whole) + recipe.lora_r * self.lora_features
+            lengths = self.lora_outputs if recipe.use_dora else 0
+            return vision + sum(parts[part] for part in whole) + recipe.lora_r * self.lora_features + lengths
         count = vision + parts["merger"]
         if recipe.tune_llm:
             return count + parts["language"] + parts["embeddings"] + parts["head"]
@@ -180,23 +190,37 @@ def measure_model(
     Args:
         generation: Generation of the model.
         config: Content of its config.json.
-        tensors: All tensors.
+        tensors: All tensors; where layers are replicated, each by itself.
         targets: Which layers get adapters.
 
     Raises:
         KeyError: The configuration lacks a size.
+        UserError: Layers are to be replicated that the model does not have.
     """
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    layers = int(text["num_hidden_layers"])
+    ranges = layer_ranges(targets.replication, layers)
+    stacked = [number for start, end in ranges or [(0, layers)] for number in range(start, end)]
     parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
     adapted: dict[str, int] = {}
-    experts = 0
+    outputs = 0
+    unused_modules = tuple(f"{module}." for module in generation.unused_modules(config))
+    experts = unused = 0
     for name, shape, count in tensors:
+        if not stacked_names(name, ranges, generation):
+            continue  # its layer is in no range
         parameters[part_of(name, generation)] += count * math.prod(shape)
         is_expert = ".experts." in name  # in memory one tensor with all experts, which gets no adapter
         experts += count * math.prod(shape) if is_expert else 0
+        is_unused = name.startswith(unused_modules)
+        unused += count * math.prod(shape) if is_unused else 0
         layer = linear_layer(name, shape)
-        if layer and not is_expert and targets.chooses(layer, generation):
-            adapted[layer] = count * sum(shape)
+        if not layer or is_expert or is_unused:
+            continue
+        for copy in stacked_names(layer, ranges, generation):
+            if targets.chooses(copy, generation):
+                adapted[copy] = count * sum(shape)
+                outputs += count * shape[0]
     linear_channels = sum(
         count * int(text.get(f"linear_num_{kind}_heads", heads)) * int(text.get(f"linear_{kind}_head_dim", 128))
         for kind, count, heads in (("key", 2, 16), ("value", 1, 32))  # the defaults of Qwen 3.5
@@ -205,7 +229,7 @@ def measure_model(
         parameters=parameters,
         lora_features=sum(adapted.values()),
         hidden_size=int(text["hidden_size"]),
-        layers=int(text["num_hidden_layers"]),
+        layers=len(stacked),
         vocab_size=int(text["vocab_size"]),
         vision_hidden_size=int(vision["hidden_size"]),
         vision_layers=int(vision["num_hidden_layers"]),
@@ -215,8 +239,11 @@ def measure_model(
         adapts_feed_forward=any(".mlp." in layer and part_of(layer, generation) == "language" for layer in adapted),
         experts=experts,
         used_experts=int(text.get("num_experts_per_tok", 1)) / max(count_experts(config), 1) if experts else 1.0,
-        vision_passes=1.0 if generation.fixed_tokens else _vision_passes(vision),
+        vision_passes=1.0 if generation.fixed_tokens or unused_modules else _vision_passes(vision),
         adapted=tuple(sorted({part_of(layer, generation) for layer in adapted})),
+        unused=unused,
+        lora_outputs=outputs,
+        language_passes=len(stacked) / max(len(set(stacked)), 1),
     )
 
 
@@ -262,7 +289,8 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     rest = activations + _LOGIT * min(tokens * model.vocab_size, _LOGITS) + _RUNTIME
     weights, devices = _BF16 * frozen, recipe.devices
     # ZeRO-3 gathers one layer at a time; the embeddings are usually the largest.
-    gathered = _BF16 * max(model.parameters["embeddings"], model.parameters["language"] // max(model.layers, 1))
+    layer_size = model.parameters["language"] * model.language_passes / max(model.layers, 1)
+    gathered = _BF16 * max(model.parameters["embeddings"], layer_size)
     quantized = _NF4 * model.parameters["language"] + _BF16 * (frozen - model.parameters["language"])
     trained_in_4_bits = model.trained(replace(recipe, whole=recipe.whole_in_4_bits))
     # Experts, many matrices in one tensor, cannot be quantized yet, and training refuses it.
@@ -316,11 +344,11 @@ def count_flops(
 ) -> float:
     """The operations of `estimate_flops` for sums: of the lengths in tokens, of their squares, and of the patches."""
     parts = model.parameters
-    language = parts["language"] - model.idle
+    language = model.language_passes * (parts["language"] - model.idle)
     text = 2.0 * (language + (parts["head"] or parts["embeddings"])) * tokens
     # Half of 4 · layers · width · n², because attention is causal.
     scores = 2.0 * model.layers * model.hidden_size * squared_tokens
-    vision = 2.0 * (parts["vision"] + parts["merger"]) * patches
+    vision = 2.0 * (parts["vision"] - model.unused + parts["merger"]) * patches
     share = min(1.0, model.trained(recipe) / model.active)
     again = 1.0 if checkpointing else 0.0
     of_vision = 1.0

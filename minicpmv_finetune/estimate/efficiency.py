@@ -81,7 +81,8 @@ def needed_flops(model: Model, trained: Mapping[str, int], work: Work) -> float:
     """
     parts = model.parameters
     head = parts["head"] or parts["embeddings"]
-    text = _of_part(parts["language"] - model.idle, trained.get("language", 0), True) * work.tokens
+    language = round(model.language_passes * (parts["language"] - model.idle))
+    text = _of_part(language, trained.get("language", 0), True) * work.tokens
     # Causal attention needs half of the scores; linear attention has none. Forward and the gradients of both factors.
     scores = 6.0 * (model.layers - model.linear_layers) * model.hidden_size * work.squared_tokens
     logits = _of_part(head, trained.get("head", 0), True) * work.supervised
@@ -90,7 +91,7 @@ def needed_flops(model: Model, trained: Mapping[str, int], work: Work) -> float:
     if work.runs_tower:
         is_trained = bool(trained.get("vision", 0))
         attended = 4.0 * model.vision_layers * model.vision_hidden_size * work.squared_patches
-        vision = _of_part(parts["vision"], trained.get("vision", 0), is_trained) * work.patches
+        vision = _of_part(parts["vision"] - model.unused, trained.get("vision", 0), is_trained) * work.patches
         vision = model.vision_passes * (vision + attended * (3.0 if is_trained else 1.0))
     return text + scores + logits + merger + vision
 

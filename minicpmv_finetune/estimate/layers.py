@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation
 
 
@@ -17,12 +18,14 @@ class Targets:
             names it chooses alone.
         numbers: The layers' numbers, if not all that the expression matches.
         numbered: Name of the list of layers that the numbers refer to.
+        replication: Ranges of the language model's layers that are stacked, as `--lora_layer_replication` names them.
     """
 
     pattern: str = ""
     parts: frozenset[str] = frozenset()
     numbers: frozenset[int] | None = None
     numbered: str = "layers"
+    replication: str = ""
 
     def chooses(self, layer: str, generation: Generation) -> bool:
         """Whether a linear layer gets an adapter."""
@@ -37,6 +40,34 @@ class Targets:
 
 
 PUBLISHED_TARGETS = Targets()
+
+
+def layer_ranges(text: str | None, layers: int) -> list[tuple[int, int]]:
+    """The ranges of layers that `--lora_layer_replication` stacks, parsed from text such as `0:4,2:6`.
+
+    Raises:
+        UserError: These are no ranges of the model's layers.
+    """
+    if not text:
+        return []
+    pairs = [re.fullmatch(r"\s*(\d+):(\d+)\s*", part) for part in text.split(",")]
+    ranges = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+    if len(ranges) != len(pairs) or not all(start < end <= layers for start, end in ranges):
+        raise UserError(
+            f"--lora_layer_replication {text}: give ranges of the {layers} layers as FIRST:END, where END is one past "
+            f"the last, such as 0:{layers},{layers // 2}:{layers}."
+        )
+    return ranges
+
+
+def stacked_names(name: str, ranges: Sequence[tuple[int, int]], generation: Generation) -> list[str]:
+    """The names of a module after its layer was replicated: PEFT numbers the stacked layers anew, and adapts each."""
+    layers = re.escape(f"{generation.language_model}.layers")
+    found = re.fullmatch(rf"({layers})\.(\d+)((?:\..*)?)", name)
+    if not ranges or not found:
+        return [name]
+    stacked = [number for start, end in ranges for number in range(start, end)]
+    return [f"{found[1]}.{place}{found[3]}" for place, number in enumerate(stacked) if number == int(found[2])]
 
 
 def linear_layer(name: str, shape: Sequence[int]) -> str:

@@ -69,6 +69,7 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
         whole_in_4_bits=_whole_parts(modules, True),
         tokens_per_batch=flags.get("tokens_per_batch", 0),
         share_images=bool(flags.get("share_images")),
+        use_dora=bool(flags.get("use_dora")),
     )
     plain = "DDP" if devices > 1 else "single GPU"
     strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)

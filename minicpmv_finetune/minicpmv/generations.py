@@ -38,6 +38,7 @@ class Generation:
         merger: Module path of the module that converts patch features to input tokens of the language model.
         embed_tokens: Module path of the input embeddings.
         lora_target_modules: Regular expression that replaces the published default of `--lora_target_modules`.
+        window_merger: Module path of the merger inside the vision tower, which `downsample_mode: 4x` skips.
         interchangeable_layers: Whether all layers of the language model are of one type, so that layers can be
             replicated.
         fixed_tokens: Whether every slice has the same number of tokens (`query_num` of config.json), computed by a
@@ -75,6 +76,16 @@ class Generation:
     published_version: str | None = None
     empty_thinking: str = ""
     older_llm_types: tuple[str, ...] = ()
+    window_merger: str | None = None
+
+    def unused_modules(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Module paths of what a checkpoint has but never computes with, so that it cannot be trained.
+
+        Args:
+            config: Content of config.json.
+        """
+        skips_merger = self.window_merger is not None and config.get("downsample_mode") == "4x"
+        return (str(self.window_merger),) if skips_merger else ()
 
     def target_patterns(self, pattern: str) -> tuple[str, str]:
         """A pattern of `--lora_target_modules` as given, and with this generation's name for the language model.
@@ -101,6 +112,7 @@ MINICPMV_4_6 = Generation(
     language_model="model.language_model",
     vision_tower="model.vision_tower",
     merger="model.merger",
+    window_merger="model.vision_tower.vit_merger",
     embed_tokens="model.language_model.embed_tokens",
     lora_target_modules=_QWEN3_5_LORA_TARGETS,
     interchangeable_layers=False,

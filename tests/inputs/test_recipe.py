@@ -1,5 +1,7 @@
 """The recipes of the package, and how a recipe and other inputs are joined."""
 
+import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,33 +113,75 @@ def test_adapters_on_the_tower_are_planned_with_the_tower_in_the_backward_pass()
     assert min(memories[1:]) > memories[0] + 5e9
 
 
-@pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])
+REPLICATED = {"lora_layer_replication": "0:2,1:2,0:3"}
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.6", "4.7", "4.6 fine"])
 @pytest.mark.parametrize(
     "flags",
     [
         {"lora_targets": "llm,resampler,vision"},
+        {"lora_targets": "llm,resampler,vision", "use_dora": True},
         {"lora_targets": "merger"},
         {"lora_targets": "llm,vision", "lora_modules_to_save": "none", "lora_layers_to_transform": "1"},
         {"lora_target_modules": ".*"},
         {"lora_target_modules": r".*(kv_proj|linear_1|out_proj|mlp\.\w*)", "lora_modules_to_save": "lm_head"},
     ],
 )
-def test_adapters_anywhere_are_counted_as_they_are_trained(version: str, flags: dict[str, Any], tiny: Any) -> None:
+def test_adapters_anywhere_are_counted_as_they_are_trained(
+    version: str, flags: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    _check_counts(version, {"tune_vision": False, "training_flags": flags}, tiny, tmp_path)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"use_lora": False, "tune_llm": True}])
+def test_what_a_checkpoint_never_uses_is_not_counted(inputs: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    _check_counts("4.6 fine", inputs, tiny, tmp_path)
+
+
+@pytest.mark.parametrize("version", ["2.6", "4.0", "4.5"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        REPLICATED,
+        {**REPLICATED, "lora_targets": "llm,vision", "use_dora": True},
+        {**REPLICATED, "lora_layers_to_transform": "1,4"},
+        {**REPLICATED, "lora_target_modules": r"llm\..*layers\.[25]\.mlp\..*"},
+        {"lora_layer_replication": "1:2,1:2"},
+    ],
+)
+def test_replicated_layers_are_counted_as_they_are_trained(
+    version: str, flags: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    _check_counts(version, {"tune_vision": False, "training_flags": flags}, tiny, tmp_path)
+
+
+def _check_counts(version: str, inputs: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    """Compare the plan of a run with the model that it would train."""
     from minicpmv_finetune.components.train.arguments import parse
     from minicpmv_finetune.components.train.trainable import count_parameters, make_trainable
     from minicpmv_finetune.estimate.cost import read_model
     from minicpmv_finetune.minicpmv.checkpoint import load_model
 
-    base = tiny(version)
-    settings = planned({"tune_vision": False, "lora_r": 8, "training_flags": flags})
-    common = ["--output_dir", "out", "--data_path", "nowhere", "--use_lora", "true", "--tune_llm", "false"]
-    arguments = parse(
-        [*common, "--tune_vision", "false", "--lora_r", "8", *as_flags(flags)], announce=lambda text: None
-    )
+    published, _, fine = version.partition(" ")
+    base = tiny(published)
+    if fine:
+        base = shutil.copytree(base, tmp_path / "base")
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "downsample_mode": "4x"}))
+    run: dict[str, Any] = {"use_lora": True, "tune_llm": False, "tune_vision": True, "lora_r": 8, **inputs}
+    settings = planned(run)
+    flags = as_flags({**run.pop("training_flags", {}), **run, "output_dir": "out", "data_path": "nowhere"})
     model, generation = load_model(base, device_map="meta")
     with torch.device("meta"):
-        trained = make_trainable(model, generation, arguments)
-    assert count_parameters(trained)[0] == read_model(base, settings.targets).trained(settings.recipe)
+        trained = make_trainable(model, generation, parse(flags, announce=lambda text: None))
+    counted = read_model(base, settings.targets)
+    found, total = count_parameters(trained)
+    assert found == counted.trained(settings.recipe)
+    # PEFT keeps the original of what it copies to be trained whole; also of what the copy never uses.
+    copied = counted.unused if settings.recipe.tune_vision else 0
+    assert total == counted.total + (found + copied if run["use_lora"] else 0)
+    assert counted.layers == model.config.get_text_config().num_hidden_layers
 
 
 @pytest.mark.parametrize(

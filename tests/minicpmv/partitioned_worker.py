@@ -39,7 +39,7 @@ Step = Callable[[torch.Tensor], None]
 
 def batch(encoder: Encoder, shows_image: bool) -> dict[str, torch.Tensor]:
     """Return a batch of one sample, with an image of 8 × 8 patches, or without one and with a longer answer."""
-    image = encoder.generation.image_token * (encoder.tokens_per_slice or 4)
+    image = encoder.generation.image_token * (encoder.tokens_per_slice or 8 * 8 // encoder.patches_per_token)
     question = f"<image>{image}</image>\nWhat?" if shows_image else "What?"
     answer = f"<|im_start|>assistant\nThe digit is {'3' if shows_image else '3, 4, 5, 6, 7, 8 and 9'}.<|im_end|>\n"
     encoded = encoder.encode_text(f"<|im_start|>user\n{question}<|im_end|>\n{answer}")

@@ -161,12 +161,13 @@ def _recipe(arguments: Arguments, sizes: Model, trained: Mapping[str, int]) -> R
         batch_size=training.train_batch_size,
         epochs=training.num_train_epochs,
         use_lora=training.use_lora,
-        tune_vision=trained.get("vision", 0) >= sizes.parameters["vision"],
+        tune_vision=trained.get("vision", 0) >= sizes.parameters["vision"] - sizes.unused,
         tune_llm=training.tune_llm,
         lora_r=arguments.lora.lora_r,
         accumulation_steps=training.gradient_accumulation_steps,
         whole=whole,
         whole_in_4_bits=whole,
+        use_dora=arguments.lora.use_dora,
     )
 
 

@@ -387,7 +387,7 @@ def _unfit_for_new_weights(values: Mapping[str, Any]) -> Iterator[str]:
 
 PARTITIONED_WEIGHTS = "needs whole weights, but zero3 and FSDP partition them; use --strategy ddp or zero2"
 _OF_LANGUAGE_MODEL = ("lora_target_modules", "lora_layers_to_transform")
-_OF_ADAPTERS = ("lora_targets", "init_lora_weights", "loraplus_lr_ratio")
+_OF_ADAPTERS = ("lora_targets", "init_lora_weights", "loraplus_lr_ratio", "lora_layer_replication")
 
 
 def target_parts(text: str) -> set[str]:
@@ -410,6 +410,7 @@ def adapter_targets(values: Mapping[str, Any]) -> "Targets":
         frozenset(target_parts(str(values.get("lora_targets") or ""))),
         None if numbers in (None, "") else frozenset(map(int, str(numbers).split(","))),
         str(values.get("lora_layers_pattern") or "layers"),
+        str(values.get("lora_layer_replication") or ""),
     )
 
 

@@ -86,9 +86,13 @@ def describe_training(arguments: Arguments) -> tuple[list[Part], str]:
 
 def _saved_parameters(model: nn.Module, arguments: Arguments) -> int:
     """Number of parameters in the adapter's file."""
-    trained = [(name, weight.numel()) for name, weight in model.named_parameters() if weight.requires_grad]
+    saved = [
+        (name, weight.numel())
+        for name, weight in model.named_parameters()
+        if weight.requires_grad or ".modules_to_save." in name
+    ]
     times = 2 if changes_base(arguments.lora) else 1
-    return sum(size * (times if ".lora_A." in name or ".lora_B." in name else 1) for name, size in trained)
+    return sum(size * (times if ".lora_A." in name or ".lora_B." in name else 1) for name, size in saved)
 
 
 def _kind(arguments: Arguments) -> str:

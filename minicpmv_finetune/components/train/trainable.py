@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.adapters import put_adapter, read_adapter_config, update_layer_types
+from minicpmv_finetune.estimate.layers import layer_ranges, stacked_names
+from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX, put_adapter, read_adapter_config, update_layer_types
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS, Generation, count_experts
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.reports.training_record import RECORD_FILE, read_record
@@ -37,6 +38,19 @@ def make_trainable(model: PreTrainedModel, generation: Generation, arguments: Ar
     Raises:
         UserError: The arguments contradict the model.
     """
+    unused = generation.unused_modules(model.config.to_dict())
+    trained = _make_parts_trainable(model, generation, arguments)
+    # DDP waits for the gradient of every trained parameter; PEFT copies a tower that is trained whole with all of them.
+    for name, parameter in trained.named_parameters():
+        path = name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".")
+        if any(_is_inside(path, module) for module in unused):
+            parameter.requires_grad_(False)
+    return trained
+
+
+def _make_parts_trainable(
+    model: PreTrainedModel, generation: Generation, arguments: Arguments
+) -> PreTrainedModel | PeftModel:
     training, lora = arguments.training, arguments.lora
     experts = count_experts(model.config.to_dict())
     raise_mistakes(find_unfit_flags({**vars(training), **vars(lora)}, generation, experts))
@@ -90,7 +104,7 @@ def _continue_adapter(model: PreTrainedModel, generation: Generation, arguments:
     folder = _adapter_folder(arguments)
     config, wanted = read_adapter_config(folder), lora_config(model, generation, arguments)
     names = [name for name, _ in model.named_modules()]
-    layers = _linear_layers(model)
+    layers = _linear_layers(model, generation, arguments.lora)
     whole = _outermost(name for name in names for end in config["modules_to_save"] or () if name.endswith(end))
     flagged_whole = sorted(wanted.modules_to_save or ())
     pairs: dict[str, tuple[object, object]] = {
@@ -149,9 +163,9 @@ def lora_config(model: PreTrainedModel, generation: Generation, arguments: Argum
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.lora_bias,  # type: ignore[arg-type]
-        target_modules=_target_modules(model, pattern, adapted, whole),
+        target_modules=_target_modules(_named_modules(model, generation, lora), pattern, adapted, whole),
         modules_to_save=whole,
-        layer_replication=_layer_replication(model, lora.lora_layer_replication),
+        layer_replication=_replicated(model, lora) or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
@@ -251,18 +265,21 @@ def _is_inside(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
 
 
-def _adapted_layers(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
+def _adapted_layers(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
     """The expression with this generation's module names, and the layers for which the flags ask for adapters."""
     pattern, matched = _match_targets(model, generation, lora)
     targets, parts = target_parts(lora.lora_targets), adapted_parts(generation, lora).values()
     chosen = matched if not targets or "llm" in targets else []
     if chosen and lora.lora_layers_to_transform is not None:
         chosen = _select_layers(chosen, lora)
-    of_parts = [name for name in _linear_layers(model) if any(_is_inside(name, part) for part in parts)]
+    linear = _linear_layers(model, generation, lora)
+    of_parts = [name for name in linear if any(_is_inside(name, part) for part in parts)]
     return pattern, list(dict.fromkeys([*chosen, *of_parts]))
 
 
-def _target_modules(model: nn.Module, pattern: str, adapted: Sequence[str], whole: Sequence[str]) -> str | list[str]:
+def _target_modules(
+    modules: Iterable[tuple[str, nn.Module]], pattern: str, adapted: Sequence[str], whole: Sequence[str]
+) -> str | list[str]:
     """A regular expression of module names; the names themselves if it matches more than the layers that are adapted.
 
     PEFT refuses an expression that also matches modules that are not linear, and one together with a choice of layers.
@@ -273,18 +290,35 @@ def _target_modules(model: nn.Module, pattern: str, adapted: Sequence[str], whol
             f"--lora_target_modules {pattern!r}: matches only layers that are trained whole, such as {adapted[0]}; "
             "choose other layers, or leave these out of --lora_modules_to_save."
         )
-    everything = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    everything = [name for name, _ in modules if re.fullmatch(pattern, name)]
     return pattern if everything == left else left
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _linear_layers(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> list[str]:
+    """The names of the linear layers that the model will compute with."""
+    unused = generation.unused_modules(model.config.to_dict())
+    linear = (name for name, module in _named_modules(model, generation, lora) if isinstance(module, nn.Linear))
+    return [name for name in linear if not any(_is_inside(name, module) for module in unused)]
 
 
-def _match_targets(model: nn.Module, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
+def _named_modules(
+    model: PreTrainedModel, generation: Generation, lora: LoraArguments
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by the names by which PEFT finds them, which is after it has replicated layers."""
+    ranges = _replicated(model, lora)
+    for name, module in model.named_modules():
+        for renamed in stacked_names(name, ranges, generation):
+            yield renamed, module
+
+
+def _replicated(model: PreTrainedModel, lora: LoraArguments) -> list[tuple[int, int]]:
+    return layer_ranges(lora.lora_layer_replication, model.config.get_text_config().num_hidden_layers)
+
+
+def _match_targets(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> tuple[str, list[str]]:
     """The expression with this generation's module names, and the linear layers that it matches."""
     pattern = lora.lora_target_modules
-    layers = _linear_layers(model)
+    layers = _linear_layers(model, generation, lora)
     matched: list[str] = []
     for candidate in generation.target_patterns(pattern):
         if not matched:
@@ -314,21 +348,6 @@ def _select_layers(names: list[str], lora: LoraArguments) -> list[str]:
             f"from {sorted(set(numbered.values()))}."
         )
     return [name for name, number in numbered.items() if number in wanted]
-
-
-def _layer_replication(model: PreTrainedModel, ranges: str | None) -> list[tuple[int, int]] | None:
-    """The ranges of the language model's layers to stack, parsed from text such as `0:4,2:6`."""
-    if not ranges:
-        return None
-    count = model.config.get_text_config().num_hidden_layers
-    pairs = [re.fullmatch(r"\s*(\d+):(\d+)\s*", part) for part in ranges.split(",")]
-    stacked = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
-    if len(stacked) != len(pairs) or not all(start < end <= count for start, end in stacked):
-        raise UserError(
-            f"--lora_layer_replication {ranges}: give ranges of the {count} layers as FIRST:END, where END is one past "
-            f"the last, such as 0:{count},{count // 2}:{count}."
-        )
-    return stacked
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

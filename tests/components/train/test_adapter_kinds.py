@@ -72,6 +72,7 @@ def test_a_named_part_has_adapters_and_is_not_trained_whole(version: str, tiny: 
         (f"{LORA} --lora_targets vision --lora_target_modules .*mlp.*", "does not name llm"),
         ("--tune_llm false --lora_targets llm", "--lora_targets: no adapter is trained"),
         ("--tune_llm false --use_dora true", "--use_dora: no adapter is trained"),
+        ("--tune_llm false --lora_layer_replication 0:2,1:3", "--lora_layer_replication: no adapter is trained"),
         (f"{LORA} --init_lora_weights pizza", "give true, pissa"),
         (f"{LORA} --init_lora_weights pissa --strategy zero3", "needs whole weights"),
         (f"{LORA} --init_lora_weights lora_ga --q_lora true", "4-bit weights cannot follow"),

@@ -1,10 +1,13 @@
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minicpmv_finetune.components.train.arguments import parse
@@ -13,7 +16,9 @@ from minicpmv_finetune.components.train.trainable import count_parameters, make_
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import load_with_adapter
 from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import MINICPMV_4_6
+from tests.minicpmv.partitioned_worker import batch
 
 LORA = ["--use_lora", "true", "--tune_llm", "false", "--lora_r", "4"]
 
@@ -177,6 +182,71 @@ def test_every_lora_argument_takes_effect_on_2_6(tiny: Callable[[str], Path]) ->
     assert {name.split(".layers.")[1].split(".")[0] for name in narrowed if "lora_A" in name} == {"0"}
     with pytest.raises(UserError, match="llm_type minicpm contradicts"):
         _trained(checkpoint, "--llm_type", "minicpm")
+
+
+Case = tuple[str, dict[str, Any], str]
+FEWER_LAYERS: dict[str, Any] = {"drop_vision_last_layer": True}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+FINE: dict[str, Any] = {"downsample_mode": "4x"}
+ADAPTERS = [*LORA, "--tune_vision", "false", "--lora_bias", "all"]
+KINDS = {
+    "full": [],
+    "whole modules": LORA,
+    "parts": [*ADAPTERS, "--lora_targets", "llm,resampler,vision"],
+    "everything": [*ADAPTERS, "--lora_target_modules", "(?!.*lm_head).*", "--lora_modules_to_save", "lm_head"],
+    "dora": [*ADAPTERS, "--lora_target_modules", ".*", "--use_dora", "true", "--lora_modules_to_save", "none"],
+}
+SOME: list[Case] = [
+    ("2.6", FEWER_LAYERS, "full"),
+    *(("4.6", FINE, kind) for kind in ("full", "whole modules", "parts")),
+]
+OTHERS: list[Case] = [
+    (version, changes, kind)
+    for version in ("2.6", "4.0", "4.5", "4.6", "4.7")
+    for changes in ({}, TIED, FINE if version in ("4.6", "4.7") else FEWER_LAYERS)
+    for kind in KINDS
+    if (version, changes, kind) not in SOME
+]
+
+
+def _named(case: Case, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(*case, id=" ".join((case[0], *case[1], case[2])), marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "kind"),
+    [*map(_named, SOME), *(_named(case, pytest.mark.faults_only) for case in OTHERS)],
+)
+def test_every_trained_parameter_gets_a_gradient(
+    version: str, changes: Mapping[str, Any], kind: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # DDP waits for each of them, also in a process whose batch has no image.
+    checkpoint = _changed(tiny(version), tmp_path / "checkpoint", changes)
+    encoder, model = Encoder.from_checkpoint(checkpoint), _trained(checkpoint, *KINDS[kind]).train()
+    trained = _trainable_names(model)
+    for shows_image in (True, False):
+        model.zero_grad()
+        model(**batch(encoder, shows_image), use_cache=False, loss_only=True).loss.backward()
+        assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+
+
+def _changed(checkpoint: Path, folder: Path, changes: Mapping[str, Any]) -> Path:
+    """A copy of a checkpoint with another configuration, without the weights that this one has no place for."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    if changes == TIED and "text_config" in config:
+        config["text_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    if changes == FINE:
+        settings = json.loads((folder / "processor_config.json").read_text())
+        settings["image_processor"] |= changes
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+    dropped = "lm_head.weight" if changes == TIED else ".encoder.layers.2." if changes == FEWER_LAYERS else ""
+    if dropped:
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in weights.items() if dropped not in name}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.6", "4.7"])
