@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
 from minicpmv_finetune.options import raise_mistakes
+from minicpmv_finetune.progress import let_waiting_threads_sleep
 from minicpmv_finetune.terminal import print_sentence
 
 from .flags import check_flags, find_missing_gpus, take_processes
@@ -96,12 +97,7 @@ def _prepare_environment(processes: int) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Each process computes with its share of the cores; torchrun alone would give each a single core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-
-    # Threads that wait for each other spin first, by default for so long that on a busy machine they take the cores
-    # from other processes. On two cores, seconds for the same steps alone and beside two busy processes: 10.9 and 61
-    # by default, 16.9 and 23 without spinning (OMP_WAIT_POLICY=PASSIVE), 11.7 and 24 with this value.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
+    let_waiting_threads_sleep()
     os.environ.setdefault(environment.ALLOCATOR.name, environment.ALLOCATOR.read())
 
     # Otherwise restarted processes find the addresses of their predecessors in the store of torchrun's agent.
