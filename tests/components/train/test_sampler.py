@@ -47,7 +47,7 @@ def test_packing_and_grouping_by_length_together_are_refused() -> None:
 
 def test_training_with_grouped_lengths_has_less_padding(uneven_shards: Path, train: Train) -> None:
     flags = "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0 --learning_rate 3e-3 --save_strategy no"
-    flags = f"{flags} --max_steps 20 --per_device_train_batch_size 2"
+    flags = f"{flags} --max_steps 10 --per_device_train_batch_size 4"
     padding = [
         read_record(train(uneven_shards, f"{flags} --group_by_length {grouped}").folder).metrics["padding"]
         for grouped in ("false", "true")
