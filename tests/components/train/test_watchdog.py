@@ -89,6 +89,7 @@ def test_a_frozen_process_is_named_and_the_training_ends_with_75(tiny_46: Path, 
     assert "Stacks of training process 0:" in log
 
 
+@pytest.mark.faults_only
 def test_a_killed_process_is_named_with_its_step(tiny_46: Path, shards: Path, tmp_path: Path) -> None:
     with _training(shards, tiny_46, tmp_path, "--max_steps", "10000") as process:
         _process_of_rank(process, 1, tmp_path).kill()
