@@ -9,13 +9,17 @@ data is validated.
 import base64
 import binascii
 import codecs
+import hashlib
 import io
 import posixpath
 import re
 import tarfile
+from array import array
+from collections.abc import Iterable, Iterator
 from typing import Literal
 from urllib.parse import unquote
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minicpmv_finetune import storage
@@ -84,23 +88,53 @@ def archive_of(address: str) -> str | None:
     return member["archive"] if member else None
 
 
-def list_archive(archive: str) -> dict[str, Span]:
+class Members:
+    """The byte ranges of an archive's files, by address: 32 bytes a file, because archives have a million and more."""
+
+    def __init__(self, files: Iterable[tuple[str, Span]]) -> None:
+        names, spans = bytearray(), array("q")
+        for address, span in files:
+            names += _digest(address)
+            spans.extend(span)
+        digests = np.frombuffer(names, np.uint64).reshape(-1, 2)
+        order = np.lexsort(digests.T[::-1])  # stable: of files with one name the last is the one that tar unpacks
+        self._digests, self._spans = digests[order], np.asarray(spans).reshape(-1, 2)[order]
+
+    def get(self, address: str) -> Span | None:
+        """The byte range of a file, or None if there is none with this address."""
+        first, second = np.frombuffer(_digest(address), np.uint64)
+        start, end = (int(self._digests[:, 0].searchsorted(first, side)) for side in ("left", "right"))
+        place = start + int(self._digests[start:end, 1].searchsorted(second, "right")) - 1
+        if place < start or self._digests[place, 1] != second:
+            return None
+        offset, size = self._spans[place].tolist()
+        return offset, size
+
+
+def _digest(address: str) -> bytes:
+    return hashlib.blake2b(address.encode(errors="surrogateescape"), digest_size=16).digest()
+
+
+def list_archive(archive: str) -> Members:
     """The byte range of each file in a tar archive, by the file's address.
 
     Raises:
         UserError: There is no file at the address, or it is not a tar file.
         RetryableError: The store does not answer.
     """
-    spans: dict[str, Span] = {}
     try:
         # Read from front to end, which a store answers with one stream.
         with storage.open_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as members:
-            for member in members:
-                if member.isreg() and not member.issparse():
-                    spans[f"{archive}!{posixpath.normpath(member.name)}"] = (member.offset_data, member.size)
+            return Members(_spans(archive, members))
     except tarfile.TarError as error:
         raise UserError(f"{shortened(archive)}: not a readable tar file ({error}); write it again.") from error
-    return spans
+
+
+def _spans(archive: str, members: tarfile.TarFile) -> Iterator[tuple[str, Span]]:
+    while (member := members.next()) is not None:
+        members.members.clear()  # type: ignore[attr-defined]  # of each, tarfile would keep a kilobyte
+        if member.isreg() and not member.issparse():
+            yield f"{archive}!{posixpath.normpath(member.name)}", (member.offset_data, member.size)
 
 
 def read(address: str, span: Span | None = None) -> bytes:

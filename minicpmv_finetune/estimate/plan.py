@@ -18,8 +18,8 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.shards.codecs import CODECS, Codec
-from minicpmv_finetune.shards.packing import group_by_tokens
-from minicpmv_finetune.shards.sharing import share_images
+from minicpmv_finetune.shards.packing import Packs, group_by_tokens
+from minicpmv_finetune.shards.sharing import Beginnings, share_images
 
 from .cost import (
     Model,
@@ -230,7 +230,7 @@ def _estimate_training(
         train_samples = math.ceil(share * len(samples))
     flops = _estimate_training_flops(model, recipe, samples, train_samples, checkpointing)
     lengths = [sample.tokens for sample in samples]
-    groups = group_by_tokens(lengths, recipe.tokens_per_batch, recipe.devices) if recipe.tokens_per_batch else []
+    groups = group_by_tokens(lengths, recipe.tokens_per_batch, recipe.devices) if recipe.tokens_per_batch else Packs([])
     batches = math.ceil(len(groups) * train_samples / len(samples))
     largest = _largest_batch(samples, groups, recipe.batch_size)
     return {
@@ -255,7 +255,7 @@ def _estimate_training(
 def _share_rows(samples: Sequence[SampleSize], capacity: int) -> list[SampleSize]:
     """The rows of samples that share their images, each as the size of its first sample with the tokens of all."""
     lengths = [sample.tokens for sample in samples]
-    images = share_images([sample.beginning for sample in samples], lengths, capacity)
+    images = share_images(Beginnings.of(sample.beginning for sample in samples), lengths, capacity)
     tokens = images.lengths(lengths)
     return [replace(samples[group[0]], tokens=size) for group, size in zip(images.groups, tokens, strict=True)]
 

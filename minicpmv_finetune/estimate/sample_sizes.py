@@ -187,5 +187,5 @@ def _read_header(address: str) -> tuple[bytes, int, image_files.Span | None]:
 
 
 @lru_cache(maxsize=8)
-def _list_archive(archive: str) -> dict[str, image_files.Span]:
+def _list_archive(archive: str) -> image_files.Members:
     return image_files.list_archive(archive)

@@ -182,8 +182,11 @@ def question_sample(images: Sequence[str], question: str, earlier: Sequence[tupl
     ]
     image = images[0] if len(images) == 1 and not has_names else dict(zip(names, images, strict=True))
     record = Record("prompt", 0, None, {"image": image, "conversations": turns})
-    archives = {archive for address in image_addresses(record) if (archive := image_files.archive_of(address))}
-    spans = {name: span for archive in archives for name, span in image_files.list_archive(archive).items()}
+    archives = {address: image_files.archive_of(address) for address in image_addresses(record)}
+    members = {archive: image_files.list_archive(archive) for archive in set(archives.values()) if archive}
+    spans = {
+        address: span for address, archive in archives.items() if archive and (span := members[archive].get(address))
+    }
     (outcome,) = check_records([record], spans, exif_transpose=False)
     if isinstance(outcome, Reject):
         is_about_text = outcome.reason.startswith(("placeholder", "invalid"))

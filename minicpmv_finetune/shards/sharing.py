@@ -5,14 +5,19 @@ computes it. Images are equal if their stored bytes are.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 
 from .format import ShardReader
+from .packing import Packs, one_by_one
+
+_DIGEST = 16  # bytes by which beginnings are compared
 
 
 @dataclass(frozen=True)
@@ -29,63 +34,93 @@ class Beginning:
 
 
 @dataclass(frozen=True)
+class Beginnings:
+    """The beginnings of samples, eight bytes each.
+
+    Attributes:
+        kinds: A number for each sample, the same for equal beginnings.
+        tokens: Number of tokens of each sample's beginning; 0 if there is nothing that samples could share.
+    """
+
+    kinds: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, beginnings: Iterable[Beginning]) -> "Beginnings":
+        """Number the beginnings of samples."""
+        digests, tokens = bytearray(), array("i")
+        for beginning in beginnings:
+            digests += beginning.digest[:_DIGEST].ljust(_DIGEST, b"\0")
+            tokens.append(beginning.tokens)
+        words = np.frombuffer(digests, np.uint64).reshape(-1, _DIGEST // 8)
+        order = np.lexsort(words.T)
+        kinds = np.zeros(len(order), np.int32)
+        kinds[order[1:]] = (words[order[1:]] != words[order[:-1]]).any(axis=1).cumsum()
+        return cls(kinds, np.asarray(tokens))
+
+
+@dataclass(frozen=True)
 class SharedImages:
     """Which samples share their images.
 
     Attributes:
         groups: The numbers of all samples in groups; the samples of a group share a row.
-        shared: Number of first tokens that a sample shares with the one before it in its group, by its number; the
-            first sample of each group is missing.
+        shared: Number of first tokens that each sample shares with the one before it in its group, by its number; 0
+            for the first sample of each group.
     """
 
-    groups: list[list[int]]
-    shared: dict[int, int]
+    groups: Packs
+    shared: Sequence[int]
 
-    def lengths(self, lengths: Sequence[int]) -> list[int]:
+    def lengths(self, lengths: Sequence[int]) -> Sequence[int]:
         """Number of tokens of each group's row.
 
         Args:
             lengths: Number of tokens of each sample by itself.
         """
-        return [row_length(group, lengths, self.shared) for group in self.groups]
+        return row_lengths(self.groups, lengths, self.shared)
 
 
-def row_length(numbers: Sequence[int], lengths: Sequence[int], shared: Mapping[int, int]) -> int:
-    """Number of tokens of a row of samples.
+def row_lengths(rows: Iterable[Sequence[int]], lengths: Sequence[int], shared: Sequence[int]) -> Sequence[int]:
+    """Number of tokens of rows of samples.
 
     Args:
-        numbers: The samples of the row.
+        rows: The samples of each row.
         lengths: Number of tokens of each sample by itself.
         shared: Number of first tokens that a sample shares with the one before it in its row, by its number.
     """
-    return sum(lengths[number] - shared.get(number, 0) for number in numbers)
+    return array("q", (sum(lengths[number] - shared[number] for number in row) for row in rows))
 
 
-def share_images(beginnings: Sequence[Beginning], lengths: Sequence[int], capacity: int, seed: int = 0) -> SharedImages:
+def nothing_shared(samples: int) -> Sequence[int]:
+    """The shared tokens of each sample where none has any."""
+    return array("i", [0]) * samples
+
+
+def share_images(beginnings: Beginnings, lengths: Sequence[int], capacity: int, seed: int = 0) -> SharedImages:
     """Group samples that begin with the same images.
 
     Args:
-        beginnings: The beginning of each sample.
+        beginnings: The beginnings of the samples.
         lengths: Number of tokens of each sample.
         capacity: Largest number of tokens of a group's row; samples for which there is no room begin another group.
         seed: Determines which of too many samples come together.
     """
-    groups: list[list[int]] = []
-    shared: dict[int, int] = {}
-    last: dict[bytes, int] = {}  # number of the last group with this beginning
-    room: list[int] = []
-    for number in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        beginning = beginnings[number]
-        group, own = last.get(beginning.digest), lengths[number] - beginning.tokens
-        if beginning.digest and group is not None and own <= room[group]:
-            groups[group].append(number)
-            shared[number] = beginning.tokens
+    shared = array("i", [0]) * len(lengths)
+    groups, room = array("i"), array("q")  # group of each sample in their order, and tokens that a group still takes
+    last = array("i", [-1]) * (int(beginnings.kinds.max(initial=0)) + 1)  # the last group with a beginning
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    for number in one_by_one(order):
+        kind, tokens = beginnings.kinds[number], int(beginnings.tokens[number])
+        group, own = last[kind], lengths[number] - tokens
+        if tokens and group >= 0 and own <= room[group]:
+            shared[number] = tokens
             room[group] -= own
-            continue
-        last[beginning.digest] = len(groups)
-        groups.append([number])
-        room.append(capacity - lengths[number])
-    return SharedImages(groups, shared)
+        else:
+            last[kind] = group = len(room)
+            room.append(capacity - lengths[number])
+        groups.append(group)
+    return SharedImages(Packs.by_number(order, np.asarray(groups)), shared)
 
 
 def read_beginnings(reader: ShardReader, image_token_id: int) -> Iterator[Beginning]:

@@ -101,7 +101,8 @@ def test_sizes_of_slices_in_patches_are_known_without_decoding(folder: Path) -> 
     expected = [
         [(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in example_row(n).slices] for n in range(ROWS)
     ]
-    assert ShardReader(folder, "train", images=False).slice_sizes() == expected
+    sizes, first_slice = ShardReader(folder, "train", images=False).slice_sizes()
+    assert [part.tolist() for part in np.split(sizes, first_slice[1:-1])] == [list(map(list, row)) for row in expected]
 
 
 def test_a_manifest_counts_a_splits_rows_and_lists_all_files(folder: Path) -> None:

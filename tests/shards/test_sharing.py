@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 from minicpmv_finetune.shards.codecs import StoredImages
 from minicpmv_finetune.shards.format import StoredRow
-from minicpmv_finetune.shards.sharing import Beginning, read_beginnings, share_images, shareable_tokens
+from minicpmv_finetune.shards.sharing import Beginning, Beginnings, read_beginnings, share_images, shareable_tokens
 
 IMAGE = 3
 
@@ -19,13 +19,13 @@ def test_groups_lose_no_sample_and_fit_a_row(samples: list[tuple[int, int]], cap
     # Number 0 shares nothing; the others have a beginning of ten tokens each.
     beginnings = [Beginning(bytes([image]) if image else b"", 10 * bool(image)) for image, _ in samples]
     lengths = [beginning.tokens + own for beginning, (_, own) in zip(beginnings, samples, strict=True)]
-    found = share_images(beginnings, lengths, capacity, seed)
+    found = share_images(Beginnings.of(beginnings), lengths, capacity, seed)
     assert sorted(number for group in found.groups for number in group) == list(range(len(samples)))
     for group, length in zip(found.groups, found.lengths(lengths), strict=True):
         assert len({beginnings[number].digest for number in group}) == 1
         assert len(group) == 1 or beginnings[group[0]].digest
         assert length == sum(lengths[number] for number in group) - 10 * (len(group) - 1) <= capacity
-        assert [found.shared.get(number, 0) for number in group] == [0, *[10] * (len(group) - 1)]
+        assert [found.shared[number] for number in group] == [0, *[10] * (len(group) - 1)]
 
 
 @pytest.mark.parametrize(

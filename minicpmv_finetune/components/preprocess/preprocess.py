@@ -7,16 +7,18 @@ between pods, and reuses the shards of an earlier run. The manifest is written l
 """
 
 import gc
-import json
 import os
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
+
+import numpy as np
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.data.samples import (
@@ -145,12 +147,12 @@ def preprocess(
         with output.assembled() as staging:
             location = job.finished.link_into(staging, records)
             manifest = manifest.model_copy(update={"location": location})
-            content = json.dumps(manifest.model_dump(), indent=1) + "\n"
-            (staging / MANIFEST_FILE).write_text(content)
+            content = f"{manifest.model_dump_json(indent=1)}\n"
+            (staging / MANIFEST_FILE).write_text(content, encoding="utf-8")
         storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
         run.log_metrics(_figures(manifest))
         if report:
-            slices = [count for record in records for count in record.slices]
+            slices = np.concatenate([np.asarray(record.slices) for record in records])
             write_report(report, shards, job.encoder, slices, rejects)
             run.log_report(report, "shards.html")
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
@@ -396,7 +398,10 @@ def _manifest(job: _Job, records: Mapping[str, ShardRecord]) -> Manifest:
         data_fingerprint=job.info.fingerprint,
         key=job.shards.key,
         shards={split: [record.shard for record in group] for split, group in of_split.items()},
-        lengths={split: [length for record in group for length in record.lengths] for split, group in of_split.items()},
+        lengths={
+            split: array("i", chain.from_iterable(record.lengths for record in group))
+            for split, group in of_split.items()
+        },
         slices={split: sum(sum(record.slices) for record in group) for split, group in of_split.items()},
         bytes=sum(record.shard.bytes for record in records.values()),
     )

@@ -7,7 +7,7 @@ shows what training really gets. The template escapes every text from the data.
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -99,7 +99,7 @@ class _Preview:
     text: str
 
 
-def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[int], rejects: RejectLog) -> None:
+def write_report(path: Path, shards: Path, encoder: Encoder, slices: NDArray[np.int32], rejects: RejectLog) -> None:
     """Write the page.
 
     Args:
@@ -114,7 +114,7 @@ def write_report(path: Path, shards: Path, encoder: Encoder, slices: Sequence[in
     values = {
         "manifest": manifest,
         "rejects": rejects,
-        "tokens": _histogram([length for lengths in manifest.lengths.values() for length in lengths]),
+        "tokens": _histogram(np.concatenate([np.asarray(lengths) for lengths in manifest.lengths.values()])),
         "slices": _histogram(slices),
         "previews": [
             _preview(readers[split][number], split, encoder)
@@ -144,10 +144,10 @@ def _evenly_spaced(total: int, count: int) -> list[int]:
     return [number * total // count for number in range(count)]
 
 
-def _histogram(values: Sequence[int]) -> _Histogram:
-    if not values:
+def _histogram(values: NDArray[np.int32]) -> _Histogram:
+    if not len(values):
         return _Histogram((), 0.0, {})
-    low, high = min(values), max(values)
+    low, high = int(values.min()), int(values.max())
     width = max(1, math.ceil((high - low + 1) / _BARS))
     counts, _ = np.histogram(values, bins=np.arange(low, high + width + 1, width))
     bars = tuple(

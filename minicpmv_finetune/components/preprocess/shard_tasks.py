@@ -22,7 +22,7 @@ from minicpmv_finetune.minicpmv.slicing import SlicePlan, SlicingConfig, plan_sl
 from minicpmv_finetune.shards import format
 from minicpmv_finetune.shards.codecs import Codec
 from minicpmv_finetune.shards.encoding import ENCODING_VERSION
-from minicpmv_finetune.shards.format import SCHEMA_VERSION, Shard, slicing_fields
+from minicpmv_finetune.shards.format import SCHEMA_VERSION, Numbers, Shard, slicing_fields
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
 SHARD_BYTES = 64 * 2**20  # estimated size of a file: large enough for object storage, small enough to share the work
@@ -80,8 +80,8 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     shard: Shard
-    lengths: list[int] = Field(description="Number of tokens of each row.")
-    slices: list[int] = Field(description="Number of slices of each row.")
+    lengths: Numbers = Field(description="Number of tokens of each row.")
+    slices: Numbers = Field(description="Number of slices of each row.")
     rejected: list[RejectedRow]
 
 

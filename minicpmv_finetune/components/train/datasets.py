@@ -3,7 +3,7 @@
 Every item carries its row number in the shards, so that a failure can name the samples of its batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.model_input import ModelInput
 from minicpmv_finetune.shards.format import Manifest, ShardReader
-from minicpmv_finetune.shards.sharing import row_length
+from minicpmv_finetune.shards.sharing import row_lengths
 
 from .feature_store import FeatureStore, PatchFeatures, feature_arguments
 
@@ -83,19 +83,18 @@ class PackDataset(Dataset[list[Example]]):
     Attributes:
         examples: The samples.
         packs: The packs, each as the positions of its samples.
-        shared: Number of first tokens that a sample shares with the one before it in its pack, by its position; 0 for
-            samples that are missing.
+        shared: Number of first tokens that each sample shares with the one before it in its pack, by its position.
     """
 
     examples: ExampleDataset
-    packs: list[list[int]]
-    shared: Mapping[int, int]
+    packs: Sequence[Sequence[int]]
+    shared: Sequence[int]
 
     @property
     def lengths(self) -> Sequence[int]:
         """Number of tokens of each pack."""
         lengths = self.examples.lengths
-        return [row_length(pack, lengths, self.shared) for pack in self.packs]
+        return row_lengths(self.packs, lengths, self.shared)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -103,7 +102,7 @@ class PackDataset(Dataset[list[Example]]):
     def __getitem__(self, number: int) -> list[Example]:
         return [
             self.examples.without_images(position, self.shared[position])
-            if position in self.shared
+            if self.shared[position]
             else self.examples[position]
             for position in self.packs[number]
         ]

@@ -252,7 +252,7 @@ def _layout(
         key: Digest of everything but the rows.
         has_fixed_number: Whether every slice has the same number of vectors, as after a resampler.
     """
-    rows = reader.slice_sizes()
+    sizes, first_slice = map(torch.from_numpy, reader.slice_sizes())
     patch_size = reader.manifest.patch_size
     pixels = torch.zeros(1, 3, patch_size, patch_size * _BLANK_SIDE**2)
     blank_features = compute_features(model, encoding, pixels, torch.full((1, 2), _BLANK_SIDE, dtype=torch.int32))
@@ -262,8 +262,6 @@ def _layout(
         "slicing": reader.manifest.slicing,
     }
     name = hashlib.sha256(json.dumps([key, images], sort_keys=True).encode()).hexdigest()[:32]
-    sizes = torch.tensor([size for row in rows for size in row], dtype=torch.int32).view(-1, 2)
-    first_slice = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     if has_fixed_number:
         vectors = torch.full((len(sizes),), len(blank_features))
     else:
@@ -319,11 +317,13 @@ def _is_faster(
     if not layout.bytes:
         return True
     share = _share(layout, training)
-    # Of the rows with images as many as one pass through the tower takes.
-    with_images = [row for row in share if layout.first_slice[row] < layout.first_slice[row + 1]]
+    patches = _patches_before(layout)[share.start : share.stop + 1].diff().numpy()
+    with_images = np.flatnonzero(patches)
     timing = Timing()
-    if with_images:
-        rows = _batches(with_images, _patches_before(layout))[0]
+    if len(with_images):
+        # As many as one pass through the tower takes.
+        number = int(np.searchsorted(patches[with_images].cumsum(), MIN_BATCH_PATCHES)) + 1
+        rows = (share.start + with_images[:number]).tolist()
         timing = _time_batch(model, encoding, layout, reader, rows)
     timing = timing.summed(training.device)
     if timing.favors_store(epochs, layout.is_finished, training.dataloader_num_workers):
@@ -411,7 +411,7 @@ def _write_features(
     share = _share(layout, training)
     loader = DataLoader(
         Explained(_RowDataset(reader)),
-        batch_sampler=_batches(share, _patches_before(layout)),
+        batch_sampler=map(list, _batches(share, _patches_before(layout))),
         collate_fn=HandOver(_collator(reader)),
         num_workers=training.dataloader_num_workers,
         worker_init_fn=start_worker,
@@ -430,13 +430,13 @@ def _write_features(
             bar.update(len(images["target_sizes"]) * processes)
 
 
-def _share(layout: StoreLayout, training: TransformersArguments) -> list[int]:
+def _share(layout: StoreLayout, training: TransformersArguments) -> range:
     """The rows whose features this process computes: neighbors that have about as many patches as any other share."""
     processes, number = int(environment.LOCAL_WORLD_SIZE.read() or 1), training.local_process_index
     patches = _patches_before(layout)
     middles = (patches[:-1] + patches[1:]).numpy() / 2
     first, end = np.searchsorted(middles, [int(patches[-1]) * share / processes for share in (number, number + 1)])
-    return list(range(int(first), len(middles) if number + 1 == processes else int(end)))
+    return range(int(first), len(middles) if number + 1 == processes else int(end))
 
 
 def _patches_before(layout: StoreLayout) -> torch.Tensor:
@@ -471,17 +471,15 @@ class _RowDataset(Dataset[ModelInput]):
         return row
 
 
-def _batches(rows: list[int], patches_before: torch.Tensor) -> list[list[int]]:
+def _batches(rows: range, patches_before: torch.Tensor) -> list[range]:
     """Divide rows into batches of neighbors with at least `MIN_BATCH_PATCHES` patches each, except the last one."""
-    batches: list[list[int]] = [[]]
-    patches = 0
-    for row in rows:
-        batches[-1].append(row)
-        patches += int(patches_before[row + 1] - patches_before[row])
-        if patches >= MIN_BATCH_PATCHES:
-            batches.append([])
-            patches = 0
-    return [numbers for numbers in batches if numbers]
+    batches: list[range] = []
+    before, start = patches_before.numpy(), rows.start
+    while start < rows.stop:
+        end = min(int(np.searchsorted(before, before[start] + MIN_BATCH_PATCHES)), rows.stop)
+        batches.append(range(start, end))
+        start = end
+    return batches
 
 
 def _digest(

@@ -41,8 +41,8 @@ from minicpmv_finetune.progress import report_outcome
 from minicpmv_finetune.reports.training_record import TrainingRecord, mean_loss
 from minicpmv_finetune.shards.cache import open_shards
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
-from minicpmv_finetune.shards.packing import group_by_tokens, pack_samples
-from minicpmv_finetune.shards.sharing import Beginning, SharedImages, read_beginnings, share_images
+from minicpmv_finetune.shards.packing import Packs, group_by_tokens, pack_samples
+from minicpmv_finetune.shards.sharing import Beginnings, SharedImages, nothing_shared, read_beginnings, share_images
 from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import StepRun, open_step_run
 
@@ -72,7 +72,7 @@ from .loading import LoaderPlan, check_shared_memory, describe_worker_failure, e
 from .masters import require_memory, train_in_float32
 from .quantized import four_bit_options, prepare_four_bit
 from .result import save_result
-from .token_accuracy import predicted_tokens, token_accuracy
+from .token_accuracy import token_accuracy
 from .trainable import check_continued_adapter, count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
@@ -440,12 +440,11 @@ def _open_datasets(
     return train_dataset, ExampleDataset(inputs.shards, "eval", stores.get("eval")) if has_eval else None
 
 
-def _pack(training: TrainingArguments, inputs: _Inputs, model: _Model) -> tuple[list[list[int]], Mapping[int, int]]:
+def _pack(training: TrainingArguments, inputs: _Inputs, model: _Model) -> tuple[Packs, Sequence[int]]:
     """The samples that share a row, nothing if every sample has its own; and the tokens that they share, by sample."""
     lengths = inputs.manifest.lengths["train"]
     samples, of_rows = f"{len(lengths):,} samples", lengths
-    shared: Mapping[int, int] = {}
-    groups = [[number] for number in range(len(lengths))]
+    groups, shared = Packs([]), nothing_shared(len(lengths))
     if training.share_images:
         capacity = training.tokens_per_batch or training.model_max_length
         images = share_images(_read_beginnings(inputs, model), lengths, capacity, training.seed)
@@ -463,25 +462,27 @@ def _pack(training: TrainingArguments, inputs: _Inputs, model: _Model) -> tuple[
         packs = pack_samples(of_rows, training.model_max_length, training.seed)
         _log(f"{samples} in {len(packs):,} rows of at most {training.model_max_length} tokens")
     else:
-        return groups if training.share_images else [], shared
-    return [[number for group in pack for number in groups[group]] for pack in packs], shared
+        return groups, shared
+    if not groups:
+        return packs, shared
+    return Packs([number for group in pack for number in groups[group]] for pack in packs), shared
 
 
-def _read_beginnings(inputs: _Inputs, model: _Model) -> list[Beginning]:
+def _read_beginnings(inputs: _Inputs, model: _Model) -> Beginnings:
     """The beginnings of all samples, which the first process reads for all."""
     found: list[Any] = [None]
     if environment.RANK.read() == "0":
         config: Any = model.base.config
-        found[0] = list(read_beginnings(ShardReader(inputs.shards, "train"), config.image_token_id))
+        found[0] = Beginnings.of(read_beginnings(ShardReader(inputs.shards, "train"), config.image_token_id))
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
-    beginnings: list[Beginning] = found[0]
+    beginnings: Beginnings = found[0]
     return beginnings
 
 
 def _describe_sharing(images: SharedImages, lengths: Sequence[int]) -> str:
-    sharing = [group for group in images.groups if len(group) > 1]
-    samples, tokens, saved = sum(map(len, sharing)), sum(lengths), sum(images.shared.values())
+    sharing = [len(group) for group in images.groups if len(group) > 1]
+    samples, tokens, saved = sum(sharing), sum(lengths), sum(images.shared)
     return (
         f"{samples:,} of {len(lengths):,} samples share their images in {len(sharing):,} groups, so that {saved:,} of "
         f"{tokens:,} tokens ({saved / max(tokens, 1):.0%}) are not computed again; the others have images or texts in "
@@ -618,7 +619,6 @@ def _make_trainer(
         eval_dataset=eval_dataset,
         data_collator=Collator(inputs.manifest),
         compute_metrics=token_accuracy,
-        preprocess_logits_for_metrics=predicted_tokens,
         callbacks=[monitor, watchdog],
         monitor=monitor,
         watchdog=watchdog,

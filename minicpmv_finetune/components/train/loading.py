@@ -6,6 +6,7 @@ forever; therefore a worker puts it there itself, and before the first step the 
 workers that survive SIGTERM would keep their trainer from ending; therefore it kills them.
 """
 
+import heapq
 import multiprocessing
 import multiprocessing.util
 import os
@@ -169,7 +170,7 @@ class LoaderPlan:
     def bytes(self, batches: int) -> int:
         """An upper bound of the size of some batches: those of the longest items, in proportion to their lengths."""
         lengths = self.dataset.lengths
-        longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: batches * self.batch_size]
+        longest = heapq.nlargest(batches * self.batch_size, range(len(lengths)), lengths.__getitem__)
         first = longest[: self.batch_size]
         size = sum(tensor.nbytes for tensor in _tensors(self.collate([self.dataset[position] for position in first])))
         return int(size * sum(lengths[i] for i in longest) / max(sum(lengths[i] for i in first), 1))

@@ -16,7 +16,8 @@ from .callbacks import TrainingMonitor
 from .efficiency import WorkCounter
 from .learning_rates import LearningRates
 from .loading import Explained, HandOver, start_worker, unless_error, use_short_socket_paths
-from .sampler import LengthGroupedSampler
+from .sampler import LengthGroupedSampler, ShuffledSampler
+from .token_accuracy import count_right
 from .watchdog import BACKWARD, FORWARD, Watchdog
 
 _MAX_LISTED_SAMPLES = 16
@@ -118,10 +119,14 @@ class MiniCPMVTrainer(Trainer):
         return batches
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
-        """Evaluate a batch."""
+        """Evaluate a batch; returns its loss, and what is counted of each sample in place of tokens and labels."""
         unless_error(inputs)
         inputs.pop("rows", None)
-        return super().prediction_step(model, inputs, *rest, **options)
+        loss, predicted, labels = super().prediction_step(model, inputs, *rest, **options)
+        if predicted is None or labels is None:
+            return loss, predicted, labels
+        counts = count_right(predicted, labels)
+        return loss, counts, counts
 
     def gathered_weights(self) -> dict[str, torch.Tensor]:
         """Gather the trained weights on the first process; every process must call this method.
@@ -156,6 +161,10 @@ class MiniCPMVTrainer(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "random":
+            dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+            seed = torch.initial_seed() if self.args.data_seed is None else self.args.data_seed
+            return ShuffledSampler(len(dataset), seed)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

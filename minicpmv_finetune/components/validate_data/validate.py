@@ -52,7 +52,6 @@ DUPLICATES_FILE = "duplicates.jsonl"
 _BATCH = 16  # samples that a process checks at once
 _BATCH_LENGTH = 1 << 20  # characters of a batch, about: a sample may contain its images itself
 _CACHED_ARCHIVES = 8  # archives whose list of members is kept in memory
-_LISTED_REPETITIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,6 @@ def _write_dataset(
     groups, duplicate_counts = find_repeated(inventory, is_eval)
     images = inventory.image_rows()
     chosen = _choose_for_report(inventory)
-    groups = groups[:_LISTED_REPETITIONS]
     listed = images["sample"][[row for group in groups for row in group.rows]].tolist()
     samples = _write_splits(inventory, is_eval, folder, {*chosen, *listed})
     repetitions = [_repetition(group, images, is_eval, samples) for group in groups]
@@ -332,13 +330,13 @@ def _member_spans(batch: list[Record]) -> dict[str, image_files.Span | SampleErr
                 members = _list_archive(archive)
                 if isinstance(members, SampleError):
                     spans[address] = members
-                elif address in members:
-                    spans[address] = members[address]
+                elif span := members.get(address):
+                    spans[address] = span
     return spans
 
 
 @lru_cache(maxsize=_CACHED_ARCHIVES)
-def _list_archive(archive: str) -> dict[str, image_files.Span] | SampleError:
+def _list_archive(archive: str) -> image_files.Members | SampleError:
     try:
         return image_files.list_archive(archive)
     except UserError as error:

@@ -103,7 +103,8 @@ def test_shards_contain_the_result_of_slicing_on_the_fly(codec: Codec, folder: D
     for row, sample in zip(reader, samples, strict=True):
         assert_same_row(row, prepare(sample, encoder, 2048))
     of_row = [[(pixels.shape[0] // 14, pixels.shape[1] // 14) for pixels in row.slices] for row in reader]
-    assert reader.slice_sizes() == of_row
+    sizes, first_slice = reader.slice_sizes()
+    assert [part.tolist() for part in np.split(sizes, first_slice[1:-1])] == [list(map(list, row)) for row in of_row]
     (whole,) = samples[1].images
     cut_now = cut_slices(open_image(whole), encoder.plan(samples[1])[0], encoder.slicing)
     digest = hashlib.sha256(b"".join(pixels.tobytes() for pixels in cut_now)).hexdigest()
@@ -156,7 +157,9 @@ def test_the_manifest_describes_the_shards_and_the_settings(folder: DataFolder) 
     assert manifest == read_manifest(folder.shards)
     verify_shards(folder.shards, manifest)
     rows = {split: list(ShardReader(folder.shards, split)) for split in ("train", "eval")}
-    assert manifest.lengths == {split: [len(row.input_ids) for row in group] for split, group in rows.items()}
+    assert {split: list(lengths) for split, lengths in manifest.lengths.items()} == {
+        split: [len(row.input_ids) for row in group] for split, group in rows.items()
+    }
     assert manifest.slices == {split: sum(len(row.slices) for row in group) for split, group in rows.items()}
     assert manifest.bytes == sum(path.stat().st_size for path in folder.shards.glob("*.parquet"))
     assert (manifest.generation, manifest.max_slice_nums, manifest.model_max_length) == ("4.6", 4, 1000)
@@ -207,7 +210,7 @@ def test_a_sample_that_does_not_fit_is_rejected_with_its_length(folder: DataFold
     lengths = folder.run().lengths["train"]
     longest = max(lengths)
     manifest = folder.run(max_reject_ratio=0.25, model_max_length=longest - 1)
-    assert manifest.lengths["train"] == [length for length in lengths if length < longest], "no sample is cut"
+    assert list(manifest.lengths["train"]) == [length for length in lengths if length < longest], "no sample is cut"
     (reject,) = folder.rejects
     assert (reject.reason, reject.id, reject.index) == ("too_long", "several", lengths.index(longest))
     assert f"{longest} tokens do not fit model_max_length {longest - 1}" in reject.message

@@ -4,9 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
+from accelerate.data_loader import SeedableRandomSampler
 
 from minicpmv_finetune.components.train.arguments import parse
-from minicpmv_finetune.components.train.sampler import LengthGroupedSampler
+from minicpmv_finetune.components.train.sampler import LengthGroupedSampler, ShuffledSampler
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.reports.training_record import read_record
 from tests.components.train.conftest import Train
@@ -32,6 +33,15 @@ def test_batches_of_similar_lengths_change_only_with_the_epoch() -> None:
     assert padding < 0.05  # 0.43 in random order
     assert longest[0] > 0.9 * max(lengths)
     assert longest[1:] != sorted(longest[1:], reverse=True)
+
+
+def test_random_order_is_that_of_earlier_versions() -> None:
+    sampler = ShuffledSampler(10_000, seed=5)
+    before = SeedableRandomSampler(range(10_000), data_seed=5)
+    assert list(sampler) == list(before)
+    for each in (sampler, before):
+        each.set_epoch(3)
+    assert list(sampler) == list(before) != sorted(before)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])

@@ -12,7 +12,7 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.minicpmv.batch import collate_packed
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.pipelines.demo import write_digits
-from minicpmv_finetune.shards.sharing import read_beginnings, share_images
+from minicpmv_finetune.shards.sharing import Beginnings, read_beginnings, share_images
 
 
 def test_rows_of_samples_that_share_an_image(tiny_46: Path, tmp_path: Path) -> None:
@@ -30,14 +30,14 @@ def test_rows_of_samples_that_share_an_image(tiny_46: Path, tmp_path: Path) -> N
     examples = ExampleDataset(tmp_path / "shards", "train", None)
     encoder = Encoder.from_checkpoint(tiny_46)
     image_token: Any = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.image_token)
-    images = share_images(list(read_beginnings(examples.reader, image_token)), examples.lengths, capacity=1000)
+    images = share_images(Beginnings.of(read_beginnings(examples.reader, image_token)), examples.lengths, capacity=1000)
     assert sorted(map(len, images.groups)) == [1, 3]
     dataset = PackDataset(examples, images.groups, images.shared)
-    assert list(dataset.lengths) == images.lengths(examples.lengths)
+    assert dataset.lengths == images.lengths(examples.lengths)
 
     batch = Collator(examples.reader.manifest)([dataset[number] for number in range(len(dataset))])
     order = [number for group in images.groups for number in group]
-    shared = [images.shared.get(number, 0) for number in order]
+    shared = [images.shared[number] for number in order]
     assert batch.pop("rows") == order
     assert batch.pop("shared_tokens") == sum(shared) > 0
     expected = collate_packed([examples.reader[number] for number in order], 14, normalized=False, shared=shared)

@@ -223,6 +223,17 @@ def test_the_hash_finds_every_pair_that_comparing_all_pairs_finds(tmp_path: Path
     assert counts["near_equal_pictures"] == 600
 
 
+def test_images_that_resemble_too_many_others_are_counted(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    row, column = np.indices((8, 8))
+    base = 20 + 28 * ((5 * row + 3 * column) % 8)
+    base[0] = 128  # so that only the hashes of the first row differ
+    alike = (base.repeat(2, axis=0).repeat(2, axis=1) + chance.integers(-15, 16, (100, 16, 16))).astype(np.uint8)
+    groups, counts = find_in(np.concatenate([alike, alike[:1] + 1, alike[5:6] + 1]), tmp_path)
+    assert {group.rows for group in groups} == {(0, 100), (5, 101)}
+    assert 0 < counts["partly_compared"] < 102
+
+
 @pytest.mark.parametrize("kind", ["all different", "all alike"])
 def test_time_is_linear_in_images(kind: str, tmp_path: Path) -> None:
     chance = np.random.default_rng(0)

@@ -1,0 +1,273 @@
+"""Find images that look the same: a copy may be rescaled, recompressed, a little cropped, or brighter or darker.
+
+First, candidates are found by a hash of 128 bits: whether each cell of an 8 × 8 grid is brighter than its right and its
+lower neighbor. Two hashes that differ in at most seven bits agree in one of their eight 16-bit parts, so only images
+that agree in a part are compared, and time grows with the number of images, not of pairs. Where many images have the
+same hash, a few of the same coarse colors and of similar brightness are compared.
+
+Then two images look the same if one, in 16 × 16 pixels, is explained by the other: moved and scaled by less than a
+pixel, as after a small crop, with a little more or less contrast. Color takes part in it like brightness, so hearts
+or flags of different colors are different images. Images without structure, such as blank pages, would all be copies
+of each other, and are excluded.
+
+Where thousands of images are copies of each other, most comparisons would say nothing new. So images that are connected
+by other copies are compared only if that may show a leak from training to evaluation.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .inventory import Inventory
+
+_BAND = 16  # bits
+_BANDS = 128 // _BAND
+_MAX_DISTANCE = 20  # bits; the bands find every pair up to a distance of 7, and many beyond
+_MIN_EXPLAINED = 0.985  # share of an image's variance that a copy explains
+_MIN_SIMILARITY = 0.9  # cosine of two images above which a small crop may be the difference
+_MAX_GAIN = 1.4  # ratio of the contrasts of two copies
+_MIN_CONTRAST = 4.0  # standard deviation of the levels of a color channel
+_BRIGHTER_BY = 4  # gray levels; smaller differences are compression noise
+_COLORED_FROM = 12  # levels of Cb and Cr from gray; less is compression noise
+_WINDOW = 64  # most images compared with each image in a band, even if more agree in it
+_NEIGHBORS = 4  # images of the same hash compared with each image
+_CHUNK = 4096  # images
+_BLOCK = 128  # images that are compared with the images that follow them, at once
+_BLOCKS = 8  # whose hashes are compared at once
+# From RGB to brightness (Y) and color (Cb, Cr), as in JPEG; gray is 0 in both Cb and Cr.
+_YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
+
+Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]  # numbers of the two images of each pair
+
+
+@dataclass(frozen=True)
+class NearEqual:
+    """What was found.
+
+    Attributes:
+        group: Number of each image's group; images that look the same, or are connected by such images, are in one.
+        has_copy: Whether each image looks the same as another one.
+        leaks: Whether each image looks the same as one that is in the training data.
+        is_partial: Whether each image was compared with some of the images only that resemble it.
+    """
+
+    group: NDArray[np.intp]
+    has_copy: NDArray[np.bool_]
+    leaks: NDArray[np.bool_]
+    is_partial: NDArray[np.bool_]
+
+
+def find_near_equal(
+    inventory: Inventory, first: NDArray[np.intp], in_train: NDArray[np.bool_], in_eval: NDArray[np.bool_]
+) -> NearEqual:
+    """Find the images that look the same.
+
+    Args:
+        inventory: The accepted samples.
+        first: A row of `Inventory.image_rows` for each image.
+        in_train: Whether each image is in the training data.
+        in_eval: Whether each image is in the evaluation data.
+    """
+    search = _Search(inventory, first, in_train, in_eval)
+    hashes, order = _sorted_hashes(inventory, first)
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
+    for pairs in _pairs_of_one_hash(order, is_new):
+        search.compare(pairs)
+    for pairs in _pairs_of_close_hashes(hashes[is_new], order[is_new], search.is_partial):
+        search.compare(pairs)
+    return NearEqual(search.groups(), search.has_copy, search.leaks, search.is_partial)
+
+
+class _Search:
+    """The pairs that were found so far."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        first: NDArray[np.intp],
+        in_train: NDArray[np.bool_],
+        in_eval: NDArray[np.bool_],
+    ) -> None:
+        self._inventory, self._first, self._in_train, self._in_eval = inventory, first, in_train, in_eval
+        # Of each image in the tree of its group; the root's is the root itself.
+        self._parent = np.arange(len(first), dtype=np.int32)
+        self.has_copy, self.leaks, self.is_partial = np.zeros((3, len(first)), bool)
+
+    def compare(self, pairs: Pairs) -> None:
+        """Compare the images of each pair, unless that can show nothing new."""
+        one, other = pairs
+        is_open = self._roots(one) != self._roots(other)
+        is_open |= self._may_leak(one, other) | self._may_leak(other, one)
+        one, other = one[is_open], other[is_open]
+        if not len(one):
+            return
+        images, places = np.unique(np.stack([one, other]), return_inverse=True)
+        planes = self._inventory.read_miniatures(self._first[images]) @ _YCC.T
+        found = _look_the_same(planes, *places.reshape(2, -1))
+        one, other = one[found], other[found]
+        self.has_copy[one] = self.has_copy[other] = True
+        self.leaks[one[self._in_train[other]]] = True
+        self.leaks[other[self._in_train[one]]] = True
+        for pair in zip(one.tolist(), other.tolist(), strict=True):
+            low, high = sorted(map(self._root, pair))
+            self._parent[high] = low
+
+    def groups(self) -> NDArray[np.intp]:
+        """The number of each image's group."""
+        _, group = np.unique(self._roots(np.arange(len(self._parent))), return_inverse=True)
+        return group
+
+    def _roots(self, images: NDArray[np.intp]) -> NDArray[np.int32]:
+        roots = self._parent[images]
+        while not np.array_equal(above := self._parent[roots], roots):
+            roots = above
+        self._parent[images] = roots  # so that the next search is short
+        return roots
+
+    def _root(self, image: int) -> int:
+        parent = self._parent
+        while (above := parent[image]) != image:
+            parent[image] = parent[above]
+            image = above
+        return int(image)
+
+    def _may_leak(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> NDArray[np.bool_]:
+        may: NDArray[np.bool_] = self._in_eval[one] & ~self.leaks[one] & self._in_train[other]
+        return may
+
+
+def _sorted_hashes(inventory: Inventory, first: NDArray[np.intp]) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+    """The hashes of all images with structure in their order, [images, 3], and the numbers of these images."""
+    hashes = np.zeros((len(first), 3), np.uint64)
+    brightness = np.zeros(len(first), np.float32)
+    has_structure = np.zeros(len(first), bool)
+    for start in range(0, len(first), _CHUNK):
+        place = slice(start, start + _CHUNK)
+        pixels = inventory.read_miniatures(first[place])
+        planes = pixels @ _YCC.T
+        hashes[place] = _hashes(planes)
+        brightness[place] = planes[..., 0].mean(axis=(1, 2))
+        has_structure[place] = (pixels.std(axis=(1, 2)) >= _MIN_CONTRAST).any(axis=1)
+    order = np.lexsort((brightness, *hashes.T))
+    order = order[has_structure[order]]
+    return hashes[order], order
+
+
+def _hashes(planes: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """Hashes of images in Y, Cb and Cr, [images, 3]: 128 bits of brightness, and 64 bits of color."""
+    cells = planes[..., 0].reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
+    brighter = np.stack([cells - np.roll(cells, -1, axis) > _BRIGHTER_BY for axis in (2, 1)], axis=1)
+    colors = planes[..., 1:].reshape(-1, 4, 4, 4, 4, 2).mean(axis=(2, 4))
+    colored = np.stack([colors > _COLORED_FROM, colors < -_COLORED_FROM], axis=-1)
+    bits = np.concatenate([part.reshape(len(planes), -1) for part in (brighter, colored)], axis=1)
+    return np.packbits(bits, axis=1).view(np.uint64).reshape(-1, 3)
+
+
+def _pairs_of_one_hash(order: NDArray[np.intp], is_new: NDArray[np.bool_]) -> Iterator[Pairs]:
+    """Each image with the first one of the same hash, and with the next ones in brightness.
+
+    Args:
+        order: Numbers of the images, in the order of their hashes.
+        is_new: Whether an image in this order is the first one of its hash.
+    """
+    starts = np.flatnonzero(is_new)
+    group = np.append(np.cumsum(is_new, dtype=np.int32) - 1, np.full(_NEIGHBORS, -1, np.int32))
+    for begin in range(0, len(order), _BLOCK):
+        places = np.arange(begin, min(begin + _BLOCK, len(order)))
+        start = starts[group[places]]
+        places, start = places[start < places], start[start < places]
+        pairs = [(start, places)]
+        for shift in range(1, _NEIGHBORS + 1):
+            agree = group[places + shift] == group[places]
+            pairs.append((places[agree], places[agree] + shift))
+        one, other = (order[np.concatenate(side)] for side in zip(*pairs, strict=True))
+        if len(one):
+            yield one, other
+
+
+def _pairs_of_close_hashes(
+    hashes: NDArray[np.uint64], images: NDArray[np.intp], is_partial: NDArray[np.bool_]
+) -> Iterator[Pairs]:
+    """Images whose hashes differ in a few bits, each pair once.
+
+    Args:
+        hashes: Different hashes, [images, 3].
+        images: Number of an image with each hash.
+        is_partial: Is set for each image for which there are too many of them.
+    """
+    parts = hashes[:, :2].view(np.uint16)  # [images, bands]
+    # Of a part with no more images all pairs are compared, so that no later band compares them again.
+    is_small = np.array([np.bincount(part, minlength=2**_BAND) <= _WINDOW + 1 for part in parts.T])
+    shifts = np.arange(1, _WINDOW + 2)  # the last one shows that there are more than are compared
+    for band in range(_BANDS):
+        ordered = np.lexsort((hashes[:, 2], hashes[:, 1], hashes[:, 0], parts[:, band]))
+        for begin in range(0, len(ordered), _BLOCKS * _BLOCK):
+            near = ordered[begin : begin + _BLOCKS * _BLOCK + len(shifts)]
+            part = parts[near, band].astype(np.int32)
+            rows = np.arange(min(_BLOCKS * _BLOCK, len(near)))
+            padded = np.concatenate([part, np.full(len(shifts), -1)])
+            row, shift = np.nonzero(part[rows, None] == padded[rows[:, None] + shifts])
+            one, other = near[row], near[row + shifts[shift]]
+            differences = hashes[one, :2] ^ hashes[other, :2]
+            close = np.bitwise_count(differences).sum(axis=1) <= _MAX_DISTANCE
+            too_many = close & (shifts[shift] > _WINDOW)
+            is_partial[images[one[too_many]]] = is_partial[images[other[too_many]]] = True
+            equal_parts = differences.view(np.uint16)[:, :band] == 0
+            close &= ~too_many & ~(equal_parts & is_small[np.arange(band), parts[one, :band]]).any(axis=1)
+            ends = np.searchsorted(row[close], np.arange(_BLOCK, len(rows), _BLOCK))
+            for some in np.split(np.stack([images[one[close]], images[other[close]]]), ends, axis=1):
+                if some.size:
+                    yield some[0], some[1]
+
+
+def _look_the_same(planes: NDArray[np.float32], one: NDArray[np.intp], other: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether the two images of each pair look the same.
+
+    Args:
+        planes: Images in Y, Cb and Cr, [images, 16, 16, 3].
+        one: Place of the first image of each pair.
+        other: Place of the second image of each pair.
+    """
+    planes = planes.copy()
+    planes[..., 0] -= planes[..., 0].mean(axis=(1, 2), keepdims=True)
+    vectors = planes.reshape(len(planes), -1)
+    lengths = np.sqrt((vectors**2).sum(axis=1))
+    cosine = (vectors @ vectors.T)[one, other] / (lengths[one] * lengths[other])
+    alike = np.abs(np.log(lengths[one] / lengths[other])) <= np.log(_MAX_GAIN)
+    found: NDArray[np.bool_] = alike & (cosine >= np.sqrt(_MIN_EXPLAINED))
+    open_pairs = np.flatnonzero(alike & ~found & (cosine >= _MIN_SIMILARITY))
+    if len(open_pairs):
+        images, places = np.unique(np.stack([one[open_pairs], other[open_pairs]]), return_inverse=True)
+        explains = _explains(planes[images])
+        one, other = places.reshape(2, -1)
+        found[open_pairs] = explains[one, other] | explains[other, one]
+    return found
+
+
+def _explains(planes: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether an image (column) is another one (row) with another contrast, moved and scaled a little.
+
+    To first order, a small move or scaling adds a multiple of the image's slope, constant or growing along the axis.
+    The multiples and the contrast are fitted by least squares.
+
+    Args:
+        planes: Images in Y, Cb and Cr without their mean brightness, [images, 16, 16, 3].
+    """
+    number, size = len(planes), math.prod(planes.shape[1:])
+    down, right = np.gradient(planes, axis=(1, 2))
+    along = np.linspace(-1, 1, planes.shape[1], dtype=np.float32)
+    rows, columns = along[:, None, None], along[None, :, None]
+    terms = np.stack([planes, down, right, down * rows, right * columns], axis=1).reshape(number, 5, size)
+    targets = planes.reshape(number, size)
+    squares = (terms @ terms.transpose(0, 2, 1)).astype(np.float64)
+    # An image that is constant along an axis has no slope there, and its products no inverse.
+    damping = 1e-6 * np.trace(squares, axis1=1, axis2=2)[:, None, None] * np.eye(5)
+    products = (terms.reshape(-1, size) @ targets.T).reshape(number, 5, number).astype(np.float64)
+    factors = np.linalg.solve(squares + damping, products)
+    explained = (factors * (2 * products - squares @ factors)).sum(axis=1)
+    is_copy: NDArray[np.bool_] = explained >= _MIN_EXPLAINED * (targets**2).sum(axis=1)
+    return is_copy
