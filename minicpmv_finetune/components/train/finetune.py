@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     """Train with the given flags; exits with one sentence and 2 for a user's mistake, 75 if a retry may succeed."""
     try:
         with explain_disk_errors():
-            finetune(parse(argv, announce=_log), argv)
+            finetune(parse(argv, announce=_warn), argv)
     except (UserError, RetryableError) as error:
         if not record_exit(error.exit_code, str(error)):
             print_sentence(f"error: {error}")
@@ -307,7 +307,7 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     trained = make_trainable(base, inputs.generation, arguments)
     rates = learning_rates(trained, inputs.generation, arguments)
     if warning := warn_of_tower(trained, inputs.generation, arguments):
-        _log(warning)
+        _warn(warning)
     require_memory(trained, training)
     if not training.deepspeed:  # which keeps a float32 copy of what it trains
         train_in_float32(trained, inputs.generation)
@@ -334,7 +334,7 @@ def _load_base_model(inputs: _Inputs, arguments: Arguments) -> PreTrainedModel:
     else:
         model, _ = load_model(inputs.base, dtype, checked_part, **attention, **_placement(inputs.base, training))
     if sentence := missing_kernels(model):
-        _log(sentence)
+        _warn(sentence)
     if training.use_liger_kernel:
         use_liger(model.get_submodule(generation.language_model))
         training.use_liger_kernel = False  # transformers would try again, with the type of the whole model
@@ -762,7 +762,13 @@ def _path(text: str | None) -> Path | None:
 
 
 def _log(sentence: str) -> None:
-    """Print a sentence once, in the first process."""
+    """Print a sentence once, in the first process, unless only warnings are wanted."""
+    if not environment.QUIET.read():
+        _warn(sentence)
+
+
+def _warn(sentence: str) -> None:
+    """Print a warning once, in the first process."""
     if environment.RANK.read() == "0":
         print_sentence(sentence)
 
