@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,33 +216,32 @@ def test_a_shard_that_was_damaged_in_the_cache_is_written_again(dataset: Dataset
         ("cache/[^/]*/manifest.json", {f"train-0000{number}.parquet" for number in range(3)} | {"eval-00000.parquet"}),
     ],
 )
-def test_preprocess_resumes_after_a_kill_at_any_moment(moment: str, kept: set[str], dataset: Dataset) -> None:
+def test_preprocess_resumes_after_a_kill_at_any_moment(
+    moment: str, kept: set[str], dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process is killed just before it writes a file."""
     expected = content(dataset.run("expected", cache=str(dataset.folder / "other")))
-    program = (
-        "import os, re, signal, sys; from pathlib import Path\n"
-        "from minicpmv_finetune import storage\n"
-        "from minicpmv_finetune.components.preprocess import shard_tasks\n"
-        "from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess\n"
-        "write = storage.write_bytes\n"
-        "def kill_or_write(uri, content):\n"
-        "    if re.search(sys.argv[4], uri): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write(uri, content)\n"
-        "storage.write_bytes = kill_or_write\n"
-        f"shard_tasks.SHARD_ROWS = {ROWS_PER_SHARD}\n"
-        "dataset, base, out = map(Path, sys.argv[1:4])\n"
-        "preprocess(dataset, str(base), out / 'shards', out / 'shards.jsonl', PreprocessSettings(),\n"
-        "    str(out / 'cache'), num_workers=1)\n"
-    )
-    command = [sys.executable, "-c", program, str(dataset.path), str(dataset.base_model), str(dataset.folder), moment]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    cache, write = str(dataset.folder / "cache"), storage.write_bytes
+
+    def kill_or_write(uri: str, content: bytes) -> None:
+        if re.search(moment, uri):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(uri, content)
+
+    def prepare() -> None:
+        monkeypatch.setattr(storage, "write_bytes", kill_or_write)
+        dataset.run("shards", cache=cache)
+
+    process = multiprocessing.get_context("fork").Process(target=prepare)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     folder = cached(dataset.folder / "cache")
     assert not (folder / "manifest.json").exists()
     finished = {path.with_suffix(".parquet").name for path in folder.glob("*.json")}
     assert kept <= finished
     before = inodes(folder)
-    again = dataset.run("shards", cache=str(dataset.folder / "cache"))
+    again = dataset.run("shards", cache=cache)
     assert content(again) == expected
     assert {name: before[name] for name in kept}.items() <= inodes(again).items(), "finished shards are kept"
 
