@@ -11,13 +11,14 @@ import pytest
 from mlflow import MlflowClient
 
 from minicpmv_finetune import environment, storage
+from minicpmv_finetune.cli.main import main
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.pipelines.demo import DEMO_INPUTS, exact_match_without_lora
 from minicpmv_finetune.pipelines.local import LocalRun, run_pipeline
 from minicpmv_finetune.pipelines.summary import print_summary
-from tests.warm_processes import warm_steps
+from tests.warm_processes import warm_processes, warm_steps
 
 QUICK = {**DEMO_INPUTS, "num_train_epochs": 1.0}
 SECRETS = (
@@ -126,7 +127,7 @@ def test_no_secret_is_written_to_a_file(finished: tuple[LocalRun, Path]) -> None
 
 
 def test_the_merge_command_writes_to_a_store(
-    finished: tuple[LocalRun, Path], tiny_46: Path, s3_uri: str, tmp_path: Path
+    finished: tuple[LocalRun, Path], tiny_46: Path, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = finished
     model = run.output("merge", "model")
@@ -136,9 +137,10 @@ def test_the_merge_command_writes_to_a_store(
         "shards": run.output("preprocess", "shards"),
     }
     flags = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "merge"]
-    done = subprocess.run([*command, *flags, "--out", f"{s3_uri}/models/digits"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["minicpmv-finetune", "merge", *flags, "--out", f"{s3_uri}/models/digits"])
+    with warm_processes(), pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     uploaded = storage.fetch(f"{s3_uri}/models/digits", tmp_path / "cache")
     assert {path.name for path in uploaded.iterdir()} == {path.name for path in model.iterdir()} - {MARK}
     assert (uploaded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
