@@ -69,8 +69,10 @@ IN_EVERY_RUN = {("sample", 1, 2)}  # of the others their sentences, in test_laun
 
 
 def _cases() -> list[ParameterSet]:
+    """Each fault with each number of workers, and with one and two processes in turn."""
     cases = []
-    for case in itertools.product(ENDINGS, (0, 1, 2), (1, 2)):
+    for (number, fault), workers in itertools.product(enumerate(ENDINGS), (0, 1, 2)):
+        case = (fault, workers, 1 + (number + workers) % 2)
         if case[:2] != ("killed worker", 0):
             marks = [] if case in IN_EVERY_RUN else [pytest.mark.faults_only]
             cases.append(pytest.param(*case, marks=marks, id=f"{case[0]}-{case[1]}-{case[2]}".replace(" ", "_")))
