@@ -50,6 +50,7 @@ from .arguments import Arguments, TrainingArguments, input_places, parse
 from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_memory
 from .checkpoint_place import PLACEHOLDER, Lease, choose_place
 from .checkpoints import Checkpoints, claim_local_folder, local_folder
+from .cpu_memory import keep_freed_memory
 from .datasets import Collator, ExampleDataset, PackDataset
 from .efficiency import Duration, measure_efficiency
 from .feature_store import is_reusable, prepare_stores
@@ -126,6 +127,8 @@ def finetune(arguments: Arguments, argv: Sequence[str]) -> None:
     stopper = SignalStopper()
     _check_shared_memory(training)
     _join_process_group(training)
+    if training.device.type == "cpu":
+        keep_freed_memory()
     with _claimed_output(arguments, out) as output:
         _train(arguments, argv, stopper, out, output)
 
