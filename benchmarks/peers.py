@@ -108,12 +108,12 @@ def _compare(
     swift_first, swift_three = statistics.median(swift_seconds["one"]), statistics.median(swift_seconds["three"])
     swift_later = (swift_three - swift_first) / 2
     rows = [
-        make_result("ms_swift_frozen_later_epochs", swift_later / later, 4.0, f"{raw}; {facts}"),
-        make_result("ms_swift_first_epoch", swift_first / first, 2.0, f"{note}; {raw}; {facts}"),
+        make_result("ms_swift_frozen_later_epochs", swift_later / later, 6.0, f"{raw}; {facts}"),
+        make_result("ms_swift_first_epoch", swift_first / first, 2.5, f"{note}; {raw}; {facts}"),
         make_result(
             "ms_swift_vision_trained",
             statistics.median(swift_seconds["vision"]) / statistics.median(our_seconds["vision"]),
-            2.0,
+            3.0,
             f"{raw}; {facts}",
         ),
     ]
@@ -121,8 +121,8 @@ def _compare(
         raw = f"raw seconds: TRL {trl_seconds}, ours {_rounded(our_seconds)}"
         trl = statistics.median(trl_seconds)
         rows += [
-            make_result("trl_frozen_later_epochs", trl / later, 4.0, f"{raw}; {facts}"),
-            make_result("trl_first_epoch", trl / first, 2.0, f"{note}; {raw}; {facts}"),
+            make_result("trl_frozen_later_epochs", trl / later, 6.0, f"{raw}; {facts}"),
+            make_result("trl_first_epoch", trl / first, 2.5, f"{note}; {raw}; {facts}"),
         ]
     return rows
 
