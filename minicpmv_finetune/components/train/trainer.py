@@ -139,11 +139,24 @@ class MiniCPMVTrainer(Trainer):
         if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
             engine: Any = self.model_wrapped
             adapted = any("lora_" in name for name, _ in model.named_parameters())
-            gathered = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapted)
-            return dict(gathered or {})
+            gathered = dict(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapted) or {})
+            return gathered | self._gather_unused(model)
         if self.is_fsdp_enabled:
             return dict(self.accelerator.get_state_dict(self.model_wrapped))
         return dict(model.state_dict())
+
+    def _gather_unused(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Gather under ZeRO-3 what stays frozen in modules that are trained whole, because the model never uses it."""
+        import deepspeed
+
+        frozen = {
+            name: weight
+            for name, weight in model.named_parameters()
+            if ".modules_to_save." in name and not weight.requires_grad
+        }
+        with deepspeed.zero.GatheredParameters(list(frozen.values())):
+            is_first = self.args.process_index == 0
+            return {name: weight.detach().cpu().clone() for name, weight in frozen.items() if is_first}
 
     def _get_dataloader(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
         """Make a data loader that explains its errors, and whose start draws no number from torch's generator.

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,20 @@ def uneven_shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return _prepared(folder, train, evaluation, tiny_46)
 
 
+@pytest.fixture(scope="session")
+def fine_shards(uneven_shards: Path, tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples of `uneven_shards` for a base whose tower does not merge patches; the base is beside them."""
+    folder = tmp_path_factory.mktemp("fine")
+    base = shutil.copytree(tiny_46, folder / "base")
+    for file, part in (("config.json", ""), ("processor_config.json", "image_processor")):
+        content = json.loads((base / file).read_text())
+        (content[part] if part else content)["downsample_mode"] = "4x"
+        (base / file).write_text(json.dumps(content))
+    dataset = uneven_shards.parent / "dataset"
+    preprocess(dataset, str(base), folder / "shards", folder / "more.jsonl", PreprocessSettings())
+    return folder / "shards"
+
+
 def _prepared(folder: Path, train: Path, evaluation: Path, base: Path) -> Path:
     validate_data(str(train), str(evaluation), folder / "dataset", folder / "rejects.jsonl", ValidationSettings())
     preprocess(folder / "dataset", str(base), folder / "shards", folder / "more.jsonl", PreprocessSettings())
@@ -83,7 +98,8 @@ def train(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     @cache
     def train(shards: Path, flags: str, processes: int = 1) -> Training:
         folder = tmp_path_factory.mktemp("training") / "out"
-        paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(shards), "--output_dir", str(folder)]
+        base = own if (own := shards.parent / "base").exists() else tiny_46
+        paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(folder)]
         launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
         history = read_record(folder).history
         losses, eval_losses = ([entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss"))

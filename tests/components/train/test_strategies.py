@@ -61,6 +61,19 @@ def test_two_processes_in_bf16_train_and_evaluate_as_one_does_in_float32(
     assert two.eval_losses == pytest.approx(one.eval_losses, rel=0.03)
 
 
+@pytest.mark.faults_only
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "full"), ("ddp", "lora"), ("zero3", "lora")])
+def test_a_tower_that_does_not_merge_patches_is_trained(
+    fine_shards: Path, train: Train, strategy: str, kind: str
+) -> None:
+    flags = f"{LORA if kind == 'lora' else FULL} --max_steps 4"
+    one = train(fine_shards, f"{flags} --per_device_train_batch_size 4")
+    two = train(fine_shards, f"{flags} --per_device_train_batch_size 2 --strategy {strategy}", 2)
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    file = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    assert _largest_difference(one.folder, two.folder, file) < 1e-3
+
+
 def _largest_difference(first: Path, second: Path, file: str) -> float:
     one, two = load_file(first / file), load_file(second / file)
     assert one.keys() == two.keys()
