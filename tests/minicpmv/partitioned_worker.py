@@ -9,7 +9,7 @@ The processes meet by torch's variables, and their arguments are STRATEGY OUT VE
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,9 @@ def batch(encoder: Encoder, shows_image: bool) -> dict[str, torch.Tensor]:
     """Return a batch of one sample, with an image of 8 × 8 patches, or without one and with a longer answer."""
     image = encoder.generation.image_token * (encoder.tokens_per_slice or 8 * 8 // encoder.patches_per_token)
     question = f"<image>{image}</image>\nWhat?" if shows_image else "What?"
-    answer = f"<|im_start|>assistant\nThe digit is {'3' if shows_image else '3, 4, 5, 6, 7, 8 and 9'}.<|im_end|>\n"
+    # Two steps do not learn these by heart: a bound on the ratio of two losses means little where they are almost zero.
+    words = "Seven or 8, 3, 5, 1." if shows_image else "9, 4, 5, 6, 7, 8 and 9, the digit is 3, or seven?"
+    answer = f"<|im_start|>assistant\n{words}<|im_end|>\n"
     encoded = encoder.encode_text(f"<|im_start|>user\n{question}<|im_end|>\n{answer}")
     slices = [np.full((112, 112, 3), 90, dtype=np.uint8)] if shows_image else []
     return collate([ModelInput("", encoded.input_ids, encoded.labels, slices)], 0, 14, "right", normalized=False)
@@ -77,10 +79,19 @@ def train_and_evaluate(
     return losses
 
 
+def adam(trained: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    """Adam with steps that weights in bf16 can follow.
+
+    After smaller steps the losses would only compare roundings, and one process's gradient could be lost within the
+    bounds of the tests. The large `eps` keeps gradients that are zero but for rounding from becoming whole steps.
+    """
+    return torch.optim.Adam(trained, lr=1e-3, eps=1e-3)
+
+
 def optimizer_of(model: Any) -> tuple[torch.optim.Optimizer, Step]:
-    """Plain gradient descent, and a function that takes a step of it from a loss."""
+    """An optimizer, and a function that takes a step of it from a loss."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    optimizer = adam(trained)
 
     def step(loss: torch.Tensor) -> None:
         loss.backward()

@@ -66,7 +66,7 @@ def _losses_of_one_process(folder: Path, kind: str) -> list[list[float]]:
     """The same training in one process in float32, with the mean of both processes' gradients."""
     encoder, model = Encoder.from_checkpoint(folder), partitioned_worker.prepare(folder, kind, "float32", "ddp")
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    optimizer = partitioned_worker.adam(trained)
     losses: list[list[float]] = [[], []]
     model.train()
     for _ in range(2):
