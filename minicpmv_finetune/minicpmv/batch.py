@@ -5,7 +5,6 @@ samples, one after the other along the last dimension. So no slice is padded to 
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from .model_input import IGNORED_LABEL, ModelInput
 from .packed import packing_arguments
 from .slicing import ResizingLibrary
 
-_UNCHANGED = torch.arange(256, dtype=torch.uint8)
+_UNCHANGED = np.arange(256, dtype=np.uint8)
 """The table of `_place_side_by_side` that leaves each pixel as it is."""
 
 
@@ -130,20 +129,20 @@ def pack_patches(
     Returns:
         float32 [3, patch_size, patches * patch_size] in [-1, 1], patches row by row.
     """
-    return _place_side_by_side(pixels, patch_size, normalized_values(resampler))
+    return _place_side_by_side(pixels, patch_size, _normalized_values(resampler).numpy())
 
 
-def _place_side_by_side(pixels: NDArray[np.uint8], patch_size: int, values: torch.Tensor) -> torch.Tensor:
+def _place_side_by_side(pixels: NDArray[np.uint8], patch_size: int, values: NDArray[Any]) -> torch.Tensor:
     """Place a slice's patches side by side, each pixel as the one of 256 values that a table gives it."""
     height, width, channels = pixels.shape
-    packed = torch.empty(channels, patch_size, height // patch_size, width, dtype=values.dtype)
+    packed = np.empty((channels, patch_size, height // patch_size, width), values.dtype)
     place = compile_loop(_place_patches, _PLACE_PATCHES)
     if place is not None:
-        place(pixels, values.numpy(), packed.numpy())
+        place(pixels, values, packed)
     else:
-        rows = torch.tensor(pixels).view(height // patch_size, patch_size, width, channels)
-        packed.copy_(values[rows.permute(3, 1, 0, 2).int()])
-    return packed.view(channels, patch_size, -1)
+        rows = pixels.reshape(height // patch_size, patch_size, width, channels)
+        packed[:] = values[rows.transpose(3, 1, 0, 2)]
+    return torch.from_numpy(packed).view(channels, patch_size, -1)
 
 
 _PLACE_PATCHES = tuple(
@@ -161,8 +160,7 @@ def _place_patches(pixels: NDArray[np.uint8], values: NDArray[Any], packed: NDAr
                     packed[channel, y, row, x] = values[pixels[row * packed.shape[1] + y, x, channel]]
 
 
-@cache
-def normalized_values(resampler: ResizingLibrary) -> torch.Tensor:
+def _normalized_values(resampler: ResizingLibrary) -> torch.Tensor:
     """The normalized value of each of a pixel's 256 values, float32 [256].
 
     Computed on the CPU: a GPU divides by multiplying with the reciprocal, which changes the last bit.
@@ -189,5 +187,5 @@ def normalize_pixels(pixels: torch.Tensor, resampler: ResizingLibrary, dtype: to
     """
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
-    table = normalized_values(resampler).to(pixels.device, dtype, non_blocking=True)
+    table = _normalized_values(resampler).to(pixels.device, dtype, non_blocking=True)
     return table.index_select(0, pixels.flatten().int()).view(pixels.shape)
