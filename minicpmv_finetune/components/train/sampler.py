@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from minicpmv_finetune.shards.packing import one_by_one
+
 _LENGTH_NOISE = 0.02
 """Standard deviation of the random factor on each length, by which the batches differ from epoch to epoch."""
-
-
-_AT_ONCE = 4096
 
 
 class ShuffledSampler(Sampler[int]):
@@ -40,8 +39,7 @@ class ShuffledSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        for numbers in order.split(_AT_ONCE):
-            yield from numbers.tolist()
+        return one_by_one(order.numpy())
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -80,5 +78,4 @@ class LengthGroupedSampler(Sampler[int]):
         full = len(order) // self.batch_size * self.batch_size
         batches = order[:full].reshape(-1, self.batch_size)
         random.shuffle(batches[1:])  # a view: `order` changes with it
-        for start in range(0, len(order), _AT_ONCE):
-            yield from order[start : start + _AT_ONCE].tolist()
+        return one_by_one(order)

@@ -49,6 +49,7 @@ class MiniCPMVTrainer(Trainer):
             **arguments: Arguments of transformers' Trainer.
         """
         super().__init__(**arguments)
+        self._order: ShuffledSampler | LengthGroupedSampler | None = None
         self._monitor = monitor
         self._watchdog = watchdog
         self._lengths = lengths
@@ -71,7 +72,12 @@ class MiniCPMVTrainer(Trainer):
         return optimizer
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """Run an epoch, unless the checkpoint that is continued has every step: transformers would add another one."""
+        """Run an epoch, unless the checkpoint that is continued has every step: transformers would add another one.
+
+        Where several processes continue in the middle of an epoch, Accelerate does not tell the sampler which.
+        """
+        if self._order is not None:
+            self._order.set_epoch(options["epoch"])
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -177,11 +183,13 @@ class MiniCPMVTrainer(Trainer):
         if self.args.train_sampling_strategy == "random":
             dataset: Any = self.train_dataset if train_dataset is None else train_dataset
             seed = torch.initial_seed() if self.args.data_seed is None else self.args.data_seed
-            return ShuffledSampler(len(dataset), seed)
+            self._order = ShuffledSampler(len(dataset), seed)
+            return self._order
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self._lengths, batch_size, self.args.data_seed or self.args.seed)
+        self._order = LengthGroupedSampler(self._lengths, batch_size, self.args.data_seed or self.args.seed)
+        return self._order
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

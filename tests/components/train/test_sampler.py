@@ -2,12 +2,17 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.sampler import LengthGroupedSampler, ShuffledSampler
+from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.reports.training_record import read_record
 from tests.components.train.conftest import Train
@@ -42,6 +47,35 @@ def test_random_order_is_that_of_earlier_versions() -> None:
     for each in (sampler, before):
         each.set_epoch(3)
     assert list(sampler) == list(before) != sorted(before)
+
+
+@pytest.mark.parametrize("kind", ["random", "group_by_length"])
+def test_processes_that_continue_within_an_epoch_have_its_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = MiniCPMVTrainer.__new__(MiniCPMVTrainer)
+    trainer.args = SimpleNamespace(
+        train_sampling_strategy=kind,
+        data_seed=None,
+        seed=5,
+        train_batch_size=2,
+        gradient_accumulation_steps=1,
+        world_size=2,
+    )
+    trainer.train_dataset, trainer._lengths = range(40), _lengths(40)
+    trainer.state = SimpleNamespace(global_step=12, max_steps=30)
+    sampler = trainer._get_train_sampler()
+    loader = DataLoader(trainer.train_dataset, batch_size=2, sampler=sampler)
+    prepared = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
+    continued = skip_first_batches(prepared, 2)  # of the second epoch
+    found: list[list[int]] = []
+
+    def run_epoch(_: Trainer, epoch: int) -> None:
+        continued.set_epoch(epoch)
+        found.extend(batch.tolist() for batch in continued)
+
+    monkeypatch.setattr(Trainer, "_run_epoch", run_epoch)
+    trainer._run_epoch(epoch=1)
+    prepared.set_epoch(1)
+    assert found == [batch.tolist() for batch in prepared][2:]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
