@@ -4,7 +4,7 @@ SEED ?= 42
 BIN := .venv/bin
 
 .PHONY: help demo test tests test-docs test-serving test-faults test-faults-long check lint types install bench bench-data \
-	bench-merge bench-scaling bench-peers test-gpu test-cluster bench-gpu gpu-dry-run \
+	bench-growth bench-merge bench-scaling bench-peers test-gpu test-cluster bench-gpu gpu-dry-run \
 	benchmark-fashion-mnist benchmark-easy-vqa benchmark-charts benchmark-emoji benchmark-documents \
 	mutation coverage browser lock readmes docs compiled dist base-image images push image-index registry-is-named \
 	demo-containers clean
@@ -105,6 +105,9 @@ bench-merge: install  ## time the merge of a 4 GB model against copying it
 
 bench-data: install  ## time preparing, reading and moving data against other tools
 	$(BIN)/python benchmarks/data.py
+
+bench-growth: install  ## time and memory of the steps with 10,000 and 100,000 samples, or SAMPLES="…"
+	$(BIN)/python benchmarks/growth.py --samples $(or $(SAMPLES),10000 100000)
 
 benchmark-fashion-mnist: install  ## on clothes in ten classes, Debian's dataset-fashion-mnist
 	$(BIN)/python benchmarks/on_public_data.py fashion-mnist --seed $(SEED)

@@ -499,16 +499,22 @@ def observe(arguments: list[str]) -> tuple[float, int]:
     return time.monotonic() - started, peak
 
 
-def used_memory(process: int) -> int:
-    """Bytes in use by a process and its children; shared memory is counted once."""
+def used_memory(process: int, kinds: tuple[str, ...] = ("Pss:",)) -> int:
+    """Bytes in use by a process and its children; what they share is counted once.
+
+    Args:
+        process: Number of the process.
+        kinds: Fields of /proc/…/smaps_rollup. `Pss` has a share of the libraries' pages, which is smaller while other
+            programs use the same libraries.
+    """
     total = 0
     with suppress(OSError, ValueError):
         for text in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if text.startswith("Pss:"):
-                total = int(text.split()[1]) * 1024
+            if text.startswith(kinds):
+                total += int(text.split()[1]) * 1024
     with suppress(OSError):
         for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-            total += used_memory(int(child))
+            total += used_memory(int(child), kinds)
     return total
 
 
