@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
@@ -66,6 +67,16 @@ def fine_shards(uneven_shards: Path, tiny_46: Path, tmp_path_factory: pytest.Tem
     dataset = uneven_shards.parent / "dataset"
     preprocess(dataset, str(base), folder / "shards", folder / "more.jsonl", PreprocessSettings())
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def half_shards(uneven_shards: Path, tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`uneven_shards` again, with a base beside them whose weights are bf16, as published ones are."""
+    folder = tmp_path_factory.mktemp("half")
+    base = shutil.copytree(tiny_46, folder / "base")
+    weights = {name: weight.bfloat16() for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return shutil.copytree(uneven_shards, folder / "shards")
 
 
 def _prepared(folder: Path, train: Path, evaluation: Path, base: Path) -> Path:

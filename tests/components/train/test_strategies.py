@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.components.train.conftest import Train
@@ -51,14 +52,21 @@ def test_one_rank_may_have_no_image(uneven_shards: Path, train: Train) -> None:
 @pytest.mark.faults_only
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_in_bf16_train_and_evaluate_as_one_does_in_float32(
-    uneven_shards: Path, train: Train, strategy: str, kind: str
+def test_two_processes_in_bf16_end_where_one_does_in_float32(
+    half_shards: Path, train: Train, strategy: str, kind: str
 ) -> None:
-    flags = f"{LORA if kind == 'lora' else FULL} {STEPS} {EVALUATION}"
-    one = train(uneven_shards, f"{flags} --per_device_train_batch_size 4")
-    two = train(uneven_shards, f"{flags} --per_device_train_batch_size 2 --bf16 true --strategy {strategy}", 2)
-    assert two.losses == pytest.approx(one.losses, rel=0.03)
+    # One update of this size is less than half of most weights' last bit in bf16; only copies in float32 add them up.
+    # The computation sees them later, so losses in between differ more.
+    flags = f"{LORA if kind == 'lora' else FULL} --lr_scheduler_type constant --max_steps 30 --eval_strategy steps"
+    flags = flags.replace("3e-3", "1e-5").replace("1e-3", "3e-5") + " --eval_steps 30"
+    # The loss of a batch, in an evaluation too, is the mean over the tokens of all processes.
+    one = train(half_shards, f"{flags} --per_device_train_batch_size 4 --per_device_eval_batch_size 2")
+    both = "--per_device_train_batch_size 2 --per_device_eval_batch_size 1 --bf16 true"
+    two = train(half_shards, f"{flags} {both} --strategy {strategy}", 2)
+    assert two.losses[-5:] == pytest.approx(one.losses[-5:], rel=0.03)
     assert two.eval_losses == pytest.approx(one.eval_losses, rel=0.03)
+    expected, found = (_share_that_moved(half_shards.parent / "base", training.folder) for training in (one, two))
+    assert found >= 0.95 * expected > 0.2
 
 
 @pytest.mark.faults_only
@@ -78,3 +86,17 @@ def _largest_difference(first: Path, second: Path, file: str) -> float:
     one, two = load_file(first / file), load_file(second / file)
     assert one.keys() == two.keys()
     return max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
+
+
+def _share_that_moved(base: Path, folder: Path) -> float:
+    """The share of the saved numbers that a training has changed in bf16; adapters begin with a B of zero."""
+    start = load_file(base / "model.safetensors")
+    saved = next(file for file in ("adapter_model.safetensors", "model.safetensors") if (folder / file).exists())
+    moved = total = 0
+    for name, weight in load_file(folder / saved).items():
+        if ".lora_A." in name:
+            continue
+        first = start.get(name.removeprefix("base_model.model."), torch.zeros_like(weight))
+        moved += int((weight.bfloat16() != first.bfloat16()).sum())
+        total += weight.numel()
+    return moved / total
