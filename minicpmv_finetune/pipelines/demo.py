@@ -24,7 +24,7 @@ DEMO_INPUTS: dict[str, Any] = {
     "lora_r": 16,
     "lora_alpha": 32,
     "learning_rate": 3e-3,
-    "num_train_epochs": 5.0,
+    "num_train_epochs": 6.0,
     "per_device_train_batch_size": 32,
     "training_flags": {"lr_scheduler_type": "cosine", "warmup_steps": 0.3},
     "evaluation_options": {"max_new_tokens": 16, "batch_size": 32},
