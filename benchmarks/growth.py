@@ -41,6 +41,7 @@ SAMPLES_OF_AN_ARCHIVE = 10_000
 SECONDS_BETWEEN_LOOKS = 0.2
 MEMORY = ("Pss_Anon:", "Pss_Shmem:")  # without the pages of files, such as libraries and shards, which can be dropped
 BATCH = 8
+FEW = 10_000  # further samples that do not show how much memory one takes
 ARRANGEMENTS = ("--group_by_length true", "--packing true", "--tokens_per_batch 2048", "--share_images true")
 Row = dict[str, Any]
 
@@ -125,8 +126,7 @@ def main() -> None:
         base = write_checkpoint(folder / "base", scale=112)
         for name in options.only:
             for row in EXPERIMENTS[name](folder, base, sorted(options.samples)):
-                keep(row)
-                rows.append(row)
+                rows.append(keep(row))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(write_tables(rows))
@@ -137,8 +137,8 @@ def main() -> None:
         PAGE.write_text(f"{before}\n{write_tables(read_rows(KEPT))}\n{after}", encoding="utf-8")
 
 
-def keep(row: Row) -> None:
-    """Print a row, and append it to the results, with the date and the machine."""
+def keep(row: Row) -> Row:
+    """Print a row, and append it to the results; returns it with the date and the machine."""
     load = os.getloadavg()[0]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f}"
     row = {**row, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine}
@@ -146,6 +146,7 @@ def keep(row: Row) -> None:
     with RESULTS.open("a") as file:
         file.write(f"{json.dumps(row)}\n")
     print(json.dumps(row), flush=True)
+    return row
 
 
 def measure_steps(folder: Path, base: Path, counts: list[int]) -> Iterable[Row]:
@@ -186,7 +187,7 @@ def measure_starts(folder: Path, base: Path, counts: list[int]) -> Iterable[Row]
             yield {"step": step, "samples": count, **observe("first batch", base, data, out, str(place))}
         for flags in ARRANGEMENTS:
             found = observe("first batch", base, data, out, "0", flags)
-            yield {"step": f"first batch {flags}", "samples": count, **found}
+            yield {"step": f"first batch `{flags}`", "samples": count, **found}
         shutil.rmtree(out)
 
 
@@ -278,14 +279,16 @@ def measure_memory(folder: Path, base: Path, counts: list[int]) -> Iterable[Row]
 def observe(step: str, base: Path, data: Path, out: Path, place: str = "", flags: str = "") -> Row:
     """Run a step in a process of its own; returns its time, that of its processors, its memory, and what it printed."""
     command = [sys.executable, "-c", PROGRAM + STEPS[step], *map(str, (base, data, out, place, BATCH, flags))]
-    started, peak, used = time.monotonic(), 0, child_seconds()
+    started, peak, last, used = time.monotonic(), 0, 0, child_seconds()
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:  # noqa: S603
         while True:
             try:
                 printed, _ = process.communicate(timeout=SECONDS_BETWEEN_LOOKS)
                 break
             except subprocess.TimeoutExpired:
-                peak = max(peak, used_memory(process.pid, MEMORY))
+                # Two looks, because while a process forks one look may count its memory twice.
+                now = used_memory(process.pid, MEMORY)
+                peak, last = max(peak, min(last, now)), now
         seconds = time.monotonic() - started
         if process.returncode:
             log.seek(0)
@@ -334,9 +337,10 @@ def write_tables(rows: Iterable[Row]) -> str:
     lines = [["Step", "Samples", "Processor seconds", "MB", "Bytes a further sample", "Date", "Machine"], ["---"] * 7]
     for step, found in steps.items():
         for smaller, larger in pairwise(sorted(found.values(), key=lambda row: row["samples"])):
-            further = (larger["peak_mb"] - smaller["peak_mb"]) * 1e6 / (larger["samples"] - smaller["samples"])
+            samples = larger["samples"] - smaller["samples"]
+            further = f"{max(larger['peak_mb'] - smaller['peak_mb'], 0) * 1e6 / samples:,.0f}" if samples > FEW else "–"
             pair = [f"{smaller[name]:,} → {larger[name]:,}" for name in ("samples", "cpu_s", "peak_mb")]
-            lines.append([step, *pair, f"{max(further, 0):,.0f}", larger["date"], larger["machine"]])
+            lines.append([step, *pair, further, larger["date"], larger["machine"]])
     in_parts = [
         ["Parts", "Samples", "Processor seconds of the longest part", "of the end", "MB", "Bytes equal"],
         ["---"] * 6,
