@@ -8,6 +8,7 @@ by ranged requests, and `cache.open_shards` makes a verified local copy.
 """
 
 import io
+import resource
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ SHARED_CACHE_NAME = "minicpmv-shards"  # the same in a pipeline root, for the ru
 ROW_GROUP_BYTES = 2**20
 _CACHED_ROW_GROUPS = 16
 _FILES_AT_ONCE = 8
+_SPARE_FILES = 256  # open files that the rest of the program may need
 
 _SCHEMA = pa.schema(
     [
@@ -330,9 +332,31 @@ def _open_all(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> list
             raise _missing(path)
         return _open(path, str(path), memory_map=True)
 
+    _allow_open_files(sum((folder / shard.file).is_file() for shard in shards), folder)
     # Opening a remote file includes a request for its footer.
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         return list(pool.map(open_shard, shards))
+
+
+def _allow_open_files(files: int, folder: Path) -> None:
+    """Raise this process's limit of open files, which is often 1,024, for shards that stay open.
+
+    Raises:
+        UserError: The limit may not be raised as far.
+    """
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/dev/fd").iterdir()))
+    wanted = opened + files + _SPARE_FILES
+    if limit == resource.RLIM_INFINITY or wanted <= limit:
+        return
+    if highest != resource.RLIM_INFINITY:
+        if opened + files > highest:
+            raise UserError(
+                f"{folder}: has {files:,} shards, and a process may have {highest:,} files open here; raise the limit, "
+                "which `ulimit -Hn` shows."
+            )
+        wanted = min(wanted, highest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, highest))
 
 
 def _open(source: Any, name: str, **options: Any) -> pq.ParquetFile:

@@ -3,7 +3,8 @@ import io
 import itertools
 import json
 import pickle
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -258,6 +259,28 @@ def test_a_file_in_a_store_is_read_like_a_local_one(monkeypatch: pytest.MonkeyPa
     assert remote.read() == content[90:]
     # No request is empty or goes beyond the end.
     assert all(uri == "s3://bucket/a" and length > 0 and start + length <= 100 for uri, start, length in requests)
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """Lets this process open only a few more files, unless it asks for more; the number that are open."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/dev/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 8, limits[1]))
+    yield opened
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_shards_than_a_process_may_open_at_first(folder: Path, few_files: int) -> None:
+    readers = [ShardReader(folder, "train") for _ in range(5)]
+    assert len(list(Path("/dev/fd").iterdir())) > few_files + 8
+    assert all(len(reader) == ROWS for reader in readers)
+
+
+def test_more_shards_than_a_process_may_ever_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (3, 3))
+    with pytest.raises(UserError, match="has 4 shards, and a process may have 3 files open here; raise the limit"):
+        ShardReader(folder, "train")
 
 
 def test_a_missing_file_is_explained(folder: Path) -> None:
