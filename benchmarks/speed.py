@@ -367,13 +367,11 @@ def _generate_answers(questions: int, path: str) -> Measured:
 
 def _answer_in_fixed_batches(model: Any, encoder: Any, samples: Sequence[Any]) -> None:
     """Answer 16 prompts at a time with transformers' `generate`, each batch until its longest answer ends."""
-    from minicpmv_finetune.minicpmv.answer import cut_images
-
     prompts = {number: encoder.encode_prompt(sample) for number, sample in enumerate(samples)}
     longest_first = sorted(prompts, key=lambda number: -len(prompts[number]))
     for start in range(0, len(samples), 16):
         inputs = [
-            ModelInput("", prompts[number], [], cut_images(samples[number], encoder))
+            ModelInput("", prompts[number], [], encoder.cut_images(samples[number]))
             for number in longest_first[start : start + 16]
         ]
         batch = collate(inputs, encoder.pad_token_id, encoder.slicing.patch_size, "left", encoder.slicing.resampler)

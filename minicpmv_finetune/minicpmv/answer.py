@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from minicpmv_finetune.data.samples import Sample, open_image
+from minicpmv_finetune.data.samples import Sample
 
 from .conversation import Encoder
 from .decoding import Prompt, decode_greedily
-from .slicing import cut_slices
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def make_prompt(sample: Sample, encoder: Encoder, thinking: bool) -> Prompt:
     """The prompt of a sample's last question; its images are read and cut when it is answered."""
     images = [sample.images[number] for number in sample.image_order]
     names = tuple(f"{image.sha256} {image.rotated}" for image in images)
-    return Prompt(encoder.encode_prompt(sample, thinking), names, lambda: cut_images(sample, encoder))
+    return Prompt(encoder.encode_prompt(sample, thinking), names, lambda: encoder.cut_images(sample))
 
 
 def _order(prompts: Sequence[Prompt]) -> list[int]:
@@ -121,16 +118,6 @@ def _inference_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     finally:
         model.train(was_training)
-
-
-def cut_images(sample: Sample, encoder: Encoder) -> list[NDArray[np.uint8]]:
-    """Return the slices of a sample's images, in the order in which the images appear in the turns."""
-    plans = encoder.plan(sample)
-    return [
-        pixels
-        for number in sample.image_order
-        for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
-    ]
 
 
 def _decode_answer(generated: Sequence[int], encoder: Encoder, stop: frozenset[int], thinking: bool) -> Answer:

@@ -18,12 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicpmv_finetune.data.samples import Sample, SampleError, Turn
+import numpy as np
+from numpy.typing import NDArray
+
+from minicpmv_finetune.data.samples import Sample, SampleError, Turn, open_image
 from minicpmv_finetune.errors import UserError, first_line
 
 from .generations import Generation, detect_generation, read_image_settings, read_slicing_config, read_tokens_per_slice
 from .model_input import IGNORED_LABEL
-from .slicing import SlicePlan, SlicingConfig, plan_slices
+from .slicing import SlicePlan, SlicingConfig, cut_slices, plan_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,6 +158,15 @@ class Encoder:
     def plan(self, sample: Sample) -> list[SlicePlan]:
         """Decide how each image of a sample is sliced."""
         return [plan_slices(image.width, image.height, self.slicing) for image in sample.images]
+
+    def cut_images(self, sample: Sample) -> list[NDArray[np.uint8]]:
+        """Return the slices of a sample's images, in the order in which the images appear in the turns."""
+        plans = self.plan(sample)
+        return [
+            pixels
+            for number in sample.image_order
+            for pixels in cut_slices(open_image(sample.images[number]), plans[number], self.slicing)
+        ]
 
     def encode(self, sample: Sample) -> EncodedConversation:
         """Tokenize a complete conversation for training.

@@ -16,7 +16,7 @@ from minicpmv_finetune.data import image_files
 from minicpmv_finetune.data.checking import inspect_image
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.answer import cut_images, stop_tokens
+from minicpmv_finetune.minicpmv.answer import stop_tokens
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import ModelInput
@@ -66,7 +66,7 @@ class ServedProcessor:
         check_question(self.encoder, sample, thinking=enable_thinking)
         prompt = self.encoder.encode_prompt(sample, enable_thinking)
         slicing = self.encoder.slicing
-        inputs = ModelInput(sample.id, prompt, [], cut_images(sample, self.encoder))
+        inputs = ModelInput(sample.id, prompt, [], self.encoder.cut_images(sample))
         return BatchFeature(collate([inputs], self.encoder.pad_token_id, slicing.patch_size, "left", slicing.resampler))
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:

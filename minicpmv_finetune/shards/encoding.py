@@ -6,7 +6,7 @@ used. `tests/shards/test_encoding.py` compares encoded samples with a golden fil
 
 from collections.abc import Sequence
 
-from minicpmv_finetune.data.samples import Sample, SampleError, decode_image, open_image
+from minicpmv_finetune.data.samples import Sample, SampleError, decode_image
 from minicpmv_finetune.minicpmv.conversation import EncodedConversation, Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.slicing import cut_slices
@@ -47,13 +47,7 @@ def prepare(sample: Sample, encoder: Encoder, model_max_length: int) -> ModelInp
         UserError: An image changed since it was validated.
     """
     encoded = tokenize(sample, encoder, model_max_length)
-    plans = encoder.plan(sample)
-    slices = [
-        pixels
-        for number in sample.image_order
-        for pixels in cut_slices(open_image(sample.images[number]), plans[number], encoder.slicing)
-    ]
-    return ModelInput(sample.id, encoded.input_ids, encoded.labels, slices)
+    return ModelInput(sample.id, encoded.input_ids, encoded.labels, encoder.cut_images(sample))
 
 
 def store(

@@ -14,7 +14,6 @@ from tokenizers.decoders import DecodeStream
 
 from minicpmv_finetune import answer, load
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.minicpmv.answer import cut_images
 from minicpmv_finetune.minicpmv.batch import collate
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
@@ -53,7 +52,7 @@ def processor(tiny_46: Path) -> ServedProcessor:
 def test_a_request_has_the_inputs_of_the_evaluation(tiny: Callable[[str], Path], version: str) -> None:
     encoder = Encoder.from_checkpoint(tiny(version))
     sample = question_sample([IMAGE], "Which digit is this?")
-    prompt = ModelInput("", encoder.encode_prompt(sample), [], cut_images(sample, encoder))
+    prompt = ModelInput("", encoder.encode_prompt(sample), [], encoder.cut_images(sample))
     slicing = encoder.slicing
     expected = collate([prompt], encoder.pad_token_id, slicing.patch_size, "left", slicing.resampler)
     found = ServedProcessor(encoder).apply_chat_template(
