@@ -6,7 +6,7 @@ allocator.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
 from minicpmv_finetune.shards.packing import pack_samples
 
-from .layers import PUBLISHED_TARGETS, Targets, layer_ranges, linear_layer, part_of, stacked_names
+from .layers import PUBLISHED_TARGETS, Targets, layer_ranges, linear_layer, part_of, stacked_layers, stacked_names
 
 # Bytes per unit.
 _BF16 = 2  # a number in bf16
@@ -200,34 +200,17 @@ def measure_model(
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     layers = int(text["num_hidden_layers"])
     ranges = layer_ranges(targets.replication, layers)
-    stacked = [number for start, end in ranges or [(0, layers)] for number in range(start, end)]
-    parameters = dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0)
-    adapted: dict[str, int] = {}
-    outputs = 0
-    unused_modules = tuple(f"{module}." for module in generation.unused_modules(config))
-    experts = unused = 0
-    for name, shape, count in tensors:
-        if not stacked_names(name, ranges, generation):
-            continue  # its layer is in no range
-        parameters[part_of(name, generation)] += count * math.prod(shape)
-        is_expert = ".experts." in name  # in memory one tensor with all experts, which gets no adapter
-        experts += count * math.prod(shape) if is_expert else 0
-        is_unused = name.startswith(unused_modules)
-        unused += count * math.prod(shape) if is_unused else 0
-        layer = linear_layer(name, shape)
-        if not layer or is_expert or is_unused:
-            continue
-        for copy in stacked_names(layer, ranges, generation):
-            if targets.chooses(copy, generation):
-                adapted[copy] = count * sum(shape)
-                outputs += count * shape[0]
+    stacked = stacked_layers(ranges or [(0, layers)])
+    unused = generation.unused_modules(config)
+    sizes = _count_tensors(generation, unused, ranges, tensors, targets)
+    adapted, experts = sizes.adapted, sizes.experts
     linear_channels = sum(
         count * int(text.get(f"linear_num_{kind}_heads", heads)) * int(text.get(f"linear_{kind}_head_dim", 128))
         for kind, count, heads in (("key", 2, 16), ("value", 1, 32))  # the defaults of Qwen 3.5
     )
     return Model(
-        parameters=parameters,
-        lora_features=sum(adapted.values()),
+        parameters=sizes.parameters,
+        lora_features=sum(map(sum, adapted.values())),
         hidden_size=int(text["hidden_size"]),
         layers=len(stacked),
         vocab_size=int(text["vocab_size"]),
@@ -239,12 +222,53 @@ def measure_model(
         adapts_feed_forward=any(".mlp." in layer and part_of(layer, generation) == "language" for layer in adapted),
         experts=experts,
         used_experts=int(text.get("num_experts_per_tok", 1)) / max(count_experts(config), 1) if experts else 1.0,
-        vision_passes=1.0 if generation.fixed_tokens or unused_modules else _vision_passes(vision),
+        vision_passes=1.0 if generation.fixed_tokens or unused else _vision_passes(vision),
         adapted=tuple(sorted({part_of(layer, generation) for layer in adapted})),
-        unused=unused,
-        lora_outputs=outputs,
+        unused=sizes.unused,
+        lora_outputs=sum(outputs for outputs, _ in adapted.values()),
         language_passes=len(stacked) / max(len(set(stacked)), 1),
     )
+
+
+@dataclass
+class _Sizes:
+    """What is counted of a model's tensors.
+
+    Attributes:
+        parameters: Number of parameters of each part.
+        experts: Those of the experts of a mixture.
+        unused: Those that never compute anything.
+        adapted: Output and input features of each layer that gets an adapter.
+    """
+
+    parameters: dict[str, int]
+    experts: int = 0
+    unused: int = 0
+    adapted: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def _count_tensors(
+    generation: Generation,
+    unused_modules: Sequence[str],
+    ranges: Sequence[tuple[int, int]],
+    tensors: Iterable[Tensor],
+    targets: Targets,
+) -> _Sizes:
+    sizes = _Sizes(dict.fromkeys(("language", "embeddings", "head", "vision", "merger"), 0))
+    for name, shape, count in tensors:
+        if not stacked_names(name, ranges, generation):
+            continue  # its layer is in no range
+        size = count * math.prod(shape)
+        sizes.parameters[part_of(name, generation)] += size
+        if name.startswith(tuple(f"{module}." for module in unused_modules)):
+            sizes.unused += size
+        elif ".experts." in name:  # in memory one tensor with all experts, which gets no adapter
+            sizes.experts += size
+        elif layer := linear_layer(name, shape):
+            for copy in stacked_names(layer, ranges, generation):
+                if targets.chooses(copy, generation):
+                    sizes.adapted[copy] = count * shape[0], count * shape[1]
+    return sizes
 
 
 def _vision_passes(vision: Mapping[str, Any]) -> float:

@@ -60,14 +60,22 @@ def layer_ranges(text: str | None, layers: int) -> list[tuple[int, int]]:
     return ranges
 
 
+def stacked_layers(ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """The numbers of the layers that ranges stack, in their order."""
+    return [number for start, end in ranges for number in range(start, end)]
+
+
 def stacked_names(name: str, ranges: Sequence[tuple[int, int]], generation: Generation) -> list[str]:
-    """The names of a module after its layer was replicated: PEFT numbers the stacked layers anew, and adapts each."""
+    """The names of a module after its layer was replicated: PEFT numbers the stacked layers from 0, and adapts each."""
     layers = re.escape(f"{generation.language_model}.layers")
     found = re.fullmatch(rf"({layers})\.(\d+)((?:\..*)?)", name)
     if not ranges or not found:
         return [name]
-    stacked = [number for start, end in ranges for number in range(start, end)]
-    return [f"{found[1]}.{place}{found[3]}" for place, number in enumerate(stacked) if number == int(found[2])]
+    return [
+        f"{found[1]}.{place}{found[3]}"
+        for place, number in enumerate(stacked_layers(ranges))
+        if number == int(found[2])
+    ]
 
 
 def linear_layer(name: str, shape: Sequence[int]) -> str:
