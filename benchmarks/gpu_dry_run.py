@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from fake_gpu import DEVICE, backward, fake_gpu
 from gpu import CASES, Samples, Size, make_model, plan_model
+from pages import replace_part
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -122,9 +123,7 @@ def main() -> None:
             print(json.dumps(rows[case.name]), flush=True)
             kept = [rows[one.name] for one in known if one.name in rows]
             ROWS.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-    before, rest = PAGE.read_text().split(BEGIN)
-    text = write_table([rows[one.name] for one in known if one.name in rows])
-    PAGE.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END, 1)[1]}")
+    replace_part(PAGE, BEGIN, END, f"\n{write_table([rows[one.name] for one in known if one.name in rows])}")
 
 
 def run(case: Case, layers: int | None = None) -> dict[str, Any]:

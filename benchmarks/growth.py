@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from data import ANSWER, QUESTION, child_seconds, used_memory, write_checkpoint
 from numpy.typing import NDArray
+from pages import replace_part, table
 from PIL import Image
 
 from minicpmv_finetune.components.preprocess.shard_tasks import SHARD_ROWS
@@ -132,9 +133,7 @@ def main() -> None:
     print(write_tables(rows))
     if options.write:
         KEPT.write_text(RESULTS.read_text())
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-        PAGE.write_text(f"{before}\n{write_tables(read_rows(KEPT))}\n{after}", encoding="utf-8")
+        replace_part(PAGE, BEGIN, END, f"\n{write_tables(read_rows(KEPT))}\n")
 
 
 def keep(row: Row) -> Row:
@@ -334,22 +333,21 @@ def write_tables(rows: Iterable[Row]) -> str:
             parts[row["parts"]] = row
         elif "peak_mb" in row:
             steps.setdefault(row["step"], {})[row["samples"]] = row  # the latest one
-    lines = [["Step", "Samples", "Processor seconds", "MB", "Bytes a further sample", "Date", "Machine"], ["---"] * 7]
+    of_steps = []
     for step, found in steps.items():
         for smaller, larger in pairwise(sorted(found.values(), key=lambda row: row["samples"])):
             samples = larger["samples"] - smaller["samples"]
             further = f"{max(larger['peak_mb'] - smaller['peak_mb'], 0) * 1e6 / samples:,.0f}" if samples > FEW else "–"
             pair = [f"{smaller[name]:,} → {larger[name]:,}" for name in ("samples", "cpu_s", "peak_mb")]
-            lines.append([step, *pair, further, larger["date"], larger["machine"]])
-    in_parts = [
-        ["Parts", "Samples", "Processor seconds of the longest part", "of the end", "MB", "Bytes equal"],
-        ["---"] * 6,
-    ]
+            of_steps.append([step, *pair, further, larger["date"], larger["machine"]])
+    in_parts = []
     for number, row in sorted(parts.items()):
         equal = "yes" if row["equal"] else "no"
         end, peak = f"{row['cpu_s of the end']}", f"{row['peak_mb']}"
         in_parts.append([f"{number}", f"{row['samples']:,}", f"{max(row['cpu_s'])}", end, peak, equal])
-    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in (lines, in_parts))
+    of_a_step = ["Step", "Samples", "Processor seconds", "MB", "Bytes a further sample", "Date", "Machine"]
+    of_parts = ["Parts", "Samples", "Processor seconds of the longest part", "of the end", "MB", "Bytes equal"]
+    return f"{table(of_a_step, of_steps)}\n\n{table(of_parts, in_parts)}"
 
 
 def read_rows(path: Path) -> list[Row]:

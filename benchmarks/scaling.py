@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from data import SIZES, make_dataset, s3_server, write_checkpoint
+from pages import replace_part, table
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.preprocess.shard_tasks import SHARD_BYTES
@@ -91,9 +92,7 @@ def main() -> None:
     tables = write_tables(reads, gradient)
     print(tables)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-        PAGE.write_text(f"{before}\n{tables}\n{after}", encoding="utf-8")
+        replace_part(PAGE, BEGIN, END, f"\n{tables}\n")
 
 
 def measure_reads(folder: Path) -> list[dict[str, Any]]:
@@ -258,12 +257,6 @@ def _gradient_table() -> str:
 def _efficiency(seconds: float, bytes_: float, gigabits: float) -> float:
     """Share of the time that computes, if sending waits for the end of the computation."""
     return seconds / (seconds + bytes_ / (gigabits * 1e9 / 8))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

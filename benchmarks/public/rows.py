@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import replace_part
 
 from minicpmv_finetune.components.evaluate.comparison import estimate
 from minicpmv_finetune.components.evaluate.metrics import METRICS
@@ -78,8 +79,7 @@ def save_row(row: Mapping[str, Any]) -> None:
     order = list(TASKS)
     rows = sorted([*kept, row], key=lambda one: (order.index(one["task"]), one["seed"]))
     RESULTS.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(rows)}\n{END}{rest.partition(END)[2]}")
+    replace_part(PAGE, BEGIN, END, f"\n\n{tables(rows)}\n")
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
