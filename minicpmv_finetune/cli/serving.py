@@ -45,13 +45,13 @@ def serve(
     checkpoint = storage.fetch(model)
     if choose_server(server, checkpoint, host) == "vllm":
         command = vllm_command(checkpoint, host, port)
-        _say(f"starting {' '.join(command)}")
+        print_sentence(f"starting {' '.join(command)}")
         os.execv(shutil.which("vllm") or "vllm", command)  # noqa: S606 - no shell: a list of words
     _require("openai", "serve")
-    _say(f"loading {model}")
+    print_sentence(f"loading {model}")
     from minicpmv_finetune.serving.asking import load
 
-    run_app(build_app(load(model)), host, port, _say)
+    run_app(build_app(load(model)), host, port, print_sentence)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -71,7 +71,7 @@ def chat(
         check_base_model(option, uri)
     require_free_port(DEFAULT_HOST, port)
     _require("gradio", "chat")
-    _say(f"loading {' and '.join(places.values())}")
+    print_sentence(f"loading {' and '.join(places.values())}")
     # Gradio keeps what is dropped on a page in a folder that it reads from here when it is imported, and never empties.
     with TemporaryDirectory(prefix="minicpmv-chat-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -84,12 +84,8 @@ def chat(
             name = f"MiniCPM-V {loaded.encoder.generation.version}"
             models[f"{'base' if option == '--base-model' else 'tuned'}, {name}" if base_model else name] = loaded
         page = build_page(models, max_new_tokens)
-        _say(f"the page is at http://{DEFAULT_HOST}:{port}; Ctrl-C ends it")
+        print_sentence(f"the page is at http://{DEFAULT_HOST}:{port}; Ctrl-C ends it")
         run_page(page, port)
-
-
-def _say(sentence: str) -> None:
-    print_sentence(sentence)
 
 
 def _require(library: str, extra: str) -> None:

@@ -204,7 +204,9 @@ def _forwarded_variables(entries: Sequence[Mapping[str, Any]], variables: Mappin
             forwarded.append({"name": name, "valueFrom": references[name]})
         elif _CREDENTIAL.search(name) or _URL_WITH_LOGIN.search(value):
             # The TrainingRuntime may have it from a Secret of its own.
-            _log(f"{name} is not forwarded to the nodes, because in this pod it is not a reference to a Secret")
+            print_sentence(
+                f"{name} is not forwarded to the nodes, because in this pod it is not a reference to a Secret"
+            )
         else:
             forwarded.append({"name": name, "value": _escape(value)})
     return forwarded
@@ -232,14 +234,16 @@ def _start(cluster: Cluster, name: str, job: Mapping[str, Any], interval: float)
         if found is None:
             if cluster.has_remains(name):
                 if not waits:
-                    _log(f"The nodes of an earlier TrainJob {name} have not ended yet; this attempt waits for them")
+                    print_sentence(
+                        f"The nodes of an earlier TrainJob {name} have not ended yet; this attempt waits for them"
+                    )
                 waits = True
             elif _create(cluster, job):
-                _log(f"TrainJob {name} is created, {job['spec']['trainer']['numNodes']} nodes")
+                print_sentence(f"TrainJob {name} is created, {job['spec']['trainer']['numNodes']} nodes")
                 return
         elif not _is_being_deleted(found):
             if not _condition(found, "Failed"):
-                _log(f"TrainJob {name} of an earlier attempt exists; this attempt follows it")
+                print_sentence(f"TrainJob {name} of an earlier attempt exists; this attempt follows it")
                 return
             cluster.delete(name)
         time.sleep(interval)
@@ -251,7 +255,9 @@ def _create(cluster: Cluster, job: Mapping[str, Any]) -> bool:
     except UnknownFieldError as error:
         if _DEADLINE not in str(error):
             raise
-    _log("This release of Kubeflow Trainer knows no activeDeadlineSeconds; a killed step's nodes end after 10 minutes")
+    print_sentence(
+        "This release of Kubeflow Trainer knows no activeDeadlineSeconds; a killed step's nodes end after 10 minutes"
+    )
     return cluster.create({**job, "spec": {name: value for name, value in job["spec"].items() if name != _DEADLINE}})
 
 
@@ -319,7 +325,7 @@ class _Waits:
         now = time.monotonic()
         said = describe_state(suspended, pods, self._nodes, self._most_restarts, [str(item) for item in reasons])
         if state != self._state or (said != self._said and now - self._said_at > _SAY_AGAIN):
-            _log(f"TrainJob {self._name}: {said}")
+            print_sentence(f"TrainJob {self._name}: {said}")
             self._state, self._said, self._said_at = state, said, now
 
 
@@ -463,7 +469,3 @@ def _first_node(pods: Sequence["V1Pod"]) -> "V1Pod | None":
     """The pod of the first node; the newest one if the pod was replaced."""
     found = [pod for pod in pods if (pod.metadata.labels or {}).get(_INDEX_LABEL) == "0"]
     return max(found, key=lambda pod: pod.metadata.creation_timestamp, default=None)
-
-
-def _log(sentence: str) -> None:
-    print_sentence(sentence)
