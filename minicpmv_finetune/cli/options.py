@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from minicpmv_finetune import environment
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import MistakesError, UserError
 from minicpmv_finetune.inputs.table import INPUTS, REQUIRED, Input, check_inputs
 from minicpmv_finetune.options import read_json
 
@@ -138,13 +138,18 @@ def with_inputs(
         def checked(**options: Any) -> None:
             given = _from_json(rows, {row.name: options.pop(row.name) for row in rows})
             context, name = options.pop("context", None), options.pop("recipe", None)
+            typed = rows
             if name:
                 from minicpmv_finetune.inputs.recipe import recipe_for
 
-                given = _over_recipe(recipe_for(name, rows), given, context)
+                recipe_inputs = recipe_for(name, rows)
+                typed = tuple(row for row in rows if row.name not in recipe_inputs or _is_typed(row.name, context))
+                given = _over_recipe(recipe_inputs, given, context)
             if first:
                 first(given, options)
-            command(inputs={**given, **check(rows, given)}, **options)
+            with _mistakes_name_options(typed):
+                given |= check(rows, given)
+            command(inputs=given, **options)
 
         parameters = list(_RECIPE_PARAMETERS) if recipe else []
         for parameter in inspect.signature(command).parameters.values():
@@ -186,12 +191,28 @@ def _over_recipe(recipe: Mapping[str, Any], options: Mapping[str, Any], context:
     """The inputs of the recipe, those given as options over them, and defaults for the others."""
     from minicpmv_finetune.inputs.recipe import over_recipe
 
-    given = {}
-    for name, value in options.items():
-        source = context.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE":
-            given[name] = value
+    given = {name: value for name, value in options.items() if _is_typed(name, context)}
     return {**options, **over_recipe(recipe, given)}
+
+
+def _is_typed(name: str, context: typer.Context) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@contextmanager
+def _mistakes_name_options(rows: Iterable[Input]) -> Iterator[None]:
+    """Let sentences about mistakes in these inputs begin with what is typed: --data, not data_uri."""
+    options = {row.name: _option(row) for row in rows}
+    try:
+        yield
+    except MistakesError as error:
+        parts = [sentence.partition(":") for sentence in error.sentences]
+        raise MistakesError([f"{options.get(name, name)}{colon}{rest}" for name, colon, rest in parts]) from error
+
+
+def _option(row: Input) -> str:
+    return row.option or f"--{row.name.replace('_', '-')}"
 
 
 def _parameter(row: Input, is_required: bool) -> inspect.Parameter:
@@ -212,11 +233,8 @@ def _parameter(row: Input, is_required: bool) -> inspect.Parameter:
 
 def _from_json(inputs: Iterable[Input], given: Mapping[str, Any]) -> dict[str, Any]:
     """The values with every JSON object parsed, so that the message about a mistake names the option."""
-    objects = {row.name for row in inputs if row.type is dict}
-    return {
-        name: read_json_object(value, f"--{name.replace('_', '-')}") if name in objects else value
-        for name, value in given.items()
-    }
+    objects = {row.name: _option(row) for row in inputs if row.type is dict}
+    return {name: read_json_object(value, objects[name]) if name in objects else value for name, value in given.items()}
 
 
 def read_json_object(text: str, option: str) -> dict[str, Any]:

@@ -54,9 +54,9 @@ def test_every_command_and_option_has_help(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run", "--data", "d.json", "--lora-r", "0", "--seed", "-1"], "3 inputs are wrong. lora_r: 0"),
+        (["run", "--data", "d.json", "--lora-r", "0", "--seed", "-1"], "3 inputs are wrong. --lora-r: 0"),
         (["retrain", "--data", "d.json", "--start-from", "bse"], "did you mean base"),
-        (["plan", "--data", "d.json", "--num-train-epochs", "-3"], "num_train_epochs: -3.0 is not accepted"),
+        (["plan", "--data", "d.json", "--num-train-epochs", "-3"], "--num-train-epochs: -3.0 is not accepted"),
         (["validate-data", "--data", "d.json", "--out", "o", "--max-reject-ratio", "5"], "give at most 1"),
         (["run", "--data", "d.json", "--training-flags", "[]"], "--training-flags: must be a JSON object"),
         (["run", "--data", "d.json", "--data-options", "{"], "--data-options: invalid JSON"),

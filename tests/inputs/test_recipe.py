@@ -21,7 +21,7 @@ from minicpmv_finetune.components.train.flags import (
     replace_removed_flags,
     take_processes,
 )
-from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.errors import MistakesError, UserError
 from minicpmv_finetune.estimate.cost import estimate_memory
 from minicpmv_finetune.estimate.published import published_model
 from minicpmv_finetune.inputs.checks import _check_kind
@@ -242,6 +242,11 @@ def test_a_command_takes_a_recipe_below_its_options(tmp_path: Path) -> None:
     assert found["training_flags"] == {"save_steps": 8, "q_lora": True}
     assert found["lora_alpha"] == 64
     assert CliRunner().invoke(small, ["--recipe", "4.5-24gb"]).exit_code == 2  # the data is missing
+    file.write_text("data_uri: d.json\nlora_r: 0\nseed: -7\n")
+    mistaken = CliRunner().invoke(small, ["--recipe", str(file), "--seed", "-1"])
+    # Each mistake names the place where it was made: the file's key, or the option.
+    assert isinstance(mistaken.exception, MistakesError)
+    assert [sentence.partition(":")[0] for sentence in mistaken.exception.sentences] == ["lora_r", "--seed"]
 
 
 @pytest.mark.parametrize(
