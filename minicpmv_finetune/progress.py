@@ -1,8 +1,8 @@
 """Progress of a step: a bar on a terminal, a line from time to time in a pod's log.
 
-The carriage returns that redraw a bar on a terminal make one endless line in a log. So without a terminal each redraw
-is a line of its own, at most one every `MINICPMV_FINETUNE_PROGRESS_SECONDS` (default 10). `minicpmv-finetune run` sets
-a shorter interval and draws the lines of its steps as one live bar.
+The carriage returns that redraw a bar on a terminal make one endless line in a log. So in a log, a pipe and a dumb
+terminal each redraw is a line of its own, at most one every `MINICPMV_FINETUNE_PROGRESS_SECONDS` (default 10).
+`minicpmv-finetune run` sets a shorter interval and draws the lines of its steps as one live bar.
 """
 
 import io
@@ -24,6 +24,8 @@ OUTCOME_MARK = "→ "
 _LOG_FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
 # A terminal may be narrow: the bar gives way first, and what stands last is cut off.
 _TERMINAL_FORMAT = "{desc}  {percentage:3.0f}% |{bar}| {remaining} left  {n_fmt}/{total_fmt}  {rate_fmt}{postfix}"
+
+_DUMB = ("dumb", "unknown")  # values of TERM for a terminal that redraws nothing, as rich reads them
 
 
 class _LineStream(io.TextIOBase):
@@ -60,12 +62,13 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         monitor_interval = 0  # starts no thread that watches for stalled bars; each update reads the clock instead
 
     terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
+    redraws = terminal and os.environ.get("TERM") not in _DUMB
     return Bar(
         total=total,
         desc=description,
         unit=unit,
-        file=sys.stderr if terminal else _LineStream(sys.stderr),
-        mininterval=0.1 if terminal else seconds_between_lines(),
+        file=sys.stderr if redraws else _LineStream(sys.stderr),
+        mininterval=0.1 if redraws else seconds_between_lines(),
         miniters=1,
         # tqdm itself draws nothing on a terminal that reports no size, which is common in containers.
         ncols=min(size.columns, WIDEST) if terminal else WIDEST,

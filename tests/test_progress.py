@@ -44,6 +44,7 @@ def test_an_interval_that_is_no_number_is_one_sentence(monkeypatch: pytest.Monke
 
 
 def test_a_terminal_gets_one_line_that_is_redrawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     reader, terminal = pty.openpty()
     with os.fdopen(terminal, "w") as stderr, os.fdopen(reader, "rb", buffering=0) as screen:
         monkeypatch.setattr("sys.stderr", stderr)
@@ -58,11 +59,28 @@ def test_a_terminal_gets_one_line_that_is_redrawn_in_place(monkeypatch: pytest.M
     assert "3/3" in text
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_dumb_terminal_gets_complete_lines_that_fit_it(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv(environment.PROGRESS_SECONDS.name, "0")
+    show_progress(3)
+    screen.flush()
+    text = screen.buffer.getvalue().decode()
+    assert "\r" not in text
+    assert [number for line in text.splitlines() for number in re.findall(r"(\d)/3", line)] == ["0", "1", "2", "3", "3"]
+    assert max(map(len, text.splitlines())) <= columns
+
+
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
 def test_the_time_left_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(columns))
     with progress("vision features", 12032, " samples", initial=1984) as bar:
         bar.set_postfix_str("loss 1.2345, 319 tok/s")

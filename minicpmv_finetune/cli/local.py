@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ import typer
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, RETRAIN_INPUTS
 from minicpmv_finetune.minicpmv.tiny_checkpoint import Version
+from minicpmv_finetune.terminal import print_sentence
 
 from .options import (
     First,
@@ -91,7 +93,7 @@ def tiny_base(
 
         write_tiny_checkpoint(folder, generation, seed, texts)
     known = f", which knows the {len(texts):,} texts of {corpus}" if corpus else ""
-    print(f"a tiny untrained MiniCPM-V {generation} in {out}{known}")
+    print_sentence(f"a tiny untrained MiniCPM-V {generation} in {out}{known}", sys.stdout)
     command = ["minicpmv-finetune", "run", "--data", corpus or "train.json", "--base-model", str(out)]
     print(f"to train it: {shlex.join(command)} {TINY_BASE_OPTIONS}")
     return {"model": str(out), "generation": generation, "texts": len(texts)}
