@@ -6,11 +6,14 @@ such a checkpoint is an error, because a model that is loaded in part trains and
 
 import hashlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from minicpmv_finetune.errors import UserError
 
@@ -45,17 +48,18 @@ def load_model(
     model: PreTrainedModel
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        model, report = load(
-            checkpoint,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            # Mismatched tensors are an error too; with this flag the report contains their names.
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with _without_bars():
+            model, report = load(
+                checkpoint,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                # Mismatched tensors are an error too; with this flag the report contains their names.
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{checkpoint}: the GPU has too little free memory for the weights; end what else uses it, or take a GPU "
@@ -66,6 +70,18 @@ def load_model(
     _require_all_tensors(checkpoint, generation, report)
     _require_finite_weights(checkpoint, model, *checked_part)
     return model, generation
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let transformers draw no bar for a block, also in a program that has not chosen so and only calls `load`."""
+    before = transformers_logging.set_tqdm_hook(
+        lambda make, arguments, options: make(*arguments, **{**options, "disable": True})
+    )
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
 
 
 def _require_all_tensors(checkpoint: Path, generation: Generation, report: dict[str, Any]) -> None:
