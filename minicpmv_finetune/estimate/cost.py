@@ -121,7 +121,7 @@ class Model:
 
     @property
     def total(self) -> int:
-        """Number of all parameters."""
+        """Number of the base model's parameters."""
         return sum(self.parameters.values())
 
     @property
@@ -134,14 +134,19 @@ class Model:
         """Number of parameters that compute a token."""
         return self.total - self.idle
 
+    def adapters(self, recipe: Recipe) -> int:
+        """Number of the adapters' parameters."""
+        if not recipe.use_lora:
+            return 0
+        return recipe.lora_r * self.lora_features + (self.lora_outputs if recipe.use_dora else 0)
+
     def trained(self, recipe: Recipe) -> int:
         """Number of trained parameters: the adapters, and the modules that are trained completely."""
         parts = self.parameters
         vision = parts["vision"] - self.unused if recipe.tune_vision else 0
         if recipe.use_lora:
             whole = [part for part in recipe.whole if part not in self.adapted]
-            lengths = self.lora_outputs if recipe.use_dora else 0
-            return vision + sum(parts[part] for part in whole) + recipe.lora_r * self.lora_features + lengths
+            return vision + sum(parts[part] for part in whole) + self.adapters(recipe)
         count = vision + parts["merger"]
         if recipe.tune_llm:
             return count + parts["language"] + parts["embeddings"] + parts["head"]

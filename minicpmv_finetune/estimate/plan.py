@@ -81,7 +81,7 @@ class Estimate(BaseModel):
     tokens_in_a_batch: float = Field(default=0.0, description="Mean number of tokens of such a batch.")
     rows: int = Field(default=0, description="Number of rows, if samples with the same image share one; otherwise 0.")
     shared_tokens: int = Field(default=0, description="Number of tokens of the samples that these rows do not repeat.")
-    parameters: int
+    parameters: int = Field(description="Number of all parameters, adapters included.")
     active_parameters: int = Field(description="Parameters that compute a token; in a mixture of experts not all do.")
     trained_parameters: int
     devices: int
@@ -233,6 +233,7 @@ def _estimate_training(
     groups = group_by_tokens(lengths, recipe.tokens_per_batch, recipe.devices) if recipe.tokens_per_batch else Packs([])
     batches = math.ceil(len(groups) * train_samples / len(samples))
     largest = _largest_batch(samples, groups, recipe.batch_size)
+    adapters = model.adapters(recipe)
     return {
         "padding_waste": 0.0 if groups else padding_share(lengths, recipe.batch_size),
         "tokens_per_batch": recipe.tokens_per_batch,
@@ -240,8 +241,8 @@ def _estimate_training(
         "tokens_in_a_batch": sum(lengths) / len(groups) if groups else 0.0,
         "rows": len(samples) if recipe.share_images else 0,
         "shared_tokens": all_tokens - sum(lengths),
-        "parameters": model.total,
-        "active_parameters": model.active,
+        "parameters": model.total + adapters,
+        "active_parameters": model.active + adapters,
         "trained_parameters": model.trained(recipe),
         "devices": recipe.devices,
         "steps": _count_steps(batches or math.ceil(train_samples / recipe.batch_size), recipe),

@@ -178,9 +178,7 @@ def _check_counts(version: str, inputs: dict[str, Any], tiny: Any, tmp_path: Pat
     counted = read_model(base, settings.targets)
     found, total = count_parameters(trained)
     assert found == counted.trained(settings.recipe)
-    # PEFT keeps the original of what it copies to be trained whole; also of what the copy never uses.
-    copied = counted.unused if settings.recipe.tune_vision else 0
-    assert total == counted.total + (found + copied if run["use_lora"] else 0)
+    assert total == counted.total + counted.adapters(settings.recipe)
     assert counted.layers == model.config.get_text_config().num_hidden_layers
 
 

@@ -354,10 +354,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Count parameters, correctly also if ZeRO-3 keeps only a part of each parameter in this process.
 
     Returns:
-        Number of trainable parameters, and of all.
+        Number of trainable parameters; and of all, adapters included, and what is trained whole beside them once: PEFT
+        keeps its frozen original too, which computes nothing.
     """
     trainable = total = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
         size = parameter_size(parameter)
         total += size
         trainable += size if parameter.requires_grad else 0
