@@ -1,4 +1,4 @@
-"""Sentences on a terminal: lines that are not too wide, and end between words."""
+"""Sentences and tables on a terminal: lines that are not too wide, and end between words."""
 
 import os
 import re
@@ -6,7 +6,10 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDEST = 110  # columns; longer lines are tiresome to read
 _UNKNOWN = 80  # columns of a terminal that reports none, which is common in containers
@@ -28,6 +31,21 @@ def print_sentence(sentence: str, to: TextIO | None = None) -> None:
     if stream.isatty():
         sentence = "\n".join(line for one in sentence.splitlines() for line in _lines(one, _columns(stream)))
     print(sentence, file=stream, flush=True)
+
+
+def console(to: TextIO | None = None, **options: Any) -> "Console":
+    """A console of rich, on a dumb terminal as wide as it is: rich takes it for 80 columns wide.
+
+    Args:
+        to: Where it prints; None is stdout.
+        **options: Further arguments of `rich.console.Console`.
+    """
+    from rich.console import Console
+
+    made = Console(file=to, highlight=False, **options)
+    if made.is_dumb_terminal:
+        made.size = made.size._replace(width=_columns(to or sys.stdout))
+    return made
 
 
 def _columns(terminal: TextIO) -> int:

@@ -11,7 +11,6 @@ from typing import TypedDict
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from rich.console import Console
 from rich.table import Table
 
 from minicpmv_finetune import storage
@@ -20,6 +19,7 @@ from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.shards.codecs import CODECS, Codec
 from minicpmv_finetune.shards.packing import Packs, group_by_tokens
 from minicpmv_finetune.shards.sharing import Beginnings, share_images
+from minicpmv_finetune.terminal import console
 
 from .cost import (
     Model,
@@ -269,19 +269,19 @@ def _count_too_long_at(samples: Sequence[SampleSize], model_max_length: int) -> 
 
 def print_estimate(estimate: Estimate) -> None:
     """Print an estimate as tables."""
-    console = Console(highlight=False)
-    console.print(_data_table(estimate))
+    to = console()
+    to.print(_data_table(estimate))
     for sample in estimate.longest:
         place = "" if sample.index is None else f", sample {sample.index}"
-        console.print(f"  too long: {sample.file}{place} ({sample.id}): {sample.tokens:,} tokens", markup=False)
+        to.print(f"  too long: {sample.file}{place} ({sample.id}): {sample.tokens:,} tokens", markup=False)
     devices = f"{estimate.devices} GPU{'s' if estimate.devices > 1 else ''}"
     table = Table(title=f"Memory of each GPU, about, of {devices}", title_justify="left", box=None)
     for name in ("", "plain", "with checkpointing"):
         table.add_column(name, justify="right" if name else "left")
     for strategy, size in estimate.estimated_gpu_bytes.items():
         table.add_row(strategy, _size(size), _size(estimate.estimated_gpu_bytes_with_checkpointing[strategy]))
-    console.print()
-    console.print(table)
+    to.print()
+    to.print(table)
 
 
 def _data_table(estimate: Estimate) -> Table:

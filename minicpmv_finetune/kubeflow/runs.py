@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.terminal import console
 
 from .client import Cluster
 from .run_reasons import explained_steps, stopped_workflows, why_waiting, why_without_step
@@ -128,27 +129,27 @@ def follow(
 
 
 def follow_visibly(cluster: Cluster, run_id: str, timeout: float, poll: float) -> kfp_server_api.V2beta1Run:
-    """Follow a run and show its steps on stderr: as a live table on a terminal, else as one line per change.
+    """Follow a run and show its steps on stderr: as a live table where it can be redrawn, else as one line per change.
 
     A step that failed is shown with its reason. Once a pod, or the run itself, has waited for its start for half a
     minute, the reason is printed, because Kubeflow says nowhere that a run waits for something that does not come by
     itself.
     """
-    console = Console(file=sys.stderr, highlight=False)
-    reasons = _Reasons(cluster, console)
+    screen = console(sys.stderr)
+    reasons = _Reasons(cluster, screen)
     shown: dict[str, tuple[str, int]] = {}
 
     def print_changes(run: kfp_server_api.V2beta1Run) -> None:
         for step in list_steps(run):
             if shown.get(step.step) != (step.state, step.attempts):
                 shown[step.step] = (step.state, step.attempts)
-                console.print(_line(step, reasons.of_failure(run, step)), markup=False, soft_wrap=True)
+                screen.print(_line(step, reasons.of_failure(run, step)), markup=False, soft_wrap=True)
         reasons.report_waiting(run)
 
     try:
-        if not console.is_terminal:
+        if not screen.is_interactive:
             return follow(cluster, run_id, print_changes, timeout, poll)
-        with Live(console=console, auto_refresh=False) as live:
+        with Live(console=screen, auto_refresh=False) as live:
 
             def update(run: kfp_server_api.V2beta1Run) -> None:
                 live.update(_table(run), refresh=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from rich.console import Console
 from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
@@ -21,7 +20,7 @@ from rich.text import Text
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.progress import OUTCOME_MARK, seconds_between_lines, shows_unicode
-from minicpmv_finetune.terminal import WIDEST, print_sentence
+from minicpmv_finetune.terminal import WIDEST, console, print_sentence
 
 FINISHED_BEFORE = "finished before: "
 """How the outcome of a step begins that an earlier attempt has finished."""
@@ -73,7 +72,7 @@ class RunDisplay:
 
     def __post_init__(self) -> None:
         self.stream = _LineStream(self._read_line)
-        self._console = Console(file=self.to, highlight=False, quiet=self.quiet)
+        self._console = console(self.to, quiet=self.quiet)
         self._marks = "•✓✗" if shows_unicode(self.to) else "*+x"
         self._live = Live(
             console=self._console,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.components.evaluate.metrics import METRICS
 from minicpmv_finetune.errors import without_password
+from minicpmv_finetune.terminal import console
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 
 from .local import LocalRun
@@ -44,10 +44,10 @@ def print_summary(
         compiled: The pipeline's YAML file, if one was written.
         question: Options of `predict` for the printed example.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    console.print()
-    console.print(_score_table(run.scores(), more_rows or {}))
-    console.print()
+    to = console(soft_wrap=True)
+    to.print()
+    to.print(_score_table(run.scores(), more_rows or {}))
+    to.print()
     record = read_promotion_record(run.output("evaluate", "promotion_record"))
     registered = run.output("register", "registration")
     passed = registered.read_text().strip() if registered.exists() else f"passed, {record.reason}"
@@ -63,7 +63,7 @@ def print_summary(
     }
     for name, text in lines.items():
         if text:
-            console.print(f"  {name:<19}{text}")
+            to.print(f"  {name:<19}{text}")
 
 
 def summary_of(run: LocalRun, out: Path) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def summary_of(run: LocalRun, out: Path) -> dict[str, Any]:
 
 def print_reports(out: Path) -> None:
     """Print the paths of the reports and of the log."""
-    console = Console(highlight=False, soft_wrap=True)
+    to = console(soft_wrap=True)
     for name, path in {**_reports(out), "logs of the steps": short_path(out / "run.log")}.items():
-        console.print(f"  {name:<19}{path}")
+        to.print(f"  {name:<19}{path}")
 
 
 def _reports(out: Path) -> dict[str, str]:

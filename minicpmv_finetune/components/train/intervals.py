@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as TransformersArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.terminal import print_sentence
 
 LOGGING_STEPS = 10
@@ -118,7 +119,7 @@ class ChosenIntervals(TrainerCallback):
             control.should_save = True
 
     def _report(self, state: TrainerState, consequence: str) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not environment.QUIET.read():
             print_sentence(
                 f"A checkpoint took {self.save_seconds:.1f} s, and saving takes at most {_MAX_SHARE_OF_TIME:.0%} of "
                 f"the time, so {consequence}; --save_steps sets an interval of your own.",

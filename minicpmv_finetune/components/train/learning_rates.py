@@ -106,7 +106,7 @@ def warn_of_tower(model: nn.Module, generation: Generation, arguments: Arguments
         return ""
     return (
         f"--vision_lr: the whole vision tower trains at the adapters' learning rate, {training.learning_rate:g}; whole "
-        "weights usually need a tenth of it or less, so give --vision_lr, or --lora_targets llm,vision for adapters"
+        "weights usually need a tenth of it or less, so give --vision_lr, or --lora_targets llm,vision for adapters."
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -15,6 +14,7 @@ from minicpmv_finetune import storage
 from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import Generation
+from minicpmv_finetune.terminal import console
 
 from .arguments import Arguments, parse
 from .initial_adapter import changes_base
@@ -54,12 +54,12 @@ def print_plan(flags: Sequence[str]) -> None:
     table.add_column("")
     for part in parts:
         table.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}", part.how)
-    console = Console(highlight=False)
-    console.print(table)
+    to = console()
+    to.print(table)
     rates = {part.name: part.rates for part in parts if part.rates}
     shown = set(rates.values()) if len(set(rates.values())) == 1 else [" ".join(pair) for pair in rates.items()]
-    console.print(f"\nLearning rate: {'; '.join(shown)}")
-    console.print(f"Saved: {saved}")
+    to.print(f"\nLearning rate: {'; '.join(shown)}")
+    to.print(f"Saved: {saved}")
 
 
 def describe_training(arguments: Arguments) -> tuple[list[Part], str]:
