@@ -34,7 +34,9 @@ def print_sentence(sentence: str, to: TextIO | None = None) -> None:
 
 
 def console(to: TextIO | None = None, **options: Any) -> "Console":
-    """A console of rich, on a dumb terminal as wide as it is: rich takes it for 80 columns wide.
+    """A console of rich that prints each text as it is, also a path with brackets or colons.
+
+    On a dumb terminal it is as wide as the terminal; rich takes it for 80 columns wide.
 
     Args:
         to: Where it prints; None is stdout.
@@ -42,7 +44,7 @@ def console(to: TextIO | None = None, **options: Any) -> "Console":
     """
     from rich.console import Console
 
-    made = Console(file=to, highlight=False, **options)
+    made = Console(file=to, highlight=False, markup=False, emoji=False, **options)
     if made.is_dumb_terminal:
         made.size = made.size._replace(width=_columns(to or sys.stdout))
     return made

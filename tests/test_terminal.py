@@ -9,8 +9,9 @@ import termios
 from collections.abc import Sequence
 
 import pytest
+from rich.table import Table
 
-from minicpmv_finetune.terminal import WIDEST, print_sentence
+from minicpmv_finetune.terminal import WIDEST, console, print_sentence
 
 COMMAND = "`minicpmv-finetune merge --base-model … --adapter …`"
 SENTENCE = (
@@ -53,6 +54,25 @@ def test_chinese_characters_take_two_columns(monkeypatch: pytest.MonkeyPatch) ->
     screen = Terminal()
     print_sentence("错误 图片文件 无法读取 请检查", screen)
     assert screen.getvalue().splitlines() == ["错误 图片文件", "  无法读取 请检查"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
+def test_a_table_fits_the_terminal(columns: int, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    table = Table.grid()
+    table.add_row("a name", SENTENCE)
+    screen = Terminal()
+    console(screen, color_system=None).print(table)
+    widest = max(map(len, screen.getvalue().splitlines()))
+    assert columns - len("minicpmv-finetune") < widest <= columns
+
+
+def test_a_table_shows_brackets_and_colons_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "build/[bold]/:smile:/report.html"
+    console().print(path)
+    assert capsys.readouterr().out == f"{path}\n"
 
 
 def test_a_pipe_gets_a_sentence_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:

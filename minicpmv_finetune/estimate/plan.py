@@ -273,7 +273,7 @@ def print_estimate(estimate: Estimate) -> None:
     to.print(_data_table(estimate))
     for sample in estimate.longest:
         place = "" if sample.index is None else f", sample {sample.index}"
-        to.print(f"  too long: {sample.file}{place} ({sample.id}): {sample.tokens:,} tokens", markup=False)
+        to.print(f"  too long: {sample.file}{place} ({sample.id}): {sample.tokens:,} tokens")
     devices = f"{estimate.devices} GPU{'s' if estimate.devices > 1 else ''}"
     table = Table(title=f"Memory of each GPU, about, of {devices}", title_justify="left", box=None)
     for name in ("", "plain", "with checkpointing"):

@@ -10,8 +10,8 @@ from itertools import islice
 import kfp_server_api
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.terminal import console
@@ -143,7 +143,7 @@ def follow_visibly(cluster: Cluster, run_id: str, timeout: float, poll: float) -
         for step in list_steps(run):
             if shown.get(step.step) != (step.state, step.attempts):
                 shown[step.step] = (step.state, step.attempts)
-                screen.print(_line(step, reasons.of_failure(run, step)), markup=False, soft_wrap=True)
+                screen.print(_line(step, reasons.of_failure(run, step)), soft_wrap=True)
         reasons.report_waiting(run)
 
     try:
@@ -196,7 +196,7 @@ class _Reasons:
         """Print a sentence, unless it is empty or was printed before."""
         if sentence and sentence not in self._said:
             self._said.add(sentence)
-            self._console.print(sentence, markup=False, soft_wrap=not self._console.is_terminal)
+            self._console.print(sentence, soft_wrap=not self._console.is_terminal)
 
     def report_waiting(self, run: kfp_server_api.V2beta1Run) -> None:
         """Say why pods wait, if one has waited for long."""
@@ -276,6 +276,5 @@ def _table(run: kfp_server_api.V2beta1Run) -> Table:
         table.add_column(heading, justify="left" if heading in ("step", "state") else "right")
     for step in list_steps(run):
         color = _COLORS.get(step.state, "")
-        cells = (f"[{color}]{step.state}" if color else step.state, str(step.attempts), str(step.seconds or ""))
-        table.add_row(escape(step.step), *cells)
+        table.add_row(step.step, Text(step.state, color), str(step.attempts), str(step.seconds or ""))
     return table

@@ -25,6 +25,7 @@ _REPORTS = {
     "data report": "data-report.html",
     "rejected samples": "rejects.jsonl",
 }
+_NAME = 21  # columns of a result's name
 _QUESTION = {"image": "IMAGE", "prompt": "QUESTION"}
 
 
@@ -62,8 +63,14 @@ def print_summary(
         "MLflow page": _mlflow_page(out / "mlflow.db"),
     }
     for name, text in lines.items():
-        if text:
-            to.print(f"  {name:<19}{text}")
+        if name == "gate" and to.is_terminal:
+            # A sentence, so its lines end between words; commands and paths stay as they are, to be copied.
+            row = Table.grid()
+            row.add_column(width=_NAME)
+            row.add_row(f"  {name}", text)
+            to.print(row, soft_wrap=False)
+        elif text:
+            to.print(f"  {name}".ljust(_NAME) + text)
 
 
 def summary_of(run: LocalRun, out: Path) -> dict[str, Any]:
@@ -93,7 +100,7 @@ def print_reports(out: Path) -> None:
     """Print the paths of the reports and of the log."""
     to = console(soft_wrap=True)
     for name, path in {**_reports(out), "logs of the steps": short_path(out / "run.log")}.items():
-        to.print(f"  {name:<19}{path}")
+        to.print(f"  {name}".ljust(_NAME) + path)
 
 
 def _reports(out: Path) -> dict[str, str]:

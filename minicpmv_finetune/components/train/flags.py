@@ -190,7 +190,8 @@ def find_mistakes(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if not word.startswith("--"):
             mistakes.append(f"{word}: not a flag; flags begin with two dashes, such as --lora_r 16.")
         elif flag is None:
-            meant = did_you_mean(name, table()).replace("mean ", "mean --")
+            # local_rank is torchrun's, and nearest to lora_rank, as other programs call lora_r.
+            meant = did_you_mean(name, table().keys() - {"local_rank"}).replace("mean ", "mean --")
             mistakes.append(f"{word}: no such flag; {meant}see `minicpmv-finetune train --help`.")
         else:
             try:
