@@ -58,10 +58,14 @@ def test_a_good_value_is_accepted(name: str) -> None:
     assert not mistakes
 
 
-@pytest.mark.parametrize("name", table())
+@pytest.mark.parametrize("name", sorted(table().keys() - {"local_rank"}))
 def test_a_typing_error_in_a_name_gets_the_nearest_name(name: str) -> None:
     _, mistakes = find_mistakes([f"--{name}x"])
     assert "no such flag; did you mean --" in mistakes[0]
+
+
+def test_the_rank_of_other_programs_gets_the_flag_for_it() -> None:
+    assert "did you mean --lora_r?" in find_mistakes(["--lora_rank"])[1][0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.train.arguments import parse
 from minicpmv_finetune.components.train.intervals import ChosenIntervals
 
@@ -60,6 +61,14 @@ def test_the_interval_grows_where_saving_would_take_more_than_5_percent(capsys: 
     assert len(lines) == 2
     assert all(part in lines[0] for part in ("A checkpoint took 60.0 s", "19 minutes", "--save_steps"))
     assert "this epoch's end has none" in lines[1]
+
+
+def test_quiet_leaves_out_how_long_a_checkpoint_took(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(environment.QUIET.name, "1")
+    Training(set(), save_seconds=60).run(steps=100, seconds=30, steps_an_epoch=25)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("given", ["save_steps", "save_strategy"])
