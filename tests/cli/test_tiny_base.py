@@ -26,7 +26,7 @@ def test_it_knows_the_texts_of_the_data_and_says_how_to_train_it(tmp_path: Path)
 
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
 def test_the_documentation_shows_the_options_that_it_says(page: str) -> None:
-    assert f" --base-model build/base {TINY_BASE_OPTIONS} " in (ROOT / page).read_text()
+    assert f" --base-model build/base {TINY_BASE_OPTIONS}\n" in (ROOT / page).read_text()
 
 
 def test_a_malformed_corpus_leaves_nothing_behind(tmp_path: Path) -> None:
