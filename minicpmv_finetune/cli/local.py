@@ -142,10 +142,10 @@ def retrain(
     _claim(out, "retrain", given)
     from minicpmv_finetune.pipelines.local import run_pipeline
     from minicpmv_finetune.pipelines.retraining import RETRAIN
-    from minicpmv_finetune.pipelines.summary import print_reports, summary_of
+    from minicpmv_finetune.pipelines.summary import print_summary, summary_of
 
     done = run_pipeline(out, given, runner, RETRAIN, fresh)
-    print_reports(out)
+    print_summary(done, out)
     return summary_of(done, out)
 
 

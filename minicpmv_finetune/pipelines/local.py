@@ -96,7 +96,11 @@ def run_pipeline(
             environment.PROGRESS_SECONDS.name: "0.5",
             environment.QUIET.name: "",
         }
-        with (out / "run.log").open("a", encoding="utf-8") as log, RunDisplay(log) as display, _environment(variables):
+        with (
+            (out / "run.log").open("a", encoding="utf-8") as log,
+            RunDisplay(log, pipeline.steps) as display,
+            _environment(variables),
+        ):
             _announce(display, folder)
             steps = RunSteps(folder, display, lock, in_containers=runner == "docker")
             local.init(_kfp_runner(runner, variables, out.absolute(), folder.path.name), pipeline_root=str(artifacts))

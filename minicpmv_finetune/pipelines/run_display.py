@@ -9,7 +9,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -45,6 +45,7 @@ class RunDisplay:
 
     Attributes:
         log: Log file that receives every line.
+        steps: Names of the run's steps, by the longest of which the lines are aligned.
         to: Where the run is shown; the present stdout, because `stream` replaces it while the steps run.
         quiet: Show nothing but warnings, which go to stderr.
         seconds_between_lines: Time between two lines of a step's progress where no line can be redrawn.
@@ -57,6 +58,7 @@ class RunDisplay:
     """
 
     log: TextIO
+    steps: Sequence[str] = ()
     to: TextIO = field(default_factory=lambda: sys.stdout)
     quiet: bool = field(default_factory=lambda: bool(environment.QUIET.read()))
     seconds_between_lines: float = field(default_factory=seconds_between_lines)
@@ -149,7 +151,7 @@ class RunDisplay:
         if not self.step:
             return Text("")
         duration = _duration(time.monotonic() - self._started)
-        room = self._width() - _FREE - 4 - self._name_width(self.step) - _TIME - 1
+        room = self._width() - _FREE - 4 - self._name_width - _TIME - 1
         text = progress_text(self._progress, self.step, room, self._marks[1] == "✓") if self._progress else "starting"
         return self._line(self._marks[0], "cyan", self.step, text, duration, one_line=True)
 
@@ -158,12 +160,12 @@ class RunDisplay:
     ) -> "Table | Text":
         """A step's line: in a terminal its text is broken at words, and the time is at the right end."""
         if not self._console.is_terminal:
-            plain = f"  {mark} {step:<{self._name_width(step)}}{text}"
+            plain = f"  {mark} {step:<{self._name_width}}{text}"
             return Text(f"{plain:<{_WIDTH_IN_A_FILE - _TIME}} {duration:>{_TIME}}")
         line = Table.grid()
         line.width = self._width() - (_FREE if one_line else 0)
         line.add_column(width=4)
-        line.add_column(width=self._name_width(step))
+        line.add_column(width=self._name_width)
         line.add_column(ratio=1, no_wrap=one_line, overflow="crop" if one_line else "fold")
         line.add_column(width=_TIME + 1, justify="right", no_wrap=True)
         line.add_row(Text(f"  {mark} ", color), Text(step, "bold"), Text(text), Text(f" {duration}"))
@@ -172,9 +174,9 @@ class RunDisplay:
     def _width(self) -> int:
         return min(self._console.width, WIDEST) if self._console.is_terminal else _WIDTH_IN_A_FILE
 
-    @staticmethod
-    def _name_width(step: str) -> int:
-        return max(_NAME, len(step)) + 1
+    @property
+    def _name_width(self) -> int:
+        return max(_NAME, *map(len, (*self.steps, self.step))) + 1
 
 
 def progress_text(progress: "re.Match[str]", step: str, room: int, unicode: bool) -> str:

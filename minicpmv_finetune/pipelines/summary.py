@@ -36,7 +36,7 @@ def print_summary(
     compiled: Path | None = None,
     question: Mapping[str, str] | None = None,
 ) -> None:
-    """Print the comparison on held-out data, and the paths of the results.
+    """Print the comparison on held-out data, if there was new data to train on, and the paths of the results.
 
     Args:
         run: The finished run.
@@ -46,24 +46,24 @@ def print_summary(
         question: Options of `predict` for the printed example.
     """
     to = console(soft_wrap=True)
+    record_file = run.output("evaluate", "promotion_record")
+    if record_file.exists():
+        to.print()
+        to.print(_score_table(run.scores(), more_rows or {}))
     to.print()
-    to.print(_score_table(run.scores(), more_rows or {}))
-    to.print()
-    record = read_promotion_record(run.output("evaluate", "promotion_record"))
-    registered = run.output("register", "registration")
-    passed = registered.read_text().strip() if registered.exists() else f"passed, {record.reason}"
+    model = short_path(out / "model") if (out / "model").exists() else ""
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in (question or _QUESTION).items())
     lines = {
-        "gate": passed if record.promote else f"failed, {record.reason}",
+        "gate": _gate(run, record_file) if record_file.exists() else "",
         **_reports(out),
-        "merged model": short_path(out / "model"),
+        "merged model": model,
         "pipeline": short_path(compiled) if compiled else "",
         "logs of the steps": short_path(out / "run.log"),
-        "ask the model": f"{_program('minicpmv-finetune')} predict --model {short_path(out / 'model')} {options}",
+        "ask the model": f"{_program('minicpmv-finetune')} predict --model {model} {options}" if model else "",
         "MLflow page": _mlflow_page(out / "mlflow.db"),
     }
     for name, text in lines.items():
-        if name == "gate" and to.is_terminal:
+        if name == "gate" and text and to.is_terminal:
             # A sentence, so its lines end between words; commands and paths stay as they are, to be copied.
             row = Table.grid()
             row.add_column(width=_NAME)
@@ -96,11 +96,13 @@ def summary_of(run: LocalRun, out: Path) -> dict[str, Any]:
     }
 
 
-def print_reports(out: Path) -> None:
-    """Print the paths of the reports and of the log."""
-    to = console(soft_wrap=True)
-    for name, path in {**_reports(out), "logs of the steps": short_path(out / "run.log")}.items():
-        to.print(f"  {name}".ljust(_NAME) + path)
+def _gate(run: LocalRun, record_file: Path) -> str:
+    """What the gate decided, and if it passed what register made of it."""
+    record = read_promotion_record(record_file)
+    if not record.promote:
+        return f"failed, {record.reason}"
+    registered = run.output("register", "registration")
+    return registered.read_text().strip() if registered.exists() else f"passed, {record.reason}"
 
 
 def _reports(out: Path) -> dict[str, str]:

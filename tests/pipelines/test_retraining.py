@@ -10,6 +10,7 @@ import yaml
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.pipelines.local import run_pipeline
 from minicpmv_finetune.pipelines.retraining import RETRAIN
+from minicpmv_finetune.pipelines.summary import print_summary
 from minicpmv_finetune.tracking.registry import open_registry
 from tests.servers import Webhook
 from tests.warm_processes import warm_steps
@@ -65,7 +66,7 @@ def inputs(tiny_46: Path, digits: Path, tmp_path: Path, database: Path) -> dict[
 
 
 def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
-    inputs: dict[str, object], tmp_path: Path, webhook: Webhook
+    inputs: dict[str, object], tmp_path: Path, webhook: Webhook, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with warm_steps():
         first = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
@@ -80,6 +81,12 @@ def test_new_data_makes_a_champion_and_the_same_data_does_nothing(
     with warm_steps():
         again = run_pipeline(tmp_path / "run", inputs, pipeline=RETRAIN)
     assert list(again.seconds) == ["validate-data", "plan-retraining", "notify"]
+    for run, has_scores in ((first, True), (again, False)):
+        capsys.readouterr()
+        print_summary(run, tmp_path / "run")
+        shown = capsys.readouterr().out
+        assert ("exact_match" in shown) == ("\n  gate " in shown) == has_scores
+        assert "\n  merged model " in shown
     promoted, nothing_new = webhook.received
     assert promoted["state"] == nothing_new["state"] == "SUCCEEDED"
     assert promoted["outcome"] == "version 1 of digits is champion: as good as the base model"

@@ -31,7 +31,7 @@ class Screen(io.TextIOWrapper):
 
 def play(screen: Screen, log: io.StringIO | None = None, seconds_between_lines: float = 10.0) -> RunDisplay:
     """Show a run whose last step fails."""
-    display = RunDisplay(log or io.StringIO(), screen, seconds_between_lines=seconds_between_lines)
+    display = RunDisplay(log or io.StringIO(), to=screen, seconds_between_lines=seconds_between_lines)
     with display:
         display.say("going on with the unfinished run minicpmv-finetune-20261126-222918-abcd; --fresh starts over")
         for lines in (
@@ -80,6 +80,15 @@ def test_each_step_is_one_aligned_line_with_the_time_left(columns: int, monkeypa
     # What does not fit beside the time goes on below.
     outcomes = [line[19:-7] if "✓" in line else line[19:] for line in lines if line[:4] in ("  ✓ ", "    ")]
     assert "1,497 samples to train on, 300 to evaluate, 0 rejected" in " ".join(" ".join(outcomes).split())
+
+
+def test_a_long_name_of_a_step_moves_all_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = Screen()
+    with RunDisplay(io.StringIO(), ("validate-data", "plan-retraining"), screen) as display:
+        for step in display.steps:
+            display.stream.write(f"Executing task '{step}'\n→ done\nTask '{step}' finished with status SUCCESS\n")
+    assert {line.index("done") for line in lines_of(screen.shown()) if "✓" in line} == {len("  ✓ plan-retraining ")}
 
 
 def test_the_outcomes_of_the_demo_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +161,7 @@ def test_quiet_shows_only_warnings_and_logs_everything(
 
 def test_a_step_that_has_not_said_anything_shows_its_time() -> None:
     screen = Screen()
-    display = RunDisplay(io.StringIO(), screen)
+    display = RunDisplay(io.StringIO(), to=screen)
     with display:
         display.stream.write("Executing task 'evaluate'\n")
         console = Console(file=Screen(is_terminal=False), width=80)
