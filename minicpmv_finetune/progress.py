@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import UserError
 
-from .terminal import WIDEST, print_sentence
+from .terminal import WIDEST, console, print_sentence
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -24,8 +24,6 @@ OUTCOME_MARK = "→ "
 _LOG_FORMAT = "{desc}  {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left{postfix}"
 # A terminal may be narrow: the bar gives way first, and what stands last is cut off.
 _TERMINAL_FORMAT = "{desc}  {percentage:3.0f}% |{bar}| {remaining} left  {n_fmt}/{total_fmt}  {rate_fmt}{postfix}"
-
-_DUMB = ("dumb", "unknown")  # values of TERM for a terminal that redraws nothing, as rich reads them
 
 
 class _LineStream(io.TextIOBase):
@@ -62,7 +60,7 @@ def progress(description: str, total: int, unit: str, **options: Any) -> "tqdm[A
         monitor_interval = 0  # starts no thread that watches for stalled bars; each update reads the clock instead
 
     terminal, size = sys.stderr.isatty(), shutil.get_terminal_size()
-    redraws = terminal and os.environ.get("TERM") not in _DUMB
+    redraws = terminal and not console(sys.stderr).is_dumb_terminal
     return Bar(
         total=total,
         desc=description,

@@ -242,9 +242,9 @@ def recipes(
         for cost in costs
     ]
     print(text_table(rows))
-    print(
-        f"\nHours are for {SAMPLES:,} samples, and rough; `minicpmv-finetune plan --recipe NAME --data …` knows yours."
-    )
+    print()
+    yours = "`minicpmv-finetune plan --recipe NAME --data …` knows yours."
+    print_sentence(f"Hours are for {SAMPLES:,} samples, and rough; {yours}", sys.stdout)
 
 
 @app.command(rich_help_panel=PANEL)
