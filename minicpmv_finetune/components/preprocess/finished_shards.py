@@ -2,7 +2,7 @@
 
 A finished shard consists of its Parquet file and of its record, which is written after the file. A killed process
 leaves at most files without a record, which are then written again. Two processes that write the same shard at the
-same time write the same bytes.
+same time write the same bytes. The manifest of the last run and what its report shows of the samples are here too.
 """
 
 import os
@@ -14,9 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.shards.format import damaged_shards
+from minicpmv_finetune.shards.format import MANIFEST_FILE, Manifest, damaged_shards
 
 from .shard_tasks import ShardRecord, ShardTask
 
@@ -80,8 +82,21 @@ class FinishedShards:
         else:
             storage.upload_file(path, self._address(record.shard.file))
             path.unlink()
-        name = Path(record.shard.file).stem
-        storage.write_bytes(self._address(f"{name}.json"), record.model_dump_json().encode())
+        self.write(f"{Path(record.shard.file).stem}.json", record.model_dump_json().encode())
+
+    def manifest(self) -> Manifest | None:
+        """The manifest of an earlier run; None if no run has finished here."""
+        with suppress(ValidationError):
+            return Manifest.model_validate_json(self.read(MANIFEST_FILE))
+        return None
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; empty if there is none."""
+        return storage.read_bytes(self._address(name)) if name in storage.list_files(self.uri) else b""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        storage.write_bytes(self._address(name), content)
 
     def link_into(self, folder: Path, records: Sequence[ShardRecord]) -> str:
         """Link local shards into a folder; shards in object storage stay where they are.

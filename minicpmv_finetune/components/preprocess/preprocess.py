@@ -4,6 +4,10 @@ The data is cut into shards that do not depend on the process that writes them (
 shard at a time; a finished shard moves to the folder of its key (`finished_shards`) while the next one is written.
 Shards that are already in that folder are not written again. So one mechanism resumes a killed attempt, shares the work
 between pods, and reuses the shards of an earlier run. The manifest is written last.
+
+The key needs the files of the base model, and not its tokenizer. What does need the tokenizer is in the folder of the
+key too, so that a step that finds everything there imports neither transformers nor torch, which would take ten times
+as long as the rest.
 """
 
 import gc
@@ -14,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +39,8 @@ from minicpmv_finetune.data.samples import (
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.conversation import Encoder
+from minicpmv_finetune.minicpmv.generations import detect_generation, read_slicing_config
+from minicpmv_finetune.minicpmv.slicing import SlicingConfig
 from minicpmv_finetune.options import Accepted, check_settings
 from minicpmv_finetune.outputs import check_cache, claimed_folder
 from minicpmv_finetune.progress import progress, report_outcome
@@ -53,7 +60,7 @@ from minicpmv_finetune.tracking.step_runs import step_run
 from minicpmv_finetune.workers import cores, kill_workers, require_living_workers, shared_counter, worker_pool
 
 from .finished_shards import FinishedShards
-from .report import write_report
+from .report import PREVIEWS_FILE, Preview, dump_previews, load_previews, preview_samples, write_report
 from .shard_tasks import (
     SPLITS,
     DatasetShards,
@@ -95,11 +102,17 @@ class _Job:
 
     dataset: Path
     info: DatasetInfo
-    encoder: Encoder
+    base_model: Path
     settings: PreprocessSettings
+    slicing: SlicingConfig
     tokenizer_sha256: str
     shards: DatasetShards
     finished: FinishedShards
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The base model's encoder; the first use imports transformers."""
+        return Encoder.from_checkpoint(self.base_model, self.settings.max_slice_nums)
 
 
 def preprocess(
@@ -142,18 +155,19 @@ def preprocess(
         all_found = len(found) == len(job.shards.tasks)
         found |= _write_missing(job, job.shards.tasks, found, num_workers)
         records = [found[task.name] for task in job.shards.tasks]
-        manifest = _manifest(job, found)
+        earlier = job.finished.manifest() if all_found else None
+        manifest = _manifest(job, found, earlier.pad_token_id if earlier else job.encoder.pad_token_id)
         rejects = _check_rejects(job, found, manifest, rejects_file)
         with output.assembled() as staging:
             location = job.finished.link_into(staging, records)
             manifest = manifest.model_copy(update={"location": location})
             content = f"{manifest.model_dump_json(indent=1)}\n"
             (staging / MANIFEST_FILE).write_text(content, encoding="utf-8")
-        storage.write_bytes(storage.join(job.finished.uri, MANIFEST_FILE), content.encode())
+        job.finished.write(MANIFEST_FILE, content.encode())
         run.log_metrics(_figures(manifest))
         if report:
             slices = np.concatenate([np.asarray(record.slices) for record in records])
-            write_report(report, shards, job.encoder, slices, rejects)
+            write_report(report, shards, _previews(job, shards), slices, rejects)
             run.log_report(report, "shards.html")
     tokens = sum(sum(lengths) for lengths in manifest.lengths.values())
     report_outcome(
@@ -217,13 +231,14 @@ def markdown(manifest: Manifest) -> str:
 def _make_job(dataset: Path, base_model_uri: str, settings: PreprocessSettings, cache_uri: str) -> _Job:
     info = read_info(dataset)
     base_model = storage.fetch(base_model_uri)
-    encoder = Encoder.from_checkpoint(base_model, settings.max_slice_nums)
-    shards = cut_into_shards(dataset, info, base_model, encoder.slicing, settings.model_max_length, settings.codec)
+    slicing = read_slicing_config(base_model).with_max_slices(settings.max_slice_nums)
+    shards = cut_into_shards(dataset, info, base_model, slicing, settings.model_max_length, settings.codec)
     return _Job(
         dataset=dataset,
         info=info,
-        encoder=encoder,
+        base_model=base_model,
         settings=settings,
+        slicing=slicing,
         tokenizer_sha256=storage.file_sha256(base_model / "tokenizer.json"),
         shards=shards,
         finished=FinishedShards(storage.join(cache_uri, shards.key)),
@@ -242,6 +257,7 @@ def _write_missing(
     counts = {task.name: task.images if counts_images else task.rows for task in tasks}
     workers = min(num_workers or cores(), len(missing))
     done = shared_counter()
+    _ = job.encoder  # before the processes start, which share it
     # Otherwise the garbage collector of each process would write to, and so copy, the memory that the processes share.
     gc.freeze()
     with (
@@ -302,7 +318,7 @@ def _start_process(job: _Job, staging: Path, done: Any, counts_images: bool) -> 
     global _process
     _process = _Process(job, staging, done, counts_images)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if job.encoder.slicing.resampler == "torchvision":
+    if job.slicing.resampler == "torchvision":
         import torch
 
         torch.set_num_threads(1)  # the processes already use all cores
@@ -383,18 +399,26 @@ def _list_rejects(job: _Job, records: Mapping[str, ShardRecord]) -> Iterator[tup
                 )
 
 
-def _manifest(job: _Job, records: Mapping[str, ShardRecord]) -> Manifest:
+def _previews(job: _Job, shards: Path) -> tuple[Preview, ...]:
+    """What the model sees of some samples, made by the first run that writes a report."""
+    if (kept := load_previews(job.finished.read(PREVIEWS_FILE))) is not None:
+        return kept
+    previews = preview_samples(shards, job.encoder)
+    job.finished.write(PREVIEWS_FILE, dump_previews(previews))
+    return previews
+
+
+def _manifest(job: _Job, records: Mapping[str, ShardRecord], pad_token_id: int) -> Manifest:
     of_split = {split: [records[task.name] for task in job.shards.tasks if task.split == split] for split in SPLITS}
-    slicing = job.encoder.slicing
     return Manifest(
-        generation=job.encoder.generation.version,
+        generation=detect_generation(job.base_model).version,
         tokenizer_sha256=job.tokenizer_sha256,
-        max_slice_nums=slicing.max_slice_nums,
+        max_slice_nums=job.slicing.max_slice_nums,
         model_max_length=job.settings.model_max_length,
-        patch_size=slicing.patch_size,
-        pad_token_id=job.encoder.pad_token_id,
+        patch_size=job.slicing.patch_size,
+        pad_token_id=pad_token_id,
         codec=job.settings.codec,
-        slicing=slicing_fields(slicing),
+        slicing=slicing_fields(job.slicing),
         data_fingerprint=job.info.fingerprint,
         key=job.shards.key,
         shards={split: [record.shard for record in group] for split, group in of_split.items()},

@@ -1,13 +1,14 @@
 """The report of the prepared data: tokens and slices per sample, and what the model sees of some samples.
 
 The report is one self-contained HTML file without scripts. The samples in it are read back from the shards, so the page
-shows what training really gets. The template escapes every text from the data.
+shows what training really gets. The template escapes every text from the data. A preview needs the tokenizer, and for
+some codecs torch; so it is kept beside the shards, for the next run that finds them.
 """
 
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,12 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from minicpmv_finetune.data.samples import RejectLog, Split
 from minicpmv_finetune.minicpmv.conversation import Encoder
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.reports.pages import write_page
-from minicpmv_finetune.shards.format import Manifest, ShardReader
+from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
+
+PREVIEWS_FILE = "previews-1.json"
+"""Where previews are kept; the number changes when they do."""
 
 _PREVIEWS: dict[Split, int] = {"train": 10, "eval": 2}  # number of samples
 _SLICES_PER_PREVIEW = 40
@@ -87,7 +92,7 @@ class _TokenRun:
 
 
 @dataclass(frozen=True)
-class _Preview:
+class Preview:
     """The preview of one sample."""
 
     split: Split
@@ -99,28 +104,56 @@ class _Preview:
     text: str
 
 
-def write_report(path: Path, shards: Path, encoder: Encoder, slices: NDArray[np.int32], rejects: RejectLog) -> None:
+_KEPT = TypeAdapter(tuple[Preview, ...])
+
+
+def dump_previews(previews: tuple[Preview, ...]) -> bytes:
+    """Previews as JSON."""
+    return _KEPT.dump_json(previews)
+
+
+def load_previews(content: bytes) -> tuple[Preview, ...] | None:
+    """Previews from JSON; None if there are none in it."""
+    try:
+        return _KEPT.validate_json(content)
+    except ValidationError:
+        return None
+
+
+def preview_samples(shards: Path, encoder: Encoder) -> tuple[Preview, ...]:
+    """Previews of some samples of each split.
+
+    Args:
+        shards: Folder of finished shards.
+        encoder: The encoder that made the tokens of the shards.
+    """
+    readers = {split: ShardReader(shards, split) for split in _PREVIEWS}
+    return tuple(
+        _preview(readers[split][number], split, encoder)
+        for split, count in _PREVIEWS.items()
+        for number in _evenly_spaced(len(readers[split]), count)
+    )
+
+
+def write_report(
+    path: Path, shards: Path, previews: Sequence[Preview], slices: NDArray[np.int32], rejects: RejectLog
+) -> None:
     """Write the page.
 
     Args:
         path: File to write; no incomplete file gets this name.
         shards: Folder of finished shards.
-        encoder: The encoder that made the tokens of the shards.
+        previews: Previews of some samples.
         slices: Number of slices of each row of all splits.
         rejects: The rejected samples.
     """
-    readers = {split: ShardReader(shards, split) for split in _PREVIEWS}
-    manifest = readers["train"].manifest
+    manifest = read_manifest(shards)
     values = {
         "manifest": manifest,
         "rejects": rejects,
         "tokens": _histogram(np.concatenate([np.asarray(lengths) for lengths in manifest.lengths.values()])),
         "slices": _histogram(slices),
-        "previews": [
-            _preview(readers[split][number], split, encoder)
-            for split, count in _PREVIEWS.items()
-            for number in _evenly_spaced(len(readers[split]), count)
-        ],
+        "previews": previews,
         "facts": _facts(manifest),
     }
     write_page(path, Path(__file__).parent, values)
@@ -157,7 +190,7 @@ def _histogram(values: NDArray[np.int32]) -> _Histogram:
     return _Histogram(bars, float(np.mean(values)), dict(zip((50, 90, 99, 100), map(int, found), strict=True)))
 
 
-def _preview(row: ModelInput, split: Split, encoder: Encoder) -> _Preview:
+def _preview(row: ModelInput, split: Split, encoder: Encoder) -> Preview:
     image_token = encoder.tokenizer.convert_tokens_to_ids(encoder.generation.image_token)
     kinds = [
         "image" if token == image_token else "context" if label == IGNORED_LABEL else "supervised"
@@ -172,7 +205,7 @@ def _preview(row: ModelInput, split: Split, encoder: Encoder) -> _Preview:
     pairs = list(zip(row.slices, image_runs, strict=True))[:_SLICES_PER_PREVIEW]
     structural = {encoder.tokenizer.convert_tokens_to_ids(token) for token in encoder.structural_tokens}
     text = encoder.decode([token for token in row.input_ids if token not in structural])
-    return _Preview(
+    return Preview(
         split=split,
         id=row.id,
         tokens=len(row.input_ids),

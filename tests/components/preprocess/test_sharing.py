@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from minicpmv_finetune.components.preprocess.preprocess import (
     preprocess,
     preprocess_partition,
 )
+from minicpmv_finetune.components.preprocess.report import PREVIEWS_FILE
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import UserError
@@ -305,3 +308,43 @@ def test_rows_are_in_the_order_of_the_data(dataset: Dataset) -> None:
         del ids[7]
         assert [row.id for row in ShardReader(dataset.folder / "shards", split)] == ids
         assert manifest.rows(split) == len(ids)
+
+
+@pytest.mark.parametrize("generation", ["2.6", "4.6"])
+def test_a_step_that_finds_everything_imports_neither_torch_nor_transformers(
+    generation: str, dataset: Dataset, tiny: Callable[[str], Path]
+) -> None:
+    shutil.rmtree(dataset.base_model)
+    shutil.copytree(tiny(generation), dataset.base_model)
+    code = (
+        "import sys; from pathlib import Path; from minicpmv_finetune.components.preprocess import preprocess as step; "
+        "folder, base, name = sys.argv[1:]; folder = Path(folder); "
+        "step.preprocess(folder / 'dataset', base, folder / name, folder / f'{name}.jsonl', step.PreprocessSettings(), "
+        "num_workers=1, report=folder / f'{name}.html'); "
+        "(folder / f'{name}.imported').write_text(' '.join(sorted({'torch', 'transformers'} & set(sys.modules))))"
+    )
+    for name in ("first", "second"):
+        subprocess.run([sys.executable, "-c", code, dataset.folder, dataset.base_model, name], check=True)
+    assert (dataset.folder / "first.imported").read_text() == "torch transformers"
+    assert (dataset.folder / "second.imported").read_text() == ""
+    assert content(dataset.folder / "second") == content(dataset.folder / "first")
+    assert (dataset.folder / "second.html").read_text() == (dataset.folder / "first.html").read_text()
+
+
+def test_what_an_earlier_version_left_out_of_the_cache_is_made_again(dataset: Dataset) -> None:
+    def page(name: str) -> str:
+        report = dataset.folder / f"{name}.html"
+        rejects = dataset.folder / f"{name}.jsonl"
+        preprocess(
+            dataset.path, str(dataset.base_model), dataset.folder / name, rejects, SETTINGS, cache, 1, report=report
+        )
+        return report.read_text()
+
+    cache = str(dataset.folder / "cache")
+    first = page("first")
+    for name in ("manifest.json", PREVIEWS_FILE):
+        (cached(Path(cache)) / name).unlink()
+    assert page("second") == first
+    (cached(Path(cache)) / PREVIEWS_FILE).write_text("[{}]")
+    assert page("third") == first
+    assert content(dataset.folder / "third") == content(dataset.folder / "first")
