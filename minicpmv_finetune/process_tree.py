@@ -14,21 +14,39 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SECONDS_TO_STOP = 120.0  # torchrun itself gives a training 30 s to save; an upload may follow
 _SECONDS_AFTER_COMMAND = 5.0  # for processes that the command left behind
-_INTERVAL = 0.05
+INTERVAL = 0.05
+"""Seconds between two looks at the processes."""
 
 
 class ProcessTree:
-    """A command and all processes that it started."""
+    """A command and all processes that it started.
 
-    def __init__(self, command: Sequence[str]) -> None:
-        """Start the command; this process must lead a process group of its own."""
+    Attributes:
+        pid: Id of the command's process.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], int],
+        idle: Callable[[float], None] = time.sleep,
+        ended: Callable[[int, int], None] = lambda pid, status: None,
+    ) -> None:
+        """Start the command; this process must lead a process group of its own.
+
+        Args:
+            start: Starts the command, and returns the id of its process.
+            idle: Waits for some seconds.
+            ended: Learns of each process that has ended: its id and its status.
+        """
+        self._idle = idle
+        self._ended = ended
         self.is_stopping = False
         self.deadline = float("inf")
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -41,7 +59,7 @@ class ProcessTree:
             prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:
                 self._stop(signal.SIGTERM, None)  # the parent ended before the kernel was asked
-        self.command = subprocess.Popen(command)  # noqa: S603
+        self.pid = start()
 
     def wait(self) -> int:
         """Wait until no process is left, and return the command's exit code as a shell reports it."""
@@ -51,14 +69,16 @@ class ProcessTree:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return code if code >= 0 else 128 - code
-            if pid == self.command.pid:
+            if pid:
+                self._ended(pid, status)
+            if pid == self.pid:
                 code = os.waitstatus_to_exitcode(status)
                 if not self.is_stopping:
                     self.deadline = time.monotonic() + _SECONDS_AFTER_COMMAND
             elif not pid:
                 if time.monotonic() > self.deadline:
                     _signal_children(signal.SIGKILL)
-                time.sleep(_INTERVAL)
+                self._idle(INTERVAL)
 
     def _stop(self, number: int, frame: object) -> None:
         self.is_stopping = True
@@ -81,4 +101,10 @@ def _signal_children(number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(ProcessTree(sys.argv[1:]).wait())
+    command: list[subprocess.Popen[bytes]] = []
+
+    def _start() -> int:
+        command.append(subprocess.Popen(sys.argv[1:]))  # noqa: S603
+        return command[0].pid
+
+    sys.exit(ProcessTree(_start).wait())

@@ -25,7 +25,7 @@ LAYERS = (
         "options",
         "yaml_files",
     ),
-    ("run_records", "outputs"),
+    ("run_records", "outputs", "fork_server"),
     ("permanent_errors",),
     ("data",),
     ("minicpmv",),

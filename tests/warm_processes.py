@@ -189,5 +189,6 @@ def warm_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         popen = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
         patch.setattr("minicpmv_finetune.pipelines.local_steps.subprocess", popen)
+        patch.setattr("minicpmv_finetune.pipelines.local._may_fork", lambda *_: False)  # this server is there already
         patch.setattr("kfp.local.subprocess_task_handler.run_local_subprocess", run)
         yield

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from typing import Any, Literal
 from kfp import local
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.components.train.worker import needs_bitsandbytes, needs_deepspeed
 from minicpmv_finetune.errors import RetryableError, UserError
+from minicpmv_finetune.fork_server import ForkServer, is_possible
 from minicpmv_finetune.permanent_errors import MARKER_NAME
 from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking import step_runs
@@ -29,6 +32,7 @@ from .run_display import RunDisplay
 from .run_folder import LINKS, RunFolder, inputs_digest, locked, open_run, remove_unfinished, unfinished_runs
 
 Runner = Literal["subprocess", "docker"]
+STEP_IMPORTS = "minicpmv_finetune.pipelines.step_imports"
 _ALSO_AFTER_FAILURE = tuple(name for name in LINKS if name != "model")
 
 
@@ -102,13 +106,23 @@ def run_pipeline(
             _environment(variables),
         ):
             _announce(display, folder)
-            steps = RunSteps(folder, display, lock, in_containers=runner == "docker")
-            local.init(_kfp_runner(runner, variables, out.absolute(), folder.path.name), pipeline_root=str(artifacts))
-            _run_steps(steps, pipeline, inputs, out)
+            is_here = runner == "subprocess"
+            with ForkServer(STEP_IMPORTS) if is_here and _may_fork(pipeline, inputs) else nullcontext() as server:
+                steps = RunSteps(folder, display, lock, not is_here, server)
+                kfp_runner = _kfp_runner(runner, variables, out.absolute(), folder.path.name)
+                local.init(kfp_runner, pipeline_root=str(artifacts))
+                _run_steps(steps, pipeline, inputs, out)
         folder.finish()
         remove_unfinished(artifacts, digest)
     _link_results(out, folder.path, LINKS)
     return LocalRun(folder.path, {**display.seconds, **steps.reused})
+
+
+def _may_fork(pipeline: Pipeline, inputs: Mapping[str, Any]) -> bool:
+    """Whether the steps may be forks of one process, which imports neither bitsandbytes nor DeepSpeed."""
+    flags = {**(inputs.get("training_flags") or {}), "model_name_or_path": inputs.get("base_model_uri")}
+    trains = "train" in pipeline.steps
+    return trains and is_possible() and not needs_bitsandbytes(flags) and not needs_deepspeed(flags)
 
 
 def _announce(display: RunDisplay, folder: RunFolder) -> None:

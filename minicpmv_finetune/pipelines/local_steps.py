@@ -2,20 +2,25 @@
 
 kfp.local would start a step in this process's group, and Ctrl-C would end both at once, in any order. Here each step
 has a group of its own, this process passes the signal on, and waits until the step has saved its state and ended.
+
+Where a fork server is possible, the steps are its forks. The first step does not wait for the server's imports.
 """
 
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from minicpmv_finetune.fork_server import ForkedProcess, ForkServer
 from minicpmv_finetune.progress import OUTCOME_MARK
 
 from .run_display import FINISHED_BEFORE, RunDisplay
@@ -35,6 +40,7 @@ class RunSteps:
         display: Shows the run, and knows what the current step printed.
         lock: Descriptor of the lock that the steps inherit.
         in_containers: Whether the steps run in containers.
+        server: Server whose forks the steps are; None if each is a new interpreter.
         stopped_by: Number of the signal that stopped the run; 0 for none.
         stopped_in: Name of the step that ran then; empty if none ran.
         error: What that step said about its end; empty if it said nothing.
@@ -45,11 +51,12 @@ class RunSteps:
     display: RunDisplay
     lock: int
     in_containers: bool = False
+    server: ForkServer | None = None
     stopped_by: int = 0
     stopped_in: str = ""
     error: str = ""
     reused: dict[str, float] = field(default_factory=dict)
-    _process: "subprocess.Popen[str] | None" = None
+    _process: "subprocess.Popen[str] | ForkedProcess | None" = None
 
     @contextmanager
     def in_charge(self) -> Iterator[None]:
@@ -100,7 +107,40 @@ class RunSteps:
         return code
 
     def _execute(self, command: Sequence[str], variables: Mapping[str, str] | None) -> int:
-        with subprocess.Popen(  # noqa: S603
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **(variables or {})}
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._fork(command, environment, Path(folder)) or self._spawn(command, environment) as process,
+        ):
+            self._process = process
+            if self.stopped_by:  # while the step started
+                process.send_signal(signal.SIGTERM)
+            for line in process.stdout or ():
+                print(line, end="")
+            return process.wait()
+
+    def _fork(self, command: Sequence[str], variables: Mapping[str, str], folder: Path) -> ForkedProcess | None:
+        """Start a step as a fork; None if it cannot be, or the server is not ready for the first step."""
+        is_first = self._process is None
+        if not self.server or (is_first and not self.server.is_ready()) or command[:2] != ["sh", "-ec"]:
+            return None
+        # What kfp's shell does: write the component's source to a file, and run it.
+        _, _, _, source, *arguments = command
+        program = folder / "ephemeral_component.py"
+        program.write_text(source, encoding="utf-8")
+        with suppress(ConnectionError):
+            return self.server.start(
+                "kfp.dsl.executor_main",
+                ["--component_module_path", str(program), *arguments],
+                {**variables, "_KFP_RUNTIME": "true"},
+                leads_tree=True,
+                kept=[self.lock],
+            )
+        return None
+
+    def _spawn(self, command: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
+        """Start a step in a new interpreter."""
+        return subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "minicpmv_finetune.process_tree", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -109,14 +149,10 @@ class RunSteps:
             encoding="utf-8",
             errors="replace",
             bufsize=1,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(variables or {})},
+            env=variables,
             start_new_session=True,
             pass_fds=(self.lock,),
-        ) as process:
-            self._process = process
-            for line in process.stdout or ():
-                print(line, end="")
-            return process.wait()
+        )
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ask the running step to end; the second time, end it at once."""

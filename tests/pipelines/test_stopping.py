@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from kfp import dsl
 
+from minicpmv_finetune.pipelines import local
 from minicpmv_finetune.pipelines.local import _link, _link_results, run_pipeline
 from minicpmv_finetune.pipelines.local_steps import RunSteps
 from minicpmv_finetune.pipelines.pipeline import Pipeline
@@ -47,8 +48,16 @@ def _add_tasks(inputs: Mapping[str, Any], partitions: int) -> None:
     use(folder=inputs["data_uri"], made=prepared.outputs["made"])
 
 
+@pytest.fixture(params=[False, True], ids=["interpreters", "forks"])
+def forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the second step is a fork of a server; the first does not wait for it."""
+    monkeypatch.setattr(local, "_may_fork", lambda *_: request.param)
+    monkeypatch.setattr(local, "STEP_IMPORTS", "kfp.dsl.executor_main")
+    return bool(request.param)
+
+
 @pytest.fixture
-def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+def pipeline(forks: bool, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     from minicpmv_finetune.inputs.table import rows
     from minicpmv_finetune.tracking import step_runs
 
@@ -88,6 +97,14 @@ def test_the_same_command_goes_on_with_the_finished_steps(
     assert re.search(r"prepared well +reused\n", finished)
     assert (tmp_path / "prepared").read_text() == "x"
     assert (tmp_path / "out" / "run.log").read_text().count("==== small-") == 3
+
+
+def test_a_step_is_a_fork_where_that_is_possible(tmp_path: Path, pipeline: Pipeline, forks: bool) -> None:
+    starter = "psutil.Process().parent().parent()"  # of the step, whose process starts use.py
+    assert attempt(tmp_path, pipeline, f"import psutil; print('started by', {starter}.name())") == 0
+    started_by = re.search(r"started by (\S+)", (tmp_path / "out" / "run.log").read_text())
+    assert started_by
+    assert (started_by[1] != "sh") is forks
 
 
 def test_fresh_begins_again_and_removes_the_unfinished_run(

@@ -7,8 +7,6 @@ and adapter on real samples; until the check passes, the folder keeps a hidden n
 """
 
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from pydantic import ValidationError
 
 from minicpmv_finetune import storage
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, UserError
+from minicpmv_finetune.fork_server import run_program
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.adapters import ADAPTER_CONFIG
 from minicpmv_finetune.minicpmv.checkpoint import copy_non_weight_files, fingerprint
@@ -225,16 +224,16 @@ def _run_parity_check(base: Path, adapter: Path, model: Path, shards: Path, rows
     report = model.with_name(f"{model.name}.parity.json")
     arguments = [str(base), str(adapter), str(model), str(shards), str(report), str(rows)]
     try:
-        done = subprocess.run([sys.executable, "-m", PARITY_CHECK, *arguments], check=False)  # noqa: S603
-        if done.returncode == 0:
+        code = run_program(PARITY_CHECK, arguments)
+        if code == 0:
             return ParityReport.model_validate_json(report.read_text())
-        if done.returncode == USER_ERROR_EXIT and report.is_file():
+        if code == USER_ERROR_EXIT and report.is_file():
             raise UserError(report.read_text())
     finally:
         report.unlink(missing_ok=True)
-    if done.returncode < 0:
+    if code < 0:
         raise RetryableError(
-            f"The parity check's process was ended by signal {-done.returncode}; it holds the model in float32, so "
+            f"The parity check's process was ended by signal {-code}; it holds the model in float32, so "
             "give the step four bytes of memory for each parameter."
         )
-    raise RuntimeError(f"the parity check ended with exit code {done.returncode}; its traceback is above")
+    raise RuntimeError(f"the parity check ended with exit code {code}; its traceback is above")

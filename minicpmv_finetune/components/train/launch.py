@@ -9,13 +9,14 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
+from minicpmv_finetune.fork_server import ForkedProcess, fork_client
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.progress import let_waiting_threads_sleep
 from minicpmv_finetune.terminal import print_sentence
@@ -69,7 +70,7 @@ def launch(flags: Sequence[str], processes: int | None = None) -> None:
         os.environ[environment.WORKER_EXIT_FOLDER.name] = folder
         handlers = {number: signal.getsignal(number) for number in handled}
         try:
-            with _without_useless_restarts(Path(folder)):
+            with _without_useless_restarts(Path(folder)), _forked_workers():
                 run(parse_args(options))
         except SignalException as stopped:
             _end_stopped(signal.Signals(stopped.sigval), Path(folder))
@@ -133,6 +134,26 @@ def _without_useless_restarts(folder: Path) -> Iterator[None]:
         yield
     finally:
         api.LocalElasticAgent = original  # type: ignore[misc]
+
+
+@contextmanager
+def _forked_workers() -> Iterator[None]:
+    """Let torchrun's training processes be forks, if this process is one."""
+    if (client := fork_client()) is None:
+        yield
+        return
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    def start(args: Sequence[str], env: Mapping[str, str], **options: Any) -> ForkedProcess:
+        _, _, _, module, *arguments = args  # python -u -m MODULE …
+        return client.start(module, arguments, env, own_session=True)
+
+    original = subprocess_handler.Popen
+    subprocess_handler.Popen = start  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        subprocess_handler.Popen = original  # type: ignore[misc]
 
 
 def _end_stopped(number: signal.Signals, folder: Path) -> NoReturn:

@@ -27,8 +27,7 @@ def leave_out_unused(flags: Sequence[str]) -> None:
     modules: dict[str, Any] = sys.modules
     if not needs_bitsandbytes(values):
         modules["bitsandbytes"] = None
-    is_partitioned = values.get("strategy") in ("zero2", "zero3") and not values.get("fsdp")
-    if not (is_partitioned or values.get("deepspeed") or values.get("parallelism_config") or _accelerate_wants_it()):
+    if not needs_deepspeed(values):
         modules["deepspeed"] = None
 
 
@@ -53,9 +52,12 @@ def needs_bitsandbytes(values: Mapping[str, Any]) -> bool:
     return bool(is_used) or not _is_plain_checkpoint(values.get("model_name_or_path"))
 
 
-def _accelerate_wants_it() -> bool:
-    """Whether Accelerate's own variable, which no flag replaces, asks for DeepSpeed."""
-    return environment.ACCELERATE_USE_DEEPSPEED.read().lower() == "true"
+def needs_deepspeed(values: Mapping[str, Any]) -> bool:
+    """Whether a training with these values of flags uses DeepSpeed."""
+    is_partitioned = values.get("strategy") in ("zero2", "zero3") and not values.get("fsdp")
+    # Accelerate's own variable, which no flag replaces.
+    is_asked_for = environment.ACCELERATE_USE_DEEPSPEED.read().lower() == "true"
+    return bool(is_partitioned or values.get("deepspeed") or values.get("parallelism_config") or is_asked_for)
 
 
 def _is_plain_checkpoint(base: str | None) -> bool:

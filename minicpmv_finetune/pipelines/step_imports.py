@@ -1,0 +1,30 @@
+"""What the steps of a run on this machine import.
+
+`minicpmv_finetune.fork_server` imports this module, and the steps are its forks.
+"""
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+from minicpmv_finetune.progress import let_waiting_threads_sleep, quieten_libraries
+
+quieten_libraries()
+let_waiting_threads_sleep()
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["_KFP_RUNTIME"] = "true"  # by which KFP itself imports only what a step needs
+_modules: dict[str, Any] = sys.modules
+_modules |= {"bitsandbytes": None, "deepspeed": None}  # as in trainings that need neither, see `train.worker`
+
+for _name in (
+    "kfp.dsl.executor_main",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "minicpmv_finetune.components.train.finetune",
+    "minicpmv_finetune.components.train.launch",
+    "torch.distributed.run",
+    "minicpmv_finetune.components.preprocess.preprocess",
+    "minicpmv_finetune.components.merge.parity_check",
+    "minicpmv_finetune.components.evaluate.evaluate",
+):
+    import_module(_name)
