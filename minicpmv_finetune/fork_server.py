@@ -1,11 +1,11 @@
 """Start programs as forks of a process that has imported their libraries.
 
-    python -m minicpmv_finetune.fork_server SOCKET MODULE
+    python -m minicpmv_finetune.fork_server SOCKET MODULE …
 
 Torch, transformers, PEFT and MLflow take seconds of a core to import, in each of the ten processes of a run on this
-machine. Here a server imports them once, in MODULE, and forks for each program. The server only imports: it computes
-nothing, so it has no threads of OpenMP and no state of a GPU; the threads of OpenBLAS and jemalloc end at a fork by
-those libraries' own handlers. Where a driver for GPUs is installed there is no server (`is_possible`).
+machine. Here a server imports them once, MODULE by MODULE, and forks for each program. The server only imports: it
+computes nothing, so it has no threads of OpenMP and no state of a GPU; the threads of OpenBLAS and jemalloc end at a
+fork by those libraries' own handlers. Where a driver for GPUs is installed there is no server (`is_possible`).
 
 A program runs as `python -m MODULE …` would: as `__main__`, with its own arguments, environment, folder and output,
 and it ends as an interpreter ends. Above it is a `ProcessTree`, which belongs to the program alone. That one forks too,
@@ -178,18 +178,18 @@ class ForkClient:
 class ForkServer(ForkClient):
     """A server of this process, which ends with it."""
 
-    def __init__(self, imports: str) -> None:
+    def __init__(self, imports: Sequence[str]) -> None:
         """Start the server; it imports while this process does something else.
 
         Args:
-            imports: Module that imports what the programs need.
+            imports: Modules to import; a program that is started before the last one finds at least the first.
         """
         control, servers_control = socket.socketpair()
         super().__init__(control)
         with servers_control:
             number = servers_control.fileno()
             self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "minicpmv_finetune.fork_server", str(number), imports],
+                [sys.executable, "-m", "minicpmv_finetune.fork_server", str(number), *imports],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONIOENCODING": "utf-8"},
@@ -197,9 +197,9 @@ class ForkServer(ForkClient):
                 start_new_session=True,
             )
 
-    def is_ready(self) -> bool:
-        """Whether the server has imported everything, so that a program starts at once."""
-        return bool(select.select([self._control], [], [], 0)[0])
+    def wait_for_imports(self) -> None:
+        """Wait until the server has imported everything."""
+        select.select([self._control], [], [])
 
     def __enter__(self) -> Self:
         return self
@@ -267,13 +267,12 @@ class _Server:
             self._say(report, os.waitstatus_to_exitcode(status))
             report.close()
 
-    def serve(self) -> None:
-        """Fork until nobody can ask any more."""
-        while not self.is_over:
-            self.wait(INTERVAL)
-            with suppress(ChildProcessError):
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    self.report(*ended)
+    def serve(self, seconds: float) -> None:
+        """Fork for a request, and report what has ended."""
+        self.wait(seconds)
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self.report(*ended)
 
     @staticmethod
     def _say(report: socket.socket, number: int) -> None:
@@ -281,13 +280,18 @@ class _Server:
             report.sendall(f"{number}\n".encode())
 
 
-def _main(control: socket.socket, imports: str) -> None:
+def _main(control: socket.socket, imports: Sequence[str]) -> None:
     end_with_parent()
-    import_module(imports)
-    gc.freeze()  # otherwise the garbage collector of each fork would write to, and so copy, the memory that they share
-    control.send(b"r")
+    server = _Server(control)
     try:
-        _Server(control).serve()
+        for name in imports:
+            import_module(name)
+            # Otherwise the garbage collector of each fork would write to, and so copy, the memory that they share.
+            gc.freeze()
+            server.serve(0)
+        control.send(b"r")
+        while not server.is_over:
+            server.serve(INTERVAL)
         return
     except _InFork as fork:
         program, descriptors = fork.program, fork.descriptors
@@ -380,4 +384,4 @@ if __name__ == "__main__":
     # Not the module that runs here: programs import this one by its name.
     from minicpmv_finetune import fork_server
 
-    fork_server._main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    fork_server._main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[ForkServer]:
-    with ForkServer("imports_of_a_test") as server:
+    with ForkServer(["imports_of_a_test"]) as server:
         yield server
 
 
@@ -113,7 +113,7 @@ def test_programs_do_not_share_what_one_of_them_changes(run: Run) -> None:
 def test_the_number_of_threads_is_that_of_the_programs_environment(folder: Path) -> None:
     (folder / "imports_of_a_test.py").write_text("import torch")
     program = write(folder, "import torch; print(torch.get_num_threads())")
-    with ForkServer("imports_of_a_test") as server:
+    with ForkServer(["imports_of_a_test"]) as server:
         for threads in ("1", "3"):
             with server.start(program, [], {**os.environ, "OMP_NUM_THREADS": threads}, leads_tree=True) as process:
                 assert process.stdout
@@ -159,7 +159,7 @@ def test_nothing_is_left_when_a_process_is_killed(victim: str, folder: Path) -> 
     program = write(folder, WAIT)
     owner_code = (
         "import os; from minicpmv_finetune.fork_server import ForkServer\n"
-        "with ForkServer('imports_of_a_test') as server:\n"
+        "with ForkServer(['imports_of_a_test']) as server:\n"
         f"    with server.start('{program}', [], os.environ, leads_tree=True) as process:\n"
         "        print(server._process.pid, process.pid, flush=True)\n"
         "        print(process.wait(), flush=True)\n"
@@ -177,8 +177,23 @@ def test_nothing_is_left_when_a_process_is_killed(victim: str, folder: Path) -> 
     assert not wait_until_gone(list(pids.values()))
 
 
+def test_a_program_may_start_before_the_last_import_or_wait_for_it(folder: Path) -> None:
+    program = write(folder, "print('late' in sys.modules)")
+    write(folder, f"while not os.path.exists('{folder}/go'): time.sleep(0.02)", "late")
+    write(folder, "import select; select.select([int(sys.argv[1])], [], [])", "first")  # until a program is asked for
+    with ForkServer(["first", "late"]) as server:
+        with server.start(program, [], os.environ, leads_tree=True) as process:
+            assert process.stdout
+            assert process.stdout.read() == "False\n"
+            (folder / "go").touch()
+        server.wait_for_imports()
+        with server.start(program, [], os.environ, leads_tree=True) as process:
+            assert process.stdout
+            assert process.stdout.read() == "True\n"
+
+
 def test_a_server_that_cannot_import_says_so_to_who_asks(folder: Path) -> None:
     (folder / "imports_of_a_test.py").write_text("import no_such_library")
-    with ForkServer("imports_of_a_test") as server, pytest.raises(ConnectionError):
+    with ForkServer(["imports_of_a_test"]) as server, pytest.raises(ConnectionError):
         server.start(write(folder, "pass"), [], os.environ, leads_tree=True)
     assert not psutil.pid_exists(server._process.pid)

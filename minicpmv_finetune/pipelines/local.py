@@ -32,7 +32,16 @@ from .run_display import RunDisplay
 from .run_folder import LINKS, RunFolder, inputs_digest, locked, open_run, remove_unfinished, unfinished_runs
 
 Runner = Literal["subprocess", "docker"]
-STEP_IMPORTS = "minicpmv_finetune.pipelines.step_imports"
+STEP_IMPORTS = (
+    "minicpmv_finetune.pipelines.step_imports",
+    "torch.distributed.run",
+    "minicpmv_finetune.components.train.launch",
+    "minicpmv_finetune.components.train.finetune",
+    "minicpmv_finetune.components.preprocess.preprocess",
+    "minicpmv_finetune.components.merge.parity_check",
+    "minicpmv_finetune.components.evaluate.evaluate",
+)
+"""What the steps import, that of the first step first."""
 _ALSO_AFTER_FAILURE = tuple(name for name in LINKS if name != "model")
 
 

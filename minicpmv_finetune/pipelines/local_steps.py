@@ -3,7 +3,7 @@
 kfp.local would start a step in this process's group, and Ctrl-C would end both at once, in any order. Here each step
 has a group of its own, this process passes the signal on, and waits until the step has saved its state and ended.
 
-Where a fork server is possible, the steps are its forks. The first step does not wait for the server's imports.
+Where a fork server is possible, the steps are its forks. The first step needs no torch, and does not wait for it.
 """
 
 import os
@@ -120,10 +120,11 @@ class RunSteps:
             return process.wait()
 
     def _fork(self, command: Sequence[str], variables: Mapping[str, str], folder: Path) -> ForkedProcess | None:
-        """Start a step as a fork; None if it cannot be, or the server is not ready for the first step."""
-        is_first = self._process is None
-        if not self.server or (is_first and not self.server.is_ready()) or command[:2] != ["sh", "-ec"]:
+        """Start a step as a fork; None if it cannot be."""
+        if not self.server or command[:2] != ["sh", "-ec"]:
             return None
+        if self._process is not None:
+            self.server.wait_for_imports()
         # What kfp's shell does: write the component's source to a file, and run it.
         _, _, _, source, *arguments = command
         program = folder / "ephemeral_component.py"

@@ -1,6 +1,6 @@
-"""What the steps of a run on this machine import.
+"""What every step of a run on this machine imports, and the settings for it.
 
-`minicpmv_finetune.fork_server` imports this module, and the steps are its forks.
+`minicpmv_finetune.fork_server` imports this module first, and the steps are its forks.
 """
 
 import os
@@ -17,14 +17,5 @@ os.environ["_KFP_RUNTIME"] = "true"  # by which KFP itself imports only what a s
 _modules: dict[str, Any] = sys.modules
 _modules |= {"bitsandbytes": None, "deepspeed": None}  # as in trainings that need neither, see `train.worker`
 
-for _name in (
-    "kfp.dsl.executor_main",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "minicpmv_finetune.components.train.finetune",
-    "minicpmv_finetune.components.train.launch",
-    "torch.distributed.run",
-    "minicpmv_finetune.components.preprocess.preprocess",
-    "minicpmv_finetune.components.merge.parity_check",
-    "minicpmv_finetune.components.evaluate.evaluate",
-):
-    import_module(_name)
+import_module("kfp.dsl.executor_main")
+import_module("mlflow.store.tracking.sqlalchemy_store")

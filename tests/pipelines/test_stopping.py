@@ -50,9 +50,9 @@ def _add_tasks(inputs: Mapping[str, Any], partitions: int) -> None:
 
 @pytest.fixture(params=[False, True], ids=["interpreters", "forks"])
 def forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the second step is a fork of a server; the first does not wait for it."""
+    """Whether the steps are forks of a server."""
     monkeypatch.setattr(local, "_may_fork", lambda *_: request.param)
-    monkeypatch.setattr(local, "STEP_IMPORTS", "kfp.dsl.executor_main")
+    monkeypatch.setattr(local, "STEP_IMPORTS", ["kfp.dsl.executor_main"])
     return bool(request.param)
 
 
