@@ -38,7 +38,7 @@ from .process_tree import INTERVAL, ProcessTree
 from .workers import end_with_parent
 
 _STDOUT, _STDERR = 1, 2
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA and AMD
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA and AMD, and in Windows' Linux
 
 
 def is_possible() -> bool:
@@ -93,7 +93,7 @@ class ForkedProcess:
         self.pid = int(self._report.readline() or 0)
         if not self.pid:
             self._report.close()
-            raise ConnectionError("the fork server has ended")
+            raise ConnectionError("the fork server has ended, or cannot fork")
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +157,7 @@ class ForkClient:
             kept: Descriptors that stay open as long as the program's tree lives.
 
         Raises:
-            ConnectionError: The server has ended.
+            ConnectionError: The server has ended, or cannot fork.
         """
         report, servers_report = socket.socketpair()
         program = _Program(
@@ -250,13 +250,21 @@ class _Server:
             return
         report = socket.socket(fileno=descriptors[0])
         with report.makefile("rb") as file:
-            program = _Program(**json.loads(file.readline()))
-        if pid := os.fork():
-            self._reports[pid] = report
-            self._say(report, pid)
+            line = file.readline()
+        pid = -1
+        with suppress(OSError):  # no memory is left, or too many processes
+            if line.endswith(b"\n"):  # who asks may have been killed
+                pid = os.fork()
+        if pid:
             for number in descriptors[1:]:
                 os.close(number)
+            if pid > 0:
+                self._reports[pid] = report
+                self._say(report, pid)
+            else:
+                report.close()
             return
+        program = _Program(**json.loads(line))
         for connection in (self.control, report, *self._reports.values()):
             connection.close()
         raise _InFork(program, descriptors[1:])
@@ -316,10 +324,11 @@ def _take(program: _Program, descriptors: Sequence[int]) -> None:
 
 def _show_command(program: _Program) -> None:
     """Let `ps` show the program, as far as there is room, instead of the server's command."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    first, end = map(int, fields[45:47])  # arg_start and arg_end of proc(5)
-    shown = "\0".join([sys.executable, "-m", program.module, *program.arguments]).encode()[: end - first - 1]
-    ctypes.memmove(first, shown.ljust(end - first, b"\0"), end - first)
+    with suppress(OSError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        first, end = map(int, fields[45:47])  # arg_start and arg_end of proc(5)
+        shown = "\0".join([sys.executable, "-m", program.module, *program.arguments]).encode()[: end - first - 1]
+        ctypes.memmove(first, shown.ljust(end - first, b"\0"), end - first)
 
 
 def _lead_tree(program: _Program) -> _Program:

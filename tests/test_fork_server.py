@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +176,15 @@ def test_nothing_is_left_when_a_process_is_killed(victim: str, folder: Path) -> 
     # The kernel kills no program whose tree is killed; who does that has to kill the program too.
     os.kill(pids["program"], signal.SIGKILL) if victim == "tree" else None
     assert not wait_until_gone(list(pids.values()))
+
+
+def test_the_server_survives_who_ended_while_it_asked(server: ForkServer, folder: Path) -> None:
+    mine, its = socket.socketpair()
+    with mine, its, (folder / "out").open("w") as out:
+        socket.send_fds(server._control, [b"f"], [its.fileno(), out.fileno(), out.fileno()])
+        mine.sendall(b'{"module": "pro')
+    with server.start(write(folder, "sys.exit(4)"), [], os.environ, leads_tree=True) as process:
+        assert process.wait(SECONDS) == 4
 
 
 def test_a_program_may_start_before_the_last_import_or_wait_for_it(folder: Path) -> None:
