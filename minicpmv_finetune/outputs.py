@@ -200,8 +200,8 @@ def check_folder(out: str | Path, step: str, inputs: Mapping[str, str]) -> _Mark
     path = storage.real_path(str(out))
     _refuse_overlap(str(out), path, inputs)
     known = _refuse_foreign_files(out, path, step)
-    for folder in _create(out, path):
-        folder.rmdir()
+    # Nothing is created for this: another attempt of the same step may be about to write into the folder.
+    _try_to_write(out, next(folder for folder in (path, *path.parents) if folder.exists()))
     return known
 
 
@@ -474,15 +474,28 @@ def _create(out: str | Path, path: Path) -> list[Path]:
     """Create the folder; returns the created folders, the deepest first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
+        with _explained(out):
+            path.mkdir(parents=True, exist_ok=True)
+        _try_to_write(out, path)
+    except UserError:
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output.") from error
+        raise
     return missing
+
+
+def _try_to_write(out: str | Path, folder: Path) -> None:
+    with _explained(out), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _explained(out: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output.") from error
 
 
 def _make_staging(out: Path, inside: bool) -> tuple[Path, int]:

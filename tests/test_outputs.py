@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -527,3 +529,21 @@ def test_a_file_of_the_same_name_that_appears_while_a_step_runs_is_not_replaced(
     with pytest.raises(UserError, match=r"config\.json was put there by something else"):
         run()
     assert (tmp_path / "two" / "config.json").read_text() == "mine"
+
+
+def _claim_together(folder: Path, together: Barrier, rounds: int) -> None:
+    for number in range(rounds):
+        together.wait()
+        with claimed_folder(folder / str(number) / "shards", "preprocess", {}):
+            together.wait()
+
+
+def test_two_attempts_of_a_step_may_begin_at_the_same_moment(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("fork")
+    together = processes.Barrier(2, timeout=60)
+    attempts = [processes.Process(target=_claim_together, args=(tmp_path, together, 20)) for _ in range(2)]
+    for attempt in attempts:
+        attempt.start()
+    for attempt in attempts:
+        attempt.join()
+    assert [attempt.exitcode for attempt in attempts] == [0, 0]
