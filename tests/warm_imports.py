@@ -1,5 +1,6 @@
 """What the server of `warm_processes` imports before it forks."""
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -17,6 +18,8 @@ del os.environ["_KFP_RUNTIME"]
 from minicpmv_finetune.components.train.worker import import_deepspeed  # noqa: E402
 
 import_deepspeed()
+# With an optimizer that DeepSpeed imports late comes torch's compiler, a second of each process.
+import_module("deepspeed.runtime.zero.muon.original_muon")
 
 import_module("mlflow.store.tracking.sqlalchemy_store")
 
@@ -30,3 +33,7 @@ for _program in (
     "minicpmv_finetune.components.merge.parity_check",
 ):
     del sys.modules[_program]
+
+# Otherwise each process's garbage collector would touch, and so copy, all memory that it shares with the server.
+gc.collect()
+gc.freeze()
