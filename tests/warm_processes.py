@@ -23,6 +23,7 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import IO, Any, Self
 
+import psutil
 import pytest
 
 from minicpmv_finetune.components.merge.merge import PARITY_CHECK
@@ -135,6 +136,13 @@ def warm_processes() -> Iterator[None]:
         patch.setattr(f"{handler}.Popen", _start_worker)
         patch.setattr("subprocess.run", run_check)
         yield
+
+
+def running_warm_processes() -> list[psutil.Process]:
+    """The processes that the server has forked, for this process or for one of them, and that still run."""
+    server = vars(forkserver._forkserver)["_forkserver_pid"]
+    forks = psutil.Process(server).children() if server else []
+    return [process for process in forks if process.status() != psutil.STATUS_ZOMBIE]
 
 
 class WarmCommand(WarmProcess):

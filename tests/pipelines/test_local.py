@@ -1,7 +1,6 @@
 """The whole pipeline with kfp.local: on digits, and with mistakes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -33,7 +32,9 @@ SECRETS = (
 @pytest.fixture(scope="module")
 def finished(tiny_46: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalRun, Path]:
     out = tmp_path_factory.mktemp("run")
-    inputs = {"data_uri": str(digits / "train.json"), "eval_data_uri": str(digits / "eval.json")}
+    few = digits / "hundred.json"
+    few.write_text(json.dumps(json.loads((digits / "eval.json").read_text())[:100]))
+    inputs = {"data_uri": str(digits / "train.json"), "eval_data_uri": str(few)}
     with pytest.MonkeyPatch.context() as patch:
         for name in SECRETS:
             patch.setenv(name, f"canary-{name}")
@@ -48,7 +49,7 @@ def test_all_steps_ran_and_wrote_their_outputs(finished: tuple[LocalRun, Path]) 
         assert "<html" in (out / f"{name}.html").read_text()
     assert (out / "rejects.jsonl").read_text() == ""
     scores = run.scores()
-    assert scores["samples"] == 300
+    assert scores["samples"] == 100
     assert scores["base_exact_match"] <= 0.15
 
 
@@ -98,7 +99,7 @@ def test_the_summary_contains_scores_and_paths(
     print_summary(run, out, {"without": 0.125}, out / "pipeline.yaml", {"image": "a b.png", "prompt": "Which digit?"})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     scores = run.scores()
-    assert ["300", "held-out", "samples,", "free", "generation"] in lines
+    assert ["100", "held-out", "samples,", "free", "generation"] in lines
     for model in ("base", "tuned"):
         (row,) = (line for line in lines if line[:1] == [model])
         assert row[1] == f"{scores[f'{model}_exact_match']:.3f}"
@@ -185,20 +186,23 @@ def test_wrong_arguments_end_with_exit_code_2_and_one_sentence(
 
 
 def test_a_step_without_its_store_ends_the_run_with_exit_code_75(
-    tiny_46: Path, unreachable: str, tmp_path: Path
+    tiny_46: Path,
+    unreachable: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    variables = {
-        **os.environ,
-        "AWS_ENDPOINT_URL": unreachable,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-    }
+    monkeypatch.setenv("AWS_ENDPOINT_URL", unreachable)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     arguments = ["--data", "s3://bucket/train.json", "--base-model", str(tiny_46), "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-c", "from minicpmv_finetune.cli.main import main; main()", "run"]
-    done = subprocess.run([*command, *arguments], env=variables, capture_output=True, text=True)
-    assert done.returncode == 75, done.stderr
-    assert "s3://bucket/train.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["minicpmv-finetune", "run", *arguments])
+    with warm_steps(), pytest.raises(SystemExit) as ended:
+        main()
+    errors = capfd.readouterr().err
+    assert ended.value.code == 75, errors
+    assert "s3://bucket/train.json" in errors
+    assert "Traceback" not in errors
 
 
 def test_the_page_of_outputs_lists_what_a_run_leaves(finished: tuple[LocalRun, Path]) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from minicpmv_finetune.minicpmv.generations import read_slicing_config
 from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
 from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.pipelines.demo import DEMO_CORPUS
+from tests.warm_processes import running_warm_processes
 
 Train = Callable[..., Any]
 CopyBase = Callable[..., Path]
@@ -147,9 +149,16 @@ def test_the_parity_check_refuses_a_model_that_is_not_base_and_adapter(
     assert "differ by" in found.failure
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_killed_parity_check_is_a_retryable_error(tiny_46: Path, train: Train, shards: Path, tmp_path: Path) -> None:
     adapter = train(tiny_46).folder
-    killer = threading.Thread(target=lambda: _parity_check_of(psutil.Process()).kill())
+
+    def kill_parity_check() -> None:
+        while not (running := running_warm_processes()):
+            time.sleep(0.005)
+        running[0].kill()
+
+    killer = threading.Thread(target=kill_parity_check)
     killer.start()
     with pytest.raises(RetryableError, match="ended by signal 9; it holds the model in float32"):
         merge(str(tiny_46), adapter, shards, tmp_path / "model", tmp_path / "report.json", MergeSettings())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.train import finetune
 from minicpmv_finetune.components.train.checkpoints import Checkpoints
-from minicpmv_finetune.components.train.launch import launch
+from minicpmv_finetune.components.train.launch import WORKER, launch
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.reports.training_record import read_record
+from tests.warm_processes import WarmCommand
 
 FLAGS = (
     "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0.3 --learning_rate 1e-3 --logging_steps 1 "
@@ -47,16 +49,11 @@ def _start(flags: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=variables)
 
 
-def _wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
+def _wait_for_step(messages: Iterable[str], step: int) -> None:
+    for line in messages:
         if line.startswith("train ") and f" {step * 8}/128" in line:
             return
     raise AssertionError("the training ended before that step")
-
-
-def _workers(launcher: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
 def _same(one: Path, two: Path) -> bool:
@@ -70,10 +67,10 @@ def test_a_killed_training_resumes_to_the_same_bits(
     tiny_46: Path, shards: Path, undisturbed: Path, tmp_path: Path, step: int
 ) -> None:
     flags = _flags(tiny_46, shards, tmp_path / "adapter")
-    with _start(flags) as process:
-        _wait_for_step(process, step)
-        for pid in [*_workers(process.pid), process.pid]:
-            os.kill(pid, signal.SIGKILL)
+    variables = {**os.environ, environment.PROGRESS_SECONDS.name: "0"}
+    with WarmCommand(WORKER, flags, variables) as process:
+        _wait_for_step(process.stdout, step)
+        os.kill(process.pid, signal.SIGKILL)
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == [MARK]
     launch(flags)
     assert _same(tmp_path / "adapter", undisturbed)
@@ -103,9 +100,10 @@ def test_sigterm_saves_and_another_run_continues_from_the_store(
     flags = f"--checkpoint_uri {s3_uri}/minicpmv-checkpoints/{{digest}} --save_total_limit 3"
     monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "run-7")
     with _start(_flags(tiny_46, shards, tmp_path / "first" / "adapter", flags)) as process:
-        _wait_for_step(process, 4)
+        assert process.stderr is not None
+        _wait_for_step(process.stderr, 4)
         process.send_signal(signal.SIGTERM)
-        log = process.stderr.read() if process.stderr else ""
+        log = process.stderr.read()
     assert process.returncode == 75
     assert "stopped by SIGTERM after step" in log
     assert "Traceback" not in log
