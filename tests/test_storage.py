@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.errors import AccessError, RetryableError, UserError
+from minicpmv_finetune.storage import s3
 from minicpmv_finetune.storage.failures import explain_failures
 
 if TYPE_CHECKING:
@@ -383,6 +385,18 @@ def test_threads_may_send_the_first_requests(s3_uri: str) -> None:
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", program, s3_uri], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_threads_that_begin_at_once_share_a_client(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")  # for which no other test has made one
+    together = threading.Barrier(8)
+
+    def make_client() -> object:
+        together.wait()
+        return s3.client()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: make_client(), range(8)))) == 1
 
 
 def test_an_interrupted_upload_continues(tmp_path: Path, s3_uri: str, s3_client: "S3Client") -> None:

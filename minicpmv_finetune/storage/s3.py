@@ -47,7 +47,15 @@ def client(validates_checksums: bool = True) -> "S3Client":
             objects: some servers answer a request for a part with the checksum of the whole object.
     """
     variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    return _make_client(variables, os.getpid(), validates_checksums)
+    # Threads that send their first requests at once would each make one, which takes longer than the requests.
+    with _lock_of(os.getpid()):
+        return _make_client(variables, os.getpid(), validates_checksums)
+
+
+@lru_cache(maxsize=4)
+def _lock_of(process: int) -> threading.Lock:
+    """A process's own, since one that a thread held when the process was forked would never be released."""
+    return threading.Lock()
 
 
 @lru_cache(maxsize=4)
