@@ -159,6 +159,7 @@ def test_wait_shows_a_table_on_a_terminal(
     kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
     kubeflow.outcomes["merge"] = "FAILED"
     done = command("submit", *INPUTS, "--wait", "--poll", "0")
     last = re.sub("\x1b[^A-Za-z]*[A-Za-z]", "", done.err).rpartition(": FAILED")[2]
@@ -167,6 +168,16 @@ def test_wait_shows_a_table_on_a_terminal(
     states = {row[0]: row[1] for row in rows if len(row) > 1}
     assert (states["train"], states["merge"]) == ("SUCCEEDED", "FAILED")
     assert "merge: Kubeflow does not say why" in done.err
+
+
+def test_wait_prints_lines_on_a_dumb_terminal(
+    kubeflow: FakeKubeflow, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    done = command("submit", *INPUTS, "--wait", "--poll", "0")
+    assert "train: RUNNING\n" in done.err
+    assert "\x1b" not in done.err
 
 
 def test_wait_prints_one_json_document(kubeflow: FakeKubeflow, command: Command) -> None:
