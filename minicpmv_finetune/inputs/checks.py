@@ -265,7 +265,7 @@ def _flag_places(values: Mapping[str, Any], before: str) -> list[_Place]:
 
 def _place_mistakes(places: Sequence[_Place], runs_here: bool) -> list[str]:
     """Why places cannot be used; the remote ones are looked up at the same time, and not waited for long."""
-    remote = {place.name: _LookUp(place.check) for place in places if place.is_remote}
+    remote = {place.name: _LookUp(place) for place in places if place.is_remote}
     deadline = time.monotonic() + _LOOK_UP_SECONDS
     mistakes = []
     for place in places:
@@ -279,16 +279,16 @@ def _place_mistakes(places: Sequence[_Place], runs_here: bool) -> list[str]:
 class _LookUp(threading.Thread):
     """A check that may wait for a store; the end of the process does not wait for it."""
 
-    def __init__(self, check: Callable[[], object]) -> None:
+    def __init__(self, place: _Place) -> None:
         super().__init__(daemon=True)
-        self._check = check
+        self._place = place
         self._raised: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         """Call the check."""
         try:
-            self._check()
+            self._place.check()
         except BaseException as error:
             self._raised = error
 
@@ -300,7 +300,8 @@ class _LookUp(threading.Thread):
         """
         self.join(max(deadline - time.monotonic(), 0))
         if self.is_alive():
-            raise RetryableError(f"no answer within {_LOOK_UP_SECONDS:g} seconds")
+            instead = f"; {storage.WITHOUT_HUB}" if self._place.may_be_on_hub else "."
+            raise RetryableError(f"{self._place.uri}: no answer within {_LOOK_UP_SECONDS:g} seconds{instead}")
         if self._raised:
             raise self._raised
 

@@ -8,7 +8,7 @@ Kubeflow Pipelines writes `minio://` for its built-in object store; it means the
 Other packages use only the names below: `storage.read_bytes(uri)`.
 """
 
-from .fetching import cache_folder, fetch, hub_reference, read_model_file
+from .fetching import WITHOUT_HUB, cache_folder, fetch, hub_reference, read_model_file
 from .files import (
     StoredFile,
     expand,
@@ -28,6 +28,7 @@ from .uris import is_object_uri, is_supported, join, local_path, parent, real_pa
 
 __all__ = [
     "FILES_AT_ONCE",
+    "WITHOUT_HUB",
     "StoredFile",
     "cache_folder",
     "check_upload",

@@ -18,7 +18,8 @@ from .transfers import FILES_AT_ONCE
 from .uris import is_object_uri, join, local_path, split_object_uri
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.@-]+")
-_WITHOUT_HUB = "to try without the hub, let `minicpmv-finetune tiny-base` write a small base model."
+WITHOUT_HUB = "to try without the hub, let `minicpmv-finetune tiny-base` write a small base model."
+"""What a message about a hub that does not answer ends with."""
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
@@ -52,7 +53,7 @@ def fetch(uri: str, cache_dir: Path | None = None) -> Path:
             # A mistyped path is more likely than a hub that is down.
             raise UserError(
                 f"{uri}: no such local path, and the hub cannot be reached to look for a model of that name; give a "
-                f"checkpoint's folder, an s3:// URI, or hf://{uri} to wait for the hub; {_WITHOUT_HUB}"
+                f"checkpoint's folder, an s3:// URI, or hf://{uri} to wait for the hub; {WITHOUT_HUB}"
             ) from error
     return fail_missing(uri)
 
@@ -196,8 +197,8 @@ def _explain_hub_failures(name: str) -> Iterator[None]:
         if constants.HF_HUB_OFFLINE:
             raise AccessError(
                 f"{name}: no such local path, and the hub cannot be reached to look for a model of that name, since "
-                f"HF_HUB_OFFLINE is set; unset it, or give a checkpoint's folder; {_WITHOUT_HUB}"
+                f"HF_HUB_OFFLINE is set; unset it, or give a checkpoint's folder; {WITHOUT_HUB}"
             ) from error
         raise RetryableError(
-            f"hf://{name}: the hub does not answer ({type(error).__name__}); try again; {_WITHOUT_HUB}"
+            f"hf://{name}: the hub does not answer ({type(error).__name__}); try again; {WITHOUT_HUB}"
         ) from error
