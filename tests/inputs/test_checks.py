@@ -237,7 +237,9 @@ def test_look_ups_have_a_time_limit_together(
     said = " ".join(capsys.readouterr().err.split())
     assert "data_uri: not checked before the run: s3://bucket/train.json: no answer within 0.01 seconds." in said
     # A newcomer without access to the hub learns how to go on.
-    assert "owner/name: no answer within 0.01 seconds; to try without the hub, let `minicpmv-finetune tiny-base`" in said
+    assert (
+        "owner/name: no answer within 0.01 seconds; to try without the hub, let `minicpmv-finetune tiny-base`" in said
+    )
 
 
 def test_for_a_cluster_only_stores_and_the_hub_are_looked_up(
