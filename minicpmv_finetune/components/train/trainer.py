@@ -191,6 +191,9 @@ class MiniCPMVTrainer(Trainer):
         self._order = LengthGroupedSampler(self._lengths, batch_size, self.args.data_seed or self.args.seed)
         return self._order
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """Evaluate in the order of the data; to group it by length too, transformers would read every sample."""
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         rows, self._rows = self._rows, []

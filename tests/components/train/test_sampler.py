@@ -91,9 +91,8 @@ def test_packing_and_grouping_by_length_together_are_refused() -> None:
 
 def test_training_with_grouped_lengths_has_less_padding(uneven_shards: Path, train: Train) -> None:
     flags = "--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0 --learning_rate 3e-3 --save_strategy no"
-    flags = f"{flags} --max_steps 10 --per_device_train_batch_size 4"
-    padding = [
-        read_record(train(uneven_shards, f"{flags} --group_by_length {grouped}").folder).metrics["padding"]
-        for grouped in ("false", "true")
-    ]
+    flags = f"{flags} --max_steps 10 --per_device_train_batch_size 4 --eval_strategy steps --eval_steps 10"
+    trainings = [train(uneven_shards, f"{flags} --group_by_length {grouped}") for grouped in ("false", "true")]
+    padding = [read_record(training.folder).metrics["padding"] for training in trainings]
     assert padding[1] < padding[0]
+    assert [len(training.eval_losses) for training in trainings] == [1, 1]
