@@ -17,7 +17,7 @@ from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.adapters import PEFT_PREFIX
 from minicpmv_finetune.minicpmv.generations import Generation
 
-from .trainable import count_parameters
+from .trainable import count_parameters, parameter_size
 
 _WEIGHT_AND_GRADIENT, _MOMENTS = 8, 8  # bytes of a trained parameter, all in float32
 _WHOLE, _DIVIDED = 2, 6  # the same in ZeRO-2: weight in 16 bits; its gradient, and the copy in float32
@@ -58,19 +58,37 @@ def require_memory(model: PreTrainedModel | nn.Module, training: TransformersArg
     Raises:
         UserError: Weights, gradients and the optimizer's averages alone are larger than the GPU's memory.
     """
-    config: Any = getattr(training, "hf_deepspeed_config", None)
-    is_zero2 = config is not None and config.is_zero2() and not config.is_offload()
-    if training.device.type != "cuda" or training.fsdp or (config is not None and not is_zero2):
+    if training.device.type != "cuda" or _keeps_parts_elsewhere(training):
         return
+    config: Any = getattr(training, "hf_deepspeed_config", None)
     trained, _ = count_parameters(model)
-    frozen = sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
+    frozen = float(sum(_size_in_bytes(weight) for weight in model.parameters() if not weight.requires_grad))
     moments = _MOMENTS if str(training.optim).split(".")[-1].lower() in _WITH_TWO_MOMENTS else 0
-    each = _WHOLE + (_DIVIDED + moments) / training.world_size if is_zero2 else _WEIGHT_AND_GRADIENT + moments
+    each: float = _WEIGHT_AND_GRADIENT + moments
+    remedy = "divide the parameters among several GPUs by --strategy zero3 or fsdp2"
+    if config is not None and config.is_zero2():
+        each = _WHOLE + (_DIVIDED + moments) / training.world_size
+    elif config is not None or training.fsdp:
+        each, frozen = each / training.world_size, frozen / training.world_size
+        remedy = "take more GPUs"
     needed = frozen + trained * each
     available = torch.cuda.get_device_properties(training.device).total_memory
     if needed > available:
         raise UserError(
             f"To train {trained:,} parameters, weights, gradients and optimizer need {needed / 1e9:,.0f} GB on each "
-            f"GPU, which has {available / 1e9:,.0f} GB; train adapters (--use_lora true --tune_llm false), or divide "
-            "the parameters among several GPUs by --strategy zero3 or fsdp2."
+            f"GPU, which has {available / 1e9:,.0f} GB; train adapters (--use_lora true --tune_llm false), or {remedy}."
         )
+
+
+def _keeps_parts_elsewhere(training: TransformersArguments) -> bool:
+    """Whether DeepSpeed or FSDP keeps something in main memory, or what DeepSpeed divides is not known."""
+    config: Any = getattr(training, "hf_deepspeed_config", None)
+    if config is not None:
+        return bool(config.is_offload() or not (config.is_zero2() or config.is_zero3()))
+    fsdp: Any = training.fsdp_config
+    return bool(training.fsdp and fsdp and fsdp.get("cpu_offload"))
+
+
+def _size_in_bytes(weight: nn.Parameter) -> int:
+    """Bytes of a weight, also if ZeRO-3 keeps only a part of it in this process."""
+    return parameter_size(weight) * weight.element_size() if hasattr(weight, "ds_numel") else weight.nbytes

@@ -87,7 +87,7 @@ def test_a_full_fine_tune_in_bf16_ends_where_float32_ends(version: str, tiny: Ca
 def test_a_full_fine_tune_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class _Training:
         device = torch.device("cuda")
-        fsdp = None
+        fsdp = fsdp_config = None
         optim = "adamw_torch"
 
     class _Card:
@@ -101,7 +101,9 @@ def test_a_full_fine_tune_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"128 GB on each GPU, which has 80 GB; train adapters .* zero3 or fsdp2"):
         require_memory(large, training)
     # ZeRO-2 divides all but the weights in 16 bits.
-    training.hf_deepspeed_config = SimpleNamespace(is_zero2=lambda: True, is_offload=lambda: False)
+    training.hf_deepspeed_config = SimpleNamespace(
+        is_zero2=lambda: True, is_zero3=lambda: False, is_offload=lambda: False
+    )
     training.world_size = 2
     require_memory(large, training)
     training.world_size = 1
@@ -110,6 +112,15 @@ def test_a_full_fine_tune_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyP
     training.hf_deepspeed_config.is_offload = lambda: True
     require_memory(large, training)
     del training.hf_deepspeed_config
+    # FSDP, like ZeRO-3, divides everything.
+    training.fsdp, training.fsdp_config = True, {}
+    with pytest.raises(UserError, match=r"128 GB on each GPU, which has 80 GB; train adapters .*, or take more GPUs"):
+        require_memory(large, training)
+    training.world_size = 2
+    require_memory(large, training)
+    training.world_size, training.fsdp_config = 1, {"cpu_offload": True}
+    require_memory(large, training)
+    training.fsdp = None
     large.requires_grad_(False)
     require_memory(large, training)
 
