@@ -202,7 +202,7 @@ def plan(
         settings.targets,
         settings.checkpointing,
         settings.strategy,
-        settings.loading_processes,
+        settings.loading,
     )
     if output == "json":
         print(estimate.model_dump_json(indent=1))

@@ -125,6 +125,11 @@ class Model:
         return sum(self.parameters.values())
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes of the files with the weights, in bf16."""
+        return _BF16 * self.total
+
+    @property
     def idle(self) -> int:
         """Number of parameters that do not compute a token: the experts that were not chosen for it."""
         return round(self.experts * (1.0 - self.used_experts))
@@ -334,18 +339,36 @@ def estimate_memory(model: Model, recipe: Recipe, tokens: int, patches: int, che
     }
 
 
-def estimate_main_memory(model: Model, recipe: Recipe, processes: int) -> float:
-    """Bytes of main memory on a machine in which FSDP2 starts.
+@dataclass(frozen=True)
+class Loading:
+    """How the processes of a machine load the weights into main memory, before FSDP2 divides them.
 
-    Each process has what it trains in float32 before it is divided. The frozen weights are the pages of their file, of
-    which all processes of a machine use the same.
+    Attributes:
+        processes: Number of processes.
+        converted: Bytes of a weight of another type than that of its file, bf16; 0 if the types are the same.
+    """
+
+    processes: int
+    converted: int = 0
+
+
+def estimate_main_memory(model: Model, recipe: Recipe, loading: Loading) -> float:
+    """Bytes of main memory that the processes of a machine write until FSDP2 has divided the model.
+
+    Weights in bf16 are pages of their file, of which all processes use the same and which Linux may read again. Each
+    process itself has adapters, in float32, PEFT's copies of the modules that are trained whole, and weights of another
+    type than the file's.
 
     Args:
         model: The model.
         recipe: Settings of the training.
-        processes: Number of processes on the machine.
+        loading: How the weights are loaded.
     """
-    return _FLOAT32 * model.trained(recipe) * processes + _BF16 * model.total
+    written = float(loading.converted * model.total)
+    if recipe.use_lora:
+        adapters = model.adapters(recipe)
+        written += max(loading.converted, _BF16) * (model.trained(recipe) - adapters) + _FLOAT32 * adapters
+    return written * loading.processes
 
 
 def estimate_flops(model: Model, recipe: Recipe, lengths: Sequence[int], patches: int, checkpointing: bool) -> float:

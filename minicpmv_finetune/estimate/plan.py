@@ -22,6 +22,7 @@ from minicpmv_finetune.shards.sharing import Beginnings, share_images
 from minicpmv_finetune.terminal import console
 
 from .cost import (
+    Loading,
     Model,
     Recipe,
     estimate_flops,
@@ -109,7 +110,7 @@ def estimate_run(
     targets: Targets = PUBLISHED_TARGETS,
     checkpointing: bool = False,
     strategy: str = "single GPU",
-    loading_processes: int = 0,
+    loading: Loading | None = None,
 ) -> Estimate:
     """Estimate the cost of a run.
 
@@ -125,7 +126,7 @@ def estimate_run(
         targets: Which layers get adapters.
         checkpointing: Whether activations are computed again in the backward pass.
         strategy: Name of the run's strategy in the estimate of memory.
-        loading_processes: Number of processes of a machine that load the weights into main memory.
+        loading: How the weights are loaded into main memory, where FSDP2 divides them from there.
 
     Returns:
         What the data contains, and what its training takes.
@@ -147,7 +148,7 @@ def estimate_run(
         raise UserError(_nothing_usable(data_uri, measured, rejected))
     held_out = [sample for sample in splits[1] if sample.tokens <= model_max_length] if eval_data_uri else []
     eval_samples = len(held_out) if eval_data_uri else round(eval_fraction * len(fitting))
-    main_memory = estimate_main_memory(model, recipe, loading_processes) if loading_processes else 0
+    main_memory = model.file_bytes + estimate_main_memory(model, recipe, loading) if loading else 0
     return Estimate(
         generation=encoder.generation.version,
         rejected=dict(sorted(rejected.items())),

@@ -13,7 +13,7 @@ from minicpmv_finetune.components.train.flags import (
     take_processes,
 )
 from minicpmv_finetune.errors import UserError
-from minicpmv_finetune.estimate.cost import Recipe
+from minicpmv_finetune.estimate.cost import Loading, Recipe
 from minicpmv_finetune.estimate.layers import Targets
 
 from .table import FINETUNE_INPUTS, defaults
@@ -31,14 +31,14 @@ class Planned:
         targets: Which layers get adapters.
         checkpointing: Whether activations are computed again in the backward pass.
         strategy: Name of the strategy in an estimate of memory.
-        loading_processes: Number of processes of a machine that load the weights into main memory, as FSDP2 does.
+        loading: How the weights are loaded into main memory, where FSDP2 divides them from there; otherwise None.
     """
 
     recipe: Recipe
     targets: Targets
     checkpointing: bool
     strategy: str
-    loading_processes: int
+    loading: Loading | None
 
 
 def planned(inputs: Mapping[str, Any]) -> Planned:
@@ -74,7 +74,8 @@ def planned(inputs: Mapping[str, Any]) -> Planned:
     plain = "DDP" if devices > 1 else "single GPU"
     strategy = "QLoRA" if flags.get("q_lora") else _STRATEGIES.get(str(flags.get("strategy")), plain)
     checkpointing = bool(flags.get("activation_checkpointing"))
-    loading = (processes or 1) if flags.get("strategy") == "fsdp2" else 0
+    converted = 2 if flags.get("fp16") else 4 if flags.get("bf16") is False else 0
+    loading = Loading(processes or 1, converted) if flags.get("strategy") == "fsdp2" else None
     return Planned(recipe, targets, checkpointing, strategy, loading)
 
 

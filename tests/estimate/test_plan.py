@@ -293,15 +293,24 @@ def test_a_run_is_planned_where_it_cannot_train(data: Path, tiny_46: Path, monke
     assert CliRunner().invoke(app, ["run", *words]).exit_code != 0
 
 
-def test_fsdp2_needs_main_memory_for_what_each_process_trains(data: Path, tiny_46: Path) -> None:
-    full = ["plan", "--data", str(data), "--base-model", str(tiny_46), "--no-use-lora", "--tune-llm"]
-    flags = '{"strategy": "fsdp2", "nproc_per_node": 8, "num_nodes": 2}'
-    words = [*full, "--training-flags", flags]
-    found = Estimate.model_validate_json(CliRunner().invoke(app, [*words, "--output", "json"]).stdout)
-    trained, total = found.trained_parameters, found.parameters
-    assert found.estimated_main_memory_bytes == 8 * 4 * trained + 2 * total
-    assert "on each machine while FSDP2 starts" in CliRunner().invoke(app, words).stdout
-    assert "main memory" not in CliRunner().invoke(app, full).stdout
+def test_fsdp2_needs_main_memory_for_what_each_process_has_itself(data: Path, tiny_46: Path) -> None:
+    words = ["plan", "--data", str(data), "--base-model", str(tiny_46)]
+    lora, full = ["--use-lora", "--no-tune-vision"], ["--no-use-lora", "--tune-llm"]
+
+    def estimate(kind: list[str], **flags: Any) -> Estimate:
+        given = json.dumps({"strategy": "fsdp2", "nproc_per_node": 8, "num_nodes": 2, **flags})
+        done = CliRunner().invoke(app, [*words, *kind, "--training-flags", given, "--output", "json"])
+        return Estimate.model_validate_json(done.stdout)
+
+    file = 2 * estimate(full).parameters  # in bf16, of which all processes share the pages
+    assert estimate(full).estimated_main_memory_bytes == file
+    assert estimate(full, bf16=False).estimated_main_memory_bytes == file + 8 * 2 * file
+    adapters = estimate(lora, lora_modules_to_save="none").trained_parameters
+    copied = estimate(lora).trained_parameters - adapters
+    assert estimate(lora).estimated_main_memory_bytes == file + 8 * (2 * copied + 4 * adapters)
+    text = CliRunner().invoke(app, [*words, "--training-flags", '{"strategy": "fsdp2"}']).stdout
+    assert "on each machine while FSDP2 starts" in text
+    assert "main memory" not in CliRunner().invoke(app, words).stdout
 
 
 def test_the_command_prints_tables_or_json(data: Path, tiny_46: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from minicpmv_finetune.components.train import arguments, finetune
+from minicpmv_finetune.components.train.fsdp import divide
 from minicpmv_finetune.components.train.worker import import_deepspeed
 from minicpmv_finetune.minicpmv import loss
 from minicpmv_finetune.minicpmv.batch import collate
@@ -139,9 +140,8 @@ def _under_deepspeed(strategy: str, checkpoint: Path, kind: str, dtype: str) -> 
 
 
 def _under_fsdp2(checkpoint: Path, kind: str, dtype: str) -> tuple[Any, Step, Any]:
-    """Divide as accelerate does; its own Accelerator would not do it on a CPU."""
+    """Divide as a training does; accelerate's own Accelerator would not do it on a CPU."""
     from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     settings = json.loads((STRATEGIES / "fsdp2.json").read_text())
     plugin = FullyShardedDataParallelPlugin(
@@ -158,7 +158,11 @@ def _under_fsdp2(checkpoint: Path, kind: str, dtype: str) -> tuple[Any, Step, An
         is_main_process=False,
         device=torch.device("cpu"),
     )
-    model = fsdp2_prepare_model(accelerator, prepare(checkpoint, kind, dtype, "fsdp2"))
+    model = prepare(checkpoint, kind, dtype, "fsdp2")
+    whole = [weight for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name]
+    assert {weight.dtype for weight in whole} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+    divide(accelerator, model)
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
     return model, optimizer_of(model)[1], None
 
 

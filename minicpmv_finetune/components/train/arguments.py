@@ -254,7 +254,7 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.strategy in ("zero2", "zero3"):
                 self.deepspeed = str(_STRATEGY_FOLDER / f"{self.strategy}.json")
             elif self.strategy == "fsdp2":
-                self.fsdp = "full_shard auto_wrap"
+                self.fsdp = True  # type: ignore[assignment]
                 self.fsdp_config = str(_STRATEGY_FOLDER / "fsdp2.json")
         if self.tokens_per_batch:
             self.per_device_train_batch_size = 1  # an item of the data is a whole batch

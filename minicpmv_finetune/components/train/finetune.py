@@ -55,7 +55,7 @@ from .datasets import Collator, ExampleDataset, PackDataset
 from .efficiency import Duration, measure_efficiency
 from .feature_store import is_reusable, prepare_stores
 from .flags import find_unfit_flags
-from .fsdp import prepare_for_fsdp
+from .fsdp import is_fsdp2, prepare_for_fsdp
 from .fused_lora import fuse_adapters
 from .initial_adapter import (
     GRADIENT_SAMPLES,
@@ -312,10 +312,10 @@ def _prepare_model(inputs: _Inputs, arguments: Arguments) -> _Model:
     if warning := warn_of_tower(trained, inputs.generation, arguments):
         _warn(warning)
     require_memory(trained, training)
-    if not training.deepspeed:  # which keeps a float32 copy of what it trains
-        train_in_float32(trained, inputs.generation)
     if training.fsdp:
         prepare_for_fsdp(base, trained)
+    if not training.deepspeed and not is_fsdp2(training):  # which keep float32 copies of what they train
+        train_in_float32(trained, inputs.generation)
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
         trained.enable_input_require_grads()

@@ -1,12 +1,31 @@
-"""What FSDP2 needs to divide these models, with or without adapters."""
+"""What FSDP2 needs to divide these models, with or without adapters.
 
+What is trained is kept in float32 (`masters.py`). accelerate converts it before it divides the model, so that for a
+moment each process has all of it in main memory: 8 × 32 GB for 8 billion parameters on eight GPUs. Here each process
+converts its own part afterwards, on its GPU. docs/performance.md has the memory of both.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate.accelerator
+import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .arguments import TrainingArguments
+
+
+def is_fsdp2(training: TrainingArguments) -> bool:
+    """Whether FSDP divides the model, and not its older version, which a configuration of the user's own may name."""
+    config: Any = training.fsdp_config
+    return bool(training.fsdp) and int((config or {}).get("version", 2)) == 2
+
 
 def prepare_for_fsdp(base: PreTrainedModel, trained: nn.Module) -> None:
-    """Make a model divisible by FSDP2.
+    """Make a model divisible by FSDP2, and let accelerate divide it by `divide`.
 
     Args:
         base: The base model itself.
@@ -14,6 +33,34 @@ def prepare_for_fsdp(base: PreTrainedModel, trained: nn.Module) -> None:
     """
     keep_present_classes(base)
     part_originals(trained)
+    accelerate.accelerator.fsdp2_prepare_model = divide
+
+
+def divide(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Divide a model as accelerate does, and convert what is trained to float32 afterwards.
+
+    Args:
+        accelerator: accelerate's Accelerator.
+        model: The model on the CPU, with weights of one type apart from adapters.
+
+    Returns:
+        The same model, of which this process keeps a part.
+    """
+    mesh, parallelism = (getattr(accelerator, name, None) for name in ("torch_device_mesh", "parallelism_config"))
+    without_conversion = SimpleNamespace(
+        state=accelerator.state,
+        device=accelerator.device,
+        is_main_process=accelerator.is_main_process,
+        torch_device_mesh=mesh,
+        parallelism_config=parallelism,
+        mixed_precision="no",
+    )
+    divided: nn.Module = fsdp2_prepare_model(without_conversion, model)
+    for parameter in divided.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            # An assignment to `data` would not reach this process's part, which is a tensor inside the parameter.
+            torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().float()))
+    return divided
 
 
 def keep_present_classes(model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.pipelines.demo import write_digits
 from minicpmv_finetune.reports.training_record import read_record
 from minicpmv_finetune.tracking.step_runs import StepRun
+from tests.components.train import worker_with_fsdp
 from tests.warm_processes import warm_processes
 
 
@@ -111,7 +112,10 @@ def train(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         folder = tmp_path_factory.mktemp("training") / "out"
         base = own if (own := shards.parent / "base").exists() else tiny_46
         paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(folder)]
-        launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
+        with pytest.MonkeyPatch.context() as patch:
+            if "--strategy fsdp2" in flags:
+                patch.setattr("minicpmv_finetune.components.train.launch.WORKER", worker_with_fsdp.__name__)
+            launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
         history = read_record(folder).history
         losses, eval_losses = ([entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss"))
         return Training(folder, losses, eval_losses)

@@ -1,6 +1,7 @@
 """An interrupted training continues, and its result equals that of an uninterrupted one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from minicpmv_finetune.components.train.launch import WORKER, launch
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.reports.training_record import read_record
+from tests.components.train import worker_with_fsdp
 from tests.warm_processes import WarmCommand
 
 FLAGS = (
@@ -80,6 +82,26 @@ def test_a_killed_training_resumes_to_the_same_bits(
     ]
     assert logged[0] == logged[1]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.faults_only
+@pytest.mark.parametrize("kind", ["--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0", ""])
+def test_a_training_divided_by_fsdp2_continues_to_the_same_bits(
+    half_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("minicpmv_finetune.components.train.launch.WORKER", worker_with_fsdp.__name__)
+    kept, file = tmp_path / "kept", "adapter_model.safetensors" if kind else "model.safetensors"
+    flags = "--strategy fsdp2 --bf16 true --max_steps 4 --save_strategy steps --save_steps 2 --learning_rate 1e-4"
+    for name in ("first", "again"):
+        paths = ["--model_name_or_path", str(half_shards.parent / "base"), "--data_path", str(half_shards)]
+        places = ["--checkpoint_uri", str(kept), "--output_dir", str(tmp_path / name)]
+        launch([*paths, *places, *flags.split(), *kind.split()], 2)
+        for last in kept.glob("checkpoint-4*"):
+            shutil.rmtree(last) if last.is_dir() else last.unlink()
+    assert read_record(tmp_path / "again").continued_from == 2
+    first, again = (load_file(tmp_path / name / file) for name in ("first", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_a_parent_that_is_killed_leaves_no_orphan_process(tiny_46: Path, shards: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ EVALUATION = "--eval_strategy steps --eval_steps 3 --per_device_eval_batch_size 
 STEPS = "--max_steps 5 --warmup_steps 2"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_train_adapters_as_one_does(uneven_shards: Path, train: Train, strategy: str) -> None:
     # Every other sample has no image, and the lengths differ: the loss is the mean over the tokens of all ranks, and a
     # rank with text alone must not make the other one wait.
@@ -23,7 +23,7 @@ def test_two_processes_train_adapters_as_one_does(uneven_shards: Path, train: Tr
     assert _largest_difference(one.folder, two.folder, "adapter_model.safetensors") < 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.faults_only)])
 def test_two_processes_train_the_whole_model_as_one_does(uneven_shards: Path, train: Train, strategy: str) -> None:
     one = train(uneven_shards, f"{FULL} {STEPS} --per_device_train_batch_size 4")
     two = train(uneven_shards, f"{FULL} {STEPS} --per_device_train_batch_size 2 --strategy {strategy}", 2)
@@ -51,7 +51,7 @@ def test_one_rank_may_have_no_image(uneven_shards: Path, train: Train) -> None:
 
 @pytest.mark.faults_only
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_in_bf16_end_where_one_does_in_float32(
     half_shards: Path, train: Train, strategy: str, kind: str
 ) -> None:
