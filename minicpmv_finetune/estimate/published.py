@@ -5,11 +5,12 @@ Random weights of these sizes are what `benchmarks/gpu.py` trains.
 """
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minicpmv_finetune.minicpmv.generations import Generation, generation_named
+from minicpmv_finetune.minicpmv.generations import Generation, generation_named, generation_of
 
 from .cost import Model, measure_model
 from .layers import Targets, linear_layer, part_of
@@ -30,6 +31,23 @@ def published_model(version: str, targets: Targets = _DEFAULT) -> Model:
     sizes = published_sizes(version)
     config = {"text_config": sizes["text"], "vision_config": sizes["vision"]}
     return measure_model(generation, config, [tuple(tensor) for tensor in sizes["tensors"]], targets)
+
+
+def published_model_like(config: Mapping[str, Any], place: str, targets: Targets = _DEFAULT) -> Model | None:
+    """The published model that has the sizes of a configuration; None if there is none.
+
+    Args:
+        config: Content of a config.json.
+        place: Where it is, for messages.
+        targets: Which layers get adapters.
+
+    Raises:
+        UserError: It is the configuration of another model than MiniCPM-V.
+    """
+    version = generation_of(config, place).version
+    text, published = config.get("text_config") or config, published_sizes(version)["text"]
+    is_like = all(text.get(name) == published[name] for name in ("hidden_size", "num_hidden_layers"))
+    return published_model(version, targets) if is_like else None
 
 
 def published_vision_layers(generation: Generation) -> list[str]:

@@ -7,12 +7,18 @@ read the addresses.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from kubernetes.utils.quantity import parse_quantity
+
 from minicpmv_finetune import environment, storage
 from minicpmv_finetune.components.train.flags import as_flags, pop_num_nodes, take_processes
 from minicpmv_finetune.errors import MistakesError, RetryableError, UserError
+from minicpmv_finetune.estimate.cost import estimate_main_memory
+from minicpmv_finetune.estimate.published import published_model_like
 from minicpmv_finetune.inputs.checks import check_run
+from minicpmv_finetune.inputs.planned import planned
 from minicpmv_finetune.inputs.recipe import over_recipe, recipe_for
 from minicpmv_finetune.inputs.table import INPUTS
+from minicpmv_finetune.minicpmv.generations import parse_json
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.pipelines.pipeline import Pipeline
 from minicpmv_finetune.terminal import print_sentence
@@ -75,6 +81,7 @@ def resolve_parameters(pipeline: Pipeline, given: Mapping[str, Any], profile: Pr
         mistakes += error.sentences
     flags = checked.get("training_flags", given.get("training_flags"))
     raise_mistakes(mistakes + _needs_more_gpus(flags if isinstance(flags, dict) else {}, profile))
+    raise_mistakes(_needs_more_memory(checked, base_model, profile))
     if profile.mlflow is None:
         checked["registered_model"] = ""
     return {**checked, "base_model_uri": pin_to_commit(base_model, profile) if place == "hub" else base_model}
@@ -104,6 +111,34 @@ def _needs_more_gpus(training_flags: Mapping[str, Any], profile: Profile) -> lis
     return [
         f"training_flags: nproc_per_node is {processes}, but the profile gives train {accelerator.count} "
         f"GPU{'s' * (accelerator.count > 1)}; give --gpus {processes}, or nproc_per_node {accelerator.count}."
+    ]
+
+
+def _needs_more_memory(inputs: Mapping[str, Any], base_model: str, profile: Profile) -> list[str]:
+    """A sentence if FSDP2 writes more main memory at its start than the profile gives the train step's pod.
+
+    Before the base model is fetched only the sizes of published models are known.
+    """
+    flags, train = dict(inputs.get("training_flags", {})), profile.step_settings("train")
+    if flags.get("strategy") != "fsdp2" or profile.train_on_nodes or pop_num_nodes(dict(flags)) > 1:
+        return []
+    if train.accelerator:
+        flags.setdefault("nproc_per_node", train.accelerator.count)
+    try:
+        settings = planned({**inputs, "training_flags": flags})
+        config = parse_json(storage.read_model_file(base_model, "config.json"), base_model)
+        model = published_model_like(config, base_model, settings.targets)
+    except (UserError, RetryableError):  # which the checks of the run have named, or which concern `plan` alone
+        return []
+    if model is None or settings.loading is None:
+        return []
+    needed, limit = estimate_main_memory(model, settings.recipe, settings.loading), train.memory[1]
+    if needed <= parse_quantity(limit):
+        return []
+    return [
+        f"training_flags: before fsdp2 has divided the model, {settings.loading.processes} processes write "
+        f"{needed / 1e9:,.0f} GB of main memory, but the profile limits train to {limit}; raise steps.train.memory, "
+        "train in bf16, or train fewer modules whole."
     ]
 
 

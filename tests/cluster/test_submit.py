@@ -12,6 +12,7 @@ import kfp_server_api
 import pytest
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.estimate.published import published_sizes
 from minicpmv_finetune.inputs.table import FINETUNE_INPUTS, defaults
 from minicpmv_finetune.kubeflow import client, runs
 from minicpmv_finetune.pipelines import finetune
@@ -255,6 +256,24 @@ def test_mistakes_in_inputs_are_reported_before_any_request(
     assert done.code == 2
     assert message in done.err
     assert kubeflow.requests == []
+
+
+def test_fsdp2_that_writes_more_main_memory_than_the_pod_may_have_is_refused(
+    kubeflow: FakeKubeflow, command: Command, tiny_46: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, _, commit = BASE_MODEL.partition("@")
+    snapshot = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tiny = json.loads((tiny_46 / "config.json").read_text())
+    published = {**tiny, "text_config": {**tiny["text_config"], **published_sizes("4.6")["text"]}}
+    words = ["submit", *INPUTS, "--gpus", "8", "--dry-run"]
+    in_bf16, in_float32 = '{"strategy": "fsdp2"}', '{"strategy": "fsdp2", "bf16": false}'
+    refused = "8 processes write 76 GB of main memory, but the profile limits train to 64Gi"
+    for config, flags, sentence in ((published, in_float32, refused), (published, in_bf16, ""), (tiny, in_float32, "")):
+        (snapshot / "config.json").write_text(json.dumps(config))
+        done = command(*words, "-p", f"training_flags={flags}")
+        assert (done.code, sentence in done.err) == (2 if sentence else 0, True), done.err
 
 
 def test_options_have_priority_over_the_file_of_inputs(
