@@ -28,6 +28,6 @@ def count_right(predicted: Any, labels: torch.Tensor) -> torch.Tensor:
 
 
 def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute the metric from the counts of an evaluation's samples."""
-    right, supervised = np.asarray(prediction.predictions).sum(axis=0)
+    """Compute the metric from the counts of an evaluation's samples, which may be an array for each batch."""
+    right, supervised = np.vstack(list(prediction.predictions)).sum(axis=0)
     return {"token_accuracy": float(right / supervised)}

@@ -17,3 +17,5 @@ def test_supervised_tokens_are_counted_by_sample_whatever_the_length_of_a_batch(
     assert long.tolist() == [[2, 2], [1, 2]]
     counts = np.concatenate([short.numpy(), long.numpy()])
     assert token_accuracy(EvalPrediction(counts, counts)) == {"token_accuracy": 4 / 6}
+    by_batch = [short.numpy(), long.numpy()]  # with --eval_do_concat_batches false
+    assert token_accuracy(EvalPrediction(by_batch, by_batch)) == {"token_accuracy": 4 / 6}  # type: ignore[arg-type]
