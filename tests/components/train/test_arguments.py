@@ -2,7 +2,13 @@ import socket
 
 import pytest
 
-from minicpmv_finetune.components.train.arguments import PUBLISHED_LORA_TARGETS, Arguments, as_flags, parse
+from minicpmv_finetune.components.train.arguments import (
+    PUBLISHED_LORA_TARGETS,
+    Arguments,
+    TrainingArguments,
+    as_flags,
+    parse,
+)
 from minicpmv_finetune.errors import UserError
 
 # The flags of the published finetune_lora.sh, as users have them in their launch scripts.
@@ -126,6 +132,13 @@ def test_a_value_that_cannot_be_honored_is_one_sentence(flags: str, sentence: st
         _parse(*flags.split())
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_fsdp_is_turned_on_by_true_as_training_flags_write_it() -> None:
+    config = {"version": 2, "reshard_after_forward": False}
+    training = TrainingArguments(output_dir="out", use_cpu=True, fsdp="true", fsdp_config=config)
+    assert training.fsdp_plugin_args is not None
+    assert training.fsdp_plugin_args["reshard_after_forward"] is False
 
 
 def test_half_precision_needs_a_gpu() -> None:
