@@ -188,6 +188,7 @@ def _parity_check_of(merging: psutil.Process) -> psutil.Process:
             with suppress(psutil.Error):
                 if PARITY_CHECK in child.cmdline() and child.num_threads() > 1:  # torch is imported
                     return child
+        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("warm")
