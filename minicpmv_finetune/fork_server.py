@@ -38,7 +38,10 @@ from .process_tree import INTERVAL, ProcessTree
 from .workers import end_with_parent
 
 _STDOUT, _STDERR = 1, 2
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA and AMD, and in Windows' Linux
+# Of NVIDIA (also on Jetson), AMD and Huawei, and in Windows' Linux. Not /dev/dri, which every laptop has.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg", "/dev/davinci_manager")
+# Blocked from before a fork until the fork handles them as its program does, so that none is lost in between.
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def is_possible() -> bool:
@@ -93,6 +96,8 @@ class ForkedProcess:
         self.pid = int(self._report.readline() or 0)
         if not self.pid:
             self._report.close()
+            if stdout:
+                stdout.close()
             raise ConnectionError("the fork server has ended, or cannot fork")
 
     def __enter__(self) -> Self:
@@ -140,7 +145,7 @@ class ForkClient:
         self,
         module: str,
         arguments: Sequence[str],
-        variables: Mapping[str, str] = os.environ,
+        variables: Mapping[str, str],
         leads_tree: bool = False,
         own_session: bool = False,
         kept: Sequence[int] = (),
@@ -220,9 +225,12 @@ def fork_client() -> ForkClient | None:
 
 def run_program(module: str, arguments: Sequence[str]) -> int:
     """Run `python -m MODULE …`, as a fork if this program is one; returns the exit code, or minus a signal's number."""
-    if _client is None:
+    process: ForkedProcess | None = None
+    with suppress(ConnectionError):
+        process = _client and _client.start(module, arguments, os.environ)
+    if process is None:
         return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode  # noqa: S603
-    return _client.start(module, arguments, os.environ).wait()
+    return process.wait()
 
 
 class _Server:
@@ -252,22 +260,21 @@ class _Server:
         with report.makefile("rb") as file:
             line = file.readline()
         pid = -1
-        with suppress(OSError):  # no memory is left, or too many processes
-            if line.endswith(b"\n"):  # who asks may have been killed
-                pid = os.fork()
-        if pid:
-            for number in descriptors[1:]:
-                os.close(number)
-            if pid > 0:
-                self._reports[pid] = report
-                self._say(report, pid)
-            else:
-                report.close()
-            return
-        program = _Program(**json.loads(line))
-        for connection in (self.control, report, *self._reports.values()):
-            connection.close()
-        raise _InFork(program, descriptors[1:])
+        if line.endswith(b"\n"):  # who asks may have been killed
+            program = _Program(**json.loads(line))
+            with suppress(OSError):  # no memory is left, or too many processes
+                pid = _fork(program.own_session)
+        if not pid:
+            for connection in (self.control, report, *self._reports.values()):
+                connection.close()
+            raise _InFork(program, descriptors[1:])
+        for number in descriptors[1:]:
+            os.close(number)
+        if pid > 0:
+            self._reports[pid] = report
+            self._say(report, pid)
+        else:
+            report.close()
 
     def report(self, pid: int, status: int) -> None:
         """Tell who asked for a process that it has ended."""
@@ -288,12 +295,31 @@ class _Server:
             report.sendall(f"{number}\n".encode())
 
 
+def _fork(own_session: bool) -> int:
+    """Fork as `os.fork` does, but with `_SIGNALS` blocked in the fork, and after it has its session."""
+    reader, writer = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    pid = -1
+    try:
+        pid = os.fork()
+        if not pid and own_session:
+            os.setsid()
+    finally:
+        os.close(writer)
+        if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            os.read(reader, 1)  # until the fork has closed its copy too
+        os.close(reader)
+    return pid
+
+
 def _main(control: socket.socket, imports: Sequence[str]) -> None:
     end_with_parent()
     server = _Server(control)
     try:
         for name in imports:
-            import_module(name)
+            with suppress(Exception):  # a fork that needs it imports it itself, and shows the traceback
+                import_module(name)
             # Otherwise the garbage collector of each fork would write to, and so copy, the memory that they share.
             gc.freeze()
             server.serve(0)
@@ -311,8 +337,6 @@ def _main(control: socket.socket, imports: Sequence[str]) -> None:
 
 def _take(program: _Program, descriptors: Sequence[int]) -> None:
     """Make this fork's environment, folder and output those of its program."""
-    if program.own_session:
-        os.setsid()
     for descriptor, number in zip(descriptors, (_STDOUT, _STDERR), strict=False):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -337,11 +361,12 @@ def _lead_tree(program: _Program) -> _Program:
     ours, theirs = socket.socketpair()
     server = _Server(theirs)
     tree = ProcessTree(os.fork, server.wait, server.report)
-    if not tree.pid:
+    if not tree.pid:  # in the fork, whose signals are blocked still
         theirs.close()
         _client = ForkClient(ours)
         return program
     ours.close()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         os._exit(tree.wait())
     except _InFork as fork:
@@ -355,6 +380,7 @@ def _run(program: _Program) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     tempfile.tempdir = None  # the server's
     modules: dict[str, Any] = sys.modules
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -362,7 +388,7 @@ def _run(program: _Program) -> None:
     if numpy := modules.get("numpy"):
         numpy.random.seed()  # otherwise all programs would draw the same numbers
     threads = program.variables.get("OMP_NUM_THREADS", "")
-    if (torch := modules.get("torch")) and threads.isdigit():
+    if (torch := modules.get("torch")) and threads.isdecimal() and int(threads):
         torch.set_num_threads(int(threads))  # OpenMP reads it when it is loaded
     modules.pop(program.module, None)  # it runs as `__main__`, and so is loaded again
     sys.argv = [program.module, *program.arguments]

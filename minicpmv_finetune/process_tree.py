@@ -29,7 +29,7 @@ class ProcessTree:
     """A command and all processes that it started.
 
     Attributes:
-        pid: Id of the command's process.
+        pid: Id of the command's process; -1 if it was not started, because this process was asked to end.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class ProcessTree:
             prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:
                 self._stop(signal.SIGTERM, None)  # the parent ended before the kernel was asked
-        self.pid = start()
+        self.pid = start() if not self.is_stopping else -1
 
     def wait(self) -> int:
         """Wait until no process is left, and return the command's exit code as a shell reports it."""
-        code = 1
+        code = -signal.SIGTERM  # of a command that was not started
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)

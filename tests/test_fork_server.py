@@ -5,11 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from minicpmv_finetune.fork_server import ForkServer
@@ -115,10 +115,12 @@ def test_the_number_of_threads_is_that_of_the_programs_environment(folder: Path)
     (folder / "imports_of_a_test.py").write_text("import torch")
     program = write(folder, "import torch; print(torch.get_num_threads())")
     with ForkServer(["imports_of_a_test"]) as server:
-        for threads in ("1", "3"):
+        for threads in ("1", "3", "0"):
             with server.start(program, [], {**os.environ, "OMP_NUM_THREADS": threads}, leads_tree=True) as process:
                 assert process.stdout
-                assert process.stdout.read().split() == [threads]
+                # OpenMP itself ignores the last one.
+                assert process.stdout.read().split() == [threads] or threads == "0"
+                assert process.wait() == 0
 
 
 def test_a_program_starts_others_that_are_forks_of_the_server_too(run: Run, folder: Path) -> None:
@@ -202,8 +204,49 @@ def test_a_program_may_start_before_the_last_import_or_wait_for_it(folder: Path)
             assert process.stdout.read() == "True\n"
 
 
-def test_a_server_that_cannot_import_says_so_to_who_asks(folder: Path) -> None:
+def test_a_program_whose_library_the_server_cannot_import_shows_why_itself(folder: Path) -> None:
     (folder / "imports_of_a_test.py").write_text("import no_such_library")
-    with ForkServer(["imports_of_a_test"]) as server, pytest.raises(ConnectionError):
+    with ForkServer(["imports_of_a_test"]) as server:
+        server.wait_for_imports()
+        with server.start(write(folder, "import imports_of_a_test"), [], os.environ, leads_tree=True) as process:
+            assert process.stdout
+            assert process.stdout.read().splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_library'"
+            assert process.wait() == 1
+
+
+def test_a_server_that_has_ended_says_so_to_who_asks(server: ForkServer, folder: Path) -> None:
+    server._process.kill()
+    server._process.wait()
+    with pytest.raises(ConnectionError):
         server.start(write(folder, "pass"), [], os.environ, leads_tree=True)
-    assert not psutil.pid_exists(server._process.pid)
+
+
+def test_no_signal_is_lost_while_a_fork_starts(server: ForkServer, folder: Path) -> None:
+    program = write(folder, "time.sleep(60)")
+    for number in range(20):
+        with server.start(program, [], os.environ, leads_tree=True) as process:
+            threading.Event().wait(number / 2000)  # so that it meets each part of the start
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(SECONDS) == 128 + signal.SIGTERM
+
+
+def test_a_started_fork_leads_its_group(run: Run, folder: Path) -> None:
+    other = write(folder, "time.sleep(60)", "other")
+    code, printed = run(
+        "from minicpmv_finetune.fork_server import fork_client\n"
+        "for _ in range(20):\n"
+        f"    process = fork_client().start('{other}', [], os.environ, own_session=True)\n"
+        "    os.killpg(process.pid, signal.SIGTERM)\n"
+        "    print(process.wait(), end=' ')"
+    )
+    assert (code, printed.split()) == (0, ["-15"] * 20)
+
+
+def test_a_program_runs_another_without_the_server_if_it_cannot_fork(run: Run, folder: Path) -> None:
+    other = write(folder, "print('imports_of_a_test' in sys.modules, flush=True); sys.exit(7)", "other")
+    code, printed = run(
+        "from minicpmv_finetune.fork_server import fork_client, run_program\n"
+        "fork_client()._control.shutdown(2)\n"
+        f"print(run_program('{other}', []))"
+    )
+    assert (code, printed.split()) == (0, ["False", "7"])

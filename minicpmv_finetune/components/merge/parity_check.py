@@ -200,5 +200,6 @@ def _share_of_same_predictions(found: Sequence[torch.Tensor], expected: Sequence
 
 
 if __name__ == "__main__":
-    end_with_parent()  # a merge that is killed, as for lack of memory, must not leave the model in memory
+    # A merge that is killed, as for lack of memory, must not leave the model in memory. A fork is ended by its tree.
+    end_with_parent()
     main(sys.argv[1:])

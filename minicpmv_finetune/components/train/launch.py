@@ -10,13 +10,13 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minicpmv_finetune import environment
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
-from minicpmv_finetune.fork_server import ForkedProcess, fork_client
+from minicpmv_finetune.fork_server import fork_client
 from minicpmv_finetune.options import raise_mistakes
 from minicpmv_finetune.progress import let_waiting_threads_sleep
 from minicpmv_finetune.terminal import print_sentence
@@ -144,11 +144,15 @@ def _forked_workers() -> Iterator[None]:
         return
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    def start(args: Sequence[str], env: Mapping[str, str], **options: Any) -> ForkedProcess:
-        _, _, _, module, *arguments = args  # python -u -m MODULE …
-        return client.start(module, arguments, env, own_session=True)
-
     original = subprocess_handler.Popen
+
+    def start(args: Sequence[str], env: Mapping[str, str], **options: Any) -> Any:
+        _, _, _, module, *arguments = args  # python -u -m MODULE …
+        if not options.get("stdout") and not options.get("stderr"):  # files that torchrun's own settings ask for
+            with suppress(ConnectionError):
+                return client.start(module, arguments, env, own_session=True)
+        return original(args, env=env, **options)
+
     subprocess_handler.Popen = start  # type: ignore[assignment,misc]
     try:
         yield
