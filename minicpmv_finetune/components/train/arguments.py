@@ -250,9 +250,9 @@ class TrainingArguments(transformers.TrainingArguments):
         )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_bf16_supported()
-        if str(self.fsdp).lower() == "true":
+        if str(self.fsdp).lower() in ("true", "false"):
             # As a flag's value transformers knows only the names of strategies, which it has deprecated.
-            self.fsdp = True  # type: ignore[assignment]
+            self.fsdp = str(self.fsdp).lower() == "true" or None  # type: ignore[assignment]
         if not self.deepspeed and not self.fsdp:
             if self.strategy in ("zero2", "zero3"):
                 self.deepspeed = str(_STRATEGY_FOLDER / f"{self.strategy}.json")

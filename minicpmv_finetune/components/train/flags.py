@@ -201,6 +201,8 @@ def find_mistakes(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             else:
                 is_negation = flag.values == "none"
                 values[name.removeprefix("no_") if is_negation else name] = not is_negation and value
+    if str(values.get("fsdp")).lower() == "false":
+        values["fsdp"] = None
     return values, mistakes
 
 

@@ -9,6 +9,8 @@ from minicpmv_finetune.components.train.arguments import (
     as_flags,
     parse,
 )
+from minicpmv_finetune.components.train.flags import find_flags_without_gpu, find_mistakes
+from minicpmv_finetune.components.train.worker import needs_deepspeed
 from minicpmv_finetune.errors import UserError
 
 # The flags of the published finetune_lora.sh, as users have them in their launch scripts.
@@ -139,6 +141,14 @@ def test_fsdp_is_turned_on_by_true_as_training_flags_write_it() -> None:
     training = TrainingArguments(output_dir="out", use_cpu=True, fsdp="true", fsdp_config=config)
     assert training.fsdp_plugin_args is not None
     assert training.fsdp_plugin_args["reshard_after_forward"] is False
+
+
+def test_fsdp_is_turned_off_by_false_as_training_flags_write_it() -> None:
+    values, mistakes = find_mistakes(["--fsdp", "False", "--strategy", "zero2"])
+    assert not mistakes
+    assert needs_deepspeed(values)  # which a training with FSDP leaves out
+    assert find_flags_without_gpu({**values, "use_cpu": True}) == []
+    assert not TrainingArguments(output_dir="out", use_cpu=True, fsdp="False").fsdp
 
 
 def test_half_precision_needs_a_gpu() -> None:
