@@ -6,6 +6,7 @@ some codecs torch; so it is kept beside the shards, for the next run that finds 
 """
 
 import base64
+import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.shards.format import Manifest, ShardReader, read_manifest
 
-PREVIEWS_FILE = "previews-1.json"
-"""Where previews are kept; the number changes when they do."""
+PREVIEWS_FILE = f"previews-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+"""Where previews are kept; another version of this module makes its own."""
 
 _PREVIEWS: dict[Split, int] = {"train": 10, "eval": 2}  # number of samples
 _SLICES_PER_PREVIEW = 40
