@@ -48,14 +48,18 @@ def client(validates_checksums: bool = True) -> "S3Client":
     """
     variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     # Threads that send their first requests at once would each make one, which takes longer than the requests.
-    with _lock_of(os.getpid()):
+    with _lock:
         return _make_client(variables, os.getpid(), validates_checksums)
 
 
-@lru_cache(maxsize=4)
-def _lock_of(process: int) -> threading.Lock:
-    """A process's own, since one that a thread held when the process was forked would never be released."""
-    return threading.Lock()
+def _renew_lock() -> None:
+    """Give a forked process a lock of its own: one that a thread held then would never be released."""
+    global _lock
+    _lock = threading.Lock()
+
+
+_lock = threading.Lock()
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @lru_cache(maxsize=4)
