@@ -274,5 +274,5 @@ def read_inputs(inputs: Sequence[Input], given: Mapping[str, Any]) -> tuple[dict
             mistakes.append(str(error))
     for item in inputs:
         if item.default is REQUIRED and given.get(item.name) in (None, ""):
-            mistakes.append(f"{item.name}: missing; give this input, as in -p {item.name}=… ({item.help})")
+            mistakes.append(f"{item.name}: missing; give this input ({item.help})")
     return checked, mistakes
