@@ -38,6 +38,7 @@ FILES_MARK = ".minicpmv-finetune-files.json"
 _LOCK = ".minicpmv-finetune-lock"
 _SECONDS_TO_LOCK = 60
 _PARTIAL = ".minicpmv-finetune-partial-"
+_UNFINISHED = (_PARTIAL, f".{MARK}.", f".{FILES_MARK}.")  # the last two: `storage.write_bytes` renames a written file
 _OF_FILE_SYSTEM = "lost+found"  # a folder at the root of a new ext4 volume
 _COMPLETING = ("dataset.json", "manifest.json", "training.json", "config.json")
 _UNMARKED: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -200,8 +201,7 @@ def check_folder(out: str | Path, step: str, inputs: Mapping[str, str]) -> _Mark
     path = storage.real_path(str(out))
     _refuse_overlap(str(out), path, inputs)
     known = _refuse_foreign_files(out, path, step)
-    # Nothing is created for this: another attempt of the same step may be about to write into the folder.
-    _try_to_write(out, next(folder for folder in (path, *path.parents) if folder.exists()))
+    _try_to_write(out, path)
     return known
 
 
@@ -273,8 +273,7 @@ def check_file(out: Path, step: str) -> None:
     path = storage.real_path(str(out))
     if path.is_dir():
         raise UserError(f"{out}: is a folder, but {step} writes a file; add a name.")
-    for folder in _create(out, path.parent):
-        folder.rmdir()
+    _try_to_write(out, path.parent)
 
 
 @contextmanager
@@ -370,8 +369,7 @@ def check_workspace(
         link = path / name
         if os.path.lexists(link) and not (link.is_symlink() and link.resolve().is_relative_to(path)):
             raise UserError(f"{link}: {step} would replace this with a link to its result; move it away.")
-    for folder in _create(out, path):
-        folder.rmdir()
+    _try_to_write(out, path)
     return is_known
 
 
@@ -485,9 +483,15 @@ def _create(out: str | Path, path: Path) -> list[Path]:
     return missing
 
 
-def _try_to_write(out: str | Path, folder: Path) -> None:
-    with _explained(out), tempfile.TemporaryFile(dir=folder):
-        pass
+def _try_to_write(out: str | Path, path: Path) -> None:
+    """Write into a folder, or into the next parent that exists.
+
+    The folder is not created for this: another attempt of the same step may be about to write into it.
+    """
+    with _explained(out):
+        folder = next(folder for folder in (path, *path.parents) if folder.exists())
+        with tempfile.TemporaryFile(prefix=_PARTIAL, dir=folder):
+            pass
 
 
 @contextmanager
@@ -511,6 +515,7 @@ def _make_staging(out: Path, inside: bool) -> tuple[Path, int]:
             if time.time() - lock.stat().st_mtime > _SECONDS_TO_LOCK:
                 shutil.rmtree(lock.parent)
                 print_sentence(f"{lock.parent}: what an interrupted attempt left is removed.")
+    parent.mkdir(parents=True, exist_ok=True)  # another attempt that failed may have removed it
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     held = os.open(staging / _LOCK, os.O_CREAT | os.O_WRONLY)
     with suppress(OSError):  # of a file system without locks, where nothing is removed either
@@ -527,9 +532,9 @@ def _has_no_place_beside(path: Path) -> bool:
 
 
 def _names_in(folder: Path) -> set[str]:
-    """Names of what is in a folder, without what belongs to the file system and what an interrupted attempt left."""
+    """Names of what is in a folder, without what belongs to the file system and what an attempt has not finished."""
     names = {entry.name for entry in folder.iterdir()} - _names_of_file_system(folder)
-    return {name for name in names if not name.startswith(_PARTIAL)}
+    return {name for name in names if not name.startswith(_UNFINISHED)}
 
 
 def _names_of_file_system(folder: Path) -> set[str]:
@@ -537,11 +542,11 @@ def _names_of_file_system(folder: Path) -> set[str]:
 
 
 def _entries_below(folder: Path) -> Iterator[str]:
-    """Relative paths of files and empty folders, without the mark and what an interrupted attempt left."""
+    """Relative paths of files and empty folders, without the mark and what an attempt has not finished."""
     skipped = {MARK, *_names_of_file_system(folder)}
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
-        is_skipped = relative.parts[0] in skipped or relative.parts[0].startswith(_PARTIAL)
+        is_skipped = relative.parts[0] in skipped or relative.parts[0].startswith(_UNFINISHED)
         if not is_skipped and (path.is_symlink() or not path.is_dir() or not any(path.iterdir())):
             yield relative.as_posix()
 

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import pytest
 from minicpmv_finetune.components.train.checkpoints import claim_local_folder, local_folder
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.outputs import (
+    FILES_MARK,
     MARK,
     check_cache,
+    check_file,
     check_object_folder,
     claim_workspace,
     claimed_files,
@@ -531,17 +534,53 @@ def test_a_file_of_the_same_name_that_appears_while_a_step_runs_is_not_replaced(
     assert (tmp_path / "two" / "config.json").read_text() == "mine"
 
 
-def _claim_together(folder: Path, together: Barrier, rounds: int) -> None:
+@pytest.mark.parametrize("mark", [MARK, FILES_MARK])
+def test_a_mark_that_another_attempt_is_writing_is_not_foreign(mark: str, tmp_path: Path) -> None:
+    out, workspace = tmp_path / "out", tmp_path / "workspace"
+    for content in ("first", "second"):
+        for folder in (out, workspace):
+            folder.mkdir(exist_ok=True)
+            (folder / f".{mark}.4711").write_text("{")
+        write(out, content=content)
+        assert (out / "manifest.json").read_text() == content
+        claim_workspace(workspace, "demo", {})
+
+
+def test_an_attempt_that_fails_may_remove_the_folders_of_another_one(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with ExitStack() as second:
+        with suppress(InterruptedError), claimed_folder(out, "merge", {}):
+            place = second.enter_context(claimed_folder(out, "merge", {}))
+            raise InterruptedError
+        with place.assembled() as folder:
+            (folder / "config.json").write_text("{}")
+    assert (out / "config.json").read_text() == "{}"
+
+
+def _claim_folder(out: Path) -> None:
+    with claimed_folder(out, "preprocess", {}):
+        pass
+
+
+def _claim_workspace(out: Path) -> None:
+    claim_workspace(out, "demo", {})
+
+
+def _check_file(out: Path) -> None:
+    check_file(out, "compile")
+
+
+def _claim_together(claim: Callable[[Path], None], folder: Path, together: Barrier, rounds: int) -> None:
     for number in range(rounds):
         together.wait()
-        with claimed_folder(folder / str(number) / "shards", "preprocess", {}):
-            together.wait()
+        claim(folder / str(number) / "a/b/c/d/e/f/g/h")  # deep: if folders were created to look, it would take a while
 
 
-def test_two_attempts_of_a_step_may_begin_at_the_same_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("claim", [_claim_folder, _claim_workspace, _check_file])
+def test_two_attempts_of_a_step_may_begin_at_the_same_moment(claim: Callable[[Path], None], tmp_path: Path) -> None:
     processes = multiprocessing.get_context("fork")
     together = processes.Barrier(2, timeout=60)
-    attempts = [processes.Process(target=_claim_together, args=(tmp_path, together, 20)) for _ in range(2)]
+    attempts = [processes.Process(target=_claim_together, args=(claim, tmp_path, together, 20)) for _ in range(2)]
     for attempt in attempts:
         attempt.start()
     for attempt in attempts:
