@@ -225,12 +225,10 @@ def fork_client() -> ForkClient | None:
 
 def run_program(module: str, arguments: Sequence[str]) -> int:
     """Run `python -m MODULE …`, as a fork if this program is one; returns the exit code, or minus a signal's number."""
-    process: ForkedProcess | None = None
-    with suppress(ConnectionError):
-        process = _client and _client.start(module, arguments, os.environ)
-    if process is None:
-        return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode  # noqa: S603
-    return process.wait()
+    if _client:
+        with suppress(ConnectionError):
+            return _client.start(module, arguments, os.environ).wait()
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode  # noqa: S603
 
 
 class _Server:
