@@ -362,7 +362,9 @@ def _allow_open_files(files: int, folder: Path) -> None:
 def _open(source: Any, name: str, **options: Any) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(source, **options)
-    except pa.ArrowInvalid as error:
+    except (OSError, pa.ArrowInvalid) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's fault, not the file's
+            raise
         raise UserError(f"{name}: damaged ({error}); run preprocess again.") from error
 
 

@@ -199,6 +199,22 @@ def test_only_damaged_shards_are_listed(folder: Path) -> None:
     assert damaged_shards(folder, [other]) == [other]
 
 
+def test_a_damaged_footer_is_refused_in_one_sentence(folder: Path) -> None:
+    path = folder / read_manifest(folder).shards["train"][0].file
+    intact = path.read_bytes()
+    first = len(intact) - 8 - int.from_bytes(intact[-8:-4], "little")
+    refused = []
+    for place in range(first, len(intact), 3):
+        path.unlink()
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 0x5A]) + intact[place + 1 :])
+        try:
+            ShardReader(folder, "train")
+        except UserError as error:
+            refused.append(str(error))
+    assert any("thrift" in sentence for sentence in refused)  # for which pyarrow raises an OSError
+    assert all(sentence.endswith("run preprocess again.") for sentence in refused)
+
+
 def test_a_read_that_fails_once_is_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, failures = pq.ParquetFile.read_row_group, [OSError("transfer"), pa.ArrowInvalid("CRC")]
     calls = itertools.count(1)
