@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import io
 import itertools
@@ -281,6 +282,7 @@ def test_a_file_in_a_store_is_read_like_a_local_one(monkeypatch: pytest.MonkeyPa
 def few_files() -> Iterator[int]:
     """Lets this process open only a few more files, unless it asks for more; the number that are open."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()  # otherwise files of earlier tests would be closed in between
     opened = len(list(Path("/dev/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 8, limits[1]))
     yield opened
