@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.cores import share_cores
 from minicpmv_finetune.permanent_errors import permanent_error_marked
-from minicpmv_finetune.progress import let_waiting_threads_sleep, quieten_libraries
+from minicpmv_finetune.progress import quieten_libraries
 from minicpmv_finetune.run_records import working_for
 from minicpmv_finetune.tracking.step_runs import note_failure, note_fault
 
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 # A component imports this module first, and its libraries read these settings when they are imported.
 quieten_libraries()
-let_waiting_threads_sleep()
+share_cores()
 
 
 def run_step(step: str, output_uri: str, inputs: Mapping[str, object], work: Callable[[], T]) -> T:

@@ -126,6 +126,7 @@ NODES = Variable("PET_NNODES", "number of nodes, set by Kubeflow Trainer")
 NODE_RANK = Variable("PET_NODE_RANK", "number of this node, set by Kubeflow Trainer", "0")
 PROCESSES_A_NODE = Variable("PET_NPROC_PER_NODE", "training processes a node; a number, or cpu, gpu or auto")
 MAX_RESTARTS = Variable("PET_MAX_RESTARTS", "how often torchrun starts its processes again")
+THREADS = Variable("OMP_NUM_THREADS", "threads of a process; by default its share of the cores that it may use")
 ACCELERATE_USE_DEEPSPEED = Variable("ACCELERATE_USE_DEEPSPEED", "Accelerate's own; `true` asks for DeepSpeed")
 ALLOCATOR = Variable(
     "PYTORCH_ALLOC_CONF",

@@ -111,13 +111,3 @@ def quieten_libraries() -> None:
     if not Path("/dev/nvidiactl").exists():
         # Without this setting DeepSpeed warns that it falls back to the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def let_waiting_threads_sleep() -> None:
-    """Let threads that wait for each other in torch's loops sleep soon; called before torch is imported.
-
-    They spin first, by default for so long that on a busy machine they take the cores from other processes. On two
-    cores, seconds for the same training steps alone and beside two busy processes: 10.9 and 61 by default, 16.9 and 23
-    without spinning (OMP_WAIT_POLICY=PASSIVE), 11.7 and 24 with this value.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

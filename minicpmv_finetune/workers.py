@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any, TypeVar, TypeVarTuple
 
+from .cores import cores
 from .errors import RetryableError, UserError
 
 Arguments = TypeVarTuple("Arguments")
@@ -35,11 +36,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Loaded here, because a forked process of a parent with threads might wait forever for the loader's lock.
 _C_LIBRARY = ctypes.CDLL(None)
 _SECONDS_BETWEEN_CHECKS = 1.0
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from minicpmv_finetune.cores import share_cores
 from minicpmv_finetune.errors import RetryableError, UserError, end_process, explain_disk_errors
-from minicpmv_finetune.progress import let_waiting_threads_sleep, quieten_libraries, shows_unicode
+from minicpmv_finetune.progress import quieten_libraries, shows_unicode
 from minicpmv_finetune.terminal import WIDEST
 
 from . import kubeflow, local, models, serving, steps
@@ -73,7 +74,7 @@ def greet(
 def main() -> None:
     """Entry point of `minicpmv-finetune`."""
     quieten_libraries()
-    let_waiting_threads_sleep()
+    share_cores()
     for stream in (sys.stdout, sys.stderr):
         # In an encoding without these characters, an answer or a check mark must not end the program.
         if isinstance(stream, io.TextIOWrapper) and not shows_unicode(stream):

@@ -8,10 +8,11 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from minicpmv_finetune.progress import let_waiting_threads_sleep, quieten_libraries
+from minicpmv_finetune.cores import share_cores
+from minicpmv_finetune.progress import quieten_libraries
 
 quieten_libraries()
-let_waiting_threads_sleep()
+share_cores()
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["_KFP_RUNTIME"] = "true"  # by which KFP itself imports only what a step needs
 _modules: dict[str, Any] = sys.modules

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.cores import cores
 from minicpmv_finetune.data.samples import (
     DatasetInfo,
     Reject,
@@ -57,7 +58,7 @@ from minicpmv_finetune.shards.format import (
 )
 from minicpmv_finetune.terminal import print_sentence
 from minicpmv_finetune.tracking.step_runs import step_run
-from minicpmv_finetune.workers import cores, kill_workers, require_living_workers, shared_counter, worker_pool
+from minicpmv_finetune.workers import kill_workers, require_living_workers, shared_counter, worker_pool
 
 from .finished_shards import FinishedShards
 from .report import PREVIEWS_FILE, Preview, dump_previews, load_previews, preview_samples, write_report

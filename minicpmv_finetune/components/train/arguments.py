@@ -8,7 +8,6 @@ training finds its checkpoints: always, never, or `UNLESS_DEFAULT`; `training_id
 transformers.
 """
 
-import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.cores import cores
 from minicpmv_finetune.errors import UserError, first_line
 from minicpmv_finetune.minicpmv.generations import PUBLISHED_LORA_TARGETS
 from minicpmv_finetune.workers import SHARED_MEMORY
@@ -280,7 +280,7 @@ def _default_workers() -> int:
     except OSError:
         return 0
     processes = int(environment.LOCAL_WORLD_SIZE.read() or 1)
-    return min(4, (os.cpu_count() or 1) // processes) if shared_memory >= _LOADER_MEMORY else 0
+    return min(4, cores() // processes) if shared_memory >= _LOADER_MEMORY else 0
 
 
 @dataclass

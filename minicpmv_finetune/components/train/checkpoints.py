@@ -5,7 +5,6 @@ counts only if its seal `checkpoint-N.json`, written last, is beside it and ever
 otherwise the checkpoint before it is used. The layout is the same in a folder and in an object store.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minicpmv_finetune import storage
+from minicpmv_finetune.cores import cores
 from minicpmv_finetune.errors import RetryableError, UserError
 from minicpmv_finetune.outputs import check_workspace, claim_workspace, release_workspace, work_folder
 from minicpmv_finetune.terminal import print_sentence
@@ -396,5 +396,5 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _sha256_of_all(paths: Sequence[Path]) -> list[str]:
     """The sha256 of files, several at a time: one core computes it more slowly than a disk reads."""
-    with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as readers:
+    with ThreadPoolExecutor(min(_MAX_READERS, cores())) as readers:
         return list(readers.map(storage.file_sha256, paths))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.cores import cores, share_cores
 from minicpmv_finetune.errors import USER_ERROR_EXIT, RetryableError, SentenceExit, StoppedError, UserError
 from minicpmv_finetune.fork_server import fork_client
 from minicpmv_finetune.options import raise_mistakes
-from minicpmv_finetune.progress import let_waiting_threads_sleep
 from minicpmv_finetune.terminal import print_sentence
 
 from .flags import check_flags, find_missing_gpus, take_processes
@@ -96,9 +96,10 @@ def _prepare_environment(processes: int) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    share_cores()
     # Each process computes with its share of the cores; torchrun alone would give each a single core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-    let_waiting_threads_sleep()
+    if environment.THREADS.read() in {"", str(cores())}:  # `share_cores` may have set those of a single process
+        os.environ[environment.THREADS.name] = str(max(cores() // processes, 1))
     os.environ.setdefault(environment.ALLOCATOR.name, environment.ALLOCATOR.read())
 
     # Otherwise restarted processes find the addresses of their predecessors in the store of torchrun's agent.

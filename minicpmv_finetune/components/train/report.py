@@ -1,6 +1,5 @@
 """The report of a training, one HTML page without other files: curves, metrics, hardware, and the exact command."""
 
-import os
 import platform
 import shlex
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from minicpmv_finetune import environment
+from minicpmv_finetune.cores import cores
 from minicpmv_finetune.reports.curves import curves_of
 from minicpmv_finetune.reports.pages import write_page
 from minicpmv_finetune.reports.training_record import TrainingRecord
@@ -35,7 +35,7 @@ def write_report(path: Path, record: TrainingRecord, command: Sequence[str]) -> 
 
 def _facts(record: TrainingRecord) -> dict[str, str]:
     trained, total = record.parameters["trainable"], record.parameters["total"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores()} cores"
     return {
         "Base model": record.base_model,
         "Generation": f"MiniCPM-V {record.generation}",
