@@ -187,5 +187,7 @@ def normalize_pixels(pixels: torch.Tensor, resampler: ResizingLibrary, dtype: to
     """
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
+    if pixels.device.type == "cpu":  # less than half the time of the table
+        return _normalize(pixels.float(), resampler).to(dtype)
     table = _normalized_values(resampler).to(pixels.device, dtype, non_blocking=True)
     return table.index_select(0, pixels.flatten().int()).view(pixels.shape)

@@ -26,7 +26,7 @@ def _batches(resampler: ResizingLibrary) -> tuple[dict[str, torch.Tensor], dict[
 
 
 @pytest.mark.parametrize("resampler", ["pillow", "torchvision"])
-def test_the_table_has_the_bits_of_the_processors_arithmetic(resampler: ResizingLibrary) -> None:
+def test_the_table_and_the_arithmetic_give_the_same_bits(resampler: ResizingLibrary) -> None:
     floats, integers = _batches(resampler)
     assert integers["pixel_values"].dtype == torch.uint8
     for dtype in (torch.float32, torch.bfloat16):
