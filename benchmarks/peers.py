@@ -35,6 +35,7 @@ from minicpmv_finetune.components.validate_data.validate import ValidationSettin
 from minicpmv_finetune.reports.training_record import read_record
 
 FOLDER = Path("build/bench/peers")
+_ENVIRONMENT = dict(os.environ)  # without what our own trainings set in it
 LONGEST = 8192
 BATCH = 4
 SHARED = {
@@ -205,7 +206,7 @@ def _train_trl(python: Path) -> float:
 
 def _run_peer(name: str, command: list[str], processes: int = 1, further: Mapping[str, str] | None = None) -> str:
     """Run another project's training without a GPU, network or this environment's packages; returns its output."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(further or {})}
+    environment = {**_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(further or {})}
     environment["OMP_NUM_THREADS"] = _threads(processes)
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
