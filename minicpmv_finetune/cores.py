@@ -19,6 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from . import environment
+
 _CGROUP = Path("/sys/fs/cgroup")
 _LOAD = Path("/proc/loadavg")
 _READINGS = 5
@@ -38,10 +40,11 @@ def share_cores() -> None:
     """
     limited = cores() < _bound_to()
     if limited:  # otherwise torch counts them itself, and does not count two threads of one core
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
-    # Of a limit, spinning would use up what computing needs.
-    turns = _TURNS_BESIDE_OTHERS if limited or _others_run() else _TURNS_ALONE
-    os.environ.setdefault("GOMP_SPINCOUNT", str(turns))
+        os.environ.setdefault(environment.THREADS.name, str(cores()))
+    if not environment.SPIN_TURNS.read():
+        # Of a limit, spinning would use up what computing needs.
+        turns = _TURNS_BESIDE_OTHERS if limited or _others_run() else _TURNS_ALONE
+        os.environ[environment.SPIN_TURNS.name] = str(turns)
 
 
 def _bound_to() -> int:

@@ -127,6 +127,10 @@ NODE_RANK = Variable("PET_NODE_RANK", "number of this node, set by Kubeflow Trai
 PROCESSES_A_NODE = Variable("PET_NPROC_PER_NODE", "training processes a node; a number, or cpu, gpu or auto")
 MAX_RESTARTS = Variable("PET_MAX_RESTARTS", "how often torchrun starts its processes again")
 THREADS = Variable("OMP_NUM_THREADS", "threads of a process; by default its share of the cores that it may use")
+SPIN_TURNS = Variable(
+    "GOMP_SPINCOUNT",
+    "turns that waiting threads spin before they sleep; by default 10000 on free cores, otherwise 1000",
+)
 ACCELERATE_USE_DEEPSPEED = Variable("ACCELERATE_USE_DEEPSPEED", "Accelerate's own; `true` asks for DeepSpeed")
 ALLOCATOR = Variable(
     "PYTORCH_ALLOC_CONF",

@@ -19,8 +19,10 @@ from tests.servers import MlflowServer, Webhook, listens
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-# Test processes run side by side; without this each would start a thread per core for every matrix product.
+# Test processes run side by side; without this each would start a thread per core for every matrix product, and find
+# out first whether it runs alone.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # After a fault a step tries again once, at once.
 os.environ.setdefault("MINICPMV_FINETUNE_RETRY_WAITS", "0")

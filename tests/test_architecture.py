@@ -13,7 +13,8 @@ STEPS = ("validate_data", "preprocess", "train", "merge", "evaluate", "register"
 # From the lowest to the highest; a room imports only from layers below its own.
 LAYERS = (
     ("moved_modules", "terminal"),
-    ("errors", "environment", "cores"),
+    ("errors", "environment"),
+    ("cores",),
     (
         "container_images",
         "kubernetes_terms",
