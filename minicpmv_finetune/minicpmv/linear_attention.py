@@ -17,6 +17,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, a
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
 from .delta_rule import gated_delta_rule, read_states
+from .delta_rule_loop import loop_fits
 from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples, shared_states
 
 
@@ -34,8 +35,28 @@ def without_gpu_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-for _name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
-    setattr(qwen3_5, f"torch_{_name}", without_gpu_by_torch(getattr(qwen3_5, f"torch_{_name}")))
+def in_loop_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of transformers that computes the delta rule for a generation do so in loops where these fit."""
+
+    @wraps(function)
+    def chosen(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not loop_fits(key, value):
+            plain: tuple[torch.Tensor, torch.Tensor | None] = function(query, key, value, g, beta, **options)
+            return plain
+        if options.get("use_qk_l2norm_in_kernel"):
+            query, key = l2norm(query.float()), l2norm(key.float())
+        copies = value.shape[2] // key.shape[2]
+        query, key = (states.repeat_interleave(copies, dim=2) for states in (query, key))
+        output, last = read_states(query, key, value, g, beta, initial=options.get("initial_state"))
+        return output.to(value.dtype), last if options.get("output_final_state") else None
+
+    return chosen
+
+
+for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+    setattr(qwen3_5, _name, in_loop_on_cpu(without_gpu_by_torch(getattr(qwen3_5, _name))))
 for _name in ("causal_conv1d_fn", "causal_conv1d_update"):
     setattr(qwen3_5, _name, without_gpu_by_torch(getattr(qwen3_5, _name)))
 

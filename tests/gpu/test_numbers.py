@@ -15,8 +15,8 @@ from minicpmv_finetune.components.train.fused_lora import fuse_adapters
 from minicpmv_finetune.components.train.trainable import make_trainable
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.checkpoint import load_model
-from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.minicpmv.delta_rule import gated_delta_rule
+from minicpmv_finetune.minicpmv.generations import Generation
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.minicpmv.tiny_checkpoint import VERSIONS

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
@@ -64,6 +65,27 @@ def test_packed_samples_equal_single_samples(
     del arguments["position_ids"]
     single = torch.cat([layers[1](sample) for sample in packed.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(layers[0](packed, **arguments), single, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [("torch_chunk_gated_delta_rule", 70), ("torch_recurrent_gated_delta_rule", 1)]
+)
+def test_a_generation_takes_the_loops_and_equals_transformers(name: str, length: int) -> None:
+    chosen: Any = getattr(qwen3_5, name)
+    sizes = [(2, length, 2, 16), (2, length, 2, 16), (2, length, 4, 8), (2, length, 4), (2, length, 4)]
+    query, key, value, decay, beta = (torch.randn(size) for size in sizes)
+    options = {
+        "initial_state": torch.randn(2, 4, 16, 8),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+    }
+    with torch.inference_mode():
+        ours, theirs = (
+            rule(query, key, value, -decay.abs(), beta.sigmoid(), **options) for rule in (chosen, chosen.__wrapped__)
+        )
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ours[1], theirs[1])  # it was computed in another way
 
 
 def test_a_kernel_is_not_called_for_tensors_of_a_cpu() -> None:
