@@ -137,7 +137,7 @@ class _FusedLora(torch.autograd.Function):
             if mask is None:
                 grad_x.addmm_(grad_hidden, lora_a)
             else:
-                grad_x.add_((grad_hidden @ lora_a).mul_(mask))
+                grad_x.addcmul_(grad_hidden @ lora_a, mask)
             grad_x = grad_x.view(x.shape)
         grad_a = grad_hidden.t() @ (flat_x if mask is None else flat_x * mask) if needs_a else None
         grad_b = (grad_output.t() @ hidden).mul_(ctx.scale) if needs_b else None
