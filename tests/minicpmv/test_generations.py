@@ -129,6 +129,17 @@ def test_generation_with_a_cache_equals_plain_forward_passes(loaded: Loaded) -> 
     assert generated[0].tolist() == ids
 
 
+@torch.no_grad()
+def test_generation_computes_the_logits_of_a_prompts_last_token_alone(loaded: Loaded) -> None:
+    computed: list[int] = []
+    hook = loaded.model.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: computed.append(logits.shape[1])
+    )
+    loaded.model.generate(**loaded.collate(loaded.inputs), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    hook.remove()
+    assert computed == [1, 1, 1]
+
+
 def test_a_batch_without_images_gives_the_vision_modules_zero_gradients(loaded: Loaded) -> None:
     # Otherwise the other processes would wait forever for a process whose batch has no image.
     text_only = next(sample for sample in loaded.inputs if not sample.slices)
