@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import MARK
 from minicpmv_finetune.permanent_errors import MARKER_NAME
 
 RUN_FILE = "run.json"
@@ -223,12 +224,15 @@ class Step:
 
 
 def _identity(path: Path) -> str:
-    """What tells the content of a file or folder from another; empty if there is none."""
+    """What tells the content of a file or folder from another; empty if there is none.
+
+    A step's mark in its folder has the time of each file, which changes when validate-data writes the same again.
+    """
     if not path.exists():
         return ""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and file.name != MARK:
             facts = file.stat()
             content = file.read_bytes() if facts.st_size <= _SMALL_FILE else f"{facts.st_size} {facts.st_mtime_ns}"
             content_digest = hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()

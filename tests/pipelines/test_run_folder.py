@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minicpmv_finetune.errors import UserError
+from minicpmv_finetune.outputs import claimed_folder
 from minicpmv_finetune.pipelines.run_folder import (
     FINISHED_FILE,
     Step,
@@ -116,6 +117,16 @@ def test_a_step_whose_inputs_or_outputs_changed_is_done_again(run: Path, file: s
     else:
         (run / file).write_text("changed")
     assert not reused(run)
+
+
+def test_a_step_is_reused_after_the_one_before_it_has_written_the_same_again(tmp_path: Path) -> None:
+    for attempt in ("first", "second"):
+        with claimed_folder(tmp_path / "shards", "preprocess", {}) as output, output.assembled() as staging:
+            (staging / "manifest.json").write_text("{}")
+        (tmp_path / "train").mkdir(exist_ok=True)
+        step = Step(command(tmp_path))
+        assert (step.finished(step.key()) is not None) == (attempt == "second")
+        step.finish(step.key(), "loss 1", 2.0)
 
 
 def test_a_new_attempt_does_not_find_what_a_failed_one_left_but_its_checkpoints(run: Path) -> None:
