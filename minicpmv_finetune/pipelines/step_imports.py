@@ -10,6 +10,7 @@ from typing import Any
 
 from minicpmv_finetune.cores import share_cores
 from minicpmv_finetune.progress import quieten_libraries
+from minicpmv_finetune.tracking.step_runs import import_mlflow
 
 quieten_libraries()
 share_cores()
@@ -19,4 +20,4 @@ _modules: dict[str, Any] = sys.modules
 _modules |= {"bitsandbytes": None, "deepspeed": None}  # as in trainings that need neither, see `train.worker`
 
 import_module("kfp.dsl.executor_main")
-import_module("mlflow.store.tracking.sqlalchemy_store")
+import_mlflow(with_database=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from minicpmv_finetune import storage
@@ -312,8 +313,10 @@ def test_rows_are_in_the_order_of_the_data(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("generation", ["2.6", "4.6"])
 def test_a_step_that_finds_everything_imports_neither_torch_nor_transformers(
-    generation: str, dataset: Dataset, tiny: Callable[[str], Path]
+    generation: str, dataset: Dataset, tiny: Callable[[str], Path], empty_database: Path
 ) -> None:
+    """Nor pandas, which MLflow would import."""
+    tracking = shutil.copy(empty_database, dataset.folder / "mlflow.db")
     shutil.rmtree(dataset.base_model)
     shutil.copytree(tiny(generation), dataset.base_model)
     code = (
@@ -321,12 +324,17 @@ def test_a_step_that_finds_everything_imports_neither_torch_nor_transformers(
         "folder, base, name = sys.argv[1:]; folder = Path(folder); "
         "step.preprocess(folder / 'dataset', base, folder / name, folder / f'{name}.jsonl', step.PreprocessSettings(), "
         "num_workers=1, report=folder / f'{name}.html'); "
-        "(folder / f'{name}.imported').write_text(' '.join(sorted({'torch', 'transformers'} & set(sys.modules))))"
+        "(folder / f'{name}.imported').write_text(' '.join(sorted({'mlflow', 'pandas', 'torch', 'transformers'} & set(sys.modules))))"
     )
-    for name in ("first", "second"):
-        subprocess.run([sys.executable, "-c", code, dataset.folder, dataset.base_model, name], check=True)
-    assert (dataset.folder / "first.imported").read_text() == "torch transformers"
-    assert (dataset.folder / "second.imported").read_text() == ""
+    for name, uri in (("first", ""), ("second", f"sqlite:///{tracking}")):
+        command = [sys.executable, "-c", code, dataset.folder, dataset.base_model, name]
+        subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, check=True)
+    assert (dataset.folder / "first.imported").read_text().endswith("torch transformers")
+    assert (dataset.folder / "second.imported").read_text() == "mlflow"
+    client = MlflowClient(f"sqlite:///{tracking}")
+    (run,) = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert (run.info.run_name, run.info.status, run.data.metrics["samples/train"]) == ("preprocess", "FINISHED", 99)
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["shards.html"]
     assert content(dataset.folder / "second") == content(dataset.folder / "first")
     assert (dataset.folder / "second.html").read_text() == (dataset.folder / "first.html").read_text()
 
