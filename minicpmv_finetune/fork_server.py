@@ -7,6 +7,9 @@ machine. Here a server imports them once, MODULE by MODULE, and forks for each p
 computes nothing, so it has no threads of OpenMP and no state of a GPU; the threads of OpenBLAS and jemalloc end at a
 fork by those libraries' own handlers. Where a driver for GPUs is installed there is no server (`is_possible`).
 
+A server can itself be a fork of another one, and begins with what that one has imported. It imports on, while the other
+one goes on to fork for programs that need no more.
+
 A program runs as `python -m MODULE …` would: as `__main__`, with its own arguments, environment, folder and output,
 and it ends as an interpreter ends. Above it is a `ProcessTree`, which belongs to the program alone. That one forks too,
 for the program: what a step starts is no fork of the step, which has threads by then.
@@ -37,6 +40,7 @@ from typing import IO, Any, Self
 from .process_tree import INTERVAL, ProcessTree
 from .workers import end_with_parent
 
+_MODULE = "minicpmv_finetune.fork_server"
 _STDOUT, _STDERR = 1, 2
 # Of NVIDIA (also on Jetson), AMD and Huawei, and in Windows' Linux. Not /dev/dri, which every laptop has.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg", "/dev/davinci_manager")
@@ -183,18 +187,27 @@ class ForkClient:
 class ForkServer(ForkClient):
     """A server of this process, which ends with it."""
 
-    def __init__(self, imports: Sequence[str]) -> None:
+    def __init__(self, imports: Sequence[str], base: "ForkServer | None" = None) -> None:
         """Start the server; it imports while this process does something else.
 
         Args:
             imports: Modules to import; a program that is started before the last one finds at least the first.
+            base: Server whose fork this one is; by default it is a new interpreter.
+
+        Raises:
+            ConnectionError: The other server has ended, or cannot fork.
         """
         control, servers_control = socket.socketpair()
         super().__init__(control)
         with servers_control:
             number = servers_control.fileno()
+            if base:
+                self._process: subprocess.Popen[bytes] | ForkedProcess = base.start(
+                    _MODULE, imports, os.environ, own_session=True, kept=[number]
+                )
+                return
             self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "minicpmv_finetune.fork_server", str(number), *imports],
+                [sys.executable, "-m", _MODULE, str(number), *imports],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONIOENCODING": "utf-8"},
@@ -202,16 +215,16 @@ class ForkServer(ForkClient):
                 start_new_session=True,
             )
 
-    def wait_for_imports(self) -> None:
-        """Wait until the server has imported everything."""
-        select.select([self._control], [], [])
+    def wait_for_imports(self, timeout: float | None = None) -> bool:
+        """Wait until the server has imported everything, at most for some seconds; returns whether it has."""
+        return bool(select.select([self._control], [], [], timeout)[0])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._control.close()
-        self._process.kill()
+        self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
 
@@ -311,8 +324,19 @@ def _fork(own_session: bool) -> int:
     return pid
 
 
-def _main(control: socket.socket, imports: Sequence[str]) -> None:
+def _main(control: socket.socket, imports: Sequence[str], base: int = 0) -> None:
+    """Serve until who started the server has ended.
+
+    Args:
+        control: Where requests come from.
+        imports: Modules to import.
+        base: Process id of the server whose fork this one is; 0 for a new interpreter.
+    """
     end_with_parent()
+    if base and os.getppid() != base:
+        return  # it ended before the kernel was asked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # of a server that is a fork
+    pid = os.getpid()
     server = _Server(control)
     try:
         for name in imports:
@@ -327,6 +351,13 @@ def _main(control: socket.socket, imports: Sequence[str]) -> None:
         return
     except _InFork as fork:
         program, descriptors = fork.program, fork.descriptors
+    if program.module == _MODULE:
+        *outputs, number = descriptors
+        for descriptor in outputs:
+            os.close(descriptor)
+        _show_command(program)
+        _main(socket.socket(fileno=number), program.arguments, pid)
+        return
     _take(program, descriptors)
     if program.leads_tree:
         program = _lead_tree(program)

@@ -204,6 +204,33 @@ def test_a_program_may_start_before_the_last_import_or_wait_for_it(folder: Path)
             assert process.stdout.read() == "True\n"
 
 
+def test_a_server_that_is_a_fork_imports_beside_the_other_one(folder: Path) -> None:
+    program = write(folder, "print([name in sys.modules for name in ('imports_of_a_test', 'late')])")
+    write(folder, f"while not os.path.exists('{folder}/go'): time.sleep(0.02)", "late")
+    with ForkServer(["imports_of_a_test"]) as base, ForkServer(["late"], base) as server:
+        assert not server.wait_for_imports(0)
+        with base.start(program, [], os.environ, leads_tree=True) as process:
+            assert process.stdout
+            assert process.stdout.read() == "[True, False]\n"
+            assert process.wait(SECONDS) == 0
+        (folder / "go").touch()
+        assert server.wait_for_imports()
+        with server.start(program, [], os.environ, leads_tree=True) as process:
+            assert process.stdout
+            assert process.stdout.read() == "[True, True]\n"
+            process.send_signal(signal.SIGTERM)
+        pids = [base._process.pid, server._process.pid]
+    assert not wait_until_gone(pids)
+
+
+def test_a_server_that_is_a_fork_ends_when_the_other_one_is_killed(folder: Path) -> None:
+    with ForkServer(["imports_of_a_test"]) as base, ForkServer([], base) as server:
+        os.kill(base._process.pid, signal.SIGKILL)
+        assert not wait_until_gone([server._process.pid])
+        with pytest.raises(ConnectionError):
+            server.start(write(folder, "pass"), [], os.environ, leads_tree=True)
+
+
 def test_a_program_whose_library_the_server_cannot_import_shows_why_itself(folder: Path) -> None:
     (folder / "imports_of_a_test.py").write_text("import no_such_library")
     with ForkServer(["imports_of_a_test"]) as server:
@@ -215,7 +242,7 @@ def test_a_program_whose_library_the_server_cannot_import_shows_why_itself(folde
 
 
 def test_a_server_that_has_ended_says_so_to_who_asks(server: ForkServer, folder: Path) -> None:
-    server._process.kill()
+    server._process.send_signal(signal.SIGKILL)
     server._process.wait()
     with pytest.raises(ConnectionError):
         server.start(write(folder, "pass"), [], os.environ, leads_tree=True)

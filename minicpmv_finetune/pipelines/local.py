@@ -18,10 +18,9 @@ from kfp import local
 from minicpmv_finetune import environment
 from minicpmv_finetune.components.train.worker import needs_bitsandbytes, needs_deepspeed
 from minicpmv_finetune.errors import RetryableError, UserError
-from minicpmv_finetune.fork_server import ForkServer, is_possible
+from minicpmv_finetune.fork_server import is_possible
 from minicpmv_finetune.permanent_errors import MARKER_NAME
 from minicpmv_finetune.terminal import print_sentence
-from minicpmv_finetune.tracking import step_runs
 from minicpmv_finetune.tracking.promotion_record import read_promotion_record
 from minicpmv_finetune.tracking.registry import champion_of
 
@@ -30,18 +29,9 @@ from .local_steps import CONTAINER_LABEL, RunSteps
 from .pipeline import Pipeline
 from .run_display import RunDisplay
 from .run_folder import LINKS, RunFolder, inputs_digest, locked, open_run, remove_unfinished, unfinished_runs
+from .step_servers import StepServers
 
 Runner = Literal["subprocess", "docker"]
-STEP_IMPORTS = (
-    "minicpmv_finetune.pipelines.step_imports",
-    "torch.distributed.run",
-    "minicpmv_finetune.components.train.launch",
-    "minicpmv_finetune.components.train.finetune",
-    "minicpmv_finetune.components.preprocess.preprocess",
-    "minicpmv_finetune.components.merge.parity_check",
-    "minicpmv_finetune.components.evaluate.evaluate",
-)
-"""What the steps import, that of the first step first."""
 _ALSO_AFTER_FAILURE = tuple(name for name in LINKS if name != "model")
 
 
@@ -116,8 +106,9 @@ def run_pipeline(
         ):
             _announce(display, folder)
             is_here = runner == "subprocess"
-            with ForkServer(STEP_IMPORTS) if is_here and _may_fork(pipeline, inputs) else nullcontext() as server:
-                steps = RunSteps(folder, display, lock, not is_here, server)
+            expected = set(pipeline.steps) - set(folder.finished_steps())
+            with StepServers(expected) if is_here and _may_fork(pipeline, inputs) else nullcontext() as servers:
+                steps = RunSteps(folder, display, lock, not is_here, servers)
                 kfp_runner = _kfp_runner(runner, variables, out.absolute(), folder.path.name)
                 local.init(kfp_runner, pipeline_root=str(artifacts))
                 _run_steps(steps, pipeline, inputs, out)
@@ -169,7 +160,7 @@ def _run_steps(steps: RunSteps, pipeline: Pipeline, inputs: Mapping[str, Any], o
         _announce_rest(steps, out)
         raise _explain_failure(error, display, steps.folder.path, out / "run.log") from None
     finally:
-        step_runs.finish_pipeline_run(status)
+        steps.end_tracking(status)
         _link_results(out, steps.folder.path, _ALSO_AFTER_FAILURE)
 
 

@@ -3,7 +3,7 @@
 kfp.local would start a step in this process's group, and Ctrl-C would end both at once, in any order. Here each step
 has a group of its own, this process passes the signal on, and waits until the step has saved its state and ended.
 
-Where a fork server is possible, the steps are its forks. The first step needs no torch, and does not wait for it.
+Where a fork server is possible, the steps are forks (`step_servers`).
 """
 
 import os
@@ -20,11 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from minicpmv_finetune.fork_server import ForkedProcess, ForkServer
+from minicpmv_finetune.fork_server import ForkedProcess
 from minicpmv_finetune.progress import OUTCOME_MARK
+from minicpmv_finetune.tracking.step_runs import finish_pipeline_run
 
 from .run_display import FINISHED_BEFORE, RunDisplay
 from .run_folder import RunFolder, Step
+from .step_servers import StepServers
 
 CONTAINER_LABEL = "minicpmv-finetune.run"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,7 +42,7 @@ class RunSteps:
         display: Shows the run, and knows what the current step printed.
         lock: Descriptor of the lock that the steps inherit.
         in_containers: Whether the steps run in containers.
-        server: Server whose forks the steps are; None if each is a new interpreter.
+        servers: Servers whose forks the steps are; None if each is a new interpreter.
         stopped_by: Number of the signal that stopped the run; 0 for none.
         stopped_in: Name of the step that ran then; empty if none ran.
         error: What that step said about its end; empty if it said nothing.
@@ -51,7 +53,7 @@ class RunSteps:
     display: RunDisplay
     lock: int
     in_containers: bool = False
-    server: ForkServer | None = None
+    servers: StepServers | None = None
     stopped_by: int = 0
     stopped_in: str = ""
     error: str = ""
@@ -78,16 +80,21 @@ class RunSteps:
             yield
 
     def _run_subprocess(self, full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
-        return self._run(full_command, lambda: self._execute(full_command, env_vars))
+        return self._run(full_command, lambda step: self._execute(step, full_command, env_vars))
 
     def _container_runner(self, run_container: Callable[..., int]) -> Callable[..., int]:
         def run(command: Sequence[str], **options: Any) -> int:
-            return self._run(command, lambda: run_container(command=command, **options))
+            return self._run(command, lambda step: run_container(command=command, **options))
 
         return run
 
-    def _run(self, command: Sequence[str], execute: Callable[[], int]) -> int:
-        """Run a step unless it is finished; returns its exit code."""
+    def _run(self, command: Sequence[str], execute: Callable[[str], int]) -> int:
+        """Run a step unless it is finished; returns its exit code.
+
+        Args:
+            command: The step's command.
+            execute: Runs it, given the step's name.
+        """
         if self.stopped_by:
             return 1
         step = Step(command)
@@ -98,7 +105,7 @@ class RunSteps:
             return 0
         step.clear()
         started = time.monotonic()
-        code = execute()
+        code = execute(step.folder.name)
         if self.stopped_by:
             # kfp.local still goes through the steps that report a failure.
             self.error = self.display.error
@@ -106,11 +113,11 @@ class RunSteps:
             step.finish(key, self.display.outcome, round(time.monotonic() - started, 1))
         return code
 
-    def _execute(self, command: Sequence[str], variables: Mapping[str, str] | None) -> int:
+    def _execute(self, step: str, command: Sequence[str], variables: Mapping[str, str] | None) -> int:
         environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **(variables or {})}
         with (
             tempfile.TemporaryDirectory() as folder,
-            self._fork(command, environment, Path(folder)) or self._spawn(command, environment) as process,
+            self._fork(step, command, environment, Path(folder)) or self._spawn(command, environment) as process,
         ):
             self._process = process
             if self.stopped_by:  # while the step started
@@ -119,18 +126,18 @@ class RunSteps:
                 print(line, end="")
             return process.wait()
 
-    def _fork(self, command: Sequence[str], variables: Mapping[str, str], folder: Path) -> ForkedProcess | None:
+    def _fork(
+        self, step: str, command: Sequence[str], variables: Mapping[str, str], folder: Path
+    ) -> ForkedProcess | None:
         """Start a step as a fork; None if it cannot be."""
-        if not self.server or command[:2] != ["sh", "-ec"]:
+        if not self.servers or command[:2] != ["sh", "-ec"]:
             return None
-        if self._process is not None:
-            self.server.wait_for_imports()
         # What kfp's shell does: write the component's source to a file, and run it.
         _, _, _, source, *arguments = command
         program = folder / "ephemeral_component.py"
         program.write_text(source, encoding="utf-8")
         with suppress(ConnectionError):
-            return self.server.start(
+            return self.servers.of(step, lambda: bool(self.stopped_by)).start(
                 "kfp.dsl.executor_main",
                 ["--component_module_path", str(program), *arguments],
                 {**variables, "_KFP_RUNTIME": "true"},
@@ -154,6 +161,15 @@ class RunSteps:
             start_new_session=True,
             pass_fds=(self.lock,),
         )
+
+    def end_tracking(self, status: str) -> None:
+        """Close the run in MLflow, in a fork if that is possible, so that this process need not import MLflow."""
+        if self.servers:
+            with suppress(ConnectionError):
+                module = "minicpmv_finetune.pipelines.end_tracking"
+                if self.servers.first.start(module, [status], os.environ).wait() == 0:
+                    return
+        finish_pipeline_run(status)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ask the running step to end; the second time, end it at once."""

@@ -1,7 +1,4 @@
-"""What every step of a run on this machine imports, and the settings for it.
-
-`minicpmv_finetune.fork_server` imports this module first, and the steps are its forks.
-"""
+"""What every step of a run on this machine imports, and the settings for it (see `step_servers`)."""
 
 import os
 import sys

@@ -81,6 +81,32 @@ def test_mlflow_contains_one_run_with_one_nested_run_per_step(finished: tuple[Lo
     assert {"loss", "score", "score_low", "score_high", "improvement"} <= set(parent.data.metrics)
 
 
+def test_a_run_whose_steps_are_all_finished_needs_neither_torch_nor_mlflow(
+    finished: tuple[LocalRun, Path], tiny_46: Path, digits: Path
+) -> None:
+    run, out = finished
+    record = run.folder / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "is_finished": False}))
+    code = (
+        "import json, sys; from pathlib import Path; from minicpmv_finetune.pipelines import local, step_servers\n"
+        "step_servers.TORCH_IMPORTS = ('no_step_needs_it',)\n"
+        "servers, of = [], step_servers.StepServers.of\n"
+        "step_servers.StepServers.of = lambda *a: servers.append(a[0]) or of(*a)\n"
+        "run = local.run_pipeline(Path(sys.argv[1]), json.loads(sys.argv[2]))\n"
+        "print({'torch', 'mlflow'} & set(sys.modules), {server._with_torch for server in servers}, run.folder)"
+    )
+    inputs = {"data_uri": str(digits / "train.json"), "eval_data_uri": str(digits / "hundred.json")}
+    inputs |= {"base_model_uri": str(tiny_46), **QUICK}
+    command = [sys.executable, "-c", code, str(out), json.dumps(inputs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"set() {{None}} {run.folder}"
+    reused = re.findall(r"✓ (\S+) .* reused", done.stdout)
+    assert reused[:4] == ["preprocess", "train", "merge", "evaluate"]
+    client = MlflowClient(f"sqlite:///{out}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert {found.info.status for found in runs} == {"FINISHED"}
+
+
 def test_the_merged_model_answers_a_question(finished: tuple[LocalRun, Path], digits: Path) -> None:
     _, out = finished
     image = json.loads((digits / "eval.json").read_text())[0]["image"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from kfp import dsl
 
-from minicpmv_finetune.pipelines import local
+from minicpmv_finetune.pipelines import local, step_servers
 from minicpmv_finetune.pipelines.local import _link, _link_results, run_pipeline
 from minicpmv_finetune.pipelines.local_steps import RunSteps
 from minicpmv_finetune.pipelines.pipeline import Pipeline
@@ -52,16 +52,16 @@ def _add_tasks(inputs: Mapping[str, Any], partitions: int) -> None:
 def forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the steps are forks of a server."""
     monkeypatch.setattr(local, "_may_fork", lambda *_: request.param)
-    monkeypatch.setattr(local, "STEP_IMPORTS", ["kfp.dsl.executor_main"])
+    monkeypatch.setattr(step_servers, "FIRST_IMPORTS", ["kfp.dsl.executor_main"])
+    monkeypatch.setattr(step_servers, "TORCH_IMPORTS", [])
     return bool(request.param)
 
 
 @pytest.fixture
 def pipeline(forks: bool, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     from minicpmv_finetune.inputs.table import rows
-    from minicpmv_finetune.tracking import step_runs
 
-    monkeypatch.setattr(step_runs, "finish_pipeline_run", lambda status: None)
+    monkeypatch.setattr(RunSteps, "end_tracking", lambda steps, status: None)
     return Pipeline("small", "Small", "Two steps.", ("prepare", "use"), rows("data_uri"), _add_tasks)
 
 
@@ -164,7 +164,7 @@ def test_no_step_begins_after_a_signal(tmp_path: Path, command: list[str]) -> No
     steps = RunSteps(RunFolder(tmp_path, "", goes_on=False), RunDisplay(StringIO()), lock=0)
     with steps.in_charge():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert steps._run(command, lambda: sys.exit("the step began")) == 1
+        assert steps._run(command, lambda step: sys.exit(f"{step} began")) == 1
     assert steps.stopped_by == signal.SIGTERM
 
 

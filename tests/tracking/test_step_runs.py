@@ -93,7 +93,8 @@ def test_a_report_has_a_name_with_a_suffix(database: Path, tmp_path: Path) -> No
 def test_what_mlflow_leaves_out_can_be_imported_later_and_garbage_is_collected(also: str) -> None:
     child = (
         f"import gc, sys, {also}; from minicpmv_finetune.tracking.step_runs import import_mlflow\n"
-        "import_mlflow(with_database=False); print('pandas' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 0)\n"
+        "import_mlflow(with_database=False)\n"
+        "print('pandas' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 0)\n"
         "import pandas; pandas.DataFrame()"
     )
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)

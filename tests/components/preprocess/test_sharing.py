@@ -324,10 +324,11 @@ def test_a_step_that_finds_everything_imports_neither_torch_nor_transformers(
         "folder, base, name = sys.argv[1:]; folder = Path(folder); "
         "step.preprocess(folder / 'dataset', base, folder / name, folder / f'{name}.jsonl', step.PreprocessSettings(), "
         "num_workers=1, report=folder / f'{name}.html'); "
-        "(folder / f'{name}.imported').write_text(' '.join(sorted({'mlflow', 'pandas', 'torch', 'transformers'} & set(sys.modules))))"
+        "large = {'mlflow', 'pandas', 'torch', 'transformers'} & set(sys.modules); "
+        "(folder / f'{name}.imported').write_text(' '.join(sorted(large)))"
     )
     for name, uri in (("first", ""), ("second", f"sqlite:///{tracking}")):
-        command = [sys.executable, "-c", code, dataset.folder, dataset.base_model, name]
+        command = [sys.executable, "-c", code, str(dataset.folder), str(dataset.base_model), name]
         subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, check=True)
     assert (dataset.folder / "first.imported").read_text().endswith("torch transformers")
     assert (dataset.folder / "second.imported").read_text() == "mlflow"
