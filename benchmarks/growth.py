@@ -251,7 +251,7 @@ def _search(kind: str, most: int, count: int) -> Iterable[Row]:
     chance = np.random.default_rng(0)
     base = chance.integers(0, 225, (16, 16, 1)) if most < 256 else np.zeros((16, 16, 1), np.int64)
     with tempfile.TemporaryDirectory() as scratch:
-        with Inventory(Path(scratch) / "samples", Path(scratch) / "images") as inventory:
+        with Inventory(Path(scratch)) as inventory:
             for number in range(count):
                 pixels = (base + chance.integers(0, most, (16, 16, 1))).repeat(3, axis=2).astype(np.uint8)
                 ref = ImageRef(uri=str(number), sha256=f"{number:064x}", width=16, height=16)

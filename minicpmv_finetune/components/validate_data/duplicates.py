@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from minicpmv_finetune.data.samples import Split
 
-from .inventory import Inventory, numbered
+from .inventory import Inventory, in_order
 from .near_equal import find_near_equal
 
 _LISTED_GROUPS = 10_000
@@ -71,12 +71,14 @@ def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[lis
         split).
     """
     rows = inventory.image_rows()
-    first, image = numbered(rows["sha256"])
+    first, image = inventory.distinct_images
     in_eval = is_eval[rows["sample"]]
-    in_train_data, in_eval_data = (np.bincount(image[side], minlength=len(first)) > 0 for side in (~in_eval, in_eval))
+    in_train_data, in_eval_data = (_marked(image[side], len(first)) for side in (~in_eval, in_eval))
     near = find_near_equal(inventory, first, in_train_data, in_eval_data)
-    equal_groups = _Groups("equal", image, rows["address"], in_eval)
-    near_groups = _Groups("near", near.group[image], rows["address"], in_eval, image)
+    differs = (rows["address"] != rows["address"][first[image]]) | (in_eval != in_eval[first[image]])
+    is_repeated = _marked(image[differs], len(first))
+    equal_groups = _Groups("equal", image, rows["address"], in_eval, np.flatnonzero(is_repeated[image]))
+    near_groups = _Groups("near", near.group[image], rows["address"], in_eval, np.flatnonzero(near.has_copy[image]))
     counts: Counter[str] = Counter()
     leaked = np.unique(rows["sample"][in_eval & in_train_data[image]])
     near_leaked = np.unique(rows["sample"][in_eval & near.leaks[image]])
@@ -86,13 +88,22 @@ def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[lis
     counts["near_equal_pictures"] = int(near.has_copy.sum())
     counts["partly_compared"] = int(near.is_partial.sum())
     digests = inventory.digests()
-    for split in (~is_eval, is_eval):
-        counts["duplicate_samples"] += int(split.sum()) - len(numbered(digests[split])[0])
+    for numbers in in_order(digests):
+        for side in (False, True):
+            ordered = digests[numbers[is_eval[numbers] == side]]
+            counts["duplicate_samples"] += int((ordered[1:] == ordered[:-1]).all(axis=1).sum())
     return _first_groups([equal_groups, near_groups]), counts
 
 
+def _marked(numbers: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
+    """Whether each number below a count is among some numbers."""
+    marked = np.zeros(count, bool)
+    marked[numbers] = True
+    return marked
+
+
 class _Groups:
-    """The groups with more than one address or split; a group of near-equal images also has more than one image.
+    """Groups of equal images or of images that look the same, with more than one address or split.
 
     Where many images are repeated they are many, so they are parts of an array until one is asked for.
 
@@ -104,10 +115,10 @@ class _Groups:
     def __init__(
         self,
         kind: Literal["equal", "near"],
-        group: NDArray[np.intp],
+        group: NDArray[np.int32],
         address: NDArray[np.uint64],
         in_eval: NDArray[np.bool_],
-        image: NDArray[np.intp] | None = None,
+        rows: NDArray[np.intp],
     ) -> None:
         """Find the groups.
 
@@ -116,10 +127,10 @@ class _Groups:
             group: Number of the group of each row.
             address: Address of each row's image.
             in_eval: Whether each row is in the evaluation data.
-            image: Number of each row's image; only for groups of several images.
+            rows: The rows that may be in such a group.
         """
         self._kind, self._in_eval = kind, in_eval
-        order = np.lexsort((address, in_eval, group))
+        order = rows[np.lexsort((address[rows], in_eval[rows], group[rows]))]
         is_new = np.zeros(len(order), bool)
         is_new[:1] = True
         for values in (group, in_eval, address):
@@ -129,11 +140,9 @@ class _Groups:
         starts = np.flatnonzero(np.diff(group[rows], prepend=-1))
         ends = np.append(starts, len(rows))[1:]
         kept = ends - starts > 1
-        if image is not None:
-            kept &= np.minimum.reduceat(image[rows], starts) != np.maximum.reduceat(image[rows], starts)
         # A group's rows of the training data are in front of those of the evaluation data.
         self.is_within_one_split = (in_eval[rows[starts]] == in_eval[rows[ends - 1]])[kept]
-        self.first_row = np.minimum.reduceat(rows + len(order) * in_eval[rows], starts)[kept] % max(len(order), 1)
+        self.first_row = np.minimum.reduceat(rows + len(group) * in_eval[rows], starts)[kept] % max(len(group), 1)
         self._starts, self._ends = starts[kept], ends[kept]
 
     def __len__(self) -> int:

@@ -7,13 +7,14 @@ a smaller hash, or joins two groups, the whole group may move, because leaking i
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minicpmv_finetune.errors import UserError
 
-from .inventory import Inventory, numbered
+from .inventory import Inventory
 
 
 def hold_out(inventory: Inventory, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -27,39 +28,68 @@ def hold_out(inventory: Inventory, fraction: float, seed: int) -> NDArray[np.boo
     Raises:
         UserError: The training or the evaluation split would be empty.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    samples, images = len(inventory), inventory.image_rows()
+    samples, rows = len(inventory), inventory.image_rows()
     if fraction <= 0:
         return np.zeros(samples, bool)
-    first, image = numbered(images["sha256"])
-    # The nodes of the graph are the samples, followed by the distinct images.
-    nodes = samples + len(first)
-    links = coo_array(
-        (np.ones(len(images), bool), (images["sample"].astype(np.int64), samples + image)), (nodes, nodes)
-    )
-    groups, group = connected_components(links, directed=False)
-    smallest = np.full(groups, len(first))  # number of the image with the smallest hash in each group
-    np.minimum.at(smallest, group[samples:], np.arange(len(first)))  # images are numbered in the order of their hashes
-    _, example = np.unique(group[:samples], return_index=True)  # one sample of each group
-    sizes = np.bincount(group[:samples], minlength=groups)
-    hashes, digests = images["sha256"], inventory.digests()
-    held_out_groups = np.zeros(groups, bool)
-    for number in range(groups):
-        has_image = smallest[number] < len(first)
-        key = hashes[first[smallest[number]]] if has_image else digests[example[number]]
-        # A group of more than half of the samples is always trained on.
-        held_out_groups[number] = sizes[number] <= samples / 2 and _draw(seed, key.tobytes()) < fraction
-    is_held_out = held_out_groups[group[:samples]]
+    first, image = inventory.distinct_images
+    group = np.full(samples, -1, np.int32)  # number of the group's smallest image; a sample without images is alone
+    group[rows["sample"]] = _smallest_connected(len(first), *_images_side_by_side(rows["sample"], image))[image]
+    has_image = group >= 0
+    sizes = np.bincount(group[has_image], minlength=len(first))
+    # A group of more than half of the samples is always trained on.
+    open_groups = np.flatnonzero((sizes > 0) & (sizes <= samples / 2))
+    held_out_groups = np.zeros(len(first), bool)
+    held_out_groups[open_groups] = _are_drawn(rows["sha256"], first[open_groups], fraction, seed)
+    is_held_out = np.zeros(samples, bool)
+    is_held_out[has_image] = held_out_groups[group[has_image]]
+    if samples > 1:
+        is_held_out[~has_image] = _are_drawn(inventory.digests(), np.flatnonzero(~has_image), fraction, seed)
     if is_held_out.all() or not is_held_out.any():
-        largest = int(sizes.max())
+        largest = int(sizes.max(initial=1))
         shared = f" ({largest:,} of them share images and stay together)" if largest > 1 else ""
         raise UserError(
             f"{samples:,} samples are too few to split off {fraction:.0%} for evaluation{shared}; give separate "
             "evaluation data."
         )
     return is_held_out
+
+
+def _images_side_by_side(
+    sample: NDArray[np.uint32], image: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Each image of a sample, and the next one of the same sample."""
+    places = np.flatnonzero(sample[1:] == sample[:-1])
+    return image[places], image[places + 1]
+
+
+def _smallest_connected(count: int, one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The smallest number that each of some numbers is connected with, directly or through others.
+
+    Numbers that are joined point to the smallest one. At most two rounds halve how many are left to be joined: one that
+    is joined in neither has been pointed to by a neighbor.
+
+    Args:
+        count: The numbers are those below it.
+        one: One number of each pair that is connected.
+        other: The other number of each pair.
+    """
+    smallest = np.arange(count, dtype=np.int32)
+    while len(one):
+        one, other = smallest[one], smallest[other]
+        is_open = one != other
+        one, other = one[is_open], other[is_open]
+        np.minimum.at(smallest, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(smaller := smallest[smallest], smallest):
+            smallest = smaller
+    return smallest
+
+
+def _are_drawn(
+    hashes: NDArray[np.uint64], places: NDArray[np.integer[Any]], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Whether the hash at each of some places is drawn."""
+    drawn = (_draw(seed, hashes[place].tobytes()) < fraction for place in places)
+    return np.fromiter(drawn, bool, len(places))
 
 
 def _draw(seed: int, key: bytes) -> float:

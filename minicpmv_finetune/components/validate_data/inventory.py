@@ -1,24 +1,29 @@
-"""A few bytes in memory for every accepted sample, while the samples themselves are written to a file.
+"""Compact facts of every accepted sample, in files, while the samples themselves are written to a file too.
 
-Memory hardly grows with the number of samples: 32 bytes per sample and 52 per image, 9 MB for 100,000 of each. The
-16 × 16 pixels by which copies are found are stored in a file too, 768 bytes per image.
+Memory does not grow with the number of samples while they are read: of each, 32 bytes are written, and 820 of each
+image, most of them the 16 × 16 pixels by which copies are found. The files are mapped into memory afterwards, so that
+Linux can drop their pages. Hashes are sorted in parts, a 256th of them at once.
 """
 
 import hashlib
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from minicpmv_finetune.data.checking import MINIATURE_SIDE, AcceptedSample
 
-_IMAGE = np.dtype([("sample", "<u4"), ("sha256", "V32"), ("address", "<u8"), ("width", "<u4"), ("height", "<u4")])
+# Hashes are big-endian integers, because numpy cannot sort raw bytes and drops trailing zeros of byte strings.
+_HASH = np.dtype((">u8", 4))
+_IMAGE = np.dtype([("sample", "<u4"), ("sha256", _HASH), ("address", "<u8"), ("width", "<u4"), ("height", "<u4")])
 _IMAGE_ROW = struct.Struct("<I32s8sII")
-_DIGEST = 32
 _NAMED_FIELDS = 1000  # names that are counted one by one, so that memory does not grow with the number of names
 
 
@@ -27,85 +32,127 @@ class Inventory:
     """All accepted samples, in the order in which they were accepted.
 
     Attributes:
-        lines: File of the samples, one per line.
-        miniatures: File of the miniature of each image of each sample.
+        folder: Folder for the files.
         notes: Number of samples by the code of a noteworthy property.
         turns: Number of samples by their number of turns.
         images: Number of samples by their number of images.
         ignored: Number of samples by the name of a field that has no meaning.
     """
 
-    lines: Path
-    miniatures: Path
+    folder: Path
     notes: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    _digests: bytearray = field(default_factory=bytearray)
-    _images: bytearray = field(default_factory=bytearray)
+    _samples: int = 0
 
     def __enter__(self) -> "Inventory":
-        self._lines_file = self.lines.open("w", encoding="utf-8")
-        self._miniatures_file = self.miniatures.open("wb")
+        self._lines = self.lines.open("w", encoding="utf-8")
+        self._digests, self._images, self._miniatures = (
+            (self.folder / name).open("wb") for name in ("digests", "images", "miniatures")
+        )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines_file.close()
-        self._miniatures_file.close()
+        for file in (self._lines, self._digests, self._images, self._miniatures):
+            file.close()
 
     def __len__(self) -> int:
-        return len(self._digests) // _DIGEST
+        return self._samples
+
+    @property
+    def lines(self) -> Path:
+        """File of the samples, one per line."""
+        return self.folder / "samples.jsonl"
 
     def add(self, accepted: AcceptedSample) -> None:
         """Add a sample."""
         for image in accepted.images:
             ref = image.ref
             address = hashlib.blake2b(ref.uri.encode(errors="replace"), digest_size=8).digest()
-            self._images += _IMAGE_ROW.pack(len(self), bytes.fromhex(ref.sha256), address, ref.width, ref.height)
-            self._miniatures_file.write(image.miniature)
-        self._digests += accepted.digest
-        self._lines_file.write(f"{accepted.line}\n")
+            self._images.write(
+                _IMAGE_ROW.pack(self._samples, bytes.fromhex(ref.sha256), address, ref.width, ref.height)
+            )
+            self._miniatures.write(image.miniature)
+        self._digests.write(accepted.digest)
+        self._lines.write(f"{accepted.line}\n")
+        self._samples += 1
         self.notes.update(accepted.notes)
         self.turns[accepted.turns] += 1
         self.images[len(accepted.images)] += 1
         for name in accepted.ignored:
             self.ignored[name if name in self.ignored or len(self.ignored) < _NAMED_FIELDS else "…"] += 1
 
-    def digests(self) -> NDArray[np.void]:
-        """The hash of each sample's content, 32 bytes each."""
-        return np.frombuffer(self._digests, dtype=f"V{_DIGEST}")
+    def digests(self) -> NDArray[np.uint64]:
+        """The hash of each sample's content, [samples, 4]."""
+        return _mapped(self.folder / "digests", _HASH)
 
     def image_rows(self) -> NDArray[np.void]:
         """A row for each image of each sample: `sample`, `sha256`, `address` (hashed), `width` and `height`."""
-        return np.frombuffer(self._images, dtype=_IMAGE)
+        return _mapped(self.folder / "images", _IMAGE)
+
+    @cached_property
+    def distinct_images(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The first of the `image_rows` of each image, in the order of the hashes, and the image's number of each row."""
+        return numbered(self.image_rows()["sha256"])
+
+    def scratch_array(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+        """An array in a file of the folder, so that Linux can drop its pages from memory."""
+        return (
+            np.asarray(np.memmap(self.folder / name, dtype, "w+", shape=shape))
+            if min(shape)
+            else np.empty(shape, dtype)
+        )
 
     def read_miniatures(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
         """The images at some rows of `image_rows` in 16 × 16 RGB pixels, [rows, 16, 16, 3]."""
         size = MINIATURE_SIDE * MINIATURE_SIDE * 3
         pixels = np.empty((len(rows), size), np.uint8)
         # Not memory-mapped: the mapped pages, one for every row, would count as memory of the process.
-        with self.miniatures.open("rb", buffering=0) as file:
+        with (self.folder / "miniatures").open("rb", buffering=0) as file:
             for place, row in enumerate(rows.tolist()):
                 file.seek(row * size)
                 file.readinto(pixels[place])
         return pixels.reshape(-1, MINIATURE_SIDE, MINIATURE_SIDE, 3)
 
 
-def numbered(values: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Number equal values of 32 bytes.
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    # An empty file cannot be mapped.
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.fromfile(path, dtype)
+
+
+def in_order(hashes: NDArray[np.uint64]) -> Iterator[NDArray[np.intp]]:
+    """The positions of hashes in the order of the hashes, in parts; equal ones are in one part, in their own order.
+
+    A part has the hashes with one first byte, so that the memory for sorting is a 256th of what all would take.
+
+    Args:
+        hashes: Hashes as big-endian integers, [hashes, 4].
+    """
+    first_bytes = hashes.view(np.uint8)[:, 0].copy()
+    for first_byte in range(256):
+        places = np.flatnonzero(first_bytes == first_byte)
+        yield places[np.lexsort(hashes[places].T[::-1])]
+
+
+def numbered(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Number equal hashes.
+
+    Args:
+        hashes: Hashes as big-endian integers, [hashes, 4].
 
     Returns:
-        The first position of each distinct value, in the order of the values; and the number of each value.
+        The first position of each distinct hash, in the order of the hashes; and the number of each hash.
     """
-    # As big-endian integers, because numpy cannot sort raw bytes and drops trailing zeros of byte strings.
-    words = np.ascontiguousarray(values).view(">u8").reshape(-1, 4)
-    order = np.lexsort(words.T[::-1])
-    ordered = words[order]
-    is_new = np.ones(len(ordered), bool)
-    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    numbers = np.empty(len(ordered), np.intp)
-    numbers[order] = np.cumsum(is_new) - 1
-    # lexsort is stable, so the first of several equal values in this order is also the first in the data.
-    return order[is_new], numbers
+    firsts, count = [], 0
+    numbers = np.empty(len(hashes), np.int32)
+    for places in in_order(hashes):
+        ordered = hashes[places]
+        is_new = np.ones(len(places), bool)
+        is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+        numbers[places] = count - 1 + np.cumsum(is_new)
+        firsts.append(places[is_new].astype(np.int32))
+        count += len(firsts[-1])
+    return np.concatenate(firsts), numbers

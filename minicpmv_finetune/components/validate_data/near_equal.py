@@ -34,7 +34,7 @@ _BRIGHTER_BY = 4  # gray levels; smaller differences are compression noise
 _COLORED_FROM = 12  # levels of Cb and Cr from gray; less is compression noise
 _WINDOW = 64  # most images compared with each image in a band, even if more agree in it
 _NEIGHBORS = 4  # images of the same hash compared with each image
-_CHUNK = 4096  # images
+_CHUNK = 256  # images whose hashes are computed at once
 _BLOCK = 128  # images that are compared with the images that follow them, at once
 _BLOCKS = 8  # whose hashes are compared at once
 # From RGB to brightness (Y) and color (Cb, Cr), as in JPEG; gray is 0 in both Cb and Cr.
@@ -48,20 +48,21 @@ class NearEqual:
     """What was found.
 
     Attributes:
-        group: Number of each image's group; images that look the same, or are connected by such images, are in one.
+        group: The first image of each image's group; images that look the same, or are connected by such images, are in
+            one.
         has_copy: Whether each image looks the same as another one.
         leaks: Whether each image looks the same as one that is in the training data.
         is_partial: Whether each image was compared with some of the images only that resemble it.
     """
 
-    group: NDArray[np.intp]
+    group: NDArray[np.int32]
     has_copy: NDArray[np.bool_]
     leaks: NDArray[np.bool_]
     is_partial: NDArray[np.bool_]
 
 
 def find_near_equal(
-    inventory: Inventory, first: NDArray[np.intp], in_train: NDArray[np.bool_], in_eval: NDArray[np.bool_]
+    inventory: Inventory, first: NDArray[np.int32], in_train: NDArray[np.bool_], in_eval: NDArray[np.bool_]
 ) -> NearEqual:
     """Find the images that look the same.
 
@@ -77,7 +78,8 @@ def find_near_equal(
     is_new[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
     for pairs in _pairs_of_one_hash(order, is_new):
         search.compare(pairs)
-    for pairs in _pairs_of_close_hashes(hashes[is_new], order[is_new], search.is_partial):
+    hashes, order = _compact(hashes, is_new), order[is_new]
+    for pairs in _pairs_of_close_hashes(hashes, order, search.is_partial):
         search.compare(pairs)
     return NearEqual(search.groups(), search.has_copy, search.leaks, search.is_partial)
 
@@ -88,7 +90,7 @@ class _Search:
     def __init__(
         self,
         inventory: Inventory,
-        first: NDArray[np.intp],
+        first: NDArray[np.int32],
         in_train: NDArray[np.bool_],
         in_eval: NDArray[np.bool_],
     ) -> None:
@@ -116,10 +118,9 @@ class _Search:
             low, high = sorted(map(self._root, pair))
             self._parent[high] = low
 
-    def groups(self) -> NDArray[np.intp]:
-        """The number of each image's group."""
-        _, group = np.unique(self._roots(np.arange(len(self._parent))), return_inverse=True)
-        return group
+    def groups(self) -> NDArray[np.int32]:
+        """The first image of each image's group."""
+        return self._roots(np.arange(len(self._parent)))
 
     def _roots(self, images: NDArray[np.intp]) -> NDArray[np.int32]:
         roots = self._parent[images]
@@ -140,10 +141,10 @@ class _Search:
         return may
 
 
-def _sorted_hashes(inventory: Inventory, first: NDArray[np.intp]) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+def _sorted_hashes(inventory: Inventory, first: NDArray[np.int32]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
     """The hashes of all images with structure in their order, [images, 3], and the numbers of these images."""
-    hashes = np.zeros((len(first), 3), np.uint64)
-    brightness = np.zeros(len(first), np.float32)
+    hashes = inventory.scratch_array("hashes", np.uint64, (len(first), 3))
+    brightness = inventory.scratch_array("brightness", np.float32, (len(first),))
     has_structure = np.zeros(len(first), bool)
     for start in range(0, len(first), _CHUNK):
         place = slice(start, start + _CHUNK)
@@ -152,9 +153,21 @@ def _sorted_hashes(inventory: Inventory, first: NDArray[np.intp]) -> tuple[NDArr
         hashes[place] = _hashes(planes)
         brightness[place] = planes[..., 0].mean(axis=(1, 2))
         has_structure[place] = (pixels.std(axis=(1, 2)) >= _MIN_CONTRAST).any(axis=1)
-    order = np.lexsort((brightness, *hashes.T))
+    order = np.lexsort((brightness, *hashes.T[::-1])).astype(np.int32)
     order = order[has_structure[order]]
-    return hashes[order], order
+    ordered = inventory.scratch_array("sorted hashes", np.uint64, (len(order), 3))
+    np.take(hashes, order, axis=0, out=ordered, mode="clip")
+    return ordered, order
+
+
+def _compact(hashes: NDArray[np.uint64], is_kept: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Move the hashes that are kept to the front, and return these; the order stays."""
+    count = 0
+    for start in range(0, len(hashes), _CHUNK):
+        kept = hashes[start : start + _CHUNK][is_kept[start : start + _CHUNK]]
+        hashes[count : count + len(kept)] = kept
+        count += len(kept)
+    return hashes[:count]
 
 
 def _hashes(planes: NDArray[np.float32]) -> NDArray[np.uint64]:
@@ -167,7 +180,7 @@ def _hashes(planes: NDArray[np.float32]) -> NDArray[np.uint64]:
     return np.packbits(bits, axis=1).view(np.uint64).reshape(-1, 3)
 
 
-def _pairs_of_one_hash(order: NDArray[np.intp], is_new: NDArray[np.bool_]) -> Iterator[Pairs]:
+def _pairs_of_one_hash(order: NDArray[np.int32], is_new: NDArray[np.bool_]) -> Iterator[Pairs]:
     """Each image with the first one of the same hash, and with the next ones in brightness.
 
     Args:
@@ -190,12 +203,12 @@ def _pairs_of_one_hash(order: NDArray[np.intp], is_new: NDArray[np.bool_]) -> It
 
 
 def _pairs_of_close_hashes(
-    hashes: NDArray[np.uint64], images: NDArray[np.intp], is_partial: NDArray[np.bool_]
+    hashes: NDArray[np.uint64], images: NDArray[np.int32], is_partial: NDArray[np.bool_]
 ) -> Iterator[Pairs]:
     """Images whose hashes differ in a few bits, each pair once.
 
     Args:
-        hashes: Different hashes, [images, 3].
+        hashes: Different hashes in their order, [images, 3].
         images: Number of an image with each hash.
         is_partial: Is set for each image for which there are too many of them.
     """
@@ -204,7 +217,7 @@ def _pairs_of_close_hashes(
     is_small = np.array([np.bincount(part, minlength=2**_BAND) <= _WINDOW + 1 for part in parts.T])
     shifts = np.arange(1, _WINDOW + 2)  # the last one shows that there are more than are compared
     for band in range(_BANDS):
-        ordered = np.lexsort((hashes[:, 2], hashes[:, 1], hashes[:, 0], parts[:, band]))
+        ordered = np.argsort(parts[:, band], kind="stable")
         for begin in range(0, len(ordered), _BLOCKS * _BLOCK):
             near = ordered[begin : begin + _BLOCKS * _BLOCK + len(shifts)]
             part = parts[near, band].astype(np.int32)

@@ -6,7 +6,6 @@ results are written in the order of the samples. Only a window of samples is in 
 """
 
 import hashlib
-import heapq
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,7 +44,7 @@ from minicpmv_finetune.workers import map_in_order
 
 from .duplicates import Appearance, Group, Repetition, find_repeated
 from .holdout import hold_out
-from .inventory import Inventory
+from .inventory import Inventory, in_order
 from .report import REPORTED_SAMPLES, Findings, data_warnings, write_report
 
 DUPLICATES_FILE = "duplicates.jsonl"
@@ -119,7 +118,7 @@ def validate_data(
     ):
         run.log_parameters({"data_uri": data_uri, "eval_data_uri": eval_data_uri or "none", **asdict(settings)})
         run.log_parameters({"git_commit": git_commit()})
-        inventory = Inventory(Path(scratch) / "samples.jsonl", Path(scratch) / "miniatures")
+        inventory = Inventory(Path(scratch))
         refusal, is_eval = _check_and_split(sources, inventory, rejects, settings)
         findings = _write_dataset(staging, inventory, is_eval, rejects, data_uri, eval_data_uri, settings)
         info = findings.info
@@ -237,10 +236,11 @@ def _write_dataset(
     """Write the samples of both splits and the duplicates, and return the content of the report."""
     groups, duplicate_counts = find_repeated(inventory, is_eval)
     images = inventory.image_rows()
+    numbers = np.ascontiguousarray(images["sample"])
     chosen = _choose_for_report(inventory)
-    listed = images["sample"][[row for group in groups for row in group.rows]].tolist()
+    listed = numbers[[row for group in groups for row in group.rows]].tolist()
     samples = _write_splits(inventory, is_eval, folder, {*chosen, *listed})
-    repetitions = [_repetition(group, images, is_eval, samples) for group in groups]
+    repetitions = [_repetition(group, numbers, is_eval, samples) for group in groups]
     lines = "".join(f"{repetition.model_dump_json()}\n" for repetition, _ in repetitions)
     (folder / DUPLICATES_FILE).write_text(lines, encoding="utf-8")
     info = DatasetInfo(
@@ -266,8 +266,9 @@ def _write_dataset(
 
 
 def _count_with_images(inventory: Inventory, is_eval: NDArray[np.bool_]) -> dict[Split, int]:
-    shown = is_eval[np.unique(inventory.image_rows()["sample"])]
-    return {"train": int((~shown).sum()), "eval": int(shown.sum())}
+    has_image = np.zeros(len(inventory), bool)
+    has_image[inventory.image_rows()["sample"]] = True
+    return {"train": int((has_image & ~is_eval).sum()), "eval": int((has_image & is_eval).sum())}
 
 
 def _check_files(pattern: str, exif_transpose: bool) -> Iterator[AcceptedSample | Reject]:
@@ -347,20 +348,17 @@ def _fingerprint(inventory: Inventory, is_eval: NDArray[np.bool_], exif_transpos
     """A hash of the content alone: the same data at another address or in another order has the same fingerprint."""
     digest = hashlib.sha256(b"exif_transpose" if exif_transpose else b"")
     digests = inventory.digests()
-    for split, belongs in {"train": ~is_eval, "eval": is_eval}.items():
+    for split, side in {"train": False, "eval": True}.items():
         digest.update(split.encode())
-        words = digests[belongs].view(">u8").reshape(-1, 4)
-        digest.update(words[np.lexsort(words.T[::-1])].tobytes())
+        for numbers in in_order(digests):
+            digest.update(digests[numbers[is_eval[numbers] == side]].tobytes())
     return digest.hexdigest()
 
 
 def _choose_for_report(inventory: Inventory) -> list[int]:
     """Choose samples for the report; the choice depends only on the samples' content."""
-    digests = inventory.digests()
-    smallest = heapq.nsmallest(
-        REPORTED_SAMPLES, ((digests[number].tobytes(), number) for number in range(len(inventory)))
-    )
-    return sorted(number for _, number in smallest)
+    numbers = chain.from_iterable(in_order(inventory.digests()))
+    return sorted(int(number) for number in islice(numbers, REPORTED_SAMPLES))
 
 
 def _write_splits(
@@ -381,14 +379,21 @@ def _write_splits(
 
 
 def _repetition(
-    group: Group, images: NDArray[np.void], is_eval: NDArray[np.bool_], samples: Mapping[int, Sample]
+    group: Group, numbers: NDArray[np.uint32], is_eval: NDArray[np.bool_], samples: Mapping[int, Sample]
 ) -> tuple[Repetition, tuple[ImageRef, ...]]:
-    """A group as `duplicates.jsonl` lists it, and the image of each appearance."""
+    """A group as `duplicates.jsonl` lists it, and the image of each appearance.
+
+    Args:
+        group: The group.
+        numbers: Number of the sample of each row of `Inventory.image_rows`.
+        is_eval: Whether each sample is for evaluation.
+        samples: The samples of the group's rows, by number.
+    """
     appearances, found = [], []
     for row in group.rows:
-        number = int(images["sample"][row])
+        number = int(numbers[row])
         sample = samples[number]
-        image = sample.images[row - int(np.searchsorted(images["sample"], number))]
+        image = sample.images[row - int(np.searchsorted(numbers, numbers[row]))]
         split: Split = "eval" if is_eval[number] else "train"
         appearances.append(Appearance(uri=image_files.shortened(image.uri), split=split, sample=sample.id))
         found.append(image)

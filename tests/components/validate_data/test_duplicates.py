@@ -202,7 +202,7 @@ def find_in(pixels: NDArray[np.uint8], folder: Path) -> tuple[list[Group], Count
     """Find repeated images among images of which only 16 × 16 pixels are known, in gray or in RGB."""
     if pixels.ndim == 3:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
-    with Inventory(folder / "samples.jsonl", folder / "miniatures") as inventory:
+    with Inventory(folder) as inventory:
         for number, miniature in enumerate(pixels):
             image = ImageRef(uri=str(number), sha256=f"{number:064x}", width=16, height=16)
             inspected = InspectedImage(image, miniature.tobytes(), ())
