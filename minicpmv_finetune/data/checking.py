@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from minicpmv_finetune import storage
@@ -166,9 +166,10 @@ def inspect_image(address: str, span: image_files.Span | None = None, exif_trans
         problem = image_problem(image, address)
         # An image that is too deep is decoded all the same: if its bytes are damaged, that is the reason to give.
         if problem is None or problem.reason == "image_depth":
+            image.load()  # in front of has_exif_rotation, for which Pillow would decode a PNG itself
             has_rotation = image_files.has_exif_rotation(image)
             notes = _notes(image, has_rotation)
-            image = image_files.decode(content, rotate=exif_transpose and has_rotation)
+            image = ImageOps.exif_transpose(image) if exif_transpose and has_rotation else image
             miniature = _miniature(image)
     except Image.DecompressionBombError:
         problem = _too_large(address)

@@ -3,6 +3,7 @@
 import posixpath
 import re
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 
 from minicpmv_finetune import environment
@@ -31,6 +32,7 @@ def join(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}" if is_object_uri(base) else str(Path(base) / name)
 
 
+@lru_cache
 def parent(uri: str) -> str:
     """The folder that contains `uri`."""
     return uri.rstrip("/").rsplit("/", 1)[0] if is_object_uri(uri) else str(Path(uri).parent)

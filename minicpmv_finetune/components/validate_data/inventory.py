@@ -95,16 +95,14 @@ class Inventory:
 
     @cached_property
     def distinct_images(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The first of the `image_rows` of each image, in the order of the hashes, and the image's number of each row."""
+        """The first row of each image, in the order of the hashes, and the number of each row's image."""
         return numbered(self.image_rows()["sha256"])
 
     def scratch_array(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-        """An array in a file of the folder, so that Linux can drop its pages from memory."""
-        return (
-            np.asarray(np.memmap(self.folder / name, dtype, "w+", shape=shape))
-            if min(shape)
-            else np.empty(shape, dtype)
-        )
+        """An array of zeros in a file of the folder, so that Linux can drop its pages from memory."""
+        if not min(shape):  # an empty file cannot be mapped
+            return np.zeros(shape, dtype)
+        return np.asarray(np.memmap(self.folder / name, dtype, "w+", shape=shape))
 
     def read_miniatures(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
         """The images at some rows of `image_rows` in 16 × 16 RGB pixels, [rows, 16, 16, 3]."""
@@ -119,8 +117,9 @@ class Inventory:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    # An empty file cannot be mapped.
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.fromfile(path, dtype)
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return np.fromfile(path, dtype)
+    return np.asarray(np.memmap(path, dtype, "r"))
 
 
 def in_order(hashes: NDArray[np.uint64]) -> Iterator[NDArray[np.intp]]:
