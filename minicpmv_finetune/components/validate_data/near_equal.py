@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from .inventory import Inventory
@@ -152,12 +153,23 @@ def _sorted_hashes(inventory: Inventory, first: NDArray[np.int32]) -> tuple[NDAr
         planes = pixels @ _YCC.T
         hashes[place] = _hashes(planes)
         brightness[place] = planes[..., 0].mean(axis=(1, 2))
-        has_structure[place] = (pixels.std(axis=(1, 2)) >= _MIN_CONTRAST).any(axis=1)
+        has_structure[place] = _has_structure(pixels)
     order = np.lexsort((brightness, *hashes.T[::-1])).astype(np.int32)
     order = order[has_structure[order]]
     ordered = inventory.scratch_array("sorted hashes", np.uint64, (len(order), 3))
     np.take(hashes, order, axis=0, out=ordered, mode="clip")
     return ordered, order
+
+
+def _has_structure(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether the levels of a color channel have a standard deviation of `_MIN_CONTRAST`, in [images, 16, 16, 3]."""
+    levels = pixels.reshape(len(pixels), -1, 3).transpose(0, 2, 1).astype(np.float32, order="C")
+    count = levels.shape[2]
+    # Both sums are exact: integers below 2**24.
+    sums, squares = levels.sum(axis=2), np.einsum("icp,icp->ic", levels, levels)
+    variances = squares.astype(np.float64) / count - (sums.astype(np.float64) / count) ** 2
+    has_contrast: NDArray[np.bool_] = (variances >= _MIN_CONTRAST**2).any(axis=1)
+    return has_contrast
 
 
 def _compact(hashes: NDArray[np.uint64], is_kept: NDArray[np.bool_]) -> NDArray[np.uint64]:
@@ -220,19 +232,22 @@ def _pairs_of_close_hashes(
         ordered = np.argsort(parts[:, band], kind="stable")
         for begin in range(0, len(ordered), _BLOCKS * _BLOCK):
             near = ordered[begin : begin + _BLOCKS * _BLOCK + len(shifts)]
-            part = parts[near, band].astype(np.int32)
-            rows = np.arange(min(_BLOCKS * _BLOCK, len(near)))
-            padded = np.concatenate([part, np.full(len(shifts), -1)])
-            row, shift = np.nonzero(part[rows, None] == padded[rows[:, None] + shifts])
+            rows = min(_BLOCKS * _BLOCK, len(near))
+            padded = np.concatenate([parts[near, band].astype(np.int32), np.full(len(shifts), -1, np.int32)])
+            row, shift = np.nonzero(padded[:rows, None] == sliding_window_view(padded, len(shifts))[1 : rows + 1])
+            words = hashes[near, :2]
+            differences = words[row] ^ words[row + shifts[shift]]
+            distances = np.bitwise_count(differences)
+            close = np.flatnonzero(distances[:, 0] + distances[:, 1] <= _MAX_DISTANCE)
+            row, shift, differences = row[close], shift[close], differences[close]
             one, other = near[row], near[row + shifts[shift]]
-            differences = hashes[one, :2] ^ hashes[other, :2]
-            close = np.bitwise_count(differences).sum(axis=1) <= _MAX_DISTANCE
-            too_many = close & (shifts[shift] > _WINDOW)
+            too_many = shifts[shift] > _WINDOW
             is_partial[images[one[too_many]]] = is_partial[images[other[too_many]]] = True
             equal_parts = differences.view(np.uint16)[:, :band] == 0
-            close &= ~too_many & ~(equal_parts & is_small[np.arange(band), parts[one, :band]]).any(axis=1)
-            ends = np.searchsorted(row[close], np.arange(_BLOCK, len(rows), _BLOCK))
-            for some in np.split(np.stack([images[one[close]], images[other[close]]]), ends, axis=1):
+            is_new = ~too_many & ~(equal_parts & is_small[np.arange(band), parts[one, :band]]).any(axis=1)
+            ends = np.searchsorted(row[is_new], np.arange(_BLOCK, rows, _BLOCK))
+            one, other = images[one[is_new]], images[other[is_new]]
+            for some in np.split(np.stack([one, other]), ends, axis=1):
                 if some.size:
                     yield some[0], some[1]
 
