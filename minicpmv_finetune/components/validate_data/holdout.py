@@ -33,7 +33,9 @@ def hold_out(inventory: Inventory, fraction: float, seed: int) -> NDArray[np.boo
         return np.zeros(samples, bool)
     first, image = inventory.distinct_images
     group = np.full(samples, -1, np.int32)  # number of the group's smallest image; a sample without images is alone
-    group[rows["sample"]] = _smallest_connected(len(first), *_images_side_by_side(rows["sample"], image))[image]
+    shown_together = np.flatnonzero(rows["sample"][1:] == rows["sample"][:-1])
+    smallest = _smallest_connected(len(first), image[shown_together], image[shown_together + 1])
+    group[rows["sample"]] = smallest[image]
     has_image = group >= 0
     sizes = np.bincount(group[has_image], minlength=len(first))
     # A group of more than half of the samples is always trained on.
@@ -54,19 +56,11 @@ def hold_out(inventory: Inventory, fraction: float, seed: int) -> NDArray[np.boo
     return is_held_out
 
 
-def _images_side_by_side(
-    sample: NDArray[np.uint32], image: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each image of a sample, and the next one of the same sample."""
-    places = np.flatnonzero(sample[1:] == sample[:-1])
-    return image[places], image[places + 1]
-
-
 def _smallest_connected(count: int, one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
     """The smallest number that each of some numbers is connected with, directly or through others.
 
-    Numbers that are joined point to the smallest one. At most two rounds halve how many are left to be joined: one that
-    is joined in neither has been pointed to by a neighbor.
+    In each round every number that has a smaller neighbor is joined with its smallest one. What is left of a group of
+    connected numbers is halved in two rounds, so that there are few rounds also for long chains.
 
     Args:
         count: The numbers are those below it.

@@ -8,7 +8,7 @@ Linux can drop their pages. Hashes are sorted in parts, a 256th of them at once.
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from minicpmv_finetune.data.checking import MINIATURE_SIDE, AcceptedSample
 
@@ -98,11 +98,12 @@ class Inventory:
         """The first row of each image, in the order of the hashes, and the number of each row's image."""
         return numbered(self.image_rows()["sha256"])
 
-    def scratch_array(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-        """An array of zeros in a file of the folder, so that Linux can drop its pages from memory."""
-        if not min(shape):  # an empty file cannot be mapped
-            return np.zeros(shape, dtype)
-        return np.asarray(np.memmap(self.folder / name, dtype, "w+", shape=shape))
+    def stored(self, name: str, dtype: np.dtype[Any], parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+        """Write arrays into a file of the folder, one after the other, and return all as one that is mapped."""
+        with (self.folder / name).open("wb") as file:
+            for part in parts:
+                file.write(np.ascontiguousarray(part).data)
+        return _mapped(self.folder / name, dtype)
 
     def read_miniatures(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
         """The images at some rows of `image_rows` in 16 × 16 RGB pixels, [rows, 16, 16, 3]."""

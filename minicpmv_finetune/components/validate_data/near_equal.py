@@ -35,11 +35,14 @@ _BRIGHTER_BY = 4  # gray levels; smaller differences are compression noise
 _COLORED_FROM = 12  # levels of Cb and Cr from gray; less is compression noise
 _WINDOW = 64  # most images compared with each image in a band, even if more agree in it
 _NEIGHBORS = 4  # images of the same hash compared with each image
-_CHUNK = 256  # images whose hashes are computed at once
+_CHUNK = 256  # images that are hashed at once
 _BLOCK = 128  # images that are compared with the images that follow them, at once
 _BLOCKS = 8  # whose hashes are compared at once
 # From RGB to brightness (Y) and color (Cb, Cr), as in JPEG; gray is 0 in both Cb and Cr.
 _YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
+
+_HASH = np.dtype((np.uint64, 3))
+_DESCRIBED = np.dtype([("hash", _HASH), ("brightness", np.float32), ("has_structure", bool)])
 
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]  # numbers of the two images of each pair
 
@@ -74,13 +77,16 @@ def find_near_equal(
         in_eval: Whether each image is in the evaluation data.
     """
     search = _Search(inventory, first, in_train, in_eval)
-    hashes, order = _sorted_hashes(inventory, first)
+    hashes, order = _sorted_by_hash(inventory, first)
     is_new = np.ones(len(order), bool)
-    is_new[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
+    for start in range(0, len(order), _CHUNK):
+        some = hashes[order[start : start + _CHUNK + 1]]
+        is_new[start + 1 : start + len(some)] = (some[1:] != some[:-1]).any(axis=1)
     for pairs in _pairs_of_one_hash(order, is_new):
         search.compare(pairs)
-    hashes, order = _compact(hashes, is_new), order[is_new]
-    for pairs in _pairs_of_close_hashes(hashes, order, search.is_partial):
+    order = order[is_new]
+    distinct = inventory.stored("distinct hashes", _HASH, (hashes[some] for some in _chunks(order)))
+    for pairs in _pairs_of_close_hashes(distinct, order, search.is_partial):
         search.compare(pairs)
     return NearEqual(search.groups(), search.has_copy, search.leaks, search.is_partial)
 
@@ -142,23 +148,26 @@ class _Search:
         return may
 
 
-def _sorted_hashes(inventory: Inventory, first: NDArray[np.int32]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """The hashes of all images with structure in their order, [images, 3], and the numbers of these images."""
-    hashes = inventory.scratch_array("hashes", np.uint64, (len(first), 3))
-    brightness = inventory.scratch_array("brightness", np.float32, (len(first),))
-    has_structure = np.zeros(len(first), bool)
-    for start in range(0, len(first), _CHUNK):
-        place = slice(start, start + _CHUNK)
-        pixels = inventory.read_miniatures(first[place])
-        planes = pixels @ _YCC.T
-        hashes[place] = _hashes(planes)
-        brightness[place] = planes[..., 0].mean(axis=(1, 2))
-        has_structure[place] = _has_structure(pixels)
-    order = np.lexsort((brightness, *hashes.T[::-1])).astype(np.int32)
-    order = order[has_structure[order]]
-    ordered = inventory.scratch_array("sorted hashes", np.uint64, (len(order), 3))
-    np.take(hashes, order, axis=0, out=ordered, mode="clip")
-    return ordered, order
+def _sorted_by_hash(inventory: Inventory, first: NDArray[np.int32]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """The hashes of all images, [images, 3]; and those images that have structure, in the order of their hashes."""
+    described = (_describe(inventory.read_miniatures(rows)) for rows in _chunks(first))
+    images = inventory.stored("hashes", _DESCRIBED, described)
+    order = np.lexsort((images["brightness"], *images["hash"].T[::-1])).astype(np.int32)
+    return images["hash"], order[images["has_structure"][order]]
+
+
+def _chunks(values: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
+
+
+def _describe(pixels: NDArray[np.uint8]) -> NDArray[np.void]:
+    """What the search for candidates needs of images, [images, 16, 16, 3]."""
+    described = np.empty(len(pixels), _DESCRIBED)
+    planes = pixels @ _YCC.T
+    described["hash"] = _hashes(planes)
+    described["brightness"] = planes[..., 0].mean(axis=(1, 2))
+    described["has_structure"] = _has_structure(pixels)
+    return described
 
 
 def _has_structure(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -170,16 +179,6 @@ def _has_structure(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     variances = squares.astype(np.float64) / count - (sums.astype(np.float64) / count) ** 2
     has_contrast: NDArray[np.bool_] = (variances >= _MIN_CONTRAST**2).any(axis=1)
     return has_contrast
-
-
-def _compact(hashes: NDArray[np.uint64], is_kept: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Move the hashes that are kept to the front, and return these; the order stays."""
-    count = 0
-    for start in range(0, len(hashes), _CHUNK):
-        kept = hashes[start : start + _CHUNK][is_kept[start : start + _CHUNK]]
-        hashes[count : count + len(kept)] = kept
-        count += len(kept)
-    return hashes[:count]
 
 
 def _hashes(planes: NDArray[np.float32]) -> NDArray[np.uint64]:
