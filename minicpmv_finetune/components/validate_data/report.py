@@ -191,8 +191,8 @@ def _shortened(text: str) -> str:
 
 def _histograms(findings: Findings) -> list[_Histogram]:
     # As one number each, of which a million are sorted in a fifth of the memory that rows take.
-    both, counts = np.unique(findings.sizes[:, 0] * 2.0**32 + findings.sizes[:, 1], return_counts=True)
-    sizes = np.stack(np.divmod(both, 2.0**32), axis=1).astype(np.int64)
+    both, counts = np.unique(findings.sizes.view(np.uint64), return_counts=True)
+    sizes = both.view(np.uint32).reshape(-1, 2).astype(np.int64)
     longest = np.histogram(sizes.max(axis=1, initial=0), (*_SIDES, np.inf), weights=counts)[0]
     shapes = np.log(list(_SHAPES.values()))
     aspects = np.log(np.maximum(sizes[:, 0], 1) / np.maximum(sizes[:, 1], 1))

@@ -1,8 +1,8 @@
 """Read the user's data, check every sample, and list the rejected ones with the reason.
 
 Samples are processed as a stream: this process parses them, a pool of processes checks them in batches, and the
-results are written in the order of the samples. Only a window of samples is in memory, and a few bytes of each stay
-(`inventory`): enough to split off evaluation data, to find duplicates and to draw the report at the end.
+results are written in the order of the samples. Only a window of samples is in memory; compact facts of each stay in
+files (`inventory`): enough to split off evaluation data, to find duplicates and to draw the report at the end.
 """
 
 import hashlib
