@@ -105,7 +105,7 @@ class Inventory:
                 file.write(np.ascontiguousarray(part).data)
         return _mapped(self.folder / name, dtype)
 
-    def read_miniatures(self, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
+    def read_miniatures(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """The images at some rows of `image_rows` in 16 × 16 RGB pixels, [rows, 16, 16, 3]."""
         size = MINIATURE_SIDE * MINIATURE_SIDE * 3
         pixels = np.empty((len(rows), size), np.uint8)
