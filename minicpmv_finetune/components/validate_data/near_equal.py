@@ -228,7 +228,7 @@ def _pairs_of_close_hashes(
     is_small = np.array([np.bincount(part, minlength=2**_BAND) <= _WINDOW + 1 for part in parts.T])
     shifts = np.arange(1, _WINDOW + 2)  # the last one shows that there are more than are compared
     for band in range(_BANDS):
-        ordered = np.argsort(parts[:, band], kind="stable")
+        ordered = np.argsort(parts[:, band], kind="stable")  # within a part in the order of the hashes
         for begin in range(0, len(ordered), _BLOCKS * _BLOCK):
             near = ordered[begin : begin + _BLOCKS * _BLOCK + len(shifts)]
             rows = min(_BLOCKS * _BLOCK, len(near))
