@@ -122,8 +122,13 @@ def test_gradients_are_those_of_the_elements_that_dropout_kept(monkeypatch: pyte
     assert model.state_dict().keys() == names
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
-def test_dropout_drops_the_given_share_and_preserves_the_mean(rate: float) -> None:
+def test_dropout_drops_the_given_share_and_preserves_the_mean(
+    rate: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(fused_lora, "compile_loop", lambda function, signatures: None)
     torch.manual_seed(0)
     x = torch.empty(1001, 999)
     kept, factor = fused_lora._draw_dropout(x, torch.float32, rate)
@@ -131,9 +136,10 @@ def test_dropout_drops_the_given_share_and_preserves_the_mean(rate: float) -> No
     assert set(kept.unique().tolist()) <= {0, 1}
     assert float(kept.mean()) == pytest.approx(1 - rate, abs=0.002)
     assert float(kept.mean()) * factor == pytest.approx(0 if rate == 1 else 1, abs=0.003)
-    # Neighbors come from one random number, but are not correlated.
-    deviation = 1 - kept - rate
-    assert float((deviation[:, 1:] * deviation[:, :-1]).mean()) == pytest.approx(0, abs=0.003)
+    # Neither neighbors nor what is drawn next are correlated, though all of it comes from two random numbers.
+    deviation, following = (1 - drawn - rate for drawn in (kept, fused_lora._draw_dropout(x, torch.float32, rate)[0]))
+    for one, other in ((deviation[:, 1:], deviation[:, :-1]), (deviation[1:], deviation[:-1]), (deviation, following)):
+        assert float((one * other).mean()) == pytest.approx(0, abs=0.003)
 
 
 def test_on_a_gpu_a_byte_per_element_is_stored() -> None:
