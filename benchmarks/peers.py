@@ -85,7 +85,11 @@ def main() -> None:
             our_seconds[name].append(ours(epochs, vision, 1))
         if options.trl:
             trl_seconds.append(_train_trl(options.trl))
-    facts = f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f} → {os.getloadavg()[0]:.1f}"
+    turns = os.environ["GOMP_SPINCOUNT"]  # set by our first training
+    facts = (
+        f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f} → {os.getloadavg()[0]:.1f}, our threads spin "
+        f"{turns} turns"
+    )
     note = f"without preprocess, which took {prepared:.1f} s once"
     rows = _compare(
         our_seconds, swift_seconds, trl_seconds, f"an epoch with one process per core {per_core}", note, facts
