@@ -132,7 +132,8 @@ def _count_entering(following: Sequence[Prompt], free: int, batch_size: int) -> 
     """
     count = min(free, len(following))
     names = [prompt.images for prompt in following]
-    whole = next((end for end in range(count, 0, -1) if end == len(names) or names[end] != names[end - 1]), 0)
+    ends = (end for end in range(count, 0, -1) if end == len(names) or not names[end] or names[end] != names[end - 1])
+    whole = next(ends, 0)
     if whole and 4 * free >= batch_size:
         return whole
     return count if 2 * free >= batch_size else 0

@@ -12,9 +12,9 @@ each chunk is reduced to the two matrices by which it changes the state, S ← A
 for each chunk, everything else is computed for all chunks at once, and the backward pass is written by hand. Because a
 chunk costs so little, chunks can be as short as a head is wide, which minimizes the total work.
 
-Time of the chunks for four sequences of 520 tokens with four heads, forward and backward on two cores: heads of width
-16 8 ms instead of transformers' 20.8, width 32 22 ms instead of 34; width 128 (two sequences of 700 tokens, eight
-heads) 101 ms instead of 132.
+Time of the chunks on the clock, for four sequences of 520 tokens with four heads, forward and backward on two cores:
+heads of width 16 8 ms instead of transformers' 20.8, width 32 22 ms instead of 34; width 128 (two sequences of 700
+tokens, eight heads) 101 ms instead of 132.
 """
 
 from typing import Any

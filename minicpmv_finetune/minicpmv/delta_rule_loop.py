@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from .compiled import compile_loop
 
 _KEPT_EVERY = 16  # tokens
+_WORTH_A_THREAD = 200_000  # elements of states that are updated; about the time to start a thread
 _WIDEST = 128  # a state of wider heads leaves the cache, and products of matrices are as fast
 _VECTORS, _NUMBERS, _STATES, _KEPT = (f"Array(float32, {dimensions}, 'C')" for dimensions in (4, 3, 4, 5))
 _INPUTS = f"{_VECTORS}, {_VECTORS}, {_VECTORS}, {_NUMBERS}, {_NUMBERS}"
@@ -36,7 +37,8 @@ Array = NDArray[np.float32]
 
 def loop_fits(keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether `delta_rule_in_loop` can compute the rule here, and is the faster way."""
-    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+    is_plain = type(keys) in (torch.Tensor, torch.nn.Parameter)  # has memory, unlike a tensor for estimates
+    if keys.device.type != "cpu" or not is_plain or torch.compiler.is_compiling():
         return False
     return max(keys.shape[-1], values.shape[-1]) <= _WIDEST and compile_loop(_read, _FORWARD, True) is not None
 
@@ -93,10 +95,11 @@ class _DeltaRule(torch.autograd.Function):
 
 
 def _in_threads(loop: Any, tensors: Sequence[torch.Tensor], states: int) -> None:
-    """Run a compiled loop in as many threads as torch uses, each over some of the states."""
+    """Run a compiled loop in as many threads as torch uses, each over some of the states; little work in this one."""
     arrays = [tensor.detach().numpy() for tensor in tensors]
-    threads = min(torch.get_num_threads(), states)
-    if threads == 1:
+    work = tensors[1].numel() * tensors[2].shape[-1]  # keys by values
+    threads = min(torch.get_num_threads(), states, work // _WORTH_A_THREAD)
+    if threads <= 1:
         loop(*arrays, 0, states)
         return
     ends = [states * number // threads for number in range(threads + 1)]

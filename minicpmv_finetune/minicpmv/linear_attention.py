@@ -36,7 +36,7 @@ def without_gpu_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_loop_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of transformers that computes the delta rule for a generation do so in loops where these fit."""
+    """Let a function of transformers that computes the delta rule do so in loops where these fit."""
 
     @wraps(function)
     def chosen(

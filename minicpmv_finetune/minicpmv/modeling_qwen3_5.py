@@ -344,7 +344,7 @@ class _ImageFeatures:
 
 
 class _Model46(_ImageFeatures, MiniCPMV4_6Model):
-    def forward(self, mm_token_type_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+    def forward(self, *, mm_token_type_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
         """Run the model; `mm_token_type_ids`, which 4.7's forward pass hands on, has no meaning here."""
         return super().forward(**_use_vision_modules(self, inputs))
 

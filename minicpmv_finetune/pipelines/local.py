@@ -119,7 +119,7 @@ def run_pipeline(
 
 
 def _may_fork(pipeline: Pipeline, inputs: Mapping[str, Any]) -> bool:
-    """Whether the steps may be forks of one process, which imports neither bitsandbytes nor DeepSpeed."""
+    """Whether the steps may be forks of processes that import neither bitsandbytes nor DeepSpeed."""
     flags = {**(inputs.get("training_flags") or {}), "model_name_or_path": inputs.get("base_model_uri")}
     trains = "train" in pipeline.steps
     return trains and is_possible() and not needs_bitsandbytes(flags) and not needs_deepspeed(flags)

@@ -428,6 +428,14 @@ def import_mlflow(with_database: bool) -> None:
         modules["pandas"] = None
     try:
         import_module(name)
+    except ImportError:
+        if not is_left_out:
+            raise
+        # This release of MLflow needs pandas after all. What was imported of it is incomplete, and goes.
+        is_left_out = False
+        for module in [found for found in modules if found == "pandas" or found.partition(".")[0] == "mlflow"]:
+            del modules[module]
+        import_module(name)
     finally:
         if is_left_out:
             del modules["pandas"]

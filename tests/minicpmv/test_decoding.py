@@ -11,7 +11,7 @@ from minicpmv_finetune.data.samples import ImageRef, Sample, Turn
 from minicpmv_finetune.minicpmv.answer import answer, make_prompt
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.conversation import Encoder
-from minicpmv_finetune.minicpmv.decoding import decode_greedily
+from minicpmv_finetune.minicpmv.decoding import Prompt, _count_entering, decode_greedily
 
 VERSIONS = ["2.6", "4.0", "4.5", "4.6", "4.7"]
 QUESTIONS = ["Which digit is this?", "Which digit is this??", "Which digit is this????"]
@@ -121,3 +121,20 @@ def test_no_logits_are_computed_of_tokens_after_which_none_is_generated(
     )
     answers = answer(model, encoder, ask(images, QUESTIONS), max_new_tokens=4)
     assert sum(computed) == sum(answered.new_tokens for answered in answers)
+
+
+@pytest.mark.parametrize(
+    ("images", "free", "count"),
+    [
+        ("", 4, 4),  # a quarter of 16 rows is free, and prompts without an image share none
+        ("", 3, 0),
+        ("aaaabbbb", 4, 4),
+        ("aaabbbbb", 4, 3),  # all questions about b wait for each other
+        ("aaaaabbb", 4, 0),  # more about an image than there are free rows
+        ("aaaaaaaaab", 8, 8),  # and half of the rows is free
+    ],
+)
+def test_how_many_prompts_enter(images: str, free: int, count: int) -> None:
+    names: list[tuple[str, ...]] = [(name,) for name in images] or [()] * 9
+    following = [Prompt([1], name, list) for name in names[: free + 1]]
+    assert _count_entering(following, free, batch_size=16) == count

@@ -101,6 +101,21 @@ def test_what_mlflow_leaves_out_can_be_imported_later_and_garbage_is_collected(a
     assert done.stdout.split() == ["False", "True", str(also != "torch")]
 
 
+def test_mlflow_is_imported_with_pandas_where_a_release_needs_it() -> None:
+    child = (
+        "import sys\n"
+        "class Needing:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'mlflow.entities': import pandas\n"
+        "sys.meta_path.insert(0, Needing())\n"
+        "from minicpmv_finetune.tracking.step_runs import import_mlflow\n"
+        "import_mlflow(with_database=False)\n"
+        "print('mlflow' in sys.modules, sys.modules['pandas'].DataFrame.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "DataFrame"]
+
+
 class BrokenClient:
     """A client every call of which raises an error that MLflow does not announce."""
 

@@ -85,9 +85,9 @@ def _draw_dropout(x: torch.Tensor, dtype: torch.dtype, rate: float) -> tuple[tor
     if draw is None:
         kept = torch.empty_like(x, dtype=dtype if on_cpu else torch.bool).bernoulli_(1 - rate)
     else:
-        drawn = torch.empty(x.shape)
+        drawn = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         # From torch's generator, which a checkpoint contains.
-        first, second = torch.empty(2, dtype=torch.int64).random_(2**32).tolist()
+        first, second = torch.empty(2, dtype=torch.int64, device=x.device).random_(2**32).tolist()
         draw(first, second, round(rate * 2**32), drawn.view(-1).numpy())
         kept = drawn.to(dtype)
     return kept, 1 / (1 - rate) if rate < 1 else 0.0
