@@ -400,7 +400,8 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids: [batch, length]; by default 0, 1, 2, … in each row.
             past_key_values: Cached keys and values of earlier tokens.
             use_cache: Whether to return the cache; by default the configuration's `use_cache`.
-            logits_to_keep: Number of last positions whose logits are computed; 0 for all positions.
+            logits_to_keep: Number of last positions whose logits are computed, 0 for all positions; or bool [batch,
+                length], the positions whose logits are computed.
             patch_features: [patches of all slices, vision width], the result of `encode_patches`, in place of pixels.
             loss_only: Whether only the loss is needed, so that no other logits are computed.
             **kwargs: Arguments of the language model and of the loss (`num_items_in_batch`, `shift_labels`).

@@ -110,18 +110,11 @@ def test_rows_that_leave_and_enter_and_share_an_image_change_no_answer(
 
 
 def test_questions_about_one_image_encode_it_once(
-    model: Any, encoder: Encoder, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    model: Any, encoder: Encoder, samples: list[Sample], count_slices: Callable[[Any], list[int]]
 ) -> None:
     turns = [(Turn(role="user", parts=(0, f"Which digit is this, in {number} words?")),) for number in range(4)]
     several = [samples[0].model_copy(update={"turns": questions}) for questions in turns]
-    slices: list[int] = []
-    encode = model.model.get_image_features
-
-    def count(pixels: torch.Tensor, sizes: torch.Tensor, **options: Any) -> Any:
-        slices.append(len(sizes))
-        return encode(pixels, sizes, **options)
-
-    monkeypatch.setattr(model.model, "get_image_features", count)
+    slices = count_slices(model)
     answer(model, encoder, several, max_new_tokens=2)
     answer(model, encoder, several, max_new_tokens=2, batch_size=1)
     assert slices == [1, 1, 1, 1, 1]

@@ -91,20 +91,13 @@ def test_rests_of_similar_length_run_in_one_call(tiny_46: Path, images: list[Ima
 
 
 def test_the_questions_about_an_image_enter_together(
-    tiny_46: Path, images: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+    tiny_46: Path, images: list[ImageRef], count_slices: Callable[[Any], list[int]]
 ) -> None:
     model: Any = load_model(tiny_46, torch.float32)[0].eval()
     encoder = Encoder.from_checkpoint(tiny_46)
     samples = ask(images, QUESTIONS)
     slices = len(encoder.cut_images(samples[-1])) + 2
-    encoded: list[int] = []
-    encode = model.model.get_image_features
-
-    def count(pixels: torch.Tensor, sizes: torch.Tensor, **options: Any) -> Any:
-        encoded.append(len(sizes))
-        return encode(pixels, sizes, **options)
-
-    monkeypatch.setattr(model.model, "get_image_features", count)
+    encoded = count_slices(model)
     decode(model, encoder, samples, frozenset(), 3, 8)
     assert sum(encoded) == slices
 

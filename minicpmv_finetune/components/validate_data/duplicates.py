@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from minicpmv_finetune.data.samples import Split
 
-from .inventory import Inventory, in_order
+from .inventory import Inventory, in_order, marked
 from .near_equal import find_near_equal
 
 _LISTED_GROUPS = 10_000
@@ -73,10 +73,10 @@ def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[lis
     rows = inventory.image_rows()
     first, image = inventory.distinct_images
     in_eval = is_eval[rows["sample"]]
-    in_train_data, in_eval_data = (_marked(image[side], len(first)) for side in (~in_eval, in_eval))
+    in_train_data, in_eval_data = (marked(image[side], len(first)) for side in (~in_eval, in_eval))
     near = find_near_equal(inventory, first, in_train_data, in_eval_data)
     differs = (rows["address"] != rows["address"][first[image]]) | (in_eval != in_eval[first[image]])
-    is_repeated = _marked(image[differs], len(first))
+    is_repeated = marked(image[differs], len(first))
     equal_groups = _Groups("equal", image, rows["address"], in_eval, np.flatnonzero(is_repeated[image]))
     near_groups = _Groups("near", near.group[image], rows["address"], in_eval, np.flatnonzero(near.has_copy[image]))
     counts: Counter[str] = Counter()
@@ -93,13 +93,6 @@ def find_repeated(inventory: Inventory, is_eval: NDArray[np.bool_]) -> tuple[lis
             ordered = digests[numbers[is_eval[numbers] == side]]
             counts["duplicate_samples"] += int((ordered[1:] == ordered[:-1]).all(axis=1).sum())
     return _first_groups([equal_groups, near_groups]), counts
-
-
-def _marked(numbers: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
-    """Whether each number below a count is among some numbers."""
-    marked = np.zeros(count, bool)
-    marked[numbers] = True
-    return marked
 
 
 class _Groups:

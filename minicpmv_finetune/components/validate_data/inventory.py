@@ -156,3 +156,10 @@ def numbered(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.
         firsts.append(places[is_new].astype(np.int32))
         count += len(firsts[-1])
     return np.concatenate(firsts), numbers
+
+
+def marked(numbers: NDArray[np.integer[Any]], count: int) -> NDArray[np.bool_]:
+    """Whether each number below a count is among some numbers."""
+    is_marked = np.zeros(count, bool)
+    is_marked[numbers] = True
+    return is_marked

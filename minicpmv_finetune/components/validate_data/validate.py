@@ -44,7 +44,7 @@ from minicpmv_finetune.workers import map_in_order
 
 from .duplicates import Appearance, Group, Repetition, find_repeated
 from .holdout import hold_out
-from .inventory import Inventory, in_order
+from .inventory import Inventory, in_order, marked
 from .report import REPORTED_SAMPLES, Findings, data_warnings, write_report
 
 DUPLICATES_FILE = "duplicates.jsonl"
@@ -266,8 +266,7 @@ def _write_dataset(
 
 
 def _count_with_images(inventory: Inventory, is_eval: NDArray[np.bool_]) -> dict[Split, int]:
-    has_image = np.zeros(len(inventory), bool)
-    has_image[inventory.image_rows()["sample"]] = True
+    has_image = marked(inventory.image_rows()["sample"], len(inventory))
     return {"train": int((has_image & ~is_eval).sum()), "eval": int((has_image & is_eval).sum())}
 
 
