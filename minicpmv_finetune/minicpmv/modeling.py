@@ -102,7 +102,8 @@ class VisionEmbeddings(nn.Module):
         longest = -(-int(torch.maximum(grid.rows, grid.columns).max()) // 64) * 64
         nearest = torch.from_numpy(_nearest_position_table(self.side, longest))
         position = nearest[grid.rows, grid.row] * self.side + nearest[grid.columns, grid.column]
-        return patches + self.position_embedding(position.to(patches.device, non_blocking=True))
+        # The sum has the strides of its first part. With those of `patches`, later operations would copy.
+        return self.position_embedding(position.to(patches.device, non_blocking=True)) + patches
 
 
 class VisionTower(PreTrainedModel):

@@ -186,7 +186,8 @@ class _Tower:
         sizes, device = target_sizes.cpu(), pixel_values.device
         positions = get_vision_nearest_position_ids(sizes, tower.embeddings.num_patches_per_side)
         positions = positions.to(device, non_blocking=True)
-        states = tower.embeddings(pixel_values, target_sizes=sizes, position_ids=positions)
+        # The embeddings have the strides of a convolution's output, with which each sum of the layers would copy.
+        states = tower.embeddings(pixel_values, target_sizes=sizes, position_ids=positions).contiguous()
         lengths = sizes.prod(1).tolist()
         for number, layer in enumerate(tower.encoder.layers):
             states = layer(states, None, cu_seqlens=None, max_seqlen=None, **{_LENGTHS: lengths})

@@ -80,6 +80,19 @@ def _assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
         )
 
 
+def test_patches_are_contiguous_in_the_tower(model: Any, encoder: Encoder, inputs: list[ModelInput]) -> None:
+    """A convolution's output is not, and every sum of the layers would inherit its strides."""
+    tower = model.model.vision_tower if hasattr(model.model, "vision_tower") else model.vpm
+    contiguous = []
+    tower.encoder.layers[0].register_forward_pre_hook(
+        lambda layer, arguments: contiguous.append(arguments[0].is_contiguous())
+    )
+    batch, patch = _padded(inputs[:1], encoder), encoder.slicing.patch_size
+    sizes = batch["target_sizes"][:1]  # one slice, because padding copies anyway
+    model.encode_images(batch["pixel_values"][..., : int(sizes.prod()) * patch], sizes)
+    assert contiguous == [True]
+
+
 @pytest.mark.parametrize("count", [None, 7])
 @pytest.mark.parametrize("max_logits", [None, 5 * 512])
 def test_loss_only_gives_the_plain_loss_and_gradients(
