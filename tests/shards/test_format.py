@@ -1,3 +1,4 @@
+import errno
 import gc
 import hashlib
 import io
@@ -5,7 +6,9 @@ import itertools
 import json
 import pickle
 import resource
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +31,7 @@ from minicpmv_finetune.shards.format import (
     verify_shards,
     write_shard,
 )
-from tests.shards.example_shards import ROWS, assert_same_row, example_row, write_example_shards
+from tests.shards.example_shards import ROWS, assert_same_row, example_row, stored_row, write_example_shards
 
 DEFAULT_ROW_GROUP_BYTES = module.ROW_GROUP_BYTES
 
@@ -289,10 +292,36 @@ def few_files() -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_more_shards_than_a_process_may_open_at_first(folder: Path, few_files: int) -> None:
+def test_more_shards_than_a_process_may_open_at_first(
+    folder: Path, few_files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SPARE_FILES", 2)
     readers = [ShardReader(folder, "train") for _ in range(5)]
     assert len(list(Path("/dev/fd").iterdir())) > few_files + 8
     assert all(len(reader) == ROWS for reader in readers)
+
+
+def test_a_limit_of_open_files_that_suffices_stays(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ShardReader(folder, "train")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_the_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
+    folder: Path, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised = []
+    opened = len(list(Path("/dev/fd").iterdir()))
+    monkeypatch.setattr(module.Path, "iterdir", lambda _: iter(range(opened)))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (opened, opened + 4 - missing))
+    if missing:
+        with pytest.raises(UserError, match="has 4 shards"):
+            ShardReader(folder, "train")
+        return
+    ShardReader(folder, "train")
+    assert raised == [(opened + 4, opened + 4)]
 
 
 def test_more_shards_than_a_process_may_ever_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +336,33 @@ def test_a_missing_file_is_explained(folder: Path) -> None:
         verify_shards(folder, read_manifest(folder))
     with pytest.raises(UserError, match=r"train-00001.parquet: listed in manifest.json but missing"):
         ShardReader(folder, "train")
+
+
+def test_a_fault_of_the_disk_is_not_called_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        ShardReader(folder, "train")
+
+
+def test_a_damaged_image_is_explained(folder: Path) -> None:
+    row = stored_row(example_row(3), "png")
+    damaged = replace(row, images=replace(row.images, parts=[b"no image", *row.images.parts[1:]]))
+    manifest = read_manifest(folder)
+    shard = write_shard(folder / manifest.shards["train"][0].file, [damaged])
+    document = manifest.model_copy(update={"codec": "png", "shards": {"train": [shard]}}).model_dump_json()
+    (folder / MANIFEST_FILE).write_text(document)
+    reader = ShardReader(folder, "train")
+    with pytest.raises(UserError, match=f"^{folder}: an image is damaged"):
+        reader[0]
+
+
+def test_lengths_take_four_bytes_each(folder: Path) -> None:
+    lengths = read_manifest(folder).lengths["train"]
+    assert isinstance(lengths, array)
+    assert lengths.itemsize == 4
 
 
 def test_a_truncated_file_is_explained(folder: Path) -> None:

@@ -361,8 +361,8 @@ def _number(text: str) -> float | None:
 
 
 def _f1(common: int, given: Sequence[str], right: Sequence[str]) -> float:
-    if not given or not right:
-        return float(not given and not right)
+    if not given and not right:
+        return 1.0
     return 2 * common / (len(given) + len(right))
 
 

@@ -7,9 +7,7 @@ import pytest
 
 from minicpmv_finetune.components.evaluate.assessment import Evaluation, assess
 from minicpmv_finetune.components.evaluate.gate import Gate
-from minicpmv_finetune.components.evaluate.metrics import check_metrics
 from minicpmv_finetune.data.samples import Sample, Turn
-from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.minicpmv.answer import Answer
 
 
@@ -82,11 +80,6 @@ def test_samples_may_name_their_own_metrics() -> None:
     assert found.metric == "mixed"
     assert found.metrics["tuned_mixed"] == 0.5
     assert {name: score.value for name, (_, score, _) in found.by_group.items()} == {"contains": 1, "exact_match": 0}
-
-
-def test_error_rates_and_scores_are_not_averaged() -> None:
-    with pytest.raises(UserError, match="cer, exact_match"):
-        check_metrics([sample(0, "cat", metric="cer"), sample(1, "cat")], "exact_match")
 
 
 def test_few_expected_answers_have_a_confusion_matrix() -> None:

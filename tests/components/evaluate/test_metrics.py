@@ -14,6 +14,7 @@ from minicpmv_finetune.components.evaluate.metrics import (
     METRICS,
     anls,
     cer,
+    check_metrics,
     chosen_option,
     contains,
     exact_match,
@@ -24,6 +25,7 @@ from minicpmv_finetune.components.evaluate.metrics import (
     multiple_choice,
     relaxed_accuracy,
     rouge_l,
+    teds,
     token_f1,
     vqa_accuracy,
     wer,
@@ -351,11 +353,17 @@ def test_json_fields_counts_differing_fields(answer: str, score: float) -> None:
         ("null", "0", False),
         ("{}", "[]", False),
         ("NaN", "NaN", True),
+        ("NaN", "1", False),
         ("9007199254740993", "9007199254740992.0", False),
     ],
 )
 def test_json_fields_compares_values(one: str, other: str, same: bool) -> None:
     assert json_fields(one, [other]) == json_fields(other, [one]) == same
+
+
+def test_a_table_that_is_nested_too_deeply_scores_zero() -> None:
+    score = teds("<table><tr><td>" * 5_000, ["<table><tr><td>3</td></tr></table>"])
+    assert (type(score), score) == (float, 0.0)
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -399,6 +407,8 @@ def test_expected_answers_are_those_listed_or_the_last_turn() -> None:
         ({"answers": ("[" * 100_000,)}, "json_fields", "as JSON"),
         ({"answers": (" ",)}, "cer", "there are 1"),
         ({}, "teds", "no <table>"),
+        ({"answers": ("<table></table>", "cat")}, "teds", "no <table>"),
+        ({"answers": ("<table></table>", "<table></table>")}, "teds", "there are 2"),
         ({"answers": ("A. cat", "dog")}, "multiple_choice", "'dog'"),
     ],
 )
@@ -408,3 +418,10 @@ def test_an_error_about_an_undefined_metric_names_the_sample(
     with pytest.raises(UserError, match=r"data\.json, sample s: ") as caught:
         metric_of(sample(**fields), metric)
     assert words in str(caught.value)
+
+
+def test_error_rates_and_scores_are_not_averaged() -> None:
+    check_metrics([sample(), sample(metric="anls")], "exact_match")
+    check_metrics([sample(), sample(metric="wer")], "cer")
+    with pytest.raises(UserError, match="cer, exact_match"):
+        check_metrics([sample(), sample(metric="cer")], "exact_match")
