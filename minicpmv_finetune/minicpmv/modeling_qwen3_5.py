@@ -100,7 +100,8 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
         # A run is a sequence of adjacent slices of the same length.
         runs = [(len(list(run)), length) for length, run in groupby(lengths)]
         patches = [count * length for count, length in runs]
-        projected = [project(hidden_states[0]).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        packed = hidden_states.squeeze(0)  # unlike [0], whose gradient is a copy between zeros, three times
+        projected = [project(packed).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
         dropout = self.attention_dropout if self.training else 0.0
         outputs: dict[int, torch.Tensor] = {}
         for length in {length for _, length in runs}:
@@ -142,7 +143,7 @@ class _Merger(MiniCPMV4_6Merger):
         DeepSpeed's ZeRO-3 records each tensor that a module returns and requires the same number of tensors in every
         step and process.
         """
-        features, target_sizes = hidden_states[0], target_sizes.cpu()
+        features, target_sizes = hidden_states.squeeze(0), target_sizes.cpu()
         for mlp in self.mlp:
             windows = features[_window_order(target_sizes).to(features.device, non_blocking=True)]
             features = mlp(windows.view(-1, _WINDOW**2 * features.shape[-1]))
