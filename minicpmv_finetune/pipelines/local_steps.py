@@ -165,9 +165,15 @@ class RunSteps:
     def end_tracking(self, status: str) -> None:
         """Close the run in MLflow, in a fork if that is possible, so that this process need not import MLflow."""
         if self.servers:
-            with suppress(ConnectionError):
-                module = "minicpmv_finetune.pipelines.end_tracking"
-                if self.servers.first.start(module, [status], os.environ).wait() == 0:
+            module = "minicpmv_finetune.pipelines.end_tracking"
+            with (
+                suppress(ConnectionError),
+                self.servers.first.start(module, [status], os.environ, leads_tree=True) as process,
+            ):
+                sentences = list(process.stdout or ())
+                if process.wait() == 0:
+                    for sentence in sentences:
+                        self.display.say(sentence.rstrip())
                     return
         finish_pipeline_run(status)
 

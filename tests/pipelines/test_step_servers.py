@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.pipelines import step_servers
+from minicpmv_finetune.pipelines.local_steps import RunSteps
+from minicpmv_finetune.pipelines.run_display import RunDisplay
 from minicpmv_finetune.pipelines.step_servers import FIRST_IMPORTS, StepServers
 
 
@@ -52,3 +57,14 @@ def test_what_all_steps_import_is_small() -> None:
     code = f"import sys, {', '.join(FIRST_IMPORTS)}; print({large} & set(sys.modules), 'mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set() True\n"
+
+
+def test_what_is_said_when_tracking_ends_is_shown_and_logged(unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.TRACKING_URI.name, unreachable)
+    monkeypatch.setenv(environment.PIPELINE_RUN_ID.name, "digits")
+    shown, log = StringIO(), StringIO()
+    folder: Any = None
+    with RunDisplay(log, to=shown) as display, StepServers([]) as servers:
+        RunSteps(folder, display, lock=0, servers=servers).end_tracking("FINISHED")
+    for text in (shown, log):
+        assert text.getvalue().count("MLflow tracking is incomplete") == 1
