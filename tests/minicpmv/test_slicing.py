@@ -10,7 +10,14 @@ from PIL import Image
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
 from minicpmv_finetune.minicpmv.batch import pack_patches
-from minicpmv_finetune.minicpmv.slicing import ResizingLibrary, SlicePlan, SlicingConfig, cut_slices, plan_slices
+from minicpmv_finetune.minicpmv.slicing import (
+    ResizingLibrary,
+    SlicePlan,
+    SlicingConfig,
+    _pixels,
+    cut_slices,
+    plan_slices,
+)
 
 sides = st.integers(1, 12_000)
 slice_numbers = st.integers(1, 16)
@@ -42,10 +49,10 @@ def assert_equal_to_the_processor(image: Image.Image, config: SlicingConfig, dow
     )
     theirs = processor(images=[image], return_tensors="pt")
     plan = plan_slices(*image.size, config)
-    ours = [pack_patches(pixels, config.patch_size) for pixels in cut_slices(image, plan, config)]
+    ours = pack_patches(cut_slices(image, plan, config), config.patch_size)
     assert [list(size) for size in plan.target_sizes] == theirs["target_sizes"].tolist()
     assert list(plan.grid or (0, 0)) == list(theirs["grids"][0])
-    assert torch.equal(torch.cat(ours, dim=-1).unsqueeze(0), theirs["pixel_values"])
+    assert torch.equal(ours.unsqueeze(0), theirs["pixel_values"])
 
 
 @given(sides, sides, slice_numbers, modes)
@@ -109,6 +116,14 @@ def test_colors_are_kept_where_the_processor_drops_the_alpha_channel() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
     (pixels,) = cut_slices(clear, plan_slices(100, 100, SlicingConfig()), SlicingConfig())
     assert (pixels == (200, 0, 0)).all()
+
+
+@pytest.mark.parametrize(("size", "bytes_of_a_pixel"), [((30, 20), 4), ((2_100, 2_000), 3)])
+def test_pixels_are_copied_only_from_an_image_in_several_pieces(size: tuple[int, int], bytes_of_a_pixel: int) -> None:
+    image = noise(*size)
+    pixels = _pixels(image)
+    assert np.array_equal(pixels, np.asarray(image))
+    assert pixels.strides[1] == bytes_of_a_pixel
 
 
 @pytest.mark.parametrize(("width", "height", "grid"), [(640, 480, (1, 2)), (300, 1300, (3, 1)), (1000, 900, (2, 2))])
