@@ -136,8 +136,9 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
 
 def _convolve(convolution: nn.Conv1d, row: torch.Tensor, samples: PackedSamples) -> torch.Tensor:
     """Convolve each channel of a packed row, [1, tokens, channels]; a token sees those before it in its sample."""
-    padded = torch.cat([row[0], row.new_zeros(1, row.shape[-1])])
-    result = torch.zeros_like(row[0])
+    tokens = row.squeeze(0)
+    padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[-1])])
+    result = torch.zeros_like(tokens)
     for distance, weight in enumerate(convolution.weight[:, 0].flip(1).unbind(1)):
         result = result + padded.index_select(0, samples.before(distance)) * weight
     return result.unsqueeze(0) if convolution.bias is None else (result + convolution.bias).unsqueeze(0)

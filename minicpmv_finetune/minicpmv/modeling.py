@@ -97,12 +97,12 @@ class VisionEmbeddings(nn.Module):
         The grid is on the CPU.
         """
         pixels = normalize_pixels(pixel_values, MINICPMV_2_6.resampler, self.patch_embedding.weight.dtype)
-        patches = self.patch_embedding(pixels)[0, :, 0].transpose(0, 1)
+        patches = self.patch_embedding(pixels).flatten(2).squeeze(0).transpose(0, 1)
         # Rounded up to a multiple of 64, so that most batches use the same cached table.
         longest = -(-int(torch.maximum(grid.rows, grid.columns).max()) // 64) * 64
         nearest = torch.from_numpy(_nearest_position_table(self.side, longest))
         position = nearest[grid.rows, grid.row] * self.side + nearest[grid.columns, grid.column]
-        # The sum has the strides of its first part. With those of `patches`, later operations would copy.
+        # The sum has the strides of its first part. With those of `patches`, later sums are slow, and norms copy.
         return self.position_embedding(position.to(patches.device, non_blocking=True)) + patches
 
 

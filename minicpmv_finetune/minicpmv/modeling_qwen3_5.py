@@ -100,7 +100,7 @@ class _VisionAttention(MiniCPMV4_6VisionAttention):
         # A run is a sequence of adjacent slices of the same length.
         runs = [(len(list(run)), length) for length, run in groupby(lengths)]
         patches = [count * length for count, length in runs]
-        packed = hidden_states.squeeze(0)  # unlike [0], whose gradient is a copy between zeros, three times
+        packed = hidden_states.squeeze(0)  # a view also in the backward pass, where [0] fills zeros and copies
         projected = [project(packed).split(patches) for project in (self.q_proj, self.k_proj, self.v_proj)]
         dropout = self.attention_dropout if self.training else 0.0
         outputs: dict[int, torch.Tensor] = {}
@@ -187,7 +187,7 @@ class _Tower:
         sizes, device = target_sizes.cpu(), pixel_values.device
         positions = get_vision_nearest_position_ids(sizes, tower.embeddings.num_patches_per_side)
         positions = positions.to(device, non_blocking=True)
-        # The embeddings have the strides of a convolution's output, with which each sum of the layers would copy.
+        # A convolution's output has its channels first. Sums would inherit its strides and be slow, and norms copy.
         states = tower.embeddings(pixel_values, target_sizes=sizes, position_ids=positions).contiguous()
         lengths = sizes.prod(1).tolist()
         for number, layer in enumerate(tower.encoder.layers):
@@ -216,7 +216,7 @@ def _run_tower(model: Any, pixel_values: torch.Tensor, target_sizes: torch.Tenso
 def _encode_patches(model: Any, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
     """Run the vision tower on all slices; returns the merger's input, [patches, vision width]."""
     tower = _run_tower(model, pixel_values, target_sizes, model.config.downsample_mode != "4x")
-    features: torch.Tensor = tower.last_hidden_state[0]
+    features: torch.Tensor = tower.last_hidden_state.squeeze(0)
     return features
 
 

@@ -86,10 +86,10 @@ class PackedSamples:
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """From [1, tokens, …] to [samples, longest, …], with zeros as padding at the end of each row."""
         if self.places is not None:
-            padded = torch.cat([packed[0], packed.new_zeros(1, *packed.shape[2:])])
+            padded = torch.cat([packed.squeeze(0), packed.new_zeros(1, *packed.shape[2:])])
             return padded.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
         rows = packed.new_zeros(self.count, self.longest, *packed.shape[2:])
-        return rows.index_put((self.sample_ids, self.offsets), packed[0])
+        return rows.index_put((self.sample_ids, self.offsets), packed.squeeze(0))
 
     def before(self, distance: int) -> torch.Tensor:
         """Where in the row the token so many places before each token in its sample is; the row's length if nowhere."""
@@ -270,7 +270,7 @@ def _attend_by_kernel(
     attend: Any = _varlen_attention()
     # The same tensor on both sides, as one of the kernels requires for causal attention.
     borders = (options["cu_seq_lens_q"],) * 2
-    states = (part[0].transpose(0, 1) for part in (query, key, value))
+    states = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     longest = (samples.longest,) * 2
     is_grouped = key.shape[1] != query.shape[1]
     output: torch.Tensor = attend(

@@ -113,7 +113,7 @@ def cut_slices(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> li
     Returns:
         The overview and then each slice, row by row, each uint8 [height, width, 3].
     """
-    pixels = _pixels(to_rgb(image, config.transparency))
+    pixels = np.asarray(to_rgb(image, config.transparency))
     slices = [_resize(pixels, plan.overview, config.resampler)]
     if plan.refined is not None and plan.grid is not None and plan.slice_size is not None:
         whole = _resize(pixels, plan.refined, config.resampler)
@@ -124,20 +124,6 @@ def cut_slices(image: Image.Image, plan: SlicePlan, config: SlicingConfig) -> li
             for column in range(columns)
         ]
     return slices
-
-
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """The pixels of an RGB image, uint8 [height, width, 3]; Pillow's own memory where that is in one piece.
-
-    Pillow has four bytes for a pixel. A copy of three of them takes 1 to 3 ms for 1344 × 1344 pixels, decoding 8.
-    """
-    import pyarrow as pa
-
-    try:
-        values = pa.array(image).values
-    except (ValueError, TypeError, pa.ArrowException):  # of more than 16 MB, or by another release of Pillow
-        return np.asarray(image)
-    return values.to_numpy().reshape(image.height, image.width, 4)[:, :, :3]
 
 
 def _best_grid(width: int, height: int, config: SlicingConfig) -> tuple[int, int] | None:
@@ -187,7 +173,7 @@ def _resize(pixels: NDArray[np.uint8], size: Size, resampler: ResizingLibrary) -
     import torch
     from torchvision.transforms.v2 import functional  # type: ignore[import-untyped, unused-ignore]
 
-    planes = torch.tensor(pixels).permute(2, 0, 1).contiguous()
+    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     resized = functional.resize(
         planes, [size[1], size[0]], interpolation=functional.InterpolationMode.BICUBIC, antialias=True
     )

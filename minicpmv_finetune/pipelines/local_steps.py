@@ -22,7 +22,7 @@ from typing import Any
 
 from minicpmv_finetune.fork_server import ForkedProcess
 from minicpmv_finetune.progress import OUTCOME_MARK
-from minicpmv_finetune.tracking.step_runs import finish_pipeline_run
+from minicpmv_finetune.tracking.step_runs import INCOMPLETE, finish_pipeline_run
 
 from .run_display import FINISHED_BEFORE, RunDisplay
 from .run_folder import RunFolder, Step
@@ -170,10 +170,17 @@ class RunSteps:
                 suppress(ConnectionError),
                 self.servers.first.start(module, [status], os.environ, leads_tree=True) as process,
             ):
-                sentences = list(process.stdout or ())
+                try:
+                    lines = list(process.stdout or ())
+                except BaseException:  # Ctrl-C reaches no other session
+                    process.send_signal(signal.SIGTERM)
+                    raise
+                for line in lines:
+                    if line.startswith(INCOMPLETE):
+                        self.display.say(f"warning: {line.rstrip()}")
+                    else:
+                        self.display.log.write(line)
                 if process.wait() == 0:
-                    for sentence in sentences:
-                        self.display.say(sentence.rstrip())
                     return
         finish_pipeline_run(status)
 

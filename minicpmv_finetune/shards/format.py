@@ -345,7 +345,7 @@ def _allow_open_files(files: int, folder: Path) -> None:
         UserError: The limit may not be raised as far.
     """
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = len(list(Path("/dev/fd").iterdir()))
+    opened = _count_open_files()
     wanted = opened + files + _SPARE_FILES
     if limit == resource.RLIM_INFINITY or wanted <= limit:
         return
@@ -357,6 +357,10 @@ def _allow_open_files(files: int, folder: Path) -> None:
             )
         wanted = min(wanted, highest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, highest))
+
+
+def _count_open_files() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 def _open(source: Any, name: str, **options: Any) -> pq.ParquetFile:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
+INCOMPLETE = "MLflow tracking is incomplete"  # how the sentence about a failure begins
 _PIPELINE_TAG = "minicpmv.pipeline_run"
 _TASK_TAG = "minicpmv.task"
 _OUTCOME_TAG = "minicpmv.outcome"
@@ -163,7 +164,7 @@ class StepRun:
     def report_failure(self) -> None:
         """Print the first failure, if there was one, once."""
         if self.failure:
-            print_sentence(f"MLflow tracking is incomplete: {self.failure}")
+            print_sentence(f"{INCOMPLETE}: {self.failure}")
             self.failure = ""
 
     def _send_metrics(self) -> None:

@@ -18,7 +18,7 @@ from minicpmv_finetune.minicpmv.slicing import ResizingLibrary
 def _batches(resampler: ResizingLibrary) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     random = np.random.default_rng(0)
     slices = [
-        random.integers(0, 256, (rows * 14, columns * 14, 3), dtype=np.uint8) for rows, columns in ((8, 8), (4, 8))
+        random.integers(0, 256, (rows * 14, columns * 14, 3), dtype=np.uint8) for rows, columns in ((8, 8), (4, 6))
     ]
     inputs = [ModelInput("", [1, 2, 3], [], slices)]
     floats, integers = (collate(inputs, 0, 14, "right", resampler, normalized) for normalized in (True, False))

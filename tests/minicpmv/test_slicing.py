@@ -10,14 +10,7 @@ from PIL import Image
 from transformers.models.minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
 from minicpmv_finetune.minicpmv.batch import pack_patches
-from minicpmv_finetune.minicpmv.slicing import (
-    ResizingLibrary,
-    SlicePlan,
-    SlicingConfig,
-    _pixels,
-    cut_slices,
-    plan_slices,
-)
+from minicpmv_finetune.minicpmv.slicing import ResizingLibrary, SlicePlan, SlicingConfig, cut_slices, plan_slices
 
 sides = st.integers(1, 12_000)
 slice_numbers = st.integers(1, 16)
@@ -116,14 +109,6 @@ def test_colors_are_kept_where_the_processor_drops_the_alpha_channel() -> None:
     clear = Image.new("RGBA", (100, 100), (200, 0, 0, 0))
     (pixels,) = cut_slices(clear, plan_slices(100, 100, SlicingConfig()), SlicingConfig())
     assert (pixels == (200, 0, 0)).all()
-
-
-@pytest.mark.parametrize(("size", "bytes_of_a_pixel"), [((30, 20), 4), ((2_100, 2_000), 3)])
-def test_pixels_are_copied_only_from_an_image_in_several_pieces(size: tuple[int, int], bytes_of_a_pixel: int) -> None:
-    image = noise(*size)
-    pixels = _pixels(image)
-    assert np.array_equal(pixels, np.asarray(image))
-    assert pixels.strides[1] == bytes_of_a_pixel
 
 
 @pytest.mark.parametrize(("width", "height", "grid"), [(640, 480, (1, 2)), (300, 1300, (3, 1)), (1000, 900, (2, 2))])

@@ -7,7 +7,7 @@ import json
 import pickle
 import resource
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -301,27 +301,45 @@ def test_more_shards_than_a_process_may_open_at_first(
     assert all(len(reader) == ROWS for reader in readers)
 
 
-def test_a_limit_of_open_files_that_suffices_stays(folder: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    ShardReader(folder, "train")
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
-
-
-@pytest.mark.parametrize("missing", [0, 1])
-def test_the_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
-    folder: Path, missing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raised = []
+@pytest.fixture
+def set_limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[tuple[int, int]]]:
+    """Gives this process limits of open files, counted from those that are open; what is set then is only noted."""
     opened = len(list(Path("/dev/fd").iterdir()))
-    monkeypatch.setattr(module.Path, "iterdir", lambda _: iter(range(opened)))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (opened, opened + 4 - missing))
-    if missing:
-        with pytest.raises(UserError, match="has 4 shards"):
-            ShardReader(folder, "train")
-        return
-    ShardReader(folder, "train")
-    assert raised == [(opened + 4, opened + 4)]
+    noted: list[tuple[int, int]] = []
+    monkeypatch.setattr(module, "_SPARE_FILES", 2)
+    monkeypatch.setattr(module, "_count_open_files", lambda: opened)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: noted.append((limits[0] - opened, limits[1] - opened)))
+
+    def set_limits(soft: int, hard: int) -> list[tuple[int, int]]:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (opened + soft, opened + hard))
+        return noted
+
+    return set_limits
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "noted"),
+    [(6, 9, []), (5, 9, [(6, 9)]), (0, 4, [(4, 4)])],
+    ids=["suffices", "is raised as far as needed", "is raised as far as allowed"],
+)
+def test_the_limit_of_open_files(
+    folder: Path,
+    set_limits: Callable[[int, int], list[tuple[int, int]]],
+    soft: int,
+    hard: int,
+    noted: list[tuple[int, int]],
+) -> None:
+    set_files = set_limits(soft, hard)
+    assert len(ShardReader(folder, "train")) == ROWS
+    assert set_files == noted
+
+
+def test_a_limit_of_open_files_that_cannot_be_raised_as_far_as_needed(
+    folder: Path, set_limits: Callable[[int, int], list[tuple[int, int]]]
+) -> None:
+    set_limits(0, 3)
+    with pytest.raises(UserError, match="has 4 shards"):
+        ShardReader(folder, "train")
 
 
 def test_more_shards_than_a_process_may_ever_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
