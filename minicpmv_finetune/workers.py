@@ -23,6 +23,7 @@ from multiprocessing.connection import wait
 from typing import Any, TypeVar, TypeVarTuple
 
 from .cores import cores
+from .cpu_memory import keep_freed_memory
 from .errors import RetryableError, UserError
 
 Arguments = TypeVarTuple("Arguments")
@@ -30,6 +31,9 @@ Result = TypeVar("Result")
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 """Where Linux keeps what processes share."""
+
+KEPT_MEMORY = 2**28
+"""Bytes of freed memory that a worker keeps for its next image."""
 
 _CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -158,6 +162,7 @@ def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+    keep_freed_memory(KEPT_MEMORY)
     if sys.platform != "linux":
         threading.Thread(target=_wait_for_parents_end, daemon=True).start()
     if initializer is not None:

@@ -14,7 +14,7 @@ STEPS = ("validate_data", "preprocess", "train", "merge", "evaluate", "register"
 LAYERS = (
     ("moved_modules", "terminal"),
     ("errors", "environment"),
-    ("cores",),
+    ("cores", "cpu_memory"),
     (
         "container_images",
         "kubernetes_terms",

@@ -1,4 +1,6 @@
 import os
+import platform
+import resource
 import shutil
 import signal
 import struct
@@ -41,6 +43,13 @@ def kill_process_at_five(number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def count_new_pages(number: int) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        bytearray(40 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 def test_results_are_in_order_and_only_a_window_of_calls_is_read() -> None:
     read: list[int] = []
 
@@ -53,6 +62,12 @@ def test_results_are_in_order_and_only_a_window_of_calls_is_read() -> None:
     assert [next(results) for _ in range(4)] == [12, 6, 4, 3]
     assert len(read) < 20
     results.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such setting")
+def test_a_worker_uses_the_memory_of_an_image_for_the_next_one() -> None:
+    (pages,) = map_in_order("step", count_new_pages, [(0,)])
+    assert pages < 2 * 40 * 2**20 / resource.getpagesize()
 
 
 def test_an_error_of_a_call_reaches_the_caller() -> None:

@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from minicpmv_finetune import environment, storage
+from minicpmv_finetune.cpu_memory import keep_freed_memory
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors, first_line
 from minicpmv_finetune.git_commit import git_commit
@@ -50,7 +51,6 @@ from .arguments import Arguments, TrainingArguments, input_places, parse
 from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_memory
 from .checkpoint_place import PLACEHOLDER, Lease, choose_place
 from .checkpoints import Checkpoints, claim_local_folder, local_folder
-from .cpu_memory import keep_freed_memory
 from .datasets import Collator, ExampleDataset, PackDataset
 from .efficiency import Duration, measure_efficiency
 from .feature_store import is_reusable, prepare_stores

@@ -7,7 +7,7 @@ import pytest
 
 COUNT_NEW_PAGES = """
 import resource
-from minicpmv_finetune.components.train.cpu_memory import keep_freed_memory
+from minicpmv_finetune.cpu_memory import keep_freed_memory
 if {is_kept}:
     keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
