@@ -1,9 +1,9 @@
 """The memory of what computes on the CPU: what is freed is used again.
 
 glibc returns a large tensor or image to Linux as soon as it is freed, and Linux fills the pages of the next one with
-zeros, one after the other. A step of a training frees and asks for the same gigabytes each time, and a process that
-prepares images for the same megabytes: slicing a photograph of 1344 × 1344 takes 10.6 ms instead of 13.7 with this, and
-50 new pages instead of 2,600. On a GPU torch keeps memory itself.
+zeros, one after the other. A step of a training frees and asks for the same gigabytes each time, and a worker that
+prepares images for the same megabytes: slicing a photograph of 1344 × 1344 takes 10.6 instead of 13.7 ms with this, and
+50 instead of 2,600 new pages. On a GPU torch keeps memory itself. docs/performance.md has more measurements.
 """
 
 import ctypes

@@ -21,8 +21,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, get_worker_info
 
+from minicpmv_finetune.cpu_memory import keep_freed_memory
 from minicpmv_finetune.errors import RetryableError, UserError, explain_disk_errors, first_line
-from minicpmv_finetune.workers import SHARED_MEMORY, end_with_parent
+from minicpmv_finetune.workers import KEPT_MEMORY, SHARED_MEMORY, end_with_parent
 
 _ERROR = "error"  # key of a batch that is an error
 _LONGEST_SOCKET_PATH = 103  # bytes; of Linux 107, of macOS 103
@@ -100,13 +101,14 @@ def unless_error(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def start_worker(worker_id: int) -> None:
-    """Let a worker survive the signals that stop a training, but not its trainer.
+    """Let a worker survive the signals that stop a training, but not its trainer, and keep memory for its next images.
 
     torchrun sends SIGTERM to all of a training's processes, and the step that is being finished may still need batches.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+    keep_freed_memory(KEPT_MEMORY)
 
 
 def use_short_socket_paths() -> None:

@@ -3,6 +3,8 @@
 import gc
 import multiprocessing
 import os
+import platform
+import resource
 import signal
 import tempfile
 import time
@@ -50,6 +52,18 @@ def _collate(items: Sequence[int]) -> dict[str, Any]:
     return {"input_ids": torch.tensor(items), "rows": list(items)}
 
 
+class _NewPages(Dataset[int]):
+    """How many new pages a large array needs after others have been freed."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, position: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(40 * 2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 def _loader(dataset: Dataset[int], workers: int) -> DataLoader[Any]:
     return DataLoader(
         Explained(dataset),
@@ -65,6 +79,12 @@ def _raise(error: Exception) -> Callable[[], None]:
         raise error
 
     return fail
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such setting")
+def test_a_worker_uses_the_memory_of_an_image_for_the_next_one() -> None:
+    pages = [number for batch in _loader(_NewPages(), workers=1) for number in batch["rows"]]
+    assert max(pages[1:]) < 20 * 2**20 / resource.getpagesize()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
