@@ -84,6 +84,24 @@ def test_a_killed_training_resumes_to_the_same_bits(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize(
+    "batches", ["--tokens_per_batch 400", pytest.param("--packing true", marks=pytest.mark.faults_only)]
+)
+def test_a_training_with_several_samples_in_a_row_continues_to_the_same_bits(
+    tiny_46: Path, shards: Path, tmp_path: Path, batches: str
+) -> None:
+    kept = tmp_path / "kept"
+    more = f"--checkpoint_uri {kept} --max_steps 6 {batches}"
+    for name in ("first", "again"):
+        flags = _flags(tiny_46, shards, tmp_path / name, more)
+        place = flags.index("--per_device_train_batch_size")
+        launch(flags[:place] + flags[place + 2 :])
+        for last in kept.glob("checkpoint-6*"):
+            shutil.rmtree(last) if last.is_dir() else last.unlink()
+    assert read_record(tmp_path / "again").continued_from == 3
+    assert _same(tmp_path / "first", tmp_path / "again")
+
+
 @pytest.mark.faults_only
 @pytest.mark.parametrize("kind", ["--use_lora true --tune_llm false --lora_r 4 --lora_dropout 0", ""])
 def test_a_training_divided_by_fsdp2_continues_to_the_same_bits(
