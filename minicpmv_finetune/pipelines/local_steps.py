@@ -166,23 +166,24 @@ class RunSteps:
         """Close the run in MLflow, in a fork if that is possible, so that this process need not import MLflow."""
         if self.servers:
             module = "minicpmv_finetune.pipelines.end_tracking"
-            with (
-                suppress(ConnectionError),
-                self.servers.first.start(module, [status], os.environ, leads_tree=True) as process,
-            ):
-                try:
-                    lines = list(process.stdout or ())
-                except BaseException:  # Ctrl-C reaches no other session
-                    process.send_signal(signal.SIGTERM)
-                    raise
-                for line in lines:
+            with suppress(ConnectionError):
+                if self._show_end(self.servers.first.start(module, [status], os.environ, leads_tree=True)) == 0:
+                    return
+        finish_pipeline_run(status)
+
+    def _show_end(self, tracking: ForkedProcess) -> int:
+        """Show what the process that closes the run says about a failure, and log the rest; returns its exit code."""
+        with tracking:
+            try:
+                for line in tracking.stdout or ():
                     if line.startswith(INCOMPLETE):
                         self.display.say(f"warning: {line.rstrip()}")
                     else:
                         self.display.log.write(line)
-                if process.wait() == 0:
-                    return
-        finish_pipeline_run(status)
+            except BaseException:  # Ctrl-C reaches no other session
+                tracking.send_signal(signal.SIGTERM)
+                raise
+            return tracking.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ask the running step to end; the second time, end it at once."""
