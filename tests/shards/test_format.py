@@ -6,6 +6,8 @@ import itertools
 import json
 import pickle
 import resource
+import subprocess
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -132,6 +134,16 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_shards_are_written_and_read_without_pandas(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from minicpmv_finetune.shards.format import ShardReader, write_shard; "
+        "folder, path = map(Path, sys.argv[1:]); reader = ShardReader(folder, 'train'); print(reader[0].id); "
+        "write_shard(path, reader.stored_rows()); print('pandas' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "again.parquet")]
+    assert subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout == b"row-0\nFalse\n"
 
 
 def test_a_new_reader_sees_a_rewritten_folder(folder: Path) -> None:
