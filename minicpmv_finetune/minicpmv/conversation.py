@@ -85,13 +85,13 @@ class Encoder:
         Raises:
             UserError: A file is missing or damaged, or the tokenizer lacks special tokens of the generation.
         """
-        from transformers import AutoTokenizer
-
-        from . import configuration  # noqa: F401 - registers this project's configuration in transformers
+        # What AutoTokenizer would make for every generation (tested); that class imports torch and torchvision, six
+        # times as long as everything else here.
+        from transformers import PreTrainedTokenizerFast
 
         generation = detect_generation(checkpoint)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{checkpoint}: the tokenizer cannot be loaded ({first_line(error)}); the folder needs the base "

@@ -17,12 +17,11 @@ TORCH_IMPORTS = (
     "torch.distributed.run",
     "minicpmv_finetune.components.train.launch",
     "minicpmv_finetune.components.train.finetune",
-    "minicpmv_finetune.components.preprocess.preprocess",
     "minicpmv_finetune.components.merge.parity_check",
     "minicpmv_finetune.components.evaluate.evaluate",
 )
 """What the steps import that need torch."""
-_WITHOUT_TORCH = ("validate-data", "plan-retraining", "register", "notify")
+_WITHOUT_TORCH = ("validate-data", "preprocess", "plan-retraining", "register", "notify")
 _INTERVAL = 0.1  # seconds between two looks whether the run was stopped
 
 

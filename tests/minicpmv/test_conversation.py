@@ -12,6 +12,7 @@ from unicodedata import normalize
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from minicpmv_finetune.data.samples import ImageRef, Sample, SampleError, Turn
 from minicpmv_finetune.errors import UserError
@@ -418,6 +419,23 @@ def test_a_tokenizer_is_checked_when_it_is_loaded(version: str, tiny: Callable[[
         Encoder.from_checkpoint(folder)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("other_class", [None, "Qwen2TokenizerFast"])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(
+    other_class: str | None, version: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny(version), tmp_path / "checkpoint")
+    if other_class:
+        configuration = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": other_class}
+        configuration.pop("auto_map", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
+    chosen, ours = AutoTokenizer.from_pretrained(folder), Encoder.from_checkpoint(folder).tokenizer
+    assert type(chosen) is type(ours)
+    assert chosen.backend_tokenizer.to_str() == ours.backend_tokenizer.to_str()
+    for attribute in ("special_tokens_map", "chat_template", "padding_side", "model_max_length"):
+        assert getattr(chosen, attribute) == getattr(ours, attribute)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(OSError("\nno such file\nlook at\nhttps://…"), "no such file"), (ValueError(" "), "ValueError")],
@@ -428,7 +446,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_a_one_line_error(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", fail)
     with pytest.raises(UserError, match=rf"the tokenizer cannot be loaded \({reason}\); the folder needs"):
         Encoder.from_checkpoint(tiny("2.6"))
 

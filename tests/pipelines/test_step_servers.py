@@ -46,7 +46,7 @@ def test_a_step_without_torch_runs_while_torch_is_imported(program: str) -> None
 def test_torch_is_imported_only_for_a_step_that_needs_it(program: str) -> None:
     Path("go").touch()
     with StepServers(["validate-data", "notify"]) as servers:
-        for step in ("validate-data", "plan-retraining", "register", "notify"):
+        for step in ("validate-data", "preprocess", "plan-retraining", "register", "notify"):
             assert not has_torch(program, servers, step)
         assert servers._with_torch is None
         assert has_torch(program, servers, "train"), "one that was not expected"

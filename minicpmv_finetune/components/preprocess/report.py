@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -129,6 +129,9 @@ def preview_samples(shards: Path, encoder: Encoder) -> tuple[Preview, ...]:
         encoder: The encoder that made the tokens of the shards.
     """
     readers = {split: ShardReader(shards, split) for split in _PREVIEWS}
+    for reader in readers.values():
+        # A thumbnail does not show where Pillow rounds other than torchvision, whose imports take seconds.
+        reader.slicing = replace(reader.slicing, resampler="pillow")
     return tuple(
         _preview(readers[split][number], split, encoder)
         for split, count in _PREVIEWS.items()
