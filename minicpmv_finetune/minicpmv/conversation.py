@@ -2,7 +2,8 @@
 
 The chat template renders the conversation as text, each image mark is replaced by the image's tokens, and the whole
 text is tokenized once. The ids equal those of the model's processor at serving time (tested for each generation), so
-training sees what serving sends.
+training sees what serving sends. Of the equal tokens of a slice only one is in the text, and its id is repeated: a
+tokenizer takes a microsecond for each, as long as for everything else where a sample shows a large image.
 
 Answers are found in the rendered text: each is between the assistant's header and the end of the turn. Text that
 contains a token of the format itself is refused, so no user can write such a header. The character offsets of the
@@ -15,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from .model_input import IGNORED_LABEL
 from .slicing import SlicePlan, SlicingConfig, cut_slices, plan_slices
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 # Beside the generation's own: the marks of images and videos, and the start of a turn.
 _STRUCTURAL_TOKENS = (
@@ -175,14 +177,18 @@ class Encoder:
             SampleError: A text contains a token of the format itself.
         """
         trained = [turn.loss for turn in sample.turns if turn.role == "assistant"]
-        return self.encode_text(self._render(sample, sample.turns, add_generation_prompt=False), trained)
+        text, counts = self._render(sample, sample.turns, add_generation_prompt=False)
+        return self.encode_text(text, trained, counts)
 
-    def encode_text(self, text: str, trained: Sequence[bool] | None = None) -> EncodedConversation:
+    def encode_text(
+        self, text: str, trained: Sequence[bool] | None = None, counts: Sequence[int] | None = None
+    ) -> EncodedConversation:
         """Tokenize a rendered conversation; the supervised tokens are each answer and the end of its turn.
 
         Args:
             text: The conversation as the chat template writes it.
             trained: Whether each answer is supervised; None for all.
+            counts: For how many image tokens each one in the text stands; None for one.
 
         Raises:
             SampleError: A token contains the beginning of an answer and text in front of it.
@@ -212,6 +218,9 @@ class Encoder:
             while position < len(ids) and offsets[position][1] <= end:
                 labels[position] = ids[position]
                 position += 1
+        if counts is not None:
+            repeats = self._count_repeats(text, tokens, counts)
+            ids, labels = _repeat(ids, repeats), _repeat(labels, repeats)
         return EncodedConversation(ids, labels)
 
     def encode_prompt(self, sample: Sample, enable_thinking: bool | None = None) -> list[int]:
@@ -230,8 +239,9 @@ class Encoder:
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
         if enable_thinking is None:
             enable_thinking = self.asks_for_reasoning(sample)
-        text = self._render(sample, turns, add_generation_prompt=True, enable_thinking=enable_thinking)
-        return list(self.tokenizer(text)["input_ids"])
+        text, counts = self._render(sample, turns, add_generation_prompt=True, enable_thinking=enable_thinking)
+        tokens = self.tokenizer(text, return_offsets_mapping=True)
+        return _repeat(tokens["input_ids"], self._count_repeats(text, tokens, counts))
 
     def asks_for_reasoning(self, sample: Sample) -> bool:
         """Whether the sample's last answer has reasoning, so that the prompt for this answer requests it."""
@@ -279,9 +289,22 @@ class Encoder:
         by_length = sorted(self.structural_tokens, key=len, reverse=True)
         return re.compile("|".join(re.escape(token) for token in by_length))
 
+    @cached_property
+    def _image_token_pattern(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.generation.image_token))
+
+    @cached_property
+    def _image_token_id(self) -> int:
+        return int(self.tokenizer.get_vocab()[self.generation.image_token])
+
     def _render(
         self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool, enable_thinking: bool = False
-    ) -> str:
+    ) -> tuple[str, list[int]]:
+        """Render turns by the chat template.
+
+        Returns:
+            The text with one image token for each slice, and the number of tokens for which each of these stands.
+        """
         for turn in turns:
             found = self._structural_token_pattern.search(turn.text)
             if found:
@@ -302,9 +325,21 @@ class Encoder:
                 f"The chat template wrote {len(pieces) - 1} image marks for {len(order)} images; use the chat template "
                 f"of MiniCPM-V {self.generation.version}."
             )
-        plans = self.plan(sample)
-        expanded = [self._image_tokens(image_id, plans[number]) for image_id, number in enumerate(order)]
-        return "".join(piece for pair in zip(pieces, [*expanded, ""], strict=True) for piece in pair)
+        all_plans = self.plan(sample)
+        plans = [all_plans[number] for number in order]
+        images = [self._image_text(image_id, plan) for image_id, plan in enumerate(plans)]
+        counts = [count for plan in plans for count in self._count_tokens(plan)]
+        return "".join(piece for pair in zip(pieces, [*images, ""], strict=True) for piece in pair), counts
+
+    def _count_repeats(self, text: str, tokens: "BatchEncoding", counts: Sequence[int]) -> list[int]:
+        """How often to repeat each token, because image tokens of a text stand for `counts` tokens."""
+        starts = (match.start() for match in self._image_token_pattern.finditer(text))
+        of_position = dict(zip(starts, counts, strict=True))
+        # An unknown character may have the id of an image token, and a token without text the position of one.
+        return [
+            of_position.get(start, 1) if token == self._image_token_id else 1
+            for token, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+        ]
 
     def _content(self, turn: Turn) -> str | list[dict[str, Any]]:
         """Return a turn's content in the form that the chat template expects.
@@ -348,15 +383,22 @@ class Encoder:
         answer = _LEADING_LINE_BREAKS.sub("", answer)
         return f"{_THINK}\n{reasoning}\n{_END_THINK}\n\n{answer}" if reasoning else answer
 
-    def _image_tokens(self, image_id: int, plan: SlicePlan) -> str:
-        """Return the tokens of an image as text: its number, the overview, then the slices row by row."""
-        counts = [
+    def _count_tokens(self, plan: SlicePlan) -> list[int]:
+        """The number of tokens of an image's overview and of each slice, row by row."""
+        return [
             self.tokens_per_slice or rows * columns // self.patches_per_token for rows, columns in plan.target_sizes
         ]
+
+    def _image_text(self, image_id: int, plan: SlicePlan) -> str:
+        """An image as text: its number, the overview, then the slices row by row, with one image token for each."""
         text = f"<image_id>{image_id}</image_id>" if self.use_image_id else ""
-        text += f"<image>{self.generation.image_token * counts[0]}</image>"
+        text += f"<image>{self.generation.image_token}</image>"
         if plan.grid is not None:
-            slices = [f"<slice>{self.generation.image_token * count}</slice>" for count in counts[1:]]
-            columns = plan.grid[1]
-            text += "\n".join("".join(slices[row : row + columns]) for row in range(0, len(slices), columns))
+            rows, columns = plan.grid
+            text += "\n".join([f"<slice>{self.generation.image_token}</slice>" * columns] * rows)
         return text
+
+
+def _repeat(values: Sequence[int], times: Sequence[int]) -> list[int]:
+    """Each value as often as its number says."""
+    return list(chain.from_iterable(map(repeat, values, times)))

@@ -436,6 +436,30 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses(
         assert getattr(chosen, attribute) == getattr(ours, attribute)
 
 
+def test_image_tokens_are_repeated_after_the_text_is_tokenized(encoder: Encoder) -> None:
+    conversation = sample((0, "\nor", 1, "?"), ("The one like ", 0, "."), "Sure?", "Yes.", images=(WIDE, SMALL))
+    encoded = encoder.encode(conversation)
+    assert encoded == encoder.encode_text(decode(encoder, encoded.input_ids).removeprefix("<s>"))
+    assert encoder.encode_prompt(conversation) == encoded.input_ids[: len(encoder.encode_prompt(conversation))]
+
+
+def test_a_token_of_the_same_id_as_an_image_token_is_not_repeated(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """2.6's image token is also the one that a vocabulary without bytes has for unknown characters."""
+    folder = shutil.copytree(tiny("2.6"), tmp_path / "checkpoint")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["unk_token"] = "<unk>"
+    unknown = document["model"]["vocab"].pop("~")
+    document["model"]["vocab"]["never"] = unknown
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    encoder = Encoder.from_checkpoint(folder)
+    image_token = encoder.tokenizer.get_vocab()["<unk>"]
+
+    def count(*turns: str | tuple[str | int, ...]) -> int:
+        return encoder.encode(sample(*turns, images=(SMALL,))).input_ids.count(image_token)
+
+    assert count(("~", 0, "~"), "~") == count((0,), "3") + 3
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(OSError("\nno such file\nlook at\nhttps://…"), "no such file"), (ValueError(" "), "ValueError")],
