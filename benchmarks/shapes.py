@@ -5,6 +5,7 @@ and memory do not depend on their values.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from sklearn.datasets import load_sample_images
 from transformers import PreTrainedModel
 from transformers.models.minicpmv4_6 import MiniCPMV4_6Config
 
-from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig
+from minicpmv_finetune.minicpmv.configuration import MiniCPMVConfig, find_token_id
+from minicpmv_finetune.minicpmv.generations import generation_named
 from minicpmv_finetune.minicpmv.modeling import MiniCPMVForConditionalGeneration
 from minicpmv_finetune.minicpmv.modeling_qwen3_5 import MiniCPMV4_6ForConditionalGeneration
+from minicpmv_finetune.shards.codecs import DEFAULT_CODEC, Codec
 
 IMAGE_TOKEN = 3
 QUESTION = "describe the photograph"
@@ -153,15 +156,54 @@ def prepare_digits(folder: Path, count: int | None = None) -> tuple[Path, Path]:
     Returns:
         The folders of the checkpoint and of the shards.
     """
-    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
-    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
     from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
     from minicpmv_finetune.pipelines.demo import DEMO_CORPUS, write_digits
 
     base = write_tiny_checkpoint(folder / "base", corpus=DEMO_CORPUS)
-    shards, rejects = folder / "shards", folder / "rejects.jsonl"
     data, _ = write_digits(folder / "digits", seed=0)
     data.write_text(json.dumps(json.loads(data.read_text())[:count]))
-    validate_data(str(data), "", folder / "dataset", rejects, ValidationSettings(eval_fraction=0))
-    preprocess(folder / "dataset", str(base), shards, folder / "too-long.jsonl", PreprocessSettings())
-    return base, shards
+    return base, write_shards(folder, data, base)
+
+
+def write_shards(folder: Path, data: Path, base: Path, codec: Codec = DEFAULT_CODEC) -> Path:
+    """Validate data and write it to shards for a base checkpoint, as the first two steps do; returns their folder."""
+    from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
+    from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
+
+    settings = PreprocessSettings(codec=codec)
+    validate_data(str(data), "", folder / "dataset", folder / "rejects.jsonl", ValidationSettings(eval_fraction=0))
+    preprocess(folder / "dataset", str(base), folder / "shards", folder / "too-long.jsonl", settings)
+    return folder / "shards"
+
+
+def write_base(folder: Path, version: str, shape: Shape, texts: Iterable[str]) -> Path:
+    """Write a model of a shape as a checkpoint that slices as the published one, and whose tokenizer knows the texts.
+
+    Args:
+        folder: Folder that receives it.
+        version: Generation, 4.6 or 2.6.
+        shape: Sizes of the model.
+        texts: Texts of the data.
+    """
+    from minicpmv_finetune.minicpmv.tiny_checkpoint import write_tiny_checkpoint
+
+    write_tiny_checkpoint(folder, version, corpus=texts)
+    model: Any = make_model(version, shape)
+    model.config.image_token_id = find_token_id(folder, generation_named(version).image_token)
+    model.save_pretrained(folder)
+    for path in folder.glob("*processor_config.json"):
+        content = path.read_text().replace('"scale_resolution": 112', '"scale_resolution": 448')
+        path.write_text(content.replace('"image_feature_size": 16', '"image_feature_size": 64'))
+    return folder
+
+
+def write_questions(data: Path, most: int, path: Path) -> Path:
+    """Write the samples of a file again, of each image only the first `most`."""
+    asked: dict[str, int] = {}
+    with data.open() as lines, path.open("w") as file:
+        for sample in map(json.loads, lines):
+            image = sample["image"]
+            asked[image] = asked.get(image, 0) + 1
+            if asked[image] <= most:
+                file.write(f"{json.dumps(sample | {'image': f'{data.parent.absolute()}/{image}'})}\n")
+    return path

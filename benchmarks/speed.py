@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [--only switches evaluation roof] [--rounds 2]
     python benchmarks/speed.py --only scaling
-    python benchmarks/speed.py --only sharing --rounds 5
+    python benchmarks/speed.py --only sharing sharing-easy-vqa --rounds 5
 
 Compared variants alternate in one run, each in a separate process, so that other load on the machine affects all of
 them and the memory of one is not counted for another. Work is single-threaded and measured in processor time, which
@@ -13,9 +13,11 @@ size.
 
 import argparse
 import ctypes
+import itertools
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -28,14 +30,29 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from public.easy_vqa import TASK
+from public.task import prepare
 from results import make_result, save_results
 from rich.console import Console
 from rich.table import Table
-from shapes import IMAGE_TOKEN, LANGUAGE_HEAVY, VISION_HEAVY, Shape, make_model, prepare_digits, write_photographs
+from shapes import (
+    IMAGE_TOKEN,
+    LANGUAGE_HEAVY,
+    VISION_HEAVY,
+    Shape,
+    make_model,
+    prepare_digits,
+    write_base,
+    write_photographs,
+    write_questions,
+    write_shards,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from minicpmv_finetune import environment
 from minicpmv_finetune.components.train.fused_lora import fuse_adapters
+from minicpmv_finetune.data.texts import read_texts
 from minicpmv_finetune.minicpmv.batch import collate, collate_packed
 from minicpmv_finetune.minicpmv.generations import generation_named
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL, ModelInput
@@ -87,6 +104,26 @@ ALL = Switches(sliced_before=True, logits=True, features=True, packing=True, fus
 SAMPLES_ABOUT_IMAGES = 20
 BEFORE_IMAGE, QUESTION, ANSWER = 5, 20, 3
 """Tokens of a sample of easy-VQA before its image of 64 tokens, after it with the chat template, and supervised."""
+IMAGES_OF_EASY_VQA, QUESTIONS_OF_EASY_VQA = 24, (4, 20)
+"""Images of its test split; most questions about each of them: the goal's number, and all, 9.6 on average."""
+PACKED_TRAINING = {
+    "use_cpu": True,
+    "use_lora": True,
+    "tune_llm": False,
+    "tune_vision": False,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0,
+    "packing": True,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1000,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+"""Flags of two epochs with one optimizer step each, whose loss is that of all samples, however they share rows."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +132,23 @@ class Measured:
 
     Attributes:
         seconds: Duration of the steps.
-        memory: Peak memory of the steps in bytes, above the memory before them.
+        memory: Peak memory of the steps in bytes, above the memory before them; 0 where it was not measured.
+        rows: Rows that packed samples fill.
+        tokens: Tokens of all these rows.
+        losses: Loss of each optimizer step.
     """
 
     seconds: float
     memory: int
+    rows: int = 0
+    tokens: int = 0
+    losses: Sequence[float] = ()
 
 
 def main() -> None:
     """Run the experiments, print tables, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-2])
+    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS)[:-3])
     parser.add_argument("--rounds", type=int, default=2, help="number of measurements of each")
     parser.add_argument("--photographs", type=int, default=8, help="photographs per round")
     options = parser.parse_args()
@@ -215,27 +258,73 @@ def scaling(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
 
 
 def sharing(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
-    """Rows that have an image once against rows that have it with each question; all other switches are on in both."""
+    """Rows that have an image once against rows that have it with each question, of samples shaped like easy-VQA's."""
+
+    def train(version: str, kind: str, questions: int, stored: bool, shared: bool) -> Measured:
+        return _run_in_fork(_train_on_questions, version, SHAPES[kind], stored, questions, shared)
+
+    return _compare_sharing("shared_images_vs_separate", train, (4, 10), rounds)
+
+
+def sharing_easy_vqa(images: Sequence[Path], rounds: int) -> list[dict[str, Any]]:
+    """The same with images and questions of easy-VQA's test split, all of them or four an image, trained by `train`."""
+    data = prepare(TASK, Path(f"build/public/{TASK.name}-{IMAGES_OF_EASY_VQA}/data"), IMAGES_OF_EASY_VQA)
+    questions = data.tests["scores"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for version in ("2.6", "4.6"):
+            for kind, shape in SHAPES.items():
+                write_base(folder / version / kind, version, shape, read_texts(str(questions)))
+            for most in QUESTIONS_OF_EASY_VQA:
+                few = write_questions(questions, most, folder / f"{most}.jsonl")
+                _run_in_fork(write_shards, folder / version / str(most), few, folder / version / "vision-heavy", "raw")
+
+        def train(version: str, kind: str, most: int, stored: bool, shared: bool) -> Measured:
+            place = folder / version
+            return _run_in_fork(_train_on_shards, version, place / kind, place / str(most) / "shards", stored, shared)
+
+        return _compare_sharing("shared_easy_vqa_vs_separate", train, QUESTIONS_OF_EASY_VQA, rounds)
+
+
+def _compare_sharing(
+    name: str, train: Callable[..., Measured], questions: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Alternate trainings with shared and with repeated images; all other switches are on in both.
+
+    Args:
+        name: Name of the row of results.
+        train: Trains a version of a kind on so many questions an image, with stored features or not, shared or not.
+        questions: Most questions about an image; the first number is the one of the goal.
+        rounds: Number of measurements.
+    """
     lines: list[list[str]] = []
     gains: dict[str, float] = {}
-    for version in ("2.6", "4.6"):
-        for kind, shape in SHAPES.items():
-            for stored, tower in ((False, "runs"), (True, "stored")):
-                for questions in (4, 10):
-                    cases = (version, shape, stored, questions)
-                    runs: list[list[Measured]] = [[], []]
-                    for _ in range(rounds):
-                        for shared in (False, True):
-                            runs[shared].append(_run_in_fork(_train_on_questions, *cases, shared))
-                    ratios = [one.seconds / two.seconds for one, two in zip(*runs, strict=True)]
-                    gain, less = statistics.median(ratios), _ratio(runs[0], runs[1], "memory")
-                    spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
-                    lines.append([version, kind, tower, str(questions), f"{gain:.2f}", spread, f"{less:.2f}"])
-                    gains[f"{version} {kind}, tower {tower}, {questions} questions"] = gain
-    _show(["model", "shape", "tower", "questions an image", "× as fast", "rounds", "× less memory"], lines)
-    at_four = {name: gain for name, gain in gains.items() if " 4 questions" in name}
-    detail = "; ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
-    return [make_result("shared_images_vs_separate", min(at_four.values()), 2.0, f"smallest at 4 of {detail}")]
+    at_goal: list[float] = []
+    for version, kind, stored, most in itertools.product(("2.6", "4.6"), SHAPES, (False, True), questions):
+        runs: list[list[Measured]] = [[], []]
+        for _ in range(rounds):
+            for shared in (False, True):
+                runs[shared].append(train(version, kind, most, stored, shared))
+        ratios = [one.seconds / two.seconds for one, two in zip(*runs, strict=True)]
+        gain, less = statistics.median(ratios), _ratio(runs[0], runs[1], "memory")
+        tower = "stored" if stored else "runs"
+        one, two = runs[0][0], runs[1][0]
+        differences = [abs(a - b) for a, b in zip(one.losses, two.losses, strict=True)]
+        lines.append(
+            [
+                *(version, kind, tower, str(most), f"{gain:.2f}", f"{min(ratios):.2f} … {max(ratios):.2f}"),
+                f"{less:.2f}" if less else "–",
+                " → ".join(f"{statistics.median(run.seconds for run in found):.2f}" for found in runs),
+                *(f"{one.rows} → {two.rows}", f"{one.tokens:,} → {two.tokens:,}", f"{max(differences):.0e}"),
+            ]
+        )
+        gains[f"{version} {kind}, tower {tower}, {most} questions"] = gain
+        if most == questions[0]:
+            at_goal.append(gain)
+    columns = ["model", "shape", "tower", "questions", "× as fast", "rounds", "× less memory"]
+    _show([*columns, "seconds", "rows", "tokens", "losses differ by"], lines)
+    detail = "; ".join(f"{case} {gain:.2f}" for case, gain in gains.items())
+    return [make_result(name, min(at_goal), 2.0, f"smallest at {questions[0]} of {detail}")]
 
 
 EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = {
@@ -243,6 +332,7 @@ EXPERIMENTS: dict[str, Callable[[Sequence[Path], int], list[dict[str, Any]]]] = 
     "evaluation": evaluation,
     "roof": roof,
     "sharing": sharing,
+    "sharing-easy-vqa": sharing_easy_vqa,
     "scaling": scaling,
 }
 
@@ -310,21 +400,63 @@ def _train_on_questions(version: str, shape: Shape, stored: bool, questions: int
         rows = [replace(row, slices=[]) for row in rows]
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
 
-    def step() -> None:
+    def step() -> float:
         batch = collate_packed(rows, 14, shared=counts)
         if stored:
             batch["patch_features"] = torch.cat([patches for patches, _ in features])
             batch["target_sizes"] = torch.cat([sizes for _, sizes in features])
-        trained(**batch, loss_only=True, use_cache=False).loss.backward()
+        loss = trained(**batch, loss_only=True, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return float(loss.detach())
 
-    step()
+    losses = [step()]
     before = _reset_peak()
     started = time.process_time()
-    step()
-    step()
-    return Measured(time.process_time() - started, _peak() - before)
+    losses += [step(), step()]
+    seconds, memory = time.process_time() - started, _peak() - before
+    return Measured(seconds, memory, 1, sum(len(row.input_ids) for row in rows) - sum(counts), losses)
+
+
+def _train_on_shards(version: str, base: Path, shards: Path, stored: bool, shared: bool) -> Measured:
+    """Train two epochs as `train` does, each with one optimizer step; the time is that of the whole loop."""
+    from minicpmv_finetune.components.train import finetune
+    from minicpmv_finetune.components.train.arguments import as_flags
+    from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
+
+    measured: list[Measured] = []
+    trainer: Any = MiniCPMVTrainer
+    train = trainer.train
+
+    def timed(self: Any, **options: Any) -> Any:
+        started = time.process_time()
+        outcome = train(self, **options)
+        seconds = time.process_time() - started
+        if self.counter.runs_tower == stored:
+            raise SystemExit(f"The tower of {base} {'runs' if stored else 'is stored'}.")
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        measured.append(Measured(seconds, 0, len(self.train_dataset), self.counter.tokens // 2, losses))
+        return outcome
+
+    generation = generation_named(version)
+    language_model = re.escape(generation.language_model)
+    with tempfile.TemporaryDirectory(dir=base.parent) as out:
+        flags = {
+            **PACKED_TRAINING,
+            "model_name_or_path": base,
+            "data_path": shards,
+            "output_dir": out,
+            "cache_dir": base.parent / "cache",
+            "lora_target_modules": rf"{language_model}\.layers\..*proj.*",
+            "lora_modules_to_save": f"none,{generation.merger}",
+            "reuse_vision_features": stored,
+            "share_images": shared,
+        }
+        trainer.train = timed
+        os.environ[environment.QUIET.name] = "1"
+        finetune.main(as_flags(flags))
+    return measured[0]
 
 
 def _train_on_text(length: int) -> Measured:
