@@ -121,6 +121,17 @@ def test_parts_give_the_same_bytes_as_one(dataset: Dataset) -> None:
         check_parts(read_manifest(together), [*keys, "other"])
 
 
+def test_a_part_reads_only_the_images_of_its_shards(dataset: Dataset) -> None:
+    samples = json.loads((dataset.data / "train.json").read_text())
+    for sample in samples[ROWS_PER_SHARD : 2 * ROWS_PER_SHARD]:
+        (dataset.data / sample["image"]).unlink()
+    cache = dataset.folder / "a"
+    dataset.part(str(cache), 0, 2)
+    assert {path.name for path in cached(cache).glob("*.parquet")} == {"train-00000.parquet", "train-00002.parquet"}
+    with pytest.raises(UserError, match="png: not found"):
+        dataset.part(str(cache), 1, 2)
+
+
 def test_a_part_may_be_empty(dataset: Dataset) -> None:
     keys = {dataset.part(str(dataset.folder / "a"), part, 9) for part in range(9)}
     assert len(keys) == 1
