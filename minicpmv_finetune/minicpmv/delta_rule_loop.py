@@ -14,7 +14,6 @@ width 128 took 1,500 ms in chunks and 115 ms here. Results differ by rounding, 1
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from .compiled import compile_loop
+from .compiled import compile_loop, run_in_threads
 
 _KEPT_EVERY = 16  # tokens
-_WORTH_A_THREAD = 200_000  # elements of states that are updated; about the time to start a thread
 _WIDEST = 128  # a state of wider heads leaves the cache, and products of matrices are as fast
 _VECTORS, _NUMBERS, _STATES, _KEPT = (f"Array(float32, {dimensions}, 'C')" for dimensions in (4, 3, 4, 5))
 _INPUTS = f"{_VECTORS}, {_VECTORS}, {_VECTORS}, {_NUMBERS}, {_NUMBERS}"
@@ -70,7 +68,8 @@ class _DeltaRule(torch.autograd.Function):
         kept_states = -(-length // _KEPT_EVERY) if any(ctx.needs_input_grad) else 0
         kept = initial.new_empty(rows, heads, kept_states, width, initial.shape[-1])
         state, output = initial.clone(), torch.empty_like(inputs[2])
-        _in_threads(compile_loop(_read, _FORWARD, True), (*inputs, kept, state, output), rows * heads)
+        loop = compile_loop(_read, _FORWARD, True)
+        run_in_threads(loop, (*inputs, kept, state, output), rows * heads, _updated(inputs))
         ctx.save_for_backward(*inputs, kept)
         ctx.set_materialize_grads(False)
         return output, state
@@ -86,25 +85,15 @@ class _DeltaRule(torch.autograd.Function):
         # Of the state after a token; in the end, of the one before the first token.
         grad_state = torch.zeros_like(kept[:, :, 0]) if grad_last is None else grad_last.clone().contiguous()
         gradients = [torch.empty_like(part) for part in inputs]
-        _in_threads(
-            compile_loop(_read_backward, _BACKWARD, True),
-            (*inputs, kept, grad_output, grad_state, *gradients),
-            rows * heads,
-        )
+        loop = compile_loop(_read_backward, _BACKWARD, True)
+        arguments = (*inputs, kept, grad_output, grad_state, *gradients)
+        run_in_threads(loop, arguments, rows * heads, _updated(inputs))
         return *gradients, grad_state
 
 
-def _in_threads(loop: Any, tensors: Sequence[torch.Tensor], states: int) -> None:
-    """Run a compiled loop in as many threads as torch uses, each over some of the states; little work in this one."""
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    work = tensors[1].numel() * tensors[2].shape[-1]  # keys by values
-    threads = min(torch.get_num_threads(), states, work // _WORTH_A_THREAD)
-    if threads <= 1:
-        loop(*arrays, 0, states)
-        return
-    ends = [states * number // threads for number in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda first, last: loop(*arrays, first, last), ends, ends[1:]))
+def _updated(inputs: Sequence[torch.Tensor]) -> int:
+    """The number of elements of states that all tokens update: keys by values."""
+    return inputs[1].numel() * inputs[2].shape[-1]
 
 
 def _read(

@@ -18,7 +18,11 @@ from transformers.utils.import_utils import is_causal_conv1d_available, is_flash
 
 from .delta_rule import gated_delta_rule, read_states
 from .delta_rule_loop import loop_fits
+from .layer_loops import convolve, loops_fit, multiply_gated, normalize
 from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples, shared_states
+
+_LENGTH_EPSILON = 1e-6
+"""What transformers' `l2norm` adds to the square of a length."""
 
 
 def without_gpu_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,21 +121,41 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         length = mixed.shape[1]
         if samples is not None and parts is not None:
             mixed = ACT2FN[self.activation](_convolve(self.conv1d, mixed, samples))
+        elif self.conv1d.bias is None and self.activation == "silu" and loops_fit(mixed, self.conv1d.weight):
+            mixed = convolve(mixed, self.conv1d.weight.squeeze(1))
         else:
             mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
         # The projection's output contains all queries, then all keys, then all values.
         queries_and_keys, values = mixed.split([2 * self.key_dim, self.value_dim], dim=-1)
         queries_and_keys = queries_and_keys.unflatten(-1, (2, self.num_k_heads, self.head_k_dim))
-        queries_and_keys = l2norm(queries_and_keys.float())
-        queries, keys = queries_and_keys.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=3).unbind(2)
+        queries_and_keys = _normalize_heads(queries_and_keys)
+        if (copies := self.num_v_heads // self.num_k_heads) > 1:
+            queries_and_keys = queries_and_keys.repeat_interleave(copies, dim=3)
+        queries, keys = queries_and_keys.unbind(2)
         states = (queries, keys, values.unflatten(-1, (self.num_v_heads, -1)), log_decay, beta)
         attended = _attend_in_parts(states, parts) if parts else gated_delta_rule(*states)
         attended = attended.to(mixed.dtype)
         if samples is not None and parts is None:
             attended = samples.pack(attended)
         gate = self.in_proj_z(hidden_states).view(-1, self.head_v_dim)
-        normed = self.norm(attended.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
+        normed = _normalize_gated(self.norm, attended.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
         return torch.as_tensor(self.out_proj(normed))
+
+
+def _normalize_heads(states: torch.Tensor) -> torch.Tensor:
+    """Divide each head's vector, [..., width], by its length, in float32."""
+    if not loops_fit(states):
+        return torch.as_tensor(l2norm(states.float()))
+    # x / √(Σx² + ε), as a norm by the root mean square.
+    width = states.shape[-1]
+    return normalize(states, states.new_full((width,), width**-0.5), _LENGTH_EPSILON / width)
+
+
+def _normalize_gated(norm: Any, states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Compute transformers' norm with a gate, of states and gates [..., width]."""
+    if not loops_fit(states, gate, norm.weight):
+        return torch.as_tensor(norm(states, gate))
+    return multiply_gated(gate, normalize(states, norm.weight, norm.variance_epsilon))
 
 
 def _convolve(convolution: nn.Conv1d, row: torch.Tensor, samples: PackedSamples) -> torch.Tensor:

@@ -43,6 +43,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from .batch import normalize_pixels
 from .configuration import IMAGE_TOKEN, RESAMPLER_HEAD_DIM, MiniCPMVConfig, find_token_id
 from .generations import MINICPMV_2_6
+from .layer_loops import use_loops
 from .loss import SupervisedOutput, drop_redundant_mask, supervised_loss
 
 UNTIMED = -1
@@ -290,6 +291,7 @@ class MiniCPMVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.drop_vision_last_layer:
             del self.vpm.encoder.layers[-1]
         self.resampler = Resampler(config.query_num, config.text_config.hidden_size, vision.hidden_size)
+        use_loops(self)
         self.post_init()
 
     @torch.no_grad()

@@ -42,6 +42,7 @@ from transformers.vision_utils import get_vision_nearest_position_ids
 
 from .batch import normalize_pixels
 from .generations import MINICPMV_4_6
+from .layer_loops import use_loops
 from .linear_attention import LinearAttention
 from .loss import drop_redundant_mask, supervised_loss
 from .modeling import PatchGrid, gathers_weights, gradients_if_trained
@@ -168,6 +169,7 @@ def _replace_classes(model: Any) -> None:
     for layer in model.language_model.layers:
         if layer.block_type == "linear_attention":
             layer.linear_attn.__class__ = LinearAttention
+    use_loops(model)
 
 
 class _Tower:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minicpmv_finetune.minicpmv import delta_rule
+from minicpmv_finetune.minicpmv import compiled, delta_rule
 from minicpmv_finetune.minicpmv.delta_rule import gated_delta_rule, read_states
 from minicpmv_finetune.minicpmv.delta_rule_loop import loop_fits
 
@@ -34,8 +34,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The number of threads of torch, of which the second does not divide the number of states."""
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
