@@ -2,13 +2,13 @@
 
 PEFT computes the same in six operations, and stores the dropped-out input of every layer for the backward pass. Here
 scaling and sums are part of the matrix products, and of dropout one byte per element is stored: whether it was kept.
-On a CPU floats are stored, because a product with bytes takes six times as long there, and a compiled loop draws them:
-0.1 ms for 1,920 × 128 elements, where torch's `bernoulli_` takes 1.1. `make bench` measures the gain. What PEFT offers
-beyond plain LoRA (DoRA, several adapters at once, adapters that are merged or turned off), and weights that are
-quantized or partitioned between devices, use PEFT's own computation.
+In float32 on a CPU the dropped-out input is stored instead of the input, and compiled loops compute which elements are
+kept while they drop them: 0.1 ms for 1,920 × 128 elements, where torch's `bernoulli_` alone takes 1.1. `make bench`
+measures the gain. What PEFT offers beyond plain LoRA (DoRA, several adapters at once, adapters that are merged or
+turned off), and weights that are quantized or partitioned between devices, use PEFT's own computation.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,15 @@ from torch import nn
 
 from minicpmv_finetune.minicpmv.compiled import compile_loop
 
-_DRAW = ("void(uint32, uint32, uint32, Array(float32, 1, 'C'))",)
+_LOOP = ("void(Array(float32, 1, 'C'), uint32, uint32, uint32, Array(float32, 1, 'C'))",)
+
+
+class _Drawn(NamedTuple):
+    """Which elements dropout keeps: those whose 32 bits of `_draw` are not below `limit`."""
+
+    first: int
+    second: int
+    limit: int
 
 
 def fuse_adapters(model: nn.Module) -> list[str]:
@@ -78,33 +86,69 @@ class FusedLoraLinear(LoraLinear):
         return output
 
 
-def _draw_dropout(x: torch.Tensor, dtype: torch.dtype, rate: float) -> tuple[torch.Tensor, float]:
-    """Which elements of x dropout keeps, as 0 and 1 of type bool or, on a CPU, dtype; and the factor of those."""
-    on_cpu = x.device.type == "cpu"
-    draw = compile_loop(_draw, _DRAW) if on_cpu and rate < 1 and not torch.compiler.is_compiling() else None
-    if draw is None:
-        kept = torch.empty_like(x, dtype=dtype if on_cpu else torch.bool).bernoulli_(1 - rate)
-    else:
-        drawn = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        # From torch's generator, which a checkpoint contains.
-        first, second = torch.empty(2, dtype=torch.int64, device=x.device).random_(2**32).tolist()
-        draw(first, second, round(rate * 2**32), drawn.view(-1).numpy())
-        kept = drawn.to(dtype)
-    return kept, 1 / (1 - rate) if rate < 1 else 0.0
+def _draw_dropout(x: torch.Tensor, dtype: torch.dtype, rate: float) -> tuple[torch.Tensor | _Drawn, float]:
+    """Which elements of x dropout keeps, and the factor of those.
 
-
-def _draw(first: int, second: int, limit: int, kept: NDArray[np.float32]) -> None:
-    """Draw 1 for each element whose number of 32 random bits is not below a limit, otherwise 0.
-
-    The number is a hash of the element's place and of two random numbers: the rounds of lowbias32 (Chris Wellons,
-    "Prospecting for Hash Functions", 2018), with the second number between them.
+    They are described by numbers where loops compute in dtype; otherwise as 0 and 1 of type bool or, on a CPU, where a
+    product with bytes takes six times as long, of dtype.
     """
-    for place in range(kept.size):
-        bits = np.uint32(np.uint32(place) + first)
-        bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D))
-        bits = np.uint32((bits ^ (bits >> np.uint32(15)) ^ second) * np.uint32(0x846CA68B))
-        bits = np.uint32(bits ^ (bits >> np.uint32(16)))
-        kept[place] = bits >= limit
+    factor = 1 / (1 - rate) if rate < 1 else 0.0
+    on_cpu = x.device.type == "cpu"
+    loops_fit = on_cpu and rate < 1 and not torch.compiler.is_compiling() and compile_loop(_drop, _LOOP, calls=(_draw,))
+    if not loops_fit:
+        return torch.empty_like(x, dtype=dtype if on_cpu else torch.bool).bernoulli_(1 - rate), factor
+    # From torch's generator, which a checkpoint contains.
+    first, second = torch.empty(2, dtype=torch.int64, device=x.device).random_(2**32).tolist()
+    drawn = _Drawn(first, second, round(rate * 2**32))
+    if dtype == torch.float32:
+        return drawn, factor
+    return _keep(torch.ones(x.shape, device=x.device), drawn).to(dtype), factor
+
+
+def _keep(x: torch.Tensor, kept: torch.Tensor | _Drawn) -> torch.Tensor:
+    """Set the elements of x that are not kept to zero."""
+    if isinstance(kept, torch.Tensor):
+        return x * kept
+    x = x.contiguous()
+    dropped = torch.empty_like(x)
+    loop: Any = compile_loop(_drop, _LOOP, calls=(_draw,))
+    loop(x.detach().view(-1).numpy(), *kept, dropped.view(-1).numpy())
+    return dropped
+
+
+def _add_kept(total: torch.Tensor, part: torch.Tensor, kept: torch.Tensor | _Drawn) -> None:
+    """Add the elements of a part that are kept to a total; both are contiguous."""
+    if isinstance(kept, torch.Tensor):
+        total.addcmul_(part, kept.view(total.shape))
+    else:
+        loop: Any = compile_loop(_add_drawn, _LOOP, calls=(_draw,))
+        loop(part.view(-1).numpy(), *kept, total.view(-1).numpy())
+
+
+def _draw(place: int, first: np.uint32, second: np.uint32) -> np.uint32:
+    """32 random bits: a hash of a place and of two random numbers.
+
+    The rounds of lowbias32 (Chris Wellons, "Prospecting for Hash Functions", 2018), with the second number between
+    them.
+    """
+    bits = np.uint32(np.uint32(place) + first)
+    bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    bits = np.uint32((bits ^ (bits >> np.uint32(15)) ^ second) * np.uint32(0x846CA68B))
+    return np.uint32(bits ^ (bits >> np.uint32(16)))
+
+
+def _drop(
+    x: NDArray[np.float32], first: np.uint32, second: np.uint32, limit: np.uint32, dropped: NDArray[np.float32]
+) -> None:
+    for place in range(x.size):
+        dropped[place] = x[place] if _draw(place, first, second) >= limit else np.float32(0)
+
+
+def _add_drawn(
+    part: NDArray[np.float32], first: np.uint32, second: np.uint32, limit: np.uint32, total: NDArray[np.float32]
+) -> None:
+    for place in range(part.size):
+        total[place] += part[place] if _draw(place, first, second) >= limit else np.float32(0)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -119,7 +163,7 @@ class _FusedLora(torch.autograd.Function):
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         scale: float,
-        kept: torch.Tensor | None,
+        kept: torch.Tensor | _Drawn | None,
     ) -> torch.Tensor:
         """Compute the output.
 
@@ -131,33 +175,40 @@ class _FusedLora(torch.autograd.Function):
             lora_a: A, [rank, inputs].
             lora_b: B, [outputs, rank].
             scale: s, with the factor of the elements that dropout kept.
-            kept: Which of x's elements dropout keeps, as 0 and 1, [..., inputs]; None without dropout.
+            kept: Which of x's elements dropout keeps, [..., inputs]; None without dropout.
         """
         output = F.linear(x, weight, bias)
-        hidden = F.linear(x if kept is None else x * kept, lora_a)
+        dropped = x if kept is None else _keep(x, kept)
+        hidden = F.linear(dropped, lora_a)
         output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, kept, hidden)
-        ctx.scale = scale
+        ctx.scale, ctx.drawn = scale, kept if isinstance(kept, _Drawn) else None
+        of_whole_weights = ctx.drawn is None or ctx.needs_input_grad[1]  # otherwise gradients need dropped inputs alone
+        inputs = (x if of_whole_weights else None, dropped if ctx.drawn else None, None if ctx.drawn else kept)
+        ctx.save_for_backward(*inputs, weight, lora_a, lora_b, hidden)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_a, lora_b, kept, hidden = ctx.saved_tensors
+        x, dropped, kept, weight, lora_a, lora_b, hidden = ctx.saved_tensors
+        kept = kept if ctx.drawn is None else ctx.drawn
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         grad_output = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        flat_x, hidden = x.reshape(-1, x.shape[-1]), hidden.view(-1, hidden.shape[-1])
-        mask = None if kept is None else kept.view(flat_x.shape)
-        grad_hidden = (grad_output @ lora_b).mul_(ctx.scale)
+        hidden = hidden.view(-1, hidden.shape[-1])
+        grad_hidden = grad_output @ (lora_b * ctx.scale)
         grad_x = None
         if needs_x:
             grad_x = grad_output @ weight
-            if mask is None:
+            if kept is None:
                 grad_x.addmm_(grad_hidden, lora_a)
             else:
-                grad_x.addcmul_(grad_hidden @ lora_a, mask)
-            grad_x = grad_x.view(x.shape)
-        grad_a = grad_hidden.t() @ (flat_x if mask is None else flat_x * mask) if needs_a else None
+                _add_kept(grad_x, grad_hidden @ lora_a, kept)
+            grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
+        grad_a = None
+        if needs_a:
+            if dropped is None:
+                dropped = x if kept is None else _keep(x, kept)
+            grad_a = grad_hidden.t() @ dropped.reshape(-1, dropped.shape[-1])
         grad_b = (grad_output.t() @ hidden).mul_(ctx.scale) if needs_b else None
-        grad_weight = grad_output.t() @ flat_x if needs_weight else None
+        grad_weight = grad_output.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
         grad_bias = grad_output.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None

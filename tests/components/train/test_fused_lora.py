@@ -97,19 +97,30 @@ def test_whole_models_have_the_same_gradients(generation: Any, tiny: Callable[[s
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-6 * largest)
 
 
-def test_gradients_are_those_of_the_elements_that_dropout_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("drawn_in_loops", [True, False])
+def test_gradients_are_those_of_the_elements_that_dropout_kept(
+    drawn_in_loops: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The expected values are PEFT's own, with its dropout replaced by the same elements."""
     model, x = _adapted(dropout=0.4).train(), torch.randn(3, 5, 12)
-    draws: dict[torch.Size, torch.Tensor] = {}
+    model.requires_grad_(True) if whole else None
+    draws: dict[torch.Size, Any] = {}
 
-    def kept(x: torch.Tensor) -> torch.Tensor:
-        return draws.setdefault(x.shape, torch.rand(x.shape) > 0.4)
+    def kept(x: torch.Tensor) -> Any:
+        if x.shape not in draws:
+            drawn, _ = draw(x, torch.float32, 0.4)
+            draws[x.shape] = drawn if drawn_in_loops else fused_lora._keep(torch.ones(x.shape), drawn).bool()
+        return draws[x.shape]
 
+    draw = fused_lora._draw_dropout
     monkeypatch.setattr(fused_lora, "_draw_dropout", lambda x, _, rate: (kept(x), 1 / (1 - rate)))
     names = model.state_dict().keys()
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     hooks = [
-        dropout.register_forward_hook(lambda _, inputs, output: inputs[0] * kept(inputs[0]) / 0.6)
+        dropout.register_forward_hook(
+            lambda _, inputs, output: inputs[0] * fused_lora._keep(torch.ones(inputs[0].shape), kept(inputs[0])) / 0.6
+        )
         for dropout in dropouts
     ]
     plain = _output_and_gradients(model, x)
@@ -128,16 +139,18 @@ def test_dropout_drops_the_given_share_and_preserves_the_mean(
     rate: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(fused_lora, "compile_loop", lambda function, signatures: None)
+        monkeypatch.setattr(fused_lora, "compile_loop", lambda *_, **__: None)
     torch.manual_seed(0)
-    x = torch.empty(1001, 999)
-    kept, factor = fused_lora._draw_dropout(x, torch.float32, rate)
+    x = torch.ones(1001, 999)
+    drawn, factor = fused_lora._draw_dropout(x, torch.float32, rate)
+    kept = fused_lora._keep(x, drawn)
     assert kept.shape == x.shape
     assert set(kept.unique().tolist()) <= {0, 1}
     assert float(kept.mean()) == pytest.approx(1 - rate, abs=0.002)
     assert float(kept.mean()) * factor == pytest.approx(0 if rate == 1 else 1, abs=0.003)
     # Neither neighbors nor what is drawn next are correlated, though all of it comes from two random numbers.
-    deviation, following = (1 - drawn - rate for drawn in (kept, fused_lora._draw_dropout(x, torch.float32, rate)[0]))
+    next_kept = fused_lora._keep(x, fused_lora._draw_dropout(x, torch.float32, rate)[0])
+    deviation, following = (1 - elements - rate for elements in (kept, next_kept))
     for one, other in ((deviation[:, 1:], deviation[:, :-1]), (deviation[1:], deviation[:-1]), (deviation, following)):
         assert float((one * other).mean()) == pytest.approx(0, abs=0.003)
 
@@ -146,6 +159,7 @@ def test_on_a_gpu_a_byte_per_element_is_stored() -> None:
     with FakeTensorMode():
         x = torch.empty(64, 12, dtype=torch.bfloat16, device="cuda")
         kept, factor = fused_lora._draw_dropout(x, torch.bfloat16, 0.2)
+    assert isinstance(kept, torch.Tensor)
     assert (kept.device, kept.shape, kept.nbytes) == (x.device, x.shape, x.numel())
     assert factor == 1.25
 
