@@ -10,6 +10,7 @@ know (other types than float32, other devices, gradients of a gradient) is compu
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -31,16 +32,6 @@ _LINEAR = np.float32(2 * math.sqrt(2 / math.pi))
 _CUBIC = np.float32(2 * math.sqrt(2 / math.pi) * 0.044715)
 """The coefficients of 2u in GELU's tanh approximation."""
 
-_ROWS, _NUMBERS, _SEQUENCES = "Array(float32, 2, 'C')", "Array(float32, 1, 'C')", "Array(float32, 3, 'C')"
-_NORM = (f"void({_ROWS}, {_NUMBERS}, float32, {_ROWS}, {_NUMBERS}, int64, int64)",)
-_NORM_BACKWARD = (f"void({_ROWS}, {_NUMBERS}, {_NUMBERS}, {_ROWS}, {_ROWS}, int64, int64)",)
-_GATE = (f"void({_ROWS}, {_ROWS}, {_ROWS}, int64, int64)",)
-_GATE_BACKWARD = (f"void({_ROWS}, {_ROWS}, {_ROWS}, {_ROWS}, {_ROWS}, int64, int64)",)
-_GELU = (f"void({_ROWS}, {_ROWS}, int64, int64)",)
-_GELU_BACKWARD = (f"void({_ROWS}, {_ROWS}, {_ROWS}, int64, int64)",)
-_CONVOLVE = (f"void({_SEQUENCES}, {_ROWS}, {_SEQUENCES}, int64, int64)",)
-_CONVOLVE_BACKWARD = (f"void({_SEQUENCES}, {_ROWS}, {_SEQUENCES}, {_SEQUENCES}, {_SEQUENCES}, int64, int64)",)
-
 Array = NDArray[np.float32]
 
 
@@ -57,6 +48,12 @@ def use_loops(model: nn.Module) -> None:
                 setattr(module, place, _Gelu())
 
 
+def load_loops() -> None:
+    """Compile the loops, or load them, which takes half a second that a first step would wait for."""
+    for loop in _LOOPS:
+        _compile(loop)
+
+
 def loops_fit(*tensors: torch.Tensor) -> bool:
     """Whether the loops can compute with these tensors."""
     return (
@@ -67,7 +64,7 @@ def loops_fit(*tensors: torch.Tensor) -> bool:
             for tensor in tensors
         )
         and not torch.compiler.is_compiling()
-        and compile_loop(_normalize, _NORM, True) is not None
+        and _compile(_normalize) is not None
     )
 
 
@@ -101,6 +98,12 @@ def convolve(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     convolved: torch.Tensor = _Convolve.apply(states.contiguous(), _copy(weight.t()))
     return convolved
+
+
+@cache
+def _compile(loop: Callable[..., None]) -> Callable[..., None] | None:
+    types, *calls = _LOOPS[loop]
+    return compile_loop(loop, (f"void({types}, int64, int64)",), True, tuple(calls))
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         rows = x.view(-1, x.shape[-1])
         output, factors = torch.empty_like(rows), rows.new_empty(len(rows))
-        loop = compile_loop(_normalize, _NORM, True)
+        loop = _compile(_normalize)
         run_in_threads(loop, (rows, weight, np.float32(epsilon), output, factors), len(rows), x.numel())
         ctx.save_for_backward(x, weight, factors)
         return output.view(x.shape)
@@ -159,7 +162,7 @@ class _Normalize(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
-            loop = compile_loop(_normalize_backward, _NORM_BACKWARD, True)
+            loop = _compile(_normalize_backward)
             arguments = (rows, weight, factors, grad_rows, grad_x.view(rows.shape))
             run_in_threads(loop, arguments, len(rows), x.numel())
         grad_weight = (grad_rows * rows * factors.unsqueeze(1)).sum(0) if ctx.needs_input_grad[1] else None
@@ -174,7 +177,7 @@ class _MultiplyGated(torch.autograd.Function):
         ctx.save_for_backward(gate, x)
         output = torch.empty_like(x)
         rows = [tensor.view(-1, x.shape[-1]) for tensor in (gate, x, output)]
-        run_in_threads(compile_loop(_gate, _GATE, True, (_sigmoid,)), rows, len(rows[0]), x.numel())
+        run_in_threads(_compile(_gate), rows, len(rows[0]), x.numel())
         return output
 
     @staticmethod
@@ -183,7 +186,7 @@ class _MultiplyGated(torch.autograd.Function):
         gate, x = ctx.saved_tensors
         gradients = torch.empty_like(gate), torch.empty_like(x)
         rows = [tensor.view(-1, x.shape[-1]) for tensor in (gate, x, grad_output.contiguous(), *gradients)]
-        run_in_threads(compile_loop(_gate_backward, _GATE_BACKWARD, True, (_sigmoid,)), rows, len(rows[0]), x.numel())
+        run_in_threads(_compile(_gate_backward), rows, len(rows[0]), x.numel())
         return gradients
 
 
@@ -195,7 +198,7 @@ class _ApplyGelu(torch.autograd.Function):
         ctx.save_for_backward(x)
         output = torch.empty_like(x)
         rows = [tensor.view(-1, x.shape[-1]) for tensor in (x, output)]
-        run_in_threads(compile_loop(_gelu, _GELU, True, (_sigmoid,)), rows, len(rows[0]), x.numel())
+        run_in_threads(_compile(_gelu), rows, len(rows[0]), x.numel())
         return output
 
     @staticmethod
@@ -204,7 +207,7 @@ class _ApplyGelu(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         rows = [tensor.view(-1, x.shape[-1]) for tensor in (x, grad_output.contiguous(), grad_x)]
-        run_in_threads(compile_loop(_gelu_backward, _GELU_BACKWARD, True, (_sigmoid,)), rows, len(rows[0]), x.numel())
+        run_in_threads(_compile(_gelu_backward), rows, len(rows[0]), x.numel())
         return grad_x
 
 
@@ -215,9 +218,7 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         output = torch.empty_like(x)
-        run_in_threads(
-            compile_loop(_convolve, _CONVOLVE, True, (_sigmoid, _sum_tokens)), (x, weight, output), len(x), x.numel()
-        )
+        run_in_threads(_compile(_convolve), (x, weight, output), len(x), x.numel())
         return output
 
     @staticmethod
@@ -225,7 +226,7 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weights = torch.empty_like(x), weight.new_zeros(len(x), *weight.shape)
-        loop = compile_loop(_convolve_backward, _CONVOLVE_BACKWARD, True, (_sigmoid, _sum_tokens))
+        loop = _compile(_convolve_backward)
         run_in_threads(loop, (x, weight, grad_output.contiguous(), grad_x, grad_weights), len(x), x.numel())
         return grad_x, grad_weights.sum(0)
 
@@ -360,3 +361,21 @@ def _sum_tokens(x: Array, weight: Array, token: int, result: Array) -> None:
         factors, states = weight[tokens - 1 - distance], x[token - distance]
         for i in range(result.size):
             result[i] += factors[i] * states[i]
+
+
+_ROWS, _NUMBERS, _SEQUENCES = "Array(float32, 2, 'C')", "Array(float32, 1, 'C')", "Array(float32, 3, 'C')"
+_LOOPS: dict[Callable[..., None], tuple[Any, ...]] = {
+    _normalize: (f"{_ROWS}, {_NUMBERS}, float32, {_ROWS}, {_NUMBERS}",),
+    _normalize_backward: (f"{_ROWS}, {_NUMBERS}, {_NUMBERS}, {_ROWS}, {_ROWS}",),
+    _gate: (", ".join([_ROWS] * 3), _sigmoid),
+    _gate_backward: (", ".join([_ROWS] * 5), _sigmoid),
+    _gelu: (", ".join([_ROWS] * 2), _sigmoid),
+    _gelu_backward: (", ".join([_ROWS] * 3), _sigmoid),
+    _convolve: (f"{_SEQUENCES}, {_ROWS}, {_SEQUENCES}", _sigmoid, _sum_tokens),
+    _convolve_backward: (
+        f"{_SEQUENCES}, {_ROWS}, {_SEQUENCES}, {_SEQUENCES}, {_SEQUENCES}",
+        _sigmoid,
+        _sum_tokens,
+    ),
+}
+"""The types of each loop's arguments but the first row and the one behind the last; and what each calls."""
