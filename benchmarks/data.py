@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from results import make_result
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_images
@@ -578,12 +579,6 @@ def child_seconds() -> float:
     """Processor time of the child processes that have ended."""
     used = os.times()
     return used.children_user + used.children_system
-
-
-def make_result(name: str, ratio: float, target: float | None, detail: str, at_most: bool = False) -> Result:
-    """A row of the results; without a target it counts as reached."""
-    holds = target is None or (ratio <= target if at_most else ratio >= target)
-    return {"name": name, "ratio": round(ratio, 3), "target": target, "holds": holds, "detail": detail}
 
 
 EXPERIMENTS: dict[str, Callable[[Path], list[Result]]] = {

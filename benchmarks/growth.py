@@ -4,7 +4,8 @@
 
 The samples have synthetic images of 28 × 28 pixels, 10,000 in an archive. Each step runs in a process of its own; its
 memory is what the process and its children use together, without the pages of files; shared pages are counted once. A
-row for each measurement is appended to build/bench/growth.jsonl, with the date and the machine.
+row for each measurement is appended to build/bench/growth.jsonl, with the date and the machine, and two rows about all
+of them, with the goals as targets, are written as the other benchmarks write theirs.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from data import ANSWER, QUESTION, child_seconds, used_memory, write_checkpoint
 from numpy.typing import NDArray
 from pages import replace_part, table
 from PIL import Image
+from results import make_result, save_results
 
 from minicpmv_finetune.components.preprocess.shard_tasks import SHARD_ROWS
 from minicpmv_finetune.shards.format import MANIFEST_FILE, ShardReader, read_manifest, write_shard
@@ -39,10 +41,11 @@ PAGE = Path("docs/performance.md")
 BEGIN, END = "<!-- written by benchmarks/growth.py -->", "<!-- end of what benchmarks/growth.py writes -->"
 SIDE = 28
 SAMPLES_OF_AN_ARCHIVE = 10_000
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LOOKS = 0.1
 MEMORY = ("Pss_Anon:", "Pss_Shmem:")  # without the pages of files, such as libraries and shards, which can be dropped
 BATCH = 8
 FEW = 10_000  # further samples that do not show how much memory one takes
+FEWEST_COMPARED = 1_000  # samples; with fewer, worker processes end almost at once, and a start-up is most of the time
 ARRANGEMENTS = ("--group_by_length true", "--packing true", "--tokens_per_batch 2048", "--share_images true")
 Row = dict[str, Any]
 
@@ -100,6 +103,14 @@ from minicpmv_finetune.components.evaluate.settings import EvaluationSettings
 settings = EvaluationSettings(max_new_tokens=4)
 evaluate(out / "merged", base, out / "dataset", out / "predictions.jsonl", out / "e.html", settings)
 """,
+    # What the step before had imported in its process at its end, and nothing else, long enough to be looked at.
+    "libraries": """
+import contextlib, importlib, time
+for name in json.loads((out / "modules.json").read_text()):
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
+time.sleep(1)
+""",
 }
 PROGRAM = """
 import json, sys
@@ -107,6 +118,11 @@ from pathlib import Path
 base, data, out, place, batch, flags = sys.argv[1:]
 out = Path(out)
 """
+AFTER = """
+(out / "modules.json").write_text(json.dumps(list(sys.modules)))
+"""
+INTERPRETERS = {"merge": 2}
+"""Processes that import the libraries, where they are no forks: the parity check is a program of its own."""
 
 
 def main() -> None:
@@ -131,6 +147,10 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(write_tables(rows))
+    results = compare(rows)
+    save_results(results)
+    for result in results:
+        print(json.dumps(result))
     if options.write:
         KEPT.write_text(RESULTS.read_text())
         replace_part(PAGE, BEGIN, END, f"\n{write_tables(read_rows(KEPT))}\n")
@@ -264,20 +284,22 @@ def _search(kind: str, most: int, count: int) -> Iterable[Row]:
 
 
 def measure_memory(folder: Path, base: Path, counts: list[int]) -> Iterable[Row]:
-    """Peak memory of whole trainings and evaluations of a tiny model, with two numbers of samples."""
+    """Peak memory of whole steps with a tiny model and two numbers of samples, and of their libraries alone."""
     for count in (200, 2_000):
         data, out = folder / f"whole-{count}", folder / f"whole-out-{count}"
         write_samples(data, count)
         out.mkdir()
         for step in ("validate-data", "preprocess", "train", "merge", "evaluate"):
-            yield {"step": f"whole {step}", "samples": count, **observe(step, base, data, out)}
+            found = observe(step, base, data, out)
+            libraries = INTERPRETERS.get(step, 1) * observe("libraries", base, data, out)["peak_mb"]
+            yield {"step": f"whole {step}", "samples": count, **found, "libraries_mb": libraries}
         shutil.rmtree(data)
         shutil.rmtree(out)
 
 
 def observe(step: str, base: Path, data: Path, out: Path, place: str = "", flags: str = "") -> Row:
     """Run a step in a process of its own; returns its time, that of its processors, its memory, and what it printed."""
-    command = [sys.executable, "-c", PROGRAM + STEPS[step], *map(str, (base, data, out, place, BATCH, flags))]
+    command = [sys.executable, "-c", PROGRAM + STEPS[step] + AFTER, *map(str, (base, data, out, place, BATCH, flags))]
     started, peak, last, used = time.monotonic(), 0, 0, child_seconds()
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:  # noqa: S603
         while True:
@@ -324,30 +346,55 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return encoded.getvalue()
 
 
-def write_tables(rows: Iterable[Row]) -> str:
-    """The tables of the page: how each step grew from one number of samples to the next, and preprocess in parts."""
+def compare(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the results: the step whose memory, and the one whose time, grew most with the samples."""
+    memory, times = {}, {}
+    for smaller, larger in _pairs(rows):
+        if smaller["samples"] < FEWEST_COMPARED:
+            continue
+        name = f"{larger['step']} {smaller['samples']:,} → {larger['samples']:,}"
+        memory[name] = larger["peak_mb"] / smaller["peak_mb"]
+        times[name] = 10 * larger["cpu_s"] / smaller["cpu_s"] * smaller["samples"] / larger["samples"]
+    if not memory:
+        return []
+    details = ["; ".join(f"{name} {ratio:.2f}" for name, ratio in found.items()) for found in (memory, times)]
+    return [
+        make_result("growth_memory", max(memory.values()), 1.2, f"largest of {details[0]}", at_most=True),
+        make_result("growth_time_for_10x", max(times.values()), 11.0, f"largest of {details[1]}", at_most=True),
+    ]
+
+
+def _pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+    """The latest rows of each step with one number of samples, and with the next larger one."""
     steps: dict[str, dict[int, Row]] = {}
-    parts: dict[int, Row] = {}
     for row in rows:
-        if "parts" in row:
-            parts[row["parts"]] = row
-        elif "peak_mb" in row:
-            steps.setdefault(row["step"], {})[row["samples"]] = row  # the latest one
-    of_steps = []
-    for step, found in steps.items():
-        for smaller, larger in pairwise(sorted(found.values(), key=lambda row: row["samples"])):
-            samples = larger["samples"] - smaller["samples"]
-            further = f"{max(larger['peak_mb'] - smaller['peak_mb'], 0) * 1e6 / samples:,.0f}" if samples > FEW else "–"
-            pair = [f"{smaller[name]:,} → {larger[name]:,}" for name in ("samples", "cpu_s", "peak_mb")]
-            of_steps.append([step, *pair, further, larger["date"], larger["machine"]])
+        if "peak_mb" in row and "parts" not in row:
+            steps.setdefault(row["step"], {})[row["samples"]] = row
+    for found in steps.values():
+        yield from pairwise(sorted(found.values(), key=lambda row: row["samples"]))
+
+
+def write_tables(rows: Sequence[Row]) -> str:
+    """The tables of the page: growth from one number of samples to the next, memory and need, preprocess in parts."""
+    of_steps, of_need = [], []
+    for smaller, larger in _pairs(rows):
+        samples = larger["samples"] - smaller["samples"]
+        further = f"{max(larger['peak_mb'] - smaller['peak_mb'], 0) * 1e6 / samples:,.0f}" if samples > FEW else "–"
+        pair = [f"{smaller[name]:,} → {larger[name]:,}" for name in ("samples", "cpu_s", "peak_mb")]
+        of_steps.append([larger["step"], *pair, further, larger["date"], larger["machine"]])
+        if "libraries_mb" in larger:
+            libraries, peak = larger["libraries_mb"], larger["peak_mb"]
+            of_need.append([larger["step"], f"{libraries:,}", f"{peak:,}", f"{peak / libraries:.2f}"])
+    parts = {row["parts"]: row for row in rows if "parts" in row}
     in_parts = []
     for number, row in sorted(parts.items()):
         equal = "yes" if row["equal"] else "no"
         end, peak = f"{row['cpu_s of the end']}", f"{row['peak_mb']}"
         in_parts.append([f"{number}", f"{row['samples']:,}", f"{max(row['cpu_s'])}", end, peak, equal])
     of_a_step = ["Step", "Samples", "Processor seconds", "MB", "Bytes a further sample", "Date", "Machine"]
+    of_memory = ["Step", "MB of its libraries", "MB at the peak", "Ratio"]
     of_parts = ["Parts", "Samples", "Processor seconds of the longest part", "of the end", "MB", "Bytes equal"]
-    return f"{table(of_a_step, of_steps)}\n\n{table(of_parts, in_parts)}"
+    return "\n\n".join([table(of_a_step, of_steps), table(of_memory, of_need), table(of_parts, in_parts)])
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from results import make_result
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -167,22 +168,21 @@ def report(size: int, copying: list[float], merging: list[float], memory: list[d
     copied, merged = statistics.median(copying), statistics.median(merging)
     worst = max(memory, key=lambda used: used["observed"] / used["bound"])
     rows = [
-        {
-            "name": "merge_vs_cp",
-            "ratio": round(copied / merged, 3),
-            "target": 0.5,
-            "holds": copied / merged >= 0.5,
-            "detail": f"{size / 1e9:.2f} GB with fsync, medians: cp {copied:.2f} s ({size / copied / 1e9:.2f} GB/s), "
+        make_result(
+            "merge_vs_cp",
+            copied / merged,
+            0.5,
+            f"{size / 1e9:.2f} GB with fsync, medians: cp {copied:.2f} s ({size / copied / 1e9:.2f} GB/s), "
             f"merge {merged:.2f} s ({size / merged / 1e9:.2f} GB/s); cp {_join(copying)}, merge {_join(merging)}",
-        },
-        {
-            "name": "merge_peak_memory_vs_bound",
-            "ratio": round(worst["observed"] / worst["bound"], 3),
-            "target": 1.0,
-            "holds": worst["observed"] <= worst["bound"],
-            "detail": f"anonymous memory {worst['observed'] / 1e6:.0f} MB at most, bound {worst['bound'] / 1e6:.0f} MB "
+        ),
+        make_result(
+            "merge_peak_memory_vs_bound",
+            worst["observed"] / worst["bound"],
+            1.0,
+            f"anonymous memory {worst['observed'] / 1e6:.0f} MB at most, bound {worst['bound'] / 1e6:.0f} MB "
             f"(baseline {worst['baseline'] / 1e6:.0f} MB, largest tensor {worst['largest_tensor'] / 1e6:.0f} MB)",
-        },
+            at_most=True,
+        ),
     ]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
