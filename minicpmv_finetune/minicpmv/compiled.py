@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import torch
-
 _WORTH_A_THREAD = 1_000_000  # elements; several times the time to start a thread while those of torch wait
 
 
@@ -61,6 +59,8 @@ def run_in_threads(loop: Any, arguments: Sequence[Any], parts: int, work: int) -
         parts: The number of parts of the work, which can be computed at the same time.
         work: The number of elements that are computed.
     """
+    import torch  # not above, because steps without torch compile loops too
+
     arrays = [part.detach().numpy() if isinstance(part, torch.Tensor) else part for part in arguments]
     threads = min(torch.get_num_threads(), parts, work // _WORTH_A_THREAD)
     if threads <= 1:

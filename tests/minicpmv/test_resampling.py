@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import numpy as np
@@ -72,3 +73,12 @@ def test_pillow_resizes_if_the_kernels_are_missing_or_differ(reason: str, monkey
         compile_loop.cache_clear()
         resampling._kernels_equal_to_pillow.cache_clear()
         resampling._coefficients.cache_clear()
+
+
+def test_images_are_resized_without_torch() -> None:
+    """validate-data and preprocess would take seconds and hundreds of megabytes more."""
+    code = (
+        "import sys; from PIL import Image; from minicpmv_finetune.minicpmv.resampling import resize_bicubic; "
+        "resize_bicubic(Image.new('RGB', (40, 30)), 20, 20); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
