@@ -1,7 +1,8 @@
 """Loops over pixels and states, compiled by numba when they are first used.
 
 Their arithmetic is too irregular for array operations without a copy for each of them. The compiled code is kept beside
-the source, so that later processes load it; where that folder cannot be written, each process compiles.
+the source, so that later processes load it; where that folder cannot be written, each process compiles. numba compiles
+again when the source changes, and not when only the options below do.
 """
 
 from collections.abc import Callable, Sequence

@@ -295,7 +295,8 @@ class Encoder:
 
     @cached_property
     def _image_token_id(self) -> int:
-        return int(self.tokenizer.get_vocab()[self.generation.image_token])
+        found: Any = self.tokenizer.convert_tokens_to_ids(self.generation.image_token)
+        return int(found)
 
     def _render(
         self, sample: Sample, turns: tuple[Turn, ...], add_generation_prompt: bool, enable_thinking: bool = False
@@ -324,6 +325,11 @@ class Encoder:
             raise UserError(
                 f"The chat template wrote {len(pieces) - 1} image marks for {len(order)} images; use the chat template "
                 f"of MiniCPM-V {self.generation.version}."
+            )
+        if any(self._image_token_pattern.search(piece) for piece in pieces):
+            raise UserError(
+                f"The chat template wrote {self.generation.image_token}, which stands for an image, without one; use "
+                f"the chat template of MiniCPM-V {self.generation.version}."
             )
         all_plans = self.plan(sample)
         plans = [all_plans[number] for number in order]

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
-from .delta_rule_loop import delta_rule_in_loop, loop_fits
+from .delta_rule_loop import delta_rule_in_loop, delta_rule_loop_fits
 
 _MIN_CHUNK, _MAX_CHUNK = 16, 64
 """Bounds of the number of tokens in a chunk; between them a chunk has as many tokens as a head is wide."""
@@ -69,7 +69,7 @@ def read_states(
     Returns:
         The result, and the states as float32 [rows, heads, width, width of values].
     """
-    if loop_fits(keys, values):
+    if delta_rule_loop_fits(keys, values):
         return delta_rule_in_loop(queries, keys, values, log_decay, beta, initial)
     rows, length, heads, width = keys.shape
     size = min(max(width, _MIN_CHUNK), _MAX_CHUNK)

@@ -33,7 +33,7 @@ _BACKWARD = (f"void({_INPUTS}, {_KEPT}, {_VECTORS}, {_STATES}, {_INPUTS}, int64,
 Array = NDArray[np.float32]
 
 
-def loop_fits(keys: torch.Tensor, values: torch.Tensor) -> bool:
+def delta_rule_loop_fits(keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether `delta_rule_in_loop` can compute the rule here, and is the faster way."""
     is_plain = type(keys) in (torch.Tensor, torch.nn.Parameter)  # has memory, unlike a tensor for estimates
     if keys.device.type != "cpu" or not is_plain or torch.compiler.is_compiling():

@@ -17,8 +17,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, a
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
 from .delta_rule import gated_delta_rule, read_states
-from .delta_rule_loop import loop_fits
-from .layer_loops import convolve, loops_fit, multiply_gated, normalize
+from .delta_rule_loop import delta_rule_loop_fits
+from .layer_loops import convolve, loops_fit, normalize
 from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples, shared_states
 
 _LENGTH_EPSILON = 1e-6
@@ -46,7 +46,7 @@ def in_loop_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not loop_fits(key, value):
+        if not delta_rule_loop_fits(key, value):
             plain: tuple[torch.Tensor, torch.Tensor | None] = function(query, key, value, g, beta, **options)
             return plain
         if options.get("use_qk_l2norm_in_kernel"):
@@ -138,7 +138,7 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         if samples is not None and parts is None:
             attended = samples.pack(attended)
         gate = self.in_proj_z(hidden_states).view(-1, self.head_v_dim)
-        normed = _normalize_gated(self.norm, attended.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
+        normed = self.norm(attended.reshape(gate.shape), gate).view(*hidden_states.shape[:2], -1)
         return torch.as_tensor(self.out_proj(normed))
 
 
@@ -149,13 +149,6 @@ def _normalize_heads(states: torch.Tensor) -> torch.Tensor:
     # x / √(Σx² + ε), as a norm by the root mean square.
     width = states.shape[-1]
     return normalize(states, states.new_full((width,), width**-0.5), _LENGTH_EPSILON / width)
-
-
-def _normalize_gated(norm: Any, states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Compute transformers' norm with a gate, of states and gates [..., width]."""
-    if not loops_fit(states, gate, norm.weight):
-        return torch.as_tensor(norm(states, gate))
-    return multiply_gated(gate, normalize(states, norm.weight, norm.variance_epsilon))
 
 
 def _convolve(convolution: nn.Conv1d, row: torch.Tensor, samples: PackedSamples) -> torch.Tensor:

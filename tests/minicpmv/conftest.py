@@ -1,8 +1,10 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from minicpmv_finetune.minicpmv import compiled
 
 
 @pytest.fixture
@@ -21,3 +23,13 @@ def count_slices(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
         return slices
 
     return count_of
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The number of threads, of which the second does not divide the number of rows or states."""
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

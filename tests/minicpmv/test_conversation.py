@@ -408,6 +408,9 @@ def test_a_template_that_drops_images_is_refused(tiny: Callable[[str], Path]) ->
     encoder.tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     with pytest.raises(UserError, match="wrote 0 image marks for 2 images"):
         encoder.encode(sample((0, "\n", 1, "\nWhat?"), "3", images=(SMALL, SMALL)))
+    encoder.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}<unk>{% endfor %}"
+    with pytest.raises(UserError, match="The chat template wrote <unk>, which stands for an image, without one"):
+        encoder.encode(sample((0, "\nWhat?"), "3", images=(SMALL,)))
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.6"])

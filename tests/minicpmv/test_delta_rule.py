@@ -1,14 +1,12 @@
 """The gated delta rule compared with its definition."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 
-from minicpmv_finetune.minicpmv import compiled, delta_rule
+from minicpmv_finetune.minicpmv import delta_rule
 from minicpmv_finetune.minicpmv.delta_rule import gated_delta_rule, read_states
-from minicpmv_finetune.minicpmv.delta_rule_loop import loop_fits
+from minicpmv_finetune.minicpmv.delta_rule_loop import delta_rule_loop_fits
 
 
 def _rule_by_token(
@@ -29,18 +27,8 @@ def _rule_by_token(
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way in which the rule is computed: by a CPU's compiled loops, or by matrix products."""
     if request.param == "chunks":
-        monkeypatch.setattr(delta_rule, "loop_fits", lambda keys, values: False)
+        monkeypatch.setattr(delta_rule, "delta_rule_loop_fits", lambda keys, values: False)
     return str(request.param)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The number of threads of torch, of which the second does not divide the number of states."""
-    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("length", "width", "values"), [(1, 16, 16), (16, 16, 8), (75, 16, 24), (130, 80, 16)])
@@ -110,5 +98,5 @@ def test_states_alone_have_gradients() -> None:
 @pytest.mark.parametrize(("width", "device"), [(129, "cpu"), (16, "meta")])
 def test_wide_heads_and_other_devices_take_matrix_products(width: int, device: str) -> None:
     keys = torch.zeros(1, 1, 1, width, device=device)
-    assert not loop_fits(keys, keys)
-    assert loop_fits(torch.zeros(1, 1, 1, 128), torch.zeros(1, 1, 1, 128))
+    assert not delta_rule_loop_fits(keys, keys)
+    assert delta_rule_loop_fits(torch.zeros(1, 1, 1, 128), torch.zeros(1, 1, 1, 128))

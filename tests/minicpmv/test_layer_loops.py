@@ -1,6 +1,8 @@
 """Layers that compute in loops on a CPU have the outputs and gradients of transformers' layers."""
 
-from collections.abc import Callable, Iterator
+import copy
+import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,22 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from transformers.activations import ACT2FN
+from transformers import activations
 
-from minicpmv_finetune.minicpmv import compiled, layer_loops, linear_attention
+from minicpmv_finetune.minicpmv import layer_loops, linear_attention
 from minicpmv_finetune.minicpmv.checkpoint import load_model
 from minicpmv_finetune.minicpmv.generations import GENERATIONS
 from minicpmv_finetune.minicpmv.layer_loops import convolve, loops_fit, multiply_gated, normalize
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The number of threads, of which the second does not divide the number of rows."""
-    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def _loops_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_loops, "_WORTH_A_LOOP", 0)
 
 
 def _plain_norm(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -110,11 +107,26 @@ def test_what_loops_cannot_compute_is_left_to_transformers() -> None:
     assert loops_fit(torch.zeros(2))
     assert not loops_fit(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
     assert not loops_fit(torch.zeros(2, device="meta"))
+
+
+def test_few_rows_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of a loop takes longer than torch's operations."""
+    monkeypatch.undo()
+    assert not loops_fit(torch.zeros(1, 1024))
+    assert loops_fit(torch.zeros(64, 1024))
     half = torch.randn(3, 8).bfloat16()
     assert torch.equal(layer_loops._Gelu()(half), F.gelu(half, approximate="tanh"))
 
 
 def test_an_activation_that_models_share_stays_as_it_is(tiny_46: Path) -> None:
-    load_model(tiny_46, torch.float32)
-    assert type(ACT2FN["gelu_pytorch_tanh"]).__name__ == "GELUTanh"
-    assert not isinstance(ACT2FN["gelu_pytorch_tanh"], layer_loops._Gelu)
+    model = load_model(tiny_46, torch.float32)[0]
+    assert type(model.model.vision_tower.vit_merger.act) is layer_loops._Gelu
+    assert type(activations.gelu_pytorch_tanh) is activations.GELUTanh
+
+
+def test_a_model_can_be_pickled_and_copied(tiny_46: Path) -> None:
+    layer = load_model(tiny_46, torch.float32)[0].get_decoder().layers[0]
+    states = torch.randn(2, 3, layer.hidden_size)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert type(other.input_layernorm) is type(layer.input_layernorm)
+        assert torch.equal(other.mlp(other.input_layernorm(states)), layer.mlp(layer.input_layernorm(states)))

@@ -7,7 +7,7 @@ between pods, and reuses the shards of an earlier run. The manifest is written l
 
 The key needs the files of the base model, and not its tokenizer. What does need the tokenizer is in the folder of the
 key too, so that a step that finds everything there does not import transformers, which takes as long as the rest. torch
-and torchvision take five times as long; they are imported only where images are sliced here, and by torchvision.
+and torchvision take five times as long; they are imported only if this step slices images by torchvision.
 """
 
 import gc
@@ -357,7 +357,10 @@ def _write_shard(task: ShardTask) -> ShardRecord:
 
 
 def _read_ahead(samples: Iterator[Sample]) -> Iterator[tuple[Sample, list[bytes]]]:
-    """Each sample with the files of its images; threads read those of the next samples, a few samples at a time."""
+    """Each sample with the files of its images; threads read those of the next samples, a few samples at a time.
+
+    An image that cannot be read ends the step, also where its sample would be rejected.
+    """
 
     def read(group: list[Sample]) -> list[tuple[Sample, list[bytes]]]:
         return [(sample, [read_image(image) for image in sample.images]) for sample in group]

@@ -130,7 +130,7 @@ def preview_samples(shards: Path, encoder: Encoder) -> tuple[Preview, ...]:
     """
     readers = {split: ShardReader(shards, split) for split in _PREVIEWS}
     for reader in readers.values():
-        # A thumbnail does not show where Pillow rounds other than torchvision, whose imports take seconds.
+        # A thumbnail does not show where Pillow rounds differently from torchvision, whose imports take seconds.
         reader.slicing = replace(reader.slicing, resampler="pillow")
     return tuple(
         _preview(readers[split][number], split, encoder)

@@ -94,8 +94,8 @@ def _draw_dropout(x: torch.Tensor, dtype: torch.dtype, rate: float) -> tuple[tor
     """
     factor = 1 / (1 - rate) if rate < 1 else 0.0
     on_cpu = x.device.type == "cpu"
-    loops_fit = on_cpu and rate < 1 and not torch.compiler.is_compiling() and compile_loop(_drop, _LOOP, calls=(_draw,))
-    if not loops_fit:
+    can_draw = on_cpu and rate < 1 and not torch.compiler.is_compiling() and _compile(_drop)
+    if not can_draw:
         return torch.empty_like(x, dtype=dtype if on_cpu else torch.bool).bernoulli_(1 - rate), factor
     # From torch's generator, which a checkpoint contains.
     first, second = torch.empty(2, dtype=torch.int64, device=x.device).random_(2**32).tolist()
@@ -111,18 +111,20 @@ def _keep(x: torch.Tensor, kept: torch.Tensor | _Drawn) -> torch.Tensor:
         return x * kept
     x = x.contiguous()
     dropped = torch.empty_like(x)
-    loop: Any = compile_loop(_drop, _LOOP, calls=(_draw,))
-    loop(x.detach().view(-1).numpy(), *kept, dropped.view(-1).numpy())
+    _compile(_drop)(x.detach().view(-1).numpy(), *kept, dropped.view(-1).numpy())
     return dropped
 
 
 def _add_kept(total: torch.Tensor, part: torch.Tensor, kept: torch.Tensor | _Drawn) -> None:
     """Add the elements of a part that are kept to a total; both are contiguous."""
     if isinstance(kept, torch.Tensor):
-        total.addcmul_(part, kept.view(total.shape))
+        total.addcmul_(part, kept.reshape(total.shape))
     else:
-        loop: Any = compile_loop(_add_drawn, _LOOP, calls=(_draw,))
-        loop(part.view(-1).numpy(), *kept, total.view(-1).numpy())
+        _compile(_add_drawn)(part.view(-1).numpy(), *kept, total.view(-1).numpy())
+
+
+def _compile(loop: Any) -> Any:
+    return compile_loop(loop, _LOOP, calls=(_draw,))
 
 
 def _draw(place: int, first: np.uint32, second: np.uint32) -> np.uint32:
@@ -202,7 +204,7 @@ class _FusedLora(torch.autograd.Function):
                 grad_x.addmm_(grad_hidden, lora_a)
             else:
                 _add_kept(grad_x, grad_hidden @ lora_a, kept)
-            grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
+            grad_x = grad_x.view(*grad_outputs[0].shape[:-1], weight.shape[1])
         grad_a = None
         if needs_a:
             if dropped is None:

@@ -65,6 +65,17 @@ def test_output_and_gradients_equal_those_of_peft(shape: tuple[int, ...], bias: 
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5, msg=partial(_prefixed, name))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_no_rows_have_no_gradients(dropout: float) -> None:
+    """The head computes none for a batch without supervised tokens."""
+    model = _adapted(dropout=dropout).train()
+    fuse_adapters(model)
+    found = _output_and_gradients(model, torch.zeros(0, 12))
+    assert found["output"].shape == (0, 6)
+    assert found["input"].shape == (0, 12)
+    assert all(not bool(value.any()) for value in found.values())
+
+
 def _prefixed(name: str, message: str) -> str:
     return f"{name}: {message}"
 
