@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -63,6 +64,11 @@ def load_loops() -> None:
 
 def loops_fit(*tensors: torch.Tensor) -> bool:
     """Whether the loops can compute with these tensors, and are the faster way."""
+    return tensors[0].numel() >= _WORTH_A_LOOP and loops_can_compute(*tensors)
+
+
+def loops_can_compute(*tensors: torch.Tensor) -> bool:
+    """Whether the loops can compute with these tensors, of any size."""
     return (
         all(
             type(tensor) in (torch.Tensor, nn.Parameter)  # has memory, unlike a tensor for estimates
@@ -70,7 +76,6 @@ def loops_fit(*tensors: torch.Tensor) -> bool:
             and tensor.dtype == torch.float32
             for tensor in tensors
         )
-        and tensors[0].numel() >= _WORTH_A_LOOP
         and not torch.compiler.is_compiling()
         and _compile(_normalize) is not None
     )
@@ -156,7 +161,8 @@ class _GatedLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         module: Any = self
         gate, states = module.gate_proj(x), module.up_proj(x)
-        product = multiply_gated(gate, states) if loops_fit(gate, states) else module.act_fn(gate) * states
+        # Not by `act_fn`: ZeRO-3 requires that all processes call the same modules, whatever their rows.
+        product = multiply_gated(gate, states) if loops_fit(gate, states) else F.silu(gate) * states
         return torch.as_tensor(module.down_proj(product))
 
 

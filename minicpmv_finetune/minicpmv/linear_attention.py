@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_causal_conv1d_available, is_flash
 
 from .delta_rule import gated_delta_rule, read_states
 from .delta_rule_loop import delta_rule_loop_fits
-from .layer_loops import convolve, loops_fit, normalize
+from .layer_loops import convolve, loops_can_compute, loops_fit, normalize
 from .packed import PACKING_ARGUMENTS, PackedSamples, SharedStates, packed_samples, shared_states
 
 _LENGTH_EPSILON = 1e-6
@@ -121,7 +121,8 @@ class LinearAttention(Qwen3_5GatedDeltaNet):
         length = mixed.shape[1]
         if samples is not None and parts is not None:
             mixed = ACT2FN[self.activation](_convolve(self.conv1d, mixed, samples))
-        elif self.conv1d.bias is None and self.activation == "silu" and loops_fit(mixed, self.conv1d.weight):
+        elif self.conv1d.bias is None and self.activation == "silu" and loops_can_compute(mixed, self.conv1d.weight):
+            # Of any size: ZeRO-3 requires that all processes call the same modules with weights, or none does.
             mixed = convolve(mixed, self.conv1d.weight.squeeze(1))
         else:
             mixed = ACT2FN[self.activation](self.conv1d(mixed.transpose(1, 2))[..., :length]).transpose(1, 2)
