@@ -29,7 +29,7 @@ from .compiled import compile_loop, run_in_threads
 _ADDED_TO_WEIGHTS = {"LlamaRMSNorm": 0, "Qwen2RMSNorm": 0, "Qwen3RMSNorm": 0, "Qwen3_5RMSNorm": 1}
 """What the norms of each kind add to their weights."""
 
-_WORTH_A_LOOP = 2**13
+_WORTH_A_LOOP = 2**16
 """Elements below which torch's operations are faster."""
 
 _GATED = {"LlamaMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3_5MLP"}
@@ -56,10 +56,9 @@ def use_loops(model: nn.Module) -> None:
                 setattr(module, place, _Gelu())
 
 
-def load_loops() -> None:
-    """Compile the loops, or load them, which takes half a second that a first step would wait for."""
-    for loop in _LOOPS:
-        _compile(loop)
+def import_numba() -> None:
+    """Import numba, which takes half a second that a first step would wait for; a loop is compiled when it is used."""
+    _compile(_normalize)
 
 
 def loops_fit(*tensors: torch.Tensor) -> bool:

@@ -34,7 +34,7 @@ from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, expl
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
-from minicpmv_finetune.minicpmv.layer_loops import load_loops
+from minicpmv_finetune.minicpmv.layer_loops import import_numba
 from minicpmv_finetune.minicpmv.linear_attention import missing_kernels
 from minicpmv_finetune.minicpmv.packed import enable_packing
 from minicpmv_finetune.options import raise_mistakes
@@ -155,7 +155,7 @@ def _train(
         initial = _begin_adapters(arguments, inputs, trainer, resume_from)
         _fuse_adapters(training, model)
         if training.device.type == "cpu":
-            load_loops()
+            import_numba()
         if initial:
             trainer.add_callback(InitialAdapterSaver(initial))
         trainer.add_callback(CheckpointSealer(checkpoints))
