@@ -8,7 +8,10 @@ again when the source changes, and not when only the options below do.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _WORTH_A_THREAD = 1_000_000  # elements; several times the time to start a thread while those of torch wait
 
@@ -51,6 +54,15 @@ def compile_loop(
         return numba.njit(types, **options)(function)
 
 
+def loops_can_read(*tensors: "torch.Tensor") -> bool:
+    """Whether tensors are in a CPU's memory, unlike those for estimates, and torch does not compile what uses them."""
+    import torch  # not above, because steps without torch compile loops too
+
+    return not torch.compiler.is_compiling() and all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors
+    )
+
+
 def run_in_threads(loop: Any, arguments: Sequence[Any], parts: int, work: int) -> None:
     """Run a compiled loop in as many threads as torch uses, each over some of the parts; little work in this one.
 
@@ -60,7 +72,7 @@ def run_in_threads(loop: Any, arguments: Sequence[Any], parts: int, work: int) -
         parts: The number of parts of the work, which can be computed at the same time.
         work: The number of elements that are computed.
     """
-    import torch  # not above, because steps without torch compile loops too
+    import torch
 
     arrays = [part.detach().numpy() if isinstance(part, torch.Tensor) else part for part in arguments]
     threads = min(torch.get_num_threads(), parts, work // _WORTH_A_THREAD)

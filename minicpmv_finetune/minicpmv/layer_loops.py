@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import GELUTanh, SiLUActivation
 
-from .compiled import compile_loop, run_in_threads
+from .compiled import compile_loop, loops_can_read, run_in_threads
 
 _ADDED_TO_WEIGHTS = {"LlamaRMSNorm": 0, "Qwen2RMSNorm": 0, "Qwen3RMSNorm": 0, "Qwen3_5RMSNorm": 1}
 """What the norms of each kind add to their weights."""
@@ -68,16 +68,8 @@ def loops_fit(*tensors: torch.Tensor) -> bool:
 
 def loops_can_compute(*tensors: torch.Tensor) -> bool:
     """Whether the loops can compute with these tensors, of any size."""
-    return (
-        all(
-            type(tensor) in (torch.Tensor, nn.Parameter)  # has memory, unlike a tensor for estimates
-            and tensor.device.type == "cpu"
-            and tensor.dtype == torch.float32
-            for tensor in tensors
-        )
-        and not torch.compiler.is_compiling()
-        and _compile(_normalize) is not None
-    )
+    is_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return is_float32 and loops_can_read(*tensors) and _compile(_normalize) is not None
 
 
 def normalize(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -116,6 +108,12 @@ def convolve(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _compile(loop: Callable[..., None]) -> Callable[..., None] | None:
     types, *calls = _LOOPS[loop]
     return compile_loop(loop, (f"void({types}, int64, int64)",), True, tuple(calls))
+
+
+def _run_over_rows(loop: Callable[..., None], *tensors: torch.Tensor) -> None:
+    """Run a loop over the rows of tensors of one shape, [..., width]."""
+    rows = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
+    run_in_threads(_compile(loop), rows, len(rows[0]), tensors[0].numel())
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
@@ -206,8 +204,7 @@ class _MultiplyGated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, x)
         output = torch.empty_like(x)
-        rows = [tensor.view(-1, x.shape[-1]) for tensor in (gate, x, output)]
-        run_in_threads(_compile(_gate), rows, len(rows[0]), x.numel())
+        _run_over_rows(_gate, gate, x, output)
         return output
 
     @staticmethod
@@ -215,8 +212,7 @@ class _MultiplyGated(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, x = ctx.saved_tensors
         gradients = torch.empty_like(gate), torch.empty_like(x)
-        rows = [tensor.view(-1, x.shape[-1]) for tensor in (gate, x, grad_output.contiguous(), *gradients)]
-        run_in_threads(_compile(_gate_backward), rows, len(rows[0]), x.numel())
+        _run_over_rows(_gate_backward, gate, x, grad_output.contiguous(), *gradients)
         return gradients
 
 
@@ -227,8 +223,7 @@ class _ApplyGelu(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         output = torch.empty_like(x)
-        rows = [tensor.view(-1, x.shape[-1]) for tensor in (x, output)]
-        run_in_threads(_compile(_gelu), rows, len(rows[0]), x.numel())
+        _run_over_rows(_gelu, x, output)
         return output
 
     @staticmethod
@@ -236,8 +231,7 @@ class _ApplyGelu(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        rows = [tensor.view(-1, x.shape[-1]) for tensor in (x, grad_output.contiguous(), grad_x)]
-        run_in_threads(_compile(_gelu_backward), rows, len(rows[0]), x.numel())
+        _run_over_rows(_gelu_backward, x, grad_output.contiguous(), grad_x)
         return grad_x
 
 

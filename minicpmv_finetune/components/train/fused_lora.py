@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from minicpmv_finetune.minicpmv.compiled import compile_loop
+from minicpmv_finetune.minicpmv.compiled import compile_loop, loops_can_read
 
 _LOOP = ("void(Array(float32, 1, 'C'), uint32, uint32, uint32, Array(float32, 1, 'C'))",)
 
@@ -94,8 +94,7 @@ def _draw_dropout(x: torch.Tensor, dtype: torch.dtype, rate: float) -> tuple[tor
     """
     factor = 1 / (1 - rate) if rate < 1 else 0.0
     on_cpu = x.device.type == "cpu"
-    can_draw = on_cpu and rate < 1 and not torch.compiler.is_compiling() and _compile(_drop)
-    if not can_draw:
+    if rate >= 1 or not loops_can_read(x) or _compile(_drop) is None:
         return torch.empty_like(x, dtype=dtype if on_cpu else torch.bool).bernoulli_(1 - rate), factor
     # From torch's generator, which a checkpoint contains.
     first, second = torch.empty(2, dtype=torch.int64, device=x.device).random_(2**32).tolist()
