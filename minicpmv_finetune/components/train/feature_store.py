@@ -160,6 +160,13 @@ def is_reusable(model: nn.Module, tower: nn.Module) -> bool:
     return not has_dropout and not any(parameter.requires_grad for parameter in tower.parameters())
 
 
+def choose_encoding(model: PreTrainedModel, generation: Generation, training: TransformersArguments) -> Encoding:
+    """The last output of a model's vision modules that a training does not change: the merger's if that is frozen."""
+    merger = model.get_submodule(generation.merger)
+    merged = not any(parameter.requires_grad for parameter in merger.parameters())
+    return Encoding(training.device, merged, _computing_type(training))
+
+
 def prepare_stores(
     model: PreTrainedModel,
     generation: Generation,
@@ -191,10 +198,10 @@ def prepare_stores(
         is reported.
     """
     tower, merger = model.get_submodule(generation.vision_tower), model.get_submodule(generation.merger)
-    merged = not any(parameter.requires_grad for parameter in merger.parameters())
+    encoding = choose_encoding(model, generation, training)
+    merged = encoding.merged
     modules = nn.ModuleList([tower, merger] if merged else [tower])
-    encoding = Encoding(training.device, merged, _computing_type(training))
-    with _gathered(modules), torch.no_grad(), _autocast(training), _in_evaluation(modules):
+    with _gathered(modules), torch.no_grad(), mixed_precision(training), _in_evaluation(modules):
         modules.to(training.device)
         key = _digest(model, tower, modules, training, encoding)
         readers = {split: ShardReader(shards, split) for split in splits}
@@ -212,10 +219,15 @@ def prepare_stores(
     return {split: layout.folder for split, layout in layouts.items()}
 
 
+def feature_argument(merged: bool) -> str:
+    """The model's argument for features: of the merger, or of the vision tower."""
+    return "vision_features" if merged else "patch_features"
+
+
 def feature_arguments(rows: list[PatchFeatures]) -> dict[str, torch.Tensor]:
     """The model's arguments for the features of a batch."""
     return {
-        "vision_features" if rows[0].merged else "patch_features": torch.cat([row.patches for row in rows]),
+        feature_argument(rows[0].merged): torch.cat([row.patches for row in rows]),
         "target_sizes": torch.cat([row.sizes for row in rows]),
     }
 
@@ -534,8 +546,8 @@ def _computing_type(training: TransformersArguments) -> torch.dtype | None:
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
 
 
-def _autocast(training: TransformersArguments) -> Any:
-    """The Trainer's mixed precision, so that stored features equal those that a training would compute."""
+def mixed_precision(training: TransformersArguments) -> Any:
+    """The Trainer's mixed precision, so that features equal those that the model computes in a training."""
     dtype = _computing_type(training)
     return nullcontext() if dtype is None else torch.autocast(training.device.type, dtype)
 

@@ -31,6 +31,7 @@ from minicpmv_finetune import environment, storage
 from minicpmv_finetune.cpu_memory import keep_freed_memory
 from minicpmv_finetune.data.samples import Split
 from minicpmv_finetune.errors import RETRY_EXIT, RetryableError, UserError, explain_disk_errors, first_line
+from minicpmv_finetune.estimate.cost import read_model
 from minicpmv_finetune.git_commit import git_commit
 from minicpmv_finetune.minicpmv.checkpoint import fingerprint, load_model
 from minicpmv_finetune.minicpmv.generations import Generation, count_experts, generation_of, read_json
@@ -53,9 +54,16 @@ from .callbacks import CheckpointSealer, SignalStopper, TrainingMonitor, peak_me
 from .checkpoint_place import PLACEHOLDER, Lease, choose_place
 from .checkpoints import Checkpoints, claim_local_folder, local_folder
 from .datasets import Collator, ExampleDataset, PackDataset
-from .efficiency import Duration, measure_efficiency
-from .feature_store import is_reusable, prepare_stores
-from .flags import find_unfit_flags
+from .efficiency import Duration, measure_efficiency, trained_by_part
+from .feature_store import (
+    choose_encoding,
+    compute_features,
+    feature_argument,
+    is_reusable,
+    mixed_precision,
+    prepare_stores,
+)
+from .flags import adapter_targets, find_unfit_flags
 from .fsdp import is_fsdp2, prepare_for_fsdp
 from .fused_lora import fuse_adapters
 from .initial_adapter import (
@@ -78,6 +86,7 @@ from .token_accuracy import token_accuracy
 from .trainable import check_continued_adapter, count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
+from .vision_ahead import Balance, VisionAhead
 from .watchdog import Watchdog
 from .worker_exit import exit_folder, has_failed, record_crash, record_exit
 
@@ -631,6 +640,7 @@ def _make_trainer(
         sample_ids=lambda rows: [ShardReader(inputs.shards, "train", images=False)[row].id for row in rows],
         lengths=inputs.manifest.lengths["train"],
         rates=model.rates,
+        vision_ahead=_look_ahead(arguments, inputs, model),
     )
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
@@ -638,6 +648,25 @@ def _make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _look_ahead(arguments: Arguments, inputs: _Inputs, model: _Model) -> VisionAhead | None:
+    """What runs frozen vision modules for the next batch, where threads of a CPU can be divided."""
+    training, generation = arguments.training, inputs.generation
+    divides_weights = training.fsdp or is_deepspeed_zero3_enabled()
+    if training.device.type != "cpu" or torch.get_num_threads() < 2 or divides_weights:
+        return None
+    if not is_reusable(model.base, model.base.get_submodule(generation.vision_tower)):
+        return None
+    encoding = choose_encoding(model.base, generation, training)
+
+    def compute(pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), mixed_precision(training):
+            return compute_features(model.base, encoding, pixels, sizes)
+
+    sizes = read_model(inputs.base, adapter_targets(vars(arguments.lora)))
+    balance = Balance(sizes, trained_by_part(model.trained, generation))
+    return VisionAhead(compute, feature_argument(encoding.merged), balance.favors_helpers)
 
 
 def _begin_adapters(

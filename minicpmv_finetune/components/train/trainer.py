@@ -19,6 +19,7 @@ from .learning_rates import LearningRates
 from .loading import Explained, HandOver, start_worker, unless_error, use_short_socket_paths
 from .sampler import LengthGroupedSampler, ShuffledSampler
 from .token_accuracy import count_right
+from .vision_ahead import VisionAhead
 from .watchdog import BACKWARD, FORWARD, Watchdog
 
 _MAX_LISTED_SAMPLES = 16
@@ -37,6 +38,7 @@ class MiniCPMVTrainer(Trainer):
         sample_ids: Callable[[Sequence[int]], list[str]],
         lengths: Sequence[int],
         rates: LearningRates | None = None,
+        vision_ahead: VisionAhead | None = None,
         **arguments: Any,
     ) -> None:
         """Create the trainer.
@@ -47,6 +49,7 @@ class MiniCPMVTrainer(Trainer):
             sample_ids: Returns the ids of samples by their row numbers.
             lengths: Number of tokens of each training sample, so that no sample is read to find its length.
             rates: Learning rates by part; by default all have the same.
+            vision_ahead: Runs frozen vision modules for the next batch; by default the model runs them.
             **arguments: Arguments of transformers' Trainer.
         """
         super().__init__(**arguments)
@@ -56,6 +59,7 @@ class MiniCPMVTrainer(Trainer):
         self._lengths = lengths
         self._sample_ids = sample_ids
         self._rates = rates
+        self._vision_ahead = vision_ahead
         self.counter = WorkCounter()
         self._rows: list[int] = []  # row numbers of the batches since the last optimizer step
 
@@ -96,6 +100,8 @@ class MiniCPMVTrainer(Trainer):
         self._rows += rows
         self._watchdog.enter_stage(FORWARD)
         try:
+            if self._vision_ahead:
+                self._vision_ahead.finish(inputs)
             loss = super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:  # includes torch.OutOfMemoryError; the CPU's allocator has no class of its own
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -130,9 +136,16 @@ class MiniCPMVTrainer(Trainer):
         """Get the next batches, and measure the time spent on waiting for them."""
         self._watchdog.wait_for_data(self.state.global_step + 1)
         started = time.perf_counter()
-        batches = super().get_batch_samples(map(unless_error, epoch_iterator), *arguments, **options)
+        read = self._vision_ahead.read(epoch_iterator) if self._vision_ahead else epoch_iterator
+        batches = super().get_batch_samples(map(unless_error, read), *arguments, **options)
         self._monitor.seconds_waiting += time.perf_counter() - started
         return batches
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Evaluate with all threads; workers of an evaluation's loader are forked while no other thread computes."""
+        if self._vision_ahead:
+            self._vision_ahead.stop()
+        return super().evaluate(*arguments, **options)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """Evaluate a batch; returns its loss, and what is counted of each sample in place of tokens and labels."""

@@ -12,7 +12,7 @@ from torch import nn
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.train.arguments import TrainingArguments
 from minicpmv_finetune.components.train.callbacks import TrainingMonitor
-from minicpmv_finetune.components.train.launch import launch
+from minicpmv_finetune.components.train.launch import WORKER, launch
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
 from minicpmv_finetune.components.train.watchdog import Watchdog
 from minicpmv_finetune.components.validate_data.validate import ValidationSettings, validate_data
@@ -105,16 +105,16 @@ Train = Callable[..., Training]
 
 @pytest.fixture(scope="session")
 def train(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """A function that trains on shards with some flags and processes, once for all tests that ask for the same."""
+    """A function that trains on shards with some flags and processes, once for all tests that ask for the same run."""
 
     @cache
-    def train(shards: Path, flags: str, processes: int = 1) -> Training:
+    def train(shards: Path, flags: str, processes: int = 1, worker: str = WORKER, run: int = 1) -> Training:
         folder = tmp_path_factory.mktemp("training") / "out"
         base = own if (own := shards.parent / "base").exists() else tiny_46
         paths = ["--model_name_or_path", str(base), "--data_path", str(shards), "--output_dir", str(folder)]
         with pytest.MonkeyPatch.context() as patch:
-            if "--strategy fsdp2" in flags:
-                patch.setattr("minicpmv_finetune.components.train.launch.WORKER", worker_with_fsdp.__name__)
+            started = worker_with_fsdp.__name__ if "--strategy fsdp2" in flags else worker
+            patch.setattr("minicpmv_finetune.components.train.launch.WORKER", started)
             launch([*paths, *flags.split(), "--logging_steps", "1"], processes)
         history = read_record(folder).history
         losses, eval_losses = ([entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss"))
