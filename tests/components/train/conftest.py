@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from minicpmv_finetune.components.preprocess.preprocess import PreprocessSettings, preprocess
 from minicpmv_finetune.components.train.arguments import TrainingArguments
@@ -28,6 +29,13 @@ def start_warm() -> Iterator[None]:
     """Let the trainings that a test starts by `launch` begin with the libraries imported."""
     with warm_processes():
         yield
+
+
+@pytest.fixture(autouse=True)
+def forget_deepspeed() -> Iterator[None]:
+    """Let transformers forget the DeepSpeed settings that a test has parsed, which it keeps until they are collected."""
+    yield
+    unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="session")
