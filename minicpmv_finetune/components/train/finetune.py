@@ -16,13 +16,13 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
-from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -86,7 +86,7 @@ from .token_accuracy import token_accuracy
 from .trainable import check_continued_adapter, count_parameters, make_trainable
 from .trainer import MiniCPMVTrainer
 from .training_identity import chosen_settings, effective_settings, training_digest
-from .vision_ahead import Balance, VisionAhead
+from .vision_ahead import VisionAhead, favors_helpers
 from .watchdog import Watchdog
 from .worker_exit import exit_folder, has_failed, record_crash, record_exit
 
@@ -621,11 +621,12 @@ def _make_trainer(
     arguments: Arguments,
     inputs: _Inputs,
     model: _Model,
-    train_dataset: Dataset[Any],
+    train_dataset: ExampleDataset | PackDataset,
     eval_dataset: ExampleDataset | None,
     monitor: TrainingMonitor,
 ) -> MiniCPMVTrainer:
     training = arguments.training
+    examples = train_dataset.examples if isinstance(train_dataset, PackDataset) else train_dataset
     watchdog = Watchdog(training.ddp_timeout, training.process_index)
     trainer = _build(
         model=model.trained,
@@ -640,7 +641,7 @@ def _make_trainer(
         sample_ids=lambda rows: [ShardReader(inputs.shards, "train", images=False)[row].id for row in rows],
         lengths=inputs.manifest.lengths["train"],
         rates=model.rates,
-        vision_ahead=_look_ahead(arguments, inputs, model),
+        vision_ahead=_look_ahead(arguments, inputs, model, examples),
     )
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
@@ -650,11 +651,13 @@ def _make_trainer(
     return trainer
 
 
-def _look_ahead(arguments: Arguments, inputs: _Inputs, model: _Model) -> VisionAhead | None:
+def _look_ahead(arguments: Arguments, inputs: _Inputs, model: _Model, examples: ExampleDataset) -> VisionAhead | None:
     """What runs frozen vision modules for the next batch, where threads of a CPU can be divided."""
     training, generation = arguments.training, inputs.generation
-    divides_weights = training.fsdp or is_deepspeed_zero3_enabled()
-    if training.device.type != "cpu" or torch.get_num_threads() < 2 or divides_weights:
+    if training.device.type != "cpu" or torch.get_num_threads() < 2 or examples.features:
+        return None
+    # Those divide weights or compute in types of their own, and a compiled model depends on the number of threads.
+    if training.deepspeed or training.fsdp or training.torch_compile:
         return None
     if not is_reusable(model.base, model.base.get_submodule(generation.vision_tower)):
         return None
@@ -665,8 +668,8 @@ def _look_ahead(arguments: Arguments, inputs: _Inputs, model: _Model) -> VisionA
             return compute_features(model.base, encoding, pixels, sizes)
 
     sizes = read_model(inputs.base, adapter_targets(vars(arguments.lora)))
-    balance = Balance(sizes, trained_by_part(model.trained, generation))
-    return VisionAhead(compute, feature_argument(encoding.merged), balance.favors_helpers)
+    favors = partial(favors_helpers, sizes, trained_by_part(model.trained, generation))
+    return VisionAhead(compute, feature_argument(encoding.merged), favors)
 
 
 def _begin_adapters(

@@ -88,6 +88,14 @@ class MiniCPMVTrainer(Trainer):
             return
         super()._run_epoch(*arguments, **options)
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train; no thread computes afterwards, whatever ended the training."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if self._vision_ahead:
+                self._vision_ahead.close()
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute the gradients of a batch.
 
@@ -133,7 +141,7 @@ class MiniCPMVTrainer(Trainer):
         return int(model.num_parameters(exclude_embeddings=True))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any, **options: Any) -> Any:
-        """Get the next batches, and measure the time spent on waiting for them."""
+        """Get the next batches, begin the vision of the one after them, and measure the time spent on waiting."""
         self._watchdog.wait_for_data(self.state.global_step + 1)
         started = time.perf_counter()
         read = self._vision_ahead.read(epoch_iterator) if self._vision_ahead else epoch_iterator
@@ -144,7 +152,7 @@ class MiniCPMVTrainer(Trainer):
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate with all threads; workers of an evaluation's loader are forked while no other thread computes."""
         if self._vision_ahead:
-            self._vision_ahead.stop()
+            self._vision_ahead.pause()
         return super().evaluate(*arguments, **options)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:

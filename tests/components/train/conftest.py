@@ -33,7 +33,7 @@ def start_warm() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def forget_deepspeed() -> Iterator[None]:
-    """Let transformers forget the DeepSpeed settings that a test has parsed, which it keeps until they are collected."""
+    """Let transformers forget DeepSpeed settings that a test has parsed; it keeps them until they are collected."""
     yield
     unset_hf_deepspeed_config()
 

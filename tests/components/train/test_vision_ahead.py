@@ -1,22 +1,27 @@
 """The vision of the next batch, computed beside the language of this one: the same features, losses, and errors."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minicpmv_finetune.components.train import vision_ahead
 from minicpmv_finetune.components.train.feature_store import Encoding, compute_features
+from minicpmv_finetune.components.train.launch import launch
 from minicpmv_finetune.components.train.trainer import MiniCPMVTrainer
-from minicpmv_finetune.components.train.vision_ahead import Balance, VisionAhead
+from minicpmv_finetune.components.train.vision_ahead import VisionAhead, favors_helpers
 from minicpmv_finetune.errors import UserError
 from minicpmv_finetune.estimate.published import published_model
 from minicpmv_finetune.minicpmv.batch import pack_patches
 from minicpmv_finetune.minicpmv.checkpoint import load_model
+from minicpmv_finetune.reports.training_record import read_record
 from tests.components.train import worker_with_helpers
 from tests.components.train.conftest import Train
 
@@ -25,8 +30,9 @@ COMMON = "--use_lora true --tune_llm false --tune_vision false --lora_r 4 --num_
 
 @pytest.fixture(autouse=True)
 def make_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let parts be as small as the slices of these tests."""
+    """Let parts be as small as the slices of these tests, and few be enough."""
     monkeypatch.setattr(vision_ahead, "_PART_PATCHES", 16)
+    monkeypatch.setattr(vision_ahead, "_PARTS_PER_THREAD", 0)
 
 
 @pytest.fixture(params=[2, 5])
@@ -56,6 +62,18 @@ def _batches() -> list[dict[str, Any]]:
 
 def _sum_patches(pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return pixels.float().view(3, 14, -1, 14).sum((0, 1, 3)).unsqueeze(1)
+
+
+@contextmanager
+def _busy(ahead: VisionAhead) -> Iterator[None]:
+    """Keep all helpers from beginning anything."""
+    ended = threading.Event()
+    for _ in range(ahead._helpers):
+        ahead._pool.submit(ended.wait, 60)
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @pytest.mark.parametrize("version", ["2.6", "4.0", "4.5", "4.6", "4.7"])
@@ -97,10 +115,10 @@ def test_a_part_is_computed_while_the_batch_before_it_is_used(threads: int) -> N
     ahead.finish(first)
     assert torch.get_num_threads() == threads - threads // 2
     allowed.set()
-    ahead.stop()
+    ahead.pause()
     assert torch.get_num_threads() == threads
     assert {number for _, number in computing} == {1}
-    assert all(name.startswith("vision") for name, _ in computing)
+    assert any(name.startswith("vision") for name, _ in computing)
     (second,) = ahead.read(source)
     ahead.finish(second)
     assert torch.get_num_threads() == threads
@@ -116,15 +134,50 @@ def test_what_no_helper_has_begun_is_computed_by_the_training(threads: int) -> N
         return _sum_patches(pixels, sizes)
 
     ahead = VisionAhead(compute, "features", lambda batch: True)
-    blocked = threading.Event()
-    for _ in range(4):
-        ahead._pool.submit(blocked.wait, 60)
-    (batch,) = ahead.read(iter([_batches()[3]]))
-    ahead.finish(batch)
-    blocked.set()
+    with _busy(ahead):
+        (batch,) = ahead.read(iter([_batches()[3]]))
+        ahead.finish(batch)
     assert computing == {(threading.main_thread().name, 1)}
     expected = _batches()[3]
     assert torch.equal(batch["features"], _sum_patches(expected["pixel_values"], expected["target_sizes"]))
+
+
+def test_a_training_that_ends_leaves_the_next_batch_alone(threads: int) -> None:
+    computed: list[torch.Tensor] = []
+
+    def compute(pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        computed.append(sizes)
+        return _sum_patches(pixels, sizes)
+
+    batches = _batches()
+    ahead = VisionAhead(compute, "features", lambda batch: True)
+    with _busy(ahead):
+        ahead.finish(next(ahead.read(iter([batches[1], batches[0]]))))
+        assert torch.get_num_threads() < threads
+        ahead.close()
+        assert torch.get_num_threads() == threads
+    ahead._pool.shutdown(wait=True)
+    assert not computed
+
+
+def test_few_parts_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(vision_ahead, "_PARTS_PER_THREAD", 2)
+    ahead = VisionAhead(_sum_patches, "features", lambda batch: True)
+    few, enough = _batch(*[(4, 4)] * (2 * threads - 1)), _batch(*[(4, 4)] * 2 * threads)
+    for batch in ahead.read(iter([few, enough])):
+        ahead.finish(batch)
+    assert "pixel_values" in few
+    assert "features" in enough
+
+
+def test_threads_are_left_to_the_helpers_until_all_batches_of_a_step_are_done(threads: int) -> None:
+    batches = _batches()
+    ahead = VisionAhead(_sum_patches, "features", lambda batch: True)
+    counts = []
+    for batch in list(ahead.read(iter([batches[0], batches[2], batches[3]]))):
+        ahead.finish(batch)
+        counts.append(torch.get_num_threads())
+    assert counts == [threads - threads // 2] * 2 + [threads]
 
 
 @pytest.mark.usefixtures("threads")
@@ -169,9 +222,9 @@ def test_an_error_is_raised_when_its_batch_is_used(tiny_46: Path, make_trainer: 
 def test_vision_is_computed_ahead_where_it_takes_more_than_the_language(
     version: str, sides: list[tuple[int, int]], tokens: int, expected: bool
 ) -> None:
-    balance = Balance(published_model(version), {"language": 10_000_000})
     batch = _batch(*sides) | {"input_ids": torch.zeros(1, tokens), "labels": torch.zeros(1, tokens)}
-    assert balance.favors_helpers(batch | {"target_sizes": torch.tensor(sides).reshape(-1, 2)}) == expected
+    batch["target_sizes"] = torch.tensor(sides).reshape(-1, 2)
+    assert favors_helpers(published_model(version), {"language": 10_000_000}, batch) == expected
 
 
 @pytest.mark.parametrize("more", ["", "--lora_modules_to_save none --gradient_accumulation_steps 2", "--packing true"])
@@ -182,3 +235,21 @@ def test_a_training_has_the_same_losses_in_each_run(uneven_shards: Path, train: 
     assert ahead.losses == pytest.approx(plain.losses, rel=1e-5)
     assert ahead.eval_losses == pytest.approx(plain.eval_losses, rel=1e-5)
     assert again.losses == ahead.losses
+
+
+def test_a_training_of_two_processes_continues_to_the_same_bits(
+    uneven_shards: Path, tiny_46: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minicpmv_finetune.components.train.launch.WORKER", worker_with_helpers.__name__)
+    kept = tmp_path / "kept"
+    for name in ("first", "again"):
+        paths = ["--model_name_or_path", str(tiny_46), "--data_path", str(uneven_shards)]
+        places = ["--checkpoint_uri", str(kept), "--output_dir", str(tmp_path / name)]
+        flags = "--use_lora true --tune_llm false --tune_vision false --per_device_train_batch_size 4 --max_steps 4"
+        launch([*paths, *places, *flags.split(), "--save_strategy", "steps", "--save_steps", "2"], 2)
+        for last in kept.glob("checkpoint-4*"):
+            shutil.rmtree(last) if last.is_dir() else last.unlink()
+    assert read_record(tmp_path / "again").continued_from == 2
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -4,6 +4,8 @@ A tiny tower has too little to compute to be worth a thread, and tests have one 
 """
 
 import sys
+from collections.abc import MutableMapping
+from typing import Any
 
 from minicpmv_finetune.components.train.worker import leave_out_unused
 
@@ -14,8 +16,15 @@ def _compute_ahead() -> None:
     from minicpmv_finetune.components.train import vision_ahead
 
     torch.set_num_threads(2)
-    vision_ahead.Balance.favors_helpers = lambda *_: True  # type: ignore[method-assign]
-    vision_ahead._PART_PATCHES = 16
+    vision_ahead._WORTH_HELPERS, vision_ahead._PART_PATCHES, vision_ahead._PARTS_PER_THREAD = 0, 16, 0
+    vision_ahead.needed_flops = lambda model, trained, work: work.patches
+    collect = vision_ahead.VisionAhead._collect
+
+    def collect_begun(self: vision_ahead.VisionAhead, batch: MutableMapping[str, Any]) -> None:
+        assert "pixel_values" not in batch or "vision_parts" in batch  # helpers compute every batch with images
+        collect(self, batch)
+
+    vision_ahead.VisionAhead._collect = collect_begun  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
