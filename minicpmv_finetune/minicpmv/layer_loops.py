@@ -6,9 +6,9 @@ pass, and keeps little but its inputs for the backward pass. On a GPU liger-kern
 purpose.
 
 Time forward and backward, 2,072 tokens, one thread: a norm of width 128 0.2 instead of 1.3 ms, a gated product of width
-256 0.7 instead of 1.7 ms. Results differ from transformers' layers by rounding, 1e-6 of a value. Other types than
-float32, other devices, and small tensors, as in a step of generation, for which a loop's call takes longer than torch's
-operations, are computed by transformers' layers. A gradient of a gradient is an error.
+256 0.7 instead of 1.7 ms. Results differ from transformers' layers by rounding: 1e-5 of a value and 1e-6 of the largest
+at most. Other types than float32, other devices, and small tensors, as in a step of generation, for which a loop's call
+takes longer than torch's operations, are computed by transformers' layers. A gradient of a gradient is an error.
 """
 
 import math

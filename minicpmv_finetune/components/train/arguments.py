@@ -452,6 +452,8 @@ def parse(argv: Sequence[str], announce: Callable[[str], None] = print) -> Argum
     given = frozenset(flag[2:].partition("=")[0] for flag in flags if flag.startswith("--"))
     if training.tokens_per_batch and "per_device_train_batch_size" in given:
         announce("--per_device_train_batch_size has no effect: --tokens_per_batch says how large a batch is.")
+    if training.tokens_per_batch and training.packing:
+        announce("--packing has no effect: --tokens_per_batch packs each batch into one row.")
     arguments = Arguments(model, data, training, lora, given)
     _check(arguments)
     _check_optimizer(training, _given_rates(arguments))

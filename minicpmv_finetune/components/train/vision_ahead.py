@@ -24,7 +24,7 @@ from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
 
 _PARTS = "vision_parts"  # key of a batch whose slices are being computed
 _PART_PATCHES = 2**12
-"""Patches of a part at least, except the last one: four slices of 448 × 448. With two, an epoch takes 3 % longer."""
+"""Patches of a part at least, except the last one: four slices of 448 × 448. Parts of two take 3 % longer."""
 
 _PARTS_PER_THREAD = 2
 """How many parts of a batch each thread has at least, so that none waits long for the last one."""

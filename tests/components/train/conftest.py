@@ -65,6 +65,21 @@ def uneven_shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def shared_shards(tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty-two samples: four questions about each of eight digits."""
+    folder = tmp_path_factory.mktemp("shared")
+    train, evaluation = write_digits(folder / "digits", seed=0, held_out=16)
+    samples = []
+    for number, sample in enumerate(json.loads(train.read_text())[:8]):
+        for question in range(4):
+            copy = json.loads(json.dumps(sample)) | {"id": f"{number}-{question}"}
+            copy["conversations"][0]["content"] = "<image>\nWhich digit is it?" + " Count." * question
+            samples.append(copy)
+    train.write_text(json.dumps(samples))
+    return _prepared(folder, train, evaluation, tiny_46)
+
+
+@pytest.fixture(scope="session")
 def fine_shards(uneven_shards: Path, tiny_46: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The samples of `uneven_shards` for a base whose tower does not merge patches; the base is beside them."""
     folder = tmp_path_factory.mktemp("fine")

@@ -151,6 +151,14 @@ def test_fsdp_is_turned_off_by_false_as_training_flags_write_it() -> None:
     assert not TrainingArguments(output_dir="out", use_cpu=True, fsdp="False").fsdp
 
 
+def test_what_batches_by_tokens_replace_is_announced() -> None:
+    announced: list[str] = []
+    flags = "--output_dir out --data_path data --tokens_per_batch 512 --packing true --per_device_train_batch_size 4"
+    parse(flags.split(), announce=announced.append)
+    replaced = [sentence.partition(" ")[0] for sentence in announced if "has no effect: --tokens_per_batch" in sentence]
+    assert replaced == ["--per_device_train_batch_size", "--packing"]
+
+
 def test_half_precision_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="--fp16: needs a GPU"):
         _parse("--fp16", "true", "--use_cpu", "true")

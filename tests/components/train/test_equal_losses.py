@@ -48,6 +48,29 @@ def test_batches_by_tokens_give_the_step_of_one_large_batch(uneven_shards: Path,
     assert 0.5 * 256 < metrics["tokens/batch"] <= 256
 
 
+@pytest.mark.parametrize(
+    ("more", "processes"),
+    [
+        ("--per_device_train_batch_size 32", 1),
+        ("--per_device_train_batch_size 16 --reuse_vision_features false", 2),
+        ("--per_device_train_batch_size 32 --packing true --model_max_length 512", 1),
+        ("--tokens_per_batch 256 --gradient_accumulation_steps 32", 2),
+    ],
+)
+def test_shared_images_give_the_steps_of_batches_without_them(
+    shared_shards: Path, train: Train, more: str, processes: int
+) -> None:
+    flags = f"{COMMON} --tune_vision false --num_train_epochs 2"
+    plain = train(shared_shards, f"{flags} {PLAIN} --per_device_train_batch_size 32")
+    shared = train(shared_shards, f"{flags} --share_images true {more}", processes)
+    records = [read_record(training.folder) for training in (plain, shared)]
+    for name in ("loss", "grad_norm"):
+        expected, found = ([step[name] for step in record.history if name in step] for record in records)
+        assert len(found) == 2
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert records[1].metrics["shared_tokens"] == pytest.approx(288 / 1392)
+
+
 @pytest.mark.faults_only
 def test_stored_features_work_with_two_processes_and_zero3(uneven_shards: Path, train: Train, tmp_path: Path) -> None:
     flags = f"{COMMON} --tune_vision false --max_steps 22"

@@ -85,11 +85,17 @@ def test_a_killed_training_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "batches", ["--tokens_per_batch 400", pytest.param("--packing true", marks=pytest.mark.faults_only)]
+    "batches",
+    [
+        "--tokens_per_batch 400",
+        "--tokens_per_batch 200 --share_images true",
+        pytest.param("--packing true", marks=pytest.mark.faults_only),
+    ],
 )
 def test_a_training_with_several_samples_in_a_row_continues_to_the_same_bits(
-    tiny_46: Path, shards: Path, tmp_path: Path, batches: str
+    tiny_46: Path, shards: Path, shared_shards: Path, tmp_path: Path, batches: str
 ) -> None:
+    shards = shared_shards if "share" in batches else shards
     kept = tmp_path / "kept"
     more = f"--checkpoint_uri {kept} --max_steps 6 {batches}"
     for name in ("first", "again"):
