@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -423,7 +424,7 @@ def _write_features(
     share = _share(layout, training)
     loader = DataLoader(
         Explained(_RowDataset(reader)),
-        batch_sampler=map(list, _batches(share, _patches_before(layout))),
+        batch_sampler=map(list, divide(share, _patches_before(layout).numpy(), MIN_BATCH_PATCHES)),
         collate_fn=HandOver(_collator(reader)),
         num_workers=training.dataloader_num_workers,
         worker_init_fn=start_worker,
@@ -483,15 +484,21 @@ class _RowDataset(Dataset[ModelInput]):
         return row
 
 
-def _batches(rows: range, patches_before: torch.Tensor) -> list[range]:
-    """Divide rows into batches of neighbors with at least `MIN_BATCH_PATCHES` patches each, except the last one."""
-    batches: list[range] = []
-    before, start = patches_before.numpy(), rows.start
+def divide(rows: range, patches_before: NDArray[np.int64], least: int) -> list[range]:
+    """Divide rows into groups of neighbors with at least so many patches each, except the last one.
+
+    Args:
+        rows: Numbers of the rows.
+        patches_before: int [rows + 1], number of patches before each row.
+        least: Number of patches of a group.
+    """
+    groups: list[range] = []
+    start = rows.start
     while start < rows.stop:
-        end = min(int(np.searchsorted(before, before[start] + MIN_BATCH_PATCHES)), rows.stop)
-        batches.append(range(start, end))
+        end = min(int(np.searchsorted(patches_before, patches_before[start] + least)), rows.stop)
+        groups.append(range(start, end))
         start = end
-    return batches
+    return groups
 
 
 def _digest(

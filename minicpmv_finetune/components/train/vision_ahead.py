@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from minicpmv_finetune.estimate.cost import Model
 from minicpmv_finetune.estimate.efficiency import Work, needed_flops
 from minicpmv_finetune.minicpmv.model_input import IGNORED_LABEL
+
+from .feature_store import divide
 
 _PARTS = "vision_parts"  # key of a batch whose slices are being computed
 _PART_PATCHES = 2**12
@@ -129,13 +132,11 @@ class VisionAhead:
 
 def _divide(pixels: torch.Tensor, sizes: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Divide slices into parts of neighbors with `_PART_PATCHES` patches at least, except the last one."""
-    patch_size, places = pixels.shape[2], [0, *sizes.prod(1).cumsum(0).tolist()]
-    parts, first = [], 0
-    for last in range(1, len(places)):
-        if places[last] - places[first] >= _PART_PATCHES or last == len(sizes):
-            columns = slice(places[first] * patch_size, places[last] * patch_size)
-            parts.append((pixels[..., columns], sizes[first:last]))
-            first = last
+    patch_size, places = pixels.shape[2], np.cumsum([0, *sizes.prod(1).tolist()])
+    parts = []
+    for part in divide(range(len(sizes)), places, _PART_PATCHES):
+        columns = slice(places[part.start] * patch_size, places[part.stop] * patch_size)
+        parts.append((pixels[..., columns], sizes[part.start : part.stop]))
     return parts
 
 
